@@ -1,0 +1,176 @@
+"""Where a model comes from: a pretrained one by name, folder or package, or a small Qwen3-shaped one made here."""
+
+import importlib.util
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+SPECIAL_TOKENS = ("<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>")
+TEMPLATE = Path(__file__).with_name("chat_template.jinja")
+
+
+@dataclass
+class SmallModelArguments:
+    """Shape of the model made from the recipe when no base model is named."""
+
+    hidden_size: int = field(default=128, metadata={"help": "Width of the small model."})
+    num_layers: int = field(default=4, metadata={"help": "Layers of the small model."})
+    num_heads: int = field(default=4, metadata={"help": "Attention heads of the small model."})
+    num_kv_heads: int = field(default=2, metadata={"help": "Key-value heads of the small model."})
+    vocab_size: int = field(default=2000, metadata={"help": "Size of its BPE vocabulary, id tokens not counted."})
+    context_length: int = field(default=1024, metadata={"help": "Positions of the small model, in tokens."})
+
+    def __post_init__(self) -> None:
+        if self.hidden_size % self.num_heads or self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size}, num_heads {self.num_heads} and num_kv_heads {self.num_kv_heads} "
+                "must divide one another in this order; try 128, 4 and 2"
+            )
+
+
+def find_base_model(name: str) -> str:
+    """A base model's name or folder, `package:NAME` replaced by the folder of that installed package.
+
+    Raises:
+        FileNotFoundError: When a folder or package is not there.
+    """
+    if name.startswith("package:"):
+        spec = importlib.util.find_spec(name.removeprefix("package:"))
+        if spec is None or spec.origin is None:
+            raise FileNotFoundError(f"model {name}: that package is not installed; install it with pip")
+        return str(Path(spec.origin).parent)
+    looks_like_a_path = name.startswith((".", "/", "~")) or name.count("/") > 1
+    folder = Path(name).expanduser()
+    if looks_like_a_path and not folder.is_dir():
+        raise FileNotFoundError(f"model folder {name} is not there; give a folder with a config.json, or a hub name")
+    if folder.is_dir() and not (folder / "config.json").is_file() and not list(folder.glob("*.gguf")):
+        raise FileNotFoundError(f"model folder {name} has no config.json; give the folder that save_pretrained wrote")
+    return str(folder) if folder.is_dir() else name
+
+
+def load_pretrained(name: str, dtype: str | None = None) -> tuple[Any, Any]:
+    """Model (in float32 unless `dtype` says otherwise) and tokenizer; a GGUF file in its folder is unpacked."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    name = find_base_model(name)
+    kwargs = {"dtype": dtype or "float32"}
+    files = list(Path(name).glob("*.gguf")) if Path(name).is_dir() else []
+    if not files:
+        return AutoModelForCausalLM.from_pretrained(name, **kwargs), AutoTokenizer.from_pretrained(name)
+    if len(files) > 1:
+        raise ValueError(f"model folder {name} has {len(files)} .gguf files; leave one")
+    tokenizer = AutoTokenizer.from_pretrained(name, gguf_file=files[0].name)
+    packed = AutoModelForCausalLM.from_pretrained(name, gguf_file=files[0].name, **kwargs)
+    # A model loaded from GGUF refuses to be saved: the same weights in a model made from its plain configuration.
+    dropped = ("quantization_config", "_name_or_path", "architectures")
+    config = type(packed.config)(**{k: v for k, v in packed.config.to_dict().items() if k not in dropped})
+    model = type(packed)(config)
+    model.load_state_dict(packed.state_dict())
+    model.tie_weights()
+    return model, tokenizer
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, words: Sequence[str] = ()) -> Any:
+    """A byte-level BPE tokenizer whose merges never cross white space; each of `words` becomes one token."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    words_only = pre_tokenizers.Split(Regex(r" ?[^\s]+|\s"), "isolated")
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [words_only, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    texts = list(texts)
+    weight = 1 + len(texts) // 4  # frequent enough to be merged first
+    bpe.train_from_iterator(texts + [f" {word}" for word in words for _ in range(weight)], trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        pad_token=SPECIAL_TOKENS[0],
+        eos_token=SPECIAL_TOKENS[1],
+        extra_special_tokens=list(SPECIAL_TOKENS[2:]),
+    )
+    tokenizer.chat_template = TEMPLATE.read_text()
+    return tokenizer
+
+
+def make_small_model(shape: SmallModelArguments, tokenizer: Any, seed: int) -> Any:
+    """A Qwen3-shaped model with random weights and tied embeddings, in float32."""
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(seed)
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=shape.hidden_size,
+        intermediate_size=3 * shape.hidden_size,
+        num_hidden_layers=shape.num_layers,
+        num_attention_heads=shape.num_heads,
+        num_key_value_heads=shape.num_kv_heads,
+        head_dim=shape.hidden_size // shape.num_heads,
+        max_position_embeddings=shape.context_length,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return Qwen3ForCausalLM(config)
+
+
+def add_tokens(model: Any, tokenizer: Any, tokens: Sequence[str], seed: int) -> list[int]:
+    """Add ordinary tokens (special ones would vanish from decoded completions) and rows for them; their ids.
+
+    New rows start at the mean of the old ones with small noise, so that they differ from the first step on.
+
+    Raises:
+        ValueError: When a token is special, or is split by the tokenizer afterwards.
+    """
+    import torch
+
+    old_size = model.get_input_embeddings().weight.shape[0]
+    tokenizer.add_tokens(list(tokens))
+    ids = tokenizer.convert_tokens_to_ids(list(tokens))
+    special = set(tokenizer.all_special_ids)
+    for token, token_id in zip(tokens, ids, strict=True):
+        if token_id in special or tokenizer(token, add_special_tokens=False).input_ids != [token_id]:
+            raise ValueError(f"id token {token} is special or split in this tokenizer; use a base model without it")
+    if len(tokenizer) > old_size:
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    generator = torch.Generator().manual_seed(seed)
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    for layer in [model.get_input_embeddings()] + ([] if tied else [model.get_output_embeddings()]):
+        new = [i for i in ids if i >= old_size]
+        with torch.no_grad():
+            old = layer.weight[:old_size].float()
+            noise = torch.randn(len(new), old.shape[1], generator=generator) * old.std() / 2
+            layer.weight[new] = (old.mean(0) + noise).to(layer.weight.dtype)
+    return ids
+
+
+def save_trained(trainer: Any, tokenizer: Any, base_dir: str | Path, folder: Path) -> None:
+    """Save what a trainer trained as one plain model folder; a LoRA adapter is merged into the model of `base_dir`.
+
+    Every process calls it: a sharded model is gathered on the way.
+    """
+    from peft import PeftModel
+
+    is_adapter = isinstance(trainer.accelerator.unwrap_model(trainer.model), PeftModel)
+    saved = folder.with_name(f"{folder.name}_adapter") if is_adapter else folder
+    trainer.save_model(str(saved))
+    if not trainer.accelerator.is_main_process:
+        return
+    if is_adapter:
+        model = PeftModel.from_pretrained(load_pretrained(str(base_dir))[0], str(saved)).merge_and_unload()
+        model.save_pretrained(folder)
+    (folder / "training_args.bin").unlink(missing_ok=True)
+    tokenizer.save_pretrained(folder)

@@ -1,0 +1,127 @@
+"""The `rerank` command. Nothing heavy is imported before a command needs it."""
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="rerank", description="Train language models to re-rank recommendations by reasoning."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    run = commands.add_parser("run", help="run the numbered recipes of a folder, skipping what is finished")
+    run.add_argument("recipe_dir", metavar="RECIPE_DIR", help="folder with 1_data.yaml, 2_semantic_ids.yaml, ...")
+    run.add_argument("--out", metavar="RUN_DIR", help="folder of the run, in place of the recipes' run_dir")
+    run.add_argument("--from", dest="first", metavar="STAGE", help="first stage to run")
+    run.add_argument("--to", dest="last", metavar="STAGE", help="last stage to run")
+    run.add_argument("--only", metavar="STAGE", help="the one stage to run")
+    run.add_argument(
+        "--accelerate", metavar="FILE", default="recipes/accelerate/cpu.yaml", help="where it runs (%(default)s)"
+    )
+    run.add_argument("--dry-run", action="store_true", help="check everything and print the launch lines")
+    run.add_argument("overrides", nargs="*", metavar="STAGE.key=value", help="override a key of a stage's recipe")
+    run.set_defaults(function=_run)
+
+    compare = commands.add_parser("compare", help="train and evaluate variants on one split, into one table")
+    compare.add_argument("recipe_dirs", nargs="+", metavar="RECIPE_DIR", help="variants, the first is the reference")
+    compare.add_argument("--seeds", type=int, default=3, help="seeds per variant (%(default)s)")
+    compare.add_argument("--minutes_per_run", type=float, metavar="M", help="training minutes of one run")
+    compare.add_argument("--out", metavar="DIR", default="runs/compare", help="folder of the runs (%(default)s)")
+    compare.add_argument("--results", metavar="FILE", help="Markdown file, such as recipes/NAME/RESULTS-dapo.md")
+    compare.add_argument(
+        "--accelerate", metavar="FILE", default="recipes/accelerate/cpu.yaml", help="where it runs (%(default)s)"
+    )
+    compare.set_defaults(function=_compare)
+
+    inspect = commands.add_parser("inspect", help="look at the rollouts of a run")
+    inspect.add_argument("run_dir", metavar="RUN_DIR")
+    inspect.add_argument("--limit", type=int, default=5, help="how many groups (%(default)s)")
+    inspect.add_argument("--step", type=int, help="only groups of this step")
+    inspect.add_argument("--row", type=int, help="only groups of this row_id")
+    inspect.set_defaults(function=_inspect)
+
+    rank = commands.add_parser("rank", help="re-rank new rows with a trained model")
+    rank.add_argument("model_dir", metavar="MODEL_DIR", help="such as RUN_DIR/dapo/model")
+    rank.add_argument(
+        "--rows", required=True, metavar="FILE", help="Parquet, JSONL or CSV with history and candidates"
+    )
+    rank.add_argument("--out", required=True, metavar="FILE", help="Parquet or JSONL to write")
+    rank.set_defaults(function=_rank)
+    return parser
+
+
+def _run(args: argparse.Namespace) -> int:
+    from rerank import pipeline
+
+    steps = pipeline.read_steps(args.recipe_dir, args.out, args.overrides)
+    steps = pipeline.select(steps, args.first, args.last, args.only)
+    if args.dry_run:
+        pipeline.check_steps(steps)
+        print("\n".join(pipeline.describe(steps, args.accelerate)))
+        return 0
+    code = pipeline.run(steps, args.accelerate, lambda line: print(line, flush=True))
+    if code == 0 and steps[-1].stage == "evaluate":
+        _print_results(steps[-1].run_dir)
+    return code
+
+
+def _print_results(run_dir: str) -> None:
+    import json
+
+    from rich.console import Console
+
+    from rerank.results import results_table
+    from rerank.run_dir import stage_dir
+
+    folder = stage_dir(run_dir, "evaluate")
+    Console().print(results_table(json.loads((folder / "results.json").read_text())))
+    print(f"report: {folder / 'report.html'}")
+
+
+def _compare(args: argparse.Namespace) -> int:
+    from rerank import compare
+
+    return compare.compare(
+        args.recipe_dirs, args.seeds, args.minutes_per_run, args.out, args.results, args.accelerate,
+        lambda line: print(line, flush=True),
+    )  # fmt: skip
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from rerank import rollouts
+
+    rollouts.inspect(args.run_dir, args.limit, args.step, args.row)
+    return 0
+
+
+def _rank(args: argparse.Namespace) -> int:
+    from rerank import rank
+
+    rank.rank_rows(args.model_dir, args.rows, args.out)
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; bad input ends with one line and exit code 2."""
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)  # argparse wants all positionals together; overrides may come last
+    if rest and (args.command != "run" or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if args.command == "run":
+        args.overrides += rest
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    sys.path.insert(0, "")  # plugins beside the recipes, as `python -m` has it
+    try:
+        return args.function(args)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"rerank: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,115 @@
+"""Who is trained on and who is held out: splits of interactions, and the rows that follow from them.
+
+A table here has user, item, position (0-based in the user's sequence), time, split and available: how many items of
+history stand before the interaction when it is a target.
+"""
+
+from pathlib import Path
+
+import ibis
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from ibis import _
+from ibis.expr.types import Table
+
+ROWS = pa.schema(
+    {
+        "row_id": pa.int64(),
+        "user": pa.int64(),
+        "split": pa.string(),
+        "position": pa.int64(),
+        "history": pa.list_(pa.int64()),
+        "target": pa.int64(),
+    }
+)
+_ROWS_A_BLOCK = 65_536  # bounds the memory that histories take while they are written
+
+
+def number_positions(table: Table, order: list[str]) -> Table:
+    """Positions 0, 1, ... of each user in the given order, and as many items of history."""
+    window = ibis.window(group_by="user", order_by=order)
+    position = ibis.row_number().over(window).cast("int64")
+    table = table.mutate(position=position)
+    return table.select("user", "item", "position", "time", "split", available=_.position)
+
+
+def split_per_user(table: Table, num_test: int, num_valid: int) -> Table:
+    """The last `num_test` interactions of a user are test, the `num_valid` before them validation."""
+    from_end = ibis._.count().over(ibis.window(group_by="user")) - 1 - table.position
+    table = table.mutate(from_end=from_end)
+    split = ibis.cases((_.from_end < num_test, "test"), (_.from_end < num_test + num_valid, "valid"), else_="train")
+    return table.mutate(split=split).drop("from_end")
+
+
+def split_by_time(table: Table, valid_fraction: float, test_fraction: float) -> Table:
+    """The latest share of all interactions is test, the share before it validation; one moment is never divided."""
+    test_from = _time_at(table, 1 - test_fraction)
+    valid_from = _time_at(table, 1 - test_fraction - valid_fraction)
+    return table.mutate(
+        split=ibis.cases((_.time >= test_from, "test"), (_.time >= valid_from, "valid"), else_="train")
+    )
+
+
+def hold_out_latest(table: Table, valid_fraction: float) -> Table:
+    """Where a given split has no validation part, the latest share of its training part becomes one.
+
+    Raises:
+        ValueError: When no time says which rows are the latest.
+    """
+    present = set(table.select("split").distinct().to_pyarrow()["split"].to_pylist())
+    if "valid" in present or "train" not in present:
+        return table
+    train = table.filter(_.split == "train")
+    if train.time.isnull().any().to_pyarrow().as_py():
+        raise ValueError(
+            "split is given and has no valid part, and without a time no training rows are the latest; "
+            "map columns: {time: COLUMN} or mark rows as valid"
+        )
+    valid_from = _time_at(train, 1 - valid_fraction)
+    return table.mutate(split=ibis.ifelse((_.split == "train") & (_.time >= valid_from), "valid", _.split))
+
+
+def _time_at(table: Table, share: float) -> float:
+    """The time of the interaction before which the given share of all lies."""
+    count = table.count().to_pyarrow().as_py()
+    place = min(count - 1, round(count * share))
+    return table.order_by("time").select("time").limit(1, offset=place).to_pyarrow()["time"][0].as_py()
+
+
+def mark_rerank(table: Table, num_rerank: int | str, min_history: int) -> Table:
+    """The last `num_rerank` training targets of each user train the re-ranker; `all` takes every one.
+
+    The number counts training interactions; those with too little history stay in mid-training.
+    """
+    is_target = (_.split == "train") & (_.available >= min_history)
+    if num_rerank != "all":
+        window = ibis.window(group_by=["user", "split"], order_by=ibis.desc("position"))
+        table = table.mutate(from_end=ibis.row_number().over(window))
+        is_target = is_target & (_.from_end < num_rerank)
+    table = table.mutate(split=ibis.ifelse(is_target, "rerank", _.split))
+    return table.select("user", "item", "position", "time", "split", "available")
+
+
+def targets(interactions: pa.Table, min_history: int) -> np.ndarray:
+    """Indices of the interactions that are a row's target."""
+    is_target = interactions["split"].to_numpy(zero_copy_only=False) != "train"
+    return np.flatnonzero(is_target & (interactions["available"].to_numpy() >= min_history))
+
+
+def write_rows(path: str | Path, interactions: pa.Table, chosen: np.ndarray) -> None:
+    """rows.parquet: the chosen interactions as targets, each with the items before it, oldest first."""
+    items = interactions["item"].to_numpy()
+    columns = interactions.select(["user", "split", "position"])
+    lengths = interactions["available"].to_numpy()
+    with pq.ParquetWriter(path, ROWS) as writer:
+        for start in range(0, len(chosen), _ROWS_A_BLOCK):
+            block = chosen[start : start + _ROWS_A_BLOCK]
+            length = lengths[block]
+            offsets = np.concatenate(([0], np.cumsum(length)))
+            # Interactions are sorted by user and position: a history is the stretch right before its target.
+            places = np.arange(offsets[-1]) + np.repeat(block - length - offsets[:-1], length)
+            histories = pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(items[places]))
+            table = columns.take(pa.array(block)).add_column(0, "row_id", pa.array(start + np.arange(len(block))))
+            table = table.append_column("history", histories).append_column("target", pa.array(items[block]))
+            writer.write_table(table.cast(ROWS))

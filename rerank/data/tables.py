@@ -1,0 +1,226 @@
+"""Checked tables from raw sources: items with their text, interactions without duplicates, the k-core, integer ids."""
+
+from dataclasses import dataclass
+
+import duckdb
+import ibis
+from ibis import _
+from ibis.expr.types import Column, Table
+
+from rerank.data.readers import Source, as_seconds, as_text, pick_columns, require_column, unreadable
+
+SPLITS = {
+    "train": "train",
+    "history": "train",
+    "valid": "valid",
+    "validation": "valid",
+    "dev": "valid",
+    "test": "test",
+}
+
+
+@dataclass(frozen=True)
+class Interactions:
+    """Interactions as read: user_id, item_id, time, position, split (null where the source has none), source_row."""
+
+    table: Table
+    source: Source
+    has_time: bool
+    has_position: bool
+    has_split: bool
+
+
+def materialise(con: ibis.BaseBackend, table: Table, source: Source, columns: list[str] | None = None) -> Table:
+    """The table computed once and kept, so that a file is read a single time.
+
+    Raises:
+        ValueError: Naming the source, when a row of it cannot be read, or when it holds none.
+    """
+    try:
+        made = con.create_table(ibis.util.gen_name("table"), table, temp=True)
+    except duckdb.Error as error:
+        raise unreadable(source.name, error) from None
+    if made.count().to_pyarrow().as_py() == 0:
+        raise ValueError(f"{source.name} is empty; give a file with at least one row")
+    return made
+
+
+def first_row(table: Table) -> dict | None:
+    """The row that comes first in the input, or None when there is none."""
+    rows = table.order_by("source_row").limit(1).to_pyarrow().to_pylist()
+    return rows[0] if rows else None
+
+
+def read_items(
+    con: ibis.BaseBackend,
+    source: Source,
+    item_columns: dict[str, str] | None,
+    text_columns: list[str] | None,
+    category_separator: str | None,
+) -> Table:
+    """Items in file order: source_row, item_id, title, category, text.
+
+    Raises:
+        ValueError: On a missing column, an empty id, or an id that stands twice.
+    """
+    names = pick_columns(source, item_columns, "item_columns", ("item", "title", "category"))
+    require_column(source, "item", names.get("item", "item"), "item_columns")
+    columns = {name: as_text(source.table[column]) for name, column in names.items()}
+    if category_separator and "category" in columns:
+        columns["category"] = columns["category"].replace(category_separator, ", ")
+    title, category = (columns.get(name, ibis.literal("")) for name in ("title", "category"))
+    text = _encoder_text(source, columns, text_columns)
+    raw = source.table.select("source_row", item_id=columns["item"], title=title, category=category, text=text)
+    items = materialise(con, raw, source)
+    _refuse_empty_id(items, source, "item_id", names["item"])
+    twice = items.group_by("item_id").agg(source_row=_.source_row.max(), first_at=_.source_row.min())
+    if bad := first_row(twice.filter(_.source_row > _.first_at)):
+        raise ValueError(
+            f"{source.place(bad['source_row'])}: item {bad['item_id']!r} stands there again "
+            f"(first: {source.row_word} {bad['first_at'] + source.first_row}); keep one row an item"
+        )
+    return items
+
+
+def _encoder_text(source: Source, columns: dict[str, Column], text_columns: list[str] | None) -> Column:
+    """`TITLE. NAME: VALUE. NAME: VALUE` of the columns that have a value; the first goes without its name."""
+    if text_columns is None:
+        text_columns = [name for name in ("title", "category") if name in columns]
+    text = ibis.literal("")
+    for place, name in enumerate(text_columns):
+        if name not in columns:
+            require_column(source, "the text", name, "text_columns")
+        value = columns[name] if name in columns else as_text(source.table[name])
+        labelled = value if place == 0 else ibis.literal(f"{name}: ") + value
+        text = ibis.cases((value == "", text), (text == "", labelled), else_=text + ". " + labelled)
+    return text
+
+
+def _refuse_empty_id(table: Table, source: Source, name: str, column: str) -> None:
+    if bad := first_row(table.filter(_[name] == "")):
+        raise ValueError(f"{source.place(bad['source_row'])}: {column} is empty; fill it or remove the row")
+
+
+def read_interactions(con: ibis.BaseBackend, source: Source, columns: dict[str, str] | None) -> Interactions:
+    """Interactions in file order, every field checked.
+
+    Raises:
+        ValueError: On a missing column, an empty id, or a time, position or split that is none.
+    """
+    names = pick_columns(source, columns, "columns", ("user", "item", "time", "position", "split"))
+    for name in ("user", "item"):
+        require_column(source, name, names.get(name, name), "columns")
+    raw = {name: as_text(source.table[column]) for name, column in names.items()}
+    table = source.table.select(
+        "source_row",
+        user_id=raw["user"],
+        item_id=raw["item"],
+        time=as_seconds(source.table[names["time"]]) if "time" in names else ibis.null("float64"),
+        position=raw["position"].try_cast("int64") if "position" in names else ibis.null("int64"),
+        split=split_name(raw["split"]) if "split" in names else ibis.null("string"),
+        **{f"raw_{name}": raw[name] for name in ("time", "position", "split") if name in names},
+    )
+    table = materialise(con, table, source)
+    for name in ("user", "item"):
+        _refuse_empty_id(table, source, f"{name}_id", names[name])
+    refuse_bad_values(table, source, names)
+    return Interactions(table, source, *(name in names for name in ("time", "position", "split")))
+
+
+def split_name(text: Column) -> Column:
+    """train, valid or test from the words in use for them; null for any other word."""
+    return text.lower().cases(*SPLITS.items(), else_=ibis.null("string"))
+
+
+def refuse_bad_values(table: Table, source: Source, names: dict[str, str]) -> None:
+    """Refuse text where a time, a position or a split should be (`raw_NAME` holds what the file says).
+
+    Raises:
+        ValueError: Naming the first such row. A missing time is allowed where a position gives the order.
+    """
+    wanted = {
+        "time": "a number of seconds or a date",
+        "position": "a whole number",
+        "split": f"a split ({', '.join(SPLITS)})",
+    }
+    for name in [name for name in wanted if name in names]:
+        bad = table.filter(_[name].isnull())
+        if name == "time" and "position" in names:
+            bad = bad.filter(_.raw_time != "")
+        if row := first_row(bad):
+            raise ValueError(
+                f"{source.place(row['source_row'])}: {names[name]} is {row[f'raw_{name}']!r}, not {wanted[name]}; "
+                "correct the row or map another column"
+            )
+
+
+def refuse_unknown_items(table: Table, items: Table, source: Source, items_source: Source) -> None:
+    """Refuse interactions with items that the catalogue lacks.
+
+    Raises:
+        ValueError: Naming the first such row.
+    """
+    if row := first_row(table.anti_join(items, "item_id")):
+        raise ValueError(
+            f"{source.place(row['source_row'])}: item {row['item_id']!r} is not in {items_source.name}; "
+            "add it there or remove the interaction"
+        )
+
+
+def drop_duplicates(con: ibis.BaseBackend, interactions: Interactions) -> Table:
+    """One interaction for each (user, item, time, position): the first in the input.
+
+    Without time and position a repeated (user, item) may be a real second visit: nothing is dropped.
+    """
+    table = interactions.table.select("source_row", "user_id", "item_id", "time", "position", "split")
+    if not (interactions.has_time or interactions.has_position):
+        return table
+    firsts = table.group_by(["user_id", "item_id", "time", "position"]).agg(
+        split=_.split.argmin(_.source_row), source_row=_.source_row.min()
+    )
+    return con.create_table(ibis.util.gen_name("table"), firsts, temp=True)
+
+
+def k_core(con: ibis.BaseBackend, table: Table, min_user: int, min_item: int) -> Table:
+    """The largest part in which every user and every item keeps its minimum of interactions.
+
+    Raises:
+        ValueError: When nothing is left.
+    """
+    if max(min_user, min_item) <= 1:
+        return table
+    size = table.count().to_pyarrow().as_py()
+    while True:
+        users = table.group_by("user_id").agg(n=_.count()).filter(_.n >= min_user)
+        items = table.group_by("item_id").agg(n=_.count()).filter(_.n >= min_item)
+        kept = table.semi_join(users, "user_id").semi_join(items, "item_id")
+        table = con.create_table(ibis.util.gen_name("core"), kept, temp=True)
+        before, size = size, table.count().to_pyarrow().as_py()
+        if size == 0:
+            raise ValueError(
+                f"min_user_interactions {min_user} and min_item_interactions {min_item} leave no user; lower them"
+            )
+        if size == before:
+            return table
+
+
+def number_users(table: Table) -> Table:
+    """user and user_id, in order of first appearance in the input."""
+    firsts = table.group_by("user_id").agg(first_at=_.source_row.min())
+    return _number(firsts, "user", ["first_at", "user_id"]).select("user", "user_id")
+
+
+def number_items(items: Table) -> Table:
+    """item, item_id, title, category, text, source_row, in the order of the items file."""
+    numbered = _number(items, "item", ["source_row", "item_id"])
+    return numbered.select("item", "item_id", "title", "category", "text", "source_row")
+
+
+def _number(table: Table, name: str, order: list[str]) -> Table:
+    return table.mutate(**{name: ibis.row_number().over(ibis.window(order_by=order)).cast("int64")}).order_by(name)
+
+
+def items_of(table: Table) -> Table:
+    """A catalogue without text from the interactions alone, in order of first appearance."""
+    empty = ibis.literal("")
+    return table.group_by("item_id").agg(source_row=_.source_row.min()).mutate(title=empty, category=empty, text=empty)

@@ -1,0 +1,125 @@
+"""Ranking metrics and intervals: pure functions of numbers, used by rewards and by the evaluation alike.
+
+`gains` always means the relevance of each item of one ranking, best-ranked first. A ranking without a relevant item
+has no metric (None): whether it is left out (hit-only) or counts as zero (end-to-end) is for the caller to say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import comb
+
+import numpy as np
+
+METRICS = ("R@1", "R@5", "N@5", "N@10", "MRR")
+ZERO_METRICS = dict.fromkeys(METRICS, 0.0)  # what a parse failure earns, and a missed list end to end
+
+
+def _discounts(num_items: int) -> np.ndarray:
+    return 1.0 / np.log2(np.arange(2, num_items + 2))
+
+
+def ndcg_at_k(gains: Sequence[float], k: int) -> float | None:
+    """NDCG@k of one ranking.
+
+    Args:
+        gains: Relevance of each item, best-ranked first, not negative. It is the gain itself: for the exponential
+            form hand in `2**grade - 1`. With one relevant item both forms are equal.
+        k: Cut-off, at least 1.
+
+    Returns:
+        A value in [0, 1], or None when nothing is relevant.
+
+    Source: Järvelin & Kekäläinen 2002, with discount log2(rank + 1).
+    """
+    values = np.asarray(gains, dtype=float)
+    ideal = np.sort(values)[::-1][:k] @ _discounts(len(values))[:k]
+    return float(values[:k] @ _discounts(len(values))[:k] / ideal) if ideal > 0 else None
+
+
+def recall_at_k(gains: Sequence[float], k: int) -> float | None:
+    """Share of the relevant items that stand in the first k, or None when nothing is relevant."""
+    relevant = np.asarray(gains, dtype=float) > 0
+    return float(relevant[:k].sum() / relevant.sum()) if relevant.any() else None
+
+
+def reciprocal_rank(gains: Sequence[float]) -> float | None:
+    """1 / rank of the first relevant item, or None when nothing is relevant."""
+    relevant = np.asarray(gains, dtype=float) > 0
+    return float(1.0 / (relevant.argmax() + 1)) if relevant.any() else None
+
+
+def ranking_metrics(gains: Sequence[float]) -> dict[str, float] | None:
+    """R@1, R@5, N@5, N@10 and MRR of one ranking, or None when nothing is relevant."""
+    if not any(gain > 0 for gain in gains):
+        return None
+    values = (
+        recall_at_k(gains, 1),
+        recall_at_k(gains, 5),
+        ndcg_at_k(gains, 5),
+        ndcg_at_k(gains, 10),
+        reciprocal_rank(gains),
+    )
+    return dict(zip(METRICS, values, strict=True))
+
+
+def mean_random_metrics(gains: Sequence[float]) -> dict[str, float] | None:
+    """Exact expectation of `ranking_metrics` over all orders of these items, or None when nothing is relevant.
+
+    Each item stands at each rank equally often, so E[DCG@k] is the mean gain times the sum of the discounts and
+    E[R@k] = k / n. With m relevant of n items the first stands at rank r with chance C(n - r, m - 1) / C(n, m).
+    """
+    values = np.asarray(gains, dtype=float)
+    num_items, num_relevant = len(values), int((values > 0).sum())
+    if not num_relevant:
+        return None
+    discounts, ideal = _discounts(num_items), np.sort(values)[::-1]
+    ndcg = [float(values.mean() * discounts[:k].sum() / (ideal[:k] @ discounts[:k])) for k in (5, 10)]
+    first = [comb(num_items - rank, num_relevant - 1) / rank for rank in range(1, num_items + 1)]
+    recalls = [min(k, num_items) / num_items for k in (1, 5)]
+    return dict(zip(METRICS, (*recalls, *ndcg, sum(first) / comb(num_items, num_relevant)), strict=True))
+
+
+def paired_interval(
+    values: Sequence[float],
+    baseline: Sequence[float],
+    users: Sequence[int],
+    num_samples: int = 2000,
+    seed: int = 0,
+) -> tuple[float, float, float]:
+    """Mean difference over rows with its 95 % bootstrap interval, whole users drawn with replacement.
+
+    Args:
+        values: One value a row.
+        baseline: The same rows' values under the other ranker.
+        users: The row's user. Rows of one user depend on each other, so they are drawn together.
+        num_samples: Bootstrap samples.
+        seed: Of the draws.
+
+    Returns:
+        (mean difference, lower bound, upper bound), percentiles 2.5 and 97.5.
+    """
+    if not len(values) == len(baseline) == len(users) or not len(values):
+        sizes = f"{len(values)} values, {len(baseline)} baseline values and {len(users)} users"
+        raise ValueError(f"{sizes}: a paired interval needs the same number of each, at least 1.")
+    differences = np.asarray(values, dtype=float) - np.asarray(baseline, dtype=float)
+    _, cluster = np.unique(np.asarray(users), return_inverse=True)
+    sums, counts = np.bincount(cluster, weights=differences), np.bincount(cluster)
+    rng = np.random.default_rng(seed)
+    draws = (rng.integers(len(sums), size=len(sums)) for _ in range(num_samples))
+    means = [sums[drawn].sum() / counts[drawn].sum() for drawn in draws]
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(differences.mean()), float(low), float(high)
+
+
+def kendall_tau(order: Sequence[int]) -> float:
+    """Kendall's tau between a ranking and the input order: 1 for a copy, -1 for the reverse.
+
+    Args:
+        order: Input positions (0-based, no ties), best-ranked first. Fewer than two items are a copy.
+    """
+    positions = np.asarray(order)
+    if len(positions) < 2:
+        return 1.0
+    earlier, later = np.triu_indices(len(positions), k=1)
+    return float(np.sign(positions[later] - positions[earlier]).mean())

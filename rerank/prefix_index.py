@@ -1,0 +1,266 @@
+"""The catalogue's token sequences as one flat prefix index: what may come next, for many prefixes at once.
+
+Nodes are prefixes, numbered breadth first and, within a depth, in the order of their tokens. So the children of node v
+are the nodes first_child[v] to first_child[v+1], and a node costs one token and one number; no object stands for it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+ROOT = 0
+ARRAYS = ("vocabulary", "tokens", "first_child", "items", "item_nodes")
+
+
+@dataclass(frozen=True, eq=False)
+class PrefixIndex:
+    """Token sequences, sorted; build with `PrefixIndex.build`, open with `PrefixIndex.load`.
+
+    Attributes:
+        vocabulary: The tokens in use, sorted.
+        tokens: For each node but the root (node v at v - 1), the place of its last token in the vocabulary.
+        first_child: For each node above the greatest depth, and one more, its first child.
+        items: The items, in the order of their nodes.
+        item_nodes: The node at which each of `items` ends, ascending; two items may share one (a collision). Only the
+            first when the nodes are consecutive, as they are for unique ids of one length.
+    """
+
+    vocabulary: np.ndarray
+    tokens: np.ndarray
+    first_child: np.ndarray
+    items: np.ndarray
+    item_nodes: np.ndarray
+
+    @classmethod
+    def build(
+        cls, sequences: np.ndarray | Sequence[Sequence[int]], items: Sequence[int] | np.ndarray | None = None
+    ) -> "PrefixIndex":
+        """An index of token sequences.
+
+        Args:
+            sequences: (n, L), or n sequences of any lengths; one may be the beginning of another.
+            items: The item of each sequence; 0 to n-1 by default.
+
+        Raises:
+            ValueError: When there is no sequence, one is empty, a token is negative, or items are not one each.
+        """
+        items = np.arange(len(sequences)) if items is None else np.asarray(items)
+        if len(items) != len(sequences) or len(sequences) == 0:
+            raise ValueError(f"{len(sequences)} sequences for {len(items)} items; give one each, and at least one")
+        _check_items(items)
+        table, lengths = _padded(sequences)
+        vocabulary, places = np.unique(table, return_inverse=True)
+        places = places.reshape(table.shape)
+        if vocabulary[0] < 0:  # the padding; it sorts first, so that a sequence comes before its continuations
+            vocabulary, places = vocabulary[1:], places - 1
+        order = np.lexsort(places.T[::-1])
+        return cls(vocabulary, *_flatten(places[order], lengths[order], items[order]))
+
+    def save(self, path: str | Path) -> None:
+        """Write one .npy per array into the folder `path`."""
+        Path(path).mkdir(parents=True, exist_ok=True)
+        for name in ARRAYS:
+            np.save(Path(path) / f"{name}.npy", getattr(self, name))
+
+    @classmethod
+    def load(cls, path: str | Path, mmap: bool = True) -> "PrefixIndex":
+        """The index saved in the folder `path`, by default memory-mapped.
+
+        Raises:
+            FileNotFoundError: When a part of it is not there.
+        """
+        files = [Path(path) / f"{name}.npy" for name in ARRAYS]
+        for file in files:
+            if not file.is_file():
+                raise FileNotFoundError(f"{file} does not exist; save a prefix index there first")
+        return cls(*(np.load(file, mmap_mode="r" if mmap else None) for file in files))
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    @property
+    def root(self) -> int:
+        """The node of the empty prefix."""
+        return ROOT
+
+    @property
+    def num_nodes(self) -> int:
+        return len(self.tokens) + 1
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of all arrays."""
+        return sum(getattr(self, name).nbytes for name in ARRAYS)
+
+    def child_ranges(self, nodes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """First child of each node, and the end of its children."""
+        nodes = np.asarray(nodes, dtype=np.int64)
+        if len(nodes) and (nodes.min() < 0 or nodes.max() >= self.num_nodes):
+            unknown = nodes[(nodes < 0) | (nodes >= self.num_nodes)][0]
+            raise ValueError(f"node {unknown} is not in the prefix index, which has {self.num_nodes} nodes")
+        return self._boundary(nodes), self._boundary(nodes + 1)
+
+    def _boundary(self, nodes: np.ndarray) -> np.ndarray:
+        # beyond the stored ones are the nodes at the greatest depth: no children, so every boundary is the end
+        return self.first_child[np.minimum(nodes, len(self.first_child) - 1)].astype(np.int64)
+
+    def children(self, nodes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """What may follow each node.
+
+        Returns:
+            offsets (M + 1), tokens, child nodes: node m's children stand at offsets[m] to offsets[m+1], by token.
+        """
+        first, end = self.child_ranges(nodes)
+        offsets, child_nodes = _concatenated_ranges(first, end)
+        return offsets, self.vocabulary[self.tokens[child_nodes - 1]], child_nodes
+
+    def items_at(self, nodes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Items whose sequence ends at each node.
+
+        Returns:
+            offsets (M + 1), items: node m's items stand at offsets[m] to offsets[m+1], in the order they were given.
+        """
+        nodes = np.asarray(nodes, dtype=np.int64)
+        offsets, places = _concatenated_ranges(self._first_item(nodes), self._first_item(nodes + 1))
+        return offsets, self.items[places].astype(np.int64)
+
+    def num_items_at(self, nodes: np.ndarray) -> np.ndarray:
+        """How many items end at each node."""
+        nodes = np.asarray(nodes, dtype=np.int64)
+        return self._first_item(nodes + 1) - self._first_item(nodes)
+
+    def _first_item(self, nodes: np.ndarray) -> np.ndarray:
+        """Place in `items` of the first that ends at or after each node."""
+        if len(self.item_nodes) < len(self.items):
+            return np.clip(nodes - int(self.item_nodes[0]), 0, len(self.items))
+        return _search(self.item_nodes, nodes)
+
+    def _end_nodes(self, places: np.ndarray) -> np.ndarray:
+        """The node at which each of `items[places]` ends."""
+        if len(self.item_nodes) < len(self.items):
+            return places + int(self.item_nodes[0])
+        return self.item_nodes[places].astype(np.int64)
+
+    def find(self, prefix: Sequence[int]) -> int:
+        """The node of a prefix.
+
+        Raises:
+            KeyError: When no item begins with it.
+        """
+        node = ROOT
+        for depth, token in enumerate(prefix):
+            _, tokens, child_nodes = self.children(np.array([node]))
+            place = int(np.searchsorted(tokens, token))
+            if place == len(tokens) or tokens[place] != token:
+                raise KeyError(f"no item of the prefix index begins with the tokens {list(prefix[: depth + 1])}")
+            node = int(child_nodes[place])
+        return node
+
+    def num_items_below(self, nodes: np.ndarray) -> np.ndarray:
+        """How many items begin with each node's prefix, those that end there included."""
+        first = np.asarray(nodes, dtype=np.int64)
+        end, total = first + 1, np.zeros(len(first), dtype=np.int64)
+        while (first < end).any():  # one round per depth: descendants at one depth are neighbours
+            total += self._first_item(end) - self._first_item(first)
+            first, end = self._boundary(first), self._boundary(end)
+        return total
+
+    def without(self, excluded: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Nodes that a search for anything but `excluded` need not visit; items the index lacks are no matter.
+
+        Returns:
+            Nodes (sorted) below which nothing is left, and nodes (sorted) at which items end but none is left.
+        """
+        order, sorted_items = self._by_item
+        wanted = np.unique(np.asarray(excluded, dtype=np.int64))
+        places = np.minimum(np.searchsorted(sorted_items, wanted), len(self) - 1)
+        places = places[sorted_items[places] == wanted]
+        ends = self._end_nodes(order[places])
+        path, nodes = [ends], ends
+        while len(nodes := nodes[nodes != ROOT]):
+            nodes = self._parents(nodes)
+            path.append(nodes)
+        touched, counts = np.unique(np.concatenate(path), return_counts=True)
+        ended, end_counts = np.unique(ends, return_counts=True)
+        return touched[counts == self.num_items_below(touched)], ended[end_counts == self.num_items_at(ended)]
+
+    def _parents(self, nodes: np.ndarray) -> np.ndarray:
+        # the last node whose children begin at or before this one; childless nodes before it begin there too
+        return _search(self.first_child, nodes + 1) - 1
+
+    @cached_property
+    def _by_item(self) -> tuple[np.ndarray, np.ndarray]:
+        order = np.argsort(self.items, kind="stable")
+        return order, self.items[order].astype(np.int64)
+
+
+def _search(ascending: np.ndarray, values: np.ndarray) -> np.ndarray:
+    # searchsorted copies the whole array when the types differ
+    return np.searchsorted(ascending, values.astype(ascending.dtype))
+
+
+def _check_items(items: np.ndarray) -> None:
+    values, counts = np.unique(items, return_counts=True)
+    if (counts > 1).any():
+        raise ValueError(f"item {values[counts > 1][0]} has {counts[counts > 1][0]} sequences; give each item one")
+
+
+def _padded(sequences: np.ndarray | Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Sequences as one table filled up with -1, and their lengths."""
+    if isinstance(sequences, np.ndarray) and sequences.ndim == 2:
+        table, lengths = sequences, np.full(len(sequences), sequences.shape[1])
+    else:
+        lengths = np.array([len(sequence) for sequence in sequences])
+        table = np.full((len(lengths), lengths.max()), -1, dtype=np.int64)
+        table[np.arange(table.shape[1]) < lengths[:, None]] = np.concatenate([np.asarray(s) for s in sequences])
+    if lengths.min() == 0:
+        raise ValueError(f"sequence {int(lengths.argmin())} is empty; every item needs at least one token")
+    negative = (table < 0) & (np.arange(table.shape[1]) < lengths[:, None])
+    if negative.any():
+        row = int(negative.any(axis=1).argmax())
+        raise ValueError(f"sequence {row} holds a negative token: {list(sequences[row])}")
+    return table, lengths
+
+
+def _flatten(table: np.ndarray, lengths: np.ndarray, items: np.ndarray) -> tuple[np.ndarray, ...]:
+    """tokens, first_child, items and item_nodes of sorted sequences."""
+    num_rows, depth = table.shape
+    is_new = np.zeros(num_rows, dtype=bool)  # where a prefix differs from the row before
+    parent_rows = np.zeros(1, dtype=np.int64)  # first row of each node of the depth above; the root's is 0
+    row_nodes = np.zeros(num_rows, dtype=np.int64)  # deepest node so far of each row
+    num_nodes, tokens, first_child = 1, [], []
+    for level in range(depth):
+        is_new[0] = True
+        is_new[1:] |= table[1:, level] != table[:-1, level]
+        starts = is_new & (lengths > level)
+        before = np.cumsum(starts)
+        first_child.append(num_nodes + before[parent_rows] - starts[parent_rows])
+        row_nodes = np.where(lengths > level, num_nodes + before - 1, row_nodes)
+        parent_rows = np.flatnonzero(starts)
+        tokens.append(table[parent_rows, level])
+        num_nodes += len(parent_rows)
+    first_child.append(np.array([num_nodes]))
+    order = np.argsort(row_nodes, kind="stable")  # sequences that end early stand before all longer ones
+    item_nodes = row_nodes[order]
+    if (np.diff(item_nodes) == 1).all():
+        item_nodes = item_nodes[:1]
+    parts = (np.concatenate(tokens), np.concatenate(first_child), items[order], item_nodes)
+    return tuple(_smallest(part) for part in parts)
+
+
+def _smallest(values: np.ndarray) -> np.ndarray:
+    """The same numbers in the smallest unsigned type that holds them and the one after the greatest."""
+    for dtype in (np.uint8, np.uint16, np.uint32):
+        if values.min(initial=0) >= 0 and values.max(initial=0) < np.iinfo(dtype).max:
+            return values.astype(dtype)
+    return values.astype(np.int64)
+
+
+def _concatenated_ranges(first: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Offsets (M + 1) of the ranges, and all their numbers one range after another."""
+    lengths = end - first
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    return offsets, np.arange(offsets[-1]) + np.repeat(first - offsets[:-1], lengths)

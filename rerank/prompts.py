@@ -1,0 +1,299 @@
+"""Row -> chat prompt, completion -> ranking. The only code that knows the text format.
+
+A prompt is one user message: a task line, the history (oldest first) and the candidates in the order shown.
+A completion is `<think>` trace `</think>` and then the candidates' labels, best first: semantic ids, or numbers.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rerank.catalogue import Catalogue
+
+THINK, THINK_END = "<think>", "</think>"
+FAILURES = ("no_trace_end", "empty", "junk", "foreign_item", "duplicate", "too_few", "too_many")
+ITEM_FIELDS = ("semantic_id", "title", "category")
+
+# Fact -> (the short word of "codes", the phrase of "words"). Each value comes from other users' training sequences.
+FACTS: dict[str, tuple[str, str]] = {
+    "direct_last": ("next", "chosen next by {:.0f} others after the last item"),
+    "direct_second": ("skip", "chosen next by {:.0f} others after the last item but one"),
+    "from_last": ("link", "follows the last item with weight {:.2f}"),
+    "sum_counts": ("sum", "follows the recent items with weight {:.2f}"),
+    "popularity": ("pop", "chosen {:.0f} times by others"),
+    "cosine_last": ("like", "similarity {:.2f} to the last item"),
+    "cosine_max": ("near", "similarity {:.2f} to the nearest item of the history"),
+    "lift": ("lift", "follows the recent items {:.2f} strong for its popularity"),
+}
+
+_TASK = (
+    "You are an expert re-ranker of recommendations. Below are the items a user took, oldest first, and {n} "
+    "candidates. Reorder the {n} candidates so that the one the user takes next comes first."
+)
+_PRIMING = (
+    "Use what is known of how people buy and consume: an item calls for what completes it (shampoo, then conditioner, "
+    "then styling), a series for its next part, a used-up product for its replacement."
+)
+_ANSWER = (
+    "Write your reasoning between <think> and </think>: the broad pattern of the history, the kind of item that "
+    "complements it, how each candidate matches; name items by their ids. After </think> write the {label} of all {n} "
+    "candidates, best first, and nothing else."
+)
+_LABEL_NAMES = {"semantic_id": "ids", "number": "numbers, separated by commas,"}
+
+_ID_TOKEN = re.compile(r"<s_([a-z]+)_[0-9]+>")
+_SEPARATORS = re.compile(r"[\s,]+")
+
+
+@dataclass
+class PromptSettings:
+    """What a prompt shows and which labels a completion writes; saved as prompt.json beside every trained model."""
+
+    item_fields: list[str] = field(
+        default_factory=lambda: list(ITEM_FIELDS),
+        metadata={"help": "What stands on an item line: semantic_id (always), title, category."},
+    )
+    evidence: str = field(
+        default="none", metadata={"help": "Facts on candidate lines: none, codes (bucketed words) or words (phrases)."}
+    )
+    evidence_names: list[str] = field(
+        default_factory=lambda: list(FACTS), metadata={"help": "Which facts stand on a candidate line, in order."}
+    )
+    max_history: int = field(default=10, metadata={"help": "How many of the latest history items are shown."})
+    ranking: str = field(default="semantic_id", metadata={"help": "Labels of a completion: semantic_id or number."})
+    knowledge_priming: bool = field(
+        default=False, metadata={"help": "Add a sentence of retail and consumption sequence knowledge to the task."}
+    )
+    task: str = field(default="full", metadata={"help": "Task text: full, or short for tiny models."})
+
+    def __post_init__(self) -> None:
+        _check_choice("evidence", self.evidence, ("none", "codes", "words"))
+        _check_choice("ranking", self.ranking, ("semantic_id", "number"))
+        _check_choice("task", self.task, ("full", "short"))
+        _check_names("item_fields", self.item_fields, ITEM_FIELDS)
+        _check_names("evidence_names", self.evidence_names, tuple(FACTS))
+        if "semantic_id" not in self.item_fields:
+            raise ValueError(f"item_fields is {self.item_fields} but must hold semantic_id; add it.")
+        if self.evidence != "none" and not self.evidence_names:
+            raise ValueError(f"evidence_names is empty but evidence is {self.evidence}; name facts or use none.")
+        if type(self.max_history) is not int or self.max_history < 1:
+            raise ValueError(f"max_history is {self.max_history!r} but must be an integer of at least 1.")
+
+    def save(self, folder: str | Path) -> None:
+        """Write `folder`/prompt.json."""
+        (Path(folder) / "prompt.json").write_text(json.dumps(asdict(self), indent=2) + "\n")
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "PromptSettings":
+        """The settings that `save` wrote into `folder`."""
+        path = Path(folder) / "prompt.json"
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing; give the folder of a model trained by the sft or dapo stage.")
+        return cls(**json.loads(path.read_text()))
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """What a completion says: exactly one of `order` (positions into the labels, best first) and `failure`.
+
+    `trace` is the text between the tags, None where they are not in place.
+    """
+
+    order: list[int] | None = None
+    trace: str | None = None
+    failure: str | None = None
+
+
+def rerank_prompt(
+    row: Mapping[str, Any],
+    catalogue: Catalogue,
+    settings: PromptSettings,
+    edges: Mapping[str, Sequence[float]] | None = None,
+    feature_names: Sequence[str] = (),
+) -> str:
+    """The user message for one row.
+
+    Args:
+        row: `history` and `candidates` (in the order shown); with evidence also `features`, one list per candidate.
+        edges: Nine ascending bucket edges for each fact, needed when `settings.evidence` is "codes".
+        feature_names: Names of the columns of `features`.
+    """
+    candidates = row["candidates"]
+    lines = [
+        _task_line(len(candidates), settings),
+        *_history_lines(row["history"], catalogue, settings),
+        "Candidates:",
+    ]
+    facts = _evidence(row, settings, edges or {}, feature_names)
+    for number, (item, fact) in enumerate(zip(candidates, facts, strict=True), start=1):
+        prefix = f"{number}." if settings.ranking == "number" else ""
+        lines.append(prefix + _item_line(item, catalogue, settings) + fact)
+    return "\n".join(lines)
+
+
+def evidence_words(settings: PromptSettings) -> list[str]:
+    """Every word that "codes" can put on a line, without its space: a small tokenizer can make each one token."""
+    if settings.evidence != "codes":
+        return []
+    return [f"{FACTS[name][0]}:{bucket}" for name in settings.evidence_names for bucket in range(10)]
+
+
+def candidate_labels(row: Mapping[str, Any], catalogue: Catalogue, settings: PromptSettings) -> list[str]:
+    """What a completion must write for each candidate, in the order shown."""
+    if settings.ranking == "number":
+        return [str(number) for number in range(1, len(row["candidates"]) + 1)]
+    return [catalogue.semantic_ids[item] for item in row["candidates"]]
+
+
+def completion(trace: str | None, order: Sequence[int], labels: Sequence[str]) -> str:
+    """The text that ranks the candidates in `order` (positions into `labels`, best first); `trace` None is empty."""
+    if trace is not None and THINK_END in trace:
+        raise ValueError(f"the trace holds {THINK_END}, which would end it early; remove it: {trace[:80]!r}")
+    separator = "," if _are_numbers(labels) else ""
+    return f"{THINK}{trace or ''}{THINK_END}" + separator.join(labels[position] for position in order)
+
+
+def parse_completion(text: str, labels: Sequence[str]) -> Parsed:
+    """The ranking that `text` states, or the first reason in this order why it states none; never a repair.
+
+    no_trace_end: no `</think>`. junk: something before `<think>`. empty: nothing after `</think>`. junk: something
+    that is not a whole label there (another tag, words, part of an id). foreign_item: a whole label of no candidate.
+    too_many, duplicate, too_few: not each candidate exactly once. White space around labels means nothing, as do
+    commas between numbers. Raises for no text, only for labels that `candidate_labels` cannot have made.
+    """
+    positions = {label: position for position, label in enumerate(labels)}
+    if not labels or len(positions) != len(labels):
+        raise ValueError(f"candidate labels must be distinct and at least one, but are {list(labels)}; check the row.")
+    head, end, answer = text.partition(THINK_END)
+    if not end:
+        return Parsed(failure="no_trace_end")
+    if not head.lstrip().startswith(THINK):
+        return Parsed(failure="junk")
+    trace = head.lstrip()[len(THINK) :]
+    if not answer.strip():
+        return Parsed(trace=trace, failure="empty")
+    written = _split_numbers(answer) if _are_numbers(labels) else _split_ids(answer, labels[0])
+    failure = "junk" if written is None else _failure(written, positions)
+    if failure is not None:
+        return Parsed(trace=trace, failure=failure)
+    return Parsed(order=[positions[label] for label in written], trace=trace)
+
+
+def render(tokenizer: Any, content: str, system: str | None = None) -> str:
+    """The prompt string of one user message, up to where the completion starts.
+
+    A beginning-of-sequence token that the tokenizer adds by itself is left out, or the model would see two.
+    """
+    if tokenizer.chat_template is None:
+        raise ValueError(f"{tokenizer.name_or_path} has no chat template; save one as its chat_template.jinja.")
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    messages.append({"role": "user", "content": content})
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    if text.rstrip().endswith(THINK):
+        raise ValueError(f"the chat template of {tokenizer.name_or_path} opens {THINK} itself; end it before the tag.")
+    bos = tokenizer.bos_token
+    if bos and text.startswith(bos) and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]:
+        return text[len(bos) :]
+    return text
+
+
+def _task_line(num_candidates: int, settings: PromptSettings) -> str:
+    sentences = ["Rank:"]
+    if settings.task == "full":
+        sentences = [_TASK, _ANSWER]
+    if settings.knowledge_priming:
+        sentences.insert(1, _PRIMING)
+    return " ".join(sentences).format(n=num_candidates, label=_LABEL_NAMES[settings.ranking])
+
+
+def _history_lines(history: Sequence[int], catalogue: Catalogue, settings: PromptSettings) -> list[str]:
+    shown = [_item_line(item, catalogue, settings) for item in history[-settings.max_history :]]
+    if len(settings.item_fields) == 1:
+        return ["History:" + "".join(shown)]
+    return ["History:", *shown]
+
+
+def _item_line(item: int, catalogue: Catalogue, settings: PromptSettings) -> str:
+    """The semantic id, then the other fields that are not empty."""
+    texts = {"title": catalogue.titles[item], "category": catalogue.categories[item]}
+    shown = [_clean(texts[name]) for name in settings.item_fields if name != "semantic_id" and texts[name].strip()]
+    return catalogue.semantic_ids[item] + (" " + " | ".join(shown) if shown else "")
+
+
+def _clean(text: str) -> str:
+    """`text` on one line and without anything a tokenizer could take for an id, a tag or the end of a turn."""
+    return " ".join(text.split()).replace("<", "‹").replace(">", "›")
+
+
+def _evidence(
+    row: Mapping[str, Any], settings: PromptSettings, edges: Mapping, feature_names: Sequence[str]
+) -> list[str]:
+    """What follows each candidate's item line."""
+    if settings.evidence == "none":
+        return [""] * len(row["candidates"])
+    missing = [name for name in settings.evidence_names if name not in feature_names]
+    if settings.evidence == "codes":
+        missing += [name for name in settings.evidence_names if name not in edges]
+    if missing:
+        raise ValueError(f"evidence {missing[0]!r} has no feature or edges; run the candidates stage again.")
+    named = [dict(zip(feature_names, values, strict=True)) for values in row["features"]]
+    shown = [{name: facts[name] for name in settings.evidence_names} for facts in named]
+    return [_facts(facts, settings.evidence, edges) for facts in shown]
+
+
+def _facts(named: Mapping[str, float], evidence: str, edges: Mapping[str, Sequence[float]]) -> str:
+    if evidence == "words":
+        return ": " + "; ".join(FACTS[name][1].format(value) for name, value in named.items())
+    from rerank import baselines  # here, because rewards import this module and need no counts
+
+    return "".join(f" {FACTS[name][0]}:{baselines.bucket(value, edges[name])}" for name, value in named.items())
+
+
+def _are_numbers(labels: Sequence[str]) -> bool:
+    return labels[0].isdecimal()
+
+
+def _split_numbers(answer: str) -> list[str] | None:
+    """The numbers written, None when anything else stands there."""
+    written = [word for word in _SEPARATORS.split(answer) if word]
+    return written if written and all(re.fullmatch("[0-9]+", word) for word in written) else None
+
+
+def _split_ids(answer: str, label: str) -> list[str] | None:
+    """The semantic ids written, each with the levels of `label`, None when anything else stands there."""
+    tokens = list(_ID_TOKEN.finditer(answer))
+    levels = _ID_TOKEN.findall(label)
+    if not levels:
+        raise ValueError(f"candidate label {label!r} is neither a number nor a semantic id; check the row.")
+    if _ID_TOKEN.sub("", answer).strip() or len(tokens) % len(levels):
+        return None
+    groups = [tokens[start : start + len(levels)] for start in range(0, len(tokens), len(levels))]
+    if any([token[1] for token in group] != levels for group in groups):  # letters name levels
+        return None
+    return ["".join(token[0] for token in group) for group in groups]
+
+
+def _failure(written: Sequence[str], positions: Mapping[str, int]) -> str | None:
+    if any(label not in positions for label in written):
+        return "foreign_item"
+    if len(written) > len(positions):
+        return "too_many"
+    if len(set(written)) < len(written):
+        return "duplicate"
+    return "too_few" if len(written) < len(positions) else None
+
+
+def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r} but must be one of {', '.join(choices)}.")
+
+
+def _check_names(name: str, values: Sequence[str], known: Sequence[str]) -> None:
+    if isinstance(values, str) or len(set(values)) != len(values):
+        raise ValueError(f"{name} is {values!r} but must be a list that names each of its entries once.")
+    for value in values:
+        if value not in known:
+            raise ValueError(f"{name} holds {value!r} but knows only {', '.join(known)}.")

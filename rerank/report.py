@@ -1,0 +1,286 @@
+"""One HTML page of a run: what each stage made, the results with intervals, training curves, a sample of rows.
+
+The page loads nothing from outside and runs no script but the two named by their hash in its content security policy,
+so that a title or a completion, escaped by the template besides, can never run.
+"""
+
+import base64
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from rerank import run_dir as runs
+from rerank.catalogue import Catalogue
+from rerank.evaluate import tables
+from rerank.evaluate.results import RANKERS
+
+GENERATING = ("dapo", "sft", "sft_no_trace")  # the sample shows the first of them that is there
+SAMPLES_PER_OUTCOME = 4
+SHOWN_HISTORY = 5
+CURVES = (  # title, log of which stage, keys
+    ("Mid-training loss", "midtrain/log_history.json", ("loss", "eval_loss")),
+    ("SFT loss", "sft/log_history.json", ("loss", "eval_loss")),
+    ("SFT without trace: loss", "sft/log_history_no_trace.json", ("loss", "eval_loss")),
+    ("DAPO reward", "dapo/log_history.json", ("reward",)),
+    ("DAPO completion length, tokens", "dapo/log_history.json", ("completions/mean_length",)),
+    (
+        "DAPO gap between sampling and training log-probabilities",
+        "dapo/log_history.json",
+        ("sampling/sampling_logp_difference/mean",),
+    ),
+)
+
+_DRAW = """
+const charts = JSON.parse(document.getElementById("charts").textContent);
+const colour = name => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+function draw() {
+  const axis = {gridcolor: colour("--line"), zerolinecolor: colour("--muted"), automargin: true};
+  charts.forEach((chart, place) => Plotly.react("chart" + place, chart.data, {
+    ...chart.layout, autosize: true, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
+    font: {color: colour("--text"), family: "system-ui, sans-serif", size: 13},
+    xaxis: {...axis, ...chart.layout.xaxis}, yaxis: {...axis, ...chart.layout.yaxis},
+  }, {responsive: true, displayModeBar: false}));
+}
+draw();
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
+"""
+
+
+def write_report(run_dir: str | Path, evaluate_dir: str | Path, path: str | Path) -> None:
+    """Write the page of a run whose evaluation stands in `evaluate_dir`, finished or about to be.
+
+    Raises:
+        FileNotFoundError: When there is no evaluation.
+    """
+    results_path = Path(evaluate_dir) / "results.json"
+    if not results_path.is_file():
+        raise FileNotFoundError(f"{results_path} is missing; run the evaluate stage first.")
+    results = json.loads(results_path.read_text(encoding="utf-8"))
+    rows = read_ranked_rows(Path(run_dir), Path(evaluate_dir), results["split"])
+    charts = [gain_chart(results), place_chart(rows, results), *training_charts(Path(run_dir))]
+    name, samples = sample_rows(rows, results, Catalogue.load(run_dir))
+    page = render_page(
+        name=Path(run_dir).resolve().name,
+        results=results,
+        stages=stage_facts(run_dir),
+        charts=charts,
+        sampled=name,
+        samples=samples,
+    )
+    temporary = Path(f"{path}.tmp")
+    temporary.write_text(page, encoding="utf-8")
+    temporary.replace(path)
+
+
+def render_page(
+    name: str, results: Mapping, stages: Mapping, charts: Sequence[Mapping], sampled: str | None, samples: Sequence
+) -> str:
+    """The page as a string; every value that is not a script of ours is escaped."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from markupsafe import Markup
+    from plotly.offline import get_plotlyjs
+
+    environment = Environment(loader=PackageLoader("rerank", "."), autoescape=True, undefined=StrictUndefined)
+    scripts = [get_plotlyjs(), _DRAW]
+    hashes = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
+    return environment.get_template("report.html.j2").render(
+        name=name,
+        title=tables.title(results),
+        columns=tables.COLUMNS,
+        table={ranker: tables.cells(ranker, row) for ranker, row in results["rows"].items()},
+        rankers=RANKERS,
+        notes=tables.notes(results),
+        headline=headline(results),
+        stages=stages,
+        charts=charts,
+        sampled=sampled,
+        samples=samples,
+        scripts=[Markup(script) for script in scripts],
+        policy=" ".join(f"'sha256-{digest}'" for digest in hashes),
+    )
+
+
+def headline(results: Mapping[str, Any]) -> str:
+    """The outcome in a sentence: the last trained model against the input order."""
+    name = next((name for name in (*GENERATING, "midtrained") if name in results["rows"]), None)
+    if name is None:
+        return "No language model was evaluated."
+    row, no_op = results["rows"][name], results["rows"]["no_op"]["N@5"]
+    relative = f", {100 * row['N@5_minus_no_op'] / no_op:+.1f} % relative" if no_op else ""
+    low, high = row["N@5_interval"]
+    verdict = "above the input order" if low > 0 else "below the input order" if high < 0 else "no clear difference"
+    return (
+        f"{name}: NDCG@5 {row['N@5']:.4f}, input order {no_op:.4f}{relative}; difference "
+        f"{tables.interval(row['N@5_minus_no_op'], row['N@5_interval'])}: {verdict}."
+    )
+
+
+def stage_facts(run_dir: str | Path) -> dict[str, list[tuple[str, str]]]:
+    """The metrics of each finished stage, as names and printed values."""
+    finished = [stage for stage in runs.STAGES if stage != "evaluate" and runs.is_finished(run_dir, stage)]
+    return {stage: _facts(runs.read_metrics(run_dir, stage)) for stage in finished}
+
+
+def _facts(metrics: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Plain values first, then those of nested mappings; lists longer than three are left to metrics.json."""
+    plain = [(prefix + name, value) for name, value in metrics.items() if not isinstance(value, dict)]
+    facts = [(name, _printed(value)) for name, value in plain if not isinstance(value, list) or len(value) <= 3]
+    for name, value in metrics.items():
+        if isinstance(value, dict):
+            facts += _facts(value, f"{prefix}{name} / ")
+    return facts
+
+
+def _printed(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(_printed(part) for part in value)
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: tables.NO_VALUE}[value]
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+@dataclass(frozen=True)
+class RankedRow:
+    """A row of the candidates stage with what each ranker made of it."""
+
+    row: Mapping[str, Any]
+    rankings: Mapping[str, Mapping[str, Any]]  # ranker -> its line of rankings.parquet
+
+    def place(self, ranker: str) -> int | None:
+        """Rank of the best-placed relevant item, from 1; None where the ranker gave no order."""
+        order = self.rankings[ranker]["order"]
+        gains = None if order is None else [self.row["relevance"][position] for position in order]
+        return None if gains is None else next(rank for rank, gain in enumerate(gains, start=1) if gain > 0)
+
+
+def read_ranked_rows(run_dir: Path, evaluate_dir: Path, split: str) -> list[RankedRow]:
+    """Every evaluated row, in the order of the candidates file."""
+    rankings: dict[int, dict] = {}
+    for line in pq.read_table(evaluate_dir / "rankings.parquet").to_pylist():
+        rankings.setdefault(line["row_id"], {})[line["ranker"]] = line
+    path = runs.stage_dir(run_dir, "candidates") / f"{split}.parquet"
+    rows = pq.read_table(path, columns=["row_id", "history", "candidates", "relevance"]).to_pylist()
+    return [RankedRow(row, rankings[row["row_id"]]) for row in rows if row["row_id"] in rankings]
+
+
+def gain_chart(results: Mapping[str, Any]) -> dict[str, Any]:
+    """NDCG@5 of each ranker minus that of the input order, with intervals."""
+    import plotly.graph_objects as go
+
+    names = [name for name in results["rows"] if name not in ("no_op", "random", "oracle")][::-1]
+    rows = [results["rows"][name] for name in names]
+    gains = [row["N@5_minus_no_op"] for row in rows]
+    above = [row["N@5_interval"][1] - gain for row, gain in zip(rows, gains, strict=True)]
+    below = [gain - row["N@5_interval"][0] for row, gain in zip(rows, gains, strict=True)]
+    error = {"type": "data", "array": above, "arrayminus": below, "thickness": 2, "width": 6}
+    points = go.Scatter(x=gains, y=names, mode="markers", error_x=error, marker={"size": 10, "color": "#3b82c4"})
+    return _chart(go.Figure(points), "NDCG@5 minus that of the input order, 95 % intervals", xaxis={"tickformat": "+"})
+
+
+def place_chart(rows: Sequence[RankedRow], results: Mapping[str, Any]) -> dict[str, Any]:
+    """Where each ranker puts the relevant item: share of rows at each rank."""
+    import plotly.graph_objects as go
+
+    last = max(len(ranked.row["candidates"]) for ranked in rows)
+    figure = go.Figure()
+    for name in (name for name in results["rows"] if name not in ("random", "oracle", "transitions")):
+        places = [place for ranked in rows if (place := ranked.place(name)) is not None]
+        shares = np.bincount(places, minlength=last + 1)[1:] / len(rows)
+        figure.add_scatter(x=list(range(1, last + 1)), y=shares.tolist(), mode="lines+markers", name=name)
+    axes = {"xaxis": {"title": {"text": "rank"}, "dtick": 1}, "yaxis": {"tickformat": ".0%", "rangemode": "tozero"}}
+    return _chart(figure, "Rank of the relevant item, share of rows", **axes)
+
+
+def training_charts(run_dir: Path) -> list[dict[str, Any]]:
+    """The curves of CURVES whose log is there and holds them."""
+    import plotly.graph_objects as go
+
+    charts = []
+    for title, log, keys in CURVES:
+        history = json.loads((run_dir / log).read_text()) if (run_dir / log).is_file() else []
+        figure = go.Figure()
+        for key in keys:
+            points = [(entry["step"], entry[key]) for entry in history if key in entry]
+            if points:
+                steps, values = zip(*points, strict=True)
+                figure.add_scatter(x=steps, y=values, mode="lines", name=key, opacity=0.5 if len(points) > 20 else 1)
+                if len(points) > 20:
+                    figure.add_scatter(x=steps, y=_moving_mean(values, len(points) // 10), name=f"{key}, moving mean")
+        if figure.data:
+            charts.append(_chart(figure, title, xaxis={"title": {"text": "step"}}))
+    return charts
+
+
+def _moving_mean(values: Sequence[float], window: int) -> list[float]:
+    """Mean of each value and the `window - 1` before it, as far as there are."""
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    ends = np.arange(1, len(values) + 1)
+    starts = np.maximum(ends - window, 0)
+    return ((sums[ends] - sums[starts]) / (ends - starts)).tolist()
+
+
+def _chart(figure: Any, title: str, **axes: Any) -> dict[str, Any]:
+    """What the page's script draws; colours of text and grid are the page's."""
+    legend = {"orientation": "h", "y": -0.25}
+    figure.update_layout(template="none", height=360, margin={"l": 50, "r": 20, "t": 20, "b": 40}, legend=legend)
+    figure.update_layout(showlegend=len(figure.data) > 1, **axes)
+    return {"title": title, **json.loads(figure.to_json())}
+
+
+def sample_rows(
+    rows: Sequence[RankedRow], results: Mapping[str, Any], catalogue: Catalogue
+) -> tuple[str | None, list[dict[str, Any]]]:
+    """A few rows of each outcome, spread over the split, and the ranker they show; (None, []) without one."""
+    name = next((name for name in GENERATING if name in results["rows"]), None)
+    if name is None:
+        return None, []
+    by_outcome: dict[str, list[RankedRow]] = {"moved up": [], "stayed": [], "moved down": [], "no ranking": []}
+    for ranked in rows:
+        by_outcome[_outcome(ranked.place("no_op"), ranked.place(name))].append(ranked)
+    samples = []
+    for outcome, found in by_outcome.items():
+        for index in np.linspace(0, len(found) - 1, min(SAMPLES_PER_OUTCOME, len(found))).round().astype(int):
+            samples.append(_sample(found[index], name, outcome, len(found) / len(rows), catalogue))
+    return name, samples
+
+
+def _outcome(before: int, after: int | None) -> str:
+    if after is None:
+        return "no ranking"
+    return "stayed" if after == before else "moved up" if after < before else "moved down"
+
+
+def _sample(ranked: RankedRow, name: str, outcome: str, share: float, catalogue: Catalogue) -> dict[str, Any]:
+    """What the page shows of one row."""
+    line, candidates = ranked.rankings[name], ranked.row["candidates"]
+    shown = [
+        {
+            "title": catalogue.titles[item] or catalogue.item_ids[item],
+            "semantic_id": catalogue.semantic_ids[item],
+            "category": catalogue.categories[item],
+            "relevant": gain > 0,
+            "before": place,
+        }
+        for place, (item, gain) in enumerate(zip(candidates, ranked.row["relevance"], strict=True), start=1)
+    ]
+    history = ranked.row["history"]
+    return {
+        "row_id": ranked.row["row_id"],
+        "outcome": outcome,
+        "share": tables.percent(share),
+        "places": (ranked.place("no_op"), ranked.place(name)),
+        "history": [catalogue.titles[item] or catalogue.item_ids[item] for item in history[-SHOWN_HISTORY:]],
+        "older": max(0, len(history) - SHOWN_HISTORY),
+        "incoming": shown,
+        "outgoing": None if line["order"] is None else [shown[position] for position in line["order"]],
+        "failure": line["failure"],
+        "text": line["completion"] if line["trace"] is None or line["order"] is None else line["trace"],
+    }

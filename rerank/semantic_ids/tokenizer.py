@@ -1,0 +1,128 @@
+"""A fitted semantic-id tokenizer: plain numpy, so that new items get ids without torch and without refitting.
+
+Letters of shapes: N items, D embedding columns, d latent columns, L levels, C codes per level.
+"""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from rerank.semantic_ids.k_means import nearest
+
+BLOCK = 16_384  # items worked on at once: memory does not grow with the catalogue
+
+Layer = tuple[np.ndarray, np.ndarray]  # weight (out, in) and bias (out)
+
+
+@dataclass
+class Tokenizer:
+    """Encoder, residual codebooks and decoder.
+
+    Attributes:
+        codebooks: (L, C, d).
+        mean: (D,) subtracted from an embedding first.
+        scale: Multiplies what is left; embeddings of length one have tiny columns.
+        encoder: Linear layers with a ReLU between them; none means that latents are the scaled embeddings.
+        decoder: The same, back to scaled embeddings.
+    """
+
+    codebooks: np.ndarray
+    mean: np.ndarray
+    scale: float = 1.0
+    encoder: list[Layer] = field(default_factory=list)
+    decoder: list[Layer] = field(default_factory=list)
+
+    @property
+    def levels(self) -> int:
+        return self.codebooks.shape[0]
+
+    @property
+    def codebook_size(self) -> int:
+        return self.codebooks.shape[1]
+
+    @property
+    def embedding_size(self) -> int:
+        return len(self.mean)
+
+    def latents(self, embeddings: np.ndarray) -> np.ndarray:
+        """What is quantized (N, d), for embeddings (N, D)."""
+        return _apply(self.encoder, ((embeddings - self.mean) * self.scale).astype(np.float32))
+
+    def reconstruct(self, codes: np.ndarray) -> np.ndarray:
+        """The embeddings (N, D) that codes (N, L) stand for."""
+        latents = sum(self.codebooks[level][codes[:, level]] for level in range(self.levels))
+        return _apply(self.decoder, latents) / self.scale + self.mean
+
+    def save(self, path: str | Path) -> None:
+        """Write everything to one .npz file."""
+        layers = {
+            f"{part}_{number}_{kind}": array
+            for part, stack in (("encoder", self.encoder), ("decoder", self.decoder))
+            for number, layer in enumerate(stack)
+            for kind, array in zip(("weight", "bias"), layer, strict=True)
+        }
+        np.savez(path, codebooks=self.codebooks, mean=self.mean, scale=np.float64(self.scale), **layers)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Tokenizer":
+        """The tokenizer of a file, or of a finished semantic_ids folder.
+
+        Raises:
+            FileNotFoundError: When there is none.
+        """
+        path = Path(path) / "tokenizer.npz" if Path(path).is_dir() else Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} does not exist; give the folder of a finished semantic_ids stage")
+        with np.load(path) as saved:
+            stacks = {part: _read_layers(saved, part) for part in ("encoder", "decoder")}
+            return cls(saved["codebooks"], saved["mean"], float(saved["scale"]), **stacks)
+
+
+def _read_layers(saved: np.lib.npyio.NpzFile, part: str) -> list[Layer]:
+    present = itertools.takewhile(lambda number: f"{part}_{number}_weight" in saved, itertools.count())
+    return [(saved[f"{part}_{number}_weight"], saved[f"{part}_{number}_bias"]) for number in present]
+
+
+def _apply(layers: list[Layer], values: np.ndarray) -> np.ndarray:
+    for number, (weight, bias) in enumerate(layers):
+        values = values @ weight.T + bias
+        if number + 1 < len(layers):
+            values = np.maximum(values, 0)
+    return values
+
+
+def blocks(num_items: int) -> Iterator[slice]:
+    """Slices that cover the items in order."""
+    return (slice(start, min(start + BLOCK, num_items)) for start in range(0, num_items, BLOCK))
+
+
+def quantize(latents: np.ndarray, codebooks: np.ndarray) -> np.ndarray:
+    """Codes (N, L) of latents (N, d): on each level the code nearest to what the levels before left over.
+
+    Source: GR2 (arXiv:2602.07774) section 2, r_{k+1} = r_k - e_{z_k}.
+    """
+    residuals = latents.copy()
+    codes = np.empty((len(latents), len(codebooks)), dtype=np.int64)
+    for level, codebook in enumerate(codebooks):
+        codes[:, level] = nearest(residuals, codebook)
+        residuals -= codebook[codes[:, level]]
+    return codes
+
+
+def nearest_codes(tokenizer: Tokenizer, embeddings: np.ndarray) -> np.ndarray:
+    """Codes (N, L) of embeddings (N, D), before any collision is resolved."""
+    codes = np.empty((len(embeddings), tokenizer.levels), dtype=np.int64)
+    for block in blocks(len(embeddings)):
+        codes[block] = quantize(tokenizer.latents(np.asarray(embeddings[block])), tokenizer.codebooks)
+    return codes
+
+
+def reconstruction_error(tokenizer: Tokenizer, embeddings: np.ndarray, codes: np.ndarray) -> float:
+    """Mean squared distance between embeddings and what their codes stand for."""
+    total = 0.0
+    for block in blocks(len(embeddings)):
+        total += float(((embeddings[block] - tokenizer.reconstruct(codes[block])) ** 2).sum(dtype=np.float64))
+    return total / len(embeddings)

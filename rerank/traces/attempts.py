@@ -1,0 +1,214 @@
+"""What a teacher wrote, why it was kept or not, and what that says about the rows that are left.
+
+Attempts are stored batch by batch as they come, so that a stage that was stopped goes on where it was.
+"""
+
+import re
+import shutil
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from rerank import prompts
+from rerank.traces.rows import Row, best_position
+
+SCHEMA = pa.schema(
+    {
+        "row_id": pa.int64(),
+        "user": pa.int64(),
+        "attempt": pa.int64(),  # from 1
+        "completion": pa.string(),
+        "trace": pa.string(),
+        "order": pa.list_(pa.int64()),
+        "failure": pa.string(),
+        "accepted": pa.bool_(),
+        "reason": pa.string(),  # accepted, a failure of prompts.FAILURES, empty_trace or target_not_first
+        "target_rank_in": pa.int64(),
+        "truncated": pa.bool_(),
+        "gives_answer_away": pa.bool_(),
+    }
+)
+
+# A trace that was written by someone who had been told: wording of a key, or of hindsight.
+_TOLD = r"(?:told|given|stated|provided|revealed|known)"
+_GIVE_AWAY = re.compile(
+    r"\b(?:(?:correct|right|true|actual|given|known) (?:answer|item|choice|one)|ground[ -]truth|targets?|answer key|"
+    r"the answer is|(?:i|we) (?:was|were|am|are|have been) (?:told|given)|as (?:told|given|stated)|"
+    r"(?:actually|really) (?:took|chose|bought|picked|watched))\b",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True)
+class Draft:
+    """What a teacher wrote for one row, and whether its length limit cut it off."""
+
+    text: str
+    truncated: bool = False
+
+
+Teacher = Callable[[Sequence[Row], int, int], list[Draft]]  # (rows, attempt from 1, seed of the batch)
+
+
+def gives_answer_away(trace: str, label: str) -> bool:
+    """Whether a trace shows that its writer had been told the answer.
+
+    True when it holds a phrase such as "correct answer", "target", "ground truth" or "as given", or names the
+    relevant candidate's label within five words of told, given, stated, provided, revealed or known. It judges words
+    alone: "target audience" counts too, and a rationale shaped by hindsight that never says so does not.
+    """
+    if _GIVE_AWAY.search(trace):
+        return True
+    gap, name = r"\W*?(?:\w+\W+){0,5}?", re.escape(label)
+    near = rf"\b{_TOLD}\b{gap}(?<!\d){name}(?!\d)|(?<!\d){name}(?!\d){gap}\b{_TOLD}\b"
+    return label in trace and re.search(near, trace, re.IGNORECASE) is not None
+
+
+def judge(row: Row, labels: Sequence[str], attempt: int, draft: Draft) -> dict[str, Any]:
+    """A draft as a line of attempts.parquet: accepted when it holds a trace and a valid ranking with a most relevant
+    candidate first.
+
+    Args:
+        labels: As `prompts.candidate_labels` gives them for the row.
+        attempt: Number of the draw, from 1.
+    """
+    parsed, best = prompts.parse_completion(draft.text, labels), best_position(row)
+    reason = parsed.failure
+    if parsed.order is not None and not (parsed.trace or "").strip():
+        reason = "empty_trace"
+    elif parsed.order is not None:
+        first = row["relevance"][parsed.order[0]]
+        reason = "accepted" if first == row["relevance"][best] else "target_not_first"
+    return {
+        "row_id": row["row_id"],
+        "user": row["user"],
+        "attempt": attempt,
+        "completion": draft.text,
+        "trace": parsed.trace,
+        "order": parsed.order,
+        "failure": parsed.failure,
+        "accepted": reason == "accepted",
+        "reason": reason,
+        "target_rank_in": best + 1,
+        "truncated": draft.truncated,
+        "gives_answer_away": parsed.trace is not None and gives_answer_away(parsed.trace, labels[best]),
+    }
+
+
+class AttemptStore:
+    """Attempts in part files of FOLDER/attempts, each written whole or not at all; in the end one file."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.parts, self.merged = Path(folder) / "attempts", Path(folder) / "attempts.parquet"
+        if self.merged.is_file():  # a run that was stopped after `merge`
+            shutil.rmtree(self.parts, ignore_errors=True)
+        self.parts.mkdir(parents=True, exist_ok=True)
+        if self.merged.is_file():
+            self.merged.replace(self.parts / "part-000000.parquet")
+        self.num_parts = len(self._paths())
+
+    def _paths(self) -> list[Path]:
+        return sorted(self.parts.glob("part-*.parquet"))
+
+    def read(self) -> pa.Table:
+        """All attempts so far, by row and attempt."""
+        parts = [pq.read_table(path, schema=SCHEMA) for path in self._paths()]
+        table = pa.concat_tables([SCHEMA.empty_table(), *parts])
+        return table.sort_by([("row_id", "ascending"), ("attempt", "ascending")])
+
+    def add(self, attempts: Sequence[Mapping[str, Any]]) -> None:
+        """Store a batch as one part."""
+        path = self.parts / f"part-{self.num_parts:06d}.parquet"
+        _write_whole(pa.Table.from_pylist(list(attempts), schema=SCHEMA), path)
+        self.num_parts += 1
+
+    def merge(self) -> None:
+        """Make attempts.parquet of the parts."""
+        _write_whole(self.read(), self.merged)
+        shutil.rmtree(self.parts)
+
+
+def _write_whole(table: pa.Table, path: Path) -> None:
+    temporary = path.with_suffix(".tmp")
+    pq.write_table(table, temporary)
+    temporary.replace(path)
+
+
+def attempts_made(table: pa.Table) -> tuple[Counter[int], set[int]]:
+    """How many attempts each row has had, and the rows with an accepted one."""
+    accepted = {
+        row for row, kept in zip(table["row_id"].to_pylist(), table["accepted"].to_pylist(), strict=True) if kept
+    }
+    return Counter(table["row_id"].to_pylist()), accepted
+
+
+def collect(
+    rows: Sequence[Row],
+    labels: Sequence[Sequence[str]],
+    open_teacher: Callable[[], Teacher],
+    store: AttemptStore,
+    max_attempts: int,
+    batch_size: int,
+    seed: int,
+) -> None:
+    """Ask the teacher for each row until a draft is accepted or `max_attempts` are made, one draw of every open row
+    at a time; draws already stored are not repeated.
+
+    Args:
+        labels: Of each row's candidates.
+        open_teacher: Called once, and only when a row is open.
+        seed: Draws of different attempts never share a seed.
+    """
+    from tqdm.auto import tqdm
+
+    made, accepted = attempts_made(store.read())
+    open_rows = [
+        i for i, row in enumerate(rows) if row["row_id"] not in accepted and made[row["row_id"]] < max_attempts
+    ]
+    if not open_rows:
+        return
+    teacher = open_teacher()
+    with tqdm(total=len(rows), initial=len(rows) - len(open_rows), desc="traces", unit="row") as bar:
+        for attempt in range(1, max_attempts + 1):
+            drawn = [i for i in open_rows if made[rows[i]["row_id"]] == attempt - 1]
+            for start in range(0, len(drawn), batch_size):
+                batch = drawn[start : start + batch_size]
+                drafts = teacher([rows[i] for i in batch], attempt, seed + attempt * len(rows) + batch[0])
+                judged = [judge(rows[i], labels[i], attempt, draft) for i, draft in zip(batch, drafts, strict=True)]
+                store.add(judged)
+                made.update(rows[i]["row_id"] for i in batch)
+                kept = {i for i, line in zip(batch, judged, strict=True) if line["accepted"]}
+                open_rows = [i for i in open_rows if i not in kept]
+                bar.update(len(batch) if attempt == max_attempts else len(kept))
+
+
+def summarize(table: pa.Table) -> dict[str, Any]:
+    """Yield overall and by the first-stage rank of the target, attempts per row, why drafts were refused, how many of
+    the accepted traces are distinct and how many give the answer away."""
+    made, accepted = attempts_made(table)
+    rank_of = dict(zip(table["row_id"].to_pylist(), table["target_rank_in"].to_pylist(), strict=True))
+    rows_at, kept_at = Counter(rank_of.values()), Counter(rank_of[row] for row in accepted)
+    kept = table.filter(table["accepted"])
+    traces = kept["trace"].to_pylist()
+    num_rows, num_kept = len(made), len(traces)
+    return {
+        "rows": num_rows,
+        "accepted": num_kept,
+        "yield": num_kept / num_rows if num_rows else 0.0,
+        "yield_by_first_stage_rank": {
+            str(rank): {"rows": rows_at[rank], "accepted": kept_at[rank], "yield": kept_at[rank] / rows_at[rank]}
+            for rank in sorted(rows_at)
+        },
+        "attempts": len(table),
+        "mean_attempts": len(table) / num_rows if num_rows else 0.0,
+        "reasons": dict(Counter(table["reason"].to_pylist()).most_common()),
+        "truncated": sum(table["truncated"].to_pylist()),
+        "distinct_trace_share": len(set(traces)) / num_kept if num_kept else None,
+        "gives_answer_away_share": sum(kept["gives_answer_away"].to_pylist()) / num_kept if num_kept else None,
+        "mean_trace_characters": sum(map(len, traces)) / num_kept if num_kept else None,
+    }

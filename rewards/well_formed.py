@@ -1,0 +1,17 @@
+"""Whether a completion keeps the format."""
+
+from typing import Any
+
+from rerank.prompts import parse_completion
+
+
+def well_formed(completions: list[str], candidate_labels: list[list[str]], **columns: Any) -> list[float]:
+    """R_fmt = 1 when trace and ranking can be read and the ranking names each candidate once, else 0.
+
+    The trace may be empty. Range: 0 or 1.
+
+    Source: GR2, arXiv:2602.07774 (whether its format reward is graded is not published; this one is binary, as in
+    arXiv:2606.31984, section 4).
+    """
+    rows = zip(completions, candidate_labels, strict=True)
+    return [float(parse_completion(completion, labels).order is not None) for completion, labels in rows]

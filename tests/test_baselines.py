@@ -1,0 +1,263 @@
+"""Counts by hand, leave-one-user-out against refitting, fast code against a slow loop."""
+
+import numpy as np
+import pytest
+
+from rerank.baselines import (
+    FEATURES,
+    Counts,
+    ItemFacts,
+    bucket,
+    fit_edges,
+    fit_lambdamart,
+    out_of_fold_scores,
+    predict_lambdamart,
+)
+
+TOY = {0: np.array([0, 1, 2, 3, 4]), 1: np.array([1, 2, 0]), 2: np.array([3, 0])}
+
+
+@pytest.fixture
+def random_sequences():
+    rng = np.random.default_rng(0)
+    return {user: rng.integers(30, size=rng.integers(3, 15)) for user in range(40)}
+
+
+@pytest.fixture
+def random_counts(random_sequences):
+    rng = np.random.default_rng(1)
+    facts = ItemFacts.of(
+        30,
+        rng.normal(size=(30, 4)),
+        [",".join(f"c{number}" for number in rng.integers(4, size=2)) for _ in range(30)],
+        [f"Word{rng.integers(5)} and word{rng.integers(5)}" for _ in range(30)],
+        [f"brand{number}" if number else "" for number in rng.integers(3, size=30)],
+    )
+    return Counts.fit(random_sequences, 30, facts)
+
+
+def slow_transitions(sequences, num_items):
+    counts = np.zeros((num_items, num_items))
+    for sequence in sequences.values():
+        for i in range(len(sequence)):
+            for j in range(i + 1, min(i + 4, len(sequence))):
+                counts[sequence[i], sequence[j]] += 1 / (j - i)
+                counts[sequence[j], sequence[i]] += 0.3 / (j - i)
+    return counts
+
+
+def slow_scores(counts, history):
+    scores = sum(counts[item] / m for m, item in enumerate(history[::-1][:5], start=1))
+    scores[history] = -np.inf
+    return scores
+
+
+def test_counts_of_three_users_by_hand():
+    counts = Counts.fit(TOY, 5).transitions.toarray() / 60
+    assert counts[0, 1] == pytest.approx(1 + 0.3 / 2)  # user 0: next; user 1: 1 stands two before 0
+    assert counts[0, 2] == pytest.approx(1 / 2 + 0.3)  # user 0: two on; user 1: 2 stands just before 0
+    assert counts[0, 3] == pytest.approx(1 / 3 + 0.3)  # user 0: three on; user 2: just before
+    assert counts[0, 4] == 0  # four on: outside the window
+    assert counts[1, 2] == pytest.approx(2)  # users 0 and 1: next
+    assert counts[2, 1] == pytest.approx(0.6)  # the same two, backward
+    assert counts[4, 1] == pytest.approx(0.3 / 3)  # user 0: three before
+
+
+def test_direct_successors_and_popularity_by_hand():
+    counts = Counts.fit(TOY, 5)
+    successors = counts.successors.toarray()
+    assert successors[1, 2] == 2
+    assert successors[2, 1] == 0
+    assert successors.sum() == 4 + 2 + 1
+    assert counts.popularity.tolist() == [3, 2, 2, 2, 1]
+
+
+def test_score_divides_by_the_place_from_the_end():
+    scores = Counts.fit(TOY, 5).transition_scores([1, 2])
+    # last item 2: T[2->0] = 1; before it 1: T[1->0] = 1/2 + 0.3 from users 1 and 0
+    assert scores[0] == pytest.approx(1 + 0.3 / 2 + (1 / 2 + 0.3) / 2)
+    assert scores[1] == scores[2] == -np.inf
+
+
+def test_scores_equal_a_slow_loop(random_sequences, random_counts):
+    counts = slow_transitions(random_sequences, 30)
+    for sequence in random_sequences.values():
+        np.testing.assert_allclose(random_counts.transition_scores(sequence), slow_scores(counts, sequence))
+
+
+def test_leaving_a_user_out_equals_refitting_without_it(random_sequences, random_counts):
+    for user, sequence in random_sequences.items():
+        rest = Counts.fit({other: items for other, items in random_sequences.items() if other != user}, 30)
+        history = sequence[: len(sequence) // 2 + 1]
+        scores = random_counts.transition_scores(history, own_sequence=sequence)
+        assert (scores == rest.transition_scores(history)).all()  # exactly: not a crumb is left
+        items, top = random_counts.top(history, 8, own_sequence=sequence)
+        assert items.tolist() == rest.top(history, 8)[0].tolist()
+        refitted = Counts(rest.transitions, rest.successors, random_counts.popularity, random_counts.facts)
+        features = random_counts.features(history, items, top, own_sequence=sequence)
+        assert (features == refitted.features(history, items, top)).all()
+
+
+def test_popularity_does_not_show_which_item_the_user_chose():
+    # Item 1 was chosen by users 0 and 1: a candidate of either, or of anyone else, shows 2.
+    counts = Counts.fit(TOY, 5)
+    for own_sequence in (None, TOY[0], TOY[1], TOY[2]):
+        features = counts.features([3], [1], [0.0], own_sequence)
+        assert features[0, FEATURES.index("popularity")] == 2
+
+
+def test_many_rows_at_once_equal_one_by_one(random_sequences, random_counts):
+    users = list(random_sequences)
+    histories = [random_sequences[user][:3] for user in users]
+    own = random_counts.own([user if user % 2 else -1 for user in users], random_sequences)
+    items, scores = random_counts.top_rows(histories, 6, own)
+    features = random_counts.feature_rows(histories, items, scores, own)
+    for row, user in enumerate(users):
+        left_out = random_sequences[user] if user % 2 else None
+        one_items, one_scores = random_counts.top(histories[row], 6, left_out)
+        assert items[row].tolist() == one_items.tolist()
+        assert scores[row].tolist() == one_scores.tolist()
+        assert (features[row] == random_counts.features(histories[row], one_items, one_scores, left_out)).all()
+
+
+def test_top_breaks_ties_by_popularity_then_item():
+    # After 0 come 1, 2 and 3, once each; 3 is also had alone by user 9. Items 4 and 5 have score 0, 5 is had twice.
+    sequences = {0: np.array([0, 1]), 1: np.array([0, 2]), 2: np.array([0, 3]), 9: np.array([3])}
+    sequences |= {5: np.array([5]), 6: np.array([5])}
+    items, scores = Counts.fit(sequences, 6).top([0], 5)
+    assert items.tolist() == [3, 1, 2, 5, 4]
+    assert scores.tolist() == [1, 1, 1, 0, 0]
+
+
+def test_top_refuses_a_list_longer_than_what_is_unseen():
+    with pytest.raises(ValueError, match="row 0 has seen all but 2 of 5 items, fewer than the 3 of a list"):
+        Counts.fit(TOY, 5).top([0, 1, 2], 3)
+
+
+def test_features_by_hand():
+    facts = ItemFacts.of(
+        4,
+        np.array([[2.0, 0], [0, 1], [3, 4], [0, 0]]),
+        ["Hair, Shampoo", "Hair", "Nails", ""],
+        ["Soft shampoo", "SOFT hair oil", "", "Red"],
+        ["Acme", "", "Acme", ""],
+    )
+    counts = Counts.fit({0: np.array([0, 1, 2]), 1: np.array([0, 2]), 2: np.array([0, 2])}, 4, facts)
+    rows = counts.features([1, 0], [2, 3], [2.5, 0.5])
+    values, unknown = (dict(zip(FEATURES, row.tolist(), strict=True)) for row in rows)
+    assert values["place"] == 1 and unknown["place"] == 2
+    assert values["first_stage_score"] == 2.5
+    assert values["from_last"] == pytest.approx(2 + 1 / 2)  # 0 -> 2: users 1 and 2 next, user 0 two on
+    assert values["from_second"] == 1  # 1 -> 2: user 0
+    assert values["sum_counts"] == pytest.approx(3.5)
+    assert values["direct_last"] == 2 and values["direct_second"] == 1 and values["direct_third"] == 0
+    assert values["popularity"] == 3
+    assert values["lift"] == pytest.approx(3.5 / np.sqrt(4))
+    # unit vectors (1, 0), (0, 1) and (0.6, 0.8)
+    assert values["cosine_last"] == pytest.approx(0.6, abs=1e-3)  # stored in half precision
+    assert values["cosine_max"] == pytest.approx(0.8, abs=1e-3)
+    assert values["cosine_mean"] == values["cosine_last_three"] == pytest.approx(0.7, abs=1e-3)
+    assert values["same_brand"] == 1 and unknown["same_brand"] == 0
+    assert values["history_length"] == 2
+    assert all(value == 0 for name, value in unknown.items() if name not in FEATURES[:2] + ("history_length",))
+
+
+def test_category_and_title_features_by_hand():
+    facts = ItemFacts.of(3, None, ["Hair, Shampoo", "Hair", "Hair|Oil"], ["Soft oil", "the Oil", "Soft OIL for hair"])
+    counts = Counts.fit({0: np.array([0])}, 3, facts)
+    values = dict(zip(FEATURES, counts.features([1, 0], [2], [0.0])[0].tolist(), strict=True))
+    # {Hair, Oil} and {Hair, Shampoo}: 1 of 3; and {Hair}: 1 of 2
+    assert values["category_max"] == pytest.approx(1 / 2)
+    assert values["category_mean"] == pytest.approx((1 / 3 + 1 / 2) / 2)
+    assert values["title_words"] == 2  # soft, oil
+
+
+def test_counts_read_back_as_saved(random_counts, random_sequences, tmp_path):
+    random_counts.save(tmp_path / "evidence.npz")
+    loaded = Counts.load(tmp_path / "evidence.npz")
+    for history in random_sequences.values():
+        items, scores = random_counts.top(history, 5)
+        assert loaded.top(history, 5)[0].tolist() == items.tolist()
+        assert (loaded.features(history, items, scores) == random_counts.features(history, items, scores)).all()
+
+
+def test_load_names_a_missing_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match="evidence.npz does not exist; run the candidates stage"):
+        Counts.load(tmp_path / "evidence.npz")
+
+
+def test_edges_cut_positive_values_into_nine_equal_parts():
+    # 1 .. 90 in nine parts of ten; zeros stay apart
+    edges = fit_edges(np.concatenate([np.zeros(500), np.arange(1, 91)]))
+    assert edges == [1, 11, 21, 31, 41, 51, 61, 71, 81]
+    assert [bucket(value, edges) for value in (0, 1, 10, 11, 80, 81, 1000)] == [0, 1, 1, 2, 8, 9, 9]
+
+
+def test_a_common_value_takes_one_bucket_only():
+    # ten ones fill bucket 1, the others get one each, and the edges left over double
+    edges = fit_edges(np.array([1] * 10 + [2, 3, 4, 5, 6]))
+    assert edges == [1, 2, 3, 4, 5, 6, 12, 24, 48]
+
+
+def test_edges_of_nothing_positive_still_ascend():
+    assert fit_edges(np.zeros(3)) == [1, 2, 4, 8, 16, 32, 64, 128, 256]
+
+
+@pytest.fixture
+def ranked_rows():
+    """100 rows of 5 candidates, two of a user; the relevant one has the largest popularity."""
+    rng = np.random.default_rng(0)
+    features = [rng.random((5, len(FEATURES))) for _ in range(100)]
+    best = [row[:, FEATURES.index("popularity")].argmax() for row in features]
+    return features, [np.eye(5)[place] for place in best], np.arange(100) // 2
+
+
+def test_lambdamart_learns_a_clear_rule_and_repeats_itself(ranked_rows):
+    features, relevance, _ = ranked_rows
+    halves = features[:50], relevance[:50], features[50:], relevance[50:]
+    first, again = (fit_lambdamart(*halves, seed=1, min_rows_per_leaf=5, max_rounds=60) for _ in range(2))
+    scores = predict_lambdamart(first, features[50:])
+    right = [row.argmax() == labels.argmax() for row, labels in zip(scores, relevance[50:], strict=True)]
+    assert np.mean(right) > 0.7  # chance: 0.2
+    assert np.array_equal(scores, predict_lambdamart(again, features[50:]))
+
+
+def test_out_of_fold_scores_do_not_depend_on_the_users_own_rows(ranked_rows):
+    features, relevance, users = ranked_rows
+    valid = features[80:], relevance[80:]
+    options = {"num_folds": 4, "seed": 2, "min_rows_per_leaf": 5, "max_rounds": 20}
+    scores = out_of_fold_scores(features, relevance, users, *valid, **options)
+    changed = [labels[::-1] if user == 3 else labels for labels, user in zip(relevance, users, strict=True)]
+    other = out_of_fold_scores(features, changed, users, *valid, **options)
+    same = [np.array_equal(a, b) for a, b in zip(scores, other, strict=True)]
+    assert all(same[row] for row in np.flatnonzero(users == 3))
+    assert not all(same)  # rows of other folds were fitted on the change
+    assert np.mean([s.argmax() == r.argmax() for s, r in zip(scores, relevance, strict=True)]) > 0.5
+
+
+def test_lambdamart_leaves_out_rows_without_a_relevant_candidate(ranked_rows):
+    features, relevance, _ = ranked_rows
+    options = {"min_rows_per_leaf": 5, "max_rounds": 10}
+    plain = fit_lambdamart(features[:40], relevance[:40], features[60:], relevance[60:], **options)
+    padded = fit_lambdamart(
+        features[:40] + features[40:60], relevance[:40] + [np.zeros(5)] * 20, features[60:], relevance[60:], **options
+    )
+    assert plain.model_to_string() == padded.model_to_string()
+
+
+def test_lambdamart_refuses_rows_of_which_none_is_relevant(ranked_rows):
+    features, relevance, _ = ranked_rows
+    with pytest.raises(ValueError, match="none of the 2 validation rows has a relevant candidate"):
+        fit_lambdamart(features, relevance, features[:2], [np.zeros(5)] * 2)
+
+
+def test_lambdamart_refuses_broken_relevance(ranked_rows):
+    features, relevance, _ = ranked_rows
+    with pytest.raises(ValueError, match="relevance 0.5 in the training rows is not a whole number"):
+        fit_lambdamart(features, [row / 2 for row in relevance], features, relevance)
+
+
+def test_out_of_fold_refuses_more_folds_than_users(ranked_rows):
+    features, relevance, _ = ranked_rows
+    with pytest.raises(ValueError, match="2 users have training rows, fewer than num_folds 5"):
+        out_of_fold_scores(features[:4], relevance[:4], [1, 1, 2, 2], features, relevance)

@@ -1,0 +1,229 @@
+"""The candidates stage on a run of six items and three users, made by hand."""
+
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from rerank import base_model, candidates, midtrain, run_dir
+from rerank.baselines import FEATURES, Counts
+from rerank.candidates import CandidatesArguments
+from rerank.candidates.own_lists import read_lists
+from rerank.catalogue import Catalogue
+
+SEQUENCES = {0: [0, 1, 2, 3, 4], 1: [1, 2, 0, 4, 3], 2: [2, 0, 1, 5, 3]}
+SPLITS = ["train", "train", "rerank", "valid", "test"]
+ITEM_IDS = [f"i{item}" for item in range(6)]
+
+
+def write_stage(run, stage, metrics, tables):
+    folder = run / stage
+    folder.mkdir(parents=True)
+    for name, columns in tables.items():
+        pq.write_table(pa.table(columns), folder / f"{name}.parquet")
+    run_dir.write_json(folder / "metrics.json", metrics)
+    run_dir.write_json(folder / "stage.json", {"id": stage, "given": {}, "inputs": {}})
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run with finished data and semantic_ids stages: each user has one rerank, one valid and one test row."""
+    places = [(user, place) for user in SEQUENCES for place in range(5)]
+    interactions = {
+        "user": [user for user, _ in places],
+        "item": [SEQUENCES[user][place] for user, place in places],
+        "position": [place for _, place in places],
+        "split": [SPLITS[place] for _, place in places],
+    }
+    targets = [(user, place) for user in SEQUENCES for place in (2, 3, 4)]
+    rows = {
+        "row_id": list(range(9)),
+        "user": [user for user, _ in targets],
+        "split": [SPLITS[place] for _, place in targets],
+        "position": [place for _, place in targets],
+        "history": [SEQUENCES[user][:place] for user, place in targets],
+        "target": [SEQUENCES[user][place] for user, place in targets],
+    }
+    items = {"item": range(6), "item_id": ITEM_IDS, "title": [f"Film {i}" for i in range(6)], "category": ["a"] * 6}
+    metrics = {"midtrain_has_seen_rerank_targets": False}
+    write_stage(tmp_path, "data", metrics, {"items": items, "rows": rows, "interactions": interactions})
+    ids = {"item": range(6), "semantic_id": [f"<s_a_{item}>" for item in range(6)]}
+    write_stage(tmp_path, "semantic_ids", {}, {"semantic_ids": ids})
+    np.save(tmp_path / "semantic_ids/embeddings.npy", np.eye(6, dtype=np.float32))
+    return tmp_path
+
+
+def run_stage(run, **options):
+    arguments = CandidatesArguments(run_dir=str(run), **{"num_candidates": 2, **options})
+    candidates.check(arguments)
+    out_dir = run / "out"
+    out_dir.mkdir()
+    return candidates.main(arguments, out_dir), out_dir
+
+
+def own_lists(run, **changes):
+    """A complete file of lists of two with the target first in every list but row 4's; returns its path."""
+    targets = pq.read_table(run / "data/rows.parquet")["target"].to_pylist()
+    lists = [[f"i{target}", f"i{(target + 1) % 6}"] for target in targets]
+    lists[4] = ["i1", "i2"]  # row 4: user 1's validation row, target 4
+    columns = {"row_id": list(range(9))[::-1], "candidates": lists[::-1], **changes}
+    pq.write_table(
+        pa.table({name: values for name, values in columns.items() if values is not None}), run / "l.parquet"
+    )
+    return str(run / "l.parquet")
+
+
+def test_transition_lists_leave_the_rows_user_out(run):
+    _, out_dir = run_stage(run)
+    rows = pq.read_table(out_dir / "train.parquet").to_pylist()
+    # User 0's training row: history 0, 1. Of the others, user 1 has 1, 2, 0 and user 2 has 2, 0, 1 before validation:
+    # T[1->2] = 1 + 0.3/2 and T[0->2] = 0.3 + 0.3, so item 2 scores 1.15 + 0.6 / 2. No other item is left: 3, 4 and 5
+    # have score 0 and popularity 0, and the first of them fills the list.
+    assert rows[0]["history"] == [0, 1]
+    assert rows[0]["candidates"] == [2, 3]
+    assert rows[0]["first_stage_scores"] == pytest.approx([1.15 + 0.3, 0])
+    assert rows[0]["relevance"] == [1, 0] and rows[0]["hit"] and rows[0]["target"] == 2
+
+
+def test_features_of_a_file_are_those_of_the_saved_counts(run):
+    _, out_dir = run_stage(run)
+    counts = Counts.load(out_dir / "evidence.npz")
+    names = json.loads((out_dir / "features.json").read_text())["names"]
+    assert tuple(names) == FEATURES
+    for row in pq.read_table(out_dir / "test.parquet").to_pylist():
+        expected = counts.features(row["history"], row["candidates"], row["first_stage_scores"])
+        assert np.array_equal(np.array(row["features"], dtype=np.float32), expected)
+    for row in pq.read_table(out_dir / "train.parquet").to_pylist():
+        own = SEQUENCES[row["user"]][:3]
+        expected = counts.features(row["history"], row["candidates"], row["first_stage_scores"], own)
+        assert np.array_equal(np.array(row["features"], dtype=np.float32), expected)
+
+
+def test_edges_rest_on_training_rows_only(run):
+    _, out_dir = run_stage(run)
+    edges = json.loads((out_dir / "features.json").read_text())["edges"]
+    assert set(edges) == set(FEATURES)
+    # training histories have two items, those of the other splits three and four
+    assert edges["history_length"] == [2 * 2**doubling for doubling in range(9)]
+
+
+def test_counts_and_recall_of_every_split_are_reported(run):
+    metrics, out_dir = run_stage(run, source="lists", lists=own_lists(run))
+    full = {"rows": 3, "hits": 3, "missed": 0, "recall@1": 1.0, "recall@2": 1.0}
+    assert metrics["splits"]["train"] == metrics["splits"]["test"] == full
+    assert metrics["splits"]["valid"] == {"rows": 3, "hits": 2, "missed": 1, "recall@1": 2 / 3, "recall@2": 2 / 3}
+    missed = pq.read_table(out_dir / "valid.parquet").to_pylist()[1]
+    assert not missed["hit"] and missed["relevance"] == [0, 0] and missed["target"] == 4  # kept all the same
+
+
+def test_own_lists_come_in_any_order_with_or_without_scores(run):
+    path = own_lists(run)
+    items, scores = read_lists(path, np.arange(9), ITEM_IDS, 2)
+    assert items[0].tolist() == [2, 3] and items[4].tolist() == [1, 2]
+    assert scores[0].tolist() == [2, 1]  # N + 1 minus the place
+    path = own_lists(run, scores=[[0.5, float(row)] for row in range(9)])
+    assert read_lists(path, np.arange(9), ITEM_IDS, 2)[1][8].tolist() == [0.5, 0.0]
+
+
+def test_lists_of_a_model_are_its_most_likely_unseen_items(run):
+    catalogue = Catalogue.load(run)
+    tokenizer = base_model.train_tokenizer(["Next items: film"], 300)
+    shape = base_model.SmallModelArguments(hidden_size=16, num_layers=2, num_heads=2, num_kv_heads=1)
+    model = base_model.make_small_model(shape, tokenizer, seed=0)
+    ids = base_model.add_tokens(model, tokenizer, catalogue.semantic_ids, seed=0)
+    model.save_pretrained(run / "midtrain/model")
+    tokenizer.save_pretrained(run / "midtrain/model")
+    _, out_dir = run_stage(run, source="model", num_beams=6)
+    for row in pq.read_table(out_dir / "test.parquet").to_pylist():
+        prompt = midtrain.next_item_prompt(row["history"], catalogue, 20, tokenizer)
+        with torch.no_grad():
+            logits = model(**tokenizer(prompt, return_tensors="pt")).logits[0, -1]
+        logps = torch.log_softmax(logits.float(), -1)[ids]  # ids of one token: exact scores of the whole catalogue
+        logps[row["history"]] = -torch.inf
+        assert row["candidates"] == logps.argsort(descending=True)[:2].tolist()
+        assert row["first_stage_scores"] == pytest.approx(logps.sort(descending=True).values[:2].tolist(), rel=1e-4)
+
+
+def test_lists_of_a_model_need_the_midtrain_stage(run):
+    with pytest.raises(FileNotFoundError, match="midtrain/model is not there but source is model"):
+        run_stage(run, source="model")
+
+
+def changed_list(row, value):
+    """The nine lists with one exchanged, last row_id first as in the file."""
+    return [value if place == row else ["i0", "i1"] for place in range(1, 10)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"candidates": changed_list(3, ["i0", "i9"])}, "l.parquet, row 3: candidate 'i9' is not among the items"),
+        ({"candidates": changed_list(2, ["i0"])}, "l.parquet, row 2: 1 candidates but num_candidates is 2"),
+        ({"candidates": changed_list(9, None)}, "l.parquet, row 9: 0 candidates but num_candidates is 2"),
+        ({"candidates": changed_list(4, ["i5", "i5"])}, "l.parquet, row 4: candidate 'i5' appears twice"),
+        ({"candidates": None}, "has no column 'candidates' but row_id; rename or add it"),
+        ({"candidates": ["i0"] * 9}, "column 'candidates' holds string but must hold a list a row"),
+        ({"row_id": [0, 1, 2, 3, 4, 5, 6, 7, 7]}, "row 9: row_id 7 appears twice"),
+        ({"row_id": [0, 1, 2, 3, 4, 5, 6, 7, 70]}, "row 9: row_id 70 is not in data/rows.parquet"),
+        ({"scores": [["1", "2"]] * 9}, "column 'scores' holds list<.*string> but must hold lists of numbers"),
+        ({"scores": [[1.0, float("nan")]] * 9}, r"row 1: scores are \[1.0, nan\] but must be 2 finite numbers"),
+    ],
+)
+def test_own_lists_that_do_not_fit_are_refused_by_row(run, changes, message):
+    arguments = CandidatesArguments(
+        run_dir=str(run), source="lists", lists=own_lists(run, **changes), num_candidates=2
+    )
+    with pytest.raises(ValueError, match=message):
+        candidates.check(arguments)
+
+
+def test_own_lists_without_a_row_are_refused(run):
+    path = own_lists(run)
+    pq.write_table(pq.read_table(path).slice(0, 8), path)  # the last one is row_id 0
+    with pytest.raises(ValueError, match="l.parquet has no list for row_id 0"):
+        read_lists(path, np.arange(9), ITEM_IDS, 2)
+
+
+def test_a_file_of_lists_that_is_not_parquet_is_refused(run):
+    (run / "l.parquet").write_text("row_id,candidates")
+    with pytest.raises(ValueError, match="l.parquet is not a Parquet file"):
+        read_lists(run / "l.parquet", np.arange(9), ITEM_IDS, 2)
+
+
+def test_check_names_a_missing_file_of_lists(run):
+    with pytest.raises(FileNotFoundError, match="lists nowhere.parquet is not there"):
+        candidates.check(CandidatesArguments(run_dir=str(run), source="lists", lists="nowhere.parquet"))
+
+
+def test_check_refuses_lists_of_a_model_that_has_seen_the_targets(run):
+    run_dir.write_json(run / "data/metrics.json", {"midtrain_has_seen_rerank_targets": True})
+    with pytest.raises(ValueError, match="num_rerank of the data stage is all, so the mid-trained model has seen"):
+        candidates.check(CandidatesArguments(run_dir=str(run), source="model"))
+
+
+def test_check_refuses_lists_longer_than_what_users_have_not_seen(run):
+    with pytest.raises(ValueError, match="num_candidates is 3 but the longest history leaves 2 of 6 items"):
+        candidates.check(CandidatesArguments(run_dir=str(run), num_candidates=3))
+
+
+def test_check_passes_before_the_data_stage_has_run(tmp_path):
+    candidates.check(CandidatesArguments(run_dir=str(tmp_path), source="model"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"source": "oracle"}, "source is 'oracle'; use one of transitions, model, lists"),
+        ({"source": "lists"}, "source is lists and lists is None"),
+        ({"lists": "l.parquet"}, "source is transitions and lists is l.parquet"),
+        ({"num_candidates": 1}, "num_candidates is 1 but a list to re-rank has at least 2"),
+        ({"source": "model", "num_beams": 5}, "num_beams is 5 but must be at least num_candidates, 10"),
+        ({"batch_size": 0}, "batch_size is 0 but must be at least 1"),
+    ],
+)
+def test_options_out_of_range_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        CandidatesArguments(run_dir="runs/toy", **options)

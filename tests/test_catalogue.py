@@ -1,0 +1,34 @@
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from rerank.catalogue import Catalogue
+
+
+def write_run(folder, items=(0, 1)):
+    (folder / "data").mkdir()
+    (folder / "semantic_ids").mkdir()
+    table = pa.table(
+        {"item": [1, 0], "item_id": ["b", "a"], "title": ["B", "A"], "category": ["", "c"], "text": ["", ""]}
+    )
+    pq.write_table(table, folder / "data/items.parquet")
+    ids = pa.table({"item": list(items), "semantic_id": [f"<s_a_{item}>" for item in items]})
+    pq.write_table(ids, folder / "semantic_ids/semantic_ids.parquet")
+
+
+def test_a_catalogue_of_a_run_is_in_item_order_and_comes_back_as_saved(tmp_path):
+    write_run(tmp_path)
+    catalogue = Catalogue.load(tmp_path)
+    assert catalogue == Catalogue(["a", "b"], ["<s_a_0>", "<s_a_1>"], ["A", "B"], ["c", ""])
+    (tmp_path / "model").mkdir()
+    catalogue.save(tmp_path / "model")
+    assert Catalogue.load(tmp_path / "model") == catalogue
+    assert len(catalogue) == 2
+
+
+def test_a_catalogue_names_what_is_missing_or_does_not_belong_together(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"items.parquet is missing; give a model folder or a run"):
+        Catalogue.load(tmp_path)
+    write_run(tmp_path, items=(0, 1, 2))
+    with pytest.raises(ValueError, match=r"has 3 items but .*items.parquet has 2.*run the semantic_ids stage again"):
+        Catalogue.load(tmp_path)

@@ -1,0 +1,333 @@
+"""The data stage: every reader, and every split by hand."""
+
+import gzip
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from rerank import data, recipe
+from rerank.data.prepare import prepare
+from rerank.data.ready_rows import merge_rows
+
+# One user with eight interactions, one with six, each in order of time.
+TOY = [("u", item, time) for time, item in enumerate("abcdefgh")] + [
+    ("v", item, time) for time, item in enumerate("hgfedc")
+]
+
+
+def write_csv(path: Path, rows: list[tuple], header: str = "user,item,time") -> Path:
+    path.write_text("\n".join([header, *(",".join(map(str, row)) for row in rows)]) + "\n")
+    return path
+
+
+def arguments(interactions: Path | str, **options) -> data.DataArguments:
+    return data.DataArguments(run_dir="run", interactions=str(interactions), **options)
+
+
+def run(tmp_path: Path, interactions: Path | str, **options) -> dict:
+    """The stage's tables with original ids: rows as (user, split, history, target), splits as user -> words."""
+    args = arguments(interactions, **options)
+    metrics = data.main(args, tmp_path)
+    tables = {name: pq.read_table(tmp_path / f"{name}.parquet") for name in ("items", "users", "interactions", "rows")}
+    items, users = tables["items"]["item_id"].to_pylist(), tables["users"]["user_id"].to_pylist()
+    found = {"metrics": metrics, "tables": tables, "sequences": {}, "splits": {}}
+    for row in tables["interactions"].to_pylist():
+        found["sequences"].setdefault(users[row["user"]], []).append(items[row["item"]])
+        found["splits"].setdefault(users[row["user"]], []).append(row["split"])
+    found["rows"] = [
+        (users[row["user"]], row["split"], [items[i] for i in row["history"]], items[row["target"]])
+        for row in tables["rows"].to_pylist()
+    ]
+    return found
+
+
+@pytest.fixture
+def toy_csv(tmp_path: Path) -> Path:
+    return write_csv(tmp_path / "toy.csv", TOY)
+
+
+def test_a_user_is_split_from_the_end_and_each_history_is_all_before_its_target(tmp_path, toy_csv):
+    found = run(tmp_path, toy_csv, num_test=2, num_valid=1, num_rerank=2)
+    # u: a b c | d e | f | g h; the history of the second test target holds the first one
+    assert found["splits"]["u"] == ["train"] * 3 + ["rerank"] * 2 + ["valid"] + ["test"] * 2
+    assert [row for row in found["rows"] if row[0] == "u"] == [
+        ("u", "rerank", list("abc"), "d"),
+        ("u", "rerank", list("abcd"), "e"),
+        ("u", "valid", list("abcde"), "f"),
+        ("u", "test", list("abcdef"), "g"),
+        ("u", "test", list("abcdefg"), "h"),
+    ]
+    # v: h g f | e | d c; of its last two training interactions, g and f, g has one item of history, below two
+    assert found["splits"]["v"] == ["train", "train", "rerank", "valid", "test", "test"]
+
+
+def test_tables_have_the_documented_columns(tmp_path, toy_csv):
+    tables = run(tmp_path, toy_csv)["tables"]
+    assert tables["items"].column_names == ["item", "item_id", "title", "category", "text", "source_row"]
+    assert tables["users"].column_names == ["user", "user_id"]
+    assert tables["interactions"].column_names == ["user", "item", "position", "time", "split"]
+    assert tables["rows"].column_names == ["row_id", "user", "split", "position", "history", "target"]
+    assert tables["rows"]["row_id"].to_pylist() == list(range(6))
+    assert tables["rows"].schema.field("history").type == pa.list_(pa.int64())
+    assert tables["items"]["item"].to_pylist() == list(range(8))
+
+
+def test_num_rerank_all_makes_every_training_target_a_row_and_says_that_midtraining_has_seen_it(tmp_path, toy_csv):
+    found = run(tmp_path, toy_csv, num_rerank="all")
+    assert found["splits"]["u"] == ["train"] * 2 + ["rerank"] * 4 + ["valid", "test"]
+    assert found["metrics"]["rows"] == {"rerank": 6, "valid": 2, "test": 2}  # u: c d e f, v: f e
+    assert found["metrics"]["midtrain_has_seen_rerank_targets"] is True
+
+
+def test_a_user_with_too_few_interactions_gives_fewer_rows(tmp_path):
+    found = run(tmp_path, write_csv(tmp_path / "toy.csv", [*TOY, ("w", "a", 0), ("w", "b", 1), ("w", "c", 2)]))
+    assert found["splits"]["w"] == ["train", "valid", "test"]
+    assert [row for row in found["rows"] if row[0] == "w"] == [("w", "test", ["a", "b"], "c")]
+
+
+def test_split_by_time_takes_the_latest_and_never_divides_one_moment(tmp_path):
+    # Ten interactions; the latest tenth is one, at time 4, where v has one too: both are test. From 3 on: validation.
+    rows = [("u", item, time) for item, time in zip("abcde", range(5), strict=True)]
+    rows += [("v", item, time) for item, time in zip("edcba", range(5), strict=True)]
+    found = run(
+        tmp_path,
+        write_csv(tmp_path / "t.csv", rows),
+        split="by_time",
+        valid_fraction=0.2,
+        test_fraction=0.1,
+        min_history=1,
+    )
+    assert found["splits"] == {user: ["train", "train", "rerank", "valid", "test"] for user in "uv"}
+    assert ("v", "test", list("edcb"), "a") in found["rows"]
+
+
+def test_k_core_goes_on_until_nothing_falls_below(tmp_path):
+    # z is bought once, so it goes; then w has two interactions left, below three, so w goes; then y, bought by w and
+    # u alone, falls below two and goes too. u keeps five, v four.
+    rows = [("u", item, time) for time, item in enumerate("abcydx")]
+    rows += [("v", item, time) for time, item in enumerate("xabcd")]
+    rows += [("w", "a", 0), ("w", "y", 1), ("w", "z", 2)]
+    found = run(
+        tmp_path, write_csv(tmp_path / "t.csv", rows), min_user_interactions=3, min_item_interactions=2, min_history=1
+    )
+    assert found["sequences"] == {"u": list("abcdx"), "v": list("xabcd")}
+    assert sorted(found["tables"]["items"]["item_id"].to_pylist()) == list("abcdx")
+
+
+def test_duplicates_of_user_item_and_time_are_dropped_and_counted(tmp_path):
+    found = run(tmp_path, write_csv(tmp_path / "toy.csv", [*TOY, ("u", "c", 2), ("u", "a", 9)]))
+    assert found["sequences"]["u"] == list("abcdefgh") + ["a"]  # the later visit to a is no duplicate
+    assert found["metrics"]["duplicates_removed"] == 1
+
+
+def test_ties_in_time_keep_the_order_of_the_input(tmp_path):
+    rows = [("u", item, 5) for item in "qbzaym"] + [("u", "first", 1)]
+    found = run(tmp_path, write_csv(tmp_path / "t.csv", rows))
+    assert found["sequences"]["u"] == ["first", *"qbzaym"]
+    assert found["metrics"]["share_of_time_ties"] == pytest.approx(5 / 6)
+
+
+def test_a_position_orders_before_time_and_allows_missing_times(tmp_path):
+    rows = [("u", item, place, time) for item, place, time in zip("dcba", (3, 2, 1, 0), ("", 9, 9, ""), strict=True)]
+    path = write_csv(tmp_path / "t.csv", rows, "user,item,pos,time")
+    found = run(tmp_path, path, columns={"position": "pos"}, min_history=1)
+    assert found["sequences"]["u"] == list("abcd")
+    assert found["tables"]["interactions"]["time"].to_pylist() == [None, 9.0, 9.0, None]
+
+
+def test_dates_are_read_as_unix_seconds(tmp_path):
+    rows = [
+        ("u", "a", "1970-01-02"),
+        ("u", "b", "1970-01-02 00:00:01.5"),
+        ("u", "c", "1970-01-03T00:00:00Z"),
+        ("u", "d", 3e5),
+    ]
+    found = run(tmp_path, write_csv(tmp_path / "t.csv", rows), min_history=1)
+    assert found["tables"]["interactions"]["time"].to_pylist() == [86400.0, 86401.5, 172800.0, 300000.0]
+
+
+def _write_form(form: str, tmp_path: Path) -> Path:
+    """The toy interactions in one of the formats."""
+    path = tmp_path / f"toy.{form}"
+    table = pa.table(
+        {name: list(column) for name, column in zip(("user", "item", "time"), zip(*TOY, strict=True), strict=True)}
+    )
+    if form.startswith("parquet"):
+        pq.write_table(table, tmp_path / "plain")
+        content = (tmp_path / "plain").read_bytes()
+    elif form.startswith("jsonl"):
+        content = "\n".join(json.dumps(row) for row in table.to_pylist()).encode()
+    else:
+        separator = "," if form.startswith("csv") else "\t"
+        header = ["user:token", "item:token", "time:float"] if form == "inter" else ["user", "item", "time"]
+        content = "\n".join(separator.join(map(str, row)) for row in [header, *TOY]).encode()
+    path.write_bytes(gzip.compress(content) if form.endswith(".gz") else content)
+    return path
+
+
+@pytest.mark.parametrize(
+    "form", ["csv", "csv.gz", "tsv", "tsv.gz", "jsonl", "jsonl.gz", "parquet", "parquet.gz", "inter", "folder"]
+)
+def test_every_format_gives_the_same_tables(tmp_path, form):
+    if form == "folder":
+        import datasets
+
+        path = tmp_path / "saved"
+        columns = dict(zip(("user", "item", "time"), map(list, zip(*TOY, strict=True)), strict=True))
+        datasets.Dataset.from_dict(columns).save_to_disk(path)
+    else:
+        path = _write_form(form, tmp_path)
+    found = run(tmp_path, path)
+    assert found["sequences"] == {"u": list("abcdefgh"), "v": list("hgfedc")}
+    assert found["metrics"]["rows"] == {"rerank": 2, "valid": 2, "test": 2}
+
+
+def test_a_dataset_name_takes_a_split(tmp_path):
+    (tmp_path / "set").mkdir()
+    write_csv(tmp_path / "set" / "train.csv", TOY)
+    write_csv(tmp_path / "set" / "test.csv", TOY[:3])
+    with pytest.raises(ValueError, match="has the splits train, test; name one, as .*@SPLIT"):
+        data.check(arguments(tmp_path / "set", format="datasets"))
+    found = run(tmp_path, f"{tmp_path / 'set'}@train", format="datasets")
+    assert found["metrics"]["interactions"] == len(TOY)
+
+
+def test_s3rec_text_and_attributes(tmp_path):
+    (tmp_path / "Toy.txt").write_text("1 5 3 4 3 2\n2 1 2 3 4\n")
+    (tmp_path / "Toy_item2attributes.json").write_text(json.dumps({str(i): [i, 10 * i] for i in (5, 4, 3, 2, 1)}))
+    found = run(tmp_path, tmp_path / "Toy.txt", items=str(tmp_path / "Toy_item2attributes.json"))
+    assert found["sequences"] == {"1": list("53432"), "2": list("1234")}  # a second visit to 3 stays
+    assert found["tables"]["items"]["category"].to_pylist()[0] == "5, 50"
+    assert found["tables"]["items"]["item_id"].to_pylist() == list("54321")  # the order of the items file
+
+
+def test_items_carry_title_category_and_the_text_that_the_recipe_asks_for(tmp_path, toy_csv):
+    rows = [{"id": item, "name": f"The  {item}", "tags": ["x", "y"], "maker": None} for item in "abcdefgh"]
+    rows[0] |= {"maker": 'A "quoted", name'}
+    items = tmp_path / "items.jsonl"
+    items.write_text("\n".join(map(json.dumps, rows)))
+    found = run(
+        tmp_path,
+        toy_csv,
+        items=str(items),
+        item_columns={"item": "id", "title": "name", "category": "tags"},
+        text_columns=["title", "maker", "category"],
+    )
+    first, second = found["tables"]["items"].to_pylist()[:2]
+    assert first["text"] == 'The a. maker: A "quoted", name. category: x, y'
+    assert (second["title"], second["category"]) == ("The b", "x, y")
+    assert second["text"] == "The b. category: x, y"
+
+
+def test_category_separator_parts_categories(tmp_path, toy_csv):
+    items = write_csv(tmp_path / "items.csv", [(item, "Sci-Fi|War") for item in "abcdefgh"], "item,category")
+    found = run(tmp_path, toy_csv, items=str(items), category_separator="|")
+    assert found["tables"]["items"]["category"][0].as_py() == "Sci-Fi, War"
+
+
+def test_ready_rows_keep_their_split_and_history_and_become_one_sequence_a_user(tmp_path):
+    # The second row overlaps the first by two items, the test row jumps over d: d was seen, but is no target.
+    rows = [
+        ("train", "u", 1, "a b c"),
+        ("train", "u", 2, "b c d"),
+        ("valid", "u", 3, "c d e"),
+        ("test", "u", 5, "e f g"),
+    ]
+    rows += [("train", "v", 1, "x a b c")]
+    path = write_csv(tmp_path / "rows.csv", rows, "split,user,time,items")
+    found = run(tmp_path, path, split="given", num_rerank=1)
+    assert found["sequences"]["u"] == list("abcdefg")
+    assert found["splits"]["u"] == ["train", "train", "train", "rerank", "valid", "test", "test"]
+    assert found["rows"] == [
+        ("u", "rerank", ["b", "c"], "d"),
+        ("u", "valid", ["c", "d"], "e"),
+        ("u", "test", ["e", "f"], "g"),
+        ("v", "rerank", ["x", "a", "b"], "c"),
+    ]
+
+
+def test_ready_rows_as_history_and_item_hold_out_the_latest_training_rows(tmp_path):
+    rows = [
+        ("train", "u", time, history, item)
+        for time, history, item in [(1, "a b", "c"), (2, "b c", "d"), (3, "c d", "e")]
+    ]
+    rows += [("train", "v", 4, "a b", "f"), ("test", "u", 5, "d e", "f")]
+    path = write_csv(tmp_path / "rows.csv", rows, "split,user,when,history,item")
+    found = run(tmp_path, path, split="given", columns={"time": "when"}, valid_fraction=0.25)
+    # four training rows, the latest quarter is v's; the items it brings along are held out with it
+    assert found["splits"] == {"u": ["train"] * 4 + ["rerank", "test"], "v": ["valid"] * 3}
+    assert found["metrics"]["rows"] == {"rerank": 1, "valid": 1, "test": 1}
+
+
+def test_interactions_with_a_split_column_keep_it(tmp_path):
+    splits = ["history", "train", "train", "train", "validation", "test"]
+    rows = [("u", item, split) for item, split in zip("abcdef", splits, strict=True)]
+    found = run(tmp_path, write_csv(tmp_path / "t.csv", rows, "user,item,split"), split="given")
+    assert found["splits"]["u"] == ["train"] * 3 + ["rerank", "valid", "test"]
+
+
+def test_merging_rows_takes_the_longest_overlap():
+    table = merge_rows([0, 0], [[1, 1, 2], [1, 2, 1]], [None, 3.0], ["train", "train"])
+    # 1 1 2, then 1 2 lies over its end and 1 is new
+    assert table["item"].to_pylist() == [1, 1, 2, 1]
+    assert table["available"].to_pylist() == [0, 0, 2, 2]
+    assert table["time"].to_pylist() == [None, None, None, 3.0]
+
+
+def test_the_movielens_recipe_gives_the_published_row_counts(tmp_path):
+    path = Path(__file__).parent.parent / "recipes" / "ml100k" / "1_data.yaml"
+    (args,) = recipe.resolve("data", recipe.load(path), str(path))
+    metrics = data.main(args, tmp_path)
+    assert metrics["rows"] == {"rerank": 16957, "valid": 4715, "test": 4715}
+    assert (metrics["users"], metrics["items"], metrics["interactions"]) == (943, 1682, 100_000)
+    assert set(metrics["sources"]) == {"ml-100k.inter", "ml-100k.item"}  # names, never paths
+    items = pq.read_table(tmp_path / "items.parquet").to_pylist()
+    assert items[0]["text"] == "Toy Story. category: Animation, Children's, Comedy. release_year: 1995"
+    # The slow way, for one user: the file's rows in the order of (time, line), the last five are test.
+    source = args.interactions.removeprefix("package:")
+    lines = (Path(__import__("recbole").__path__[0]).parent / source).read_text().splitlines()[1:]
+    mine = sorted((float(t), n, item) for n, (u, item, _, t) in enumerate(map(str.split, lines)) if u == "196")
+    user = pq.read_table(tmp_path / "users.parquet")["user_id"].to_pylist().index("196")
+    rows = [row for row in pq.read_table(tmp_path / "rows.parquet").to_pylist() if row["user"] == user]
+    last = [row for row in rows if row["split"] == "test"][-1]
+    assert [items[i]["item_id"] for i in [*last["history"], last["target"]]] == [item for _, _, item in mine]
+
+
+def test_random_interactions_agree_with_a_slow_loop(tmp_path):
+    import random
+
+    random.seed(0)
+    rows = [(random.randrange(12), random.randrange(30), random.randrange(20)) for _ in range(600)]
+    found = run(tmp_path, write_csv(tmp_path / "t.csv", rows), num_test=2, num_valid=3, num_rerank=4, min_history=3)
+    expected = []
+    for user in dict.fromkeys(str(u) for u, _, _ in rows):
+        mine = list(dict.fromkeys((t, str(i)) for u, i, t in rows if str(u) == user))
+        sequence = [item for _, item in sorted(mine, key=lambda pair: pair[0])]
+        for place in range(max(3, len(sequence) - 9), len(sequence)):
+            left = len(sequence) - place
+            split = "test" if left <= 2 else "valid" if left <= 5 else "rerank"
+            expected.append((user, split, sequence[:place], sequence[place]))
+    assert found["rows"] == expected
+
+
+def test_a_path_takes_environment_variables(tmp_path, toy_csv, monkeypatch):
+    monkeypatch.setenv("TOY_DATA", str(tmp_path))
+    data.check(arguments("${TOY_DATA}/toy.csv"))
+    monkeypatch.delenv("TOY_DATA")
+    with pytest.raises(ValueError, match=r"interactions is \$\{TOY_DATA\}/toy.csv but TOY_DATA is not set; `export"):
+        data.check(arguments("${TOY_DATA}/toy.csv"))
+
+
+def test_rows_are_numbered_as_the_file_has_them_however_many_threads_read_it(tmp_path):
+    # Fifty row groups, read in parallel; all times tie, so each user's sequence is the file's order.
+    number = np.arange(50_000)
+    table = pa.table({"user": number % 1000, "item": number * 7919 % 5003, "time": np.zeros(len(number))})
+    pq.write_table(table, tmp_path / "long.parquet", row_group_size=1000)
+    prepared = prepare(arguments(tmp_path / "long.parquet"))
+    # k-th interaction of user u is row u + 1000 k, and users are numbered by first appearance
+    items = np.array(prepared.items["item_id"].to_pylist(), dtype=int)[prepared.interactions["item"].to_numpy()]
+    assert np.array_equal(items.reshape(1000, 50).T.ravel(), number * 7919 % 5003)

@@ -1,0 +1,240 @@
+import io
+import json
+import shutil
+
+import numpy as np
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import pytest
+from rich.console import Console
+from toy_run import CATALOGUE, ID_TOKENS, NUM_ITEMS, SEMANTIC_IDS, toy_rows, toy_sequences, write_model, write_run
+
+from rerank import evaluate, recipe
+from rerank.baselines import FEATURES, Counts
+from rerank.evaluate import tables
+from rerank.evaluate.generation import RankingModel, read_answer
+from rerank.evaluate.likelihood import candidate_logps, likelihood_orders
+from rerank.evaluate.results import Ranking, Sampling, make_results
+from rerank.evaluate.rows import best_first, oracle_order, read_rows, transitions_order
+
+# Four rows of three candidates; the relevant item stands at rank 1, 2, 3, 2 of the input order.
+RELEVANCE = [[1, 0, 0], [0, 1, 0], [0, 0, 1], [0, 1, 0]]
+LABELS = ["<s_a_0>", "<s_a_1>", "<s_a_2>"]
+SECOND = 1 / np.log2(3)  # NDCG of a relevant item at rank 2; at rank 3 it is 1 / log2(4) = 0.5
+
+
+def toy_rankings():
+    texts = [
+        "<think>as given</think><s_a_0><s_a_1><s_a_2>",  # a copy, rank 1
+        "<think>second first</think><s_a_1><s_a_0><s_a_2>",  # rank 1
+        "<think>no answer</think>",
+        "<think>cut</think><s_a_1><s_a_0>",
+    ]
+    answers = [read_answer(text, 10, text.endswith("<s_a_0>"), LABELS) for text in texts]
+    return [
+        Ranking("no_op", [[0, 1, 2]] * 4),
+        Ranking("random", None),
+        Ranking("oracle", [oracle_order({"relevance": gains}) for gains in RELEVANCE]),
+        Ranking.of_answers("sft", answers, seconds=2.0),
+        Ranking("dapo", [[0, 1, 2], [1, 0, 2], [2, 0, 1], [0, 2, 1]], answers, seconds=2.0),
+    ]
+
+
+def toy_results(users=(0, 0, 1, 1), split="test"):
+    return make_results(toy_rankings(), RELEVANCE, split, 0.25, 16, Sampling(users, num_samples=500, seed=0))
+
+
+def test_a_parse_failure_scores_zero_and_has_the_input_order_as_its_fallback():
+    row = toy_results()["rows"]["sft"]
+    assert row["R@1"] == row["N@5"] == row["MRR"] == 2 / 4  # ranks 1, 1 and two failures
+    assert row["N@5_fallback"] == pytest.approx((1 + 1 + 0.5 + SECOND) / 4)
+    assert row["parse_failures"] == 2 and row["parse_failure_share"] == 0.5
+    assert row["parse_failure_kinds"] == {"empty": {"count": 1, "share": 0.25}, "too_few": {"count": 1, "share": 0.25}}
+    assert row["truncated"] == 1
+    assert row["copy_rate"] == 0.5  # one of the two orders that could be read
+    assert row["tokens_per_row"] == 10 and row["seconds_per_row"] == 0.5
+
+
+def test_the_baselines_have_their_hand_computed_values():
+    rows = toy_results()["rows"]
+    assert rows["no_op"]["R@1"] == 1 / 4
+    assert rows["no_op"]["N@5"] == pytest.approx((1 + SECOND + 0.5 + SECOND) / 4)
+    assert rows["no_op"]["MRR"] == pytest.approx((1 + 1 / 2 + 1 / 3 + 1 / 2) / 4)
+    assert rows["no_op"]["N@5_interval"] == [0, 0] and rows["no_op"]["copy_rate"] == 1
+    assert rows["random"]["N@5"] == pytest.approx((1 + SECOND + 0.5) / 3)
+    assert rows["random"]["copy_rate"] is None and rows["random"]["parse_failures"] is None
+    assert all(rows["oracle"][name] == 1 for name in ("R@1", "R@5", "N@5", "N@10", "MRR"))
+
+
+def test_end_to_end_values_count_missed_lists_as_zero():
+    results = toy_results()
+    assert results["n"] == 4 and results["n_all"] == 16
+    assert results["rows"]["sft"]["end_to_end"]["N@5"] == 0.5 * 4 / 16
+
+
+def test_differences_are_paired_and_whole_users_are_drawn():
+    row = toy_results(users=[7, 7, 7, 7])["rows"]["sft"]
+    difference = (2 - (1 + SECOND + 0.5 + SECOND)) / 4
+    assert row["N@5_minus_no_op"] == pytest.approx(difference)
+    assert row["N@5_interval"] == pytest.approx([difference, difference])  # one user: every draw is all rows
+    assert row["R@1_minus_no_op"] == 1 / 4
+    two = toy_results()["rows"]["sft"]  # the draws are 00, 01, 11: the ends are each user's own mean
+    assert two["R@1_interval"] == [0, 0.5]
+
+
+def test_models_are_compared_in_pairs():
+    comparisons = toy_results(users=[7, 7, 7, 7])["comparisons"]
+    assert list(comparisons) == ["dapo_vs_sft"]  # nothing to compare without the other rows
+    # dapo ranks the last two rows 1 and 3 where sft fails: (1 + 0.5) / 4
+    assert comparisons["dapo_vs_sft"]["N@5"] == {"difference": 0.375, "interval": [0.375, 0.375]}
+    assert comparisons["dapo_vs_sft"]["R@1"]["difference"] == 0.25
+
+
+def test_rows_stand_in_the_order_of_the_issue():
+    assert list(toy_results()["rows"]) == ["no_op", "random", "oracle", "sft", "dapo"]
+    json.dumps(toy_results())  # nothing in it is a numpy type
+
+
+def test_markdown_and_terminal_show_the_same_row_and_say_when_it_is_not_test():
+    text = tables.markdown(toy_results())
+    line = next(line for line in text.splitlines() if line.startswith("| sft |"))
+    assert "0.5000" in line and "2 (50.0 %): empty 1, too_few 1" in line and "500.0" in line
+    assert "4 test rows whose list holds a relevant item, of 16 (25.0 % hold one)" in text and "NOT" not in text
+    assert "NOT the test split" in tables.markdown(toy_results(split="valid"))
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(tables.results_table(toy_results(split="valid")))
+    shown = console.export_text()
+    assert "NOT the test split" in shown and "2 (50.0 %)" in shown and "dapo minus sft" in shown
+
+
+def test_transitions_rank_as_the_first_stage_did_whatever_order_the_list_is_in():
+    counts = Counts.fit(toy_sequences(), NUM_ITEMS)
+    rng = np.random.default_rng(1)
+    for row in toy_rows(counts, 0):
+        shuffled = rng.permutation(row["candidates"]).tolist()
+        shown = {"candidates": shuffled, "features": counts.features(row["history"], shuffled, [0.0] * 4)}
+        order = transitions_order(shown, FEATURES)
+        assert [shuffled[position] for position in order] == row["candidates"]
+
+
+def test_ties_keep_their_place():
+    assert best_first([0.5, 1.0, 0.5, 1.0]) == [1, 3, 0, 2]
+
+
+@pytest.fixture(scope="session")
+def toy_run(tmp_path_factory):
+    return write_run(tmp_path_factory.mktemp("toy") / "run")
+
+
+def test_only_rows_with_a_hit_are_read_and_max_rows_draws_the_same_ones_again(toy_run):
+    evaluated = read_rows(toy_run / "candidates", "test")
+    assert all(row["hit"] for row in evaluated.rows) and 3 < len(evaluated.rows) < 30
+    assert evaluated.num_all == 30 and evaluated.hit_share == len(evaluated.rows) / 30
+    drawn = read_rows(toy_run / "candidates", "test", max_rows=3, seed=1)
+    assert len(drawn.rows) == 3 and drawn.hit_share == evaluated.hit_share
+    assert drawn.rows == read_rows(toy_run / "candidates", "test", max_rows=3, seed=1).rows
+    assert [row["row_id"] for row in drawn.rows] == sorted(row["row_id"] for row in drawn.rows)
+
+
+def test_a_split_without_any_hit_is_refused(toy_run, tmp_path):
+    table = pq.read_table(toy_run / "candidates/test.parquet")
+    missed = table.filter(pc.invert(table["hit"]))
+    pq.write_table(missed, tmp_path / "test.parquet")
+    with pytest.raises(ValueError, match=r"test.parquet: none of its \d+ lists holds a relevant item"):
+        read_rows(tmp_path, "test")
+
+
+def test_likelihood_equals_scoring_each_candidate_alone(toy_run):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = toy_run / "midtrain/model"
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    prompts = [SEMANTIC_IDS[0], "".join(SEMANTIC_IDS[3:9])]  # unequal lengths, unequal lists
+    labels = [SEMANTIC_IDS[4:7], SEMANTIC_IDS[8:10]]
+    found = candidate_logps(model, tokenizer, prompts, labels)
+    for prompt, row_labels, logps in zip(prompts, labels, found, strict=True):
+        for label, logp in zip(row_labels, logps, strict=True):
+            ids = tokenizer(prompt + label, return_tensors="pt").input_ids
+            with torch.no_grad():
+                steps = model(ids).logits.log_softmax(-1)[0]
+            slow = sum(steps[place - 1, ids[0, place]] for place in range(ids.shape[1] - 2, ids.shape[1]))
+            assert logp == pytest.approx(float(slow), abs=1e-5)
+
+
+def test_likelihood_orders_do_not_depend_on_the_batch(toy_run):
+    rows = read_rows(toy_run / "candidates", "test").rows
+    orders = [likelihood_orders(toy_run / "midtrain/model", rows, CATALOGUE, 4, size) for size in (1, 7)]
+    assert orders[0] == orders[1]
+    assert all(sorted(order) == [0, 1, 2, 3] for order in orders[0])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"split": "train"}, r"split is 'train' but must be one of test, valid"),
+        ({"models": ["sft", "gpt"]}, r"models holds 'gpt' but knows only midtrained, sft, sft_no_trace, dapo"),
+        ({"max_rows": -1}, r"max_rows is -1 but must be at least 0"),
+        ({"batch_size": 0}, r"batch_size is 0 but must be at least 1"),
+        ({"num_bootstrap": 0}, r"num_bootstrap is 0 but must be at least 1"),
+    ],
+)
+def test_bad_options_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate.EvaluateArguments(run_dir="run", **options)
+
+
+def test_a_model_folder_must_be_complete(toy_run, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"config.json is missing; give a model folder of the sft or dapo"):
+        RankingModel.load(tmp_path)
+    shutil.copytree(toy_run / "sft/model", tmp_path / "model")
+    (tmp_path / "model/generation.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"generation.json is missing; give a model folder"):
+        RankingModel.load(tmp_path / "model")
+
+
+def test_semantic_ids_of_another_catalogue_are_refused_before_a_model_is_loaded(toy_run, tmp_path):
+    shutil.copytree(toy_run, tmp_path / "run")
+    args = evaluate.EvaluateArguments(run_dir=str(tmp_path / "run"))
+    evaluate.check(args)
+    folder = tmp_path / "run/dapo/model"
+    ids = [text.replace("<s_b_3>", "<s_b_9>") for text in SEMANTIC_IDS]
+    type(CATALOGUE)(CATALOGUE.item_ids, ids, CATALOGUE.titles, CATALOGUE.categories).save(folder)
+    with pytest.raises(ValueError, match=r"another catalogue than the model's: .*dapo/model lacks <s_b_9>"):
+        evaluate.check(args)
+
+
+def test_an_id_token_that_is_special_is_refused(tmp_path):
+    write_model(tmp_path / "model")
+    shutil.copy(tmp_path / "model/generation.json", tmp_path / "model/features.json")
+    (tmp_path / "model/features.json").write_text('{"names": [], "edges": {}}')
+    tokenizer = RankingModel.load(tmp_path / "model").tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ID_TOKENS[:1]})
+    tokenizer.save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match=r"has as a special token, which decoding drops, <s_a_0>"):
+        RankingModel.load(tmp_path / "model").tokenizer()
+
+
+def test_the_stage_on_models_with_random_weights_counts_every_failure(toy_run, tmp_path, monkeypatch):
+    for name, value in recipe.ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    shutil.copytree(toy_run, tmp_path / "run")
+    args = evaluate.EvaluateArguments(run_dir=str(tmp_path / "run"), num_bootstrap=50)
+    out_dir = tmp_path / "run/evaluate.partial"
+    out_dir.mkdir()
+    metrics = evaluate.main(args, out_dir)
+    results = json.loads((out_dir / "results.json").read_text())
+    rows = results["rows"]
+    assert list(rows) == ["no_op", "random", "oracle", "transitions", "lambdamart", "midtrained", "sft", "dapo"]
+    for name in ("sft", "dapo"):
+        assert rows[name]["N@5"] == 0 and rows[name]["parse_failure_share"] == 1
+        assert rows[name]["N@5_fallback"] == rows["no_op"]["N@5"]
+        assert 1 <= rows[name]["tokens_per_row"] <= 16
+    assert rows["transitions"]["N@5"] == rows["no_op"]["N@5"] < rows["oracle"]["N@5"] == 1
+    assert results["dapo"]["max_logp_gap"] == 0.001 and results["dapo"]["rollout_engine"] == "vllm"
+    assert metrics["N@5"]["no_op"] == rows["no_op"]["N@5"] and metrics["n"] == results["n"]
+    ranked = pq.read_table(out_dir / "rankings.parquet").to_pylist()
+    assert len(ranked) == 7 * results["n"]  # all but random
+    assert {line["failure"] for line in ranked if line["ranker"] == "sft"} <= {"no_trace_end", "junk", "empty"}
+    assert (out_dir / "results.md").is_file() and (out_dir / "report.html").is_file()

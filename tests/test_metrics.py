@@ -1,0 +1,101 @@
+"""Metrics as written-out fractions."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+
+from rerank.metrics import (
+    METRICS,
+    kendall_tau,
+    mean_random_metrics,
+    ndcg_at_k,
+    paired_interval,
+    ranking_metrics,
+    recall_at_k,
+    reciprocal_rank,
+)
+
+
+def test_ndcg_of_one_hit_is_its_discount():
+    # hit at rank 3: (1/log2 4) / (1/log2 2) = 0.5
+    assert ndcg_at_k([0, 0, 1, 0], 5) == pytest.approx(0.5)
+    assert ndcg_at_k([1, 0, 0, 0], 5) == 1.0
+    assert ndcg_at_k([0, 0, 1, 0], 2) == 0.0
+
+
+def test_ndcg_of_graded_gains_divides_by_the_best_order():
+    # DCG@3 = 1/log2 2 + 0 + 3/log2 4 = 1 + 1.5 = 2.5; ideal 3, 2, 1: 3 + 2/log2 3 + 1/2 = 4.761860
+    assert ndcg_at_k([1, 0, 3, 2], 3) == pytest.approx(2.5 / (3 + 2 / math.log2(3) + 0.5))
+
+
+def test_recall_counts_the_share_of_relevant_items_in_the_first_k():
+    assert recall_at_k([0, 1, 0, 2], 1) == 0.0
+    assert recall_at_k([0, 1, 0, 2], 2) == 1 / 2
+    assert recall_at_k([0, 1, 0, 2], 4) == 1.0
+
+
+def test_reciprocal_rank_is_that_of_the_first_relevant_item():
+    assert reciprocal_rank([0, 0, 1, 1]) == 1 / 3
+
+
+def test_a_ranking_without_a_relevant_item_has_no_metric():
+    gains = [0, 0, 0]
+    assert ndcg_at_k(gains, 5) is None
+    assert recall_at_k(gains, 5) is None
+    assert reciprocal_rank(gains) is None
+    assert ranking_metrics(gains) is None
+    assert mean_random_metrics(gains) is None
+
+
+def test_ranking_metrics_of_a_hit_at_rank_seven():
+    # log2(7 + 1) = 3, so N@10 = 1/3
+    values = ranking_metrics([0, 0, 0, 0, 0, 0, 1, 0, 0, 0])
+    assert values == pytest.approx({"R@1": 0, "R@5": 0, "N@5": 0, "N@10": 1 / 3, "MRR": 1 / 7})
+
+
+@pytest.mark.parametrize("gains", [[1, 0, 0, 0, 0, 0], [2, 1, 0, 0, 0, 1]])
+def test_random_metrics_equal_the_mean_over_all_orders(gains):
+    orders = [ranking_metrics(order) for order in itertools.permutations(gains)]
+    expected = {name: np.mean([values[name] for values in orders]) for name in METRICS}
+    assert mean_random_metrics(gains) == pytest.approx(expected)
+
+
+def test_interval_of_a_constant_difference_is_that_difference():
+    assert paired_interval([3, 4, 5], [1, 2, 3], [0, 0, 1]) == (2.0, 2.0, 2.0)
+
+
+def test_interval_draws_whole_users():
+    # User 0 has 100 rows with difference 1, user 1 has 100 with 0: a draw of two users gives 0, 1/2 or 1,
+    # the outer ones with chance 1/4 each. Rows drawn one by one would give 0.5 +- 0.07.
+    users = [0] * 100 + [1] * 100
+    values = [1.0] * 100 + [0.0] * 100
+    assert paired_interval(values, [0.0] * 200, users) == (0.5, 0.0, 1.0)
+
+
+def test_interval_weighs_users_by_their_rows():
+    # Three rows of user 7 with difference 1, one of user 9 with -1: the mean over rows is (3 - 1) / 4.
+    mean, low, high = paired_interval([1, 1, 1, -1], [0, 0, 0, 0], [7, 7, 7, 9])
+    assert (mean, low, high) == (0.5, -1.0, 1.0)
+
+
+def test_interval_is_the_same_for_the_same_seed():
+    rng = np.random.default_rng(0)
+    values, users = rng.random(50), rng.integers(20, size=50)
+    first = paired_interval(values, np.zeros(50), users, seed=3)
+    assert first == paired_interval(values, np.zeros(50), users, seed=3)
+    assert first != paired_interval(values, np.zeros(50), users, seed=4)
+
+
+def test_interval_refuses_lists_of_different_length():
+    with pytest.raises(ValueError, match="2 values, 1 baseline values and 2 users"):
+        paired_interval([1, 2], [1], [0, 1])
+
+
+def test_kendall_tau_counts_ordered_pairs():
+    assert kendall_tau([0, 1, 2, 3]) == 1.0
+    assert kendall_tau([3, 2, 1, 0]) == -1.0
+    # one neighbouring swap of four items: 5 pairs in order, 1 not, of 6
+    assert kendall_tau([1, 0, 2, 3]) == pytest.approx(4 / 6)
+    assert kendall_tau([0]) == 1.0

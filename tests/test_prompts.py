@@ -1,0 +1,300 @@
+import re
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from rerank import baselines, prompts
+from rerank.catalogue import Catalogue
+from rerank.prompts import FAILURES, Parsed, PromptSettings, candidate_labels, completion, parse_completion
+
+LABELS = ["<s_a_1><s_b_2>", "<s_a_1><s_b_3>", "<s_a_12><s_b_3>"]
+NUMBERS = [str(number) for number in range(1, 11)]
+ROW = {"history": [3, 0], "candidates": [1, 2], "features": [[1.0, 12.0, 0.25], [2.0, 0.0, 0.531]]}
+FEATURE_NAMES = ["place", "direct_last", "cosine_last"]
+EDGES = {"direct_last": [1, 2, 3, 4, 5, 6, 7, 10, 20], "cosine_last": [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]}
+
+
+@pytest.fixture
+def catalogue():
+    ids = [*LABELS, "<s_a_7><s_b_8>"]
+    return Catalogue(
+        ["w", "x", "y", "z"], ids, ["Dune", "Alien", "", "<think>\nHeat"], ["Sci-fi", "", "Drama", "Crime"]
+    )
+
+
+def test_a_full_prompt_shows_history_and_candidates_with_titles_and_categories(catalogue):
+    lines = prompts.rerank_prompt(ROW, catalogue, PromptSettings()).split("\n")
+    assert "re-ranker" in lines[0] and "2 candidates" in lines[0] and "write the ids" in lines[0]
+    assert lines[1:] == [
+        "History:",
+        "<s_a_7><s_b_8> ‹think› Heat | Crime",  # one line, and no tag of ours from a title
+        "<s_a_1><s_b_2> Dune | Sci-fi",
+        "Candidates:",
+        "<s_a_1><s_b_3> Alien",
+        "<s_a_12><s_b_3> Drama",
+    ]
+
+
+def test_a_short_prompt_of_ids_and_codes_has_its_history_on_one_line(catalogue):
+    shown = PromptSettings(
+        item_fields=["semantic_id"], evidence="codes", evidence_names=["direct_last", "cosine_last"], task="short"
+    )
+    assert prompts.rerank_prompt(ROW, catalogue, shown, EDGES, FEATURE_NAMES) == (
+        "Rank:\nHistory:<s_a_7><s_b_8><s_a_1><s_b_2>\nCandidates:\n"
+        "<s_a_1><s_b_3> next:8 like:2\n"  # 12 has 8 of the edges at or below it, 0.25 has 2
+        "<s_a_12><s_b_3> next:0 like:5"
+    )
+
+
+def test_evidence_in_words_gives_the_raw_values(catalogue):
+    shown = PromptSettings(evidence="words", evidence_names=["direct_last", "cosine_last"])
+    lines = prompts.rerank_prompt(ROW, catalogue, shown, {}, FEATURE_NAMES).split("\n")
+    assert lines[-2] == (
+        "<s_a_1><s_b_3> Alien: chosen next by 12 others after the last item; similarity 0.25 to the last item"
+    )
+    assert lines[-1].endswith("Drama: chosen next by 0 others after the last item; similarity 0.53 to the last item")
+
+
+def test_numbered_candidates_are_ranked_by_number(catalogue):
+    shown = PromptSettings(ranking="number", item_fields=["semantic_id"])
+    lines = prompts.rerank_prompt(ROW, catalogue, shown).split("\n")
+    assert lines[-2:] == ["1.<s_a_1><s_b_3>", "2.<s_a_12><s_b_3>"]
+    assert "write the numbers" in lines[0]
+    assert candidate_labels(ROW, catalogue, shown) == ["1", "2"]
+    assert candidate_labels(ROW, catalogue, PromptSettings()) == ["<s_a_1><s_b_3>", "<s_a_12><s_b_3>"]
+
+
+def test_only_the_latest_history_is_shown(catalogue):
+    text = prompts.rerank_prompt(ROW, catalogue, PromptSettings(max_history=1))
+    assert "Dune" in text and "Heat" not in text
+
+
+def test_knowledge_priming_is_one_sentence_that_can_be_left_out(catalogue):
+    texts = [prompts.rerank_prompt(ROW, catalogue, PromptSettings(knowledge_priming=on)) for on in (False, True)]
+    assert ["conditioner" in text for text in texts] == [False, True]
+
+
+@pytest.mark.parametrize("ranking", ["semantic_id", "number"])
+def test_no_space_stands_before_an_id_token(catalogue, ranking):
+    shown = PromptSettings(ranking=ranking, evidence="codes", evidence_names=["direct_last"])
+    assert not re.search(r"[ \t]<s_", prompts.rerank_prompt(ROW, catalogue, shown, EDGES, FEATURE_NAMES))
+
+
+def test_every_fact_of_the_baselines_has_words():
+    assert tuple(prompts.FACTS) == baselines.EVIDENCE
+    assert len({short for short, _ in prompts.FACTS.values()}) == len(prompts.FACTS)
+
+
+def test_evidence_words_are_all_that_codes_can_write():
+    words = prompts.evidence_words(PromptSettings(evidence="codes", evidence_names=["direct_last", "lift"]))
+    assert words == [f"next:{n}" for n in range(10)] + [f"lift:{n}" for n in range(10)]
+    assert prompts.evidence_words(PromptSettings()) == []
+
+
+def test_settings_come_back_as_saved(tmp_path):
+    with pytest.raises(FileNotFoundError, match="prompt.json is missing"):
+        PromptSettings.load(tmp_path)
+    kept = PromptSettings(item_fields=["semantic_id"], evidence="codes", ranking="number", task="short")
+    kept.save(tmp_path)
+    assert PromptSettings.load(tmp_path) == kept
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"evidence": "code"}, "evidence is 'code' but must be one of none, codes, words"),
+        ({"ranking": "ids"}, "ranking is 'ids' but must be one of"),
+        ({"task": "long"}, "task is 'long' but must be one of"),
+        ({"item_fields": ["title"]}, "must hold semantic_id"),
+        ({"item_fields": ["semantic_id", "brand"]}, "item_fields holds 'brand' but knows only semantic_id, title"),
+        ({"item_fields": "semantic_id"}, "must be a list"),
+        ({"evidence_names": ["lift", "lift"]}, "names each of its entries once"),
+        ({"evidence_names": ["rank"]}, "evidence_names holds 'rank'"),
+        ({"evidence": "words", "evidence_names": []}, "evidence_names is empty"),
+        ({"max_history": 0}, "max_history is 0 but must be an integer of at least 1"),
+        ({"max_history": 2.5}, "max_history is 2.5"),
+    ],
+)
+def test_settings_refuse_what_they_do_not_know(options, message):
+    with pytest.raises(ValueError, match=message):
+        PromptSettings(**options)
+
+
+def test_missing_facts_are_named(catalogue):
+    shown = PromptSettings(evidence="codes", evidence_names=["lift"])
+    with pytest.raises(ValueError, match="evidence 'lift' has no feature or edges; run the candidates stage again"):
+        prompts.rerank_prompt(ROW, catalogue, shown, EDGES, FEATURE_NAMES)
+
+
+@pytest.mark.parametrize("labels", [LABELS, NUMBERS])
+@pytest.mark.parametrize("trace", [None, "", "because <s_a_1><s_b_2>\nfits <think>"])
+def test_a_completion_parses_to_its_order_and_trace(labels, trace):
+    order = list(range(len(labels)))[::-1]
+    assert parse_completion(completion(trace, order, labels), labels) == Parsed(order=order, trace=trace or "")
+
+
+def test_a_trace_is_kept_with_a_failure_and_cannot_end_itself():
+    assert parse_completion("<think>why</think>", LABELS) == Parsed(trace="why", failure="empty")
+    with pytest.raises(ValueError, match="the trace holds </think>"):
+        completion("a</think>b", [0, 1, 2], LABELS)
+
+
+A, B, C = LABELS
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (f"<think>t</think>{B}{A}{C}", [1, 0, 2]),
+        (f" \n<think></think>\n{B} {A}\n{C} ", [1, 0, 2]),
+        ("<think></think><s_a_1> <s_b_3>" + A + C, [1, 0, 2]),  # decoding may put spaces between tokens
+        ("", "no_trace_end"),
+        (A + B + C, "no_trace_end"),
+        (f"<think>{A}{B}{C}", "no_trace_end"),
+        (f"</think>{A}{B}{C}", "junk"),
+        (f"x<think></think>{A}{B}{C}", "junk"),
+        ("<think>t</think>", "empty"),
+        ("<think>t</think> \n", "empty"),
+        (f"<think></think>{A}{B}{C}</think>", "junk"),
+        (f"<think></think></think>{A}{B}{C}", "junk"),
+        (f"<think></think>{A}{B}{C}.", "junk"),
+        (f"<think></think>{A},{B},{C}", "junk"),
+        (f"<think></think>{A}{B}{C}<|im_end|>", "junk"),
+        (f"<think></think>{A}{B}<s_a_12>", "junk"),
+        (f"<think></think>{A}<s_b_3>{B}<s_a_12>", "junk"),  # four whole tokens after A, levels out of order
+        (f"<think></think>{A}{B}<s_a_99><s_b_1>", "foreign_item"),
+        (f"<think></think>{A}{B}<s_a_012><s_b_3>", "foreign_item"),
+        (f"<think></think>{A}{A}{B}{C}<s_a_99><s_b_1>", "foreign_item"),
+        (f"<think></think>{A}{A}{B}", "duplicate"),
+        (f"<think></think>{A}{A}", "duplicate"),
+        (f"<think></think>{A}{B}", "too_few"),
+        (f"<think></think>{A}{B}{C}{A}", "too_many"),
+    ],
+)
+def test_semantic_id_completions(text, expected):
+    parsed = parse_completion(text, LABELS)
+    assert (parsed.order or parsed.failure) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("<think></think>3,1, 2", [2, 0, 1]),
+        ("<think></think>3 1\n2,", [2, 0, 1]),
+        ("<think></think>312", "foreign_item"),
+        ("<think></think>3,1,02", "foreign_item"),
+        ("<think></think>3,1,٢", "junk"),  # another script's digit
+        ("<think></think>[3,1,2]", "junk"),
+        ("<think></think>,", "junk"),
+        ("<think></think>-1,2,3", "junk"),
+        ("<think></think>1,1,2", "duplicate"),
+        ("<think></think>1,2", "too_few"),
+        ("<think></think>1,2,3,1", "too_many"),
+    ],
+)
+def test_number_completions(text, expected):
+    parsed = parse_completion(text, ["1", "2", "3"])
+    assert (parsed.order or parsed.failure) == expected
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"), [([], "at least one"), ([A, A], "distinct"), (["one", "two"], "neither a number nor")]
+)
+def test_labels_that_no_row_has_are_refused(labels, message):
+    with pytest.raises(ValueError, match=message):
+        parse_completion("<think></think>1", labels)
+
+
+def assert_is_a_ranking_or_a_failure(text, labels):
+    parsed = parse_completion(text, labels)
+    assert (parsed.order is None) != (parsed.failure is None)
+    assert parsed.failure is None or parsed.failure in FAILURES
+    if parsed.order is not None:  # it says what the text says, nothing is repaired
+        assert sorted(parsed.order) == list(range(len(labels)))
+        answer = text.split("</think>", 1)[1]
+        written = re.sub(r"\s" if labels is LABELS else r"[\s,]", "", answer)
+        assert written == "".join(labels[position] for position in parsed.order)
+
+
+PIECES = [
+    *LABELS,
+    "<s_a_1>",
+    "<s_b_3>",
+    "<s_a_99><s_b_1>",
+    "<think>",
+    "</think>",
+    " ",
+    "\n",
+    ",",
+    "1",
+    "10",
+    "x",
+    "<s_",
+]
+
+
+@settings(max_examples=1000, deadline=None, derandomize=True)
+@given(st.one_of(st.text(), st.lists(st.sampled_from(PIECES), max_size=12).map("".join)), st.booleans())
+def test_any_text_is_a_ranking_or_a_named_failure(text, after_trace):
+    for labels in (LABELS, NUMBERS):
+        assert_is_a_ranking_or_a_failure(("<think></think>" if after_trace else "") + text, labels)
+
+
+EDITS = st.lists(st.tuples(st.sampled_from("drs"), st.integers(0, 400), st.integers(0, 255)), max_size=4)
+
+
+def mutate(text, edits):
+    """Delete, replace or insert ("d", "r", "s") single bytes."""
+    data = bytearray(text.encode())
+    for kind, place, byte in edits:
+        place %= len(data)
+        data[place : place + (kind != "s")] = b"" if kind == "d" else bytes([byte])
+    return data.decode("utf-8", errors="surrogateescape")
+
+
+@settings(max_examples=1500, deadline=None, derandomize=True)
+@given(st.permutations(range(3)), st.permutations(range(10)), st.text(max_size=8), EDITS)
+def test_any_byte_level_change_of_a_completion_is_a_ranking_or_a_named_failure(order, numbers, trace, edits):
+    for ranking, labels in ((order, LABELS), (numbers, NUMBERS)):
+        text = "<think>" + trace + "</think>" + completion(None, ranking, labels).removeprefix("<think></think>")
+        assert_is_a_ranking_or_a_failure(mutate(text, edits), labels)
+
+
+def chat_tokenizer(template, adds_bos=False):
+    words = Tokenizer(models.WordLevel({"<bos>": 0, "<unk>": 1, "hello": 2}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    if adds_bos:
+        words.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 0)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<bos>", unk_token="<unk>")
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+def test_render_ends_where_the_completion_starts():
+    assert prompts.render(chat_tokenizer(TEMPLATE), "hello") == "<bos>user: hello\nassistant: "
+    with_system = prompts.render(chat_tokenizer(TEMPLATE), "hello", system="be brief")
+    assert with_system == "<bos>system: be brief\nuser: hello\nassistant: "
+
+
+def test_render_leaves_out_a_bos_that_the_tokenizer_adds():
+    tokenizer = chat_tokenizer(TEMPLATE, adds_bos=True)
+    text = prompts.render(tokenizer, "hello")
+    assert text == "user: hello\nassistant: "
+    assert tokenizer(text).input_ids.count(0) == 1
+
+
+@pytest.mark.parametrize(
+    ("template", "message"), [(None, "has no chat template"), (TEMPLATE + "<think>\n", "opens <think> itself")]
+)
+def test_render_refuses_templates_it_cannot_use(template, message):
+    with pytest.raises(ValueError, match=message):
+        prompts.render(chat_tokenizer(template), "hello")

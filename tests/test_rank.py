@@ -1,0 +1,143 @@
+import json
+import shutil
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+import pytest
+from toy_run import CATALOGUE, NUM_ITEMS, toy_sequences, write_run
+
+from rerank import rank, recipe
+from rerank.baselines import Counts
+from rerank.evaluate.generation import Answer, RankingModel
+
+ROWS = [
+    {"row_id": 5, "history": ["m0", "m1"], "candidates": ["m2", "m3", "m4", "m5"]},
+    {"row_id": 9, "history": ["m7"], "candidates": ["m8", "m9", "m1", "m0"]},
+]
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory):
+    return write_run(tmp_path_factory.mktemp("rank") / "run") / "sft/model"
+
+
+def write_rows(folder, suffix, rows=ROWS):
+    path = folder / f"rows{suffix}"
+    if suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    elif suffix == ".jsonl":
+        path.write_text("\n".join(json.dumps(row) for row in rows) + "\n\n")
+    else:
+        lines = [f"{row['row_id']},{' '.join(row['history'])},{' '.join(row['candidates'])}" for row in rows]
+        path.write_text("\n".join(["row_id,history,candidates", *lines]) + "\n")
+    return path
+
+
+@pytest.mark.parametrize("suffix", rank.FORMATS)
+def test_rows_read_alike_from_every_format(tmp_path, suffix):
+    assert rank.read_records(write_rows(tmp_path, suffix)) == ROWS
+
+
+def test_encoded_rows_hold_items_and_the_features_of_the_saved_counts(model_dir):
+    model = RankingModel.load(model_dir)
+    first, second = rank.encode_rows(ROWS, model, "rows")
+    assert first["history"] == [0, 1] and second["candidates"] == [8, 9, 1, 0]
+    counts = Counts.fit(toy_sequences(), NUM_ITEMS)
+    assert first["features"] == counts.features([0, 1], [2, 3, 4, 5], [0.0] * 4).tolist()
+    prompts = model.prompts([first, second], model.tokenizer())
+    assert CATALOGUE.semantic_ids[5] + " Title 5 | drama next:" in prompts[0]
+
+
+def test_ids_that_are_numbers_are_found_and_written_back_as_numbers(model_dir, tmp_path):
+    model = RankingModel.load(model_dir)
+    model.catalogue.item_ids[:] = [str(item) for item in range(NUM_ITEMS)]
+    record = {"history": [3], "candidates": [4, 5]}
+    assert rank.encode_rows([record], model, "rows")[0]["candidates"] == [4, 5]
+    assert rank.add_answer(record, Answer([1, 0], None, "why", "", 3, False))["ranking"] == [5, 4]
+
+
+def answered():
+    answers = [Answer([3, 2, 1, 0], None, "because", "", 9, False), Answer(None, "empty", None, "", 1, False)]
+    return [rank.add_answer(record, answer) for record, answer in zip(ROWS, answers, strict=True)]
+
+
+def test_a_ranking_is_written_in_the_original_ids_and_a_failure_as_null(tmp_path):
+    records = answered()
+    assert records[0]["ranking"] == ["m5", "m4", "m3", "m2"] and records[0]["trace"] == "because"
+    assert records[1]["ranking"] is None and records[1]["failure"] == "empty" and records[1]["row_id"] == 9
+    rank.write_records(records, tmp_path / "out.jsonl")
+    assert [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()] == records
+    rank.write_records(records, tmp_path / "out.parquet")
+    assert pq.read_table(tmp_path / "out.parquet").to_pylist() == records
+    rank.write_records(records, tmp_path / "out.csv")
+    assert pyarrow.csv.read_csv(tmp_path / "out.csv").to_pylist()[0]["ranking"] == "m5 m4 m3 m2"
+
+
+def test_columns_that_are_null_throughout_keep_their_type(tmp_path):
+    rank.write_records([answered()[1]], tmp_path / "out.parquet")
+    schema = pq.read_schema(tmp_path / "out.parquet")
+    assert schema.field("ranking").type == pa.list_(pa.string()) and schema.field("trace").type == pa.string()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"history": ["m0", "zz"]}, r"rows, row 2: history holds 'zz', which is not in the model's catalogue"),
+        ({"candidates": ["m1", "m2", "m1", "m3"]}, r"rows, row 2: candidates holds 'm1' twice"),
+        ({"candidates": ["m1"]}, r"rows, row 2: candidates has 1 item; there is nothing to rank"),
+        ({"candidates": ["m1", "m2"]}, r"row 2: candidates has 2 items but the model ranks lists of 4"),
+        ({"history": []}, r"row 2: history is \[\] but must be a list of at least one item id"),
+        ({"candidates": "m1 m2"}, r"row 2: candidates is 'm1 m2' but must be a list"),
+        ({"history": None}, r"row 2: history is None but must be a list"),
+    ],
+)
+def test_a_bad_row_is_named_by_its_number(model_dir, tmp_path, change, message):
+    shutil.copytree(model_dir, tmp_path / "model")
+    settings = {"max_completion_tokens": 16, "trace": True, "num_candidates": 4}
+    (tmp_path / "model/generation.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=message):
+        rank.encode_rows([ROWS[0], {**ROWS[1], **change}], RankingModel.load(tmp_path / "model"), "rows")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("rows.jsonl", '{"history": ["m0"]}', r"row 1: column 'candidates' is missing; it has history"),
+        ("rows.csv", "user,candidates\n1,m1 m2\n", r"row 1: column 'history' is missing; it has user, candidates"),
+        ("rows.jsonl", '{"history": [], "candidates": [], "trace": 1}', r"has a column 'trace' already"),
+        ("rows.jsonl", "", r"rows.jsonl has no rows"),
+        ("rows.jsonl", '{"history": ["m0"]}\n{"a"', r"rows.jsonl, line 2 is not JSON"),
+        ("rows.jsonl", "[1]", r"rows.jsonl, line 1 is not an object"),
+        ("rows.csv", "history,candidates\nm1\n", r"rows.csv is not CSV: .*Row #2"),
+        ("rows.parquet", "text", r"rows.parquet is not Parquet"),
+        ("rows.txt", "text", r"rows.txt must end in .parquet, .jsonl, .csv"),
+    ],
+)
+def test_a_file_that_cannot_be_ranked_is_refused(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        rank.read_records(tmp_path / name)
+
+
+def test_places_that_are_not_there_are_refused_before_anything_is_read(model_dir, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"rows.csv does not exist; give a file of rows to rank"):
+        rank.rank_rows(model_dir, tmp_path / "rows.csv", tmp_path / "out.csv")
+    with pytest.raises(FileNotFoundError, match=r"nowhere is not a folder; make it"):
+        rank.rank_rows(model_dir, write_rows(tmp_path, ".csv"), tmp_path / "nowhere/out.csv")
+    with pytest.raises(ValueError, match=r"out.xlsx must end in"):
+        rank.rank_rows(model_dir, write_rows(tmp_path, ".csv"), tmp_path / "out.xlsx")
+    shutil.copytree(model_dir, tmp_path / "model")
+    (tmp_path / "model/evidence.npz").unlink()
+    with pytest.raises(FileNotFoundError, match=r"evidence.npz is missing, but the model's prompts show evidence"):
+        rank.rank_rows(tmp_path / "model", write_rows(tmp_path, ".csv"), tmp_path / "out.csv")
+
+
+def test_rows_are_ranked_by_a_real_engine(model_dir, tmp_path, monkeypatch):
+    for name, value in recipe.ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    counts = rank.rank_rows(model_dir, write_rows(tmp_path, ".jsonl"), tmp_path / "out.jsonl")
+    assert counts == {"rows": 2, "failures": 2}  # random weights write no ranking
+    written = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [row["row_id"] for row in written] == [5, 9] and all(row["ranking"] is None for row in written)
+    assert all(row["failure"] in ("no_trace_end", "junk", "empty") for row in written)
