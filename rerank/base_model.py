@@ -93,7 +93,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, words: Sequence[str] 
     )
     texts = list(texts)
     weight = 1 + len(texts) // 4  # frequent enough to be merged first
-    bpe.train_from_iterator(texts + [f" {word}" for word in words for _ in range(weight)], trainer)
+    bpe.train_from_iterator(
+        texts + [f"{space}{word}" for word in words for space in ("", " ") for _ in range(weight)], trainer
+    )
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         pad_token=SPECIAL_TOKENS[0],

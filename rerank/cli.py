@@ -48,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     rank.add_argument(
         "--rows", required=True, metavar="FILE", help="Parquet, JSONL or CSV with history and candidates"
     )
-    rank.add_argument("--out", required=True, metavar="FILE", help="Parquet or JSONL to write")
+    rank.add_argument("--out", required=True, metavar="FILE", help="Parquet, JSONL or CSV to write")
     rank.set_defaults(function=_rank)
     return parser
 
@@ -73,7 +73,7 @@ def _print_results(run_dir: str) -> None:
 
     from rich.console import Console
 
-    from rerank.results import results_table
+    from rerank.evaluate.tables import results_table
     from rerank.run_dir import stage_dir
 
     folder = stage_dir(run_dir, "evaluate")
@@ -98,8 +98,12 @@ def _inspect(args: argparse.Namespace) -> int:
 
 
 def _rank(args: argparse.Namespace) -> int:
-    from rerank import rank
+    import os
 
+    from rerank import rank, recipe
+
+    for name, value in recipe.ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     rank.rank_rows(args.model_dir, args.rows, args.out)
     return 0
 

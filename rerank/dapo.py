@@ -225,7 +225,9 @@ def prepare(args: DapoArguments, config: DapoConfig, encoder: RowEncoder, base_d
     uses = ("dapo",) if args.rows == "dapo" else ("sft", "dapo")
     rows = [row for use in uses for row in training_rows(args.run_dir, use)]
     if not rows:
-        raise ValueError("no training rows are left for dapo; lower sft_share of the traces stage, or set rows: all")
+        raise ValueError(
+            "no training rows are left for dapo; lower rows_for_sft of the traces stage, or set rows: all"
+        )
     dataset = Dataset.from_list(prompt_rows(sorted(rows, key=lambda row: row["row_id"]), encoder))
     if config.max_completion_length is None:
         config.max_completion_length = json.loads((base_dir / "generation.json").read_text())["max_completion_tokens"]

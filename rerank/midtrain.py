@@ -23,9 +23,10 @@ import numpy as np
 import pyarrow.parquet as pq
 from trl import ModelConfig, SFTConfig, get_peft_config
 
-from rerank import base_model, recipe, run_dir, semantic_ids, stopping
+from rerank import base_model, baselines, recipe, run_dir, semantic_ids, stopping
 from rerank.catalogue import Catalogue
-from rerank.prompts import THINK, THINK_END, render
+from rerank.prompts import FACTS, THINK, THINK_END, render
+from rerank.traces.evidence import EVIDENCE_WORDS
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +34,20 @@ INPUTS = ("data", "semantic_ids")
 TASKS = ("sequence", "persona", "caption", "text")
 PUBLISHED_MIXTURE = {"sequence": 0.6573, "persona": 0.2430, "caption": 0.0494, "text": 0.0503}
 NEXT_ITEMS = "Next items:"
+PROMPT_WORDS = (
+    "Rank:",
+    "History:",
+    "Candidates:",
+    "Next",
+    "items:",
+    "Describe:",
+    "Which",
+    "item:",
+    "User:",
+    "likes",
+    "Sort",
+    "by",
+)
 
 
 @dataclass
@@ -43,6 +58,9 @@ class MidtrainArguments(recipe.StageArguments, base_model.SmallModelArguments):
         default_factory=lambda: dict(PUBLISHED_MIXTURE),
         metadata={"help": "Share of documents of each task: sequence, persona, caption, text."},
     )
+    sorting_share: float = field(
+        default=0.0, metadata={"help": "Share of the persona documents that are lists to sort by a stated fact."}
+    )
     max_items: int = field(default=50, metadata={"help": "Items in one sequence document."})
     general_text: str = field(
         default="packages",
@@ -52,9 +70,6 @@ class MidtrainArguments(recipe.StageArguments, base_model.SmallModelArguments):
     )
     token_epochs: float = field(default=1.0, metadata={"help": "Phase one: epochs that train only the new rows."})
     token_learning_rate: float = field(default=5.0e-4, metadata={"help": "Learning rate of phase one."})
-    tokenizer_words: list[str] = field(
-        default_factory=list, metadata={"help": "Words that a small model's tokenizer keeps whole."}
-    )
     max_minutes: float | None = field(default=None, metadata={"help": "End each phase after this many minutes."})
 
     def __post_init__(self) -> None:
@@ -126,14 +141,50 @@ def caption_documents(catalogue: Catalogue) -> Iterator[Document]:
 def persona_documents(
     histories: Sequence[np.ndarray], catalogue: Catalogue, rng: np.random.Generator
 ) -> Iterator[Document]:
-    """A stretch of a history told in words, ids and titles interleaved: what it leans to, then its items."""
+    """A stretch of a history told in words and ids: what it leans to, which items show it, and the latest by title."""
     for history in histories:
         start = int(rng.integers(0, max(1, len(history) - 8)))
         items = history[start : start + 8]
-        common = Counter(word for item in items for word in catalogue.categories[item].split()).most_common(3)
-        leaning = ", ".join(word for word, _ in common) or "this and that"
-        told = "; ".join(f"{catalogue.titles[item]}{catalogue.semantic_ids[item]}" for item in items)
-        yield Document("persona", "User:" + "".join(catalogue.semantic_ids[i] for i in items), f"{leaning}: {told}")
+        groups: dict[str, list[int]] = {}
+        for item in items:
+            groups.setdefault(catalogue.categories[item].split(", ")[0] or "Other", []).append(item)
+        largest_first = sorted(groups.items(), key=lambda group: -len(group[1]))
+        told = "; ".join(
+            f"{name} " + "".join(catalogue.semantic_ids[i] for i in group) for name, group in largest_first
+        )
+        latest = catalogue.titles[items[-1]]
+        shown = "".join(catalogue.semantic_ids[item] for item in items)
+        yield Document("persona", "User:" + shown, f"likes {told}; lately {latest}{catalogue.semantic_ids[items[-1]]}")
+
+
+def sorting_documents(
+    histories: Sequence[np.ndarray], catalogue: Catalogue, embeddings: np.ndarray, num: int, rng: np.random.Generator
+) -> Iterator[Document]:
+    """Lists of items with two true facts each, to be written again in the order of one of them.
+
+    What a re-ranker must be able to do with any list, learned here on facts that hold for every user: how often an
+    item was chosen, and how close its text is to the last item of a history.
+    """
+    counts = np.bincount(np.concatenate(histories), minlength=len(catalogue)).astype(float)
+    known = np.flatnonzero(counts)
+    anchors = rng.choice(known, 200)
+    cosines = (embeddings[known] @ embeddings[anchors].T).ravel()
+    edges = {"popularity": baselines.fit_edges(counts[known]), "cosine_last": baselines.fit_edges(cosines)}
+    for _ in range(num):
+        history = histories[rng.integers(len(histories))][-10:]
+        items = rng.choice(known, 10, replace=False)
+        values = {"popularity": counts[items], "cosine_last": embeddings[items] @ embeddings[history[-1]]}
+        buckets = {name: [baselines.bucket(v, edges[name]) for v in values[name]] for name in values}
+        key = str(rng.choice(list(values)))
+        lines = [
+            catalogue.semantic_ids[item]
+            + "".join(f" {FACTS[name][0]}:{buckets[name][i]}" for name in rng.permutation(list(values)))
+            for i, item in enumerate(items)
+        ]
+        shown = "".join(catalogue.semantic_ids[item] for item in history)
+        order = np.argsort([-bucket for bucket in buckets[key]], kind="stable")
+        prompt = "\n".join([f"Sort by {FACTS[key][0]}", "History:" + shown, "Candidates:", *lines])
+        yield Document("persona", prompt, "".join(catalogue.semantic_ids[items[i]] for i in order))
 
 
 def text_documents(source: str, length: int = 400) -> Iterator[Document]:
@@ -150,24 +201,40 @@ def text_documents(source: str, length: int = 400) -> Iterator[Document]:
 
 
 def mixed_documents(
-    histories: Sequence[np.ndarray], catalogue: Catalogue, args: MidtrainArguments, seed: int
+    histories: Sequence[np.ndarray],
+    catalogue: Catalogue,
+    embeddings: np.ndarray,
+    args: MidtrainArguments,
+    seed: int,
 ) -> list[Document]:
-    """All sequence documents, and of the other tasks as many as their share asks, repeated where there are fewer."""
+    """All sequence documents, and of the other tasks as many as their share asks, repeated where there are fewer.
+
+    Of the persona documents, `sorting_share` are lists to sort.
+    """
     rng = np.random.default_rng(seed)
+    sequence = list(sequence_documents(histories, catalogue, args.max_items))
+    wanted = round(len(sequence) * args.mixture.get("persona", 0) / args.mixture["sequence"])
+    num_sorting = round(wanted * args.sorting_share)
+    told = list(persona_documents(histories, catalogue, rng))
+    sorting = list(sorting_documents(histories, catalogue, embeddings, num_sorting, rng))
     sources = {
-        "sequence": list(sequence_documents(histories, catalogue, args.max_items)),
-        "persona": list(persona_documents(histories, catalogue, rng)),
+        "sequence": sequence,
+        "persona": sorting + _draw(told, wanted - num_sorting, rng),
         "caption": list(caption_documents(catalogue)),
         "text": list(text_documents(args.general_text)) if args.mixture.get("text", 0) > 0 else [],
     }
     mixed = []
     for task, documents in sources.items():
-        wanted = round(len(sources["sequence"]) * args.mixture.get(task, 0) / args.mixture["sequence"])
-        order = np.concatenate(
-            [rng.permutation(len(documents)) for _ in range(-(-wanted // max(1, len(documents))))] or [[]]
-        )
-        mixed += [documents[int(i)] for i in order[:wanted]]
+        mixed += _draw(documents, round(len(sequence) * args.mixture.get(task, 0) / args.mixture["sequence"]), rng)
     return [mixed[i] for i in rng.permutation(len(mixed))]
+
+
+def _draw(documents: Sequence[Document], num: int, rng: np.random.Generator) -> list[Document]:
+    """`num` documents in random order, each as often as any other, give or take one."""
+    if not documents:
+        return []
+    rounds = [rng.permutation(len(documents)) for _ in range(-(-num // len(documents)))]
+    return [documents[i] for order in rounds for i in order][:num]
 
 
 def encode(document: Document, tokenizer: Any, max_length: int | None) -> dict[str, list[int]]:
@@ -188,7 +255,8 @@ def build_model(
     if name is not None:
         return base_model.load_pretrained(name, dtype)
     texts = [f"{document.prompt}\n{document.answer}" for document in documents]
-    tokenizer = base_model.train_tokenizer(texts, args.vocab_size, args.tokenizer_words)
+    words = [f"{code}:{bucket}" for code, _ in FACTS.values() for bucket in range(10)]
+    tokenizer = base_model.train_tokenizer(texts, args.vocab_size, [*words, *EVIDENCE_WORDS, *PROMPT_WORDS])
     return base_model.make_small_model(args, tokenizer, seed), tokenizer
 
 
@@ -226,7 +294,8 @@ def main(args: MidtrainArguments, training_args: SFTConfig, model_args: ModelCon
 
     data_dir = run_dir.stage_dir(args.run_dir, "data")
     catalogue = Catalogue.load(args.run_dir)
-    documents = mixed_documents(sequences(data_dir), catalogue, args, training_args.seed)
+    embeddings = np.load(run_dir.stage_dir(args.run_dir, "semantic_ids") / "embeddings.npy")
+    documents = mixed_documents(sequences(data_dir), catalogue, embeddings, args, training_args.seed)
     model, tokenizer = build_model(
         args, model_args.model_name_or_path, model_args.dtype, documents, training_args.seed
     )

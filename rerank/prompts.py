@@ -27,6 +27,9 @@ FACTS: dict[str, tuple[str, str]] = {
     "cosine_last": ("like", "similarity {:.2f} to the last item"),
     "cosine_max": ("near", "similarity {:.2f} to the nearest item of the history"),
     "lift": ("lift", "follows the recent items {:.2f} strong for its popularity"),
+    "near": ("soon", "others take it within ten places of the recent items with share {:.2f}"),
+    "fit_history": ("fit", "fits the whole history with score {:.2f}"),
+    "fit_recent": ("now", "fits the recent items with score {:.2f}"),
 }
 
 _TASK = (

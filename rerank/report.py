@@ -23,6 +23,7 @@ from rerank.evaluate.results import RANKERS
 GENERATING = ("dapo", "sft", "sft_no_trace")  # the sample shows the first of them that is there
 SAMPLES_PER_OUTCOME = 4
 SHOWN_HISTORY = 5
+COLOURS = ("#3f8fd6", "#e07b2c", "#2f9e6b", "#c4569b", "#8b78d8", "#a08a3c")  # legible on light and on dark
 CURVES = (  # title, log of which stage, keys
     ("Mid-training loss", "midtrain/log_history.json", ("loss", "eval_loss")),
     ("SFT loss", "sft/log_history.json", ("loss", "eval_loss")),
@@ -181,7 +182,7 @@ def gain_chart(results: Mapping[str, Any]) -> dict[str, Any]:
     above = [row["N@5_interval"][1] - gain for row, gain in zip(rows, gains, strict=True)]
     below = [gain - row["N@5_interval"][0] for row, gain in zip(rows, gains, strict=True)]
     error = {"type": "data", "array": above, "arrayminus": below, "thickness": 2, "width": 6}
-    points = go.Scatter(x=gains, y=names, mode="markers", error_x=error, marker={"size": 10, "color": "#3b82c4"})
+    points = go.Scatter(x=gains, y=names, mode="markers", error_x=error, marker={"size": 10})
     return _chart(go.Figure(points), "NDCG@5 minus that of the input order, 95 % intervals", xaxis={"tickformat": "+"})
 
 
@@ -191,7 +192,7 @@ def place_chart(rows: Sequence[RankedRow], results: Mapping[str, Any]) -> dict[s
 
     last = max(len(ranked.row["candidates"]) for ranked in rows)
     figure = go.Figure()
-    for name in (name for name in results["rows"] if name not in ("random", "oracle", "transitions")):
+    for name in (name for name in ("no_op", "lambdamart", *GENERATING[::-1]) if name in results["rows"]):
         places = [place for ranked in rows if (place := ranked.place(name)) is not None]
         shares = np.bincount(places, minlength=last + 1)[1:] / len(rows)
         figure.add_scatter(x=list(range(1, last + 1)), y=shares.tolist(), mode="lines+markers", name=name)
@@ -209,11 +210,14 @@ def training_charts(run_dir: Path) -> list[dict[str, Any]]:
         figure = go.Figure()
         for key in keys:
             points = [(entry["step"], entry[key]) for entry in history if key in entry]
+            label = key if len(keys) > 1 else "value"
             if points:
                 steps, values = zip(*points, strict=True)
-                figure.add_scatter(x=steps, y=values, mode="lines", name=key, opacity=0.5 if len(points) > 20 else 1)
+                figure.add_scatter(x=steps, y=values, mode="lines", name=label, opacity=0.5 if len(points) > 20 else 1)
                 if len(points) > 20:
-                    figure.add_scatter(x=steps, y=_moving_mean(values, len(points) // 10), name=f"{key}, moving mean")
+                    figure.add_scatter(
+                        x=steps, y=_moving_mean(values, len(points) // 10), name=f"{label}, moving mean"
+                    )
         if figure.data:
             charts.append(_chart(figure, title, xaxis={"title": {"text": "step"}}))
     return charts
@@ -231,7 +235,7 @@ def _chart(figure: Any, title: str, **axes: Any) -> dict[str, Any]:
     """What the page's script draws; colours of text and grid are the page's."""
     legend = {"orientation": "h", "y": -0.25}
     figure.update_layout(template="none", height=360, margin={"l": 50, "r": 20, "t": 20, "b": 40}, legend=legend)
-    figure.update_layout(showlegend=len(figure.data) > 1, **axes)
+    figure.update_layout(showlegend=len(figure.data) > 1, colorway=COLOURS, **axes)
     return {"title": title, **json.loads(figure.to_json())}
 
 

@@ -164,7 +164,9 @@ def save_ranker(run: str, encoder: RowEncoder, folder: Path, trace: bool, max_co
     encoder.catalogue.save(folder)
     for name in ("features.json", "evidence.npz"):
         shutil.copy2(run_dir.stage_dir(run, "candidates") / name, folder / name)
-    run_dir.write_json(folder / "generation.json", {"max_completion_tokens": max_completion_tokens, "trace": trace})
+    num_candidates = run_dir.read_metrics(run, "candidates")["num_candidates"]
+    generation = {"max_completion_tokens": max_completion_tokens, "trace": trace, "num_candidates": num_candidates}
+    run_dir.write_json(folder / "generation.json", generation)
 
 
 def fit(args: SftArguments, config: SFTConfig, model_args: ModelConfig, folder: Path, with_trace: bool) -> dict:

@@ -1,5 +1,7 @@
 """Counts by hand, leave-one-user-out against refitting, fast code against a slow loop."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -12,6 +14,7 @@ from rerank.baselines import (
     fit_lambdamart,
     out_of_fold_scores,
     predict_lambdamart,
+    regression,
 )
 
 TOY = {0: np.array([0, 1, 2, 3, 4]), 1: np.array([1, 2, 0]), 2: np.array([3, 0])}
@@ -93,9 +96,41 @@ def test_leaving_a_user_out_equals_refitting_without_it(random_sequences, random
         assert (scores == rest.transition_scores(history)).all()  # exactly: not a crumb is left
         items, top = random_counts.top(history, 8, own_sequence=sequence)
         assert items.tolist() == rest.top(history, 8)[0].tolist()
-        refitted = Counts(rest.transitions, rest.successors, random_counts.popularity, random_counts.facts)
         features = random_counts.features(history, items, top, own_sequence=sequence)
-        assert (features == refitted.features(history, items, top)).all()
+        whole = {name: getattr(random_counts, name) for name in ("popularity", "facts")}
+        wanted = replace(rest, **whole).features(history, items, top)
+        exact = [number for number, name in enumerate(FEATURES) if name not in ("near", "fit_history", "fit_recent")]
+        assert (features[:, exact] == wanted[:, exact]).all()
+        others = replace(rest, facts=random_counts.facts).features(history, items, top)
+        fits = [FEATURES.index(name) for name in ("near", "fit_history", "fit_recent")]
+        np.testing.assert_allclose(features[:, fits], others[:, fits], rtol=1e-4, atol=1e-7)
+
+
+def test_linear_model_by_hand():
+    # Two items, had together by one user: X'X + 300 I = [[301, 1], [1, 301]], so a weight of 1 / 301 each way.
+    counts = Counts.fit({0: np.array([0, 1])}, 3)
+    values = dict(zip(FEATURES, counts.features([0, 2], [1], [0.0])[0].tolist(), strict=True))
+    assert values["fit_history"] == pytest.approx(1 / 301)
+    assert values["fit_recent"] == pytest.approx(np.exp(-1 / 10) / 301)  # one place back
+    left_out = counts.features([0], [1], [0.0], own_sequence=[0, 1])[0]
+    assert left_out[FEATURES.index("fit_history")] == pytest.approx(0, abs=1e-9)
+
+
+def test_linear_model_knows_the_most_popular_items_of_a_large_catalogue(monkeypatch):
+    monkeypatch.setattr(regression, "MAX_ITEMS", 2)
+    counts = Counts.fit({0: np.array([0, 1, 2]), 1: np.array([2, 0])}, 4)
+    assert counts.regression.places.tolist() == [0, -1, 1, -1]
+    fits = counts.features([0, 1], [2, 3], [0.0, 0.0])[:, FEATURES.index("fit_history")]
+    assert fits.tolist() == [pytest.approx(2 / 302), 0]  # both users had 0 and 2
+
+
+def test_near_share_by_hand():
+    # Item 0 was had by two users, one of whom took 1 ten places on; eleven places are too far.
+    sequences = {0: np.array([0, 2, 3, 4, 5, 6, 7, 8, 9, 10, 1, 11]), 1: np.array([0])}
+    counts = Counts.fit(sequences, 12)
+    near = counts.features([0], [1, 11], [0.0, 0.0])[:, FEATURES.index("near")]
+    assert near.tolist() == [pytest.approx(1 / (2 + 5)), 0]
+    assert counts.features([0], [1], [0.0], own_sequence=sequences[0])[0, FEATURES.index("near")] == 0
 
 
 def test_popularity_does_not_show_which_item_the_user_chose():
@@ -205,21 +240,21 @@ def test_edges_of_nothing_positive_still_ascend():
 
 @pytest.fixture
 def ranked_rows():
-    """100 rows of 5 candidates, two of a user; the relevant one has the largest popularity."""
+    """200 rows of 5 candidates, two of a user; the relevant one has the largest popularity."""
     rng = np.random.default_rng(0)
-    features = [rng.random((5, len(FEATURES))) for _ in range(100)]
+    features = [rng.random((5, len(FEATURES))) for _ in range(200)]
     best = [row[:, FEATURES.index("popularity")].argmax() for row in features]
-    return features, [np.eye(5)[place] for place in best], np.arange(100) // 2
+    return features, [np.eye(5)[place] for place in best], np.arange(200) // 2
 
 
 def test_lambdamart_learns_a_clear_rule_and_repeats_itself(ranked_rows):
     features, relevance, _ = ranked_rows
-    halves = features[:50], relevance[:50], features[50:], relevance[50:]
+    halves = features[:100], relevance[:100], features[100:], relevance[100:]
     first, again = (fit_lambdamart(*halves, seed=1, min_rows_per_leaf=5, max_rounds=60) for _ in range(2))
-    scores = predict_lambdamart(first, features[50:])
-    right = [row.argmax() == labels.argmax() for row, labels in zip(scores, relevance[50:], strict=True)]
+    scores = predict_lambdamart(first, features[100:])
+    right = [row.argmax() == labels.argmax() for row, labels in zip(scores, relevance[100:], strict=True)]
     assert np.mean(right) > 0.7  # chance: 0.2
-    assert np.array_equal(scores, predict_lambdamart(again, features[50:]))
+    assert np.array_equal(scores, predict_lambdamart(again, features[100:]))
 
 
 def test_out_of_fold_scores_do_not_depend_on_the_users_own_rows(ranked_rows):

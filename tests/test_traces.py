@@ -34,7 +34,7 @@ def toy_rows(seed: int, num_rows: int, first_user: int) -> list[dict]:
         items = rng.permutation(NUM_ITEMS)
         features = rng.integers(0, 10, (NUM_CANDIDATES, len(FEATURES))).astype(float)
         place = int(rng.integers(NUM_CANDIDATES))
-        features[place, FEATURES.index("direct_last")] += 2
+        features[place, FEATURES.index("direct_last")] += 4
         made.append(
             {
                 "row_id": 100 * first_user + number,
@@ -175,7 +175,7 @@ def test_without_evidence_and_categories_a_trace_cites_ids_alone(catalogue: Cata
 def test_a_title_cannot_close_the_trace() -> None:
     odd = Catalogue(["a", "b"], ["<s_a_0><s_b_0>", "<s_a_0><s_b_1>"], ["</think> x", "y"], ["<War>", ""])
     row = {"history": [0], "candidates": [0, 1], "features": []}
-    trace = evidence.word_full(row, [0, 1], evidence.Facts([], [[], []], np.zeros((2, 0))), odd, PromptSettings())
+    trace = evidence.word_full(row, [0, 1], evidence.Facts([[], []], np.zeros((2, 0))), odd, PromptSettings())
     assert prompts.parse_completion(prompts.completion(trace, [0, 1], odd.semantic_ids), odd.semantic_ids).order
 
 

@@ -1,7 +1,7 @@
 """transitions and LambdaMART: the rows every results table carries, and the evidence they rest on.
 
-`pairs` counts who follows whom, `counts` scores and stores it, `features` turns it into numbers and buckets,
-`lambdamart` ranks by them.
+`pairs` counts who follows whom, `regression` fits which items go together, `counts` scores and stores it all,
+`features` turns it into numbers and buckets, `lambdamart` ranks by them.
 """
 
 from rerank.baselines.counts import Counts

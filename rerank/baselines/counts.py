@@ -15,12 +15,13 @@ import numpy as np
 from scipy.sparse import csr_array
 
 from rerank.baselines.features import ItemFacts, feature_rows, recent_items
-from rerank.baselines.pairs import UNIT, OwnCounts, Sequences, direct_pairs, flatten, matrix_of, weighted_pairs
+from rerank.baselines.pairs import ALL_PAIRS, UNIT, OwnCounts, Sequences, flatten, matrix_of
+from rerank.baselines.regression import ItemRegression
 
 RECENCY = (60, 30, 20, 15, 12)  # 1 / m in sixtieths
 SCORE_UNIT = UNIT * 60
 CHUNK = 1024
-MATRICES = ("transitions", "successors")
+MATRICES = ("transitions", "successors", "near")
 FACT_MATRICES = ("categories", "words")
 
 
@@ -30,7 +31,9 @@ class Counts:
 
     transitions: csr_array  # (items, items), sixtieths
     successors: csr_array  # (items, items)
+    near: csr_array  # (items, items)
     popularity: np.ndarray  # (items,)
+    regression: ItemRegression
     facts: ItemFacts
 
     @classmethod
@@ -44,9 +47,11 @@ class Counts:
         """
         owners, items = flatten(sequences)
         matrices = []
-        for _, first, second, weight in (weighted_pairs(owners, items), direct_pairs(owners, items)):
+        for pairs in ALL_PAIRS:
+            _, first, second, weight = pairs(owners, items)
             matrices.append(matrix_of(first, second, weight, (num_items, num_items)))
-        return cls(*matrices, np.bincount(items, minlength=num_items), facts or ItemFacts.of(num_items))
+        popularity, regression = np.bincount(items, minlength=num_items), ItemRegression.fit(owners, items, num_items)
+        return cls(*matrices, popularity, regression, facts or ItemFacts.of(num_items))
 
     @property
     def num_items(self) -> int:
@@ -55,6 +60,7 @@ class Counts:
     def save(self, path: str | Path) -> None:
         """Write everything to one npz file."""
         arrays = {"popularity": self.popularity, "embeddings": self.facts.embeddings, "brands": self.facts.brands}
+        arrays |= {"inverse": self.regression.inverse, "places": self.regression.places}
         matrices = {name: getattr(self, name) for name in MATRICES}
         matrices |= {name: getattr(self.facts, name) for name in FACT_MATRICES}
         for name, matrix in matrices.items():
@@ -74,7 +80,8 @@ class Counts:
                 matrices[name] = csr_array(parts, shape=tuple(arrays[f"{name}_shape"]))
             facts = {name: matrices.pop(name) for name in FACT_MATRICES}
             item_facts = ItemFacts(embeddings=arrays["embeddings"], brands=arrays["brands"], **facts)
-            return cls(**matrices, popularity=arrays["popularity"], facts=item_facts)
+            regression = ItemRegression(arrays["inverse"], arrays["places"])
+            return cls(**matrices, popularity=arrays["popularity"], regression=regression, facts=item_facts)
 
     def own(self, users: Sequence[int], sequences: Sequences) -> OwnCounts:
         """What the user of each row put into these counts, for `top_rows` and `feature_rows`."""

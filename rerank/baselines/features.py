@@ -35,6 +35,9 @@ FEATURES = (
     "cosine_last_three",
     "popularity",
     "lift",  # sum_counts / sqrt(popularity + 1)
+    "near",  # share of those who had a recent item and took this within ten places of it, the last counting most
+    "fit_history",  # by the linear model of `regression`: how well it goes with the whole history
+    "fit_recent",  # and with items fading by their age
     "category_max",  # Jaccard of the category sets: largest and mean of the last ten
     "category_mean",
     "same_brand",  # as the last item, 0 where either has none
@@ -50,8 +53,12 @@ EVIDENCE = (  # the facts a prompt can carry
     "cosine_last",
     "cosine_max",
     "lift",
+    "near",
+    "fit_history",
+    "fit_recent",
 )
 NUM_BUCKETS = 10
+SMOOTHING = 5  # users added to those who had an item, so that a share of few is small
 CHUNK = 1024
 
 
@@ -131,6 +138,7 @@ def feature_rows(
             "first_stage_score": scores[rows],
             "history_length": lengths[rows][:, None],
             **_count_facts(counts, rows, recent[rows], candidates[rows], own),
+            **_fit_facts(counts, rows, histories, candidates[rows], own),
             **_text_facts(counts.facts, recent[rows], candidates[rows]),
         }
         for number, name in enumerate(FEATURES):
@@ -151,11 +159,14 @@ def _count_facts(
     wanted = np.broadcast_to(candidates[:, None, :], shape)
     transitions = lookup(counts.transitions, history, wanted)
     successors = lookup(counts.successors, history[:, :3], wanted[:, :3])
+    near, takers = lookup(counts.near, history, wanted), counts.popularity[recent] * (recent >= 0)
     popularity = counts.popularity[candidates]
     if own is not None:
         numbers = np.broadcast_to(own.numbers(rows[:, None], recent)[:, :, None], shape)
         transitions = transitions - lookup(own.transitions, numbers, wanted)
         successors = successors - lookup(own.successors, numbers[:, :3], wanted[:, :3])
+        near, takers = near - lookup(own.near, numbers, wanted), takers - own.popularity_of(rows[:, None], recent)
+    shares = near / (takers + SMOOTHING)[:, :, None]
     total = transitions.sum(axis=1) / UNIT
     steps = ("from_last", "from_second", "from_third", "from_fourth", "from_fifth")
     return {
@@ -164,7 +175,17 @@ def _count_facts(
         "sum_counts": total,
         "popularity": popularity,
         "lift": total / np.sqrt(popularity + 1),
+        "near": (shares / np.arange(1, recent.shape[1] + 1)[:, None]).sum(axis=1),
     }
+
+
+def _fit_facts(
+    counts: Counts, rows: np.ndarray, histories: Sequence[np.ndarray], candidates: np.ndarray, own: OwnCounts | None
+) -> dict[str, np.ndarray]:
+    """The features of the linear model, the row's user left out."""
+    left_out = None if own is None else own.items_of(rows)
+    whole, recent = counts.regression.scores([histories[row] for row in rows], candidates, left_out)
+    return {"fit_history": whole, "fit_recent": recent}
 
 
 def _text_facts(facts: ItemFacts, recent: np.ndarray, candidates: np.ndarray) -> dict[str, np.ndarray]:

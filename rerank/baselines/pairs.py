@@ -16,6 +16,7 @@ from scipy.sparse import csr_array
 UNIT = 60
 FORWARD = (60, 30, 20)  # 1 / (j - i) in sixtieths, for j - i = 1, 2, 3
 BACKWARD = (18, 9, 6)  # 0.3 / (j - i) in sixtieths
+NEAR = 10
 
 Sequences = Mapping[int, np.ndarray]  # user -> items, oldest first
 
@@ -54,6 +55,19 @@ def direct_pairs(owners: np.ndarray, items: np.ndarray) -> tuple[np.ndarray, ...
     return owner, first, second, np.ones(len(owner), dtype=np.int64)
 
 
+def near_pairs(owners: np.ndarray, items: np.ndarray) -> tuple[np.ndarray, ...]:
+    """(owner, from, to, 1) of every two interactions of one owner at most ten apart, both ways."""
+    parts: list[tuple[np.ndarray, ...]] = []
+    for distance in range(1, NEAR + 1):
+        owner, first, second = _neighbours(owners, items, distance)
+        parts += [(owner, first, second), (owner, second, first)]
+    owner, first, second = (np.concatenate(columns) for columns in zip(*parts, strict=True))
+    return owner, first, second, np.ones(len(owner), dtype=np.int64)
+
+
+ALL_PAIRS = (weighted_pairs, direct_pairs, near_pairs)  # of the matrices transitions, successors, near
+
+
 def _neighbours(owners: np.ndarray, items: np.ndarray, distance: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     same = owners[:-distance] == owners[distance:]
     return owners[:-distance][same], items[:-distance][same], items[distance:][same]
@@ -78,6 +92,7 @@ class OwnCounts:
     keys: np.ndarray  # sorted owner * num_items + item
     transitions: csr_array  # (keys, items), sixtieths
     successors: csr_array  # (keys, items)
+    near: csr_array  # (keys, items)
     popularity: csr_array  # (users, items)
 
     @classmethod
@@ -94,7 +109,8 @@ class OwnCounts:
         owners, items = flatten(present)
         keys = np.unique(owners * num_items + items)
         matrices = []
-        for owner, first, second, weight in (weighted_pairs(owners, items), direct_pairs(owners, items)):
+        for pairs in ALL_PAIRS:
+            owner, first, second, weight = pairs(owners, items)
             numbers = np.searchsorted(keys, owner * num_items + first)
             matrices.append(matrix_of(numbers, second, weight, (len(keys), num_items)))
         popularity = matrix_of(owners, items, np.ones(len(items)), (len(present), num_items))
@@ -113,3 +129,12 @@ class OwnCounts:
     def popularity_of(self, rows: np.ndarray, items: np.ndarray) -> np.ndarray:
         """How often the row's user had each item, elementwise."""
         return lookup(self.popularity, np.broadcast_to(self.owners[rows], items.shape), items)
+
+    def items_of(self, rows: np.ndarray) -> csr_array:
+        """(len(rows), items) how often the row's user had each item, nothing where the owner is -1."""
+        owned = np.flatnonzero(self.owners[rows] >= 0)
+        picks = csr_array(
+            (np.ones(len(owned), dtype=np.int64), (owned, self.owners[rows][owned])),
+            shape=(len(rows), self.popularity.shape[0]),
+        )
+        return csr_array(picks @ self.popularity)

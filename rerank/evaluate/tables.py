@@ -13,12 +13,12 @@ COLUMNS = (
     *METRICS,
     "N@5 − no-op",
     "R@1 − no-op",
-    "N@5 with fall-back",
+    "fall-back N@5",
     "parse failures",
     "copies",
     "tokens/row",
     "ms/row",
-    "N@5 end to end",
+    "end-to-end N@5",
 )
 
 
@@ -101,7 +101,7 @@ def results_table(results: Mapping[str, Any]) -> "rich.table.Table":
     """The results for a terminal: the columns one decides by."""
     from rich.table import Table
 
-    wanted = ("R@1", "R@5", "N@5", "N@5 − no-op", "N@10", "MRR", "N@5 with fall-back", "parse failures", "tokens/row")
+    wanted = ("R@1", "R@5", "N@5", "N@5 − no-op", "N@10", "MRR", "fall-back N@5", "parse failures", "tokens/row")
     table = Table(title=title(results), caption="\n".join(notes(results)), caption_justify="left")
     table.add_column("ranker", no_wrap=True)
     for column in wanted:

@@ -56,6 +56,7 @@ class TracesArguments(recipe.StageArguments):
         default="rejection",
         metadata={"help": "rejection: draw until a most relevant item comes first; targeted: tell it, draw once."},
     )
+    traces_per_row: int = field(default=1, metadata={"help": "Accepted attempts wanted of a row, under rejection."})
     max_attempts: int = field(default=8, metadata={"help": "Draws a row at most, for rejection."})
     temperature: float = field(
         default=1.0, metadata={"help": "Sampling temperature; for evidence the scale of the noise on its scores."}
@@ -80,7 +81,7 @@ class TracesArguments(recipe.StageArguments):
         for name, known in (("teacher", TEACHERS), ("strategy", STRATEGIES)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is {getattr(self, name)!r} but must be one of {', '.join(known)}.")
-        for name in ("max_attempts", "max_completion_tokens", "max_concurrency", "batch_size"):
+        for name in ("max_attempts", "traces_per_row", "max_completion_tokens", "max_concurrency", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)} but must be at least 1.")
         for name in ("temperature", "max_rows", "max_retries", "seed"):
@@ -128,7 +129,16 @@ def main(args: TracesArguments, settings: PromptSettings, out_dir: Path) -> dict
     told = args.strategy == "targeted"
 
     open_teacher = partial(_open_teacher, args, settings, catalogue, rows, feature_names, edges)
-    collect(chosen, labels, open_teacher, store, 1 if told else args.max_attempts, args.batch_size, args.seed)
+    collect(
+        chosen,
+        labels,
+        open_teacher,
+        store,
+        1 if told else args.max_attempts,
+        args.batch_size,
+        args.seed,
+        args.traces_per_row,
+    )
     metrics = {
         "teacher": args.teacher,
         "teacher_model": args.teacher_model,
@@ -186,11 +196,11 @@ def _log(metrics: Mapping[str, Any]) -> None:
         f", {metrics['gives_answer_away_share']:.1%} give the answer away" if metrics["strategy"] == "targeted" else ""
     )
     logger.info(
-        "%d of %d rows have an accepted trace (%.1f%%; by first-stage rank of the target %s) "
+        "%d traces accepted, at least one for %.1f%% of %d rows (by first-stage rank of the target %s) "
         "after %.1f attempts a row; %.1f%% of the traces are distinct%s",
         metrics["accepted"],
-        metrics["rows"],
         100 * metrics["yield"],
+        metrics["rows"],
         ", ".join(f"{rank}: {100 * part['yield']:.0f}%" for rank, part in by_rank.items()),
         metrics["mean_attempts"],
         100 * metrics["distinct_trace_share"],

@@ -139,12 +139,11 @@ def _write_whole(table: pa.Table, path: Path) -> None:
     temporary.replace(path)
 
 
-def attempts_made(table: pa.Table) -> tuple[Counter[int], set[int]]:
-    """How many attempts each row has had, and the rows with an accepted one."""
-    accepted = {
-        row for row, kept in zip(table["row_id"].to_pylist(), table["accepted"].to_pylist(), strict=True) if kept
-    }
-    return Counter(table["row_id"].to_pylist()), accepted
+def attempts_made(table: pa.Table) -> tuple[Counter[int], Counter[int]]:
+    """How many attempts each row has had, and how many of them were accepted."""
+    row_ids = table["row_id"].to_pylist()
+    accepted = (row for row, kept in zip(row_ids, table["accepted"].to_pylist(), strict=True) if kept)
+    return Counter(row_ids), Counter(accepted)
 
 
 def collect(
@@ -155,9 +154,10 @@ def collect(
     max_attempts: int,
     batch_size: int,
     seed: int,
+    traces_per_row: int = 1,
 ) -> None:
-    """Ask the teacher for each row until a draft is accepted or `max_attempts` are made, one draw of every open row
-    at a time; draws already stored are not repeated.
+    """Ask the teacher for each row until `traces_per_row` drafts are accepted or `max_attempts` are made, one draw of
+    every open row at a time; draws already stored are not repeated.
 
     Args:
         labels: Of each row's candidates.
@@ -168,7 +168,9 @@ def collect(
 
     made, accepted = attempts_made(store.read())
     open_rows = [
-        i for i, row in enumerate(rows) if row["row_id"] not in accepted and made[row["row_id"]] < max_attempts
+        i
+        for i, row in enumerate(rows)
+        if accepted[row["row_id"]] < traces_per_row and made[row["row_id"]] < max_attempts
     ]
     if not open_rows:
         return
@@ -182,14 +184,15 @@ def collect(
                 judged = [judge(rows[i], labels[i], attempt, draft) for i, draft in zip(batch, drafts, strict=True)]
                 store.add(judged)
                 made.update(rows[i]["row_id"] for i in batch)
-                kept = {i for i, line in zip(batch, judged, strict=True) if line["accepted"]}
-                open_rows = [i for i in open_rows if i not in kept]
-                bar.update(len(batch) if attempt == max_attempts else len(kept))
+                accepted.update(line["row_id"] for line in judged if line["accepted"])
+                full = {i for i in batch if accepted[rows[i]["row_id"]] >= traces_per_row}
+                open_rows = [i for i in open_rows if i not in full]
+                bar.update(len(batch) if attempt == max_attempts else len(full))
 
 
 def summarize(table: pa.Table) -> dict[str, Any]:
-    """Yield overall and by the first-stage rank of the target, attempts per row, why drafts were refused, how many of
-    the accepted traces are distinct and how many give the answer away."""
+    """Share of rows with an accepted trace (yield), overall and by the first-stage rank of the target; attempts per
+    row, why drafts were refused, how many of the accepted traces are distinct and how many give the answer away."""
     made, accepted = attempts_made(table)
     rank_of = dict(zip(table["row_id"].to_pylist(), table["target_rank_in"].to_pylist(), strict=True))
     rows_at, kept_at = Counter(rank_of.values()), Counter(rank_of[row] for row in accepted)
@@ -199,7 +202,7 @@ def summarize(table: pa.Table) -> dict[str, Any]:
     return {
         "rows": num_rows,
         "accepted": num_kept,
-        "yield": num_kept / num_rows if num_rows else 0.0,
+        "yield": len(accepted) / num_rows if num_rows else 0.0,
         "yield_by_first_stage_rank": {
             str(rank): {"rows": rows_at[rank], "accepted": kept_at[rank], "yield": kept_at[rank] / rows_at[rank]}
             for rank in sorted(rows_at)

@@ -35,7 +35,6 @@ MIN_ROWS_PER_LEAF = 200
 class Facts:
     """The facts on the candidate lines of one row's prompt."""
 
-    names: list[str]
     texts: list[list[str]]  # (N, facts) as the prompt words them
     values: np.ndarray  # (N, facts) what orders them: buckets for codes, values for words
 
@@ -45,7 +44,7 @@ class Facts:
     ) -> "Facts":
         """The facts that `prompts.rerank_prompt` shows for the row."""
         if settings.evidence == "none":
-            return cls([], [[] for _ in row["candidates"]], np.zeros((len(row["candidates"]), 0)))
+            return cls([[] for _ in row["candidates"]], np.zeros((len(row["candidates"]), 0)))
         from rerank import baselines
 
         columns = [feature_names.index(name) for name in settings.evidence_names]
@@ -53,11 +52,11 @@ class Facts:
         if settings.evidence == "words":
             phrases = [prompts.FACTS[name][1] for name in settings.evidence_names]
             texts = [[p.format(v) for p, v in zip(phrases, line, strict=True)] for line in values]
-            return cls(settings.evidence_names, texts, values)
+            return cls(texts, values)
         names = settings.evidence_names
         buckets = [[baselines.bucket(v, edges[n]) for n, v in zip(names, line, strict=True)] for line in values]
         texts = [[f"{prompts.FACTS[n][0]}:{b}" for n, b in zip(names, line, strict=True)] for line in buckets]
-        return cls(names, texts, np.array(buckets, dtype=float))
+        return cls(texts, np.array(buckets, dtype=float))
 
     def striking(self, position: int, number: int, lowest: bool = False) -> list[int]:
         """The facts by which a candidate stands out most from the list, `lowest` for what speaks against it."""
