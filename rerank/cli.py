@@ -54,8 +54,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from rerank import pipeline
+    from rerank import pipeline, recipe
 
+    recipe.set_environment()
     steps = pipeline.read_steps(args.recipe_dir, args.out, args.overrides)
     steps = pipeline.select(steps, args.first, args.last, args.only)
     if args.dry_run:
@@ -82,8 +83,9 @@ def _print_results(run_dir: str) -> None:
 
 
 def _compare(args: argparse.Namespace) -> int:
-    from rerank import compare
+    from rerank import compare, recipe
 
+    recipe.set_environment()
     return compare.compare(
         args.recipe_dirs, args.seeds, args.minutes_per_run, args.out, args.results, args.accelerate,
         lambda line: print(line, flush=True),
@@ -98,12 +100,9 @@ def _inspect(args: argparse.Namespace) -> int:
 
 
 def _rank(args: argparse.Namespace) -> int:
-    import os
-
     from rerank import rank, recipe
 
-    for name, value in recipe.ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+    recipe.set_environment()
     rank.rank_rows(args.model_dir, args.rows, args.out)
     return 0
 

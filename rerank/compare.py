@@ -40,6 +40,7 @@ def share_data(first: Path, run: Path) -> None:
     link = runs.stage_dir(run, "data")
     if run != first and not link.exists():
         run.mkdir(parents=True, exist_ok=True)
+        link.unlink(missing_ok=True)  # a link whose folder was deleted
         link.symlink_to(runs.stage_dir(first, "data").resolve())
 
 
@@ -104,7 +105,6 @@ def table_lines(runs_of: dict[str, list[Path]]) -> list[str]:
                 if ranker in read[first][0][1]
                 else None
             )
-            shown = [f"{value.mean():.4f}" for value in values]
             is_baseline = ranker in baselines
             cells = [
                 "–" if is_baseline else name,

@@ -11,6 +11,8 @@ captions both ways, histories told in words, and general text.
         -m rerank.midtrain --config recipes/ml100k/3_midtrain.yaml
 """
 
+import contextlib
+import dataclasses
 import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -21,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
+import torch
 from trl import ModelConfig, SFTConfig, get_peft_config
 
 from rerank import base_model, baselines, recipe, run_dir, semantic_ids, stopping
@@ -163,16 +166,19 @@ def sorting_documents(
     """Lists of items with two true facts each, to be written again in the order of one of them.
 
     What a re-ranker must be able to do with any list, learned here on facts that hold for every user: how often an
-    item was chosen, and how close its text is to the last item of a history.
+    item was chosen, and how close its text is to the last item of a history. Lists of 2 to 10 items, the shorter the
+    more frequent: they are learned first and carry the long ones.
     """
+    lengths = np.arange(2, 11)
+    shares = (1 / lengths) / (1 / lengths).sum()
     counts = np.bincount(np.concatenate(histories), minlength=len(catalogue)).astype(float)
     known = np.flatnonzero(counts)
     anchors = rng.choice(known, 200)
     cosines = (embeddings[known] @ embeddings[anchors].T).ravel()
     edges = {"popularity": baselines.fit_edges(counts[known]), "cosine_last": baselines.fit_edges(cosines)}
     for _ in range(num):
-        history = histories[rng.integers(len(histories))][-10:]
-        items = rng.choice(known, 10, replace=False)
+        history = histories[rng.integers(len(histories))][-int(rng.integers(1, 6)) :]
+        items = rng.choice(known, min(len(known), int(rng.choice(lengths, p=shares))), replace=False)
         values = {"popularity": counts[items], "cosine_last": embeddings[items] @ embeddings[history[-1]]}
         buckets = {name: [baselines.bucket(v, edges[name]) for v in values[name]] for name in values}
         key = str(rng.choice(list(values)))
@@ -260,31 +266,46 @@ def build_model(
     return base_model.make_small_model(args, tokenizer, seed), tokenizer
 
 
-def train_new_rows(
-    model: Any, tokenizer: Any, ids: list[int], dataset: Any, args: MidtrainArguments, config: SFTConfig
-) -> Any:
-    """Phase one: train the rows of the new tokens and nothing else; the model with the rows merged in."""
-    import dataclasses
+@contextlib.contextmanager
+def only_rows_train(model: Any, ids: Sequence[int]) -> Iterator[None]:
+    """Inside, gradients reach these rows of the embedding, and of the head where it is not tied, and nothing else.
 
-    from peft import TrainableTokensConfig
+    By a hook on the gradient: peft's trainable tokens wrap the head, whose weight TRL's fused loss reads directly.
+    """
+    model.requires_grad_(False)
+    tables = [layer.weight for layer in (model.get_input_embeddings(), model.get_output_embeddings())]
+    hooks = []
+    for table in {id(table): table for table in tables}.values():
+        chosen = torch.zeros(len(table), 1, dtype=torch.bool)
+        chosen[list(ids)] = True
+        table.requires_grad_(True)
+        hooks.append(table.register_hook(lambda grad, chosen=chosen: grad * chosen.to(grad.device)))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        model.requires_grad_(True)
+
+
+def train_new_rows(
+    model: Any, tokenizer: Any, ids: Sequence[int], dataset: Any, args: MidtrainArguments, config: SFTConfig
+) -> Any:
+    """Phase one: train the rows of the new tokens and nothing else; returns the model."""
     from trl import SFTTrainer
 
-    tied = model.config.get_text_config().tie_word_embeddings
-    names = {id(module): name.split(".")[-1] for name, module in model.named_modules()}
-    layers = [names[id(model.get_input_embeddings())]] + ([] if tied else [names[id(model.get_output_embeddings())]])
     config = dataclasses.replace(
         config,
         output_dir=f"{config.output_dir}_new_rows",
         num_train_epochs=args.token_epochs,
         learning_rate=args.token_learning_rate,
         max_steps=-1,
+        weight_decay=0.0,  # it would shrink the rows that get no gradient
     )
-    peft_config = TrainableTokensConfig(
-        token_indices=ids, target_modules=layers, init_weights=True, task_type="CAUSAL_LM"
-    )
-    trainer = SFTTrainer(model, config, train_dataset=dataset, processing_class=tokenizer, peft_config=peft_config)
-    stopping.train(trainer, args.max_minutes)
-    return trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
+    with only_rows_train(model, ids):
+        trainer = SFTTrainer(model, config, train_dataset=dataset, processing_class=tokenizer)
+        stopping.train(trainer, args.max_minutes)
+    return trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
 
 
 def main(args: MidtrainArguments, training_args: SFTConfig, model_args: ModelConfig, out_dir: Path) -> dict:

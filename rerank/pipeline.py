@@ -46,15 +46,17 @@ def read_steps(recipe_dir: str | Path, out: str | None, overrides: Sequence[str]
 
     Raises:
         FileNotFoundError: When the folder is not there or holds no such file.
-        ValueError: On an override without a stage, of a stage or key that is not there.
+        ValueError: On two recipes of one stage, or an override without a stage or of a stage that is not there.
     """
     folder = Path(recipe_dir)
     if not folder.is_dir():
         raise FileNotFoundError(f"recipe folder {folder} is not there; recipes/ml100k is one")
-    found = {}
-    for path in folder.iterdir():
+    found: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
         match = RECIPE_NAME.fullmatch(path.name)
         if match and match[2] in runs.STAGES:
+            if match[2] in found:
+                raise ValueError(f"{found[match[2]]} and {path.name} are both recipes of {match[2]}; keep one")
             found[match[2]] = path
     if not found:
         raise FileNotFoundError(f"{folder} holds no recipe such as 1_data.yaml; stages are {', '.join(runs.STAGES)}")
@@ -113,6 +115,7 @@ def check_steps(steps: Sequence[Step]) -> list[Step]:
     for step in waiting:
         arguments = recipe.resolve(step.stage, step.keys, str(step.path))
         recipe.check_inputs(step.stage, step.run_dir, made)
+        runs.refuse_held(step.run_dir, step.stage)
         runs.refuse_partial_of_another_recipe(step.run_dir, step.stage, step.keys)
         importlib.import_module(f"rerank.{step.stage}").check(*arguments)
         made.append(step.stage)

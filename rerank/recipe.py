@@ -13,6 +13,7 @@ import os
 import sys
 import types
 import typing
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,7 +36,17 @@ ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine lives and dies with its stage
     "TOKENIZERS_PARALLELISM": "false",
     "TRL_EXPERIMENTAL_SILENCE": "1",
+    # TRL 1.16 warns at every vLLM but 0.22 to 0.31; all that is used of it works with the 0.32 that the CPU needs.
+    "PYTHONWARNINGS": "ignore:TRL currently supports vLLM",
 }
+
+
+def set_environment() -> None:
+    """Set ENVIRONMENT for this process and those that it starts, where the user did not."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    warnings.filterwarnings("ignore", message="TRL currently supports vLLM")  # too late for PYTHONWARNINGS here
+    logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])  # vLLM does so only with its first engine
 
 
 @dataclass(kw_only=True)
@@ -157,6 +168,7 @@ def resolve(stage: str, keys: dict[str, Any], source: str) -> tuple[Any, ...]:
     Raises:
         ValueError: One line naming the recipe, the key, the value and the cure.
     """
+    import torch
     from trl import TrlParser
 
     arguments = importlib.import_module(f"rerank.{stage}").ARGUMENTS
@@ -172,6 +184,9 @@ def resolve(stage: str, keys: dict[str, Any], source: str) -> tuple[Any, ...]:
     typed = {key: _typed(key, value, hints[key], source) for key, value in keys.items()}
     if "output_dir" in hints:
         typed["output_dir"] = str(runs.partial_dir(typed["run_dir"], stage) / "checkpoints")
+    if "use_cpu" in hints and "use_cpu" not in typed and not torch.accelerator.is_available():
+        logger.info("%s: there is no GPU here, so the CPU trains", source)
+        typed["use_cpu"] = True  # else a recipe with bf16, which a CPU has too, could not even be looked at
     try:
         return TrlParser(arguments).parse_dict(typed)
     except (ValueError, TypeError) as error:
@@ -220,8 +235,7 @@ def launch(stage: str) -> None:
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
     for noisy in ("httpx", "datasets", "filelock", "sentence_transformers", "accelerate", "DeepSpeed", "faiss.loader"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+    set_environment()
     stopping.die_with_parent()
     if os.environ.get("RANK", "0") != "0" and stage not in runs.TRAINING_STAGES:
         return  # the other processes of a multi-process launch have nothing to do here

@@ -64,9 +64,16 @@ def _tokenize(url: str, text: str) -> list[int]:
 def retry(call: Callable, seconds: float) -> Callable:
     """The call, tried again with growing pauses while the server is away: MAX_TRIES times, at most `seconds` long."""
     return tenacity.retry(
-        retry=tenacity.retry_if_exception_type((requests.ConnectionError, requests.Timeout)),
+        retry=tenacity.retry_if_exception(_is_away),
         wait=tenacity.wait_exponential(multiplier=min(1.0, seconds / 60), max=30),
         stop=tenacity.stop_after_attempt(MAX_TRIES) | tenacity.stop_after_delay(seconds),
         before_sleep=tenacity.before_sleep_log(logger, logging.WARNING),
         reraise=True,
     )(call)
+
+
+def _is_away(error: BaseException) -> bool:
+    """Whether an error says that the server is not there yet: no answer, or a 502 to 504."""
+    if isinstance(error, requests.HTTPError):
+        return error.response is not None and error.response.status_code in (502, 503, 504)
+    return isinstance(error, requests.ConnectionError | requests.Timeout)

@@ -144,18 +144,33 @@ def lock(folder: Path) -> Iterator[None]:
         ValueError: When another process holds it, naming its pid.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    holder = folder / "holder.pid"
-    held = filelock.FileLock(folder / "lock")
+    held = _acquire(folder)
+    try:
+        (folder / "holder.pid").write_text(f"{os.getpid()}\n")
+        yield
+    finally:
+        held.release()
+
+
+def _acquire(folder: Path) -> filelock.FileLock:
+    held, holder = filelock.FileLock(folder / "lock"), folder / "holder.pid"
     try:
         held.acquire(timeout=0)
     except filelock.Timeout:
         pid = holder.read_text().strip() if holder.is_file() else "unknown"
         raise ValueError(f"{folder} is in use by process {pid}; wait for it, or stop it with `kill {pid}`") from None
-    try:
-        holder.write_text(f"{os.getpid()}\n")
-        yield
-    finally:
-        held.release()
+    return held
+
+
+def refuse_held(run_dir: str | Path, stage: str) -> None:
+    """Refuse a stage that another process is working on.
+
+    Raises:
+        ValueError: Naming that process.
+    """
+    folder = partial_dir(run_dir, stage)
+    if (folder / "lock").is_file():
+        _acquire(folder).release()
 
 
 def finish(run_dir: str | Path, stage: str, given: dict, resolved: dict, inputs: Sequence[str], metrics: dict) -> None:

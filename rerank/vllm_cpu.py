@@ -9,6 +9,7 @@ optimizer steps (tests/test_vllm_cpu.py).
 
 import contextlib
 import functools
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,11 +32,28 @@ def keep_weights_live() -> None:
             "install the vLLM version that pyproject.toml names, or rollouts would come from stale weights"
         )
     utils.dispatch_cpu_unquantized_gemm = _use_weight_itself
+    _let_vllm_look_at_ibis()
 
 
 def _use_weight_itself(layer: torch.nn.Module, remove_weight: bool) -> None:
     """In place of vLLM's dispatch: leave the weight alone and compute with it."""
     layer.cpu_linear = torch.nn.functional.linear
+
+
+def _let_vllm_look_at_ibis() -> None:
+    """Where ibis is loaded, make its namespaces of types say that they have no `__dict__`.
+
+    vLLM asks every object in every loaded module for one as it starts, and such a namespace takes each name, that one
+    too, for the name of a type: TypeError.
+    """
+    if "ibis.util" in sys.modules:
+        sys.modules["ibis.util"].Namespace.__getattr__ = _type_in_namespace
+
+
+def _type_in_namespace(namespace: Any, name: str) -> Any:
+    if name == "__dict__":
+        raise AttributeError(name)
+    return namespace._factory(getattr(namespace._module, name))
 
 
 def engine_options() -> dict[str, Any]:

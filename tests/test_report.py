@@ -3,6 +3,8 @@ import hashlib
 import html
 import json
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from rerank.evaluate.generation import read_answer
 from rerank.evaluate.results import Ranking, Sampling, make_results
 from rerank.evaluate.rows import read_rows
 
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 ATTACK = "</pre></script><script>alert(2)</script>"
 
 
@@ -86,6 +89,20 @@ def test_charts_hold_the_logged_values(page):
     assert reward["data"][0]["y"][:3] == [0.1, 0.2, 0.3]
     # 30 points: a moving mean over 3, so (0.1 + 0.2) / 2 and (0.1 + 0.2 + 0.3) / 3 at its start
     assert reward["data"][1]["y"][:3] == pytest.approx([0.1, 0.15, 0.2])
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is missing; install it with: apt-get install -y chromium")
+def test_a_browser_draws_every_chart_and_runs_nothing_else(run, page, tmp_path):
+    options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}", "--dump-dom"]
+    address = (run / "evaluate/report.html").as_uri()
+    line = [CHROMIUM, *options, "--virtual-time-budget=10000", "--enable-logging=stderr", address]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=120)
+    num_charts = page.count('class="chart"')
+    assert num_charts > 2
+    container = r'id="chart\d+"[^>]*><div class="plot-container.*?<svg class="main-svg"'
+    drawn = re.findall(container, done.stdout, re.DOTALL)
+    assert len(drawn) == num_charts
+    assert not [text for text in done.stderr.splitlines() if "CONSOLE" in text]  # no error, nothing that was refused
 
 
 def test_samples_show_both_orders_with_the_target_marked(run, page):

@@ -73,6 +73,9 @@ class DataArguments(recipe.StageArguments):
         metadata={"help": "by_time: share of interactions; given without a valid part: share of its training part."},
     )
     test_fraction: float = field(default=0.1, metadata={"help": "by_time: latest share of all interactions."})
+    terms: str = field(
+        default="", metadata={"help": "Terms of use of the data; the card of every model trained on it quotes them."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -132,6 +135,7 @@ def main(args: DataArguments, out_dir: Path) -> dict:
     pq.write_table(prepared.interactions.drop_columns("available"), out_dir / "interactions.parquet")
     write_rows(out_dir / "rows.parquet", prepared.interactions, prepared.targets)
     metrics = summary(args, prepared)
+    metrics["terms"] = args.terms
     metrics["sources"] = {
         Path(path).name: run_dir.fingerprint(path) if Path(path).exists() else None for path in prepared.sources
     }

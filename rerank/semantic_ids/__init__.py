@@ -12,6 +12,7 @@ Source: RQ-VAE as in GR2 (arXiv:2602.07774) section 2.3, with k-means initialisa
 
 import dataclasses
 import logging
+import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,7 +62,10 @@ class SemanticIdsArguments(recipe.StageArguments):
     )
     embeddings: str | None = field(
         default=None,
-        metadata={"help": "Instead of an encoder: .npy with one row per item, or .parquet with item_id, embedding."},
+        metadata={
+            "help": "Instead of an encoder: .npy with one row per item, or .parquet with item_id, embedding; "
+            "${VARIABLE} is filled in from the environment."
+        },
     )
     encoder_batch_size: int = field(default=64, metadata={"help": "Texts encoded at once."})
     levels: int = field(default=4, metadata={"help": "Codes, and so tokens, per item."})
@@ -81,6 +85,8 @@ class SemanticIdsArguments(recipe.StageArguments):
         super().__post_init__()
         if (self.encoder is None) == (self.embeddings is None):
             raise ValueError("give either encoder or embeddings, and not both")
+        if self.embeddings is not None:
+            self.embeddings = os.path.expandvars(self.embeddings)
         for name in ("encoder_batch_size", "codebook_size", "latent_size", "hidden_size", "epochs", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)} but must be at least 1")

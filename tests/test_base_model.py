@@ -1,0 +1,114 @@
+"""Where a model comes from, and the id tokens that are added to it."""
+
+import pytest
+import torch
+from tiny_model import ID_TOKENS, save_tiny_model, tiny_model, tiny_tokenizer
+from transformers import AutoModelForCausalLM
+
+from rerank import base_model
+from rerank.prompts import render
+
+
+def test_id_tokens_are_ordinary_tokens_that_decoding_keeps():
+    tokenizer = tiny_tokenizer()
+    ids = base_model.add_tokens(tiny_model(tokenizer), tokenizer, ID_TOKENS, seed=0)
+    text = "a drama<s_a_1><s_b_0>"
+    encoded = tokenizer(text, add_special_tokens=False).input_ids
+    assert encoded[-2:] == [ids[1], ids[2]]
+    assert tokenizer.decode([*encoded, tokenizer.eos_token_id], skip_special_tokens=True) == text
+    assert not set(ids) & set(tokenizer.all_special_ids)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_new_rows_lie_among_the_old_ones_and_old_rows_stay(tied):
+    tokenizer = tiny_tokenizer()
+    model = tiny_model(tokenizer, tied)
+    old_in = model.get_input_embeddings().weight.detach().clone()
+    old_out = model.get_output_embeddings().weight.detach().clone()
+    ids = base_model.add_tokens(model, tokenizer, ID_TOKENS, seed=0)
+    for old, layer in ((old_in, model.get_input_embeddings()), (old_out, model.get_output_embeddings())):
+        assert torch.equal(layer.weight[: len(old)], old)
+        new = layer.weight[ids].detach()
+        # 4 x 32 draws around the mean of the old rows: their mean is off by about std / sqrt(128), 9 % of std
+        assert (new.mean() - old.mean()).abs() < 0.4 * old.std()
+        assert 0.2 * old.std() < new.std() < 3 * old.std()
+        assert len({tuple(row.tolist()) for row in new}) == len(ids)
+    assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) == tied
+
+
+def test_the_same_seed_draws_the_same_rows():
+    rows = []
+    for seed in (1, 1, 2):
+        tokenizer = tiny_tokenizer()
+        model = tiny_model(tokenizer)
+        rows.append(model.get_input_embeddings().weight[base_model.add_tokens(model, tokenizer, ID_TOKENS, seed)])
+    assert torch.equal(rows[0], rows[1]) and not torch.equal(rows[0], rows[2])
+
+
+def test_an_id_token_that_is_special_already_is_refused():
+    tokenizer = tiny_tokenizer()
+    model = tiny_model(tokenizer)
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<s_a_0>"]})
+    with pytest.raises(ValueError, match=r"id token <s_a_0> is special or split in this tokenizer; use a base model"):
+        base_model.add_tokens(model, tokenizer, ID_TOKENS, seed=0)
+
+
+def test_words_of_a_small_tokenizer_are_one_token_each_with_and_without_a_space():
+    tokenizer = base_model.train_tokenizer(["nothing of the kind"] * 5, 400, ["next:7", "pop:0"])
+    for word in ("next:7", " next:7", "pop:0", " pop:0"):
+        assert len(tokenizer(word, add_special_tokens=False).input_ids) == 1
+
+
+def test_any_text_survives_a_small_tokenizer():
+    tokenizer, text = tiny_tokenizer(), "Amélie (2001)\n  tab\there — 漢字 🙂 <s_a_0>"
+    assert tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids) == text
+
+
+def test_the_chat_template_marks_the_turns():
+    tokenizer = tiny_tokenizer()
+    assert render(tokenizer, "Rank:") == "<|user|>Rank:<|assistant|>"
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    assert tokenizer.apply_chat_template(turns, tokenize=False) == "<|user|>a<|assistant|>b<|end|>"
+
+
+def test_a_small_model_has_the_shape_of_its_recipe():
+    model = tiny_model(tiny_tokenizer())
+    assert (model.config.model_type, model.config.hidden_size, model.config.num_hidden_layers) == ("qwen3", 32, 2)
+    # a layer: q, k, v, o of 32x32, three matrices of 32x96, two norms of 32 and two (of q and k) of 32;
+    # beside two layers the embedding, which is also the head, and the last norm
+    layer = 4 * 32 * 32 + 3 * 32 * 96 + 4 * 32
+    assert sum(p.numel() for p in model.parameters()) == 2 * layer + 32 * model.config.vocab_size + 32
+
+
+def test_a_shape_whose_parts_do_not_divide_is_refused():
+    with pytest.raises(ValueError, match=r"hidden_size 100, num_heads 3 and num_kv_heads 2 must divide one another"):
+        base_model.SmallModelArguments(hidden_size=100, num_heads=3, num_kv_heads=2)
+
+
+def test_a_folder_is_loaded_as_it_was_saved(tmp_path):
+    folder = save_tiny_model(tmp_path / "model")
+    model, tokenizer = base_model.load_pretrained(str(folder))
+    saved = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    assert all(torch.equal(value, saved[name]) for name, value in model.state_dict().items())
+    assert model.dtype == torch.float32 and tokenizer.convert_tokens_to_ids("<s_b_1>") == len(tokenizer) - 3
+    assert base_model.load_pretrained(str(folder), "bfloat16")[0].dtype == torch.bfloat16
+
+
+def test_a_model_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nowhere is not there; give a folder with a config.json, or a hub"):
+        base_model.find_base_model(str(tmp_path / "nowhere"))
+    with pytest.raises(FileNotFoundError, match=r"has no config.json; give the folder that save_pretrained wrote"):
+        base_model.find_base_model(str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=r"model package:no_such_model: that package is not installed"):
+        base_model.find_base_model("package:no_such_model")
+
+
+def test_two_packed_files_in_one_folder_are_refused(tmp_path):
+    for name in ("a.gguf", "b.gguf"):
+        (tmp_path / name).touch()
+    with pytest.raises(ValueError, match=r"has 2 .gguf files; leave one"):
+        base_model.load_pretrained(str(tmp_path))
+
+
+def test_a_hub_name_is_left_alone():
+    assert base_model.find_base_model("Qwen/Qwen3-8B") == "Qwen/Qwen3-8B"

@@ -1,0 +1,168 @@
+"""`rerank compare`: the table from finished runs, whose numbers are worked out by hand."""
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from rerank import compare, pipeline, run_dir
+from rerank.evaluate import RANKINGS
+
+CPU = "recipes/accelerate/cpu.yaml"
+NUM_ROWS, NUM_CANDIDATES = 4, 6
+# The relevant item stands second in every list: NDCG@5 is 1/log2(3) = 0.6309 in the given order, 1 in the right one.
+RELEVANCE = [0.0, 1.0, 0.0, 0.0, 0.0, 0.0]
+GIVEN, RIGHT = [0, 1, 2, 3, 4, 5], [1, 0, 2, 3, 4, 5]
+SHA256 = "0" * 64
+RECIPES = {
+    "1_data": {"interactions": "toy.csv"},
+    "2_semantic_ids": {"embeddings": "toy.npy"},
+    "4_candidates": {"num_candidates": NUM_CANDIDATES},
+    "8_evaluate": {},
+}
+
+
+def write_recipes(folder: Path, recipes: dict[str, dict] = RECIPES) -> Path:
+    folder.mkdir()
+    for name, keys in recipes.items():
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump({"run_dir": "runs/toy", **keys}))
+    return folder
+
+
+def finish(step: pipeline.Step, inputs: tuple[str, ...], metrics: dict, **tables: pa.Table) -> None:
+    folder = run_dir.partial_dir(step.run_dir, step.stage)
+    folder.mkdir(parents=True)
+    for name, table in tables.items():
+        pq.write_table(table, folder / f"{name}.parquet")
+    if step.stage == "evaluate":
+        run_dir.write_json(folder / "results.json", {"split": "test", "n": NUM_ROWS, "n_all": 7})
+    run_dir.finish(step.run_dir, step.stage, step.keys, step.keys, inputs, metrics)
+
+
+def finish_run(recipe_dir: Path, run: Path, first: Path, orders: dict[str, list], first_row_id: int = 0) -> None:
+    """A run in which the ranker `sft` (and whichever) wrote the same order, or none, on every row."""
+    data, ids, candidates, evaluate = compare.variant_steps(str(recipe_dir), run, 0, None)
+    if run == first:
+        sources = {"sources": {"toy.csv": SHA256}}
+        finish(data, (), sources)
+    else:
+        compare.share_data(first, run)
+    finish(ids, ("data",), {})
+    row_ids = list(range(first_row_id, first_row_id + NUM_ROWS))
+    lists = pa.table({"row_id": row_ids, "relevance": [RELEVANCE] * NUM_ROWS})
+    finish(candidates, ("data", "semantic_ids"), {}, test=lists)
+    lines = [
+        {"row_id": row_id, "user": row_id // 2, "ranker": name, "order": order}
+        for name, order in {"no_op": GIVEN, "oracle": RIGHT, **orders}.items()
+        for row_id in row_ids
+    ]
+    rankings = pa.Table.from_pylist(lines, schema=RANKINGS)
+    finish(evaluate, ("data", "semantic_ids", "candidates"), {}, rankings=rankings)
+
+
+def cells(text: str) -> dict[tuple[str, str], list[str]]:
+    """The table's rows by variant and ranker."""
+    rows = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in text.splitlines() if line[:1] == "|"]
+    return {(row[0], row[1]): row[2:] for row in rows[2:]}
+
+
+@pytest.fixture
+def runs(tmp_path) -> dict[str, Path]:
+    """Variant `a` is right with seed 0 and copies with seed 1; variant `b` is right with both."""
+    folders = {name: write_recipes(tmp_path / name) for name in "ab"}
+    out = tmp_path / "out"
+    first = out / "a-seed0"
+    finish_run(folders["a"], first, first, {"sft": RIGHT})
+    finish_run(folders["a"], out / "a-seed1", first, {"sft": GIVEN})
+    for seed in range(2):
+        finish_run(folders["b"], out / f"b-seed{seed}", first, {"sft": RIGHT, "dapo": None})
+    return {**folders, "out": out}
+
+
+def run_compare(runs: dict[str, Path], results: Path | None = None) -> tuple[int, list[str]]:
+    said: list[str] = []
+    given = None if results is None else str(results)
+    code = compare.compare([str(runs["a"]), str(runs["b"])], 2, None, str(runs["out"]), given, CPU, said.append)
+    return code, said
+
+
+def test_the_table_holds_means_spread_and_paired_intervals(runs, tmp_path):
+    code, said = run_compare(runs, tmp_path / "RESULTS-toy.md")
+    text = (tmp_path / "RESULTS-toy.md").read_text()
+    table = cells(text)
+    assert code == 0 and text in said[-1]
+    assert table["–", "no_op"] == ["1", "0.0000", "1.0000", "0.6309", "–", "–", "–"]
+    # every row gains 1 - 0.6309, so each bootstrap sample does
+    assert table["–", "oracle"] == ["1", "1.0000", "1.0000", "1.0000", "–", "+0.3691 [+0.3691, +0.3691]", "–"]
+    # (1 + 0.6309) / 2; the standard deviation of 1 and 0.6309 is 0.3691 / sqrt(2) = 0.2610
+    gain = "+0.1845 [+0.1845, +0.1845]"
+    assert table["a", "sft"] == ["2", "0.5000", "1.0000", "0.8155", "0.2610", gain, "–"]
+    assert table["b", "sft"][:4] == ["2", "1.0000", "1.0000", "1.0000"]
+    assert table["b", "sft"][4:] == ["0.0000", "+0.3691 [+0.3691, +0.3691]", gain]
+    # no ranking scores zero; variant a has no dapo to compare with
+    assert table["b", "dapo"] == ["2", "0.0000", "0.0000", "0.0000", "0.0000", "-0.6309 [-0.6309, -0.6309]", "–"]
+    assert ("b", "no_op") not in table and ("–", "random") in table
+
+
+def test_the_results_name_the_data_and_its_sha256_and_no_path(runs):
+    run_compare(runs)
+    text = (runs["out"] / "RESULTS.md").read_text()
+    assert f"- data: toy.csv, sha256 {SHA256}" in text
+    assert "2 variants, 2 seeds. 4 test rows whose list holds a relevant item, of 7." in text
+    assert str(runs["out"].parent) not in text
+
+
+def test_finished_runs_are_skipped_and_one_data_folder_is_shared(runs):
+    _, said = run_compare(runs)
+    assert [line for line in said if line.startswith("==")] == ["== a-seed0", "== a-seed1", "== b-seed0", "== b-seed1"]
+    assert sum("finished already" in line for line in said) == 16  # four stages of four runs
+    assert (runs["out"] / "b-seed1/data").resolve() == (runs["out"] / "a-seed0/data").resolve()
+
+
+def test_a_link_to_a_data_folder_that_was_deleted_is_laid_anew(tmp_path):
+    run = tmp_path / "b-seed0"
+    compare.share_data(tmp_path / "old-seed0", run)
+    compare.share_data(tmp_path / "a-seed0", run)
+    assert (run / "data").readlink() == tmp_path / "a-seed0/data"
+
+
+def test_runs_on_other_rows_are_refused(runs):
+    other = runs["out"] / "b-seed2"
+    finish_run(runs["b"], other, runs["out"] / "a-seed0", {"sft": RIGHT}, first_row_id=10)
+    with pytest.raises(ValueError, match="variant b, seed 0, was evaluated on other rows than a; use one split"):
+        compare.table_lines({"a": [runs["out"] / "a-seed0"], "b": [other]})
+
+
+def test_variants_of_one_name_or_of_other_data_are_refused(tmp_path):
+    (tmp_path / "more").mkdir()
+    first, twin = write_recipes(tmp_path / "a"), write_recipes(tmp_path / "more/a")
+    with pytest.raises(ValueError, match="two variants share a name: a, a; rename a folder"):
+        compare.compare([str(first), str(twin)], 1, None, str(tmp_path / "out"), None, CPU, print)
+    other = write_recipes(tmp_path / "b", RECIPES | {"1_data": {"interactions": "toy.csv", "num_test": 5}})
+    with pytest.raises(ValueError, match="b/1_data.yaml asks for other data than .*a/1_data.yaml: num_test is its de"):
+        compare.compare([str(first), str(other)], 1, None, str(tmp_path / "out"), None, CPU, print)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("seeds", "minutes"), [(0, None), (1, 0.0), (1, -1.0)])
+def test_seeds_and_minutes_must_be_above_zero(tmp_path, seeds, minutes):
+    folder = write_recipes(tmp_path / "a")
+    message = f"--seeds is {seeds} and --minutes_per_run {minutes}; both must be above 0"
+    with pytest.raises(ValueError, match=message):
+        compare.compare([str(folder)], seeds, minutes, str(tmp_path / "out"), None, CPU, print)
+
+
+def test_seeds_and_minutes_become_overrides(tmp_path):
+    recipes = {**RECIPES, "3_midtrain": {}, "5_traces": {"teacher": "evidence"}, "6_sft": {}, "7_dapo": {}}
+    steps = compare.variant_steps(str(write_recipes(tmp_path / "a", recipes)), tmp_path / "run", 2, 9.0)
+    overrides = {step.stage: step.overrides for step in steps}
+    assert overrides["data"] == {"run_dir": str(tmp_path / "run")}
+    assert overrides["traces"] == {"seed": "2", "run_dir": str(tmp_path / "run")}
+    for stage in ("midtrain", "sft", "dapo"):  # nine minutes in three parts
+        assert overrides[stage] == {"seed": "2", "max_minutes": "3.000", "run_dir": str(tmp_path / "run")}
+    keys = {step.stage: step.keys for step in steps}
+    assert keys["sft"]["seed"] == 2 and keys["sft"]["max_minutes"] == 3.0
+    assert json.dumps(keys["candidates"]) == json.dumps({"num_candidates": 6, "run_dir": str(tmp_path / "run")})

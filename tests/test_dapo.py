@@ -1,0 +1,167 @@
+"""DAPO's settings, its checks before anything is trained, and what is said about a training."""
+
+import inspect
+import shutil
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from toy_recipe import copy_stages
+from trl import GRPOTrainer, ModelConfig
+
+from rerank import base_model, dapo, sft
+
+NDCG = [{"name": "ndcg"}]
+
+
+def config(folder, **options):
+    return dapo.DapoConfig(output_dir=str(folder), use_cpu=True, bf16=False, report_to="none", **options)
+
+
+def check(rewards):
+    dapo.check(dapo.DapoArguments(run_dir="nowhere", rewards=rewards), None, ModelConfig())
+
+
+def plugin(folder, body):
+    path = folder / "plugin.py"
+    path.write_text(f"def novelty(completions, **columns):\n    {body}\n")
+    return [{"name": f"{path}:novelty"}]
+
+
+def test_defaults_are_those_of_dapo(tmp_path):
+    defaults = config(tmp_path)
+    # arXiv:2503.14476: token-level loss, clip-higher (sec. 4.1: 0.2 and 0.28), no KL, overlong filtering
+    assert (defaults.loss_type, defaults.epsilon, defaults.epsilon_high) == ("dapo", 0.2, 0.28)
+    assert defaults.beta == 0.0 and defaults.mask_truncated_completions
+    assert defaults.use_vllm and defaults.vllm_mode == "colocate" and defaults.save_total_limit == 2
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters"),
+    [
+        ("_generate_single_turn", "self prompt_ids images multimodal_fields num_generations has_tool_images"),
+        ("_calculate_rewards", "self inputs prompts completions completion_ids_list"),
+        ("_generate_and_score_completions", "self inputs"),
+    ],
+)
+def test_an_overridden_method_is_as_the_pinned_trl_has_it(method, parameters):
+    assert list(inspect.signature(getattr(GRPOTrainer, method)).parameters) == parameters.split()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rows": "sft"}, r"rows is 'sft'; choose dapo or all"),
+        ({"overlong_tokens": -1}, r"overlong_tokens is -1; give 0 or more"),
+    ],
+)
+def test_options_out_of_range_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        dapo.DapoArguments(run_dir="run", rewards=NDCG, **options)
+
+
+def test_every_reward_is_called_before_a_model_is_loaded(tmp_path):
+    check([*NDCG, {"name": "rank_promotion"}, {"name": "well_formed", "when": "promoted_or_kept_first"}])
+    with pytest.raises(ValueError, match=r"novelty raised KeyError: 'title' \(row_id 0\); repair it"):
+        check(plugin(tmp_path, "return [columns['title'] for _ in completions]"))
+
+
+def test_a_reward_sees_a_ranking_and_junk_in_the_check(tmp_path):
+    body = "raise RuntimeError(completions[0] + '|' + completions[1])"
+    with pytest.raises(ValueError, match=r"<think>why</think><s_a_0><s_b_1><s_a_0><s_b_0>\|no ranking"):
+        check(plugin(tmp_path, body))
+
+
+def test_a_misspelt_reward_is_refused_with_the_known_ones():
+    with pytest.raises(
+        ValueError, match=r"rewards has no 'ndgc' \(did you mean ndcg\?\); it has ndcg, rank_promotion"
+    ):
+        check([{"name": "ndgc"}])
+
+
+def test_the_gain_over_a_training_is_that_of_its_last_fifth_over_its_first():
+    rewards = [0.0, 2.0, 7.0, 7.0, 7.0, 7.0, 7.0, 7.0, 10.0, 12.0]
+    gain = dapo.gain_over_training(rewards)
+    assert (gain["reward_first_fifth"], gain["reward_last_fifth"]) == (1.0, 11.0)
+    # each fifth has variance 2 and size 2: the difference of 10 has standard error sqrt(2/2 + 2/2), and with equal
+    # variances Welch has 2 degrees of freedom: 4.30265 * sqrt(2) = 6.08487
+    assert gain["reward_gain_interval"] == pytest.approx([10 - 6.08487, 10 + 6.08487], abs=1e-4)
+
+
+def test_a_short_training_has_a_gain_without_an_interval():
+    gain = dapo.gain_over_training([1.0, 2.0, 4.0])
+    assert gain == {"reward_first_fifth": 1.0, "reward_last_fifth": 4.0, "reward_gain_interval": None}
+
+
+def test_the_overlong_punishment_falls_before_the_limit():
+    args = dapo.DapoArguments(run_dir="run", rewards=[{"name": "ndcg", "weight": 0.7}], overlong_tokens=5)
+    functions, weights = dapo.reward_functions(args, max_completion_length=20)
+    assert weights == [0.7, 1.0]
+    # eq. 13 with limit 20 and cache 5: nothing up to 15, then ((20 - 5) - length) / 5, -1 beyond 20
+    lengths = (15, 16, 20, 21)
+    assert functions[1](completion_ids=[[0] * length for length in lengths]) == [0.0, -0.2, -1.0, -1.0]
+    args.overlong_tokens = 0
+    assert len(dapo.reward_functions(args, max_completion_length=20)[0]) == 1
+
+
+def test_the_place_of_the_target_is_that_of_the_most_relevant_item():
+    assert dapo._target_rank([2, 0, 1], [0.0, 1.0, 0.0]) == 3
+    assert dapo._target_rank([2, 0, 1], [1.0, 2.0, 2.0]) == 1  # two of equal relevance: the better place
+    assert dapo._target_rank(None, [0.0, 1.0]) is None
+
+
+@pytest.fixture(scope="module")
+def toy_encoder(toy_run):
+    _, tokenizer = base_model.load_pretrained(str(toy_run.run / "sft/model"))
+    return sft.RowEncoder(str(toy_run.run), tokenizer)
+
+
+def test_a_training_row_has_its_prompt_and_the_columns_of_rewards(toy_run, toy_encoder, tmp_path):
+    options = config(tmp_path)
+    args = dapo.DapoArguments(run_dir=str(toy_run.run), rewards=NDCG)
+    dataset = dapo.prepare(args, options, toy_encoder, toy_run.run / "sft/model")
+    assert set(dataset.column_names) == {"prompt", *dapo.COLUMNS}
+    rows = {row["row_id"]: row for row in sft.training_rows(str(toy_run.run), "dapo")}
+    assert dataset["row_id"][:] == sorted(rows)
+    for made in dataset:
+        row = rows[made["row_id"]]
+        assert made["prompt"] == toy_encoder.prompt(row) and made["first_stage_ranks"] == [1, 2, 3, 4]
+        assert made["target_rank"] == 1 + row["relevance"].index(1.0)
+
+
+def test_lengths_that_the_recipe_leaves_open_come_from_the_sft_stage(toy_run, toy_encoder, tmp_path):
+    options = config(tmp_path)
+    args = dapo.DapoArguments(run_dir=str(toy_run.run), rewards=NDCG, rows="all")
+    dataset = dapo.prepare(args, options, toy_encoder, toy_run.run / "sft/model")
+    longest = max(len(toy_encoder.tokenizer(prompt).input_ids) for prompt in dataset["prompt"])
+    assert options.vllm_max_model_length == longest + options.max_completion_length
+    assert options.max_completion_length > 30  # a trace of the toy
+
+
+def test_prompts_that_do_not_fit_are_refused(toy_run, toy_encoder, tmp_path):
+    args = dapo.DapoArguments(run_dir=str(toy_run.run), rewards=NDCG)
+    options = config(tmp_path, max_completion_length=16, vllm_max_model_length=40)
+    message = r"longest prompt has \d+ tokens and a completion up to 16, but vllm_max_model_length is 40; raise it or"
+    with pytest.raises(ValueError, match=message):
+        dapo.prepare(args, options, toy_encoder, toy_run.run / "sft/model")
+
+
+def test_a_split_that_leaves_no_rows_for_dapo_is_refused(toy_run, toy_encoder, tmp_path):
+    run = copy_stages(toy_run.run, tmp_path / "run", "sft")
+    split = pq.read_table(run / "traces/row_split.parquet")
+    everything = pa.table({"row_id": split["row_id"], "used_for": ["sft"] * len(split)})
+    pq.write_table(everything, run / "traces/row_split.parquet")
+    args = dapo.DapoArguments(run_dir=str(run), rewards=NDCG)
+    with pytest.raises(ValueError, match=r"no training rows are left for dapo; lower rows_for_sft"):
+        dapo.prepare(args, config(tmp_path), toy_encoder, run / "sft/model")
+    shutil.rmtree(run)
+
+
+def test_the_check_refuses_a_model_of_another_catalogue(toy_run, tmp_path):
+    run = copy_stages(toy_run.run, tmp_path / "run", "sft")
+    table = pq.read_table(run / "semantic_ids/semantic_ids.parquet")
+    ids = ["<s_a_99><s_b_0>", *table["semantic_id"].to_pylist()[1:]]
+    pq.write_table(table.set_column(2, "semantic_id", [ids]), run / "semantic_ids/semantic_ids.parquet")
+    args = dapo.DapoArguments(run_dir=str(run), rewards=NDCG)
+    with pytest.raises(ValueError, match=r"semantic ids of another catalogue than the model's: .* lacks <s_a_99>"):
+        dapo.check(args, None, ModelConfig())

@@ -1,0 +1,126 @@
+"""The package as a whole: its files, its stages, its command and its wheel."""
+
+import importlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+import zipfile
+from dataclasses import is_dataclass
+from pathlib import Path
+
+import pytest
+
+from rerank import recipe, run_dir
+
+ROOT = Path(__file__).parent.parent
+SOURCES = sorted(path for name in ("rerank", "rewards") for path in (ROOT / name).rglob("*.py"))
+TEXTS = [
+    *SOURCES,
+    *(ROOT / "rerank").rglob("*.j*2"),
+    *(ROOT / "recipes").rglob("*.*"),
+    *(path for path in (ROOT / name for name in ("README.md", "Makefile", "pyproject.toml")) if path.is_file()),
+]
+MACHINE_PATH = re.compile(r"(?<![\w.])/(work|root|tmp|home|Users|mnt|opt)/")
+HEAVY = {"torch", "transformers", "trl", "vllm", "datasets", "ibis", "sentence_transformers", "lightgbm", "numpy"}
+COMMANDS = ("run", "compare", "inspect", "rank")
+IMPORT_ALL = """
+import importlib, sys
+folder, *names = sys.argv[1:]
+sys.path.insert(0, folder)
+for name in names:
+    module = importlib.import_module(name)
+    assert module.__file__.startswith(folder), f"{name} comes from {module.__file__}"
+"""
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+@pytest.mark.parametrize("name", [module_name(path) for path in SOURCES])
+def test_every_module_imports(name):
+    assert importlib.import_module(name).__name__ == name
+
+
+def test_no_module_bears_the_name_of_one_of_pythons_own():
+    names = {part for path in SOURCES for part in path.relative_to(ROOT).with_suffix("").parts}
+    assert not {name for name in names if not name.startswith("__")} & sys.stdlib_module_names
+
+
+def test_no_module_has_a_vague_name_or_outgrows_a_reader():
+    assert not {"utils", "helpers", "common", "misc"} & {path.stem for path in SOURCES}
+    assert not [str(path) for path in SOURCES if len(path.read_text().splitlines()) >= 400]
+
+
+def test_nothing_names_a_path_of_some_machine():
+    found = [f"{path}: {match[0]}" for path in TEXTS if (match := MACHINE_PATH.search(path.read_text("utf-8")))]
+    assert not found
+
+
+@pytest.mark.parametrize("stage", run_dir.STAGES)
+def test_a_stage_has_its_four_parts(stage):
+    module = importlib.import_module(f"rerank.{stage}")
+    place = run_dir.STAGES.index(stage)
+    assert set(module.INPUTS) <= set(run_dir.STAGES[:place])
+    assert all(is_dataclass(cls) for cls in module.ARGUMENTS)
+    assert issubclass(module.ARGUMENTS[0], recipe.StageArguments)
+    assert callable(module.check) and callable(module.main)
+    line = f"-m rerank.{stage} --config recipes/ml100k/{place + 1}_{stage}.yaml"
+    assert line in " ".join(module.__doc__.replace("\\\n", " ").split())
+
+
+@pytest.mark.parametrize("words", [["--help"], *([command, "--help"] for command in COMMANDS)], ids=" ".join)
+def test_help_comes_at_once(words):
+    seconds = []
+    for _ in range(5):
+        begin = time.perf_counter()
+        done = subprocess.run([sys.executable, "-m", "rerank.cli", *words], capture_output=True, text=True)
+        seconds.append(time.perf_counter() - begin)
+        assert done.returncode == 0 and done.stdout.startswith("usage: rerank")
+        if seconds[-1] < 0.5:
+            break
+    assert min(seconds) < 0.5
+
+
+def test_the_command_imports_nothing_heavy_before_it_is_needed():
+    code = "import sys, rerank.cli; print(*{name.split('.')[0] for name in sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not HEAVY & set(done.stdout.split())
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """The wheel's content, built from a copy so that nothing is left beside the sources."""
+    folder = tmp_path_factory.mktemp("wheel")
+    for name in ("rerank", "rewards"):
+        shutil.copytree(ROOT / name, folder / "source" / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for path in ROOT.iterdir():
+        if path.is_file():
+            shutil.copy(path, folder / "source")
+    line = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder)]
+    done = subprocess.run([*line, str(folder / "source")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (path,) = folder.glob("*.whl")
+    with zipfile.ZipFile(path) as archive:
+        archive.extractall(folder / "content")
+    return folder / "content"
+
+
+def test_the_wheel_holds_every_file_of_the_package_and_the_licence(wheel):
+    packed = {path.relative_to(wheel) for path in wheel.rglob("*") if path.is_file()}
+    data = [*(ROOT / "rerank").rglob("*.jinja"), *(ROOT / "rerank").rglob("*.j2")]
+    assert {path.name for path in data} >= {"chat_template.jinja", "report.html.j2"}
+    assert {path.relative_to(ROOT) for path in [*SOURCES, *data]} <= packed
+    assert not {path.parts[0] for path in packed} & {"tests", "recipes"}
+    assert any(path.name == "LICENSE" for path in packed)
+
+
+def test_every_module_of_the_wheel_imports(wheel, tmp_path):
+    names = [module_name(path) for path in SOURCES]
+    line = [sys.executable, "-I", "-c", IMPORT_ALL, str(wheel), *names]
+    environment = {**os.environ, **recipe.ENVIRONMENT}
+    done = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert done.returncode == 0, done.stderr

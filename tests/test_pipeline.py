@@ -1,0 +1,187 @@
+"""`rerank run`: which stages, with which overrides, checked before any is launched."""
+
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from rerank import pipeline, run_dir
+
+CPU = "recipes/accelerate/cpu.yaml"
+RECIPES = {
+    "1_data": {"interactions": "toy.csv"},
+    "2_semantic_ids": {"embeddings": "toy.npy"},
+    "4_candidates": {"num_candidates": 4},
+    "8_evaluate": {},
+}
+
+
+def write_recipes(folder: Path, recipes: dict[str, dict] = RECIPES, **shared) -> Path:
+    folder.mkdir()
+    for name, keys in recipes.items():
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump({"run_dir": "runs/toy", **keys, **shared}))
+    return folder
+
+
+def finish(run: Path, stage: str, given: dict, inputs: tuple[str, ...] = ()) -> None:
+    run_dir.partial_dir(run, stage).mkdir(parents=True)
+    run_dir.finish(run, stage, given, given, inputs, {})
+
+
+def stages(steps: list[pipeline.Step]) -> list[str]:
+    return [step.stage for step in steps]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return write_recipes(tmp_path / "toy")
+
+
+def test_recipes_come_in_the_order_of_the_stages_and_variants_are_left_alone(folder):
+    (folder / "4_candidates_other.yaml").write_text("no recipe")
+    (folder / "RESULTS-dapo.md").write_text("no recipe")
+    steps = pipeline.read_steps(folder, None, [])
+    assert stages(steps) == ["data", "semantic_ids", "candidates", "evaluate"]
+    assert steps[0].keys == {"run_dir": "runs/toy", "interactions": "toy.csv"}
+    assert steps[0].overrides == {} and steps[0].run_dir == "runs/toy"
+
+
+def test_overrides_reach_their_stage_and_out_reaches_every_stage(folder):
+    steps = pipeline.read_steps(folder, "elsewhere", ["candidates.num_candidates=5", "data.columns={user: u=1}"])
+    assert {step.run_dir for step in steps} == {"elsewhere"}
+    assert steps[2].keys["num_candidates"] == 5
+    assert steps[0].keys["columns"] == {"user": "u=1"}
+    assert steps[2].overrides == {"num_candidates": "5", "run_dir": "elsewhere"}
+    words = ["--config_file", CPU, "-m", "rerank.candidates", "--config", str(folder / "4_candidates.yaml")]
+    assert pipeline.launch_words(steps[2], CPU) == [*words, "--num_candidates=5", "--run_dir=elsewhere"]
+
+
+@pytest.mark.parametrize("word", ["num_candidates=5", "candidates=5", "candidates.=5", "candidates.num_candidates"])
+def test_an_override_without_a_stage_or_a_value_is_refused(folder, word):
+    with pytest.raises(ValueError, match=f"'{word}' is not an override; write STAGE.key=value, such as dapo.max_st"):
+        pipeline.read_steps(folder, None, [word])
+
+
+def test_an_override_of_a_stage_that_is_not_there_is_refused(folder):
+    with pytest.raises(ValueError, match="there is no stage 'dapo'; stages of this recipe are data, semantic_ids, ca"):
+        pipeline.read_steps(folder, None, ["dapo.max_steps=1"])
+
+
+def test_a_folder_that_is_no_recipe_folder_is_refused(tmp_path, folder):
+    with pytest.raises(FileNotFoundError, match="recipe folder .*nowhere is not there; recipes/ml100k is one"):
+        pipeline.read_steps(tmp_path / "nowhere", None, [])
+    with pytest.raises(FileNotFoundError, match="holds no recipe such as 1_data.yaml; stages are data, semantic_ids"):
+        pipeline.read_steps(tmp_path, None, [])
+    (folder / "1_data.yaml").write_text("interactions: toy.csv\n")
+    with pytest.raises(ValueError, match="1_data.yaml: run_dir is missing; add it, or give --out"):
+        pipeline.read_steps(folder, None, [])
+    (folder / "02_data.yaml").write_text("interactions: toy.csv\n")
+    with pytest.raises(ValueError, match="02_data.yaml and 1_data.yaml are both recipes of data; keep one"):
+        pipeline.read_steps(folder, "run", [])
+
+
+def test_stages_are_selected_by_their_names(folder):
+    steps = pipeline.read_steps(folder, None, [])
+    assert pipeline.select(steps, None, None, None) == steps
+    assert stages(pipeline.select(steps, "semantic_ids", "candidates", None)) == ["semantic_ids", "candidates"]
+    assert stages(pipeline.select(steps, "candidates", None, None)) == ["candidates", "evaluate"]
+    assert stages(pipeline.select(steps, None, "semantic_ids", None)) == ["data", "semantic_ids"]
+    assert stages(pipeline.select(steps, None, None, "candidates")) == ["candidates"]
+    with pytest.raises(ValueError, match="there is no stage 'sft'; stages of this recipe are data, semantic_ids"):
+        pipeline.select(steps, None, "sft", None)
+    with pytest.raises(ValueError, match="--from evaluate comes after --to data; swap them"):
+        pipeline.select(steps, "evaluate", "data", None)
+
+
+def test_finished_stages_are_not_checked_again_but_must_be_of_this_recipe(tmp_path, folder):
+    run = tmp_path / "run"
+    steps = pipeline.select(pipeline.read_steps(folder, str(run), []), None, "semantic_ids", None)
+    finish(run, "data", steps[0].keys)
+    finish(run, "semantic_ids", steps[1].keys, ("data",))
+    assert pipeline.check_steps(steps) == []  # toy.csv is not there, and nobody looks for it
+    changed = pipeline.read_steps(folder, str(run), ["data.num_test=2"])[:2]
+    with pytest.raises(ValueError, match="run/data was made by another recipe: num_test is its default there and 2"):
+        pipeline.check_steps(changed)
+
+
+def test_a_stage_whose_input_is_made_anew_is_refused(tmp_path, folder):
+    run = tmp_path / "run"
+    steps = pipeline.select(pipeline.read_steps(folder, str(run), []), None, "semantic_ids", None)
+    finish(run, "data", steps[0].keys)
+    finish(run, "semantic_ids", steps[1].keys, ("data",))
+    (run / "data").rename(run / "old")
+    with pytest.raises(ValueError, match="run/semantic_ids was made from another data folder than the run's; delete"):
+        pipeline.check_steps(steps)
+
+
+def test_a_stage_whose_input_nobody_makes_is_refused(tmp_path, folder):
+    steps = pipeline.read_steps(folder, str(tmp_path / "run"), [])
+    with pytest.raises(FileNotFoundError, match="candidates needs .*run/data, which is not there; run the stage data"):
+        pipeline.check_steps(pipeline.select(steps, None, None, "candidates"))
+
+
+def test_a_finished_run_is_only_reported(tmp_path, folder):
+    run, said = tmp_path / "run", []
+    steps = pipeline.select(pipeline.read_steps(folder, str(run), []), None, None, "data")
+    finish(run, "data", steps[0].keys)
+    assert pipeline.run(steps, CPU, said.append) == 0
+    assert said == ["[1/1] data: finished already"]
+    with pytest.raises(FileNotFoundError, match="accelerate file nowhere.yaml is not there; recipes/accelerate hol"):
+        pipeline.run(steps, "nowhere.yaml", said.append)
+
+
+def test_the_dry_run_prints_a_launch_line_a_stage(tmp_path, folder):
+    run = tmp_path / "a run"
+    steps = pipeline.read_steps(folder, str(run), [])
+    finish(run, "data", steps[0].keys)
+    lines = pipeline.describe(steps, CPU)
+    assert len(lines) == 4
+    assert lines[0].startswith(f"# finished: accelerate launch --config_file {CPU} -m rerank.data --config ")
+    assert shlex.split(lines[1])[:6] == ["accelerate", "launch", "--config_file", CPU, "-m", "rerank.semantic_ids"]
+    assert shlex.split(lines[1])[-1] == f"--run_dir={run}"
+
+
+def test_the_dry_run_prints_the_line_of_the_server_that_rollouts_come_from(tmp_path):
+    keys = {"vllm_mode": "server", "vllm_server_port": 8123, "vllm_max_model_length": 2048}
+    steps = pipeline.read_steps(write_recipes(tmp_path / "toy", {"7_dapo": keys}), "run", [])
+    server, launch = pipeline.describe(steps, CPU)
+    words = shlex.split(server)
+    assert words[:6] == ["VLLM_SERVER_DEV_MODE=1", "vllm", "serve", "run/sft/model", "--port", "8123"]
+    assert words[6:8] == ["--max-model-len", "2048"] and words[-1] == "&"
+    assert json.loads(words[words.index("--weight-transfer-config") + 1]) == {"backend": "nccl"}
+    assert launch.startswith("accelerate launch ")
+    url = pipeline.read_steps(tmp_path / "toy", "run", ["dapo.vllm_server_base_url=http://gpu7:9000/"])
+    assert shlex.split(pipeline.describe(url, CPU)[0])[5] == "9000"
+
+
+def test_a_failing_stage_ends_the_run_with_its_exit_code(tmp_path, folder):
+    """The launch itself fails: its accelerate file is no such file's content."""
+    run, said = tmp_path / "run", []
+    (tmp_path / "toy.csv").write_text("user,item,time\n" + "".join(f"u,i{n},{n}\n" for n in range(8)))
+    (tmp_path / "bad.yaml").write_text("no_such_key: 1\n")
+    steps = pipeline.read_steps(folder, str(run), [f"data.interactions={tmp_path / 'toy.csv'}"])[:1]
+    assert pipeline.run(steps, str(tmp_path / "bad.yaml"), said.append) == 1
+    assert said == ["[1/1] data ...", "[1/1] data failed with exit code 1; the same command goes on from here"]
+    assert not run_dir.is_finished(run, "data")
+
+
+def test_the_working_folder_is_where_plugins_are_found(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", "elsewhere")
+    assert pipeline._python_path() == f"{tmp_path}:elsewhere"
+
+
+def test_a_signal_reaches_the_stage_and_not_its_launcher(tmp_path):
+    child = "import signal, sys, time; signal.signal(2, lambda *_: (print('asked', flush=True), sys.exit())); "
+    child += "print('ready', flush=True); time.sleep(60)"
+    parent = f"import subprocess, sys; sys.exit(subprocess.call([sys.executable, '-c', {child!r}]) + 7)"
+    words = [sys.executable, "-c", parent, "accelerate.commands.launch"]  # the last word makes it look like a launcher
+    launcher = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    assert launcher.stdout.readline() == "ready\n"
+    pipeline._signal_tree(launcher.pid, 2, lambda line: not pipeline._is_launcher(line))
+    assert launcher.stdout.read() == "asked\n"
+    assert launcher.wait(30) == 7

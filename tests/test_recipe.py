@@ -1,0 +1,130 @@
+"""Recipes: read, overridden, typed, and refused with one line where they are wrong."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from rerank import recipe, run_dir
+
+# Three launches of one stage in one process, each as `python -m rerank.data` would be.
+LAUNCH = """
+import sys
+from rerank import recipe
+for words in (sys.argv[1:], sys.argv[1:], [*sys.argv[1:], "--num_test=2"]):
+    sys.argv[1:] = words
+    try:
+        recipe.launch("data")
+        print("code 0", flush=True)
+    except SystemExit as end:
+        print(f"code {end.code}", flush=True)
+"""
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+def test_a_recipe_is_a_yaml_mapping(tmp_path):
+    path = write(tmp_path / "1_data.yaml", "num_test: 5\nsplit: by_time\n")
+    assert recipe.load(path) == {"num_test": 5, "split": "by_time"}
+    with pytest.raises(FileNotFoundError, match="nowhere.yaml does not exist; give the path of a recipe file"):
+        recipe.load(tmp_path / "nowhere.yaml")
+    with pytest.raises(ValueError, match="1_data.yaml holds list, not `key: value` lines"):
+        recipe.load(write(path, "- a\n"))
+    with pytest.raises(ValueError, match="1_data.yaml is not YAML: .*line 2") as caught:
+        recipe.load(write(path, "a: 1\nb: [1\n"))
+    assert "\n" not in str(caught.value)
+
+
+def test_overrides_are_read_as_yaml_reads_them():
+    words = ["--seed", "3", "--split=by_time", "--rewards=[{name: ndcg}]", "--lists=null", "--mark=: :"]
+    read = {"seed": 3, "split": "by_time", "rewards": [{"name": "ndcg"}], "lists": None, "mark": ": :"}
+    assert recipe.read_overrides(words) == read
+
+
+@pytest.mark.parametrize("words", [["seed=3"], ["--seed"], ["--=3"], ["--seed=3", "4"]])
+def test_a_word_that_is_no_override_is_refused(words):
+    with pytest.raises(ValueError, match="is not an override; write --key value or --key=value"):
+        recipe.read_overrides(words)
+
+
+def test_numbers_that_yaml_reads_as_text_become_numbers():
+    keys = recipe.load(Path("recipes/ml100k/6_sft.yaml")) | {"learning_rate": "2e-5", "max_minutes": "1e1"}
+    args, training_args, _ = recipe.resolve("sft", keys, "6_sft.yaml")
+    assert training_args.learning_rate == 2.0e-5
+    assert args.max_minutes == 10.0
+    assert training_args.output_dir == "runs/ml100k/sft.partial/checkpoints"
+
+
+def test_a_value_of_the_wrong_type_is_refused_with_the_type_it_should_have():
+    with pytest.raises(ValueError, match="4.yaml: num_candidates is 3.7 but must be int"):
+        recipe.resolve("candidates", {"run_dir": "run", "num_candidates": 3.7}, "4.yaml")
+    with pytest.raises(ValueError, match="4.yaml: num_candidates is True but must be int"):
+        recipe.resolve("candidates", {"run_dir": "run", "num_candidates": True}, "4.yaml")
+    with pytest.raises(ValueError, match=r"5.yaml: item_fields is 'title' but must be list\[str\]"):
+        recipe.resolve("traces", {"run_dir": "run", "teacher": "evidence", "item_fields": "title"}, "5.yaml")
+    with pytest.raises(ValueError, match="6.yaml: learning_rate is 'fast' but must be float"):
+        recipe.resolve("sft", {"run_dir": "run", "learning_rate": "fast"}, "6.yaml")
+
+
+def test_a_number_is_text_where_text_is_wanted():
+    (args,) = recipe.resolve("data", {"run_dir": 7, "interactions": "x.csv"}, "1.yaml")
+    assert args.run_dir == "7"
+
+
+def test_an_unknown_key_is_refused_with_the_nearest_known_ones():
+    keys = {"run_dir": "run", "num_candidate": 5}
+    with pytest.raises(ValueError, match="4.yaml: unknown key 'num_candidate'; did you mean num_candidates"):
+        recipe.resolve("candidates", keys, "4.yaml")
+    with pytest.raises(ValueError, match="4.yaml: unknown key 'xyzzy'; `--help` of the stage lists its keys"):
+        recipe.resolve("candidates", {"run_dir": "run", "xyzzy": 5}, "4.yaml")
+
+
+def test_a_missing_key_and_a_value_out_of_range_name_the_recipe():
+    with pytest.raises(ValueError, match="1.yaml: interactions is missing; add it to the recipe or give --inter"):
+        recipe.resolve("data", {"run_dir": "run"}, "1.yaml")
+    with pytest.raises(ValueError, match="4.yaml: run_dir is empty; name the folder of the run"):
+        recipe.resolve("candidates", {"run_dir": ""}, "4.yaml")
+    with pytest.raises(ValueError, match="4.yaml: num_candidates is 1 but a list to re-rank has at least 2"):
+        recipe.resolve("candidates", {"run_dir": "run", "num_candidates": 1}, "4.yaml")
+
+
+def test_the_resolved_recipe_has_the_defaults_of_the_stage_and_what_was_given_to_the_trainer():
+    keys = recipe.load(Path("recipes/ml100k/6_sft.yaml")) | {"reasoning_weight": 0.25}
+    resolved = recipe.resolved_recipe(recipe.resolve("sft", keys, "6_sft.yaml"), keys)
+    assert resolved["reasoning_weight"] == 0.25 and resolved["max_minutes"] is None
+    assert resolved["learning_rate"] == 2.0e-3 and "adam_beta1" not in resolved
+
+
+def test_an_input_is_there_or_made_before(tmp_path):
+    recipe.check_inputs("semantic_ids", str(tmp_path), made=["data"])
+    with pytest.raises(FileNotFoundError, match="semantic_ids needs .*data, which is not there; run the stage data"):
+        recipe.check_inputs("semantic_ids", str(tmp_path))
+    (tmp_path / "data").mkdir()
+    run_dir.write_json(tmp_path / "data/stage.json", {})
+    recipe.check_inputs("semantic_ids", str(tmp_path))
+
+
+def test_a_launched_stage_finishes_once_and_refuses_another_recipe(tmp_path):
+    rows = [f"u{user},i{(user + place) % 9},{place}" for user in range(3) for place in range(8)]
+    write(tmp_path / "toy.csv", "\n".join(["user,item,time", *rows]))
+    config = write(tmp_path / "1_data.yaml", f"run_dir: {tmp_path / 'run'}\ninteractions: {tmp_path / 'toy.csv'}\n")
+    words = [sys.executable, "-c", LAUNCH, "--config", str(config)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300)
+    assert done.stdout.splitlines() == ["code 0", "code 0", "code 2"], done.stderr
+    assert "run/data is finished already" in done.stderr
+    assert "was made by another recipe: num_test is its default there and 2 here; delete" in done.stderr
+    assert run_dir.read_metrics(tmp_path / "run", "data")["interactions"] == 24
+    assert not run_dir.partial_dir(tmp_path / "run", "data").exists()
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="there is a GPU here")
+def test_a_machine_without_a_gpu_trains_on_its_cpu():
+    keys = {"run_dir": "run", "bf16": True}  # which transformers refuses without a GPU, unless told to use the CPU
+    assert recipe.resolve("sft", keys, "6.yaml")[1].use_cpu
+    with pytest.raises(ValueError, match="6.yaml: Your setup doesn't support bf16/gpu. You need to assign use_cpu"):
+        recipe.resolve("sft", {**keys, "use_cpu": False}, "6.yaml")

@@ -1,0 +1,77 @@
+"""Every shipped recipe parses, names known keys, and the demo's passes the check that `rerank run` does."""
+
+import gzip
+import json
+import re
+from pathlib import Path
+
+import pytest
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
+
+from rerank import cli, pipeline, plugins, recipe, run_dir
+
+ACCELERATE = sorted(Path("recipes/accelerate").glob("*.yaml"))
+RECIPES = sorted(path for path in Path("recipes").glob("*/*.y*ml") if path not in ACCELERATE)
+FOLDERS = sorted({path.parent for path in RECIPES})
+STAGES = "|".join(sorted(run_dir.STAGES, key=len, reverse=True))
+NAME = re.compile(rf"(\d+)_({STAGES})(_\w+)?\.yaml")  # 7_dapo.yaml, and variants such as 7_dapo_naive.yaml
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=str)
+def test_a_recipe_is_named_after_its_stage_and_resolves(path):
+    match = NAME.fullmatch(path.name)
+    assert match, f"{path} is not named as <number>_<stage>[_<variant>].yaml"
+    assert int(match[1]) == run_dir.STAGES.index(match[2]) + 1
+    arguments = recipe.resolve(match[2], recipe.load(path), str(path))
+    if match[2] == "dapo":
+        from rerank.dapo import COLUMNS
+
+        assert plugins.load_rewards(arguments[0].rewards, COLUMNS)
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=str)
+def test_the_recipes_of_a_folder_share_a_run_of_its_name(folder):
+    assert {recipe.load(path)["run_dir"] for path in RECIPES if path.parent == folder} == {f"runs/{folder.name}"}
+
+
+def test_every_place_to_run_has_its_file():
+    names = "cpu cpu_2proc one_gpu ddp fsdp2 zero2 zero3 multi_node"
+    assert sorted(path.stem for path in ACCELERATE) == sorted(names.split())
+    assert Path(pipeline.DEFAULT_ACCELERATE) in ACCELERATE
+
+
+@pytest.mark.parametrize("path", ACCELERATE, ids=str)
+def test_an_accelerate_file_parses_and_its_keys_are_known(path):
+    config = load_config_from_file(str(path))  # refuses unknown keys at the top level
+    options = {action.dest for action in launch_command_parser()._actions}
+    for section in (config.deepspeed_config, config.fsdp_config):
+        assert set(section or {}) <= options
+
+
+@pytest.fixture
+def beauty(tmp_path, monkeypatch):
+    """What BEAUTY_DATA names, in small: sixteen users of a circle of 300 items."""
+    rows = [f"u{user},i{(20 * user + place) % 300},{place},{place}" for user in range(16) for place in range(20)]
+    write_gzip(tmp_path / "interactions.csv.gz", ["user,item,pos,timestamp", *rows])
+    kinds = {"brand": "some", "categories": ["Beauty", "Hair Care"]}
+    items = [json.dumps({"item": f"i{item}", "title": f"Title {item}", **kinds}) for item in range(300)]
+    write_gzip(tmp_path / "items.jsonl.gz", items)
+    monkeypatch.setenv("BEAUTY_DATA", str(tmp_path))
+
+
+def write_gzip(path: Path, lines: list[str]) -> None:
+    with gzip.open(path, "wt") as file:
+        file.write("\n".join(lines) + "\n")
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=str)
+def test_a_recipe_folder_passes_its_dry_run(folder, beauty, tmp_path, capsys):
+    """On any machine: without a GPU, a server or a model of eight billion parameters."""
+    assert cli.main(["run", str(folder), "--out", str(tmp_path / "run"), "--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    launched = [line.split()[5] for line in lines if line.startswith("accelerate launch ")]
+    assert launched == [f"rerank.{stage}" for stage in run_dir.STAGES]
+    is_served = folder.name == "beauty_qwen3_8b"
+    assert [line.endswith("&") for line in lines].count(True) == is_served
+    assert not (tmp_path / "run").exists()

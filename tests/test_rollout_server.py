@@ -1,0 +1,151 @@
+"""Everything of server mode but the weight transfer, against a small server on loopback."""
+
+import json
+import shlex
+import socket
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
+
+import pytest
+import requests
+from tiny_model import ID_TOKENS, tiny_tokenizer
+
+from rerank import rollout_server
+
+SEMANTIC_IDS = ["<s_a_0><s_b_0>", "<s_a_1><s_b_1>"]
+
+
+def tokenizer_with(tokens):
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(tokens)
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tokenizer_with(ID_TOKENS)
+
+
+@pytest.fixture
+def serve():
+    """Start a server whose answers are given: status codes of the first requests, then token ids by a tokenizer."""
+    servers = []
+
+    def start(served, first_codes=(), port=0):
+        codes, seen = list(first_codes), []
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):  # noqa: N802  (the name is http.server's)
+                question = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                seen.append((self.path, question))
+                code = codes.pop(0) if codes else 200
+                tokens = served(question["prompt"], add_special_tokens=question["add_special_tokens"]).input_ids
+                answer = json.dumps({"tokens": tokens}).encode()
+                self.send_response(code)
+                self.send_header("Content-Length", str(len(answer)))
+                self.end_headers()
+                self.wfile.write(answer)
+
+            def log_message(self, *args):
+                pass
+
+        server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+        servers.append(server)
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        return f"http://127.0.0.1:{server.server_port}", seen
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def config(url, timeout=12.0):
+    """Of a GRPOConfig what the module reads; pauses grow from timeout/60 seconds."""
+    return SimpleNamespace(vllm_server_base_url=url, vllm_server_timeout=timeout)
+
+
+def test_the_launch_line_serves_the_model_for_weight_transfer():
+    words = shlex.split(rollout_server.launch_line("runs/my toy/sft/model", 8001, 512))
+    assert words[:6] == ["VLLM_SERVER_DEV_MODE=1", "vllm", "serve", "runs/my toy/sft/model", "--port", "8001"]
+    assert words[6:8] == ["--max-model-len", "512"]
+    assert json.loads(words[words.index("--weight-transfer-config") + 1]) == {"backend": "nccl"}
+    assert words[words.index("--logprobs-mode") + 1] == "processed_logprobs"
+    assert "--max-model-len" not in rollout_server.launch_line("model")
+
+
+def test_the_address_is_the_url_or_host_and_port():
+    named = SimpleNamespace(vllm_server_base_url=None, vllm_server_host="gpu1", vllm_server_port=8003)
+    assert rollout_server.base_url(named) == "http://gpu1:8003"
+    assert rollout_server.base_url(config("http://gpu2:1")) == "http://gpu2:1"
+
+
+def test_a_server_of_the_same_vocabulary_is_taken(serve, tokenizer):
+    url, seen = serve(tokenizer)
+    rollout_server.check_vocabulary(config(url), tokenizer, SEMANTIC_IDS)
+    assert seen == [("/tokenize", {"prompt": "".join(SEMANTIC_IDS), "add_special_tokens": False})]
+
+
+def test_a_server_that_is_still_loading_is_asked_again(serve, tokenizer):
+    url, seen = serve(tokenizer, first_codes=[503, 502])
+    rollout_server.check_vocabulary(config(url), tokenizer, SEMANTIC_IDS)
+    assert len(seen) == 3
+
+
+def test_a_server_that_refuses_connections_at_first_is_waited_for(serve, tokenizer):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    later = threading.Thread(target=lambda: (time.sleep(0.5), serve(tokenizer, port=port)))
+    later.start()
+    rollout_server.check_vocabulary(config(f"http://127.0.0.1:{port}"), tokenizer, SEMANTIC_IDS)
+    later.join()
+
+
+def test_a_server_that_never_answers_is_named(tokenizer):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{probe.getsockname()[1]}"
+    with pytest.raises(ValueError, match=rf"no vLLM server answers at {url} \(ConnectionError\); start it with"):
+        rollout_server.check_vocabulary(config(url, timeout=0.3), tokenizer, SEMANTIC_IDS)
+
+
+def test_a_server_that_does_not_know_the_question_is_not_asked_again(serve, tokenizer):
+    url, seen = serve(tokenizer, first_codes=[404] * 9)
+    with pytest.raises(ValueError, match=r"no vLLM server answers at .* \(HTTPError\)"):
+        rollout_server.check_vocabulary(config(url), tokenizer, SEMANTIC_IDS)
+    assert len(seen) == 1
+
+
+def test_a_server_of_another_vocabulary_is_refused_naming_the_token(serve, tokenizer):
+    url, _ = serve(tokenizer_with([ID_TOKENS[0], ID_TOKENS[1], ID_TOKENS[3], ID_TOKENS[2]]))
+    own, served = len(tiny_tokenizer()) + 2, len(tiny_tokenizer()) + 3
+    message = rf"it reads <s_b_0> as id {served}, the policy as {own}; serve the sft stage's model folder"
+    with pytest.raises(ValueError, match=message):
+        rollout_server.check_vocabulary(config(url), tokenizer, SEMANTIC_IDS)
+
+
+def test_a_call_is_tried_at_most_so_often():
+    tries = []
+
+    def call():
+        tries.append(1)
+        raise requests.ConnectionError("away")
+
+    with pytest.raises(requests.ConnectionError):
+        rollout_server.retry(call, 0.2)()
+    assert 1 < len(tries) <= rollout_server.MAX_TRIES
+
+
+def test_an_error_of_another_kind_is_not_tried_again():
+    tries = []
+
+    def call():
+        tries.append(1)
+        raise KeyError("tokens")
+
+    with pytest.raises(KeyError):
+        rollout_server.retry(call, 5.0)()
+    assert len(tries) == 1

@@ -1,0 +1,126 @@
+"""What a stage leaves behind: whole or not at all, under a lock, and never mixed with another recipe's."""
+
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from rerank import run_dir
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from rerank import run_dir
+with run_dir.lock(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def finish(run: Path, stage: str, inputs: tuple[str, ...] = (), **given) -> None:
+    """Make the stage's partial folder and finish it."""
+    run_dir.partial_dir(run, stage).mkdir(parents=True)
+    run_dir.finish(run, stage, given, given, inputs, {"rows": 3})
+
+
+def test_a_finished_folder_has_all_that_the_next_stage_and_a_reader_need(tmp_path):
+    folder = run_dir.partial_dir(tmp_path, "data")
+    with run_dir.lock(folder):
+        run_dir.write_json(folder / "given.json", {"num_test": 5})
+        (folder / "items.parquet").write_text("artifact")
+        assert not run_dir.is_finished(tmp_path, "data")
+        run_dir.finish(tmp_path, "data", {"num_test": 5}, {"num_test": 5, "num_valid": 1}, (), {"rows": 3})
+    assert run_dir.is_finished(tmp_path, "data")
+    assert not folder.exists()
+    names = {"items.parquet", "recipe.yaml", "versions.json", "metrics.json", "stage.json"}
+    assert {path.name for path in (tmp_path / "data").iterdir()} == names
+    assert run_dir.read_metrics(tmp_path, "data") == {"rows": 3}
+    assert yaml.safe_load((tmp_path / "data/recipe.yaml").read_text()) == {"num_test": 5, "num_valid": 1}
+    assert json.loads((tmp_path / "data/versions.json").read_text())["torch"].startswith("2.")
+
+
+def test_a_folder_that_fails_to_finish_stays_partial(tmp_path):
+    folder = run_dir.partial_dir(tmp_path, "data")
+    folder.mkdir()
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        run_dir.finish(tmp_path, "data", {}, {}, (), {"rows": object()})
+    assert folder.is_dir()
+    assert not run_dir.stage_dir(tmp_path, "data").exists()
+
+
+def test_json_is_never_seen_half_written(tmp_path):
+    path = tmp_path / "value.json"
+    run_dir.write_json(path, {"a": 1})
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        run_dir.write_json(path, {"a": object()})
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert [file.name for file in tmp_path.iterdir()] == ["value.json"]
+
+
+def test_a_fingerprint_is_the_sha256_of_a_file_and_of_names_and_contents_of_a_folder(tmp_path):
+    (tmp_path / "b").write_text("two")
+    assert run_dir.fingerprint(tmp_path / "b") == hashlib.sha256(b"two").hexdigest()
+    (tmp_path / "a").write_text("one")
+    both = run_dir.fingerprint(tmp_path)
+    assert both == hashlib.sha256(b"a" + b"one" + b"b" + b"two").hexdigest()
+    (tmp_path / "b").rename(tmp_path / "c")
+    assert run_dir.fingerprint(tmp_path) != both
+
+
+def test_a_lock_names_the_process_that_holds_it_and_dies_with_it(tmp_path):
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(ValueError, match=f"is in use by process {holder.pid}; wait for it, or stop it with"):
+            with run_dir.lock(tmp_path):
+                pass
+    finally:
+        holder.kill()  # no chance to tidy up
+        holder.wait()
+    with run_dir.lock(tmp_path):
+        pass
+
+
+def test_a_folder_of_another_recipe_is_refused_with_the_key_and_both_values(tmp_path):
+    finish(tmp_path, "data", num_test=5, min_history=3)
+    run_dir.check_finished(tmp_path, "data", {"num_test": 5, "min_history": 3})
+    with pytest.raises(ValueError, match="was made by another recipe: num_test is 5 there and 1 here; delete .*data"):
+        run_dir.check_finished(tmp_path, "data", {"num_test": 1, "min_history": 3})
+    with pytest.raises(ValueError, match="min_history is 3 there and its default here"):
+        run_dir.check_finished(tmp_path, "data", {"num_test": 5})
+    with pytest.raises(ValueError, match="split is its default there and by_time here"):
+        run_dir.check_finished(tmp_path, "data", {"num_test": 5, "min_history": 3, "split": "by_time"})
+
+
+def test_keys_that_only_change_what_is_shown_may_differ():
+    made = {"run_dir": "a", "logging_steps": 1, "report_to": "none", "seed": 0}
+    assert run_dir.difference(made, {"run_dir": "b", "disable_tqdm": True, "seed": 0}) is None
+    assert run_dir.difference(made, {"run_dir": "b", "seed": 1}) == "seed is 0 there and 1 here"
+
+
+def test_a_folder_made_from_inputs_that_were_replaced_is_refused(tmp_path):
+    finish(tmp_path, "data")
+    finish(tmp_path, "semantic_ids", ("data",))
+    run_dir.check_finished(tmp_path, "semantic_ids", {})
+    with pytest.raises(ValueError, match="semantic_ids was made from another data folder than the run's; delete"):
+        run_dir.check_finished(tmp_path, "semantic_ids", {}, remade=["data"])
+    (tmp_path / "data").rename(tmp_path / "old")
+    finish(tmp_path, "data")
+    with pytest.raises(ValueError, match="semantic_ids was made from another data folder than the run's; delete"):
+        run_dir.check_finished(tmp_path, "semantic_ids", {})
+
+
+def test_a_half_made_folder_is_resumed_by_its_own_recipe_only(tmp_path):
+    run_dir.refuse_partial_of_another_recipe(tmp_path, "sft", {"seed": 0})
+    folder = run_dir.partial_dir(tmp_path, "sft")
+    folder.mkdir()
+    run_dir.write_json(folder / "given.json", {"seed": 0})
+    run_dir.refuse_partial_of_another_recipe(tmp_path, "sft", {"seed": 0, "logging_steps": 5})
+    with pytest.raises(
+        ValueError, match="sft.partial was begun by another recipe: seed is 0 there and 1 here; delete"
+    ):
+        run_dir.refuse_partial_of_another_recipe(tmp_path, "sft", {"seed": 1})

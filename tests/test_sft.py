@@ -1,0 +1,169 @@
+"""The weighted loss against TRL's, against a slow loop, and however a batch is cut; what is saved beside a model."""
+
+import inspect
+import json
+import re
+
+import pytest
+import torch
+import yaml
+from datasets import Dataset
+from tiny_model import save_tiny_model, tiny_model, tiny_tokenizer
+from trl import ModelConfig, SFTConfig, SFTTrainer
+
+from rerank import run_dir, sft
+from rerank.catalogue import Catalogue
+
+THINK_END = 9
+# A prompt of unequal length, a trace up to and with token 9, a ranking.
+ROWS = [
+    {"input_ids": [5, 6, 20, 21, 9, 30, 31], "labels": [-100, -100, 20, 21, 9, 30, 31]},
+    {"input_ids": [5, 22, 9, 32, 33, 34], "labels": [-100, 22, 9, 32, 33, 34]},
+    {"input_ids": [7, 7, 7, 7, 23, 24, 25, 9, 35], "labels": [-100, -100, -100, -100, 23, 24, 25, 9, 35]},
+    {"input_ids": [5, 6, 9, 36, 37], "labels": [-100, -100, 9, 36, 37]},
+]
+
+
+def make_trainer(folder, weights=(0.5, 1.0), trainer=sft.WeightedSftTrainer, **options):
+    tokenizer = tiny_tokenizer()
+    settings = {"per_device_train_batch_size": 4, "max_steps": 1, "optim": "sgd", "learning_rate": 0.1, **options}
+    config = SFTConfig(
+        output_dir=str(folder), use_cpu=True, bf16=False, report_to="none", disable_tqdm=True, save_strategy="no",
+        gradient_checkpointing=False, max_grad_norm=1e9, logging_steps=1, lr_scheduler_type="constant",
+        dataset_kwargs={"skip_prepare_dataset": True}, **settings,
+    )  # fmt: skip
+    extra = {"think_end": THINK_END, "weights": weights} if trainer is sft.WeightedSftTrainer else {}
+    rows = Dataset.from_list(ROWS)
+    return trainer(tiny_model(tokenizer), config, train_dataset=rows, processing_class=tokenizer, **extra)
+
+
+def batch_and_loss(trainer, num_items=None):
+    batch = trainer.data_collator(ROWS)
+    return batch, trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=num_items)
+
+
+def test_tokens_weigh_by_their_place_before_or_after_the_end_of_the_trace():
+    labels = torch.tensor([[-100, 7, 9, 3, 4], [-100, -100, 9, 3, -100], [-100, 7, 7, 7, 7]])
+    weights = sft.token_weights(labels, think_end=9, reasoning=0.5, ranking=2.0)
+    # the end of the trace counts with the trace; a completion without one is all trace
+    assert weights.tolist() == [[0.5, 0.5, 0.5, 2, 2], [0.5, 0.5, 0.5, 2, 2], [0.5] * 5]
+
+
+def test_equal_weights_equal_trls_own_loss(tmp_path):
+    _, own = batch_and_loss(make_trainer(tmp_path, trainer=SFTTrainer))
+    _, one = batch_and_loss(make_trainer(tmp_path, (1.0, 1.0)))
+    _, two = batch_and_loss(make_trainer(tmp_path, (2.0, 2.0)))
+    assert one.item() == own.item()
+    assert two.item() == pytest.approx(2 * own.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("num_items", [None, 40])
+def test_the_loss_equals_a_slow_loop_over_the_logits(tmp_path, num_items):
+    trainer = make_trainer(tmp_path, (0.5, 2.0))
+    batch, loss = batch_and_loss(trainer, num_items)
+    with torch.no_grad():
+        logits = trainer.model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    total, count = 0.0, 0
+    for row, labels in enumerate(batch["labels"].tolist()):
+        ended = False
+        for place in range(1, len(labels)):
+            if labels[place] != -100:
+                nll = -torch.log_softmax(logits[row, place - 1], dim=-1)[labels[place]].item()
+                total, count = total + (2.0 if ended else 0.5) * nll, count + 1
+            ended = ended or labels[place] == THINK_END
+    assert count == 5 + 5 + 5 + 3
+    assert loss.item() == pytest.approx(total / (num_items or count), rel=1e-5)
+
+
+def test_a_step_does_not_depend_on_how_its_batch_is_cut(tmp_path):
+    whole, cut = (
+        make_trainer(tmp_path, per_device_train_batch_size=size, gradient_accumulation_steps=4 // size)
+        for size in (4, 1)
+    )
+    losses = []
+    for trainer in (whole, cut):
+        trainer.train()
+        losses.append(trainer.state.log_history[0]["loss"])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    for (name, one), four in zip(whole.model.named_parameters(), cut.model.parameters(), strict=True):
+        assert torch.allclose(one, four, atol=1e-6), name
+
+
+def test_trace_and_ranking_are_logged_apart(tmp_path):
+    trainer = make_trainer(tmp_path)
+    batch, loss = batch_and_loss(trainer)
+    logged = {name: trainer._metrics["train"][name][0] for name in ("reasoning_nll", "ranking_nll")}
+    # 10 trace tokens (with the 4 that end it) and 8 of rankings: loss * 18 = 0.5 * 10 * first + 1 * 8 * second
+    assert 18 * loss.item() == pytest.approx(5 * logged["reasoning_nll"] + 8 * logged["ranking_nll"], rel=1e-5)
+
+
+def test_the_overridden_method_is_as_the_pinned_trl_has_it():
+    parameters = inspect.signature(SFTTrainer.compute_loss).parameters
+    assert [str(p) for p in parameters.values()] == [
+        "self", "model", "inputs", "return_outputs=False", "num_items_in_batch=None",
+    ]  # fmt: skip
+    ours = inspect.signature(sft.WeightedSftTrainer.compute_loss).parameters
+    assert [str(p) for p in ours.values()] == [str(p) for p in parameters.values()]
+
+
+@pytest.mark.parametrize(("reasoning", "ranking"), [(-0.5, 1.0), (0.5, -1.0), (0.5, 0.0)])
+def test_weights_that_train_no_ranking_are_refused(reasoning, ranking):
+    message = rf"reasoning_weight is {reasoning} and ranking_weight {ranking}; neither may be negative"
+    with pytest.raises(ValueError, match=message):
+        sft.SftArguments(run_dir="run", reasoning_weight=reasoning, ranking_weight=ranking)
+
+
+def test_a_model_of_another_catalogue_is_refused(tmp_path):
+    folder = save_tiny_model(tmp_path / "model")
+    sft.check_model(folder, Catalogue(["m0"], ["<s_a_1><s_b_0>"], [""], [""]))
+    with pytest.raises(ValueError, match=r"semantic ids of another catalogue than the model's: .* lacks <s_b_7>"):
+        sft.check_model(folder, Catalogue(["m0"], ["<s_a_1><s_b_7>"], [""], [""]))
+    with pytest.raises(FileNotFoundError, match=r"model folder .*absent is not there"):
+        sft.check_model(tmp_path / "absent", Catalogue(["m0"], ["<s_a_1><s_b_0>"], [""], [""]))
+
+
+def test_an_example_is_a_prompt_without_loss_and_a_completion_that_ends(toy_run):
+    _, tokenizer = sft.base_model.load_pretrained(str(toy_run.run / "midtrain/model"))
+    encoder = sft.RowEncoder(str(toy_run.run), tokenizer)
+    row = sft.training_rows(str(toy_run.run), "sft")[0]
+    for trace in ("because", None):
+        example = encoder.example(row, trace, [3, 1, 0, 2])
+        length = sum(label == -100 for label in example["labels"])
+        assert example["labels"][length:] == example["input_ids"][length:]
+        assert tokenizer.decode(example["input_ids"][:length]) == encoder.prompt(row)
+        ranking = "".join(encoder.labels(row)[position] for position in (3, 1, 0, 2))
+        answer = tokenizer.decode(example["input_ids"][length:])
+        assert answer == f"<think>{trace or ''}</think>{ranking}<|end|>"
+
+
+def test_rows_for_sft_and_for_dapo_are_hits_and_have_no_user_in_common(toy_run):
+    parts = {use: sft.training_rows(str(toy_run.run), use) for use in ("sft", "dapo")}
+    users = {use: {row["user"] for row in rows} for use, rows in parts.items()}
+    assert users["sft"] and users["dapo"] and not users["sft"] & users["dapo"]
+    assert all(row["hit"] for rows in parts.values() for row in rows)
+
+
+def test_rows_that_do_not_fit_are_refused_with_their_number(toy_run, tmp_path):
+    config = SFTConfig(output_dir=str(tmp_path), max_length=20, use_cpu=True, bf16=False, report_to="none")
+    args = sft.SftArguments(run_dir=str(toy_run.run))
+    with pytest.raises(ValueError, match=r"(\d+) of \1 rows are longer than max_length 20; raise it"):
+        sft.fit(args, config, ModelConfig(), tmp_path / "model", with_trace=True)
+
+
+def test_the_control_without_traces_trains_as_many_steps(toy_run):
+    metrics = run_dir.read_metrics(toy_run.run, "sft")
+    assert metrics["no_trace"]["steps"] == metrics["steps"] == 40
+    assert metrics["no_trace"]["rows"] == metrics["rows"]
+    assert metrics["no_trace"]["max_completion_tokens"] < metrics["max_completion_tokens"]
+    history = json.loads((toy_run.run / "sft/log_history_no_trace.json").read_text())
+    assert [entry["step"] for entry in history if "loss" in entry] == list(range(1, 41))
+
+
+def test_a_card_says_so_when_the_terms_are_not_stated(tmp_path):
+    for stage in ("data", "midtrain"):
+        (tmp_path / stage).mkdir()
+    run_dir.write_json(tmp_path / "data/metrics.json", {"items": 3, "users": 2, "interactions": 9, "terms": ""})
+    (tmp_path / "midtrain/recipe.yaml").write_text(yaml.safe_dump({"model_name_or_path": "Qwen/Qwen3-8B"}))
+    card = sft.model_card(str(tmp_path), "dapo", trace=True, num_candidates=10)
+    assert re.search(r"Base model: Qwen/Qwen3-8B\n- Stages of training: midtrain, sft, dapo\n", card)
+    assert "The recipe states none" in card and "10 candidates" in card

@@ -1,0 +1,103 @@
+"""Training ends cleanly on a signal or after some minutes, and goes on where it ended."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from rerank import stopping
+
+# A launcher that is killed: its child, which asked to die with it, prints its own pid first.
+LAUNCHER = """
+import subprocess, sys
+child = "import os, time; from rerank import stopping; stopping.die_with_parent(); "
+child += "print(os.getpid(), flush=True); time.sleep(60)"
+subprocess.run([sys.executable, "-c", child])
+"""
+
+
+class Line(torch.nn.Module):
+    """y = w x, with a loss as transformers wants it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, x, labels):
+        return {"loss": ((self.weight * x - labels) ** 2).mean()}
+
+
+class Record(TrainerCallback):
+    """The steps that were made; interrupts this process after the step `interrupt_at`."""
+
+    def __init__(self, interrupt_at: int | None = None) -> None:
+        self.steps, self.interrupt_at = [], interrupt_at
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.steps.append(state.global_step)
+        if state.global_step == self.interrupt_at:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def trainer(folder: Path, record: Record) -> Trainer:
+    args = TrainingArguments(
+        output_dir=str(folder), max_steps=6, per_device_train_batch_size=2, save_strategy="no", use_cpu=True,
+        report_to="none", disable_tqdm=True,
+    )  # fmt: skip
+    rows = [{"x": torch.tensor([float(x)]), "labels": torch.tensor([2.0 * x])} for x in range(12)]
+    return Trainer(Line(), args, train_dataset=rows, callbacks=[record])
+
+
+def checkpoint(folder: Path, step: int, state: str | None) -> None:
+    (folder / f"checkpoint-{step}").mkdir(parents=True)
+    if state is not None:
+        (folder / f"checkpoint-{step}/trainer_state.json").write_text(state)
+
+
+def test_an_interrupted_training_leaves_a_checkpoint_and_goes_on_after_it(tmp_path):
+    before, first, second = signal.getsignal(signal.SIGINT), Record(interrupt_at=3), Record()
+    with pytest.raises(KeyboardInterrupt):
+        stopping.train(trainer(tmp_path, first))
+    assert first.steps == [1, 2, 3]
+    assert stopping.last_step(tmp_path) == 3
+    assert signal.getsignal(signal.SIGINT) is before
+    stopping.train(trainer(tmp_path, second))
+    assert second.steps == [4, 5, 6]
+
+
+def test_a_training_ends_after_its_minutes(tmp_path):
+    record = Record()
+    stopping.train(trainer(tmp_path, record), max_minutes=0.0)
+    assert record.steps == [1]
+
+
+def test_an_incomplete_checkpoint_is_passed_over(tmp_path, caplog):
+    assert stopping.last_checkpoint(tmp_path) is None
+    assert stopping.last_step(tmp_path) == 0
+    checkpoint(tmp_path, 5, json.dumps({"global_step": 5}))
+    checkpoint(tmp_path, 10, json.dumps({"global_step": 10}))  # 5 < 10 as numbers, not as text
+    checkpoint(tmp_path, 15, '{"global_st')  # cut off
+    checkpoint(tmp_path, 20, None)  # the state is written last
+    assert stopping.last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+    assert stopping.last_step(tmp_path) == 10
+    assert "checkpoint-15 is incomplete and is passed over" in caplog.text
+    assert "checkpoint-20 is incomplete and is passed over" in caplog.text
+
+
+def test_a_stage_dies_with_its_launcher():
+    launcher = subprocess.Popen([sys.executable, "-c", LAUNCHER], stdout=subprocess.PIPE, text=True)
+    child = psutil.Process(int(launcher.stdout.readline()))
+    launcher.kill()  # as `kill -9` does: the launcher has no chance to stop its child
+    launcher.wait()
+    deadline = time.monotonic() + 30
+    while child.is_running() and child.status() != psutil.STATUS_ZOMBIE and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE

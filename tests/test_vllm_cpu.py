@@ -1,0 +1,108 @@
+"""Rollouts are on-policy: the gap between sampling and training log-probabilities stays put while weights move.
+
+The bound of the gap means something: without the weight sync, the same training breaks it.
+"""
+
+import gc
+import os
+from unittest.mock import patch
+
+import pytest
+import torch
+from datasets import Dataset
+from tiny_model import save_tiny_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import GRPOTrainer
+from trl.generation import vllm_generation
+
+from rerank import dapo, recipe, vllm_cpu
+
+BOUND, STEPS = 0.02, 5
+PROMPTS = ["Rank: the title", "History: a drama", "Candidates: of the", "a title of the drama"]
+
+
+def evenness(completions, completion_ids, **columns):
+    """The share of even token ids: differs between the completions of an untrained model."""
+    return [sum(token % 2 == 0 for token in ids) / len(ids) for ids in completion_ids]
+
+
+@pytest.fixture(autouse=True)
+def quiet_engine():
+    """TRL and vLLM write into the environment; leave it as it was."""
+    with patch.dict(os.environ, {**recipe.ENVIRONMENT, "OMP_NUM_THREADS": "1"}):
+        yield
+
+
+def gaps_of_a_training(folder, tied, dtype):
+    """Mean gap of each step, and the largest change of a weight over the training."""
+    base = save_tiny_model(folder / "base", tied)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype="float32")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    config = dapo.DapoConfig(
+        output_dir=str(folder / "out"), use_cpu=True, bf16=False, report_to="none", disable_tqdm=True,
+        save_strategy="no", gradient_checkpointing=False, max_steps=STEPS, learning_rate=2e-2,
+        lr_scheduler_type="constant", per_device_train_batch_size=16, num_generations=4, max_completion_length=16,
+        vllm_max_model_length=64, mask_truncated_completions=False,
+    )  # fmt: skip
+    vllm_cpu.keep_weights_live()
+    with vllm_cpu.trl_engine_options(dtype=dtype, **vllm_cpu.engine_options()):
+        trainer = GRPOTrainer(
+            model, evenness, config, train_dataset=Dataset.from_dict({"prompt": PROMPTS}),
+            processing_class=AutoTokenizer.from_pretrained(base, padding_side="left"),
+        )  # fmt: skip
+    try:
+        trainer.train()
+    finally:
+        trainer.vllm_generation.llm.llm_engine.engine_core.shutdown()
+        trainer.vllm_generation.llm = None
+        gc.collect()
+    gaps = [entry[dapo.GAP] for entry in trainer.state.log_history if dapo.GAP in entry]
+    moved = max((value - before[name]).abs().max().item() for name, value in model.state_dict().items())
+    return gaps, moved
+
+
+@pytest.mark.parametrize(
+    ("tied", "dtype"), [(True, "float32"), (False, "float32"), (True, "bfloat16"), (False, "bfloat16")]
+)
+def test_the_gap_stays_put_while_the_weights_move(tmp_path, tied, dtype):
+    gaps, moved = gaps_of_a_training(tmp_path, tied, dtype)
+    assert len(gaps) == STEPS and moved > 0.05
+    assert max(gaps) < (BOUND if dtype == "bfloat16" else 1e-4)
+
+
+def test_the_gap_grows_when_the_weights_are_not_synced(tmp_path, monkeypatch):
+    monkeypatch.setattr(vllm_generation.VLLMGeneration, "sync_weights", lambda self: None)
+    gaps, _ = gaps_of_a_training(tmp_path, True, "float32")
+    assert gaps[0] < 1e-4 and gaps[-1] > BOUND
+
+
+def test_the_engine_starts_without_graph_capture_on_cpu_only(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert vllm_cpu.engine_options() == {"enforce_eager": True}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert vllm_cpu.engine_options() == {}
+
+
+def test_trl_builds_its_engine_with_the_options_only_inside():
+    original = vllm_generation.LLM
+    with pytest.raises(KeyError), vllm_cpu.trl_engine_options(dtype="float32"):
+        assert vllm_generation.LLM.keywords == {"dtype": "float32"}
+        raise KeyError("a failing build")
+    assert vllm_generation.LLM is original
+
+
+def test_a_vllm_without_the_replaced_function_is_refused(monkeypatch):
+    from vllm.model_executor.layers import utils
+
+    monkeypatch.delattr(utils, "dispatch_cpu_unquantized_gemm")
+    with pytest.raises(RuntimeError, match=r"has no dispatch_cpu_unquantized_gemm; install the vLLM version that"):
+        vllm_cpu.keep_weights_live()
+
+
+def test_ibis_in_the_same_process_does_not_stop_the_engine():
+    from ibis.util import Namespace
+
+    namespace = Namespace(lambda kind: f"of {kind.__name__}", module="fractions")
+    vllm_cpu.keep_weights_live()
+    assert not hasattr(namespace, "__dict__")  # what vLLM asks of everything
+    assert namespace.Fraction == "of Fraction"
