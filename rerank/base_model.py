@@ -81,7 +81,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, words: Sequence[str] 
     from transformers import PreTrainedTokenizerFast
 
     bpe = Tokenizer(models.BPE())
-    words_only = pre_tokenizers.Split(Regex(r" ?[^\s]+|\s"), "isolated")
+    # a ranking written in numbers is one token a number
+    words_only = pre_tokenizers.Split(Regex(r"[0-9]+(?=[.,])|[0-9]+$|[,.]| ?[^\s,.]+|\s"), "isolated")
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [words_only, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )

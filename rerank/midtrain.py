@@ -28,7 +28,7 @@ from trl import ModelConfig, SFTConfig, get_peft_config
 
 from rerank import base_model, baselines, recipe, run_dir, semantic_ids, stopping
 from rerank.catalogue import Catalogue
-from rerank.prompts import FACTS, THINK, THINK_END, render
+from rerank.prompts import FACTS, THINK, THINK_END, completion, render
 from rerank.traces.evidence import EVIDENCE_WORDS
 
 logger = logging.getLogger(__name__)
@@ -48,8 +48,7 @@ PROMPT_WORDS = (
     "item:",
     "User:",
     "likes",
-    "Sort",
-    "by",
+    "Sort:",
 )
 
 
@@ -61,8 +60,14 @@ class MidtrainArguments(recipe.StageArguments, base_model.SmallModelArguments):
         default_factory=lambda: dict(PUBLISHED_MIXTURE),
         metadata={"help": "Share of documents of each task: sequence, persona, caption, text."},
     )
+    num_documents: int = field(
+        default=0, metadata={"help": "Documents in an epoch; 0: every sequence once and the others in proportion."}
+    )
     sorting_share: float = field(
         default=0.0, metadata={"help": "Share of the persona documents that are lists to sort by a stated fact."}
+    )
+    sorting_labels: str = field(
+        default="semantic_id", metadata={"help": "How sorted lists are written: semantic_id or number."}
     )
     max_items: int = field(default=50, metadata={"help": "Items in one sequence document."})
     general_text: str = field(
@@ -78,6 +83,8 @@ class MidtrainArguments(recipe.StageArguments, base_model.SmallModelArguments):
     def __post_init__(self) -> None:
         recipe.StageArguments.__post_init__(self)
         base_model.SmallModelArguments.__post_init__(self)
+        if self.sorting_labels not in ("semantic_id", "number"):
+            raise ValueError(f"sorting_labels is {self.sorting_labels!r}; choose semantic_id or number")
         unknown = sorted(set(self.mixture) - set(TASKS))
         if unknown or not self.mixture.get("sequence", 0) > 0 or min(self.mixture.values()) < 0:
             raise ValueError(f"mixture is {self.mixture}; give shares of {', '.join(TASKS)}, that of sequence above 0")
@@ -161,36 +168,37 @@ def persona_documents(
 
 
 def sorting_documents(
-    histories: Sequence[np.ndarray], catalogue: Catalogue, embeddings: np.ndarray, num: int, rng: np.random.Generator
+    histories: Sequence[np.ndarray],
+    catalogue: Catalogue,
+    embeddings: np.ndarray,
+    num: int,
+    rng: np.random.Generator,
+    labels: str = "semantic_id",
 ) -> Iterator[Document]:
-    """Lists of items with two true facts each, to be written again in the order of one of them.
+    """Lists of items with a true fact each, to be written again in its order, as ids or as numbers.
 
     What a re-ranker must be able to do with any list, learned here on facts that hold for every user: how often an
-    item was chosen, and how close its text is to the last item of a history. Lists of 2 to 10 items, the shorter the
-    more frequent: they are learned first and carry the long ones.
+    item was chosen, or how close its text is to another item. Lists of 6 to 10 items.
     """
-    lengths = np.arange(2, 11)
-    shares = (1 / lengths) / (1 / lengths).sum()
     counts = np.bincount(np.concatenate(histories), minlength=len(catalogue)).astype(float)
     known = np.flatnonzero(counts)
-    anchors = rng.choice(known, 200)
-    cosines = (embeddings[known] @ embeddings[anchors].T).ravel()
+    cosines = (embeddings[known] @ embeddings[rng.choice(known, 200)].T).ravel()
     edges = {"popularity": baselines.fit_edges(counts[known]), "cosine_last": baselines.fit_edges(cosines)}
     for _ in range(num):
-        history = histories[rng.integers(len(histories))][-int(rng.integers(1, 6)) :]
-        items = rng.choice(known, min(len(known), int(rng.choice(lengths, p=shares))), replace=False)
-        values = {"popularity": counts[items], "cosine_last": embeddings[items] @ embeddings[history[-1]]}
-        buckets = {name: [baselines.bucket(v, edges[name]) for v in values[name]] for name in values}
-        key = str(rng.choice(list(values)))
-        lines = [
-            catalogue.semantic_ids[item]
-            + "".join(f" {FACTS[name][0]}:{buckets[name][i]}" for name in rng.permutation(list(values)))
-            for i, item in enumerate(items)
-        ]
-        shown = "".join(catalogue.semantic_ids[item] for item in history)
-        order = np.argsort([-bucket for bucket in buckets[key]], kind="stable")
-        prompt = "\n".join([f"Sort by {FACTS[key][0]}", "History:" + shown, "Candidates:", *lines])
-        yield Document("persona", prompt, "".join(catalogue.semantic_ids[items[i]] for i in order))
+        items = rng.choice(known, min(len(known), int(rng.integers(6, 11))), replace=False)
+        fact, last, values = "popularity", "", counts[items]
+        if rng.random() < 0.5:
+            anchor = rng.choice(known)
+            fact, last, values = "cosine_last", catalogue.semantic_ids[anchor], embeddings[items] @ embeddings[anchor]
+        buckets = [baselines.bucket(value, edges[fact]) for value in values]
+        ids = [catalogue.semantic_ids[item] for item in items]
+        numbers = [str(number) for number in range(1, len(ids) + 1)]
+        heads = [f"{number}.{text}" for number, text in zip(numbers, ids, strict=True)] if labels == "number" else ids
+        lines = [f"{head} {FACTS[fact][0]}:{bucket}" for head, bucket in zip(heads, buckets, strict=True)]
+        order = np.argsort([-bucket for bucket in buckets], kind="stable")
+        prompt = "\n".join(["Sort:", "History:" + last, "Candidates:", *lines])
+        written = numbers if labels == "number" else ids
+        yield Document("persona", prompt, completion(None, order, written).removeprefix(THINK + THINK_END))
 
 
 def text_documents(source: str, length: int = 400) -> Iterator[Document]:
@@ -213,25 +221,25 @@ def mixed_documents(
     args: MidtrainArguments,
     seed: int,
 ) -> list[Document]:
-    """All sequence documents, and of the other tasks as many as their share asks, repeated where there are fewer.
+    """Documents of each task by its share, `num_documents` in all, each source's as often as any other of it.
 
     Of the persona documents, `sorting_share` are lists to sort.
     """
     rng = np.random.default_rng(seed)
     sequence = list(sequence_documents(histories, catalogue, args.max_items))
-    wanted = round(len(sequence) * args.mixture.get("persona", 0) / args.mixture["sequence"])
-    num_sorting = round(wanted * args.sorting_share)
-    told = list(persona_documents(histories, catalogue, rng))
-    sorting = list(sorting_documents(histories, catalogue, embeddings, num_sorting, rng))
-    sources = {
-        "sequence": sequence,
-        "persona": sorting + _draw(told, wanted - num_sorting, rng),
-        "caption": list(caption_documents(catalogue)),
-        "text": list(text_documents(args.general_text)) if args.mixture.get("text", 0) > 0 else [],
-    }
-    mixed = []
-    for task, documents in sources.items():
-        mixed += _draw(documents, round(len(sequence) * args.mixture.get(task, 0) / args.mixture["sequence"]), rng)
+    total = (args.num_documents or len(sequence) / args.mixture["sequence"] * sum(args.mixture.values())) / sum(
+        args.mixture.values()
+    )
+    wanted = {task: round(total * share) for task, share in args.mixture.items()}
+    num_sorting = round(wanted.get("persona", 0) * args.sorting_share)
+    mixed = [
+        *_draw(sequence, wanted["sequence"], rng),
+        *sorting_documents(histories, catalogue, embeddings, num_sorting, rng, args.sorting_labels),
+        *_draw(list(persona_documents(histories, catalogue, rng)), wanted.get("persona", 0) - num_sorting, rng),
+        *_draw(list(caption_documents(catalogue)), wanted.get("caption", 0), rng),
+    ]
+    if wanted.get("text"):
+        mixed += _draw(list(text_documents(args.general_text)), wanted["text"], rng)
     return [mixed[i] for i in rng.permutation(len(mixed))]
 
 

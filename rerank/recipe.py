@@ -278,10 +278,6 @@ def _run(stage: str, argv: Sequence[str]) -> None:
     except (ValueError, FileNotFoundError) as error:
         _fail(one_line(error), 2)
     metrics = module.main(*arguments, folder)
-    if stage in runs.TRAINING_STAGES:
-        from accelerate import PartialState
-
-        PartialState().wait_for_everyone()
     if is_main:
         runs.finish(run_dir, stage, keys, resolved_recipe(arguments, keys), module.INPUTS, metrics)
         held.__exit__(None, None, None)

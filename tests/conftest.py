@@ -40,8 +40,6 @@ def toy_data(tmp_path_factory):
 def toy_run(toy_data, tmp_path_factory):
     """`rerank run tests/toy`, once for all tests: every stage in a process of its own, as users run it."""
     run = tmp_path_factory.mktemp("toy") / "run"
-    if os.environ.get("DEV_TOY"):
-        return ToyRun(Path(os.environ["DEV_TOY"]), Path("/tmp/w/i/data"), "")
     with pytest.MonkeyPatch.context() as patch:
         for name, value in environment(toy_data).items():
             if os.environ.get(name) != value:

@@ -64,26 +64,32 @@ def test_a_persona_tells_true_facts_of_its_history():
         assert told[-1] == f"lately Title {shown[-1]}" + CATALOGUE.semantic_ids[shown[-1]]
 
 
-def test_a_list_to_sort_is_sorted_by_facts_that_are_true():
+@pytest.mark.parametrize("labels", ["semantic_id", "number"])
+def test_a_list_to_sort_is_sorted_by_facts_that_are_true(labels):
     rng = np.random.default_rng(0)
-    documents = list(midtrain.sorting_documents(HISTORIES, CATALOGUE, EMBEDDINGS, 40, rng))
+    documents = list(midtrain.sorting_documents(HISTORIES, CATALOGUE, EMBEDDINGS, 40, rng, labels))
     counts = Counter(int(item) for history in HISTORIES for item in history)
     edges = baselines.fit_edges(np.array([float(counts[item]) for item in sorted(counts)]))
-    keys = set()
+    facts = Counter()
     for document in documents:
-        head, history, _, *lines = document.prompt.split("\n")
-        keys.add(head)
+        _, history, _, *lines = document.prompt.split("\n")
         items = [items_of(line)[0] for line in lines]
-        facts = [{word: int(bucket) for word, bucket in re.findall(r" (\w+):(\d)", line)} for line in lines]
-        assert [fact["pop"] for fact in facts] == [baselines.bucket(float(counts[item]), edges) for item in items]
-        cosines = EMBEDDINGS[items] @ EMBEDDINGS[items_of(history)[-1]]
-        by_cosine = [facts[i]["like"] for i in np.argsort(cosines, kind="stable")]
-        assert by_cosine == sorted(by_cosine)
-        key = head.removeprefix("Sort by ")
+        (fact,) = {re.search(r" (\w+):\d$", line)[1] for line in lines}
+        buckets = [int(line.rpartition(":")[2]) for line in lines]
+        facts[fact] += 1
+        if fact == "pop":
+            assert buckets == [baselines.bucket(float(counts[item]), edges) for item in items]
+        else:  # the nearer to the shown item, the higher the bucket
+            nearest_last = np.argsort(EMBEDDINGS[items] @ EMBEDDINGS[items_of(history)[-1]], kind="stable")
+            assert [buckets[i] for i in nearest_last] == sorted(buckets)
         # highest first; of equals the one shown first
-        expected = sorted(range(len(items)), key=lambda i: (-facts[i][key], i))
-        assert items_of(document.answer) == [items[i] for i in expected]
-    assert keys == {"Sort by pop", "Sort by like"}
+        order = sorted(range(len(items)), key=lambda i: (-buckets[i], i))
+        if labels == "number":
+            assert [line.split(".")[0] for line in lines] == [str(n) for n in range(1, len(items) + 1)]
+            assert document.answer == ",".join(str(i + 1) for i in order)
+        else:
+            assert items_of(document.answer) == [items[i] for i in order]
+    assert facts.keys() == {"pop", "like"}
 
 
 def test_general_text_is_the_file_in_passages_without_anything_like_a_tag(tmp_path):
@@ -107,9 +113,15 @@ def test_the_mixture_counts_documents_against_the_sequences():
     # 8 items in windows of 4, each 2 on: starts 0, 2, 4, of 6 users 18 documents; 18 * 0.3 / 0.5 = 10.8,
     # 18 * 0.15 / 0.5 = 5.4, 18 * 0.05 / 0.5 = 1.8; of 11 persona documents round(5.5) = 6 are lists to sort
     assert Counter(d.task for d in documents) == {"sequence": 18, "persona": 11, "caption": 5, "text": 2}
-    assert sum(document.prompt.startswith("Sort by") for document in documents) == 6
+    assert sum(document.prompt.startswith("Sort") for document in documents) == 6
     assert documents == midtrain.mixed_documents(HISTORIES, CATALOGUE, EMBEDDINGS, args, seed=0)
     assert documents != midtrain.mixed_documents(HISTORIES, CATALOGUE, EMBEDDINGS, args, seed=1)
+
+
+def test_a_number_of_documents_is_shared_out_by_the_mixture():
+    args = arguments(mixture={"sequence": 2.0, "persona": 1.0, "caption": 1.0}, num_documents=100, max_items=4)
+    documents = midtrain.mixed_documents(HISTORIES, CATALOGUE, EMBEDDINGS, args, seed=0)
+    assert Counter(d.task for d in documents) == {"sequence": 50, "persona": 25, "caption": 25}
 
 
 def test_a_task_left_out_of_the_mixture_has_no_documents():

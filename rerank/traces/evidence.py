@@ -177,9 +177,10 @@ def calibrate(scores: Sequence[np.ndarray], best: Sequence[int]) -> float:
 
 
 class EvidenceTeacher:
-    """Ranks by scores plus Gumbel noise and words its reasons; draws depend on seed, row and attempt alone.
+    """Draws the first candidate by scores plus Gumbel noise, ranks the rest by scores, and words its reasons.
 
-    `told` puts the most relevant candidate first, whatever its score.
+    No source says what order stands below the first place (GR2); noise there would only teach a student to guess.
+    Draws depend on seed, row and attempt alone. `told` puts the most relevant candidate first, whatever its score.
     """
 
     def __init__(
@@ -210,7 +211,6 @@ class EvidenceTeacher:
 
     def _order(self, row: Row, attempt: int) -> list[int]:
         noise = np.random.default_rng((self.seed, row["row_id"], attempt)).gumbel(size=len(row["candidates"]))
-        keys = np.asarray(self.scores[row["row_id"]]) + self.temperature * noise
-        if self.told:
-            keys[best_position(row)] = np.inf
+        keys = np.array(self.scores[row["row_id"]], dtype=float)
+        keys[best_position(row) if self.told else np.argmax(keys + self.temperature * noise)] = np.inf
         return [int(position) for position in np.argsort(-keys, kind="stable")]
