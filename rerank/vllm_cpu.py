@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -41,11 +42,14 @@ def _use_weight_itself(layer: torch.nn.Module, remove_weight: bool) -> None:
 
 
 def _let_vllm_look_at_ibis() -> None:
-    """Where ibis is loaded, make its namespaces of types say that they have no `__dict__`.
+    """Let vLLM start where ibis is loaded.
 
-    vLLM asks every object in every loaded module for one as it starts, and such a namespace takes each name, that one
-    too, for the name of a type: TypeError.
+    As it starts, vLLM asks every object in every loaded module for `__dict__` and looks a name up in it. Ibis's
+    namespaces take each name, that one too, for the name of a type (TypeError), and its `_` answers with a column.
     """
+    from vllm.triton_utils import dispatcher
+
+    dispatcher.vars = lambda value: own if isinstance(own := value.__dict__, dict | MappingProxyType) else {}
     if "ibis.util" in sys.modules:
         sys.modules["ibis.util"].Namespace.__getattr__ = _type_in_namespace
 
