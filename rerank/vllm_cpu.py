@@ -9,11 +9,11 @@ optimizer steps (tests/test_vllm_cpu.py).
 
 import contextlib
 import functools
+import importlib
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ def keep_weights_live() -> None:
         RuntimeError: When the installed vLLM no longer has the function that is replaced.
     """
     from vllm.model_executor.layers import utils
+    from vllm.platforms import current_platform
 
     if not hasattr(utils, "dispatch_cpu_unquantized_gemm"):
         raise RuntimeError(
@@ -33,7 +34,9 @@ def keep_weights_live() -> None:
             "install the vLLM version that pyproject.toml names, or rollouts would come from stale weights"
         )
     utils.dispatch_cpu_unquantized_gemm = _use_weight_itself
-    _let_vllm_look_at_ibis()
+    if current_platform.is_cpu():
+        dispatcher = importlib.import_module("vllm.triton_utils.dispatcher")
+        dispatcher.sys = _OwnModules()
 
 
 def _use_weight_itself(layer: torch.nn.Module, remove_weight: bool) -> None:
@@ -41,23 +44,17 @@ def _use_weight_itself(layer: torch.nn.Module, remove_weight: bool) -> None:
     layer.cpu_linear = torch.nn.functional.linear
 
 
-def _let_vllm_look_at_ibis() -> None:
-    """Let vLLM start where ibis is loaded.
+class _OwnModules:
+    """What `vllm.triton_utils.dispatcher` sees of `sys`: vLLM's own modules.
 
-    As it starts, vLLM asks every object in every loaded module for `__dict__` and looks a name up in it. Ibis's
-    namespaces take each name, that one too, for the name of a type (TypeError), and its `_` answers with a column.
+    As it starts on CPU, vLLM asks every object of every loaded module for its `__dict__`, and some of ibis's take that
+    for the name of a column: an engine would not start in a process that has read data.
     """
-    from vllm.triton_utils import dispatcher
 
-    dispatcher.vars = lambda value: own if isinstance(own := value.__dict__, dict | MappingProxyType) else {}
-    if "ibis.util" in sys.modules:
-        sys.modules["ibis.util"].Namespace.__getattr__ = _type_in_namespace
-
-
-def _type_in_namespace(namespace: Any, name: str) -> Any:
-    if name == "__dict__":
-        raise AttributeError(name)
-    return namespace._factory(getattr(namespace._module, name))
+    @property
+    def modules(self) -> dict[str, Any]:
+        """As `sys.modules`."""
+        return {name: module for name, module in sys.modules.items() if name.partition(".")[0] == "vllm"}
 
 
 def engine_options() -> dict[str, Any]:

@@ -101,10 +101,10 @@ def test_markdown_and_terminal_show_the_same_row_and_say_when_it_is_not_test():
     assert "0.5000" in line and "2 (50.0 %): empty 1, too_few 1" in line and "500.0" in line
     assert "4 test rows whose list holds a relevant item, of 16 (25.0 % hold one)" in text and "NOT" not in text
     assert "NOT the test split" in tables.markdown(toy_results(split="valid"))
-    console = Console(width=200, record=True, file=io.StringIO())
+    console = Console(width=80, record=True, file=io.StringIO())  # nothing may be cut off
     console.print(tables.results_table(toy_results(split="valid")))
-    shown = console.export_text()
-    assert "NOT the test split" in shown and "2 (50.0 %)" in shown and "dapo minus sft" in shown
+    shown = " ".join(console.export_text().split())
+    assert "NOT the test split" in shown and "50.0 %" in shown and "dapo minus sft" in shown and "…" not in shown
 
 
 def test_transitions_rank_as_the_first_stage_did_whatever_order_the_list_is_in():

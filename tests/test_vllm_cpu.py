@@ -99,10 +99,12 @@ def test_a_vllm_without_the_replaced_function_is_refused(monkeypatch):
         vllm_cpu.keep_weights_live()
 
 
-def test_ibis_in_the_same_process_does_not_stop_the_engine():
-    from ibis.util import Namespace
+def test_an_engine_starts_beside_objects_that_answer_to_any_name(tmp_path):
+    import ibis.backends.duckdb as loaded  # the data stage's: its `C.__dict__` is a column of that name
 
-    namespace = Namespace(lambda kind: f"of {kind.__name__}", module="fractions")
-    vllm_cpu.keep_weights_live()
-    assert not hasattr(namespace, "__dict__")  # what vLLM asks of everything
-    assert namespace.Fraction == "of Fraction"
+    assert not isinstance(loaded.C.__dict__, dict)
+    engine = vllm_cpu.open_engine(save_tiny_model(tmp_path / "model"), max_length=64, dtype="float32")
+    (answers,) = vllm_cpu.generate(engine, ["Rank: the title"], 4, temperature=1.0, num_completions=2, seed=0)
+    engine.llm_engine.engine_core.shutdown()
+    assert all(0 < len(answer.token_ids) <= 4 for answer in answers)
+    assert all(answer.truncated == (len(answer.token_ids) == 4) for answer in answers)
