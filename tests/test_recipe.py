@@ -97,7 +97,7 @@ def test_the_resolved_recipe_has_the_defaults_of_the_stage_and_what_was_given_to
     keys = recipe.load(Path("recipes/ml100k/6_sft.yaml")) | {"reasoning_weight": 0.25}
     resolved = recipe.resolved_recipe(recipe.resolve("sft", keys, "6_sft.yaml"), keys)
     assert resolved["reasoning_weight"] == 0.25 and resolved["max_minutes"] is None
-    assert resolved["learning_rate"] == 2.0e-3 and "adam_beta1" not in resolved
+    assert resolved["learning_rate"] == keys["learning_rate"] and "adam_beta1" not in resolved
 
 
 def test_an_input_is_there_or_made_before(tmp_path):
