@@ -227,9 +227,8 @@ def mixed_documents(
     """
     rng = np.random.default_rng(seed)
     sequence = list(sequence_documents(histories, catalogue, args.max_items))
-    total = (args.num_documents or len(sequence) / args.mixture["sequence"] * sum(args.mixture.values())) / sum(
-        args.mixture.values()
-    )
+    shares = sum(args.mixture.values())
+    total = args.num_documents / shares if args.num_documents else len(sequence) / args.mixture["sequence"]
     wanted = {task: round(total * share) for task, share in args.mixture.items()}
     num_sorting = round(wanted.get("persona", 0) * args.sorting_share)
     mixed = [

@@ -98,10 +98,13 @@ def test_a_server_that_refuses_connections_at_first_is_waited_for(serve, tokeniz
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    later = threading.Thread(target=lambda: (time.sleep(0.5), serve(tokenizer, port=port)))
+    served = []
+    later = threading.Thread(target=lambda: (time.sleep(0.5), served.append(serve(tokenizer, port=port))))
     later.start()
     rollout_server.check_vocabulary(config(f"http://127.0.0.1:{port}"), tokenizer, SEMANTIC_IDS)
     later.join()
+    [(_, seen)] = served
+    assert len(seen) == 1  # the requests before that met no server
 
 
 def test_a_server_that_never_answers_is_named(tokenizer):
