@@ -81,8 +81,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, words: Sequence[str] 
     from transformers import PreTrainedTokenizerFast
 
     bpe = Tokenizer(models.BPE())
-    # a ranking written in numbers is one token a number
-    words_only = pre_tokenizers.Split(Regex(r"[0-9]+(?=[.,])|[0-9]+$|[,.]| ?[^\s,.]+|\s"), "isolated")
+    # " 3." on a candidate's line and " 3" in a ranking begin with the same token
+    words_only = pre_tokenizers.Split(Regex(r"[,.]| ?[^\s,.]+|\s"), "isolated")
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [words_only, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )

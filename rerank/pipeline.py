@@ -114,7 +114,7 @@ def check_steps(steps: Sequence[Step]) -> list[Step]:
             runs.check_finished(step.run_dir, step.stage, step.keys, remade)
     for step in waiting:
         arguments = recipe.resolve(step.stage, step.keys, str(step.path))
-        recipe.check_inputs(step.stage, step.run_dir, made)
+        recipe.check_inputs(step.stage, arguments[0], made)
         runs.refuse_held(step.run_dir, step.stage)
         runs.refuse_partial_of_another_recipe(step.run_dir, step.stage, step.keys)
         importlib.import_module(f"rerank.{step.stage}").check(*arguments)

@@ -45,7 +45,7 @@ _ANSWER = (
     "complements it, how each candidate matches; name items by their ids. After </think> write the {label} of all {n} "
     "candidates, best first, and nothing else."
 )
-_LABEL_NAMES = {"semantic_id": "ids", "number": "numbers, separated by commas,"}
+_LABEL_NAMES = {"semantic_id": "ids", "number": "numbers, separated by spaces,"}
 
 _ID_TOKEN = re.compile(r"<s_([a-z]+)_[0-9]+>")
 _SEPARATORS = re.compile(r"[\s,]+")
@@ -132,7 +132,7 @@ def rerank_prompt(
     ]
     facts = _evidence(row, settings, edges or {}, feature_names)
     for number, (item, fact) in enumerate(zip(candidates, facts, strict=True), start=1):
-        prefix = f"{number}." if settings.ranking == "number" else ""
+        prefix = f" {number}." if settings.ranking == "number" else ""
         lines.append(prefix + _item_line(item, catalogue, settings) + fact)
     return "\n".join(lines)
 
@@ -155,8 +155,12 @@ def completion(trace: str | None, order: Sequence[int], labels: Sequence[str]) -
     """The text that ranks the candidates in `order` (positions into `labels`, best first); `trace` None is empty."""
     if trace is not None and THINK_END in trace:
         raise ValueError(f"the trace holds {THINK_END}, which would end it early; remove it: {trace[:80]!r}")
-    separator = "," if _are_numbers(labels) else ""
-    return f"{THINK}{trace or ''}{THINK_END}" + separator.join(labels[position] for position in order)
+    return f"{THINK}{trace or ''}{THINK_END}" + "".join(spaced(labels[position]) for position in order)
+
+
+def spaced(label: str) -> str:
+    """A label as it stands in a running text: a number after a space, an id as it is."""
+    return f" {label}" if label.isdecimal() else label
 
 
 def parse_completion(text: str, labels: Sequence[str]) -> Parsed:

@@ -206,18 +206,22 @@ def resolved_recipe(arguments: Sequence[Any], keys: dict[str, Any]) -> dict[str,
     }
 
 
-def check_inputs(stage: str, run_dir: str, made: Sequence[str] = ()) -> None:
-    """Refuse a stage whose input folders are neither there nor made by an earlier stage of the same command.
+def check_inputs(stage: str, args: Any, made: Sequence[str] = ()) -> list[str]:
+    """The stages whose folders a stage reads: its module's `INPUTS`, and what `extra_inputs(args)` of it adds.
 
     Raises:
-        FileNotFoundError: Naming the folder and the command that makes it.
+        FileNotFoundError: When one is neither there nor in `made` (by earlier stages of the same command), naming the
+            folder and the command that makes it.
     """
-    for name in importlib.import_module(f"rerank.{stage}").INPUTS:
-        if name not in made and not runs.is_finished(run_dir, name):
+    module = importlib.import_module(f"rerank.{stage}")
+    inputs = [*module.INPUTS, *(module.extra_inputs(args) if hasattr(module, "extra_inputs") else ())]
+    for name in inputs:
+        if name not in made and not runs.is_finished(args.run_dir, name):
             raise FileNotFoundError(
-                f"{stage} needs {runs.stage_dir(run_dir, name)}, which is not there; "
-                f"run the stage {name} first (`rerank run RECIPE_DIR --out {run_dir} --to {stage}`)"
+                f"{stage} needs {runs.stage_dir(args.run_dir, name)}, which is not there; "
+                f"run the stage {name} first (`rerank run RECIPE_DIR --out {args.run_dir} --to {stage}`)"
             )
+    return inputs
 
 
 def _command_line(argv: Sequence[str]) -> tuple[dict[str, Any], str]:
@@ -267,17 +271,17 @@ def _run(stage: str, argv: Sequence[str]) -> None:
             runs.check_finished(run_dir, stage, keys)
             logger.info("%s is finished already", runs.stage_dir(run_dir, stage))
             return
-        check_inputs(stage, run_dir)
+        inputs = check_inputs(stage, arguments[0])
         folder = runs.partial_dir(run_dir, stage)
         if is_main:
             held = runs.lock(folder)
             held.__enter__()
             runs.refuse_partial_of_another_recipe(run_dir, stage, keys)
             module.check(*arguments)
-            runs.write_json(folder / "given.json", keys)
+            runs.begin(run_dir, stage, keys, inputs)
     except (ValueError, FileNotFoundError) as error:
         _fail(one_line(error), 2)
     metrics = module.main(*arguments, folder)
     if is_main:
-        runs.finish(run_dir, stage, keys, resolved_recipe(arguments, keys), module.INPUTS, metrics)
+        runs.finish(run_dir, stage, keys, resolved_recipe(arguments, keys), inputs, metrics)
         held.__exit__(None, None, None)

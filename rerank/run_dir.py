@@ -121,14 +121,24 @@ def check_finished(run_dir: str | Path, stage: str, given: Mapping[str, Any], re
             raise ValueError(f"{folder} was made from another {name} folder than the run's; {cure}")
 
 
+def begin(run_dir: str | Path, stage: str, given: Mapping[str, Any], inputs: Sequence[str]) -> None:
+    """Write into a half-made stage's folder what it is begun with: its recipe, and which folders it reads."""
+    made_from = {name: read_record(run_dir, name).id for name in inputs}
+    write_json(partial_dir(run_dir, stage) / "begun.json", {"given": dict(given), "inputs": made_from})
+
+
 def refuse_partial_of_another_recipe(run_dir: str | Path, stage: str, given: Mapping[str, Any]) -> None:
-    """Refuse to resume a half-made stage with other settings than it was begun with."""
-    begun = partial_dir(run_dir, stage) / "given.json"
-    if begun.is_file() and (changed := difference(json.loads(begun.read_text()), given)):
-        raise ValueError(
-            f"{begun.parent} was begun by another recipe: {changed}; delete it to start the stage anew, "
-            "or choose another --out"
-        )
+    """Refuse to resume a half-made stage with other settings or other inputs than it was begun with."""
+    file = partial_dir(run_dir, stage) / "begun.json"
+    if not file.is_file():
+        return
+    begun = json.loads(file.read_text())
+    cure = "delete it to start the stage anew, or choose another --out"
+    if changed := difference(begun["given"], given):
+        raise ValueError(f"{file.parent} was begun by another recipe: {changed}; {cure}")
+    for name, made_from in begun["inputs"].items():
+        if is_finished(run_dir, name) and read_record(run_dir, name).id != made_from:
+            raise ValueError(f"{file.parent} was begun with another {name} folder than the run's; {cure}")
 
 
 def partial_dir(run_dir: str | Path, stage: str) -> Path:
@@ -181,6 +191,6 @@ def finish(run_dir: str | Path, stage: str, given: dict, resolved: dict, inputs:
     write_json(folder / "metrics.json", metrics)
     made_from = {name: read_record(run_dir, name).id for name in inputs}
     write_json(folder / "stage.json", {"id": uuid.uuid4().hex, "given": given, "inputs": made_from})
-    for name in ("given.json", "holder.pid", "lock"):
+    for name in ("begun.json", "holder.pid", "lock"):
         (folder / name).unlink(missing_ok=True)
     folder.replace(stage_dir(run_dir, stage))

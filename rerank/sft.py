@@ -23,7 +23,7 @@ import torch
 import yaml
 from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config
 
-from rerank import base_model, recipe, run_dir, stopping
+from rerank import base_model, model_card, recipe, run_dir, stopping
 from rerank.catalogue import Catalogue, check_vocabulary
 from rerank.prompts import THINK_END, PromptSettings, candidate_labels, completion, render, rerank_prompt
 
@@ -169,41 +169,9 @@ def save_ranker(run: str, encoder: RowEncoder, folder: Path, trace: bool, max_co
     generation = {"max_completion_tokens": max_completion_tokens, "trace": trace, "num_candidates": num_candidates}
     run_dir.write_json(folder / "generation.json", generation)
     stage = folder.parent.name.removesuffix(".partial")
-    (folder / "README.md").write_text(model_card(run, stage, trace, num_candidates), encoding="utf-8")
-
-
-MODEL_CARD = """\
----
-library_name: transformers
-tags: [recommendation, re-ranking]
----
-# A re-ranker of recommendations
-
-Reads a user's history and {num_candidates} candidates and writes {answer}, best first.
-Rank new rows with `rerank rank FOLDER --rows FILE --out FILE`; the weights load with `AutoModelForCausalLM`.
-
-- Base model: {base}
-- Stages of training: {stages}
-- Items: {items}; users: {users}; interactions: {interactions}
-
-## Terms of the data
-
-{terms}
-"""
-
-
-def model_card(run: str, stage: str, trace: bool, num_candidates: int) -> str:
-    """The README.md of a trained model: what it is, what it was made from, and its data's terms of use."""
-    data = run_dir.read_metrics(run, "data")
-    base = yaml.safe_load((run_dir.stage_dir(run, "midtrain") / "recipe.yaml").read_text()).get("model_name_or_path")
-    return MODEL_CARD.format(
-        num_candidates=num_candidates,
-        answer="its reasons and then the candidates' ids" if trace else "the candidates' ids",
-        base=base or "a small Qwen3-shaped one, trained from random weights",
-        stages=", ".join(["midtrain", "sft", "dapo"][: 3 if stage == "dapo" else 2]),
-        **{name: data[name] for name in ("items", "users", "interactions")},
-        terms=data.get("terms") or "The recipe states none (`terms` of the data stage). Ask whoever owns the data.",
-    )
+    midtrain = yaml.safe_load((run_dir.stage_dir(run, "midtrain") / "recipe.yaml").read_text())
+    what = model_card.ranker(num_candidates, trace)
+    model_card.write(folder, run, stage, what, midtrain.get("model_name_or_path"))
 
 
 def fit(args: SftArguments, config: SFTConfig, model_args: ModelConfig, folder: Path, with_trace: bool) -> dict:

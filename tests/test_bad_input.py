@@ -149,7 +149,7 @@ def test_an_output_folder_made_by_another_recipe(toy, capfd):
 
 def test_an_output_folder_begun_by_another_recipe(toy, capfd):
     run_dir.partial_dir(toy / "run", "data").mkdir(parents=True)
-    run_dir.write_json(toy / "run/data.partial/given.json", {"num_test": 2})
+    run_dir.begin(toy / "run", "data", {"num_test": 2}, ())
     line = refusal(capfd, "run", toy / "recipes", "--out", toy / "run", "--only", "data")
     assert "data.partial was begun by another recipe: " in line and "; delete it to start the stage anew" in line
 

@@ -59,6 +59,13 @@ def test_words_of_a_small_tokenizer_are_one_token_each_with_and_without_a_space(
         assert len(tokenizer(word, add_special_tokens=False).input_ids) == 1
 
 
+def test_a_number_is_the_same_token_on_a_line_in_a_trace_and_in_a_ranking():
+    tokenizer = base_model.train_tokenizer(["\n 3. next:7\n 10. pop:0 3 fair 10 poor 10 3"] * 5, 400, ["3", "10"])
+    (three,), (ten,) = (tokenizer(text, add_special_tokens=False).input_ids for text in (" 3", " 10"))
+    ids = tokenizer("\n 3. next:7\n 10. pop:0 3 fair 10 poor 10 3", add_special_tokens=False).input_ids
+    assert (ids.count(three), ids.count(ten)) == (3, 3)
+
+
 def test_any_text_survives_a_small_tokenizer():
     tokenizer, text = tiny_tokenizer(), "Amélie (2001)\n  tab\there — 漢字 🙂 <s_a_0>"
     assert tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids) == text

@@ -15,8 +15,11 @@ from toy_recipe import copy_stages
 from transformers import AutoModelForCausalLM
 from trl import ModelConfig, SFTConfig
 
-from rerank import base_model, baselines, midtrain, run_dir
+from rerank import base_model, midtrain, run_dir
 from rerank.catalogue import Catalogue
+from rerank.midtrain import documents
+from rerank.prompts import parse_completion
+from rerank.traces.evidence import GRADES
 
 NUM_ITEMS = 12
 KINDS = ("drama", "comedy, crime", "crime", "")
@@ -27,7 +30,6 @@ CATALOGUE = Catalogue(
     [KINDS[item % 4] for item in range(NUM_ITEMS)],
 )
 HISTORIES = [np.arange(start, start + 8) % NUM_ITEMS for start in range(6)]
-EMBEDDINGS = np.stack([[np.cos(a), np.sin(a)] for a in 0.4 * np.arange(NUM_ITEMS)]).astype(np.float32)
 ID = re.compile(r"<s_a_\d><s_b_\d>")
 
 
@@ -40,21 +42,21 @@ def items_of(text):
 
 
 def test_a_sequence_is_cut_into_windows_that_overlap_by_half():
-    documents = list(midtrain.sequence_documents([np.arange(5), np.array([7])], CATALOGUE, max_items=4))
-    assert [items_of(document.answer) for document in documents] == [[0, 1, 2, 3], [2, 3, 4], [7]]
-    assert all(document.prompt == "Next items:" and not document.ends for document in documents)
+    made = list(documents.sequence_documents([np.arange(5), np.array([7])], CATALOGUE, max_items=4))
+    assert [items_of(document.answer) for document in made] == [[0, 1, 2, 3], [2, 3, 4], [7]]
+    assert all(document.prompt == "Next items:" and not document.ends for document in made)
 
 
 def test_captions_go_both_ways():
-    documents = list(midtrain.caption_documents(CATALOGUE))
-    assert len(documents) == 2 * NUM_ITEMS
-    assert (documents[2].prompt, documents[2].answer) == ("Describe:<s_a_0><s_b_1>", "Title 1 | comedy, crime")
-    assert (documents[3].prompt, documents[3].answer) == ("Which item: Title 1 | comedy, crime", "<s_a_0><s_b_1>")
-    assert documents[6].answer == "Title 3"  # an item without a category
+    made = list(documents.caption_documents(CATALOGUE))
+    assert len(made) == 2 * NUM_ITEMS
+    assert (made[2].prompt, made[2].answer) == ("Describe:<s_a_0><s_b_1>", "Title 1 | comedy, crime")
+    assert (made[3].prompt, made[3].answer) == ("Which item: Title 1 | comedy, crime", "<s_a_0><s_b_1>")
+    assert made[6].answer == "Title 3"  # an item without a category
 
 
 def test_a_persona_tells_true_facts_of_its_history():
-    for document in midtrain.persona_documents(HISTORIES, CATALOGUE, np.random.default_rng(0)):
+    for document in documents.persona_documents(HISTORIES, CATALOGUE, np.random.default_rng(0)):
         shown, told = items_of(document.prompt), document.answer.removeprefix("likes ").split("; ")
         groups = [(part.split(" ")[0], items_of(part)) for part in told[:-1]]
         assert sorted(item for _, items in groups for item in items) == sorted(shown)
@@ -64,76 +66,113 @@ def test_a_persona_tells_true_facts_of_its_history():
         assert told[-1] == f"lately Title {shown[-1]}" + CATALOGUE.semantic_ids[shown[-1]]
 
 
+def parse_line(line, labels):
+    head, *codes = line.split()
+    return head.rstrip("."), [code.split(":") for code in codes]
+
+
 @pytest.mark.parametrize("labels", ["semantic_id", "number"])
-def test_a_list_to_sort_is_sorted_by_facts_that_are_true(labels):
+def test_an_exercise_grades_by_the_mean_of_the_facts_shown_and_ranks_by_grade(labels):
+    made = list(
+        documents.list_documents(200, ["popularity", "near", "lift"], labels, CATALOGUE, np.random.default_rng(0))
+    )
+    seen, sizes = Counter(), []
+    for document in made:
+        text = document.given + document.answer
+        trace = text.removeprefix("<think>").partition(" best")[0].partition("</think>")[0]
+        graded = re.findall(r"(<s_a_\d><s_b_\d>| \d+) (\w+)", trace)
+        names, grades = [name.strip() for name, _ in graded], [GRADES.index(word) for _, word in graded]
+        sizes.append(len(names))
+        parsed = parse_completion(text, names)
+        assert parsed.order == sorted(range(len(names)), key=lambda i: (-grades[i], i))
+        if document.given:
+            assert document.prompt == "Rank:"
+            continue
+        lines = [parse_line(line, labels) for line in document.prompt.split("\n")[3:]]
+        assert [head for head, _ in lines] == names
+        means = []
+        for _, codes in lines:
+            seen.update(word for word, _ in codes)
+            means.append(sum(int(bucket) for _, bucket in codes) / len(codes))
+        assert len({tuple(word for word, _ in codes) for _, codes in lines}) == 1
+        for low in range(len(names)):  # a higher mean never has a lower grade
+            assert all(grades[low] <= grades[high] for high in range(len(names)) if means[low] < means[high])
+        best = re.search(r" best ?(<s_a_\d><s_b_\d>|\d+) (.*?)</think>", text)
+        assert [code.split(":") in lines[parsed.order[0]][1] for code in best[2].split()]
+        assert names.index(best[1]) == parsed.order[0]
+    assert seen.keys() == {"pop", "soon", "lift"}
+    assert max(sizes[:20]) <= 3 and max(sizes[120:]) == 10
+    assert 40 < sum(bool(document.given) for document in made) < 120
+
+
+def test_grades_of_exercises_are_about_equally_frequent():
     rng = np.random.default_rng(0)
-    documents = list(midtrain.sorting_documents(HISTORIES, CATALOGUE, EMBEDDINGS, 40, rng, labels))
-    counts = Counter(int(item) for history in HISTORIES for item in history)
-    edges = baselines.fit_edges(np.array([float(counts[item]) for item in sorted(counts)]))
-    facts = Counter()
-    for document in documents:
-        _, history, _, *lines = document.prompt.split("\n")
-        items = [items_of(line)[0] for line in lines]
-        (fact,) = {re.search(r" (\w+):\d$", line)[1] for line in lines}
-        buckets = [int(line.rpartition(":")[2]) for line in lines]
-        facts[fact] += 1
-        if fact == "pop":
-            assert buckets == [baselines.bucket(float(counts[item]), edges) for item in items]
-        else:  # the nearer to the shown item, the higher the bucket
-            nearest_last = np.argsort(EMBEDDINGS[items] @ EMBEDDINGS[items_of(history)[-1]], kind="stable")
-            assert [buckets[i] for i in nearest_last] == sorted(buckets)
-        # highest first; of equals the one shown first
-        order = sorted(range(len(items)), key=lambda i: (-buckets[i], i))
-        if labels == "number":
-            assert [line.split(".")[0] for line in lines] == [str(n) for n in range(1, len(items) + 1)]
-            assert document.answer == ",".join(str(i + 1) for i in order)
-        else:
-            assert items_of(document.answer) == [items[i] for i in order]
-    assert facts.keys() == {"pop", "like"}
+    made = documents.list_documents(2000, ["popularity", "near", "lift"], "number", CATALOGUE, rng)
+    text = " ".join(document.answer.partition(" best")[0] for document in made if not document.given)
+    shares = np.array([text.count(f" {grade}") for grade in GRADES])
+    shares = shares / shares.sum()
+    assert shares.min() > 0.08 and shares.max() < 0.22
 
 
 def test_general_text_is_the_file_in_passages_without_anything_like_a_tag(tmp_path):
     text = "x <think> y " * 100
     (tmp_path / "text.txt").write_text(text)
-    documents = list(midtrain.text_documents(str(tmp_path / "text.txt"), length=400))
-    assert [len(document.answer) for document in documents] == [400, 400, 400]
-    assert "".join(document.answer for document in documents) == text.replace("<", "‹").replace(">", "›")
+    made = list(documents.text_documents(str(tmp_path / "text.txt"), length=400))
+    assert [len(document.answer) for document in made] == [400, 400, 400]
+    assert "".join(document.answer for document in made) == text.replace("<", "‹").replace(">", "›")
 
 
 def test_general_text_needs_no_file():
-    documents = list(midtrain.text_documents("packages"))
-    assert len(documents) > 20 and not any("<" in document.answer for document in documents)
+    made = list(documents.text_documents("packages"))
+    assert len(made) > 20 and not any("<" in document.answer for document in made)
 
 
 def test_the_mixture_counts_documents_against_the_sequences():
     args = arguments(
-        mixture={"sequence": 0.5, "persona": 0.3, "caption": 0.15, "text": 0.05}, sorting_share=0.5, max_items=4
+        mixture={"sequence": 0.5, "persona": 0.2, "caption": 0.15, "text": 0.05, "lists": 0.1}, max_items=4
     )
-    documents = midtrain.mixed_documents(HISTORIES, CATALOGUE, EMBEDDINGS, args, seed=0)
-    # 8 items in windows of 4, each 2 on: starts 0, 2, 4, of 6 users 18 documents; 18 * 0.3 / 0.5 = 10.8,
-    # 18 * 0.15 / 0.5 = 5.4, 18 * 0.05 / 0.5 = 1.8; of 11 persona documents round(5.5) = 6 are lists to sort
-    assert Counter(d.task for d in documents) == {"sequence": 18, "persona": 11, "caption": 5, "text": 2}
-    assert sum(document.prompt.startswith("Sort") for document in documents) == 6
-    assert documents == midtrain.mixed_documents(HISTORIES, CATALOGUE, EMBEDDINGS, args, seed=0)
-    assert documents != midtrain.mixed_documents(HISTORIES, CATALOGUE, EMBEDDINGS, args, seed=1)
+    made = documents.mixed_documents(HISTORIES, CATALOGUE, args, seed=0)
+    # 8 items in windows of 4, each 2 on: starts 0, 2, 4, of 6 users 18 made; 18 * 0.2 / 0.5 = 7.2,
+    # 18 * 0.15 / 0.5 = 5.4, 18 * 0.05 / 0.5 = 1.8, 18 * 0.1 / 0.5 = 3.6
+    assert Counter(d.task for d in made) == {"sequence": 18, "persona": 7, "caption": 5, "text": 2, "lists": 4}
+    assert made == documents.mixed_documents(HISTORIES, CATALOGUE, args, seed=0)
+    assert made != documents.mixed_documents(HISTORIES, CATALOGUE, args, seed=1)
+
+
+def test_lists_keep_their_order_in_the_mixture():
+    args = arguments(mixture={"sequence": 0.5, "lists": 0.5}, num_documents=400, max_items=4, list_labels="number")
+    made = documents.mixed_documents(HISTORIES, CATALOGUE, args, seed=0)
+    lengths = [len(d.given + d.answer) for d in made if d.task == "lists"]
+    assert np.mean(lengths[:50]) < 0.5 * np.mean(lengths[-50:])
+    assert {d.task for d in made[:20]} == {"sequence", "lists"}
+
+
+def test_documents_of_a_batch_are_of_like_length_and_move_little():
+    lengths = np.random.default_rng(0).integers(1, 100, 1000).tolist()
+    order = documents.in_batches(lengths, 8, np.random.default_rng(0))
+    assert sorted(order) == list(range(1000))
+    assert max(abs(place - i) for place, i in enumerate(order)) < 8 * documents.WINDOW
+    spread = [np.ptp([lengths[i] for i in order[start : start + 8]]) for start in range(0, 1000, 8)]
+    assert np.mean(spread) < 10  # in random order 78
+    assert order != documents.in_batches(lengths, 8, np.random.default_rng(1))
 
 
 def test_a_number_of_documents_is_shared_out_by_the_mixture():
     args = arguments(mixture={"sequence": 2.0, "persona": 1.0, "caption": 1.0}, num_documents=100, max_items=4)
-    documents = midtrain.mixed_documents(HISTORIES, CATALOGUE, EMBEDDINGS, args, seed=0)
-    assert Counter(d.task for d in documents) == {"sequence": 50, "persona": 25, "caption": 25}
+    made = documents.mixed_documents(HISTORIES, CATALOGUE, args, seed=0)
+    assert Counter(d.task for d in made) == {"sequence": 50, "persona": 25, "caption": 25}
 
 
 def test_a_task_left_out_of_the_mixture_has_no_documents():
     args = arguments(mixture={"sequence": 1.0}, max_items=4)
-    documents = midtrain.mixed_documents(HISTORIES, CATALOGUE, EMBEDDINGS, args, seed=0)
-    assert Counter(d.task for d in documents) == {"sequence": 18}
+    made = documents.mixed_documents(HISTORIES, CATALOGUE, args, seed=0)
+    assert Counter(d.task for d in made) == {"sequence": 18}
 
 
 def test_documents_are_repeated_evenly_where_there_are_too_few():
-    drawn = midtrain._draw(["a", "b", "c"], 7, np.random.default_rng(0))
+    drawn = documents._draw(["a", "b", "c"], 7, np.random.default_rng(0))
     assert sorted(Counter(drawn).values()) == [2, 2, 3]
-    assert midtrain._draw([], 7, np.random.default_rng(0)) == []
+    assert documents._draw([], 7, np.random.default_rng(0)) == []
 
 
 @pytest.mark.parametrize(("has_seen", "items"), [(False, [[3, 1], [2]]), (True, [[3, 1, 4], [2]])])
@@ -158,13 +197,13 @@ def tokenizer_with_ids():
 
 def test_only_the_answer_of_a_document_has_loss():
     tokenizer = tokenizer_with_ids()
-    row = midtrain.encode(midtrain.Document("caption", "Describe:<s_a_1>", "drama"), tokenizer, None)
+    row = documents.encode(documents.Document("caption", "Describe:<s_a_1>", "drama"), tokenizer, None)
     prompt = tokenizer("<|user|>Describe:<s_a_1><|assistant|>").input_ids
     answer = [*tokenizer("drama").input_ids, tokenizer.eos_token_id]
     assert row == {"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer}
-    document = midtrain.Document("sequence", "Next items:", "<s_a_1><s_b_0>", ends=False)
-    assert midtrain.encode(document, tokenizer, None)["labels"][-2:] == tokenizer("<s_a_1><s_b_0>").input_ids
-    assert len(midtrain.encode(document, tokenizer, 3)["input_ids"]) == 3
+    document = documents.Document("sequence", "Next items:", "<s_a_1><s_b_0>", ends=False)
+    assert documents.encode(document, tokenizer, None)["labels"][-2:] == tokenizer("<s_a_1><s_b_0>").input_ids
+    assert len(documents.encode(document, tokenizer, 3)["input_ids"]) == 3
 
 
 def test_the_prompt_of_the_next_item_is_how_a_sequence_begins():
@@ -187,8 +226,8 @@ def test_phase_one_moves_the_new_rows_and_nothing_else(tmp_path, tied):
     model = tiny_model(tokenizer, tied)
     ids = base_model.add_tokens(model, tokenizer, ID_TOKENS, seed=0)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    documents = [midtrain.Document("sequence", "Next items:", "".join(ID_TOKENS)) for _ in range(4)]
-    dataset = Dataset.from_list([midtrain.encode(document, tokenizer, None) for document in documents])
+    made = [documents.Document("sequence", "Next items:", "".join(ID_TOKENS)) for _ in range(4)]
+    dataset = Dataset.from_list([documents.encode(document, tokenizer, None) for document in made])
     args = arguments(token_learning_rate=0.05)
     trained = midtrain.train_new_rows(model, tokenizer, ids, dataset, args, sft_config(tmp_path / "checkpoints"))
     after = trained.state_dict()
@@ -240,7 +279,7 @@ def test_an_adapter_of_phase_two_is_merged_on_saving(toy_run, tmp_path):
     "mixture", [{"sequence": 1.0, "captions": 1.0}, {"caption": 1.0}, {"sequence": 1, "text": -1}]
 )
 def test_a_mixture_of_no_use_is_refused(mixture):
-    with pytest.raises(ValueError, match=r"mixture is .*; give shares of sequence, persona, caption, text, that of"):
+    with pytest.raises(ValueError, match=r"mixture is .*; give shares of sequence, persona, caption, text, lists, that of"):
         arguments(mixture=mixture)
 
 

@@ -61,7 +61,7 @@ def test_evidence_in_words_gives_the_raw_values(catalogue):
 def test_numbered_candidates_are_ranked_by_number(catalogue):
     shown = PromptSettings(ranking="number", item_fields=["semantic_id"])
     lines = prompts.rerank_prompt(ROW, catalogue, shown).split("\n")
-    assert lines[-2:] == ["1.<s_a_1><s_b_3>", "2.<s_a_12><s_b_3>"]
+    assert lines[-2:] == [" 1.<s_a_1><s_b_3>", " 2.<s_a_12><s_b_3>"]
     assert "write the numbers" in lines[0]
     assert candidate_labels(ROW, catalogue, shown) == ["1", "2"]
     assert candidate_labels(ROW, catalogue, PromptSettings()) == ["<s_a_1><s_b_3>", "<s_a_12><s_b_3>"]

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -101,12 +102,20 @@ def test_the_resolved_recipe_has_the_defaults_of_the_stage_and_what_was_given_to
 
 
 def test_an_input_is_there_or_made_before(tmp_path):
-    recipe.check_inputs("semantic_ids", str(tmp_path), made=["data"])
+    args = SimpleNamespace(run_dir=str(tmp_path))
+    assert recipe.check_inputs("semantic_ids", args, made=["data"]) == ["data"]
     with pytest.raises(FileNotFoundError, match="semantic_ids needs .*data, which is not there; run the stage data"):
-        recipe.check_inputs("semantic_ids", str(tmp_path))
+        recipe.check_inputs("semantic_ids", args)
     (tmp_path / "data").mkdir()
     run_dir.write_json(tmp_path / "data/stage.json", {})
-    recipe.check_inputs("semantic_ids", str(tmp_path))
+    recipe.check_inputs("semantic_ids", args)
+
+
+@pytest.mark.parametrize(("source", "extra"), [("model", ["midtrain"]), ("transitions", [])])
+def test_lists_of_the_model_are_made_from_the_midtrain_folder(tmp_path, source, extra):
+    args = SimpleNamespace(run_dir=str(tmp_path), source=source)
+    inputs = recipe.check_inputs("candidates", args, made=["data", "semantic_ids", "midtrain"])
+    assert inputs == ["data", "semantic_ids", *extra]
 
 
 def test_a_launched_stage_finishes_once_and_refuses_another_recipe(tmp_path):

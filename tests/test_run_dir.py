@@ -30,7 +30,7 @@ def finish(run: Path, stage: str, inputs: tuple[str, ...] = (), **given) -> None
 def test_a_finished_folder_has_all_that_the_next_stage_and_a_reader_need(tmp_path):
     folder = run_dir.partial_dir(tmp_path, "data")
     with run_dir.lock(folder):
-        run_dir.write_json(folder / "given.json", {"num_test": 5})
+        run_dir.begin(tmp_path, "data", {"num_test": 5}, ())
         (folder / "items.parquet").write_text("artifact")
         assert not run_dir.is_finished(tmp_path, "data")
         run_dir.finish(tmp_path, "data", {"num_test": 5}, {"num_test": 5, "num_valid": 1}, (), {"rows": 3})
@@ -118,9 +118,20 @@ def test_a_half_made_folder_is_resumed_by_its_own_recipe_only(tmp_path):
     run_dir.refuse_partial_of_another_recipe(tmp_path, "sft", {"seed": 0})
     folder = run_dir.partial_dir(tmp_path, "sft")
     folder.mkdir()
-    run_dir.write_json(folder / "given.json", {"seed": 0})
+    run_dir.begin(tmp_path, "sft", {"seed": 0}, ())
     run_dir.refuse_partial_of_another_recipe(tmp_path, "sft", {"seed": 0, "logging_steps": 5})
     with pytest.raises(
         ValueError, match="sft.partial was begun by another recipe: seed is 0 there and 1 here; delete"
     ):
         run_dir.refuse_partial_of_another_recipe(tmp_path, "sft", {"seed": 1})
+
+
+def test_a_half_made_folder_is_not_resumed_with_inputs_that_were_replaced(tmp_path):
+    finish(tmp_path, "data")
+    run_dir.partial_dir(tmp_path, "semantic_ids").mkdir()
+    run_dir.begin(tmp_path, "semantic_ids", {}, ("data",))
+    run_dir.refuse_partial_of_another_recipe(tmp_path, "semantic_ids", {})
+    (tmp_path / "data").rename(tmp_path / "old")
+    finish(tmp_path, "data")
+    with pytest.raises(ValueError, match="semantic_ids.partial was begun with another data folder than the run's"):
+        run_dir.refuse_partial_of_another_recipe(tmp_path, "semantic_ids", {})

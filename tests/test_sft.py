@@ -2,11 +2,9 @@
 
 import inspect
 import json
-import re
 
 import pytest
 import torch
-import yaml
 from datasets import Dataset
 from tiny_model import save_tiny_model, tiny_model, tiny_tokenizer
 from trl import ModelConfig, SFTConfig, SFTTrainer
@@ -157,13 +155,3 @@ def test_the_control_without_traces_trains_as_many_steps(toy_run):
     assert metrics["no_trace"]["max_completion_tokens"] < metrics["max_completion_tokens"]
     history = json.loads((toy_run.run / "sft/log_history_no_trace.json").read_text())
     assert [entry["step"] for entry in history if "loss" in entry] == list(range(1, 41))
-
-
-def test_a_card_says_so_when_the_terms_are_not_stated(tmp_path):
-    for stage in ("data", "midtrain"):
-        (tmp_path / stage).mkdir()
-    run_dir.write_json(tmp_path / "data/metrics.json", {"items": 3, "users": 2, "interactions": 9, "terms": ""})
-    (tmp_path / "midtrain/recipe.yaml").write_text(yaml.safe_dump({"model_name_or_path": "Qwen/Qwen3-8B"}))
-    card = sft.model_card(str(tmp_path), "dapo", trace=True, num_candidates=10)
-    assert re.search(r"Base model: Qwen/Qwen3-8B\n- Stages of training: midtrain, sft, dapo\n", card)
-    assert "The recipe states none" in card and "10 candidates" in card

@@ -4,7 +4,6 @@ import json
 import math
 import re
 import threading
-from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -94,41 +93,34 @@ def read(path: Path) -> list[dict]:
 # ---- the teacher `evidence`
 
 
-def test_every_code_cited_is_the_bucket_of_that_candidate(catalogue: Catalogue) -> None:
+@pytest.mark.parametrize("ranking", ["semantic_id", "number"])
+def test_a_short_trace_grades_every_candidate_and_cites_true_facts_of_the_best(
+    catalogue: Catalogue, ranking: str
+) -> None:
     words = {prompts.FACTS[name][0]: FEATURES.index(name) for name in EVIDENCE}
-    settings, rng, cited = PromptSettings(**SHORT), np.random.default_rng(3), []
-    for row in toy_rows(5, 40, 1):
-        facts = evidence.Facts.of(row, settings, EDGES, FEATURES)
-        order = rng.permutation(NUM_CANDIDATES).tolist()
-        trace = evidence.word_short(row, order, facts, catalogue, settings)
-        buckets = {}  # semantic id -> word -> bucket, from the table: nine edges at 0.5, 1.5 .. 8.5
-        for item, values in zip(row["candidates"], row["features"], strict=True):
-            of_item = {word: min(round(values[column]), 9) for word, column in words.items()}
-            buckets[catalogue.semantic_ids[item]] = of_item
-        found = re.findall(rf"({ID})((?: \w+:\d)+)", trace)
-        assert [label for label, _ in found] == [
-            catalogue.semantic_ids[row["candidates"][place]] for place in (order[0], order[1], order[-1])
-        ]
-        for label, codes in found:
-            for word, digit in (code.split(":") for code in codes.split()):
-                assert buckets[label][word] == int(digit)
-        word, digit = re.search(r"seek (\w+):(\d)", trace).groups()
-        assert int(digit) == max(of_item[word] for of_item in buckets.values())
-        assert trace.startswith(f"after{catalogue.semantic_ids[row['history'][-1]]} ")
-        cited.append(trace)
-    assert len(set(cited)) == 40
-    assert len({re.sub(ID, "", trace) for trace in cited}) > 35  # not only the ids differ
-
-
-def test_a_short_trace_is_made_of_known_words_and_short(catalogue: Catalogue) -> None:
-    settings = PromptSettings(**SHORT)
+    settings, rng, cited = PromptSettings(**SHORT, ranking=ranking), np.random.default_rng(3), []
     known = {*evidence.EVIDENCE_WORDS, *prompts.evidence_words(settings)}
     for row in toy_rows(5, 40, 1):
         facts = evidence.Facts.of(row, settings, EDGES, FEATURES)
-        trace = evidence.word_short(row, [2, 0, 1, 3], facts, catalogue, settings)
-        words = re.sub(ID, " ", trace).split()
-        assert set(words) <= known
-        assert len(words) + 3 * len(re.findall(ID, trace)) == 22  # tokens, with ids of three levels
+        labels = prompts.candidate_labels(row, catalogue, settings)
+        grades = rng.integers(0, len(evidence.GRADES), NUM_CANDIDATES)
+        trace = evidence.word_short(labels, grades, facts)
+        graded, best, codes = re.fullmatch(r"(.*) best ?(\S+?) (\w+:\d \w+:\d)", trace).groups()
+        found = re.findall(rf"({ID}| \d+) (\w+)", graded)
+        assert "".join(" ".join(pair) for pair in found) == graded
+        assert [label.strip() for label, _ in found] == labels
+        assert [evidence.GRADES.index(word) for _, word in found] == grades.tolist()
+        place = labels.index(best)
+        assert grades[place] == max(grades) and max(grades[:place], default=-1) < max(grades)
+        for word, digit in (code.split(":") for code in codes.split()):  # nine edges at 0.5, 1.5 .. 8.5
+            assert int(digit) == min(round(row["features"][place][words[word]]), 9)
+        assert set(re.sub(ID, " ", trace).split()) <= known
+        cited.append(codes)
+    assert len(set(cited)) > 30
+
+
+def test_a_ranking_goes_by_grade_and_then_by_the_order_shown() -> None:
+    assert evidence.by_grade([2, 6, 2, 0, 6]) == [1, 4, 0, 2, 3]
 
 
 @pytest.mark.parametrize("level", ["words", "codes"])
@@ -161,8 +153,6 @@ def test_pattern_and_complement_are_counted_from_the_categories_shown(catalogue:
         "Broad pattern: Drama in 3 of 3 items; Crime in 1 of 3 items; the last item is <s_a_1><s_b_0> (Film 4). "
         "What complements it: Comedy, as in 1 of 4 candidates. Best match: <s_a_1><s_b_3> (Film 7); Comedy."
     )
-    short = evidence.word_short(row, [3, 0, 1, 2], none, catalogue, settings)
-    assert short == ("pattern Drama, Crime seek Comedy best<s_a_1><s_b_3> then<s_a_1><s_b_2> last<s_a_0><s_b_3>")
 
 
 def test_without_evidence_and_categories_a_trace_cites_ids_alone(catalogue: Catalogue) -> None:
@@ -185,13 +175,22 @@ def test_calibration_finds_the_odds() -> None:
     assert evidence.calibrate(scores, [0, 0, 0, 1]) == pytest.approx(math.log(3), rel=1e-3)
 
 
-def test_noise_draws_by_the_softmax_of_the_scores(catalogue: Catalogue) -> None:
-    row = {**toy_rows(0, 1, 1)[0], "row_id": 7}
-    scores = {7: np.log([0.6, 0.2, 0.1, 0.1])}
-    teacher = evidence.EvidenceTeacher(scores, catalogue, PromptSettings(**SHORT), EDGES, FEATURES, 1.0, 0, False)
-    firsts = Counter(teacher._order(row, attempt)[0] for attempt in range(2000))
-    assert firsts[0] / 2000 == pytest.approx(0.6, abs=0.04)  # standard error 0.011
-    assert teacher._order(row, 3) == teacher._order(row, 3)
+def test_grades_part_the_scores_of_all_rows_evenly_and_noise_moves_them(catalogue: Catalogue) -> None:
+    row = {**toy_rows(0, 1, 1)[0], "row_id": 0}
+    scores = {number: np.arange(4.0) + 4 * number for number in range(7)}  # row 0 holds the lowest seventh
+
+    def teacher(temperature: float, told: bool = False) -> evidence.EvidenceTeacher:
+        given = scores, catalogue, PromptSettings(**SHORT), EDGES, FEATURES
+        return evidence.EvidenceTeacher(*given, temperature, 0, told)
+
+    grades = [teacher(0.0)._grades({**row, "row_id": number}, 1).tolist() for number in range(7)]
+    assert grades == [[number] * 4 for number in range(7)]
+    # Gumbel noise of scale 4 lifts the score 3, 0.86 below the first edge, over it when it exceeds 0.86 / 4: 55 %.
+    lifted = [teacher(4.0)._grades(row, attempt)[3] > 0 for attempt in range(2000)]
+    assert np.mean(lifted) == pytest.approx(1 - math.exp(-math.exp(-0.857 / 4)), abs=0.04)
+    assert teacher(4.0)._grades(row, 3).tolist() == teacher(4.0)._grades(row, 3).tolist()
+    told = teacher(0.0, told=True)._grades({**row, "row_id": 6}, 1)
+    assert [grade == 6 for grade in told] == [value > 0 for value in row["relevance"]]
 
 
 def test_out_of_fold_scores_of_the_stage_beat_chance(run_path: Path) -> None:

@@ -74,6 +74,11 @@ class CandidatesArguments(recipe.StageArguments):
 ARGUMENTS = (CandidatesArguments,)
 
 
+def extra_inputs(args: CandidatesArguments) -> tuple[str, ...]:
+    """Lists of the mid-trained model come from its folder."""
+    return ("midtrain",) if args.source == "model" else ()
+
+
 def check(args: CandidatesArguments) -> None:
     """Refuse lists that cannot be made from this data, and own lists that do not fit it."""
     if args.lists is not None and not Path(args.lists).is_file():

@@ -1,14 +1,13 @@
 """The teacher `evidence`, which is no language model: LambdaMART ranks, and the facts of the prompt are put in words.
 
-The trace follows GR2's three steps: the broad pattern of the history, what complements it, how candidates match.
-Short form, for tiny models, with ids written <id>; `pattern` needs categories on the item lines, `seek` one of them or
-a fact:
+Its scores, noise added, fall into seven grades, each as frequent as any other over all training candidates; a ranking
+goes by grade and keeps the order shown within one. For tiny models (`task: short`) the trace grades the candidates in
+the order shown and cites two facts of the best, which is all that a ranking follows from:
 
-    pattern Drama, Comedy seek Drama next:9 best<id> next:9 link:8 then<id> link:7 last<id> pop:1
-    after<id> seek next:9 best<id> next:9 link:8 then<id> link:7 last<id> pop:1
+     1 fair 2 poor 3 strong best 3 next:9 link:8
 
-`seek` names the best candidate's category and the list's highest value of the fact by which the best one stands out.
-Every fact cited stands in the prompt or can be counted there.
+Else it follows GR2's three steps in sentences: the broad pattern of the history, what complements it, how candidates
+match. Every fact cited stands in the prompt or can be counted there.
 """
 
 import re
@@ -26,7 +25,8 @@ from rerank.traces.attempts import Draft
 from rerank.traces.rows import Row, best_position, read_hit_rows
 
 # The fixed words of a short trace; with `prompts.evidence_words` all that a small tokenizer needs beside ids.
-EVIDENCE_WORDS: tuple[str, ...] = ("pattern", "after", "seek", "best", "then", "last")
+GRADES = ("bad", "poor", "weak", "fair", "good", "strong", "top")
+EVIDENCE_WORDS: tuple[str, ...] = (*GRADES, "best", *map(str, range(1, 11)))
 NUM_FOLDS = 5
 MIN_ROWS_PER_LEAF = 200
 
@@ -87,18 +87,20 @@ def common_categories(items: Sequence[int], catalogue: Catalogue, settings: Prom
     return counts.most_common(2)
 
 
-def word_short(row: Row, order: Sequence[int], facts: Facts, catalogue: Catalogue, settings: PromptSettings) -> str:
-    """A trace of about twenty words; no space before an id, where a tokenizer would spend a token on it."""
-    history, ids = row["history"][-settings.max_history :], catalogue.semantic_ids
-    pattern = [name for name, _ in common_categories(history, catalogue, settings)]
-    words = [f"pattern {', '.join(pattern)}" if pattern else f"after{ids[history[-1]]}"]
-    wanted = categories_of(row["candidates"][order[0]], catalogue, settings)[:1]
-    wanted += [facts.highest(fact) for fact in facts.striking(order[0], 1)]
-    words += ["seek", *wanted] if wanted else []
-    for word, position in _places(("best", "then", "last"), order):
-        cited = facts.cited(position, 2 if word == "best" else 1, lowest=word == "last")
-        words += [word + ids[row["candidates"][position]], *cited]
-    return " ".join(words)
+def by_grade(grades: Sequence[int]) -> list[int]:
+    """Positions, the highest grade first, in the order shown within a grade."""
+    return [int(position) for position in np.argsort(-np.asarray(grades), kind="stable")]
+
+
+def word_grades(labels: Sequence[str], grades: Sequence[int]) -> str:
+    """Each candidate's grade, in the order shown."""
+    return "".join(f"{prompts.spaced(label)} {GRADES[grade]}" for label, grade in zip(labels, grades, strict=True))
+
+
+def word_short(labels: Sequence[str], grades: Sequence[int], facts: Facts) -> str:
+    """A trace of two words a candidate, and the best one with its most striking facts."""
+    best = by_grade(grades)[0]
+    return " ".join([word_grades(labels, grades), "best" + prompts.spaced(labels[best]), *facts.cited(best, 2)])
 
 
 def word_full(row: Row, order: Sequence[int], facts: Facts, catalogue: Catalogue, settings: PromptSettings) -> str:
@@ -177,10 +179,9 @@ def calibrate(scores: Sequence[np.ndarray], best: Sequence[int]) -> float:
 
 
 class EvidenceTeacher:
-    """Draws the first candidate by scores plus Gumbel noise, ranks the rest by scores, and words its reasons.
+    """Adds Gumbel noise to the scores, grades and ranks by them, and words its reasons.
 
-    No source says what order stands below the first place (GR2); noise there would only teach a student to guess.
-    Draws depend on seed, row and attempt alone. `told` puts the most relevant candidate first, whatever its score.
+    Draws depend on seed, row and attempt alone. `told` gives the most relevant candidate, and it alone, the top grade.
     """
 
     def __init__(
@@ -197,20 +198,26 @@ class EvidenceTeacher:
         self.scores, self.catalogue, self.settings = scores, catalogue, settings
         self.edges, self.feature_names = edges, list(feature_names)
         self.temperature, self.seed, self.told = temperature, seed, told
+        places = np.arange(1, len(GRADES)) / len(GRADES)
+        self.grade_edges = np.quantile(np.concatenate(list(scores.values())), places)
 
     def __call__(self, rows: Sequence[Row], attempt: int, batch_seed: int) -> list[Draft]:
         return [self._draft(row, attempt) for row in rows]
 
     def _draft(self, row: Row, attempt: int) -> Draft:
-        order = self._order(row, attempt)
+        grades = self._grades(row, attempt)
+        order = by_grade(grades)
         facts = Facts.of(row, self.settings, self.edges, self.feature_names)
-        word = word_short if self.settings.task == "short" else word_full
-        trace = word(row, order, facts, self.catalogue, self.settings)
         labels = prompts.candidate_labels(row, self.catalogue, self.settings)
-        return Draft(prompts.completion(trace, order, labels))
+        if self.settings.task == "short":
+            return Draft(prompts.completion(word_short(labels, grades, facts), order, labels))
+        return Draft(prompts.completion(word_full(row, order, facts, self.catalogue, self.settings), order, labels))
 
-    def _order(self, row: Row, attempt: int) -> list[int]:
+    def _grades(self, row: Row, attempt: int) -> np.ndarray:
         noise = np.random.default_rng((self.seed, row["row_id"], attempt)).gumbel(size=len(row["candidates"]))
-        keys = np.array(self.scores[row["row_id"]], dtype=float)
-        keys[best_position(row) if self.told else np.argmax(keys + self.temperature * noise)] = np.inf
-        return [int(position) for position in np.argsort(-keys, kind="stable")]
+        scores = np.asarray(self.scores[row["row_id"]], dtype=float)
+        grades = np.searchsorted(self.grade_edges, scores + self.temperature * noise)
+        if self.told:
+            grades = np.minimum(grades, len(GRADES) - 2)
+            grades[best_position(row)] = len(GRADES) - 1
+        return grades
