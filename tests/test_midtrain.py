@@ -143,7 +143,7 @@ def test_lists_keep_their_order_in_the_mixture():
     args = arguments(mixture={"sequence": 0.5, "lists": 0.5}, num_documents=400, max_items=4, list_labels="number")
     made = documents.mixed_documents(HISTORIES, CATALOGUE, args, seed=0)
     lengths = [len(d.given + d.answer) for d in made if d.task == "lists"]
-    assert np.mean(lengths[:50]) < 0.5 * np.mean(lengths[-50:])
+    assert np.mean(lengths[:50]) < 0.7 * np.mean(lengths[-50:])
     assert {d.task for d in made[:20]} == {"sequence", "lists"}
 
 
@@ -279,7 +279,7 @@ def test_an_adapter_of_phase_two_is_merged_on_saving(toy_run, tmp_path):
     "mixture", [{"sequence": 1.0, "captions": 1.0}, {"caption": 1.0}, {"sequence": 1, "text": -1}]
 )
 def test_a_mixture_of_no_use_is_refused(mixture):
-    with pytest.raises(ValueError, match=r"mixture is .*; give shares of sequence, persona, caption, text, lists, that of"):
+    with pytest.raises(ValueError, match=r"mixture is .*; give shares of sequence, persona, caption, text, lists, that"):
         arguments(mixture=mixture)
 
 
