@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer, ModelConfig, get_peft_config
 from trl.rewards import get_soft_overlong_punishment
 
@@ -246,7 +245,7 @@ def main(args: DapoArguments, training_args: DapoConfig, model_args: ModelConfig
     """Train with rollouts, save the model and what ranking with it needs; returns the stage's metrics."""
     base_dir = run_dir.stage_dir(args.run_dir, "sft") / "model"
     model, tokenizer = base_model.load_pretrained(str(base_dir), model_args.dtype)
-    tokenizer = AutoTokenizer.from_pretrained(base_dir, padding_side="left")
+    tokenizer.padding_side = "left"
     encoder = RowEncoder(args.run_dir, tokenizer)
     dataset = prepare(args, training_args, encoder, base_dir)
     functions, training_args.reward_weights = reward_functions(args, training_args.max_completion_length)

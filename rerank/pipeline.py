@@ -1,6 +1,5 @@
 """`rerank run`: the numbered recipes of a folder, checked together, then launched one after the other."""
 
-import ctypes
 import importlib
 import logging
 import os
@@ -15,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rerank import recipe
+from rerank import recipe, stopping
 from rerank import run_dir as runs
 
 logger = logging.getLogger(__name__)
@@ -140,7 +139,7 @@ def run_step(step: Step, accelerate: str) -> int:
         [sys.executable, "-m", "accelerate.commands.launch", "--quiet", *launch_words(step, accelerate)],
         env=environment,
         start_new_session=True,  # Ctrl-C reaches only us; we pass it on to the stage, not to accelerate
-        preexec_fn=_die_with_us,
+        preexec_fn=stopping.die_with_parent,  # also after kill -9 of this process
     )
     interrupted = False
     while True:
@@ -159,10 +158,6 @@ def run_step(step: Step, accelerate: str) -> int:
 def _python_path() -> str:
     """The working folder first, as `python -m` has it, so that plugins beside the recipes are found."""
     return os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")]))
-
-
-def _die_with_us() -> None:
-    ctypes.CDLL(None).prctl(1, int(signal.SIGTERM))  # PR_SET_PDEATHSIG, also after kill -9 of this process
 
 
 def _is_launcher(words: Sequence[str]) -> bool:
