@@ -174,6 +174,7 @@ def save_trained(trainer: Any, tokenizer: Any, base_dir: str | Path, folder: Pat
     Every process calls it: a sharded model is gathered on the way.
     """
     from peft import PeftModel
+    from transformers import AutoModelForCausalLM
 
     is_adapter = isinstance(trainer.accelerator.unwrap_model(trainer.model), PeftModel)
     saved = folder.with_name(f"{folder.name}_adapter") if is_adapter else folder
@@ -181,7 +182,7 @@ def save_trained(trainer: Any, tokenizer: Any, base_dir: str | Path, folder: Pat
     if not trainer.accelerator.is_main_process:
         return
     if is_adapter:
-        model = PeftModel.from_pretrained(load_pretrained(str(base_dir))[0], str(saved)).merge_and_unload()
-        model.save_pretrained(folder)
+        base = AutoModelForCausalLM.from_pretrained(base_dir, dtype="float32")  # its folder may have no tokenizer
+        PeftModel.from_pretrained(base, str(saved)).merge_and_unload().save_pretrained(folder)
     (folder / "training_args.bin").unlink(missing_ok=True)
     tokenizer.save_pretrained(folder)
