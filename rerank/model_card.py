@@ -4,7 +4,6 @@ from pathlib import Path
 
 from rerank import run_dir
 
-STAGES = ("midtrain", "sft", "dapo")
 RANKER = """A re-ranker of recommendations
 
 Reads a user's history and {num_candidates} candidates and writes {answer}, best first.
@@ -42,7 +41,7 @@ def write(folder: Path, run: str | Path, stage: str, what: str, base: str | None
     Args:
         folder: Of the model.
         run: The run, whose data stage is finished.
-        stage: The last of `STAGES` that the model went through.
+        stage: The last of `run_dir.TRAINING_STAGES` that the model went through.
         what: A title and a paragraph.
         base: The base model's name; None for one made from the recipe.
     """
@@ -50,7 +49,7 @@ def write(folder: Path, run: str | Path, stage: str, what: str, base: str | None
     text = CARD.format(
         what=what,
         base=base or "a small Qwen3-shaped one, trained from random weights",
-        stages=", ".join(STAGES[: STAGES.index(stage) + 1]),
+        stages=", ".join(run_dir.TRAINING_STAGES[: run_dir.TRAINING_STAGES.index(stage) + 1]),
         **{name: data[name] for name in ("items", "users", "interactions")},
         terms=data.get("terms") or "The recipe states none (`terms` of the data stage). Ask whoever owns the data.",
     )
