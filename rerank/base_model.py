@@ -5,7 +5,10 @@ import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from trl import ModelConfig
 
 logger = logging.getLogger(__name__)
 
@@ -53,12 +56,26 @@ def find_base_model(name: str) -> str:
     return str(folder) if folder.is_dir() else name
 
 
-def load_pretrained(name: str, dtype: str | None = None) -> tuple[Any, Any]:
-    """Model (in float32 unless `dtype` says otherwise) and tokenizer; a GGUF file in its folder is unpacked."""
+def load_pretrained(name: str, settings: "ModelConfig | None" = None) -> tuple[Any, Any]:
+    """Model (in float32 unless `settings.dtype` says otherwise) and tokenizer; a GGUF file in its folder is unpacked.
+
+    Of TRL's settings `dtype`, `attn_implementation` and `model_revision` are followed.
+
+    Raises:
+        FileNotFoundError: When a folder or package is not there.
+        ValueError: When the settings ask for quantized weights, or a folder has several GGUF files.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     name = find_base_model(name)
-    kwargs = {"dtype": dtype or "float32"}
+    kwargs = {"dtype": "float32"}
+    if settings is not None:
+        refuse_quantized(settings)
+        kwargs = {
+            "dtype": settings.dtype or "float32",
+            "attn_implementation": settings.attn_implementation,
+            "revision": settings.model_revision,
+        }
     files = list(Path(name).glob("*.gguf")) if Path(name).is_dir() else []
     if not files:
         return AutoModelForCausalLM.from_pretrained(name, **kwargs), AutoTokenizer.from_pretrained(name)
@@ -69,10 +86,17 @@ def load_pretrained(name: str, dtype: str | None = None) -> tuple[Any, Any]:
     # A model loaded from GGUF refuses to be saved: the same weights in a model made from its plain configuration.
     dropped = ("quantization_config", "_name_or_path", "architectures")
     config = type(packed.config)(**{k: v for k, v in packed.config.to_dict().items() if k not in dropped})
-    model = type(packed)(config)
+    model = type(packed)(config).to(packed.dtype)
     model.load_state_dict(packed.state_dict())
     model.tie_weights()
     return model, tokenizer
+
+
+def refuse_quantized(settings: "ModelConfig") -> None:
+    """Refuse `load_in_4bit` and `load_in_8bit`: merged adapters and vLLM's live weights need plain ones."""
+    for key in ("load_in_4bit", "load_in_8bit"):
+        if getattr(settings, key):
+            raise ValueError(f"{key} is not supported, as later stages need plain weights; use dtype: bfloat16")
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, words: Sequence[str] = ()) -> Any:

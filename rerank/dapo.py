@@ -244,7 +244,7 @@ def prepare(args: DapoArguments, config: DapoConfig, encoder: RowEncoder, base_d
 def main(args: DapoArguments, training_args: DapoConfig, model_args: ModelConfig, out_dir: Path) -> dict:
     """Train with rollouts, save the model and what ranking with it needs; returns the stage's metrics."""
     base_dir = run_dir.stage_dir(args.run_dir, "sft") / "model"
-    model, tokenizer = base_model.load_pretrained(str(base_dir), model_args.dtype)
+    model, tokenizer = base_model.load_pretrained(str(base_dir), model_args)
     tokenizer.padding_side = "left"
     encoder = RowEncoder(args.run_dir, tokenizer)
     dataset = prepare(args, training_args, encoder, base_dir)

@@ -179,7 +179,7 @@ def fit(args: SftArguments, config: SFTConfig, model_args: ModelConfig, folder: 
     from datasets import Dataset
 
     base_dir = run_dir.stage_dir(args.run_dir, "midtrain") / "model"
-    model, tokenizer = base_model.load_pretrained(str(base_dir), model_args.dtype)
+    model, tokenizer = base_model.load_pretrained(str(base_dir), model_args)
     encoder = RowEncoder(args.run_dir, tokenizer)
     encoded = examples(encoder, args.run_dir, with_trace)
     lengths = [sum(label != -100 for label in row["labels"]) for row in encoded]

@@ -8,6 +8,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from rerank import trl_cpu
+
 logger = logging.getLogger(__name__)
 
 _PR_SET_PDEATHSIG = 1
@@ -76,6 +78,7 @@ def train(trainer: Any, max_minutes: float | None = None) -> None:
     Raises:
         KeyboardInterrupt: When a signal ended the training early; its checkpoint is written.
     """
+    trl_cpu.score_labelled_tokens_only()
     stop = stop_callback(max_minutes)
     trainer.add_callback(stop)
     trainer.train(resume_from_checkpoint=last_checkpoint(trainer.args.output_dir))

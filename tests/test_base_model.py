@@ -4,6 +4,7 @@ import pytest
 import torch
 from tiny_model import ID_TOKENS, save_tiny_model, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
+from trl import ModelConfig
 
 from rerank import base_model
 from rerank.prompts import render
@@ -98,7 +99,15 @@ def test_a_folder_is_loaded_as_it_was_saved(tmp_path):
     saved = AutoModelForCausalLM.from_pretrained(folder).state_dict()
     assert all(torch.equal(value, saved[name]) for name, value in model.state_dict().items())
     assert model.dtype == torch.float32 and tokenizer.convert_tokens_to_ids("<s_b_1>") == len(tokenizer) - 3
-    assert base_model.load_pretrained(str(folder), "bfloat16")[0].dtype == torch.bfloat16
+    assert base_model.load_pretrained(str(folder), ModelConfig(dtype="bfloat16"))[0].dtype == torch.bfloat16
+
+
+def test_the_attention_a_recipe_names_is_used_and_quantized_weights_are_refused(tmp_path):
+    folder = str(save_tiny_model(tmp_path / "model"))
+    model, _ = base_model.load_pretrained(folder, ModelConfig(attn_implementation="eager"))
+    assert model.config._attn_implementation == "eager"
+    with pytest.raises(ValueError, match=r"load_in_4bit is not supported, as later stages need plain weights"):
+        base_model.load_pretrained(folder, ModelConfig(load_in_4bit=True))
 
 
 def test_a_model_that_is_not_there_is_refused(tmp_path):

@@ -83,7 +83,8 @@ ARGUMENTS = (MidtrainArguments, SFTConfig, ModelConfig)
 
 
 def check(args: MidtrainArguments, training_args: SFTConfig, model_args: ModelConfig) -> None:
-    """Refuse a base model folder or a text file that is not there."""
+    """Refuse a base model folder or a text file that is not there, and quantized weights."""
+    base_model.refuse_quantized(model_args)
     if model_args.model_name_or_path is not None:
         base_model.find_base_model(model_args.model_name_or_path)
     if args.general_text != "packages" and not Path(args.general_text).is_file():
@@ -109,15 +110,17 @@ def sequences(data_dir: Path) -> list[np.ndarray]:
 
 
 def build_model(
-    args: MidtrainArguments, name: str | None, dtype: str | None, documents: Sequence[Document], seed: int
+    args: MidtrainArguments, settings: ModelConfig, documents: Sequence[Document], seed: int
 ) -> tuple[Any, Any]:
     """The base model and its tokenizer, before the id tokens are added."""
-    if name is not None:
-        return base_model.load_pretrained(name, dtype)
+    if settings.model_name_or_path is not None:
+        return base_model.load_pretrained(settings.model_name_or_path, settings)
     texts = [f"{document.prompt}\n{document.answer}" for document in documents]
     words = [f"{code}:{bucket}" for code, _ in FACTS.values() for bucket in range(10)]
     tokenizer = base_model.train_tokenizer(texts, args.vocab_size, [*words, *EVIDENCE_WORDS, *PROMPT_WORDS])
-    return base_model.make_small_model(args, tokenizer, seed), tokenizer
+    model = base_model.make_small_model(args, tokenizer, seed)
+    model.set_attn_implementation(settings.attn_implementation or "sdpa")
+    return model, tokenizer
 
 
 @contextlib.contextmanager
@@ -170,9 +173,7 @@ def main(args: MidtrainArguments, training_args: SFTConfig, model_args: ModelCon
     data_dir = run_dir.stage_dir(args.run_dir, "data")
     catalogue = Catalogue.load(args.run_dir)
     documents = mixed_documents(sequences(data_dir), catalogue, args, training_args.seed)
-    model, tokenizer = build_model(
-        args, model_args.model_name_or_path, model_args.dtype, documents, training_args.seed
-    )
+    model, tokenizer = build_model(args, model_args, documents, training_args.seed)
     shape = run_dir.read_metrics(args.run_dir, "semantic_ids")
     tokens = [*semantic_ids.tokens(shape["levels"], shape["codebook_size"]), THINK, THINK_END]
     ids = base_model.add_tokens(model, tokenizer, tokens, training_args.seed)
