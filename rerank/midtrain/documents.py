@@ -16,6 +16,7 @@ from rerank.traces.evidence import GRADES, Facts, by_grade, word_grades, word_sh
 if TYPE_CHECKING:
     from rerank.midtrain import MidtrainArguments
 
+TASKS = ("sequence", "persona", "caption", "text", "lists")
 NEXT_ITEMS = "Next items:"
 # Fixed words of the documents and of short prompts; a small tokenizer makes each one token.
 PROMPT_WORDS = ("Rank:", "History:", "Candidates:", "Next", "items:", "Describe:", "Which", "item:", "User:", "likes")
