@@ -185,6 +185,8 @@ def train_new_rows(
     path: Path,
 ) -> None:
     """Phase one: train the rows of the new tokens and nothing else, and write them to `path`; the model is used up."""
+    from accelerate.state import AcceleratorState
+
     from rerank.midtrain.trainer import MidtrainTrainer
 
     config = dataclasses.replace(
@@ -198,6 +200,7 @@ def train_new_rows(
     stopping.train(trainer, args.max_minutes)
     save_rows(trainer, path)
     trainer.accelerator.free_memory()
+    AcceleratorState._reset_state()  # else phase two's trainer is refused under DeepSpeed
 
 
 def encoded_dataset(documents: Sequence[Document], tokenizer: Any, config: SFTConfig) -> tuple[Any, dict[str, int]]:
