@@ -1,5 +1,6 @@
 """What a model reads in mid-training, and which of its weights each phase may move."""
 
+import json
 import re
 from collections import Counter
 
@@ -9,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from tiny_model import ID_TOKENS, save_tiny_model, tiny_model, tiny_tokenizer
 from toy_recipe import copy_stages
 from transformers import AutoModelForCausalLM
@@ -293,11 +295,11 @@ def test_phase_one_ends_with_its_epochs_or_with_max_steps(tmp_path):
     assert (steps(max_steps=4), steps(max_steps=40)) == (4, 11)
 
 
-def run_main(toy_run, folder, model_args, **options):
+def run_main(toy_run, folder, model_args, arguments=None, **options):
     run = copy_stages(toy_run.run, folder / "run", "semantic_ids")
-    args = midtrain.MidtrainArguments(run_dir=str(run), max_items=8, token_learning_rate=0.01)
+    args = midtrain.MidtrainArguments(run_dir=str(run), max_items=8, token_learning_rate=0.01, **(arguments or {}))
     out = folder / "out"
-    out.mkdir()
+    out.mkdir(exist_ok=True)
     config = sft_config(out / "checkpoints", max_steps=2, max_length=128, logging_steps=1, **options)
     midtrain.main(args, config, model_args, out)
     return out
@@ -325,6 +327,32 @@ def test_an_adapter_of_phase_two_is_merged_on_saving(toy_run, tmp_path):
         adapted = PeftModel.from_pretrained(plain, out / "model_adapter").eval()(ids).logits
     assert torch.allclose(wanted, adapted, atol=1e-5)
     assert not torch.allclose(wanted, without, atol=1e-3)
+    rows = load_file(out / "new_rows.safetensors")["rows"]
+    drawn, tokenizer = base_model.load_pretrained(str(base))
+    merged_rows = merged.get_input_embeddings().weight[-len(rows) :]
+    assert torch.equal(merged_rows, rows)  # what phase one trained, and LoRA leaves alone
+    base_model.add_tokens(drawn, tokenizer, [f"<s_z_{number}>" for number in range(len(rows))], seed=0)
+    assert not torch.allclose(merged_rows, drawn.get_input_embeddings().weight[-len(rows) :], atol=1e-3)
+
+
+def test_phase_one_is_not_repeated_where_its_rows_are_saved(toy_run, tmp_path):
+    base = save_tiny_model(tmp_path / "base", id_tokens=False)
+    shape = run_dir.read_metrics(toy_run.run, "semantic_ids")
+    num_new = shape["levels"] * shape["codebook_size"] + 2  # and the two tags of a trace
+    (tmp_path / "out").mkdir()
+    save_file({"rows": torch.full((num_new, 32), 7.0)}, tmp_path / "out/new_rows.safetensors")
+    model_args = ModelConfig(model_name_or_path=str(base))
+    out = run_main(toy_run, tmp_path, model_args, learning_rate=0.0)
+    rows = AutoModelForCausalLM.from_pretrained(out / "model").get_input_embeddings().weight[-num_new:]
+    assert torch.equal(rows, torch.full((num_new, 32), 7.0))
+
+
+def test_recall_on_validation_rows_is_logged_and_the_best_kept(toy_run, tmp_path):
+    out = run_main(toy_run, tmp_path, ModelConfig(), {"eval_recall_rows": 6, "patience": 5}, eval_steps=1)
+    history = json.loads((out / "log_history.json").read_text())
+    found = [entry["eval_R@10"] for entry in history if "eval_R@10" in entry]
+    assert len(found) == 2 and all(0 <= value <= 1 for value in found)
+    assert any("loss_sequence" in entry for entry in history)
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,7 @@ def load_midtrained(run_dir: Path) -> tuple[Any, Any]:
 
     folder = run_dir / "midtrain/model"
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is not there but source is model; run the midtrain stage first")
+        raise FileNotFoundError(f"{folder} is not there; run the midtrain stage first")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return AutoModelForCausalLM.from_pretrained(folder).to(device).eval(), AutoTokenizer.from_pretrained(folder)
 

@@ -16,7 +16,6 @@ import dataclasses
 import gc
 import logging
 import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,8 +32,7 @@ from rerank.midtrain.documents import (
     PROMPT_WORDS,
     TASKS,
     Document,
-    encode,
-    in_batches,
+    encoded_dataset,
     mixed_documents,
 )
 from rerank.midtrain.new_rows import load_rows, save_rows, train_only_rows
@@ -201,24 +199,6 @@ def train_new_rows(
     save_rows(trainer, path)
     trainer.accelerator.free_memory()
     AcceleratorState._reset_state()  # else phase two's trainer is refused under DeepSpeed
-
-
-def encoded_dataset(documents: Sequence[Document], tokenizer: Any, config: SFTConfig) -> tuple[Any, dict[str, int]]:
-    """The documents as token ids, labels and numbers of tasks, packed if the recipe says so; tokens under loss."""
-    from datasets import Dataset
-    from trl import pack_dataset
-
-    rows, token_counts = [], Counter()
-    for document in documents:
-        row, task = encode(document, tokenizer, config.max_length), TASKS.index(document.task)
-        token_counts[document.task] += sum(label != -100 for label in row["labels"][1:])
-        rows.append({**row, "task": [task] * (len(row["labels"]) if config.packing else 1)})
-    lengths = [len(row["input_ids"]) for row in rows]
-    order = in_batches(lengths, config.per_device_train_batch_size, np.random.default_rng(config.seed))
-    dataset = Dataset.from_list([rows[i] for i in order])
-    if config.packing:
-        dataset = pack_dataset(dataset, config.max_length, config.packing_strategy)
-    return dataset, dict(token_counts)
 
 
 def recall_options(args: MidtrainArguments, config: SFTConfig) -> dict[str, Any]:
