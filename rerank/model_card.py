@@ -31,7 +31,7 @@ tags: [recommendation, re-ranking]
 
 def ranker(num_candidates: int, trace: bool) -> str:
     """What a ranking model's card says of it."""
-    answer = "its reasons and then the candidates' ids" if trace else "the candidates' ids"
+    answer = "its reasons and then the candidates" if trace else "the candidates"
     return RANKER.format(num_candidates=num_candidates, answer=answer)
 
 

@@ -130,7 +130,7 @@ def test_a_trained_folder_loads_by_itself(toy_run, folder):
     [
         ("midtrain/model", "midtrain\n", "knows a catalogue"),
         ("sft/model", "midtrain, sft\n", "its reasons and then"),
-        ("sft/model_no_trace", "midtrain, sft\n", "writes the candidates' ids"),
+        ("sft/model_no_trace", "midtrain, sft\n", "writes the candidates, best first"),
         ("dapo/model", "midtrain, sft, dapo\n", "its reasons and then"),
     ],
 )
