@@ -43,6 +43,16 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--row", type=int, help="only groups of this row_id")
     inspect.set_defaults(function=_inspect)
 
+    recall = commands.add_parser("recall", help="how often a mid-trained model finds the next item among all items")
+    recall.add_argument("run_dirs", nargs="+", metavar="RUN_DIR", help="runs of one data folder: seeds to average")
+    recall.add_argument("--split", default="valid", help="valid, to choose by, or test, to report (%(default)s)")
+    recall.add_argument(
+        "--lists", nargs="*", default=[], metavar="NAME=FILE",
+        help="other rankers: Parquet files of row_id and candidates, ten item ids a row, best first",
+    )  # fmt: skip
+    recall.add_argument("--out", metavar="FILE", help="Markdown file to write, such as RESULTS-midtrain.md")
+    recall.set_defaults(function=_recall)
+
     rank = commands.add_parser("rank", help="re-rank new rows with a trained model")
     rank.add_argument("model_dir", metavar="MODEL_DIR", help="such as RUN_DIR/dapo/model")
     rank.add_argument(
@@ -96,6 +106,26 @@ def _inspect(args: argparse.Namespace) -> int:
     from rerank import rollouts
 
     rollouts.inspect(args.run_dir, args.limit, args.step, args.row)
+    return 0
+
+
+def _recall(args: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from rerank import recipe
+    from rerank.evaluate.full_catalogue import evaluate_full_catalogue, markdown
+
+    recipe.set_environment()
+    lists = {}
+    for word in args.lists:
+        name, equals, path = word.partition("=")
+        if not equals or not Path(path).is_file():
+            raise FileNotFoundError(f"--lists {word}: write NAME=FILE, with a Parquet file that is there")
+        lists[name] = Path(path)
+    text = markdown(evaluate_full_catalogue([Path(run) for run in args.run_dirs], args.split, lists))
+    if args.out:
+        Path(args.out).write_text(text, encoding="utf-8")
+    print(text)
     return 0
 
 

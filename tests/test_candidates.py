@@ -148,7 +148,7 @@ def test_lists_of_a_model_are_its_most_likely_unseen_items(run):
 
 
 def test_lists_of_a_model_need_the_midtrain_stage(run):
-    with pytest.raises(FileNotFoundError, match="midtrain/model is not there but source is model"):
+    with pytest.raises(FileNotFoundError, match="midtrain/model is not there; run the midtrain stage first"):
         run_stage(run, source="model")
 
 

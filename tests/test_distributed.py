@@ -6,6 +6,9 @@ The one process is that of the toy run; its rows and its stored rollouts are wha
 import json
 
 import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_model import save_tiny_model
 from toy_recipe import copy_stages, launch
 
 from rerank import rollouts, run_dir
@@ -18,6 +21,21 @@ HALF_BATCH = "--per_device_train_batch_size=4"  # of the recipes' 8, so that the
 def logged(run, stage, name):
     history = json.loads((run / stage / "log_history.json").read_text())
     return [entry[name] for entry in history if name in entry][:STEPS]
+
+
+@pytest.mark.parametrize("accelerate", LAUNCHES)
+def test_both_phases_of_midtrain_in_two_processes_train_as_in_one(toy_run, tmp_path, accelerate):
+    base = save_tiny_model(tmp_path / "base", tied=False, id_tokens=False)
+    words = (f"--model_name_or_path={base}", "--token_learning_rate=0.01", "--max_steps=2", HALF_BATCH)
+    one, two = (copy_stages(toy_run.run, tmp_path / name, "semantic_ids") for name in ("one", "two"))
+    alone = "recipes/accelerate/cpu.yaml"
+    launch(toy_run.data, alone, "rerank.midtrain", "midtrain", one, *words, "--gradient_accumulation_steps=2")
+    launch(toy_run.data, accelerate, "rerank.midtrain", "midtrain", two, *words)
+    for name in ("loss", "grad_norm", "loss_sequence", "tokens_sequence"):
+        assert logged(two, "midtrain", name) == pytest.approx(logged(one, "midtrain", name), abs=1e-4), name
+    rows = [load_file(run / "midtrain/new_rows.safetensors") for run in (one, two)]
+    assert rows[0].keys() == rows[1].keys() == {"rows", "head_rows"}
+    assert all(torch.allclose(rows[0][name], rows[1][name], atol=1e-4) for name in rows[0])
 
 
 @pytest.mark.parametrize("accelerate", LAUNCHES)

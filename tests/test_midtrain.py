@@ -1,5 +1,6 @@
 """What a model reads in mid-training, and which of its weights each phase may move."""
 
+import json
 import re
 from collections import Counter
 
@@ -8,8 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from datasets import Dataset
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from tiny_model import ID_TOKENS, save_tiny_model, tiny_model, tiny_tokenizer
 from toy_recipe import copy_stages
 from transformers import AutoModelForCausalLM
@@ -220,16 +221,27 @@ def sft_config(folder, **options):
     )  # fmt: skip
 
 
+def phase_one(tmp_path, tied, documents_made, **options):
+    """A model before phase one, its new ids, the dataset, and the same model with the rows that were trained."""
+    tokenizer = tiny_tokenizer()
+    model, after = tiny_model(tokenizer, tied), tiny_model(tokenizer, tied)
+    ids = base_model.add_tokens(model, tokenizer, ID_TOKENS, seed=0)
+    base_model.add_tokens(after, tokenizer, ID_TOKENS, seed=0)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    config = sft_config(tmp_path / "checkpoints", **options)
+    dataset, _ = midtrain.encoded_dataset(documents_made, tokenizer, config)
+    args = arguments(token_learning_rate=0.05)
+    midtrain.train_new_rows(model, tokenizer, ids, dataset, args, config, tmp_path / "rows.safetensors")
+    midtrain.load_rows(after, ids, tmp_path / "rows.safetensors")
+    return before, ids, dataset, after
+
+
+IDS_IN_ORDER = documents.Document("sequence", "Next items:", "".join(ID_TOKENS))
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_phase_one_moves_the_new_rows_and_nothing_else(tmp_path, tied):
-    tokenizer = tiny_tokenizer()
-    model = tiny_model(tokenizer, tied)
-    ids = base_model.add_tokens(model, tokenizer, ID_TOKENS, seed=0)
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    made = [documents.Document("sequence", "Next items:", "".join(ID_TOKENS)) for _ in range(4)]
-    dataset = Dataset.from_list([documents.encode(document, tokenizer, None) for document in made])
-    args = arguments(token_learning_rate=0.05)
-    trained = midtrain.train_new_rows(model, tokenizer, ids, dataset, args, sft_config(tmp_path / "checkpoints"))
+    before, ids, _, trained = phase_one(tmp_path, tied, [IDS_IN_ORDER] * 4)
     after = trained.state_dict()
     assert before.keys() == after.keys()
     for name, value in before.items():
@@ -241,11 +253,53 @@ def test_phase_one_moves_the_new_rows_and_nothing_else(tmp_path, tied):
     assert (trained.get_output_embeddings().weight is trained.get_input_embeddings().weight) == tied
 
 
-def run_main(toy_run, folder, model_args, **options):
+@pytest.mark.parametrize("tied", [True, False])
+def test_phase_one_is_training_the_whole_table_with_the_gradients_of_old_rows_set_to_zero(tmp_path, tied):
+    _, ids, dataset, trained = phase_one(tmp_path, tied, [IDS_IN_ORDER] * 6, lr_scheduler_type="constant")
+    tokenizer = tiny_tokenizer()
+    slow = tiny_model(tokenizer, tied)
+    base_model.add_tokens(slow, tokenizer, ID_TOKENS, seed=0)
+    tables = {id(t): t for t in (slow.get_input_embeddings().weight, slow.get_output_embeddings().weight)}.values()
+    optimizer = torch.optim.AdamW(tables, lr=0.05, weight_decay=0.0)
+    batch = torch.tensor([dataset[0]["input_ids"]] * 2), torch.tensor([dataset[0]["labels"]] * 2)
+    for _ in range(3):  # six equal documents in batches of two
+        slow.zero_grad()
+        slow(input_ids=batch[0], labels=batch[1]).loss.backward()
+        for table in tables:
+            table.grad[[row for row in range(len(table)) if row not in ids]] = 0
+        torch.nn.utils.clip_grad_norm_(tables, 1.0)
+        optimizer.step()
+    for layer, wanted in (
+        (trained.get_input_embeddings(), slow.get_input_embeddings()),
+        (trained.lm_head, slow.lm_head),
+    ):
+        assert torch.allclose(layer.weight, wanted.weight, atol=1e-5)
+
+
+@pytest.mark.parametrize(("tied", "tables"), [(True, 1), (False, 2)])
+def test_only_new_rows_are_parameters_of_phase_one(tied, tables):
+    tokenizer = tiny_tokenizer()
+    model = tiny_model(tokenizer, tied)
+    ids = base_model.add_tokens(model, tokenizer, ID_TOKENS, seed=0)
+    midtrain.train_only_rows(model, ids)
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert [parameter.shape for parameter in trainable] == [(len(ids), 32)] * tables
+
+
+def test_phase_one_ends_with_its_epochs_or_with_max_steps(tmp_path):
+    def steps(**options):
+        return midtrain.num_steps(11, 2.0, sft_config(tmp_path, **options))
+
+    assert steps() == 11  # two epochs of 11 documents in batches of 2
+    assert steps(gradient_accumulation_steps=2) == 6  # 22 documents by 4, rounded up
+    assert (steps(max_steps=4), steps(max_steps=40)) == (4, 11)
+
+
+def run_main(toy_run, folder, model_args, arguments=None, **options):
     run = copy_stages(toy_run.run, folder / "run", "semantic_ids")
-    args = midtrain.MidtrainArguments(run_dir=str(run), max_items=8, token_learning_rate=0.01)
+    args = midtrain.MidtrainArguments(run_dir=str(run), max_items=8, token_learning_rate=0.01, **(arguments or {}))
     out = folder / "out"
-    out.mkdir()
+    out.mkdir(exist_ok=True)
     config = sft_config(out / "checkpoints", max_steps=2, max_length=128, logging_steps=1, **options)
     midtrain.main(args, config, model_args, out)
     return out
@@ -273,6 +327,32 @@ def test_an_adapter_of_phase_two_is_merged_on_saving(toy_run, tmp_path):
         adapted = PeftModel.from_pretrained(plain, out / "model_adapter").eval()(ids).logits
     assert torch.allclose(wanted, adapted, atol=1e-5)
     assert not torch.allclose(wanted, without, atol=1e-3)
+    rows = load_file(out / "new_rows.safetensors")["rows"]
+    drawn, tokenizer = base_model.load_pretrained(str(base))
+    merged_rows = merged.get_input_embeddings().weight[-len(rows) :]
+    assert torch.equal(merged_rows, rows)  # what phase one trained, and LoRA leaves alone
+    base_model.add_tokens(drawn, tokenizer, [f"<s_z_{number}>" for number in range(len(rows))], seed=0)
+    assert not torch.allclose(merged_rows, drawn.get_input_embeddings().weight[-len(rows) :], atol=1e-3)
+
+
+def test_phase_one_is_not_repeated_where_its_rows_are_saved(toy_run, tmp_path):
+    base = save_tiny_model(tmp_path / "base", id_tokens=False)
+    shape = run_dir.read_metrics(toy_run.run, "semantic_ids")
+    num_new = shape["levels"] * shape["codebook_size"] + 2  # and the two tags of a trace
+    (tmp_path / "out").mkdir()
+    save_file({"rows": torch.full((num_new, 32), 7.0)}, tmp_path / "out/new_rows.safetensors")
+    model_args = ModelConfig(model_name_or_path=str(base))
+    out = run_main(toy_run, tmp_path, model_args, learning_rate=0.0)
+    rows = AutoModelForCausalLM.from_pretrained(out / "model").get_input_embeddings().weight[-num_new:]
+    assert torch.equal(rows, torch.full((num_new, 32), 7.0))
+
+
+def test_recall_on_validation_rows_is_logged_and_the_best_kept(toy_run, tmp_path):
+    out = run_main(toy_run, tmp_path, ModelConfig(), {"eval_recall_rows": 6, "patience": 5}, eval_steps=1)
+    history = json.loads((out / "log_history.json").read_text())
+    found = [entry["eval_R@10"] for entry in history if "eval_R@10" in entry]
+    assert len(found) == 2 and all(0 <= value <= 1 for value in found)
+    assert any("loss_sequence" in entry for entry in history)
 
 
 @pytest.mark.parametrize(

@@ -53,15 +53,15 @@ def toy_rows(counts: Counts, split_seed: int) -> list[dict]:
     return rows
 
 
-def write_model(folder: Path, with_ranking_files: bool = True) -> None:
+def write_model(folder: Path, with_ranking_files: bool = True, seed: int = 0) -> None:
     """A one-layer model with random weights and the catalogue's id tokens."""
     folder.mkdir(parents=True)
     tokenizer = base_model.train_tokenizer(["Rank: History: Candidates: Title drama"], 300)
     shape = base_model.SmallModelArguments(
         hidden_size=32, num_layers=1, num_heads=1, num_kv_heads=1, context_length=1024
     )
-    model = base_model.make_small_model(shape, tokenizer, seed=0)
-    base_model.add_tokens(model, tokenizer, [*ID_TOKENS, THINK, THINK_END], seed=0)
+    model = base_model.make_small_model(shape, tokenizer, seed)
+    base_model.add_tokens(model, tokenizer, [*ID_TOKENS, THINK, THINK_END], seed)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     if with_ranking_files:

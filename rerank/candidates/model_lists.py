@@ -1,10 +1,63 @@
-"""First-stage lists of the mid-trained model: beam search over the semantic ids of the catalogue."""
+"""What a mid-trained model finds as the next item: beam search over the semantic ids of the catalogue."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from rerank.beam_search import BeamResult, beam_search
 from rerank.catalogue import Catalogue
+from rerank.prefix_index import PrefixIndex
+
+
+def next_items(
+    model: Any,
+    tokenizer: Any,
+    histories: Sequence[np.ndarray],
+    catalogue: Catalogue,
+    num_items: int,
+    num_beams: int,
+    max_history: int,
+    batch_size: int = 64,
+) -> BeamResult:
+    """The items that a model finds most likely after each history, best first, items of the history left out.
+
+    Args:
+        model: A mid-trained model.
+        tokenizer: Its own.
+        histories: Of each row, oldest first.
+        catalogue: All that may be found.
+        num_items: At most so many a row; fewer where the beams end in fewer.
+        num_beams: Beams a row.
+        max_history: Items of the history in the prompt.
+        batch_size: Rows decoded together.
+    """
+    from rerank.midtrain import next_item_prompt
+
+    def token_ids(texts: list[str]) -> list[list[int]]:
+        return tokenizer(texts, add_special_tokens=False).input_ids
+
+    prompts = [next_item_prompt(history, catalogue, max_history, tokenizer) for history in histories]
+    seen = [set(np.asarray(history).tolist()) for history in histories]
+    index = PrefixIndex.build(token_ids(catalogue.semantic_ids))
+    return beam_search(model, token_ids(prompts), index, num_beams, num_items, excluded=seen, batch_size=batch_size)
+
+
+def load_midtrained(run_dir: Path) -> tuple[Any, Any]:
+    """The mid-trained model of a run, on the GPU where there is one, and its tokenizer.
+
+    Raises:
+        FileNotFoundError: When there is no mid-trained model.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = run_dir / "midtrain/model"
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is not there; run the midtrain stage first")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return AutoModelForCausalLM.from_pretrained(folder).to(device).eval(), AutoTokenizer.from_pretrained(folder)
 
 
 def model_lists(
@@ -21,26 +74,12 @@ def model_lists(
         batch_size: Rows decoded together.
 
     Raises:
+        FileNotFoundError: When there is no mid-trained model.
         ValueError: When the beams of a row end in fewer than N items.
     """
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from rerank.beam_search import beam_search
-    from rerank.midtrain import next_item_prompt
-    from rerank.prefix_index import PrefixIndex
-
-    folder = run_dir / "midtrain/model"
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(folder).to(device).eval()
-    catalogue = Catalogue.load(run_dir)
-    index = PrefixIndex.build([tokenizer(text, add_special_tokens=False).input_ids for text in catalogue.semantic_ids])
-    prompts = [next_item_prompt(history, catalogue, max_history, tokenizer) for history in histories]
-    seen = [set(history.tolist()) for history in histories]
-    found = beam_search(
-        model, tokenizer(prompts).input_ids, index, num_beams, num_candidates, excluded=seen, batch_size=batch_size
-    )
+    model, tokenizer = load_midtrained(run_dir)
+    sizes = num_candidates, num_beams, max_history, batch_size
+    found = next_items(model, tokenizer, histories, Catalogue.load(run_dir), *sizes)
     for row, items in enumerate(found.items):
         if len(items) < num_candidates:
             raise ValueError(

@@ -12,30 +12,36 @@ are too small to bring along the reading and sorting of lists.
         -m rerank.midtrain --config recipes/ml100k/3_midtrain.yaml
 """
 
-import contextlib
 import dataclasses
+import gc
 import logging
-from collections import Counter
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
-import torch
 from trl import ModelConfig, SFTConfig, get_peft_config
 
 from rerank import base_model, model_card, recipe, run_dir, semantic_ids, stopping
 from rerank.catalogue import Catalogue
-from rerank.midtrain.documents import NEXT_ITEMS, PROMPT_WORDS, Document, encode, in_batches, mixed_documents
+from rerank.midtrain.documents import (
+    NEXT_ITEMS,
+    PROMPT_WORDS,
+    TASKS,
+    Document,
+    encoded_dataset,
+    mixed_documents,
+)
+from rerank.midtrain.new_rows import load_rows, save_rows, train_only_rows
 from rerank.prompts import FACTS, THINK, THINK_END, render
 from rerank.traces.evidence import EVIDENCE_WORDS
 
 logger = logging.getLogger(__name__)
 
 INPUTS = ("data", "semantic_ids")
-TASKS = ("sequence", "persona", "caption", "text", "lists")
 PUBLISHED_MIXTURE = {"sequence": 0.6573, "persona": 0.2430, "caption": 0.0494, "text": 0.0503}
 
 
@@ -66,6 +72,16 @@ class MidtrainArguments(recipe.StageArguments, base_model.SmallModelArguments):
     token_epochs: float = field(default=1.0, metadata={"help": "Phase one: epochs that train only the new rows."})
     token_learning_rate: float = field(default=5.0e-4, metadata={"help": "Learning rate of phase one."})
     max_minutes: float | None = field(default=None, metadata={"help": "End each phase after this many minutes."})
+    eval_recall_rows: int = field(
+        default=0,
+        metadata={
+            "help": "Every eval_steps of phase two, search the next item of so many validation rows and keep the "
+            "checkpoint of the best recall@10; 0: never."
+        },
+    )
+    patience: int = field(
+        default=0, metadata={"help": "End after so many evaluations without a better recall@10; 0: do not."}
+    )
 
     def __post_init__(self) -> None:
         recipe.StageArguments.__post_init__(self)
@@ -74,6 +90,13 @@ class MidtrainArguments(recipe.StageArguments, base_model.SmallModelArguments):
             raise ValueError(f"list_labels is {self.list_labels!r}; choose semantic_id or number")
         if not self.list_facts or set(self.list_facts) - set(FACTS):
             raise ValueError(f"list_facts is {self.list_facts}; name some of {', '.join(FACTS)}")
+        for name in ("eval_recall_rows", "patience"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)} but must not be negative")
+        if self.patience and not self.eval_recall_rows:
+            raise ValueError(
+                f"patience is {self.patience} but nothing is evaluated; set eval_recall_rows, such as 1000"
+            )
         unknown = sorted(set(self.mixture) - set(TASKS))
         if unknown or not self.mixture.get("sequence", 0) > 0 or min(self.mixture.values()) < 0:
             raise ValueError(f"mixture is {self.mixture}; give shares of {', '.join(TASKS)}, that of sequence above 0")
@@ -87,8 +110,28 @@ def check(args: MidtrainArguments, training_args: SFTConfig, model_args: ModelCo
     base_model.refuse_quantized(model_args)
     if model_args.model_name_or_path is not None:
         base_model.find_base_model(model_args.model_name_or_path)
+    check_packing(args, training_args, model_args)
+    if args.eval_recall_rows and not training_args.eval_steps:
+        raise ValueError(f"eval_recall_rows is {args.eval_recall_rows} but eval_steps is not set; set it, such as 500")
     if args.general_text != "packages" and not Path(args.general_text).is_file():
         raise FileNotFoundError(f"general_text {args.general_text} is not there; give a text file, or `packages`")
+
+
+def check_packing(args: MidtrainArguments, training_args: SFTConfig, model_args: ModelConfig) -> None:
+    """Refuse packing that would cut documents, mix them in attention, or put lists out of their order."""
+    if not training_args.packing:
+        return
+    if args.mixture.get("lists", 0) > 0:
+        raise ValueError("packing puts documents out of order but lists must grow; leave lists or packing out")
+    if training_args.packing_strategy != "bfd":
+        raise ValueError(f"packing_strategy {training_args.packing_strategy} cuts documents; use bfd")
+    if training_args.max_length is None:
+        raise ValueError("packing needs max_length, the length of a packed row; set it, such as 1024")
+    attention = model_args.attn_implementation or "sdpa"
+    if attention not in ("sdpa", "eager") and "flash" not in attention:
+        raise ValueError(
+            f"attn_implementation {attention} may not keep packed documents apart; use sdpa, eager or a flash one"
+        )
 
 
 def next_item_prompt(history: Sequence[int], catalogue: Catalogue, max_history: int, tokenizer: Any) -> str:
@@ -123,79 +166,104 @@ def build_model(
     return model, tokenizer
 
 
-@contextlib.contextmanager
-def only_rows_train(model: Any, ids: Sequence[int]) -> Iterator[None]:
-    """Inside, gradients reach these rows of the embedding, and of the head where it is not tied, and nothing else.
-
-    By a hook on the gradient: peft's trainable tokens wrap the head, whose weight TRL's fused loss reads directly.
-    """
-    model.requires_grad_(False)
-    tables = [layer.weight for layer in (model.get_input_embeddings(), model.get_output_embeddings())]
-    hooks = []
-    for table in {id(table): table for table in tables}.values():
-        chosen = torch.zeros(len(table), 1, dtype=torch.bool)
-        chosen[list(ids)] = True
-        table.requires_grad_(True)
-        hooks.append(table.register_hook(lambda grad, chosen=chosen: grad * chosen.to(grad.device)))
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-        model.requires_grad_(True)
+def num_steps(num_documents: int, epochs: float, config: SFTConfig) -> int:
+    """Optimizer steps of phase one: its epochs, and no more than the recipe's `max_steps` where it has them."""
+    batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
+    steps = math.ceil(epochs * num_documents / batch)
+    return min(steps, config.max_steps) if config.max_steps > 0 else steps
 
 
 def train_new_rows(
-    model: Any, tokenizer: Any, ids: Sequence[int], dataset: Any, args: MidtrainArguments, config: SFTConfig
-) -> Any:
-    """Phase one: train the rows of the new tokens and nothing else; returns the model."""
-    from trl import SFTTrainer
+    model: Any,
+    tokenizer: Any,
+    ids: Sequence[int],
+    dataset: Any,
+    args: MidtrainArguments,
+    config: SFTConfig,
+    path: Path,
+) -> None:
+    """Phase one: train the rows of the new tokens and nothing else, and write them to `path`; the model is used up."""
+    from accelerate.state import AcceleratorState
+
+    from rerank.midtrain.trainer import MidtrainTrainer
 
     config = dataclasses.replace(
         config,
         output_dir=f"{config.output_dir}_new_rows",
-        num_train_epochs=args.token_epochs,
+        max_steps=num_steps(len(dataset), args.token_epochs, config),
         learning_rate=args.token_learning_rate,
-        max_steps=-1,
-        weight_decay=0.0,  # it would shrink the rows that get no gradient
     )
-    with only_rows_train(model, ids):
-        trainer = SFTTrainer(model, config, train_dataset=dataset, processing_class=tokenizer)
-        stopping.train(trainer, args.max_minutes)
-    return trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    train_only_rows(model, ids)
+    trainer = MidtrainTrainer(model, config, train_dataset=dataset, processing_class=tokenizer)
+    stopping.train(trainer, args.max_minutes)
+    save_rows(trainer, path)
+    trainer.accelerator.free_memory()
+    AcceleratorState._reset_state()  # else phase two's trainer is refused under DeepSpeed
+
+
+def recall_options(args: MidtrainArguments, config: SFTConfig) -> dict[str, Any]:
+    """What phase two's configuration must say for the checkpoint of the best recall to be kept."""
+    steps = int(config.eval_steps)
+    return {
+        "eval_strategy": "steps",
+        "save_strategy": "steps",
+        "save_steps": steps,
+        "metric_for_best_model": "R@10",
+        "greater_is_better": True,
+        "load_best_model_at_end": True,
+    }
+
+
+def fresh_model(args: MidtrainArguments, settings: ModelConfig, documents: Sequence[Document], seed: int) -> tuple:
+    """The base model with rows for the id tokens, its tokenizer, and the ids of these tokens: the same each time."""
+    model, tokenizer = build_model(args, settings, documents, seed)
+    shape = run_dir.read_metrics(args.run_dir, "semantic_ids")
+    tokens = [*semantic_ids.tokens(shape["levels"], shape["codebook_size"]), THINK, THINK_END]
+    return model, tokenizer, base_model.add_tokens(model, tokenizer, tokens, seed)
 
 
 def main(args: MidtrainArguments, training_args: SFTConfig, model_args: ModelConfig, out_dir: Path) -> dict:
     """Build or load the model, add the id tokens, train in two phases, save; returns counts and losses."""
-    from datasets import Dataset
-    from trl import SFTTrainer
+    from transformers import EarlyStoppingCallback
+
+    from rerank.evaluate.full_catalogue import ValidationRecall
+    from rerank.midtrain.trainer import MidtrainTrainer
 
     data_dir = run_dir.stage_dir(args.run_dir, "data")
     catalogue = Catalogue.load(args.run_dir)
     documents = mixed_documents(sequences(data_dir), catalogue, args, training_args.seed)
-    model, tokenizer = build_model(args, model_args, documents, training_args.seed)
-    shape = run_dir.read_metrics(args.run_dir, "semantic_ids")
-    tokens = [*semantic_ids.tokens(shape["levels"], shape["codebook_size"]), THINK, THINK_END]
-    ids = base_model.add_tokens(model, tokenizer, tokens, training_args.seed)
-
-    encoded = [encode(document, tokenizer, training_args.max_length) for document in documents]
-    lengths = [len(row["input_ids"]) for row in encoded]
-    order = in_batches(lengths, training_args.per_device_train_batch_size, np.random.default_rng(training_args.seed))
-    dataset = Dataset.from_list([encoded[i] for i in order])
+    model, tokenizer, ids = fresh_model(args, model_args, documents, training_args.seed)
     training_args.dataset_kwargs = {"skip_prepare_dataset": True}
-    token_counts = Counter()
-    for document, row in zip(documents, encoded, strict=True):
-        token_counts[document.task] += sum(label != -100 for label in row["labels"])
-    logger.info("%d documents, tokens under loss: %s", len(documents), dict(token_counts))
+    dataset, token_counts = encoded_dataset(documents, tokenizer, training_args)
+    logger.info("%d documents, tokens under loss: %s", len(documents), token_counts)
 
     if model_args.model_name_or_path is not None and args.token_epochs > 0:
-        model = train_new_rows(model, tokenizer, ids, dataset, args, training_args)
+        rows_path = out_dir / "new_rows.safetensors"
+        if not rows_path.is_file():
+            train_new_rows(model, tokenizer, ids, dataset, args, training_args, rows_path)
+            del model
+            gc.collect()  # before the second copy, of a model that may be large
+            model, _, _ = fresh_model(args, model_args, documents, training_args.seed)
+        load_rows(model, ids, rows_path)
     peft_config = get_peft_config(model_args)
     base_dir = out_dir / "base"
     if peft_config is not None:
         model.save_pretrained(base_dir)  # what the adapter is merged into at the end
-    trainer = SFTTrainer(
-        model, training_args, train_dataset=dataset, processing_class=tokenizer, peft_config=peft_config
+    recall = None
+    if args.eval_recall_rows:
+        recall = ValidationRecall.load(
+            Path(args.run_dir), tokenizer, args.eval_recall_rows, args.max_items - 1, training_args.seed
+        )
+        training_args = dataclasses.replace(training_args, **recall_options(args, training_args))
+    trainer = MidtrainTrainer(
+        model,
+        training_args,
+        recall,
+        train_dataset=dataset,
+        eval_dataset=None if recall is None else recall.dataset(),
+        processing_class=tokenizer,
+        peft_config=peft_config,
+        callbacks=[EarlyStoppingCallback(args.patience)] if args.patience else None,
     )
     stopping.train(trainer, args.max_minutes)
     base_model.save_trained(trainer, tokenizer, base_dir, out_dir / "model")
@@ -203,10 +271,13 @@ def main(args: MidtrainArguments, training_args: SFTConfig, model_args: ModelCon
         what = model_card.LANGUAGE_MODEL
         model_card.write(out_dir / "model", args.run_dir, "midtrain", what, model_args.model_name_or_path)
         run_dir.write_json(out_dir / "log_history.json", trainer.state.log_history)
-    return {
+    metrics = {
         "documents": len(documents),
-        "tokens_under_loss": dict(token_counts),
+        "tokens_under_loss": token_counts,
         "parameters": sum(p.numel() for p in trainer.accelerator.unwrap_model(trainer.model).parameters()),
         "steps": trainer.state.global_step,
         "train_loss": trainer.state.log_history[-1].get("train_loss"),
     }
+    if recall is not None:
+        metrics |= {"best_validation_R@10": trainer.state.best_metric, "best_step": trainer.state.best_global_step}
+    return metrics

@@ -14,8 +14,11 @@ from rerank.prompts import FACTS, THINK, completion, render
 from rerank.traces.evidence import GRADES, Facts, by_grade, word_grades, word_short
 
 if TYPE_CHECKING:
+    from trl import SFTConfig
+
     from rerank.midtrain import MidtrainArguments
 
+TASKS = ("sequence", "persona", "caption", "text", "lists")
 NEXT_ITEMS = "Next items:"
 # Fixed words of the documents and of short prompts; a small tokenizer makes each one token.
 PROMPT_WORDS = ("Rank:", "History:", "Candidates:", "Next", "items:", "Describe:", "Which", "item:", "User:", "likes")
@@ -194,3 +197,21 @@ def in_batches(lengths: Sequence[int], batch_size: int, rng: np.random.Generator
         rest = [batch for batch in batches if len(batch) < batch_size]  # of the last window: stays last
         order += [i for batch in [*(whole[k] for k in rng.permutation(len(whole))), *rest] for i in batch]
     return order
+
+
+def encoded_dataset(documents: Sequence[Document], tokenizer: Any, config: "SFTConfig") -> tuple[Any, dict[str, int]]:
+    """The documents as token ids, labels and numbers of tasks, packed if the recipe says so; tokens under loss."""
+    from datasets import Dataset
+    from trl import pack_dataset
+
+    rows, token_counts = [], Counter()
+    for document in documents:
+        row, task = encode(document, tokenizer, config.max_length), TASKS.index(document.task)
+        token_counts[document.task] += sum(label != -100 for label in row["labels"][1:])
+        rows.append({**row, "task": [task] * (len(row["labels"]) if config.packing else 1)})
+    lengths = [len(row["input_ids"]) for row in rows]
+    order = in_batches(lengths, config.per_device_train_batch_size, np.random.default_rng(config.seed))
+    dataset = Dataset.from_list([rows[i] for i in order])
+    if config.packing:
+        dataset = pack_dataset(dataset, config.max_length, config.packing_strategy)
+    return dataset, dict(token_counts)

@@ -1,0 +1,221 @@
+"""How often the item a user takes next is among the first 5 or 10 of all items: the mid-trained model and baselines.
+
+Every row counts, for its whole catalogue is ranked. Rows are also split by what counting could have found: a target is
+one hop away when it is among the 50 most frequent direct training successors of the history's items (the memorisation
+analysis of IIRG, arXiv:2606.17276), and the rest need more than memory.
+
+R rows, N items of a list.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import yaml
+
+from rerank import run_dir as runs
+from rerank.baselines import Counts
+from rerank.candidates import Rows, training_sequences
+from rerank.candidates.model_lists import load_midtrained, next_items
+from rerank.candidates.own_lists import read_lists
+from rerank.catalogue import Catalogue
+from rerank.evaluate.results import Sampling
+from rerank.evaluate.rows import SPLITS
+from rerank.evaluate.tables import interval, number
+
+METRICS = ("R@5", "R@10", "N@5", "N@10")
+LIST_LENGTH, NUM_BEAMS = 10, 20
+MOST_SUCCESSORS = 50
+GROUPS = {"all": "all", "one_hop": "one hop", "rest": "the rest"}
+REFERENCE = "transitions"
+
+
+def metrics_of_lists(lists: np.ndarray, targets: np.ndarray) -> dict[str, np.ndarray]:
+    """Each metric's value on each row, (R,).
+
+    Args:
+        lists: (R, N) items, best first; -1 where a list is shorter.
+        targets: (R,) the one relevant item of each row.
+    """
+    hits = lists == targets[:, None]
+    places = np.where(hits.any(axis=1), hits.argmax(axis=1), np.inf)
+    gains = 1 / np.log2(places + 2)  # with one relevant item the ideal gain is 1
+    recalls = {f"R@{cut}": (places < cut).astype(float) for cut in (5, 10)}
+    return recalls | {f"N@{cut}": np.where(places < cut, gains, 0.0) for cut in (5, 10)}
+
+
+def popular_lists(popularity: np.ndarray, histories: Sequence[np.ndarray], length: int) -> np.ndarray:
+    """(R, length) the most popular items that a history does not hold, ties by item."""
+    order = np.argsort(-popularity, kind="stable")
+    heads = [order[: length + len(history)] for history in histories]
+    return np.array([h[~np.isin(h, history)][:length] for h, history in zip(heads, histories, strict=True)])
+
+
+def is_one_hop(counts: Counts, histories: Sequence[np.ndarray], targets: np.ndarray) -> np.ndarray:
+    """Whether each target is among the most frequent direct successors of its history's items, (R,).
+
+    Frequencies are summed over the distinct items of the history; ties go by popularity, then by item.
+    """
+    found = np.zeros(len(targets), dtype=bool)
+    for row, (history, target) in enumerate(zip(histories, targets, strict=True)):
+        followers = counts.successors[np.unique(history)].sum(axis=0)
+        if followers[target]:
+            items = np.flatnonzero(followers)
+            order = items[np.lexsort((items, -counts.popularity[items], -followers[items]))]
+            found[row] = target in order[:MOST_SUCCESSORS]
+    return found
+
+
+def filled(lists: Sequence[Sequence[int]], length: int) -> np.ndarray:
+    """(R, length) lists of any lengths, -1 where one is shorter."""
+    return np.array([[*items, *[-1] * (length - len(items))] for items in lists])
+
+
+@dataclass(frozen=True)
+class ValidationRecall:
+    """A fixed sample of validation rows; called with a model, its metrics on them."""
+
+    histories: list[np.ndarray]
+    targets: np.ndarray
+    tokenizer: Any
+    catalogue: Catalogue
+    max_history: int
+
+    @classmethod
+    def load(cls, run: Path, tokenizer: Any, num_rows: int, max_history: int, seed: int) -> "ValidationRecall":
+        """The sample of a run, all rows where there are no more than `num_rows`."""
+        rows = Rows.load(runs.stage_dir(run, "data") / "rows.parquet")
+        chosen = np.flatnonzero(rows.splits == "valid")
+        if num_rows < len(chosen):
+            chosen = np.sort(np.random.default_rng(seed).choice(chosen, num_rows, replace=False))
+        histories = [rows.histories[row] for row in chosen]
+        return cls(histories, rows.targets[chosen], tokenizer, Catalogue.load(run), max_history)
+
+    def __call__(self, model: Any) -> dict[str, float]:
+        found = next_items(
+            model, self.tokenizer, self.histories, self.catalogue, LIST_LENGTH, NUM_BEAMS, self.max_history
+        )
+        values = metrics_of_lists(filled(found.items, LIST_LENGTH), self.targets)
+        return {name: float(values[name].mean()) for name in ("R@10", "N@10")}
+
+    def dataset(self) -> Any:
+        """The targets as a data set: transformers wants one where it is to evaluate."""
+        from datasets import Dataset
+
+        return Dataset.from_dict({"target": self.targets.tolist()})
+
+
+def model_lists_of(run: Path, histories: Sequence[np.ndarray]) -> np.ndarray:
+    """(R, 10) items that a run's mid-trained model finds, from as much history as a training document holds."""
+    model, tokenizer = load_midtrained(run)
+    recipe = yaml.safe_load((runs.stage_dir(run, "midtrain") / "recipe.yaml").read_text())
+    found = next_items(
+        model, tokenizer, histories, Catalogue.load(run), LIST_LENGTH, NUM_BEAMS, recipe["max_items"] - 1
+    )
+    return filled(found.items, LIST_LENGTH)
+
+
+def evaluate_full_catalogue(
+    run_dirs: Sequence[Path], split: str, lists: Mapping[str, Path], num_samples: int = 2000, seed: int = 0
+) -> dict[str, Any]:
+    """Metrics of the mid-trained model, its baselines and other rankers' lists on every row of a split.
+
+    Args:
+        run_dirs: Runs of one data folder that differ in the seed; a row's value is its mean over them.
+        split: `valid` or `test`.
+        lists: Ranker to a Parquet file with row_id and candidates: ten original item ids, best first.
+        num_samples: Bootstrap samples of an interval.
+        seed: Of the intervals.
+
+    Raises:
+        ValueError: When there is no such split, runs differ in their data, or lists do not fit.
+        FileNotFoundError: When a run has no mid-trained model.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split is {split!r} but must be one of {', '.join(SPLITS)}")
+    data_dir = runs.stage_dir(run_dirs[0], "data")
+    _check_same_rows(run_dirs)
+    rows = Rows.load(data_dir / "rows.parquet")
+    chosen = np.flatnonzero(rows.splits == split)
+    histories, targets = [rows.histories[row] for row in chosen], rows.targets[chosen]
+    catalogue = Catalogue.load(run_dirs[0])
+    counts = Counts.fit(training_sequences(data_dir), len(catalogue))
+    found = {
+        "popularity": [popular_lists(counts.popularity, histories, LIST_LENGTH)],
+        REFERENCE: [counts.top_rows(histories, LIST_LENGTH)[0]],
+    }
+    for name, path in lists.items():
+        row_ids = rows.table["row_id"].to_numpy()[chosen]
+        found[name] = [read_lists(path, row_ids, catalogue.item_ids, LIST_LENGTH)[0]]
+    found["midtrained"] = [model_lists_of(run, histories) for run in run_dirs]
+    one_hop = is_one_hop(counts, histories, targets)
+    groups = {"all": np.ones(len(chosen), dtype=bool), "one_hop": one_hop, "rest": ~one_hop}
+    values = {name: [metrics_of_lists(items, targets) for items in runs_lists] for name, runs_lists in found.items()}
+    return {
+        "split": split,
+        "n": {name: int(group.sum()) for name, group in groups.items()},
+        "seeds": len(run_dirs),
+        "rows": {
+            name: _summary(of_runs, values[REFERENCE][0], groups, rows.users[chosen], num_samples, seed)
+            for name, of_runs in values.items()
+        },
+    }
+
+
+def _check_same_rows(run_dirs: Sequence[Path]) -> None:
+    first, *others = (pq.read_table(runs.stage_dir(run, "data") / "rows.parquet") for run in run_dirs)
+    for run, table in zip(run_dirs[1:], others, strict=True):
+        if not table.equals(first):
+            raise ValueError(f"{run} has other data than {run_dirs[0]}; give runs of one data folder")
+
+
+def _summary(
+    of_runs: Sequence[Mapping[str, np.ndarray]],
+    reference: Mapping[str, np.ndarray],
+    groups: Mapping[str, np.ndarray],
+    users: np.ndarray,
+    num_samples: int,
+    seed: int,
+) -> dict[str, Any]:
+    """One ranker's metrics by group, their spread over runs, and the difference to the reference in R@5 and N@10."""
+    summary: dict[str, Any] = {}
+    for group, is_in in groups.items():
+        if not is_in.any():
+            continue
+        mean = {name: np.mean([values[name][is_in] for values in of_runs], axis=0) for name in METRICS}
+        row: dict[str, Any] = {name: float(mean[name].mean()) for name in METRICS}
+        if len(of_runs) > 1:
+            seeds = [values["R@5"][is_in].mean() for values in of_runs]
+            row["R@5_spread"] = float(np.std(seeds, ddof=1))
+        sampling = Sampling(users[is_in], num_samples, seed)
+        for name in ("R@5", "N@10"):
+            row[f"{name}_minus_{REFERENCE}"], row[f"{name}_interval"] = sampling.difference(
+                mean[name], reference[name][is_in]
+            )
+        summary[group] = row
+    return summary
+
+
+def markdown(results: Mapping[str, Any]) -> str:
+    """The results as a table for each group."""
+    lines = [
+        f"# The next item among all items: {results['n']['all']} {results['split']} rows, {results['seeds']} seeds",
+        "",
+        f"Differences to {REFERENCE} with 95 % intervals, paired bootstrap, whole users drawn. One hop: the target is "
+        f"among the {MOST_SUCCESSORS} most frequent direct training successors of the history's items.",
+    ]
+    head = f"| ranker | {' | '.join(METRICS)} | spread of R@5 | R@5 − {REFERENCE} | N@10 − {REFERENCE} |"
+    for group, words in GROUPS.items():
+        if not results["n"][group]:
+            continue
+        lines += ["", f"{words}, {results['n'][group]} rows:", "", head, "|---|" + "---:|" * (len(METRICS) + 3)]
+        for name, by_group in results["rows"].items():
+            row = by_group[group]
+            cells = [*(number(row[metric]) for metric in METRICS), number(row.get("R@5_spread"))]
+            for metric in ("R@5", "N@10"):
+                cells.append(interval(row[f"{metric}_minus_{REFERENCE}"], row[f"{metric}_interval"]))
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,111 @@
+"""The trainer of mid-training: TRL's, with a loss for each task, packed documents and recall on validation rows.
+
+B rows, T tokens.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from trl import SFTConfig, SFTTrainer
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from rerank.midtrain.documents import TASKS
+
+Batch = dict[str, Any]
+
+
+class PackedCollator:
+    """Batches of packed rows (B, T) for attention that takes a mask: each document sees itself and nothing else.
+
+    From position ids that begin anew, and without a padding mask, transformers makes a mask of one block a document.
+    Padding is a row of documents of one token without a label.
+    """
+
+    def __init__(self, pad_token_id: int) -> None:
+        self.collate = DataCollatorForLanguageModeling(pad_token_id, return_position_ids=True)
+
+    def __call__(self, rows: Sequence[Batch]) -> Batch:
+        batch = self.collate(rows)
+        del batch["attention_mask"]
+        batch["labels"][batch["position_ids"] == 0] = -100  # a first token does not follow the document before
+        return batch
+
+
+class TaskCollator:
+    """Another collator's batches with the tasks: one number a row, or one a token where rows are packed."""
+
+    def __init__(self, collate: Callable[[Sequence[Batch]], Batch], flattens: bool) -> None:
+        self.collate, self.flattens = collate, flattens
+
+    def __call__(self, rows: Sequence[Batch]) -> Batch:
+        tasks = [torch.tensor(row["task"]) for row in rows]
+        batch = self.collate(rows)
+        batch["task"] = torch.cat(tasks)[None] if self.flattens else pad_sequence(tasks, batch_first=True)
+        return batch
+
+
+def attends_by_mask(attention: str) -> bool:
+    """Whether an attention of this name keeps packed documents apart by a mask (else by their lengths: flash)."""
+    return attention in ("sdpa", "eager")
+
+
+class MidtrainTrainer(SFTTrainer):
+    """TRL's SFTTrainer on documents of several tasks, prepared and packed beforehand.
+
+    Overrides `compute_loss`, to add up each task's part of the loss that TRL computes; `log`, to report them;
+    `_set_signature_columns_if_needed`, to keep the task of a document; and `evaluate`, to measure `recall` in place
+    of a loss. The loss that is trained on is TRL's own.
+
+    Args:
+        model: To train.
+        args: With `packing`, the documents are packed.
+        recall: From the model to metrics such as R@10, for `evaluate`.
+    """
+
+    def __init__(
+        self, model: Any, args: SFTConfig, recall: Callable[[Any], dict[str, float]] | None = None, **kwargs: Any
+    ) -> None:
+        if args.packing and attends_by_mask(model.config._attn_implementation):
+            args.packing = False  # TRL's packing flattens a batch into one row, on which a mask is quadratic
+            kwargs["data_collator"] = PackedCollator(kwargs["processing_class"].pad_token_id)
+        super().__init__(model, args, **kwargs)
+        self.data_collator = TaskCollator(self.data_collator, self.padding_free)
+        self.recall = recall
+        self.task_sums = torch.zeros(2, len(TASKS), device=self.args.device)  # loss, tokens since the last log
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if "task" not in self._signature_columns:
+            self._signature_columns.append("task")
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):  # noqa: ANN001
+        tasks, kept = inputs.pop("task"), []
+
+        def keep(**forward_inputs: Any) -> Any:
+            kept.append(model(**forward_inputs))
+            return kept[-1]
+
+        loss = super().compute_loss(keep, inputs, return_outputs, num_items_in_batch)
+        log_probs, mask = kept[0].log_probs.detach(), kept[0].label_mask  # (B, T-1); zero where there is no label
+        tasks = (tasks[:, 1:] if tasks.shape[1] > 1 else tasks).expand_as(mask).reshape(-1)
+        parts = torch.stack([-log_probs.float().reshape(-1), mask.reshape(-1).float()])
+        self.task_sums.index_add_(1, tasks, parts)
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.model.training:  # every process logs
+            losses, tokens = self.accelerator.reduce(self.task_sums, "sum").tolist()
+            self.task_sums.zero_()
+            for task, loss, count in zip(TASKS, losses, tokens, strict=True):
+                if count:
+                    logs |= {f"loss_{task}": loss / count, f"tokens_{task}": int(count)}
+        super().log(logs, start_time)
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):  # noqa: ANN001
+        self.model.eval()
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.recall(self.model).items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics

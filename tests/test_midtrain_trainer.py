@@ -1,0 +1,200 @@
+"""The loss of each task, packed documents, recall on validation rows: what mid-training adds to TRL's trainer."""
+
+import numpy as np
+import pytest
+import torch
+from tiny_model import ID_TOKENS, tiny_model, tiny_tokenizer
+from transformers import EarlyStoppingCallback, Trainer
+from trl import ModelConfig, SFTConfig, SFTTrainer
+
+from rerank import base_model, midtrain, stopping
+from rerank.midtrain.documents import TASKS, Document, encode
+from rerank.midtrain.trainer import MidtrainTrainer
+
+DOCUMENTS = [
+    Document("sequence", "Next items:", "".join(ID_TOKENS), ends=False),
+    Document("caption", "Describe:<s_a_1>", "the drama of a title"),
+    Document("text", "", "of the title a drama"),
+    Document("sequence", "Next items:", "<s_a_0><s_b_1>", ends=False),
+    Document("caption", "Describe:<s_b_1>", "drama"),
+]
+
+
+def model_and_tokenizer():
+    tokenizer = tiny_tokenizer()
+    model = tiny_model(tokenizer)
+    base_model.add_tokens(model, tokenizer, ID_TOKENS, seed=0)
+    return model, tokenizer
+
+
+def config(folder, **options):
+    defaults = dict(
+        output_dir=str(folder), use_cpu=True, bf16=False, report_to="none", disable_tqdm=True, save_strategy="no",
+        gradient_checkpointing=False, per_device_train_batch_size=5, max_steps=1, logging_steps=1, max_length=64,
+        train_sampling_strategy="sequential", lr_scheduler_type="constant", learning_rate=0.01,
+        dataset_kwargs={"skip_prepare_dataset": True},
+    )  # fmt: skip
+    return SFTConfig(**{**defaults, **options})
+
+
+def trainer(folder, recall=None, callbacks=None, model=None, **options):
+    own_model, tokenizer = model_and_tokenizer()
+    arguments = config(folder, **options)
+    dataset, _ = midtrain.encoded_dataset(DOCUMENTS, tokenizer, arguments)
+    eval_dataset = dataset if recall else None
+    return MidtrainTrainer(
+        model or own_model, arguments, recall, train_dataset=dataset, eval_dataset=eval_dataset,
+        processing_class=tokenizer, callbacks=callbacks,
+    )  # fmt: skip
+
+
+def loss_of_each_token(document):
+    """One document alone, no padding, plain cross-entropy."""
+    model, tokenizer = model_and_tokenizer()
+    row = encode(document, tokenizer, None)
+    ids, labels = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"])[1:]
+    with torch.no_grad():
+        losses = torch.nn.functional.cross_entropy(model(ids).logits[0, :-1], labels, reduction="none")
+    return losses[labels != -100]
+
+
+PACKED = [{}, {"packing": True}]
+
+
+@pytest.mark.parametrize("options", PACKED, ids=["padded", "packed"])
+def test_the_log_has_each_tasks_loss_and_tokens_and_no_document_sees_another(tmp_path, options):
+    made = trainer(tmp_path, **options)
+    stopping.train(made)
+    logged = made.state.log_history[0]
+    everything = torch.cat([loss_of_each_token(document) for document in DOCUMENTS])
+    assert logged["loss"] == pytest.approx(everything.mean().item(), abs=1e-5)
+    for task in ("sequence", "caption", "text"):
+        losses = torch.cat([loss_of_each_token(document) for document in DOCUMENTS if document.task == task])
+        assert logged[f"tokens_{task}"] == len(losses)
+        assert logged[f"loss_{task}"] == pytest.approx(losses.mean().item(), abs=1e-5)
+    assert "loss_lists" not in logged
+
+
+def test_packed_rows_train_as_the_same_documents_padded(tmp_path):
+    trained = []
+    for number, options in enumerate(PACKED):
+        made = trainer(tmp_path / str(number), max_steps=3, **options)
+        assert len(made.train_dataset) == (2 if options else len(DOCUMENTS))
+        stopping.train(made)
+        trained.append(made.model.state_dict())
+    start = model_and_tokenizer()[0].state_dict()
+    for name, value in trained[0].items():
+        assert torch.allclose(value, trained[1][name], atol=1e-4), name
+        assert not torch.equal(value, start[name]), name
+
+
+def test_tasks_change_nothing_in_what_is_trained(tmp_path):
+    model, tokenizer = model_and_tokenizer()
+    arguments = config(tmp_path / "trl", max_steps=3)
+    dataset, _ = midtrain.encoded_dataset(DOCUMENTS, tokenizer, arguments)
+    plain = SFTTrainer(model, arguments, train_dataset=dataset, processing_class=tokenizer)
+    stopping.train(plain)
+    ours = trainer(tmp_path / "ours", max_steps=3)
+    stopping.train(ours)
+    assert all(torch.equal(value, ours.model.state_dict()[name]) for name, value in plain.model.state_dict().items())
+    assert [entry.get("loss") for entry in plain.state.log_history] == [
+        entry.get("loss") for entry in ours.state.log_history
+    ]
+
+
+def test_losses_of_tasks_are_means_since_the_last_log(tmp_path):
+    made = trainer(tmp_path, max_steps=2, learning_rate=0.0, logging_steps=2)
+    stopping.train(made)
+    assert made.state.log_history[0]["tokens_sequence"] == 2 * sum(
+        len(loss_of_each_token(document)) for document in DOCUMENTS if document.task == "sequence"
+    )
+
+
+def recalls(*values):
+    """A stand-in for the search: the next value at each call, and the model's weight at that moment."""
+    remaining, seen = list(values), []
+
+    def recall(model):
+        seen.append(model.get_input_embeddings().weight.detach().clone())
+        return {"R@10": remaining.pop(0), "N@10": 0.0}
+
+    return recall, seen
+
+
+def test_training_stops_without_a_gain_and_keeps_the_best_weights(tmp_path):
+    recall, seen = recalls(0.1, 0.3, 0.2, 0.3, 0.9)
+    arguments = midtrain.MidtrainArguments(run_dir="run", eval_recall_rows=1, patience=2)
+    options = midtrain.recall_options(arguments, config(tmp_path, eval_steps=2))
+    made = trainer(tmp_path, recall, [EarlyStoppingCallback(2)], max_steps=100, eval_steps=2, **options)
+    stopping.train(made)
+    assert made.state.global_step == 8  # after steps 2, 4, 6 and 8; .3 of step 4 is not exceeded in two more
+    assert [entry["eval_R@10"] for entry in made.state.log_history if "eval_R@10" in entry] == [0.1, 0.3, 0.2, 0.3]
+    assert (made.state.best_metric, made.state.best_global_step) == (0.3, 4)
+    assert torch.equal(made.model.get_input_embeddings().weight, seen[1])
+    assert not torch.equal(seen[1], seen[3])
+
+
+def test_an_evaluation_changes_nothing_in_what_is_trained(tmp_path):
+    plain = trainer(tmp_path / "plain", max_steps=4)
+    stopping.train(plain)
+    recall, _ = recalls(0.1, 0.2)
+    options = midtrain.recall_options(None, config(tmp_path, eval_steps=2))
+    ours = trainer(tmp_path / "ours", recall, max_steps=4, eval_steps=2, **options)
+    stopping.train(ours)
+    assert all(torch.equal(value, ours.model.state_dict()[name]) for name, value in plain.model.state_dict().items())
+    losses = [[e["loss"] for e in made.state.log_history if "loss" in e] for made in (plain, ours)]
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("name", ["compute_loss", "log", "_set_signature_columns_if_needed", "evaluate"])
+def test_trl_still_has_what_is_overridden(name):
+    assert name in vars(SFTTrainer) and name in vars(MidtrainTrainer)
+    assert name != "evaluate" or "on_evaluate" in Trainer.evaluate.__code__.co_names
+
+
+def test_every_task_of_a_document_has_a_number():
+    assert {document.task for document in DOCUMENTS} < set(TASKS) and len(TASKS) == len(set(TASKS))
+
+
+def check(**options):
+    arguments = {name: options.pop(name) for name in ("mixture", "eval_recall_rows") if name in options}
+    attention = options.pop("attn_implementation", None)
+    midtrain.check(
+        midtrain.MidtrainArguments(run_dir="run", **arguments),
+        config("nowhere", **options),
+        ModelConfig(attn_implementation=attention),
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mixture": {"sequence": 1.0, "lists": 1.0}}, r"packing puts documents out of order but lists must grow"),
+        ({"packing_strategy": "wrapped"}, r"packing_strategy wrapped cuts documents; use bfd"),
+        ({"max_length": None}, r"packing needs max_length, the length of a packed row; set it"),
+        ({"attn_implementation": "flex_attention"}, r"flex_attention may not keep packed documents apart; use sdpa"),
+    ],
+)
+def test_packing_that_would_mix_documents_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        check(packing=True, **options)
+    check(packing=True, attn_implementation="flash_attention_2")
+
+
+def test_recall_needs_to_know_when():
+    with pytest.raises(ValueError, match=r"eval_recall_rows is 100 but eval_steps is not set; set it, such as 500"):
+        check(eval_recall_rows=100)
+    with pytest.raises(ValueError, match=r"patience is 2 but nothing is evaluated; set eval_recall_rows"):
+        midtrain.MidtrainArguments(run_dir="run", patience=2)
+    with pytest.raises(ValueError, match=r"eval_recall_rows is -1 but must not be negative"):
+        midtrain.MidtrainArguments(run_dir="run", eval_recall_rows=-1)
+
+
+def test_a_collator_of_flat_batches_gets_flat_tasks():
+    from rerank.midtrain.trainer import TaskCollator
+
+    rows = [{"task": [1, 1]}, {"task": [0, 2, 2]}]
+    batch = TaskCollator(lambda rows: {}, flattens=True)(rows)
+    assert batch["task"].tolist() == [[1, 1, 0, 2, 2]]
+    assert TaskCollator(lambda rows: {}, flattens=False)(rows)["task"].tolist() == [[1, 1, 0], [0, 2, 2]]
+    assert np.ndim(batch["task"]) == 2
