@@ -19,15 +19,13 @@ from transformers.cache_utils import DynamicLayer
 
 def why_copied(model: Any) -> str | None:
     """Why each beam needs a copy of its history with this model; None when beams can share one."""
+    if not model._supports_attention_backend:  # it may add masks or biases of its own, by place in the cache
+        return "the model computes attention in a way of its own"
     attention = model.config._attn_implementation
     if attention not in ("sdpa", "eager"):
         return f"attention {attention} takes no mask per beam; load the model with attn_implementation sdpa or eager"
     others = {type(layer).__name__ for layer in DynamicCache(config=model.config).layers} - {DynamicLayer.__name__}
-    if others:
-        return f"the model keeps {', '.join(sorted(others))}, not all keys and values"
-    if not _accepted(model, "position_ids"):
-        return "the model takes no position_ids"
-    return None
+    return f"the model keeps {', '.join(sorted(others))}, not all keys and values" if others else None
 
 
 def _accepted(model: Any, *names: str) -> list[str]:
@@ -44,6 +42,8 @@ class BeamDecoder:
     """
 
     def __init__(self, model: Any, input_ids: Sequence[Sequence[int]], shared: bool) -> None:
+        if not _accepted(model, "past_key_values"):
+            raise ValueError(f"{type(model).__name__} takes no past_key_values; use a model with a cache of them")
         self.model, self.shared = model, shared
         self.options = _accepted(model, "position_ids", "logits_to_keep")
         self.cache = DynamicCache(config=model.config)
