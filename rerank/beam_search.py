@@ -1,12 +1,14 @@
 """Beam search over the catalogue: the items a causal language model finds most likely after a history.
 
 The prefix index is the constraint, on every step and for every beam, so nothing but a catalogue item can come out.
-The history is read once per row, and its keys and values are handed on to the row's beams. Nothing is sampled, and a
-model's own generation_config plays no part. Letters of shapes: B rows, M beams of all rows, T tokens, V vocabulary.
+The history is read once per row, and the row's beams share its keys and values. Nothing is sampled, and a model's own
+generation_config plays no part. Letters of shapes: B rows, K beams of a row, W children of a beam, V vocabulary.
 """
 
+import logging
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +17,10 @@ from rerank.prefix_index import PrefixIndex
 
 if TYPE_CHECKING:
     import torch
+
+    from rerank.beam_decoder import BeamDecoder
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -25,32 +31,57 @@ class BeamResult:
     logps: list[list[float]]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Beams:
-    """Hypotheses of all rows in parallel arrays, sorted by row and then best first.
+    """Hypotheses of each row, all arrays (B, K).
 
     Attributes:
-        rows: Row of the batch.
-        nodes: Node of the prefix index.
-        logps: Log-probability of the tokens so far.
+        nodes: Node of the prefix index; where a row has fewer than K, its last node, which leads nowhere.
+        logps: Log-probability of the tokens so far; -inf where a row has fewer than K.
+        parents: The column of the open beam of the step before that it continues.
         is_open: Whether it goes on; else the items that end at its node are its result.
-        parents: The open beam of the step before that it continues.
-        tokens: Its last token.
     """
 
-    rows: np.ndarray
     nodes: np.ndarray
     logps: np.ndarray
-    is_open: np.ndarray
     parents: np.ndarray
-    tokens: np.ndarray
-
-    def select(self, chosen: np.ndarray) -> "Beams":
-        return Beams(*(array[chosen] for array in vars(self).values()))
+    is_open: np.ndarray
 
     def joined(self, other: "Beams") -> "Beams":
         pairs = zip(vars(self).values(), vars(other).values(), strict=True)
-        return Beams(*(np.concatenate(pair) for pair in pairs))
+        return Beams(*(np.concatenate(pair, axis=1) for pair in pairs))
+
+    def best(self, num_beams: int) -> "Beams":
+        """The best of each row, best first; on ties the one that comes first in the index."""
+        return self._taken(np.lexsort((self.nodes, -self.logps))[:, :num_beams])
+
+    def where(self, condition: np.ndarray, last_node: int) -> "Beams":
+        """Those of each row for which `condition` holds, in the order of the index."""
+        chosen = condition & (self.logps > -np.inf)
+        order = np.lexsort((self.nodes, ~chosen))[:, : chosen.sum(axis=1).max(initial=0)]
+        taken, is_there = self._taken(order), np.take_along_axis(chosen, order, axis=1)
+        nodes, logps = np.where(is_there, taken.nodes, last_node), np.where(is_there, taken.logps, -np.inf)
+        return Beams(nodes, logps, taken.parents, taken.is_open)
+
+    def _taken(self, order: np.ndarray) -> "Beams":
+        return Beams(*(np.take_along_axis(array, order, axis=1) for array in vars(self).values()))
+
+
+@dataclass(frozen=True)
+class Barred:
+    """What rows must not find, as sorted keys: row * num_nodes + node, or row * len(index) + place of the item."""
+
+    closed: np.ndarray
+    ended: np.ndarray
+    items: np.ndarray
+
+    @classmethod
+    def of(cls, index: PrefixIndex, excluded: Sequence[Collection[int]]) -> "Barred":
+        lists = [np.fromiter(items, dtype=np.int64, count=len(items)) for items in excluded]
+        rows = np.repeat(np.arange(len(lists)), [len(items) for items in lists])
+        places = index.places_of(np.concatenate(lists)) if len(rows) else rows
+        keys = np.unique((rows * len(index) + places)[places >= 0])
+        return cls(*index.without(*np.divmod(keys, len(index))), keys)
 
 
 def beam_search(
@@ -60,12 +91,14 @@ def beam_search(
     num_beams: int = 10,
     num_items: int | None = None,
     excluded: Sequence[Collection[int]] | None = None,
+    allowed: Sequence[int] | np.ndarray | None = None,
     batch_size: int = 64,
     mask_first: bool = False,
 ) -> BeamResult:
     """The most likely items after each row of tokens, by batched constrained beam search.
 
     With `num_beams` at least the number of items it is exact: every item, in the order of its log-probability.
+    On ties the item whose tokens come first wins.
 
     Args:
         model: A Hugging Face causal language model.
@@ -75,16 +108,30 @@ def beam_search(
         num_items: At most so many items per row; all that the beams hold by default.
         excluded: Per row, items that must not be found, such as those already seen. They take no beam, and leaving
             them out changes no other item's log-probability.
+        allowed: The only items that may be found in any row, such as those in stock; all by default. Costs one pass
+            over the index: for many calls with one set, call `index.only(allowed)` once and pass that index instead.
         batch_size: Rows searched at once; memory grows with batch_size * num_beams.
-        mask_first: Normalise over the catalogue's continuations instead of the whole vocabulary (as MSL and BEAR do).
+        mask_first: Normalise over the catalogue's continuations instead of the whole vocabulary (as MSL and BEAR do);
+            with `allowed`, these items are the catalogue.
 
     Raises:
-        ValueError: When an argument is out of range, a row is empty, or the index has tokens that the model lacks.
+        ValueError: When an argument is out of range, a row is empty, the index has tokens that the model lacks, no
+            allowed item is in the index, or the model's logits are NaN.
     """
     import torch
 
+    from rerank.beam_decoder import BeamDecoder, why_copied
+
     excluded = [()] * len(input_ids) if excluded is None else excluded
     _check(input_ids, num_beams, num_items, excluded, batch_size)
+    if num_beams > len(index):
+        logger.warning("num_beams is %d but the prefix index has %d items; so many are enough", num_beams, len(index))
+    if allowed is not None:
+        index = index.only(allowed)
+    num_beams = min(num_beams, len(index))  # never more prefixes than items
+    copied = why_copied(model)
+    if copied is not None:
+        logger.info("every beam gets a copy of its history: %s", copied)
     items: list[list[int]] = [[]] * len(input_ids)
     logps: list[list[float]] = [[]] * len(input_ids)
     by_length = sorted(range(len(input_ids)), key=lambda row: len(input_ids[row]))  # little padding
@@ -94,11 +141,11 @@ def beam_search(
         with torch.no_grad():
             for start in range(0, len(by_length), batch_size):
                 batch = by_length[start : start + batch_size]
-                batch_excluded = [excluded[row] for row in batch]
-                beams = _search(model, [input_ids[row] for row in batch], index, num_beams, batch_excluded, mask_first)
-                for number, row in enumerate(batch):
-                    own = beams.select(beams.rows == number)
-                    items[row], logps[row] = _expand_items(own, index, set(excluded[row]), num_items)
+                barred = Barred.of(index, [excluded[row] for row in batch])
+                decoder = BeamDecoder(model, [input_ids[row] for row in batch], shared=copied is None)
+                finished = _search(decoder, index, num_beams, barred, mask_first)
+                for row, found in zip(batch, _found_items(finished, index, barred, num_items), strict=True):
+                    items[row], logps[row] = found
     finally:
         model.train(was_training)
     return BeamResult(items, logps)
@@ -121,130 +168,108 @@ def _check(
             raise ValueError(f"row {row} of input_ids is empty; a history needs at least one token")
 
 
-def _search(
-    model: Any,
-    input_ids: Sequence[Sequence[int]],
-    index: PrefixIndex,
-    num_beams: int,
-    excluded: Sequence[Collection[int]],
-    mask_first: bool,
-) -> Beams:
+def _search(decoder: "BeamDecoder", index: PrefixIndex, num_beams: int, barred: Barred, mask_first: bool) -> Beams:
     """The finished beams of one batch."""
-    decoder = _Decoder(model, input_ids)
-    closed, ended = _excluded_keys(index, excluded)
-    num_rows = len(input_ids)
-    zeros = np.zeros(num_rows, dtype=np.int64)
-    beams = Beams(np.arange(num_rows), zeros, np.zeros(num_rows), np.ones(num_rows, dtype=bool), zeros, zeros)
-    logits = decoder.logits
-    if index.vocabulary[-1] >= logits.shape[1]:
-        raise ValueError(
-            f"the prefix index has token {index.vocabulary[-1]} but the model only {logits.shape[1]}; "
-            "build the index with the model's own tokenizer"
-        )
-    while beams.is_open.any():
-        grown = _grow(beams.select(beams.is_open), logits, index, mask_first)
-        keys = grown.rows * index.num_nodes + grown.nodes
-        grown = grown.select(~np.isin(keys, closed) & (grown.is_open | ~np.isin(keys, ended)))
-        beams = _best(beams.select(~beams.is_open).joined(grown), num_beams)
-        if beams.is_open.any():
-            going_on = beams.select(beams.is_open)
-            logits = decoder.step(going_on.parents, going_on.tokens)
-    return beams
-
-
-def _excluded_keys(index: PrefixIndex, excluded: Sequence[Collection[int]]) -> tuple[np.ndarray, np.ndarray]:
-    """row * num_nodes + node of what each row must not enter, and of where it must not end."""
-    closed, ended = [np.empty(0, dtype=np.int64)], [np.empty(0, dtype=np.int64)]
-    for row, items in enumerate(excluded):
-        if len(items):
-            row_closed, row_ended = index.without(list(items))
-            closed.append(row * index.num_nodes + row_closed)
-            ended.append(row * index.num_nodes + row_ended)
-    return np.concatenate(closed), np.concatenate(ended)
-
-
-def _grow(beams: Beams, logits: "torch.Tensor", index: PrefixIndex, mask_first: bool) -> Beams:
-    """Every continuation of open beams; one that is an item and also goes on appears twice."""
-    offsets, tokens, nodes = index.children(beams.nodes)
-    parents = np.repeat(np.arange(len(beams.nodes)), np.diff(offsets))
-    logps = beams.logps[parents] + _token_logps(logits, parents, tokens, offsets, mask_first)
-    first, end = index.child_ranges(nodes)
-    grown = Beams(beams.rows[parents], nodes, logps, first < end, parents, tokens)
-    finished = grown.select(index.num_items_at(nodes) > 0)
-    finished.is_open = np.zeros(len(finished.nodes), dtype=bool)
-    return finished.joined(grown.select(grown.is_open))
-
-
-def _token_logps(
-    logits: "torch.Tensor", parents: np.ndarray, tokens: np.ndarray, offsets: np.ndarray, mask_first: bool
-) -> np.ndarray:
-    """Log-probability of each continuation, for logits (M, V) of the beams they continue."""
     import torch
 
-    where = (torch.from_numpy(parents).to(logits.device), torch.from_numpy(tokens.astype(np.int64)).to(logits.device))
-    chosen = logits[where].double().cpu().numpy()
-    if np.isnan(chosen).any():
-        raise ValueError("the model's logits are NaN; its weights are broken or its precision is too low")
-    if mask_first:
-        # sums over each beam's continuations; each has at least one, as reduceat needs
-        greatest = np.maximum.reduceat(chosen, offsets[:-1])
-        sums = np.add.reduceat(np.exp(chosen - greatest[parents]), offsets[:-1])
-        return chosen - (greatest + np.log(sums))[parents]
-    return chosen - torch.logsumexp(logits.float(), dim=-1).double().cpu().numpy()[parents]
-
-
-def _best(beams: Beams, num_beams: int) -> Beams:
-    """The best beams of each row; on ties the one that comes first in the index."""
-    beams = beams.select(np.lexsort((beams.nodes, -beams.logps, beams.rows)))
-    places = np.arange(len(beams.rows)) - np.searchsorted(beams.rows, beams.rows)
-    return beams.select(places < num_beams)
-
-
-def _expand_items(
-    beams: Beams, index: PrefixIndex, excluded: set[int], num_items: int | None
-) -> tuple[list[int], list[float]]:
-    """The items of one row's finished beams, best first, and their log-probabilities."""
-    offsets, items = index.items_at(beams.nodes)
-    logps = np.repeat(beams.logps, np.diff(offsets))
-    found = [(i, logp) for i, logp in zip(items.tolist(), logps.tolist(), strict=True) if i not in excluded][
-        :num_items
-    ]
-    return [item for item, _ in found], [logp for _, logp in found]
-
-
-class _Decoder:
-    """A model with the keys and values of what it has read, one row of them per beam."""
-
-    def __init__(self, model: Any, input_ids: Sequence[Sequence[int]]) -> None:
-        import torch
-        from transformers import DynamicCache
-
-        self.model = model
-        self.cache = DynamicCache(config=model.config)
-        lengths = torch.tensor([len(row) for row in input_ids])
-        width = int(lengths.max())
-        padded = torch.tensor([[0] * (width - len(row)) + list(row) for row in input_ids])  # (B, T); the mask hides 0
-        self.mask = (torch.arange(width) >= width - lengths[:, None]).long().to(model.device)  # (B, T)
-        self.lengths = lengths.to(model.device)
-        self.logits = self._forward(padded.to(model.device), (self.mask.cumsum(dim=1) - 1).clamp(min=0))  # (B, V)
-
-    def step(self, parents: np.ndarray, tokens: np.ndarray) -> "torch.Tensor":
-        """Logits (M, V) after each beam's new token; beam m continues the beam `parents[m]` of the step before."""
-        import torch
-
-        chosen = torch.from_numpy(parents).to(self.model.device)
-        self.cache.reorder_cache(chosen)
-        self.mask = torch.cat([self.mask[chosen], self.mask.new_ones(len(chosen), 1)], dim=1)
-        positions, self.lengths = self.lengths[chosen][:, None], self.lengths[chosen] + 1
-        return self._forward(torch.from_numpy(tokens.astype(np.int64)).to(self.model.device)[:, None], positions)
-
-    def _forward(self, input_ids: "torch.Tensor", position_ids: "torch.Tensor") -> "torch.Tensor":
-        output = self.model(
-            input_ids=input_ids,
-            attention_mask=self.mask,
-            position_ids=position_ids,
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=1,
+    logits = decoder.logits  # (B, K, V), K = 1 before the first step
+    if index.vocabulary[-1] >= logits.shape[2]:
+        raise ValueError(
+            f"the prefix index has token {index.vocabulary[-1]} but the model only {logits.shape[2]}; "
+            "build the index with the model's own tokenizer"
         )
-        return output.logits[:, -1]
+    vocabulary = torch.from_numpy(index.vocabulary.astype(np.int64)).to(logits.device)
+    zeros, last_node = np.zeros((len(logits), 1), dtype=np.int64), index.num_nodes - 1
+    beams = Beams(zeros + index.root, zeros.astype(float), zeros, zeros == 0)
+    finished = beams.where(~beams.is_open, last_node)
+    while beams.nodes.size:
+        scores, first = _child_logps(beams, logits, vocabulary, index, barred.closed, mask_first)
+        grown = _grown(scores, first, num_beams, last_node)
+        is_end, is_inner = _kinds(grown.nodes, index, barred.ended)
+        # an item that is also the beginning of another counts twice: it ends, and it goes on
+        ended, inner = grown.where(is_end, last_node), grown.where(is_inner, last_node)
+        inner.is_open[:] = True
+        best = finished.joined(ended).joined(inner).best(num_beams)
+        finished, beams = best.where(~best.is_open, last_node), best.where(best.is_open, last_node)
+        if beams.nodes.size:
+            logits = decoder.step(beams.parents, index.vocabulary[index.tokens[beams.nodes - 1]])
+    return finished
+
+
+def _child_logps(
+    beams: Beams,
+    logits: "torch.Tensor",
+    vocabulary: "torch.Tensor",
+    index: PrefixIndex,
+    closed: np.ndarray,
+    mask_first: bool,
+) -> tuple["torch.Tensor", np.ndarray]:
+    """Log-probabilities (B, K, W) of the beams' continuations, -inf for none, and each beam's first child (B, K)."""
+    import torch
+
+    first, counts, table = index.child_table(beams.nodes.ravel())
+    shape = (*beams.nodes.shape, table.shape[1])
+    places = torch.from_numpy(table.astype(np.int64)).to(logits.device).view(shape)
+    counts_left = torch.from_numpy(counts).to(logits.device).view(*shape[:2], 1)
+    is_none = torch.arange(shape[2], device=logits.device) >= counts_left
+    scores = logits.index_select(2, vocabulary).gather(2, places).double()
+    if mask_first:
+        norms = scores.masked_fill(is_none, -np.inf).logsumexp(dim=2, keepdim=True)
+    else:
+        norms = logits.float().logsumexp(dim=2, keepdim=True)
+    scores += torch.from_numpy(beams.logps).to(logits.device)[:, :, None] - norms
+    scores.masked_fill_(is_none, -np.inf)
+    if len(closed):
+        keys = np.arange(shape[0]).repeat(shape[1]) * index.num_nodes + first  # ascending, as nodes are in each row
+        slots = np.searchsorted(keys, closed, side="right") - 1
+        numbers = closed - keys[slots]
+        hit = (numbers >= 0) & (numbers < counts[slots])
+        scores.view(-1)[torch.from_numpy((slots * shape[2] + numbers)[hit]).to(logits.device)] = -np.inf
+    return scores, first.reshape(shape[:2])
+
+
+def _grown(scores: "torch.Tensor", first: np.ndarray, num_beams: int, last_node: int) -> Beams:
+    """The best continuations of each row, none open yet."""
+    top, places = _first_best(scores.flatten(1), num_beams)
+    logps = top.cpu().numpy()
+    if np.isnan(logps).any():
+        raise ValueError("the model's logits are NaN; its weights are broken or its precision is too low")
+    parents, numbers = np.divmod(places.cpu().numpy(), scores.shape[2])
+    nodes = np.take_along_axis(first, parents, axis=1) + numbers
+    return Beams(np.where(logps > -np.inf, nodes, last_node), logps, parents, np.zeros(nodes.shape, dtype=bool))
+
+
+def _first_best(scores: "torch.Tensor", num_best: int) -> tuple["torch.Tensor", "torch.Tensor"]:
+    """The greatest of each row and their places; of equal ones at the cut, those that come first."""
+    top, places = scores.topk(min(num_best + 1, scores.shape[1]), dim=1)
+    if top.shape[1] > num_best:
+        tied = (top[:, num_best - 1] == top[:, num_best]) & (top[:, num_best] > -np.inf)
+        if tied.any():  # topk takes any of them, a stable sort the first
+            values, order = scores[tied].sort(dim=1, descending=True, stable=True)
+            top[tied], places[tied] = values[:, : num_best + 1], order[:, : num_best + 1]
+    return top[:, :num_best], places[:, :num_best]
+
+
+def _kinds(nodes: np.ndarray, index: PrefixIndex, ended: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Which nodes (B, K) are the end of an item that may be found, and which go on."""
+    is_end = index.num_items_at(nodes) > 0
+    if len(ended):
+        is_end &= ~np.isin(np.arange(len(nodes))[:, None] * index.num_nodes + nodes, ended)
+    first, end = index.child_ranges(nodes)
+    return is_end, first < end
+
+
+def _found_items(
+    finished: Beams, index: PrefixIndex, barred: Barred, num_items: int | None
+) -> list[tuple[list[int], list[float]]]:
+    """Each row's items, best first, and their log-probabilities."""
+    num_rows, width = finished.nodes.shape
+    beams = finished.best(width)
+    offsets, places = index.places_at(beams.nodes.ravel())
+    counts = np.diff(offsets)
+    rows, logps = np.arange(num_rows).repeat(width).repeat(counts), beams.logps.ravel().repeat(counts)
+    keep = (logps > -np.inf) & ~np.isin(rows * len(index) + places, barred.items)
+    items, logps = index.items[places[keep]].tolist(), logps[keep].tolist()
+    bounds = np.searchsorted(rows[keep], np.arange(num_rows + 1)).tolist()
+    ends = [end if num_items is None else min(end, start + num_items) for start, end in pairwise(bounds)]
+    return [(items[start:end], logps[start:end]) for start, end in zip(bounds[:-1], ends, strict=True)]

@@ -66,17 +66,28 @@ class PrefixIndex:
             np.save(Path(path) / f"{name}.npy", getattr(self, name))
 
     @classmethod
-    def load(cls, path: str | Path, mmap: bool = True) -> "PrefixIndex":
+    def load(cls, path: str | Path, mmap: bool = True, id_tokens: np.ndarray | None = None) -> "PrefixIndex":
         """The index saved in the folder `path`, by default memory-mapped.
+
+        Args:
+            id_tokens: All tokens that ids have in the model it is for, such as `semantic_ids.id_tokens.token_ids`.
 
         Raises:
             FileNotFoundError: When a part of it is not there.
+            ValueError: When it has a token that is not among `id_tokens`.
         """
         files = [Path(path) / f"{name}.npy" for name in ARRAYS]
         for file in files:
             if not file.is_file():
                 raise FileNotFoundError(f"{file} does not exist; save a prefix index there first")
-        return cls(*(np.load(file, mmap_mode="r" if mmap else None) for file in files))
+        index = cls(*(np.load(file, mmap_mode="r" if mmap else None) for file in files))
+        foreign = [] if id_tokens is None else np.setdiff1d(index.vocabulary, id_tokens)
+        if len(foreign):
+            raise ValueError(
+                f"{path} has token {foreign[0]}, but the model's id tokens are {np.min(id_tokens)} to "
+                f"{np.max(id_tokens)}; build the index again with the model's own tokenizer"
+            )
+        return index
 
     def __len__(self) -> int:
         return len(self.items)
@@ -98,7 +109,7 @@ class PrefixIndex:
     def child_ranges(self, nodes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """First child of each node, and the end of its children."""
         nodes = np.asarray(nodes, dtype=np.int64)
-        if len(nodes) and (nodes.min() < 0 or nodes.max() >= self.num_nodes):
+        if nodes.size and (nodes.min() < 0 or nodes.max() >= self.num_nodes):
             unknown = nodes[(nodes < 0) | (nodes >= self.num_nodes)][0]
             raise ValueError(f"node {unknown} is not in the prefix index, which has {self.num_nodes} nodes")
         return self._boundary(nodes), self._boundary(nodes + 1)
@@ -117,15 +128,35 @@ class PrefixIndex:
         offsets, child_nodes = _concatenated_ranges(first, end)
         return offsets, self.vocabulary[self.tokens[child_nodes - 1]], child_nodes
 
+    def child_table(self, nodes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """What may follow each node, as a table; its cost hardly depends on the size of the index.
+
+        Returns:
+            First child of each node, number of children, and their tokens as places in the vocabulary (M, W), by
+            token; W is the greatest number of children, and a row means nothing beyond its own number.
+        """
+        first, end = self.child_ranges(nodes)
+        counts = end - first
+        width = int(counts.max(initial=0))
+        starts, last = first - 1, len(self.tokens) - width
+        table = np.lib.stride_tricks.sliding_window_view(self.tokens, width)[np.minimum(starts, last)]
+        late = np.flatnonzero((starts > last) & (counts > 0))  # their windows would reach beyond the end
+        table[late] = self.tokens[np.minimum(starts[late, None] + np.arange(width), len(self.tokens) - 1)]
+        return first, counts, np.asarray(table)
+
     def items_at(self, nodes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Items whose sequence ends at each node.
 
         Returns:
             offsets (M + 1), items: node m's items stand at offsets[m] to offsets[m+1], in the order they were given.
         """
-        nodes = np.asarray(nodes, dtype=np.int64)
-        offsets, places = _concatenated_ranges(self._first_item(nodes), self._first_item(nodes + 1))
+        offsets, places = self.places_at(nodes)
         return offsets, self.items[places].astype(np.int64)
+
+    def places_at(self, nodes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """As `items_at`, but with the place of each item in `items`."""
+        nodes = np.asarray(nodes, dtype=np.int64)
+        return _concatenated_ranges(self._first_item(nodes), self._first_item(nodes + 1))
 
     def num_items_at(self, nodes: np.ndarray) -> np.ndarray:
         """How many items end at each node."""
@@ -168,24 +199,69 @@ class PrefixIndex:
             first, end = self._boundary(first), self._boundary(end)
         return total
 
-    def without(self, excluded: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Nodes that a search for anything but `excluded` need not visit; items the index lacks are no matter.
+    def places_of(self, items: np.ndarray) -> np.ndarray:
+        """The place of each item in `items`, -1 for one that the index lacks."""
+        order, sorted_items = self._by_item
+        items = np.asarray(items, dtype=np.int64)
+        near = np.minimum(np.searchsorted(sorted_items, items), len(self) - 1)
+        return np.where(sorted_items[near] == items, order[near], -1)
+
+    def without(self, rows: np.ndarray, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """What a search in each row for anything but some items need not visit.
+
+        Args:
+            rows: Numbers of rows, one for each of `places`.
+            places: Places in `items`; row and place together occur once.
 
         Returns:
-            Nodes (sorted) below which nothing is left, and nodes (sorted) at which items end but none is left.
+            Keys (sorted) row * num_nodes + node: of nodes below which the row has nothing left, and of nodes at which
+            items end but none is left in the row.
         """
-        order, sorted_items = self._by_item
-        wanted = np.unique(np.asarray(excluded, dtype=np.int64))
-        places = np.minimum(np.searchsorted(sorted_items, wanted), len(self) - 1)
-        places = places[sorted_items[places] == wanted]
-        ends = self._end_nodes(order[places])
-        path, nodes = [ends], ends
-        while len(nodes := nodes[nodes != ROOT]):
-            nodes = self._parents(nodes)
-            path.append(nodes)
+        keys = rows * self.num_nodes + self._end_nodes(places)
+        path, last = [keys], keys
+        while len(last := last[last % self.num_nodes != ROOT]):
+            row, node = np.divmod(last, self.num_nodes)
+            last = row * self.num_nodes + self._parents(node)
+            path.append(last)
         touched, counts = np.unique(np.concatenate(path), return_counts=True)
-        ended, end_counts = np.unique(ends, return_counts=True)
-        return touched[counts == self.num_items_below(touched)], ended[end_counts == self.num_items_at(ended)]
+        ended, end_counts = np.unique(keys, return_counts=True)
+        return (
+            touched[counts == self.num_items_below(touched % self.num_nodes)],
+            ended[end_counts == self.num_items_at(ended % self.num_nodes)],
+        )
+
+    def only(self, items: Sequence[int] | np.ndarray) -> "PrefixIndex":
+        """The index of some of its items, such as those in stock, in one pass over its nodes.
+
+        Args:
+            items: Items to keep; those the index lacks are no matter.
+
+        Raises:
+            ValueError: When none of them is in the index.
+        """
+        places = np.unique(self.places_of(items))
+        places = places[places >= 0]
+        if len(places) == 0:
+            raise ValueError(f"none of the {len(items)} allowed items is among the {len(self)} of the prefix index")
+        ends = self._end_nodes(places)
+        kept = np.zeros(self.num_nodes, dtype=bool)
+        kept[ends] = True
+        for first, end in reversed(self._levels()[:-1]):  # a node is kept when a child is
+            children = self.first_child[first : end + 1].astype(np.int64)
+            before = _counts_before(kept[children[0] : children[-1]])
+            kept[first:end] |= np.diff(before[children - children[0]]) > 0
+        before = _counts_before(kept)
+        num_above = len(self.first_child) - 1
+        first_child = before[self.first_child[np.flatnonzero(kept[:num_above])]]
+        parts = np.append(first_child, before[-1]), self.items[places], _compact(before[ends])
+        return PrefixIndex(self.vocabulary, self.tokens[kept[1:]], *(_smallest(part) for part in parts))
+
+    def _levels(self) -> list[tuple[int, int]]:
+        """First node of each depth, and the end of that depth's nodes."""
+        levels = [(ROOT, ROOT + 1)]
+        while (below := tuple(self._boundary(np.array(levels[-1])).tolist()))[0] < below[1]:
+            levels.append(below)
+        return levels
 
     def _parents(self, nodes: np.ndarray) -> np.ndarray:
         # the last node whose children begin at or before this one; childless nodes before it begin there too
@@ -244,11 +320,18 @@ def _flatten(table: np.ndarray, lengths: np.ndarray, items: np.ndarray) -> tuple
         num_nodes += len(parent_rows)
     first_child.append(np.array([num_nodes]))
     order = np.argsort(row_nodes, kind="stable")  # sequences that end early stand before all longer ones
-    item_nodes = row_nodes[order]
-    if (np.diff(item_nodes) == 1).all():
-        item_nodes = item_nodes[:1]
-    parts = (np.concatenate(tokens), np.concatenate(first_child), items[order], item_nodes)
+    parts = (np.concatenate(tokens), np.concatenate(first_child), items[order], _compact(row_nodes[order]))
     return tuple(_smallest(part) for part in parts)
+
+
+def _compact(item_nodes: np.ndarray) -> np.ndarray:
+    """The first alone when the others follow from it."""
+    return item_nodes[:1] if (np.diff(item_nodes) == 1).all() else item_nodes
+
+
+def _counts_before(chosen: np.ndarray) -> np.ndarray:
+    """How many are chosen before each place, and in all."""
+    return np.concatenate([[0], np.cumsum(chosen)])
 
 
 def _smallest(values: np.ndarray) -> np.ndarray:

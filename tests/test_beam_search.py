@@ -1,8 +1,11 @@
+import logging
+
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
+from rerank.beam_decoder import BeamDecoder, why_copied
 from rerank.beam_search import beam_search
 from rerank.prefix_index import PrefixIndex
 
@@ -19,10 +22,28 @@ SIZES = {
 }
 
 
+# Qwen3 and GPT-2 with SDPA and Llama with eager attention share a history; the others get copies of it.
+MODELS = {
+    "qwen3": {"head_dim": 8},
+    "llama": {"attn_implementation": "eager"},
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4},  # absolute positions
+    "mistral": {"sliding_window": 4},
+    "bloom": {"n_layer": 2, "n_head": 4, "attn_implementation": "eager"},  # positions as a bias of its own
+}
+COPIED = {"mistral": "the model keeps DynamicSlidingWindowLayer", "bloom": "attention in a way of its own"}
+
+
+def make_model(name: str, **changes):
+    settings = {**SIZES, "bos_token_id": 0, "eos_token_id": 0, **MODELS[name], **changes}
+    attention = settings.pop("attn_implementation", "sdpa")
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(name, **settings)
+    return AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
+
+
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(0)
-    return Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=8)).eval()
+    return make_model("qwen3")
 
 
 def catalogue(num_items: int = 30) -> list[list[int]]:
@@ -43,12 +64,18 @@ def sequence_logp(model, history, sequence, allowed=None) -> float:
 
 
 def slow_beam_search(model, history, sequences, num_beams) -> list[list[int]]:
-    """Beam search in plain Python, for sequences of one length: the best distinct sequences, best first."""
-    beams = [[]]
-    for depth in range(len(sequences[0])):
-        grown = {tuple(s[: depth + 1]) for s in sequences if list(s[:depth]) in beams}
-        beams = sorted(map(list, grown), key=lambda prefix: -sequence_logp(model, history, prefix))[:num_beams]
-    return beams
+    """Beam search in plain Python: the best distinct sequences, best first."""
+    beams = [(0.0, [], True)]  # log-probability, prefix, whether it goes on
+    while any(is_open for _, _, is_open in beams):
+        grown = [beam for beam in beams if not beam[2]]
+        for prefix in (prefix for _, prefix, is_open in beams if is_open):
+            below = [s for s in sequences if len(s) > len(prefix) and s[: len(prefix)] == prefix]
+            for new in ([*prefix, token] for token in sorted({s[len(prefix)] for s in below})):
+                logp = sequence_logp(model, history, new)
+                grown += [(logp, new, False)] if new in below else []
+                grown += [(logp, new, True)] if any(s != new and s[: len(new)] == new for s in below) else []
+        beams = sorted(grown, key=lambda beam: -beam[0])[:num_beams]
+    return [prefix for _, prefix, _ in beams]
 
 
 def exhaustive(model, history, sequences, **kwargs) -> list[tuple[float, int]]:
@@ -75,6 +102,84 @@ def test_few_beams_equal_a_slow_loop(model, num_beams):
     for row, history in enumerate(HISTORIES):
         best = slow_beam_search(model, history, sequences, num_beams)
         assert result.items[row] == [item for s in best for item in range(len(sequences)) if sequences[item] == s]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_any_architecture_equals_a_slow_loop(name):
+    model = make_model(name)
+    sequences = catalogue()
+    for num_beams in (3, len(sequences)):
+        result = beam_search(model, HISTORIES, PrefixIndex.build(sequences), num_beams=num_beams)
+        for row, history in enumerate(HISTORIES):
+            best = slow_beam_search(model, history, sequences, num_beams)
+            assert result.items[row] == [item for s in best for item in range(len(sequences)) if sequences[item] == s]
+            expected = [sequence_logp(model, history, sequences[item]) for item in result.items[row]]
+            np.testing.assert_allclose(result.logps[row], expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("num_beams", [2, 4])
+def test_few_beams_equal_a_slow_loop_for_sequences_of_unequal_length(model, num_beams):
+    rng = np.random.default_rng(3)
+    drawn = {tuple((rng.integers(10, 14, rng.integers(1, 5))).tolist()) for _ in range(40)}
+    sequences = [list(s) for s in sorted(drawn)]
+    assert any(b[: len(a)] == a for a in sequences for b in sequences if len(b) > len(a))
+    result = beam_search(model, HISTORIES, PrefixIndex.build(sequences), num_beams=num_beams)
+    for row, history in enumerate(HISTORIES):
+        assert [sequences[i] for i in result.items[row]] == slow_beam_search(model, history, sequences, num_beams)
+
+
+def test_a_model_in_bfloat16_scores_every_item_as_one_forward_does():
+    model = make_model("qwen3", initializer_range=0.1).to(torch.bfloat16)
+    sequences = catalogue()
+    result = beam_search(model, HISTORIES, PrefixIndex.build(sequences), num_beams=len(sequences))
+    for row, history in enumerate(HISTORIES):
+        assert sorted(result.items[row]) == list(range(len(sequences)))
+        assert result.logps[row] == sorted(result.logps[row], reverse=True)
+        expected = [sequence_logp(model, history, sequences[item]) for item in result.items[row]]
+        # three logits, each with 8 significant bits and below 4 in size: off by at most 4/256 / 2, twice
+        np.testing.assert_allclose(result.logps[row], expected, atol=3 * 2 * 4 / 256 / 2)
+
+
+def test_on_ties_the_items_that_come_first_in_the_index_win():
+    model = make_model("qwen3", tie_word_embeddings=False)
+    model.lm_head.weight.data.zero_()  # every token is as likely as any other
+    sequences = [[first, second] for first in range(10, 39) for second in (39, 38, 37)]
+    result = beam_search(model, HISTORIES, PrefixIndex.build(sequences), num_beams=4)
+    # of the first tokens 10 to 13 stay, then of theirs, in token order, 10-37, 10-38, 10-39 and 11-37
+    assert result.items == [[2, 1, 0, 5]] * len(HISTORIES)
+
+
+def test_beams_share_one_copy_of_the_history(model):
+    rng = np.random.default_rng(0)
+    shared, copied = BeamDecoder(model, HISTORIES, shared=True), BeamDecoder(model, HISTORIES, shared=False)
+    torch.testing.assert_close(shared.logits, copied.logits)
+    for num_beams, num_before in ((3, 1), (6, 3), (2, 6)):
+        step = rng.integers(0, num_before, (4, num_beams)), rng.integers(0, VOCABULARY, (4, num_beams))
+        torch.testing.assert_close(shared.step(*step), copied.step(*step), atol=1e-4, rtol=1e-4)
+    (keys, *_), (copied_keys, *_) = next(iter(shared.cache)), next(iter(copied.cache))
+    assert (keys.shape[0], keys.shape[2]) == (4, 5 + 3 + 6 + 2)  # four rows; the longest history and a token per beam
+    assert (copied_keys.shape[0], copied_keys.shape[2]) == (4 * 2, 5 + 3)  # a row per beam; three tokens each
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_history_is_copied_only_for_models_that_cannot_share_it(name, caplog):
+    model = make_model(name)
+    with caplog.at_level(logging.INFO):
+        beam_search(model, [[1]], PrefixIndex.build([[10], [11]]), num_beams=2)
+    copied = [record.message for record in caplog.records if "gets a copy of its history" in record.message]
+    assert [COPIED[name] in message for message in copied] == ([True] if name in COPIED else [])
+
+
+def test_attention_that_takes_no_mask_per_beam_is_named(model):
+    model = make_model("qwen3")
+    model.config._attn_implementation = "flash_attention_2"
+    assert why_copied(model).startswith("attention flash_attention_2 takes no mask per beam")
+
+
+def test_a_model_without_keys_and_values_is_refused():
+    mamba = AutoModelForCausalLM.from_config(AutoConfig.for_model("mamba", vocab_size=40, hidden_size=8, state_size=2))
+    with pytest.raises(ValueError, match="MambaForCausalLM takes no past_key_values"):
+        beam_search(mamba, [[1]], PrefixIndex.build([[10]]), num_beams=1)
 
 
 def test_few_beams_differ_from_an_exhaustive_search_somewhere(model):
@@ -125,6 +230,36 @@ def test_an_excluded_item_leaves_those_with_the_same_or_a_longer_sequence(model)
     assert result.items[1] == [] and result.logps[1] == []
 
 
+@pytest.mark.parametrize("mask_first", [False, True])
+def test_only_allowed_items_are_found_and_they_alone_take_beams(model, mask_first):
+    sequences = [*catalogue(), [10], [10, 14], [13, 17]]
+    index = PrefixIndex.build(sequences)
+    for allowed in ([3], range(0, 33, 2), list(range(32)), [1, 30, 31, 77]):
+        known = [item for item in allowed if item < len(sequences)]
+        only = PrefixIndex.build([sequences[item] for item in known], known)
+        for num_beams in (2, 33):
+            expected = beam_search(model, HISTORIES, only, num_beams, mask_first=mask_first)
+            result = beam_search(model, HISTORIES, index, num_beams, allowed=allowed, mask_first=mask_first)
+            assert result.items == expected.items
+            np.testing.assert_allclose(np.concatenate(result.logps), np.concatenate(expected.logps), atol=1e-5)
+
+
+def test_allowed_and_excluded_items_go_together(model):
+    index = PrefixIndex.build(catalogue())
+    result = beam_search(model, HISTORIES, index, 30, allowed=range(12), excluded=[[0, 20], [1, 2], [], range(12)])
+    assert [set(items) for items in result.items] == [{*range(1, 12)}, {0, *range(3, 12)}, {*range(12)}, set()]
+
+
+def test_a_beam_wider_than_the_catalogue_warns_once_and_finds_every_item(model, caplog):
+    index = PrefixIndex.build(catalogue())
+    wide = beam_search(model, HISTORIES, index, num_beams=31, batch_size=2)
+    assert [record.message for record in caplog.records] == [
+        "num_beams is 31 but the prefix index has 30 items; so many are enough"
+    ]
+    assert wide == beam_search(model, HISTORIES, index, num_beams=30, batch_size=2)
+    assert len(caplog.records) == 1
+
+
 def test_batches_and_padding_do_not_matter(model):
     index = PrefixIndex.build(catalogue())
     together = beam_search(model, HISTORIES, index, num_beams=5)
@@ -165,11 +300,12 @@ def test_no_rows_give_no_results(model):
         ({"num_items": 0}, "num_items is 0 but must be at least 1"),
         ({"excluded": [[1]]}, "excluded has 1 rows but input_ids 2"),
         ({"input_ids": [[1], []]}, "row 1 of input_ids is empty"),
+        ({"allowed": [1, 2]}, "none of the 2 allowed items is among the 1 of the prefix index"),
         ({"index": PrefixIndex.build([[1, 40]])}, "the prefix index has token 40 but the model only 40"),
     ],
 )
 def test_bad_arguments_are_refused(model, arguments, message):
-    good = {"input_ids": [[1], [2]], "index": PrefixIndex.build([[1, 2]])}
+    good = {"input_ids": [[1], [2]], "index": PrefixIndex.build([[1, 2]]), "num_beams": 1}
     with pytest.raises(ValueError, match=message):
         beam_search(model, **{**good, **arguments})
 

@@ -18,6 +18,13 @@ def items_of(index: PrefixIndex, sequence: list[int]) -> list[int]:
     return index.items_at(np.array([index.find(sequence)]))[1].tolist()
 
 
+def without(index: PrefixIndex, items: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Of a single row, number 0, whose keys are nodes."""
+    places = index.places_of(np.array(items, dtype=np.int64))
+    places = places[places >= 0]
+    return index.without(np.zeros(len(places), dtype=np.int64), places)
+
+
 def test_nodes_are_numbered_breadth_first_in_token_order():
     index = PrefixIndex.build(np.array(SEQUENCES))
     # depth 1: 5, 7; depth 2: 5-20, 5-21, 7-20; depth 3: 5-20-30, 5-21-30, 7-20-31
@@ -50,16 +57,16 @@ def test_sequences_of_unequal_length_may_begin_one_another():
 
 def test_what_is_left_without_some_items():
     index = PrefixIndex.build([[1, 2, 3], [1], [2, 9], [1, 2]])
-    closed, ended = index.without([1, 2, 77])  # no item 77: no matter
+    closed, ended = without(index, [1, 2, 77])  # no item 77: no matter
     # [2] and [2, 9] lead nowhere else; at [1] and [2, 9] no item is left, but [1] still leads on
     assert closed.tolist() == [index.find([2]), index.find([2, 9])]
     assert ended.tolist() == [index.find([1]), index.find([2, 9])]
-    assert PrefixIndex.build(SEQUENCES).without([2])[0].tolist() == []  # item 3 has the same id
+    assert without(PrefixIndex.build(SEQUENCES), [2])[0].tolist() == []  # item 3 has the same id
 
 
 def test_an_unknown_item_number_below_an_excluded_one_changes_nothing():
     index = PrefixIndex.build(SEQUENCES, items=[40, 10, 20, 30])
-    for found, expected in zip(index.without([19, 20]), index.without([20]), strict=True):
+    for found, expected in zip(without(index, [19, 20]), without(index, [20]), strict=True):
         assert found.tolist() == expected.tolist()
 
 
@@ -73,7 +80,7 @@ def test_the_index_agrees_with_a_search_through_all_sequences(sequences, exclude
     prefixes = sorted({tuple(s[:k]) for s in sequences for k in range(len(s) + 1)})
     nodes = np.array([index.find(p) for p in prefixes])
     assert sorted(nodes.tolist()) == list(range(index.num_nodes))
-    closed, ended = (set(part.tolist()) for part in index.without(sorted(excluded)))
+    closed, ended = (set(part.tolist()) for part in without(index, sorted(excluded)))
     for prefix, node in zip(prefixes, nodes.tolist(), strict=True):
         k = len(prefix)
         below_it = [i for i, s in enumerate(sequences) if tuple(s[:k]) == prefix]
@@ -85,6 +92,59 @@ def test_the_index_agrees_with_a_search_through_all_sequences(sequences, exclude
         assert (node in ended) == (bool(at_it) and set(at_it) <= excluded)
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.lists(st.integers(0, 4), min_size=1, max_size=4), min_size=1, max_size=30),
+    st.sets(st.integers(0, 40), min_size=1),
+    st.sets(st.integers(0, 40), min_size=1),
+)
+def test_the_index_of_some_items_is_the_one_built_from_their_sequences(sequences, first, second):
+    index = PrefixIndex.build(sequences)
+    for chosen in (first, second):  # an index of some items has one of some of these
+        kept = [item for item in index.items.tolist() if item in chosen]
+        if not kept:
+            with pytest.raises(ValueError, match=f"none of the {len(chosen)} allowed items is among"):
+                index.only(sorted(chosen))
+            return
+        kept.sort()
+        index, built = index.only(sorted(chosen)), PrefixIndex.build([sequences[item] for item in kept], kept)
+        assert len(index) == len(built) and index.num_nodes == built.num_nodes
+        nodes = np.arange(built.num_nodes)
+        for own, other in (
+            *zip(index.children(nodes)[::2], built.children(nodes)[::2], strict=True),
+            (index.children(nodes)[1], built.children(nodes)[1]),
+            *zip(index.items_at(nodes), built.items_at(nodes), strict=True),
+        ):
+            assert own.tolist() == other.tolist()
+        assert index.num_items_below(nodes).tolist() == built.num_items_below(nodes).tolist()
+        gone = sorted(chosen)[::2]
+        for own, other in zip(without(index, gone), without(built, gone), strict=True):
+            assert own.tolist() == other.tolist()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.lists(st.integers(0, 4), min_size=1, max_size=4), min_size=1, max_size=30), st.data())
+def test_the_table_of_children_holds_what_their_list_does(sequences, data):
+    index = PrefixIndex.build(sequences)
+    nodes = np.array(data.draw(st.lists(st.integers(0, index.num_nodes - 1), min_size=1, max_size=9)))
+    offsets, tokens, child_nodes = index.children(nodes)
+    first, counts, table = index.child_table(nodes)
+    assert counts.tolist() == np.diff(offsets).tolist() and table.shape == (len(nodes), counts.max())
+    for row, (start, end) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
+        assert index.vocabulary[table[row, : counts[row]]].tolist() == tokens[start:end].tolist()
+        assert np.arange(first[row], first[row] + counts[row]).tolist() == child_nodes[start:end].tolist()
+
+
+def test_what_is_left_is_told_for_each_row():
+    index = PrefixIndex.build([[1, 2, 3], [1], [2, 9], [1, 2]])
+    lists = [[2], [], [0, 1, 3], [1, 2]]
+    rows = np.repeat(np.arange(4), [len(items) for items in lists])
+    closed, ended = index.without(rows, index.places_of(np.concatenate(lists).astype(int)))
+    for row, items in enumerate(lists):
+        for keys, expected in zip((closed, ended), without(index, items), strict=True):
+            assert keys[keys // index.num_nodes == row].tolist() == (row * index.num_nodes + expected).tolist()
+
+
 def test_an_index_survives_saving(tmp_path):
     index = PrefixIndex.build(SEQUENCES)
     index.save(tmp_path / "index")
@@ -92,7 +152,17 @@ def test_an_index_survives_saving(tmp_path):
     assert isinstance(loaded.tokens, np.memmap)
     assert loaded.find([5, 21, 30]) == index.find([5, 21, 30])
     assert items_of(loaded, [5, 21, 30]) == [2, 3]
-    assert loaded.without([0])[0].tolist() == index.without([0])[0].tolist()
+    assert without(loaded, [0])[0].tolist() == without(index, [0])[0].tolist()
+
+
+def test_an_index_for_other_id_tokens_is_refused(tmp_path):
+    PrefixIndex.build(SEQUENCES).save(tmp_path)
+    assert len(PrefixIndex.load(tmp_path, id_tokens=np.arange(5, 32))) == 4
+    message = (
+        "has token 5, but the model's id tokens are 6 to 31; build the index again with the model's own tokenizer"
+    )
+    with pytest.raises(ValueError, match=message):
+        PrefixIndex.load(tmp_path, id_tokens=np.arange(6, 32))
 
 
 def test_four_levels_cost_at_most_16_bytes_an_item():
