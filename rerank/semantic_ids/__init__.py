@@ -23,7 +23,8 @@ import pyarrow.parquet as pq
 
 from rerank import recipe, run_dir
 from rerank.semantic_ids import quality
-from rerank.semantic_ids.collisions import NO_TAKEN, check_room, resolve_collisions
+from rerank.semantic_ids.assignment import assign, assign_codes
+from rerank.semantic_ids.collisions import check_room, resolve_collisions
 from rerank.semantic_ids.embeddings import check_embeddings, encode, find_encoder, read_embeddings, save_normalised
 from rerank.semantic_ids.id_tokens import (
     MAX_LEVELS,
@@ -34,7 +35,7 @@ from rerank.semantic_ids.id_tokens import (
     token_sequences,
     tokens,
 )
-from rerank.semantic_ids.tokenizer import Tokenizer, nearest_codes, reconstruction_error
+from rerank.semantic_ids.tokenizer import Latents, Tokenizer, reconstruction_error
 
 __all__ = [
     "SemanticIds",
@@ -137,30 +138,6 @@ def check_size(num_items: int, levels: int, codebook_size: int) -> None:
     check_room(num_items, levels, codebook_size)
 
 
-def assign(tokenizer: Tokenizer, embeddings: np.ndarray, taken: np.ndarray = NO_TAKEN) -> np.ndarray:
-    """Unique codes (N, L) for embeddings (N, D) of length one or not, by a fitted tokenizer.
-
-    Args:
-        tokenizer: From `Tokenizer.load(folder)`.
-        embeddings: From the same encoder that the tokenizer was fitted on.
-        taken: Codes (M, L) of items that have ids already; new items get others.
-
-    Raises:
-        ValueError: When the embeddings are unfit, or ids have run out.
-    """
-    if embeddings.ndim != 2 or embeddings.shape[1] != tokenizer.embedding_size:
-        raise ValueError(
-            f"embeddings have shape {embeddings.shape} but the tokenizer was fitted on {tokenizer.embedding_size} "
-            "columns; use the encoder it was fitted with"
-        )
-    check_embeddings(embeddings, [str(row) for row in range(len(embeddings))], "embeddings")
-    if len(np.unique(taken, axis=0)) < len(taken):
-        raise ValueError("taken holds an id twice; resolve the ids of the present items first")
-    embeddings = embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)
-    codes = nearest_codes(tokenizer, embeddings)
-    return resolve_collisions(codes, tokenizer.latents(embeddings), tokenizer.codebooks, taken)
-
-
 def main(args: SemanticIdsArguments, out_dir: Path) -> dict[str, Any]:
     """Embed, fit, assign, resolve, save; the metrics say how good the ids are."""
     from rerank.semantic_ids.rq_vae import RqVaeSettings, fit_rq_vae
@@ -180,8 +157,8 @@ def main(args: SemanticIdsArguments, out_dir: Path) -> dict[str, Any]:
     settings = RqVaeSettings(**{name.name: getattr(args, name.name) for name in dataclasses.fields(RqVaeSettings)})
     tokenizer = fit_rq_vae(embeddings, settings)
     tokenizer.save(out_dir / "tokenizer.npz")
-    before = nearest_codes(tokenizer, embeddings)
-    after = resolve_collisions(before, tokenizer.latents(embeddings), tokenizer.codebooks)
+    before = assign_codes(tokenizer, embeddings)
+    after = resolve_collisions(before, Latents(tokenizer, embeddings), tokenizer.codebooks)
     SemanticIds(after, args.codebook_size).save(out_dir)
 
     metrics = _report(tokenizer, embeddings, before, after)
