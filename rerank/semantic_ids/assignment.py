@@ -1,4 +1,7 @@
-"""Ids by a fitted tokenizer: a pass over the items in blocks, apart from fitting. Letters of shapes as in `tokenizer`."""
+"""Ids by a fitted tokenizer, in blocks of items.
+
+Letters of shapes: N items, M items that have ids already, D embedding columns, L levels.
+"""
 
 import numpy as np
 

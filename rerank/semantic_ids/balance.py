@@ -6,7 +6,7 @@ Letters of shapes: N items, n items under one prefix, L levels, C codes per leve
 import numpy as np
 from scipy.special import logsumexp
 
-from rerank.semantic_ids.k_means import squared_distances
+from rerank.semantic_ids.distances import squared_distances
 from rerank.semantic_ids.prefixes import members, number_prefixes
 from rerank.semantic_ids.tokenizer import Latents, quantize, residuals
 
@@ -45,10 +45,10 @@ def _crowded(codes: np.ndarray, level: int, size: int) -> list[np.ndarray]:
 
 
 def sinkhorn(costs: np.ndarray, room: int) -> np.ndarray:
-    """A code (n,) for each item by costs (n, C), cheap in all, no code for more than `room` items unless rows are equal.
+    """A code (n,) for each item, cheap in all by costs (n, C), and none for more than `room` items of unequal costs.
 
-    Entropic optimal transport in the logarithmic domain (Cuturi, arXiv:1306.0895) with rows that sum to one and columns
-    that sum to at most `room`: crowded codes get a price, and each item takes the code that is cheapest with it.
+    Entropic optimal transport in the logarithmic domain (Cuturi, arXiv:1306.0895) with rows that sum to one and
+    columns that sum to at most `room`: crowded codes get a price, each item takes what is cheapest with it.
     """
     nearest_two = np.partition(costs, 1, axis=1)[:, :2]
     gap = max(float((nearest_two[:, 1] - nearest_two[:, 0]).mean()), 1e-12)

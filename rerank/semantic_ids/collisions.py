@@ -5,7 +5,7 @@ Letters of shapes: N items, d latent columns, L levels, C codes per level.
 
 import numpy as np
 
-from rerank.semantic_ids.k_means import squared_distances
+from rerank.semantic_ids.distances import squared_distances
 from rerank.semantic_ids.prefixes import members, number_prefixes
 from rerank.semantic_ids.tokenizer import Latents, quantize, residuals
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rerank.semantic_ids.k_means import nearest
+from rerank.semantic_ids.distances import nearest
 
 BLOCK = 16_384  # items worked on at once: memory does not grow with the catalogue
 
