@@ -35,7 +35,7 @@ from rerank.semantic_ids.id_tokens import (
     token_sequences,
     tokens,
 )
-from rerank.semantic_ids.tokenizer import Latents, Tokenizer, reconstruction_error
+from rerank.semantic_ids.tokenizer import Latents, Tokenizer
 
 __all__ = [
     "SemanticIds",
@@ -111,8 +111,7 @@ def main(args: SemanticIdsArguments, out_dir: Path) -> dict[str, Any]:
     after = resolve_collisions(before, Latents(tokenizer, embeddings), tokenizer.codebooks)
     SemanticIds(after, args.codebook_size).save(out_dir)
 
-    metrics = _report(tokenizer, embeddings, before, after)
-    metrics |= {"num_sharing_an_embedding": int((copies > 1).sum())}
+    metrics = quality.ids_metrics(tokenizer, embeddings, copies, before, after)
     metrics |= {"embedding_seconds": embedded - started, "fit_seconds": fitted - embedded}
     metrics |= {"assignment_seconds": time.monotonic() - fitted}
     logger.info(
@@ -167,26 +166,3 @@ def _read_items(folder: str) -> tuple[list[str], list[str]]:
     table = pq.read_table(run_dir.stage_dir(folder, "data") / "items.parquet", columns=["item", "item_id", "text"])
     table = table.sort_by("item")
     return table["item_id"].to_pylist(), table["text"].to_pylist()
-
-
-def _report(tokenizer: Tokenizer, embeddings: np.ndarray, before: np.ndarray, after: np.ndarray) -> dict[str, Any]:
-    """Quality of ids before and after collisions were resolved."""
-    unique_before, unique_after = quality.uniqueness(before), quality.uniqueness(after)
-    variance = float(np.var(embeddings, axis=0, dtype=np.float64).sum())
-    errors = [reconstruction_error(tokenizer, embeddings, codes) for codes in (before, after)]
-    return {
-        "num_items": len(after),
-        "levels": tokenizer.levels,
-        "codebook_size": tokenizer.codebook_size,
-        "embedding_size": tokenizer.embedding_size,
-        "uniqueness_before": unique_before["alone"],
-        "uniqueness_after": unique_after["alone"],
-        "distinct_before": unique_before["distinct"],
-        "distinct_after": unique_after["distinct"],
-        "num_moved": int((before != after).any(axis=1).sum()),
-        "code_use": quality.code_use(before, tokenizer.codebook_size),
-        "perplexity": quality.perplexity(before, tokenizer.codebook_size),
-        "reconstruction_error_before": errors[0],
-        "reconstruction_error_after": errors[1],
-        "unexplained_variance": errors[0] / variance,
-    }
