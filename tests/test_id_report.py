@@ -1,5 +1,6 @@
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -92,6 +93,17 @@ def test_ids_that_collide_in_the_stored_table_fail_the_bar_too(run, capsys):
     SemanticIds(codes, codebook_size=4).save(run / "semantic_ids")
     assert cli.main(["ids", str(run), "--min-uniqueness", "0.99"]) == 1
     assert "1 ids are shared in the stored table; run the semantic_ids stage again" in capsys.readouterr().out
+
+
+def test_new_items_get_ids_as_the_readme_shows(run):
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    (code,) = [
+        part for part in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "import Tokenizer, assign" in part
+    ]
+    names = {"embeddings": np.array([[1.0]])}
+    exec(code.replace("runs/ml100k", str(run)), names)
+    # 1.0 is nearest (0, 1), but prefixes 0 to 2 are full: it goes to prefix 3, at 30, and there nearest to 0
+    assert names["codes"].tolist() == [[3, 0]]
 
 
 def test_an_unfinished_stage_and_parts_of_another_one_are_refused(run, capsys):

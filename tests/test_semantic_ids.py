@@ -33,7 +33,7 @@ def clustered_embeddings(num_items: int = NUM_ITEMS) -> np.ndarray:
 def toy_run(folder: Path, embeddings: np.ndarray | None = None, **options) -> SemanticIdsArguments:
     """A finished data stage of 60 items, embeddings beside it, and arguments for the stage."""
     data = run_dir.stage_dir(folder, "data")
-    data.mkdir()
+    data.mkdir(parents=True)
     items = {
         "item": range(NUM_ITEMS),
         "item_id": [f"film{k}" for k in range(NUM_ITEMS)],
