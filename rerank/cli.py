@@ -43,6 +43,14 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--row", type=int, help="only groups of this row_id")
     inspect.set_defaults(function=_inspect)
 
+    ids = commands.add_parser("ids", help="look at the quality of a run's semantic ids")
+    ids.add_argument("run_dir", metavar="RUN_DIR")
+    ids.add_argument(
+        "--min-uniqueness", type=float, metavar="SHARE", help="exit code 1 when fewer items have an id of their own "
+        "before collisions are resolved, such as 0.99"
+    )  # fmt: skip
+    ids.set_defaults(function=_ids)
+
     recall = commands.add_parser("recall", help="how often a mid-trained model finds the next item among all items")
     recall.add_argument("run_dirs", nargs="+", metavar="RUN_DIR", help="runs of one data folder: seeds to average")
     recall.add_argument("--split", default="valid", help="valid, to choose by, or test, to report (%(default)s)")
@@ -106,6 +114,21 @@ def _inspect(args: argparse.Namespace) -> int:
     from rerank import rollouts
 
     rollouts.inspect(args.run_dir, args.limit, args.step, args.row)
+    return 0
+
+
+def _ids(args: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from rerank.semantic_ids import id_report
+
+    found, path = id_report.read_quality(args.run_dir), Path(args.run_dir) / "ids.html"
+    print("\n".join(id_report.lines(found)))
+    id_report.write_page(found, Path(args.run_dir).resolve().name, path)
+    print(f"page: {path}")
+    if args.min_uniqueness is not None and found.uniqueness < args.min_uniqueness:
+        print(f"rerank: uniqueness {found.uniqueness:.4f} is below {args.min_uniqueness}", file=sys.stderr)
+        return 1
     return 0
 
 

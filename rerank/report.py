@@ -1,11 +1,5 @@
-"""One HTML page of a run: what each stage made, the results with intervals, training curves, a sample of rows.
+"""One HTML page of a run: the results with intervals, training curves, the ids, each stage, a sample of rows."""
 
-The page loads nothing from outside and runs no script but the two named by their hash in its content security policy,
-so that a title or a completion, escaped by the template besides, can never run.
-"""
-
-import base64
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,15 +9,16 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
+from rerank import page
 from rerank import run_dir as runs
 from rerank.catalogue import Catalogue
 from rerank.evaluate import tables
 from rerank.evaluate.results import RANKERS
+from rerank.semantic_ids import id_report
 
 GENERATING = ("dapo", "sft", "sft_no_trace")  # the sample shows the first of them that is there
 SAMPLES_PER_OUTCOME = 4
 SHOWN_HISTORY = 5
-COLOURS = ("#3f8fd6", "#e07b2c", "#2f9e6b", "#c4569b", "#8b78d8", "#a08a3c")  # legible on light and on dark
 CURVES = (  # title, log of which stage, keys
     ("Mid-training loss", "midtrain/log_history.json", ("loss", "eval_loss")),
     ("SFT loss", "sft/log_history.json", ("loss", "eval_loss")),
@@ -36,21 +31,6 @@ CURVES = (  # title, log of which stage, keys
         ("sampling/sampling_logp_difference/mean",),
     ),
 )
-
-_DRAW = """
-const charts = JSON.parse(document.getElementById("charts").textContent);
-const colour = name => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
-function draw() {
-  const axis = {gridcolor: colour("--line"), zerolinecolor: colour("--muted"), automargin: true};
-  charts.forEach((chart, place) => Plotly.react("chart" + place, chart.data, {
-    ...chart.layout, autosize: true, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
-    font: {color: colour("--text"), family: "system-ui, sans-serif", size: 13},
-    xaxis: {...axis, ...chart.layout.xaxis}, yaxis: {...axis, ...chart.layout.yaxis},
-  }, {responsive: true, displayModeBar: false}));
-}
-draw();
-matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
-"""
 
 
 def write_report(run_dir: str | Path, evaluate_dir: str | Path, path: str | Path) -> None:
@@ -66,44 +46,23 @@ def write_report(run_dir: str | Path, evaluate_dir: str | Path, path: str | Path
     rows = read_ranked_rows(Path(run_dir), Path(evaluate_dir), results["split"])
     charts = [gain_chart(results), place_chart(rows, results), *training_charts(Path(run_dir))]
     name, samples = sample_rows(rows, results, Catalogue.load(run_dir))
-    page = render_page(
+    ids = id_report.section(id_report.read_quality(run_dir))
+    page.write(
+        path,
+        "report.html.j2",
+        charts=[*charts, *ids["charts"]],
         name=Path(run_dir).resolve().name,
-        results=results,
-        stages=stage_facts(run_dir),
-        charts=charts,
-        sampled=name,
-        samples=samples,
-    )
-    temporary = Path(f"{path}.tmp")
-    temporary.write_text(page, encoding="utf-8")
-    temporary.replace(path)
-
-
-def render_page(
-    name: str, results: Mapping, stages: Mapping, charts: Sequence[Mapping], sampled: str | None, samples: Sequence
-) -> str:
-    """The page as a string; every value that is not a script of ours is escaped."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-    from markupsafe import Markup
-    from plotly.offline import get_plotlyjs
-
-    environment = Environment(loader=PackageLoader("rerank", "."), autoescape=True, undefined=StrictUndefined)
-    scripts = [get_plotlyjs(), _DRAW]
-    hashes = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
-    return environment.get_template("report.html.j2").render(
-        name=name,
         title=tables.title(results),
         columns=tables.COLUMNS,
         table={ranker: tables.cells(ranker, row) for ranker, row in results["rows"].items()},
         rankers=RANKERS,
         notes=tables.notes(results),
         headline=headline(results),
-        stages=stages,
-        charts=charts,
-        sampled=sampled,
+        plots=charts,
+        ids=ids,
+        stages=stage_facts(run_dir),
+        sampled=name,
         samples=samples,
-        scripts=[Markup(script) for script in scripts],
-        policy=" ".join(f"'sha256-{digest}'" for digest in hashes),
     )
 
 
@@ -183,7 +142,9 @@ def gain_chart(results: Mapping[str, Any]) -> dict[str, Any]:
     below = [gain - row["N@5_interval"][0] for row, gain in zip(rows, gains, strict=True)]
     error = {"type": "data", "array": above, "arrayminus": below, "thickness": 2, "width": 6}
     points = go.Scatter(x=gains, y=names, mode="markers", error_x=error, marker={"size": 10})
-    return _chart(go.Figure(points), "NDCG@5 minus that of the input order, 95 % intervals", xaxis={"tickformat": "+"})
+    return page.chart(
+        go.Figure(points), "NDCG@5 minus that of the input order, 95 % intervals", xaxis={"tickformat": "+"}
+    )
 
 
 def place_chart(rows: Sequence[RankedRow], results: Mapping[str, Any]) -> dict[str, Any]:
@@ -197,7 +158,7 @@ def place_chart(rows: Sequence[RankedRow], results: Mapping[str, Any]) -> dict[s
         shares = np.bincount(places, minlength=last + 1)[1:] / len(rows)
         figure.add_scatter(x=list(range(1, last + 1)), y=shares.tolist(), mode="lines+markers", name=name)
     axes = {"xaxis": {"title": {"text": "rank"}, "dtick": 1}, "yaxis": {"tickformat": ".0%", "rangemode": "tozero"}}
-    return _chart(figure, "Rank of the relevant item, share of rows", **axes)
+    return page.chart(figure, "Rank of the relevant item, share of rows", **axes)
 
 
 def training_charts(run_dir: Path) -> list[dict[str, Any]]:
@@ -219,7 +180,7 @@ def training_charts(run_dir: Path) -> list[dict[str, Any]]:
                         x=steps, y=_moving_mean(values, len(points) // 10), name=f"{label}, moving mean"
                     )
         if figure.data:
-            charts.append(_chart(figure, title, xaxis={"title": {"text": "step"}}))
+            charts.append(page.chart(figure, title, xaxis={"title": {"text": "step"}}))
     return charts
 
 
@@ -229,14 +190,6 @@ def _moving_mean(values: Sequence[float], window: int) -> list[float]:
     ends = np.arange(1, len(values) + 1)
     starts = np.maximum(ends - window, 0)
     return ((sums[ends] - sums[starts]) / (ends - starts)).tolist()
-
-
-def _chart(figure: Any, title: str, **axes: Any) -> dict[str, Any]:
-    """What the page's script draws; colours of text and grid are the page's."""
-    legend = {"orientation": "h", "y": -0.25}
-    figure.update_layout(template="none", height=360, margin={"l": 50, "r": 20, "t": 20, "b": 40}, legend=legend)
-    figure.update_layout(showlegend=len(figure.data) > 1, colorway=COLOURS, **axes)
-    return {"title": title, **json.loads(figure.to_json())}
 
 
 def sample_rows(

@@ -25,7 +25,7 @@ TEXTS = [
 ]
 MACHINE_PATH = re.compile(r"(?<![\w.])/(work|root|tmp|home|Users|mnt|opt)/")
 HEAVY = {"torch", "transformers", "trl", "vllm", "datasets", "ibis", "sentence_transformers", "lightgbm", "numpy"}
-COMMANDS = ("run", "compare", "inspect", "recall", "rank")
+COMMANDS = ("run", "compare", "inspect", "ids", "recall", "rank")
 IMPORT_ALL = """
 import importlib, sys
 folder, *names = sys.argv[1:]
@@ -112,7 +112,7 @@ def wheel(tmp_path_factory):
 def test_the_wheel_holds_every_file_of_the_package_and_the_licence(wheel):
     packed = {path.relative_to(wheel) for path in wheel.rglob("*") if path.is_file()}
     data = [*(ROOT / "rerank").rglob("*.jinja"), *(ROOT / "rerank").rglob("*.j2")]
-    assert {path.name for path in data} >= {"chat_template.jinja", "report.html.j2"}
+    assert {path.name for path in data} >= {"chat_template.jinja", "report.html.j2", "ids.html.j2"}
     assert {path.relative_to(ROOT) for path in [*SOURCES, *data]} <= packed
     assert not {path.parts[0] for path in packed} & {"tests", "recipes"}
     assert any(path.name == "LICENSE" for path in packed)

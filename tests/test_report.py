@@ -44,6 +44,14 @@ def run(tmp_path_factory) -> Path:
     return folder
 
 
+def test_the_page_has_the_section_on_semantic_ids(run, page):
+    from rerank.semantic_ids import id_report
+
+    assert "<h2>Semantic ids</h2>" in page
+    for name, value in id_report.facts(id_report.read_quality(run)):
+        assert f"<dt>{name}</dt><dd>{value}</dd>" in page
+
+
 @pytest.fixture(scope="module")
 def page(run) -> str:
     return (run / "evaluate/report.html").read_text(encoding="utf-8")

@@ -33,7 +33,7 @@ def clustered_embeddings(num_items: int = NUM_ITEMS) -> np.ndarray:
 def toy_run(folder: Path, embeddings: np.ndarray | None = None, **options) -> SemanticIdsArguments:
     """A finished data stage of 60 items, embeddings beside it, and arguments for the stage."""
     data = run_dir.stage_dir(folder, "data")
-    data.mkdir()
+    data.mkdir(parents=True)
     items = {
         "item": range(NUM_ITEMS),
         "item_id": [f"film{k}" for k in range(NUM_ITEMS)],
@@ -137,24 +137,24 @@ def test_k_means_is_the_same_for_the_same_seed():
 def test_codes_follow_the_average_of_what_they_are_used_for():
     import torch
 
-    from rerank.semantic_ids.rq_vae import ResidualQuantizer
+    from rerank.semantic_ids.quantizer import ResidualQuantizer
 
-    quantizer = ResidualQuantizer(torch.tensor([[[0.0], [10.0]]]), decay=0.9)
-    quantized, commitment = quantizer(torch.tensor([[1.0], [3.0]]))
+    quantizer = ResidualQuantizer(torch.tensor([[[0.0], [10.0]]]), ema_decay=0.9)
+    quantized = quantizer(torch.tensor([[1.0], [3.0]]))
     # code 0: count 0.9 * 1 + 0.1 * 2 = 1.1, sum 0.9 * 0 + 0.1 * 4 = 0.4; code 1 is unused and stays
     np.testing.assert_allclose(quantizer.codebooks.ravel(), [0.4 / 1.1, 10.0], rtol=1e-5)
-    assert quantized.tolist() == [[0.0], [0.0]]  # what the codes were before the update
-    assert commitment.item() == pytest.approx((1 + 9) / 2)
+    assert quantized.latents.tolist() == [[0.0], [0.0]]  # what the codes were before the update
+    assert quantized.commitment.item() == pytest.approx((1 + 9) / 2)
 
 
 def test_gradients_pass_straight_through_to_the_encoder():
     import torch
 
-    from rerank.semantic_ids.rq_vae import ResidualQuantizer
+    from rerank.semantic_ids.quantizer import ResidualQuantizer
 
     latents = torch.tensor([[1.0], [8.0]], requires_grad=True)
-    quantized, _ = ResidualQuantizer(torch.tensor([[[0.0], [10.0]]]), decay=0.9)(latents)
-    (quantized * torch.tensor([[2.0], [5.0]])).sum().backward()
+    quantized = ResidualQuantizer(torch.tensor([[[0.0], [10.0]]]), ema_decay=0.9)(latents)
+    (quantized.latents * torch.tensor([[2.0], [5.0]])).sum().backward()
     assert latents.grad.tolist() == [[2.0], [5.0]]
 
 

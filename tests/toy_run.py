@@ -12,6 +12,7 @@ from rerank import base_model, run_dir
 from rerank.baselines import FEATURES, Counts, fit_edges
 from rerank.catalogue import Catalogue
 from rerank.prompts import THINK, THINK_END, PromptSettings
+from rerank.semantic_ids import SemanticIds, Tokenizer
 
 NUM_ITEMS, NUM_CANDIDATES = 12, 4
 SEMANTIC_IDS = [f"<s_a_{item // 4}><s_b_{item % 4}>" for item in range(NUM_ITEMS)]
@@ -70,6 +71,25 @@ def write_model(folder: Path, with_ranking_files: bool = True, seed: int = 0) ->
         run_dir.write_json(folder / "generation.json", {"max_completion_tokens": 16, "trace": True})
 
 
+def write_interactions(folder: Path) -> None:
+    """The users' sequences, all of them for training."""
+    rows = [
+        {"user": user, "item": int(item), "position": position, "split": "train"}
+        for user, sequence in toy_sequences().items()
+        for position, item in enumerate(sequence)
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), folder / "interactions.parquet")
+
+
+def write_semantic_ids(folder: Path) -> None:
+    """Ids, and the tokenizer and the embeddings from which they follow: item 6, at 12, is 10 + 2, so (1, 2)."""
+    codes = np.stack([np.arange(NUM_ITEMS) // 4, np.arange(NUM_ITEMS) % 4], axis=1)
+    SemanticIds(codes, codebook_size=4).save(folder)
+    np.save(folder / "embeddings.npy", (10.0 * codes[:, :1] + codes[:, 1:]).astype(np.float32))
+    lines = np.array([[[0.0], [10.0], [20.0], [30.0]], [[0.0], [1.0], [2.0], [3.0]]], dtype=np.float32)
+    Tokenizer(lines, mean=np.zeros(1, dtype=np.float32)).save(folder / "tokenizer.npz")
+
+
 def write_run(folder: Path) -> Path:
     """All folders that the evaluate stage reads."""
     for stage in ("data", "semantic_ids", "candidates", "midtrain", "sft", "dapo"):
@@ -77,8 +97,8 @@ def write_run(folder: Path) -> Path:
     items = {"item": list(range(NUM_ITEMS)), "item_id": CATALOGUE.item_ids}
     items |= {"title": CATALOGUE.titles, "category": CATALOGUE.categories}
     pq.write_table(pa.table(items), folder / "data/items.parquet")
-    ids = {"item": list(range(NUM_ITEMS)), "semantic_id": SEMANTIC_IDS}
-    pq.write_table(pa.table(ids), folder / "semantic_ids/semantic_ids.parquet")
+    write_interactions(folder / "data")
+    write_semantic_ids(folder / "semantic_ids")
     counts = Counts.fit(toy_sequences(), NUM_ITEMS)
     splits = {name: toy_rows(counts, seed) for seed, name in enumerate(("train", "valid", "test"))}
     for name, rows in splits.items():

@@ -7,26 +7,27 @@ refitting.
     accelerate launch --config_file recipes/accelerate/cpu.yaml -m rerank.semantic_ids \
         --config recipes/ml100k/2_semantic_ids.yaml
 
-Source: RQ-VAE as in GR2 (arXiv:2602.07774) section 2.3, with k-means initialisation and EMA codebooks.
+Source: RQ-VAE as in GR2 (arXiv:2602.07774) section 2.3; each of its techniques is an option, and by default only
+k-means initialisation and EMA codebooks are on. Beside it, residual k-means and balanced last levels.
 """
 
 import dataclasses
 import logging
-import os
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 
-from rerank import recipe, run_dir
+from rerank import run_dir
 from rerank.semantic_ids import quality
-from rerank.semantic_ids.collisions import NO_TAKEN, check_room, resolve_collisions
+from rerank.semantic_ids.arguments import SemanticIdsArguments
+from rerank.semantic_ids.assignment import assign, assign_codes
+from rerank.semantic_ids.co_engagement import co_engaged_pairs
+from rerank.semantic_ids.collisions import check_room, resolve_collisions
 from rerank.semantic_ids.embeddings import check_embeddings, encode, find_encoder, read_embeddings, save_normalised
 from rerank.semantic_ids.id_tokens import (
-    MAX_LEVELS,
     SemanticIds,
     load_semantic_ids,
     semantic_id_text,
@@ -34,7 +35,7 @@ from rerank.semantic_ids.id_tokens import (
     token_sequences,
     tokens,
 )
-from rerank.semantic_ids.tokenizer import Tokenizer, nearest_codes, reconstruction_error
+from rerank.semantic_ids.tokenizer import Latents, Tokenizer
 
 __all__ = [
     "SemanticIds",
@@ -50,56 +51,6 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 INPUTS = ("data",)
-
-
-@dataclass
-class SemanticIdsArguments(recipe.StageArguments):
-    """Options of the semantic_ids stage."""
-
-    encoder: str | None = field(
-        default=None,
-        metadata={"help": "Sentence encoder: folder, hub name, or package:NAME (a model inside a Python package)."},
-    )
-    embeddings: str | None = field(
-        default=None,
-        metadata={
-            "help": "Instead of an encoder: .npy with one row per item, or .parquet with item_id, embedding; "
-            "${VARIABLE} is filled in from the environment."
-        },
-    )
-    encoder_batch_size: int = field(default=64, metadata={"help": "Texts encoded at once."})
-    levels: int = field(default=4, metadata={"help": "Codes, and so tokens, per item."})
-    codebook_size: int = field(default=256, metadata={"help": "Codes per level."})
-    latent_size: int = field(default=32, metadata={"help": "Width of the quantized vectors."})
-    hidden_size: int = field(default=256, metadata={"help": "Width of the RQ-VAE's hidden layer."})
-    epochs: int = field(default=100, metadata={"help": "Passes over the items."})
-    batch_size: int = field(default=256, metadata={"help": "Items per training step."})
-    learning_rate: float = field(default=3e-3, metadata={"help": "AdamW's, constant."})
-    ema_decay: float = field(
-        default=0.99, metadata={"help": "How slowly codes follow their residuals; GR2: .95 to .99."}
-    )
-    commitment_weight: float = field(default=0.25, metadata={"help": "Weight of the pull of latents to their codes."})
-    seed: int = field(default=0, metadata={"help": "Same seed, same ids."})
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if (self.encoder is None) == (self.embeddings is None):
-            raise ValueError("give either encoder or embeddings, and not both")
-        if self.embeddings is not None:
-            self.embeddings = os.path.expandvars(self.embeddings)
-        for name in ("encoder_batch_size", "codebook_size", "latent_size", "hidden_size", "epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)} but must be at least 1")
-        if not 1 <= self.levels <= MAX_LEVELS:
-            raise ValueError(f"levels is {self.levels} but must be 1 to {MAX_LEVELS}")
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(
-                f"ema_decay is {self.ema_decay} but must be at least 0 and below 1; GR2 uses 0.95 to 0.99"
-            )
-        if self.learning_rate <= 0:
-            raise ValueError(f"learning_rate is {self.learning_rate} but must be above 0")
-        if self.commitment_weight < 0:
-            raise ValueError(f"commitment_weight is {self.commitment_weight} but must not be negative")
 
 
 ARGUMENTS = (SemanticIdsArguments,)
@@ -119,6 +70,8 @@ def check(args: SemanticIdsArguments) -> None:
     if run_dir.is_finished(args.run_dir, "data"):
         item_ids, _ = _read_items(args.run_dir)
         check_size(len(item_ids), args.levels, args.codebook_size)
+        if args.contrastive_weight:
+            _pairs(args)
         if args.embeddings is not None:
             check_embeddings(read_embeddings(args.embeddings, item_ids), item_ids, args.embeddings)
 
@@ -137,34 +90,8 @@ def check_size(num_items: int, levels: int, codebook_size: int) -> None:
     check_room(num_items, levels, codebook_size)
 
 
-def assign(tokenizer: Tokenizer, embeddings: np.ndarray, taken: np.ndarray = NO_TAKEN) -> np.ndarray:
-    """Unique codes (N, L) for embeddings (N, D) of length one or not, by a fitted tokenizer.
-
-    Args:
-        tokenizer: From `Tokenizer.load(folder)`.
-        embeddings: From the same encoder that the tokenizer was fitted on.
-        taken: Codes (M, L) of items that have ids already; new items get others.
-
-    Raises:
-        ValueError: When the embeddings are unfit, or ids have run out.
-    """
-    if embeddings.ndim != 2 or embeddings.shape[1] != tokenizer.embedding_size:
-        raise ValueError(
-            f"embeddings have shape {embeddings.shape} but the tokenizer was fitted on {tokenizer.embedding_size} "
-            "columns; use the encoder it was fitted with"
-        )
-    check_embeddings(embeddings, [str(row) for row in range(len(embeddings))], "embeddings")
-    if len(np.unique(taken, axis=0)) < len(taken):
-        raise ValueError("taken holds an id twice; resolve the ids of the present items first")
-    embeddings = embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)
-    codes = nearest_codes(tokenizer, embeddings)
-    return resolve_collisions(codes, tokenizer.latents(embeddings), tokenizer.codebooks, taken)
-
-
 def main(args: SemanticIdsArguments, out_dir: Path) -> dict[str, Any]:
     """Embed, fit, assign, resolve, save; the metrics say how good the ids are."""
-    from rerank.semantic_ids.rq_vae import RqVaeSettings, fit_rq_vae
-
     started = time.monotonic()
     item_ids, texts = _read_items(args.run_dir)
     if args.encoder is not None:
@@ -177,22 +104,51 @@ def main(args: SemanticIdsArguments, out_dir: Path) -> dict[str, Any]:
 
     copies = quality.embedding_copies(embeddings)
     _check_distinct(copies, args.codebook_size, source)
-    settings = RqVaeSettings(**{name.name: getattr(args, name.name) for name in dataclasses.fields(RqVaeSettings)})
-    tokenizer = fit_rq_vae(embeddings, settings)
+    tokenizer = _fit(args, embeddings)
     tokenizer.save(out_dir / "tokenizer.npz")
-    before = nearest_codes(tokenizer, embeddings)
-    after = resolve_collisions(before, tokenizer.latents(embeddings), tokenizer.codebooks)
+    fitted = time.monotonic()
+    before = assign_codes(tokenizer, embeddings)
+    after = resolve_collisions(before, Latents(tokenizer, embeddings), tokenizer.codebooks)
     SemanticIds(after, args.codebook_size).save(out_dir)
 
-    metrics = _report(tokenizer, embeddings, before, after)
-    metrics |= {"num_sharing_an_embedding": int((copies > 1).sum())}
-    metrics |= {"embedding_seconds": embedded - started, "fit_seconds": time.monotonic() - embedded}
+    metrics = quality.ids_metrics(tokenizer, embeddings, copies, before, after)
+    metrics |= {"embedding_seconds": embedded - started, "fit_seconds": fitted - embedded}
+    metrics |= {"assignment_seconds": time.monotonic() - fitted}
     logger.info(
         "%d items, %d levels of %d codes: ids of their own %.4f before and %.4f after %d were moved",
         len(after), args.levels, args.codebook_size, metrics["uniqueness_before"], metrics["uniqueness_after"],
         metrics["num_moved"],
     )  # fmt: skip
     return metrics
+
+
+def _fit(args: SemanticIdsArguments, embeddings: np.ndarray) -> Tokenizer:
+    """The tokenizer that the method makes, with the options of its assignment."""
+    if args.method == "residual_k_means":
+        from rerank.semantic_ids.k_means import fit_k_means_tokenizer
+
+        tokenizer = fit_k_means_tokenizer(embeddings, args.levels, args.codebook_size, args.seed)
+    else:
+        from rerank.semantic_ids.rq_vae import RqVaeSettings, fit_rq_vae
+
+        settings = RqVaeSettings(**{name.name: getattr(args, name.name) for name in dataclasses.fields(RqVaeSettings)})
+        tokenizer = fit_rq_vae(embeddings, settings, _pairs(args) if args.contrastive_weight else None)
+    assignment = {"balanced_levels": args.balanced_levels, "random_levels": args.random_levels, "seed": args.seed}
+    return dataclasses.replace(tokenizer, **assignment)
+
+
+def _pairs(args: SemanticIdsArguments) -> np.ndarray:
+    """The co-engaged pairs that the contrastive loss needs.
+
+    Raises:
+        ValueError: When there are none.
+    """
+    pairs = co_engaged_pairs(run_dir.stage_dir(args.run_dir, "data"))
+    if not len(pairs):
+        raise ValueError(
+            f"contrastive_weight is {args.contrastive_weight} but no user has two training items; set it to 0"
+        )
+    return pairs
 
 
 def _check_distinct(copies: np.ndarray, codebook_size: int, source: str) -> None:
@@ -210,26 +166,3 @@ def _read_items(folder: str) -> tuple[list[str], list[str]]:
     table = pq.read_table(run_dir.stage_dir(folder, "data") / "items.parquet", columns=["item", "item_id", "text"])
     table = table.sort_by("item")
     return table["item_id"].to_pylist(), table["text"].to_pylist()
-
-
-def _report(tokenizer: Tokenizer, embeddings: np.ndarray, before: np.ndarray, after: np.ndarray) -> dict[str, Any]:
-    """Quality of ids before and after collisions were resolved."""
-    unique_before, unique_after = quality.uniqueness(before), quality.uniqueness(after)
-    variance = float(np.var(embeddings, axis=0, dtype=np.float64).sum())
-    errors = [reconstruction_error(tokenizer, embeddings, codes) for codes in (before, after)]
-    return {
-        "num_items": len(after),
-        "levels": tokenizer.levels,
-        "codebook_size": tokenizer.codebook_size,
-        "embedding_size": tokenizer.embedding_size,
-        "uniqueness_before": unique_before["alone"],
-        "uniqueness_after": unique_after["alone"],
-        "distinct_before": unique_before["distinct"],
-        "distinct_after": unique_after["distinct"],
-        "num_moved": int((before != after).any(axis=1).sum()),
-        "code_use": quality.code_use(before, tokenizer.codebook_size),
-        "perplexity": quality.perplexity(before, tokenizer.codebook_size),
-        "reconstruction_error_before": errors[0],
-        "reconstruction_error_after": errors[1],
-        "unexplained_variance": errors[0] / variance,
-    }

@@ -5,13 +5,15 @@ Letters of shapes: N items, d latent columns, L levels, C codes per level.
 
 import numpy as np
 
-from rerank.semantic_ids.k_means import nearest, squared_distances
+from rerank.semantic_ids.distances import squared_distances
+from rerank.semantic_ids.prefixes import members, number_prefixes
+from rerank.semantic_ids.tokenizer import Latents, quantize, residuals
 
 NO_TAKEN = np.empty((0, 0), dtype=np.int64)
 
 
 def resolve_collisions(
-    codes: np.ndarray, latents: np.ndarray, codebooks: np.ndarray, taken: np.ndarray = NO_TAKEN
+    codes: np.ndarray, latents: np.ndarray | Latents, codebooks: np.ndarray, taken: np.ndarray = NO_TAKEN
 ) -> np.ndarray:
     """Codes (N, L) that no two items share and that `taken` does not hold.
 
@@ -30,14 +32,14 @@ def resolve_collisions(
     """
     levels, size = codebooks.shape[:2]
     check_room(len(codes) + len(taken), levels, size)
-    codes, residuals = codes.copy(), latents.astype(np.float32)
+    codes = codes.copy()
     for level, codebook in enumerate(codebooks):
         room = min(size ** (levels - level - 1), len(codes) + len(taken))  # no more is needed; C^L may overflow
-        for members, used in _crowded_groups(codes, taken, level, room):
-            moved, places = _spread(squared_distances(residuals[members], codebook), codes[members, level], used, room)
-            codes[members[moved], level] = places
-            _requantize(codes, residuals, members[moved], codebooks, level)
-        residuals -= codebook[codes[:, level]]
+        for items, used in _crowded_groups(codes, taken, level, room):
+            rest = residuals(latents, codes, codebooks, items, level)
+            moved, places = _spread(squared_distances(rest, codebook), codes[items, level], used, room)
+            codes[items[moved], level] = places
+            codes[items[moved], level + 1 :] = quantize(rest[moved] - codebook[places], codebooks[level + 1 :])
     return codes
 
 
@@ -65,19 +67,10 @@ def _crowded_groups(
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """For each parent prefix under which some code has too many items: its items, and the codes of its taken ids."""
     everyone = np.concatenate([codes, taken.reshape(-1, codes.shape[1])])
-    prefix, parent = _group(everyone[:, : level + 1]), _group(everyone[:, :level])
-    crowded = np.bincount(prefix)[prefix] > room
-    order = np.argsort(parent, kind="stable")
-    bounds = np.searchsorted(parent[order], np.arange(parent.max(initial=0) + 2))
-    groups = [order[bounds[p] : bounds[p + 1]] for p in np.unique(parent[crowded])]
+    prefixes, parents = number_prefixes(everyone, level + 1), number_prefixes(everyone, level)
+    crowded = np.bincount(prefixes)[prefixes] > room
+    groups = members(parents, np.unique(parents[crowded]))
     return [(group[group < len(codes)], everyone[group[group >= len(codes)], level]) for group in groups]
-
-
-def _group(prefixes: np.ndarray) -> np.ndarray:
-    """A number for each row (N, k) that equal rows share; all rows are equal when k is 0."""
-    if prefixes.shape[1] == 0:
-        return np.zeros(len(prefixes), dtype=np.int64)
-    return np.unique(prefixes, axis=0, return_inverse=True)[1].ravel()
 
 
 def _spread(distances: np.ndarray, chosen: np.ndarray, used: np.ndarray, room: int) -> tuple[np.ndarray, np.ndarray]:
@@ -103,13 +96,3 @@ def _spread(distances: np.ndarray, chosen: np.ndarray, used: np.ndarray, room: i
         free[place] -= 1
         places.append(place)
     return np.array(moved, dtype=np.int64), np.array(places, dtype=np.int64)
-
-
-def _requantize(
-    codes: np.ndarray, residuals: np.ndarray, items: np.ndarray, codebooks: np.ndarray, level: int
-) -> None:
-    """Nearest codes below `level`, in place, for items that were given another code on it."""
-    rest = residuals[items] - codebooks[level][codes[items, level]]
-    for below in range(level + 1, len(codebooks)):
-        codes[items, below] = nearest(rest, codebooks[below])
-        rest = rest - codebooks[below][codes[items, below]]

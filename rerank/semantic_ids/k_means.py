@@ -1,9 +1,26 @@
-"""k-means on residuals, level by level: where the codebooks of a residual quantizer start."""
+"""k-means on residuals, level by level: a tokenizer of its own, and where the codebooks of an RQ-VAE start."""
 
 import numpy as np
 
+from rerank.semantic_ids.distances import nearest
+from rerank.semantic_ids.tokenizer import Tokenizer
+
 SAMPLES_PER_CODE = 256  # more changes the centres little and costs time and memory
 NUM_ITERATIONS = 25
+FIT_SAMPLE = 65_536  # items that the mean, the scale and k-means look at
+
+
+def draw_sample(embeddings: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """At most FIT_SAMPLE rows, in order; a memory-mapped catalogue need not fit in memory."""
+    if len(embeddings) <= FIT_SAMPLE:
+        return np.asarray(embeddings)
+    return np.asarray(embeddings[np.sort(rng.choice(len(embeddings), FIT_SAMPLE, replace=False))])
+
+
+def centre_and_scale(sample: np.ndarray) -> tuple[np.ndarray, float]:
+    """The mean row, and one over the typical size of a column around it."""
+    mean = sample.mean(axis=0)
+    return mean, float(1 / max(np.sqrt(((sample - mean) ** 2).mean()), 1e-8))
 
 
 def fit_k_means(vectors: np.ndarray, num_codes: int, seed: int) -> np.ndarray:
@@ -37,12 +54,8 @@ def fit_residual_k_means(vectors: np.ndarray, levels: int, num_codes: int, seed:
     return codebooks
 
 
-def nearest(vectors: np.ndarray, codebook: np.ndarray) -> np.ndarray:
-    """Index of the nearest row of `codebook` for each vector; the lower index on ties."""
-    # ||v - e||² without ||v||², which is the same for every code
-    return ((codebook**2).sum(axis=1) - 2 * vectors @ codebook.T).argmin(axis=1)
-
-
-def squared_distances(vectors: np.ndarray, codebook: np.ndarray) -> np.ndarray:
-    """||v - e||² for every vector and code."""
-    return (vectors**2).sum(axis=1, keepdims=True) + (codebook**2).sum(axis=1) - 2 * vectors @ codebook.T
+def fit_k_means_tokenizer(embeddings: np.ndarray, levels: int, num_codes: int, seed: int) -> Tokenizer:
+    """A tokenizer fitted to embeddings (N, D), which may be memory-mapped, without an autoencoder around the codes."""
+    sample = draw_sample(embeddings, np.random.default_rng(seed))
+    mean = sample.mean(axis=0)
+    return Tokenizer(fit_residual_k_means(sample - mean, levels, num_codes, seed), mean)

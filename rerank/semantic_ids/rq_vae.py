@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import trange
 
-from rerank.semantic_ids.k_means import fit_residual_k_means
+from rerank.semantic_ids.co_engagement import Partners
+from rerank.semantic_ids.k_means import centre_and_scale, draw_sample, fit_residual_k_means
+from rerank.semantic_ids.quantizer import ResidualQuantizer, contrastive_loss
 from rerank.semantic_ids.tokenizer import Layer, Tokenizer
-
-FIT_SAMPLE = 65_536  # items that the mean and the k-means initialisation look at
 
 
 @dataclass(frozen=True)
@@ -30,43 +30,15 @@ class RqVaeSettings:
     epochs: int
     batch_size: int
     learning_rate: float
+    k_means_start: bool
+    ema: bool
     ema_decay: float
     commitment_weight: float
+    diversity_weight: float
+    reset_after: int
+    contrastive_weight: float
+    contrastive_temperature: float
     seed: int
-
-
-class ResidualQuantizer(nn.Module):
-    """Codebooks that follow the residuals assigned to them by moving averages; no gradient reaches them."""
-
-    def __init__(self, codebooks: torch.Tensor, decay: float) -> None:
-        super().__init__()
-        self.decay = decay
-        self.register_buffer("codebooks", codebooks)  # (L, C, d)
-        self.register_buffer("counts", torch.ones(codebooks.shape[:2]))  # (L, C)
-        self.register_buffer("sums", codebooks.clone())  # (L, C, d)
-
-    def forward(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The quantized latents (B, d) with straight-through gradients, and the commitment loss."""
-        residuals, quantized, commitment = latents, torch.zeros_like(latents), latents.new_zeros(())
-        for level in range(len(self.codebooks)):
-            codes = torch.cdist(residuals.detach(), self.codebooks[level]).argmin(dim=1)  # (B,)
-            chosen = self.codebooks[level][codes]
-            commitment = commitment + F.mse_loss(residuals, chosen)
-            if self.training:
-                self._update(level, residuals.detach(), codes)
-            quantized, residuals = quantized + chosen, residuals - chosen
-        return latents + (quantized - latents).detach(), commitment
-
-    @torch.no_grad()
-    def _update(self, level: int, residuals: torch.Tensor, codes: torch.Tensor) -> None:
-        """Moving averages of how often a code is used and of what it is used for; an unused code stays in place.
-
-        Source: van den Oord et al. 2017, appendix A.1; GR2 reports decays of 0.95 to 0.99.
-        """
-        members = F.one_hot(codes, self.codebooks.shape[1]).to(residuals.dtype)  # (B, C)
-        self.counts[level].lerp_(members.sum(dim=0), 1 - self.decay)
-        self.sums[level].lerp_(members.T @ residuals, 1 - self.decay)
-        self.codebooks[level] = self.sums[level] / self.counts[level].clamp(min=1e-8)[:, None]
 
 
 def _mlp(sizes: list[int]) -> nn.Sequential:
@@ -81,12 +53,15 @@ def _export(stack: nn.Sequential) -> list[Layer]:
     return [(layer.weight.detach().cpu().numpy(), layer.bias.detach().cpu().numpy()) for layer in linear]
 
 
-def fit_rq_vae(embeddings: np.ndarray, settings: RqVaeSettings) -> Tokenizer:
-    """A tokenizer fitted to embeddings (N, D), which may be memory-mapped; the same for the same seed."""
+def fit_rq_vae(embeddings: np.ndarray, settings: RqVaeSettings, pairs: np.ndarray | None = None) -> Tokenizer:
+    """A tokenizer fitted to embeddings (N, D), which may be memory-mapped; the same for the same seed.
+
+    Args:
+        pairs: Co-engaged items (P, 2), which the contrastive loss needs.
+    """
     rng = np.random.default_rng(settings.seed)
-    sample = _sample(embeddings, rng)
-    mean = sample.mean(axis=0)
-    scale = float(1 / max(np.sqrt(((sample - mean) ** 2).mean()), 1e-8))
+    sample = draw_sample(embeddings, rng)
+    mean, scale = centre_and_scale(sample)
     sizes = [embeddings.shape[1], settings.hidden_size, settings.latent_size]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
@@ -96,7 +71,10 @@ def fit_rq_vae(embeddings: np.ndarray, settings: RqVaeSettings) -> Tokenizer:
         return torch.from_numpy(((rows - mean) * scale).astype(np.float32))
 
     with _one_thread():
-        codebooks = _train(encoder, decoder, embeddings, scaled, scaled(sample), settings, rng)
+        quantizer = _start_quantizer(encoder, scaled(sample), settings)
+        partners = Partners.of(pairs, len(embeddings)) if settings.contrastive_weight else None
+        _train(encoder, quantizer, decoder, embeddings, scaled, partners, settings, rng)
+    codebooks = quantizer.codebooks.detach().numpy()
     return Tokenizer(codebooks, mean.astype(np.float32), scale, _export(encoder), _export(decoder))
 
 
@@ -112,36 +90,46 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(num_threads)
 
 
-def _sample(embeddings: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    if len(embeddings) <= FIT_SAMPLE:
-        return np.asarray(embeddings)
-    return np.asarray(embeddings[np.sort(rng.choice(len(embeddings), FIT_SAMPLE, replace=False))])
-
-
 def _train(
     encoder: nn.Sequential,
+    quantizer: ResidualQuantizer,
     decoder: nn.Sequential,
     embeddings: np.ndarray,
     scaled: Callable[[np.ndarray], torch.Tensor],
-    sample: torch.Tensor,
+    partners: Partners | None,
     settings: RqVaeSettings,
     rng: np.random.Generator,
-) -> np.ndarray:
-    """Train in place and return the codebooks (L, C, d)."""
-    optimizer = torch.optim.AdamW([*encoder.parameters(), *decoder.parameters()], lr=settings.learning_rate)
-    quantizer = _start_quantizer(encoder, sample, settings)
+) -> None:
+    """Train in place, by the base loss of GR2 (arXiv:2602.07774) section 2 and what the settings add to it."""
+    parameters = [*encoder.parameters(), *decoder.parameters(), *quantizer.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate)
     for _ in trange(settings.epochs, desc="RQ-VAE", unit="epoch", mininterval=1):
         for batch in np.array_split(rng.permutation(len(embeddings)), -(-len(embeddings) // settings.batch_size)):
-            targets = scaled(np.asarray(embeddings[np.sort(batch)]))  # (B, D); sorted: a memory map reads forward
-            quantized, commitment = quantizer(encoder(targets))
-            loss = F.mse_loss(decoder(quantized), targets) + settings.commitment_weight * commitment
+            batch = np.sort(batch)  # a memory map reads forward
+            targets = scaled(np.asarray(embeddings[batch]))  # (B, D)
+            latents = encoder(targets)
+            quantized = quantizer(latents)
+            loss = F.mse_loss(decoder(quantized.latents), targets) + settings.commitment_weight * quantized.commitment
+            loss = loss + quantized.codebook + settings.diversity_weight * quantized.diversity
+            if partners is not None:
+                has_partner, drawn = partners.draw(batch, rng)
+                if len(drawn):
+                    drawn_latents = encoder(scaled(np.asarray(embeddings[drawn])))
+                    anchors = latents[torch.from_numpy(has_partner)]
+                    contrast = contrastive_loss(anchors, drawn_latents, settings.contrastive_temperature)
+                    loss = loss + settings.contrastive_weight * contrast
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-    return quantizer.codebooks.numpy()
 
 
 @torch.no_grad()
 def _start_quantizer(encoder: nn.Sequential, sample: torch.Tensor, settings: RqVaeSettings) -> ResidualQuantizer:
-    start = fit_residual_k_means(encoder(sample).numpy(), settings.levels, settings.codebook_size, settings.seed)
-    return ResidualQuantizer(torch.from_numpy(start), settings.ema_decay)
+    """Codebooks by k-means++ on the residuals, or drawn as in VQ-VAE's reference code, U(-1/C, 1/C)."""
+    shape = (settings.levels, settings.codebook_size, settings.latent_size)
+    if settings.k_means_start:
+        start = fit_residual_k_means(encoder(sample).numpy(), settings.levels, settings.codebook_size, settings.seed)
+    else:
+        start = np.random.default_rng(settings.seed).uniform(-1, 1, shape).astype(np.float32) / settings.codebook_size
+    decay = settings.ema_decay if settings.ema else None
+    return ResidualQuantizer(torch.from_numpy(start), decay, settings.reset_after, settings.diversity_weight > 0)

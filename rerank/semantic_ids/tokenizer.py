@@ -10,9 +10,11 @@ from pathlib import Path
 
 import numpy as np
 
-from rerank.semantic_ids.k_means import nearest
+from rerank.semantic_ids.distances import nearest
 
 BLOCK = 16_384  # items worked on at once: memory does not grow with the catalogue
+
+PLAIN = ("scale", "balanced_levels", "random_levels", "seed")  # attributes of a tokenizer that are one number
 
 Layer = tuple[np.ndarray, np.ndarray]  # weight (out, in) and bias (out)
 
@@ -27,6 +29,9 @@ class Tokenizer:
         scale: Multiplies what is left; embeddings of length one have tiny columns.
         encoder: Linear layers with a ReLU between them; none means that latents are the scaled embeddings.
         decoder: The same, back to scaled embeddings.
+        balanced_levels: How many last levels are assigned by `balance.balance`.
+        random_levels: How many last levels get random codes.
+        seed: Of those.
     """
 
     codebooks: np.ndarray
@@ -34,6 +39,9 @@ class Tokenizer:
     scale: float = 1.0
     encoder: list[Layer] = field(default_factory=list)
     decoder: list[Layer] = field(default_factory=list)
+    balanced_levels: int = 0
+    random_levels: int = 0
+    seed: int = 0
 
     @property
     def levels(self) -> int:
@@ -64,7 +72,8 @@ class Tokenizer:
             for number, layer in enumerate(stack)
             for kind, array in zip(("weight", "bias"), layer, strict=True)
         }
-        np.savez(path, codebooks=self.codebooks, mean=self.mean, scale=np.float64(self.scale), **layers)
+        plain = {name: np.asarray(getattr(self, name)) for name in PLAIN}
+        np.savez(path, codebooks=self.codebooks, mean=self.mean, **plain, **layers)
 
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
@@ -78,7 +87,8 @@ class Tokenizer:
             raise FileNotFoundError(f"{path} does not exist; give the folder of a finished semantic_ids stage")
         with np.load(path) as saved:
             stacks = {part: _read_layers(saved, part) for part in ("encoder", "decoder")}
-            return cls(saved["codebooks"], saved["mean"], float(saved["scale"]), **stacks)
+            plain = {name: saved[name].item() for name in PLAIN if name in saved}
+            return cls(saved["codebooks"], saved["mean"], **plain, **stacks)
 
 
 def _read_layers(saved: np.lib.npyio.NpzFile, part: str) -> list[Layer]:
@@ -104,16 +114,37 @@ def quantize(latents: np.ndarray, codebooks: np.ndarray) -> np.ndarray:
 
     Source: GR2 (arXiv:2602.07774) section 2, r_{k+1} = r_k - e_{z_k}.
     """
-    residuals = latents.copy()
+    rest = latents.copy()
     codes = np.empty((len(latents), len(codebooks)), dtype=np.int64)
     for level, codebook in enumerate(codebooks):
-        codes[:, level] = nearest(residuals, codebook)
-        residuals -= codebook[codes[:, level]]
+        codes[:, level] = nearest(rest, codebook)
+        rest -= codebook[codes[:, level]]
     return codes
 
 
+@dataclass(frozen=True)
+class Latents:
+    """The latents of embeddings (N, D), worked out for the rows that are asked for."""
+
+    tokenizer: Tokenizer
+    embeddings: np.ndarray
+
+    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
+        return self.tokenizer.latents(np.asarray(self.embeddings[rows]))
+
+
+def residuals(
+    latents: np.ndarray | Latents, codes: np.ndarray, codebooks: np.ndarray, items: np.ndarray, level: int
+) -> np.ndarray:
+    """What the codes above `level` leave of the latents of `items`."""
+    rest = latents[items].astype(np.float32)
+    for above in range(level):
+        rest -= codebooks[above][codes[items, above]]
+    return rest
+
+
 def nearest_codes(tokenizer: Tokenizer, embeddings: np.ndarray) -> np.ndarray:
-    """Codes (N, L) of embeddings (N, D), before any collision is resolved."""
+    """Codes (N, L) of embeddings (N, D): the nearest on every level."""
     codes = np.empty((len(embeddings), tokenizer.levels), dtype=np.int64)
     for block in blocks(len(embeddings)):
         codes[block] = quantize(tokenizer.latents(np.asarray(embeddings[block])), tokenizer.codebooks)

@@ -1,0 +1,55 @@
+"""HTML pages that open from disk: what the reports share.
+
+A page loads nothing from outside and runs no script but the two named by their hash in its content security policy,
+so that a title or a completion, escaped by the template besides, can never run.
+"""
+
+import base64
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+COLOURS = ("#3f8fd6", "#e07b2c", "#2f9e6b", "#c4569b", "#8b78d8", "#a08a3c")  # legible on light and on dark
+
+_DRAW = """
+const charts = JSON.parse(document.getElementById("charts").textContent);
+const colour = name => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+function draw() {
+  const axis = {gridcolor: colour("--line"), zerolinecolor: colour("--muted"), automargin: true};
+  charts.forEach((chart, place) => Plotly.react("chart" + place, chart.data, {
+    ...chart.layout, autosize: true, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
+    font: {color: colour("--text"), family: "system-ui, sans-serif", size: 13},
+    xaxis: {...axis, ...chart.layout.xaxis}, yaxis: {...axis, ...chart.layout.yaxis},
+  }, {responsive: true, displayModeBar: false}));
+}
+draw();
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
+"""
+
+
+def write(path: str | Path, template: str, charts: Sequence[Mapping[str, Any]], **values: Any) -> None:
+    """Fill a template and write it through a temporary name; every value that is not a script of ours is escaped."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from markupsafe import Markup
+    from plotly.offline import get_plotlyjs
+
+    environment = Environment(loader=PackageLoader("rerank", "."), autoescape=True, undefined=StrictUndefined)
+    scripts = [get_plotlyjs(), _DRAW]
+    hashes = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
+    policy = " ".join(f"'sha256-{digest}'" for digest in hashes)
+    text = environment.get_template(template).render(
+        charts=charts, scripts=[Markup(script) for script in scripts], policy=policy, **values
+    )
+    temporary = Path(f"{path}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def chart(figure: Any, title: str, **axes: Any) -> dict[str, Any]:
+    """What the page's script draws; colours of text and grid are the page's."""
+    legend = {"orientation": "h", "y": -0.25}
+    figure.update_layout(template="none", height=360, margin={"l": 50, "r": 20, "t": 20, "b": 40}, legend=legend)
+    figure.update_layout(showlegend=len(figure.data) > 1, colorway=COLOURS, **axes)
+    return {"title": title, **json.loads(figure.to_json())}

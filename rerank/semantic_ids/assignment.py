@@ -1,0 +1,52 @@
+"""Ids by a fitted tokenizer, in blocks of items.
+
+Letters of shapes: N items, M items that have ids already, D embedding columns, L levels.
+"""
+
+import numpy as np
+
+from rerank.semantic_ids.balance import balance
+from rerank.semantic_ids.collisions import NO_TAKEN, resolve_collisions
+from rerank.semantic_ids.embeddings import check_embeddings
+from rerank.semantic_ids.tokenizer import Latents, Tokenizer, nearest_codes
+
+
+def assign_codes(tokenizer: Tokenizer, embeddings: np.ndarray, num_taken: int = 0) -> np.ndarray:
+    """Codes (N, L) of embeddings (N, D) of length one, before any collision is resolved.
+
+    Args:
+        num_taken: How many items have ids already; random levels are then drawn anew.
+    """
+    codes = nearest_codes(tokenizer, embeddings)
+    if tokenizer.balanced_levels:
+        codes = balance(codes, Latents(tokenizer, embeddings), tokenizer.codebooks, tokenizer.balanced_levels)
+    if tokenizer.random_levels:
+        # GR2 (arXiv:2602.07774) section 2.3; whether it draws all codes or unused ones only is UNKNOWN: all, here
+        drawn = (len(codes), tokenizer.random_levels)
+        rng = np.random.default_rng((tokenizer.seed, num_taken))
+        codes[:, -tokenizer.random_levels :] = rng.integers(tokenizer.codebook_size, size=drawn)
+    return codes
+
+
+def assign(tokenizer: Tokenizer, embeddings: np.ndarray, taken: np.ndarray = NO_TAKEN) -> np.ndarray:
+    """Unique codes (N, L) for embeddings (N, D) of length one or not, by a fitted tokenizer.
+
+    Args:
+        tokenizer: From `Tokenizer.load(folder)`.
+        embeddings: From the same encoder that the tokenizer was fitted on.
+        taken: Codes (M, L) of items that have ids already; new items get others.
+
+    Raises:
+        ValueError: When the embeddings are unfit, or ids have run out.
+    """
+    if embeddings.ndim != 2 or embeddings.shape[1] != tokenizer.embedding_size:
+        raise ValueError(
+            f"embeddings have shape {embeddings.shape} but the tokenizer was fitted on {tokenizer.embedding_size} "
+            "columns; use the encoder it was fitted with"
+        )
+    check_embeddings(embeddings, [str(row) for row in range(len(embeddings))], "embeddings")
+    if len(np.unique(taken, axis=0)) < len(taken):
+        raise ValueError("taken holds an id twice; resolve the ids of the present items first")
+    embeddings = embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)
+    codes = assign_codes(tokenizer, embeddings, len(taken))
+    return resolve_collisions(codes, Latents(tokenizer, embeddings), tokenizer.codebooks, taken)

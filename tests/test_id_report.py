@@ -1,0 +1,117 @@
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from toy_run import NUM_ITEMS, finish, write_interactions, write_semantic_ids
+
+from rerank import cli, run_dir
+from rerank.semantic_ids import SemanticIds, id_report, quality
+from rerank.semantic_ids.co_engagement import co_engaged_pairs
+
+TITLES = ["<b>Zero</b>", *(f"Title {item}" for item in range(1, NUM_ITEMS))]
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run up to its semantic ids, twelve items on a line: 0 to 3, 10 to 13 and 20 to 23."""
+    for stage in ("data", "semantic_ids"):
+        (tmp_path / stage).mkdir()
+    write_items(tmp_path)
+    write_interactions(tmp_path / "data")
+    write_semantic_ids(tmp_path / "semantic_ids")
+    finish(tmp_path / "semantic_ids", {})
+    return tmp_path
+
+
+def write_items(folder):
+    items = {"item": range(NUM_ITEMS), "item_id": [f"m{item}" for item in range(NUM_ITEMS)], "title": TITLES}
+    pq.write_table(pa.table(items), folder / "data/items.parquet")
+
+
+def move(run, item: int, place: float) -> None:
+    """Give an item another embedding."""
+    embeddings = np.load(run / "semantic_ids/embeddings.npy")
+    embeddings[item] = place
+    np.save(run / "semantic_ids/embeddings.npy", embeddings)
+
+
+def test_items_per_prefix_and_collisions_by_hand():
+    codes = np.array([[0, 1], [0, 1], [1, 1], [0, 2]])
+    assert [counts.tolist() for counts in quality.items_per_prefix(codes)] == [[3, 1], [2, 1, 1]]
+    assert [group.tolist() for group in quality.collisions(codes)] == [[0, 1]]
+
+
+def test_co_engagement_against_chance_by_hand():
+    codes = np.array([[0, 0], [0, 1], [1, 0], [1, 1]])
+    pairs = np.array([[0, 1], [2, 3], [0, 3]])
+    # first items: 0 twice, 2 once; second: 1 once, 3 twice. Shuffled, prefix 0 with 0: 2/3 * 1/3; 1 with 1: 1/3 * 2/3,
+    # together 4/9; no item meets itself. Two of three pairs share: (2/3) / (4/9) = 1.5. No two items share both codes.
+    assert quality.prefix_lift(codes, pairs) == pytest.approx([1.5, None])
+
+
+def test_pairs_are_neighbours_of_one_user_in_training(run):
+    users, items = [0, 0, 0, 0, 1, 1], [3, 4, 4, 5, 6, 7]
+    rows = {"user": users, "item": items, "position": [0, 1, 2, 3, 0, 1], "split": [*["train"] * 5, "test"]}
+    pq.write_table(pa.table(rows).take([5, 3, 1, 0, 2, 4]), run / "data/interactions.parquet")
+    assert co_engaged_pairs(run / "data").tolist() == [[3, 4], [4, 5]]  # 4 after 4 is no pair, 7 is held out
+
+
+def test_a_good_run_passes_the_bar_and_gets_a_page(run, capsys):
+    assert cli.main(["ids", str(run), "--min-uniqueness", "1.0"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"items with an id of their own, as assigned +1\.0000", out)
+    assert re.search(r"reconstruction error, as stored +0\b", out)
+    # level 1 uses 3 of 4 codes equally, four items each; users walk in a circle, so neighbours share it
+    assert re.search(r"1 +75\.0% +3\.0 +3 +4\.00 +4 +[1-9]\.\d times", out)
+    page = (run / "ids.html").read_text()
+    charts = json.loads(re.search(r'<script type="application/json" id="charts">(.*?)</script>', page)[1])
+    assert page.count('class="chart"') == len(charts) == 3
+    assert charts[0]["data"][0]["y"] == [4, 4, 4, 0]
+
+
+def test_colliding_items_are_named_and_fail_the_bar(run, capsys):
+    move(run, 0, 11.0)  # where item 5 is
+    move(run, 8, 21.2)  # to the code of item 9
+    assert cli.main(["ids", str(run), "--min-uniqueness", "0.99"]) == 1
+    out, error = capsys.readouterr()
+    # four of twelve items share; of the ten whose embedding nobody shares, two do
+    assert re.search(r"as assigned +0\.6667", out) and re.search(r"embedding of their own +0\.8000", out)
+    assert "<s_b_1> (one embedding: no rule can part them): <b>Zero</b> | Title 5" in out
+    assert "<s_a_2><s_b_1>: Title 8 | Title 9" in out
+    assert error == "rerank: uniqueness 0.6667 is below 0.99\n"
+    assert "&lt;b&gt;Zero&lt;/b&gt; | Title 5" in (run / "ids.html").read_text()
+    assert cli.main(["ids", str(run)]) == 0  # without a bar it only reports
+
+
+def test_ids_that_collide_in_the_stored_table_fail_the_bar_too(run, capsys):
+    codes = np.stack([np.arange(NUM_ITEMS) // 4, np.arange(NUM_ITEMS) % 4], axis=1)
+    codes[1] = codes[0]
+    SemanticIds(codes, codebook_size=4).save(run / "semantic_ids")
+    assert cli.main(["ids", str(run), "--min-uniqueness", "0.99"]) == 1
+    assert "1 ids are shared in the stored table; run the semantic_ids stage again" in capsys.readouterr().out
+
+
+def test_new_items_get_ids_as_the_readme_shows(run):
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    (code,) = [
+        part for part in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "import Tokenizer, assign" in part
+    ]
+    names = {"embeddings": np.array([[1.0]])}
+    exec(code.replace("runs/ml100k", str(run)), names)
+    # 1.0 is nearest (0, 1), but prefixes 0 to 2 are full: it goes to prefix 3, at 30, and there nearest to 0
+    assert names["codes"].tolist() == [[3, 0]]
+
+
+def test_an_unfinished_stage_and_parts_of_another_one_are_refused(run, capsys):
+    np.save(run / "semantic_ids/embeddings.npy", np.zeros((3, 1), dtype=np.float32))
+    with pytest.raises(
+        ValueError, match="ids of 12 items and 2 levels, but embeddings of 3 items and a tokenizer of 2"
+    ):
+        id_report.read_quality(run)
+    (run_dir.stage_dir(run, "semantic_ids") / "stage.json").unlink()
+    assert cli.main(["ids", str(run)]) == 2
+    assert "not finished; run the semantic_ids stage first" in capsys.readouterr().err
