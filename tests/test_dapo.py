@@ -93,6 +93,37 @@ def test_a_short_training_has_a_gain_without_an_interval():
     assert gain == {"reward_first_fifth": 1.0, "reward_last_fifth": 4.0, "reward_gain_interval": None}
 
 
+def write_groups(folder, *groups):
+    """Rollouts, two a group, of (step, target_rank_before, mean reward); the two lie 0.5 around the mean."""
+    rows = [
+        {"step": step, "group": number, "target_rank_before": rank, "reward": reward + spread}
+        for number, (step, rank, reward) in enumerate(groups)
+        for spread in (-0.5, 0.5)
+    ]
+    folder.mkdir()
+    pq.write_table(pa.Table.from_pylist(rows), folder / "part-0-0.parquet")
+    return folder
+
+
+def test_the_gain_at_equal_ranks_compares_rows_with_as_much_to_gain(tmp_path):
+    first = [(0, 1, 0.0), (0, 1, 0.2), (0, 5, 0.4), (0, 5, 0.8), (0, 7, 0.9)]
+    middle = [(step, 1, 0.0) for step in (1, 2, 3)]
+    last = [(4, 1, 0.2), (4, 1, 0.4), (4, 5, 0.4), (4, 5, 0.6)]
+    gain = dapo.gain_at_equal_ranks(write_groups(tmp_path / "rollouts", *first, *middle, *last))
+    # rank 1: 0.3 - 0.1, rank 5: 0.5 - 0.6, rank 7 is in one fifth only; 7 groups have rank 1 and 4 rank 5
+    wanted = 7 / 11 * 0.2 + 4 / 11 * -0.1
+    # variances of two means 0.2 apart are 0.02, 0.4 apart 0.08
+    error = ((7 / 11) ** 2 * (0.02 / 2 + 0.02 / 2) + (4 / 11) ** 2 * (0.08 / 2 + 0.02 / 2)) ** 0.5
+    assert gain["reward_gain_at_equal_ranks"] == pytest.approx(wanted)
+    interval = [wanted - 1.959964 * error, wanted + 1.959964 * error]
+    assert gain["reward_gain_at_equal_ranks_interval"] == pytest.approx(interval, abs=1e-6)
+
+
+def test_without_two_groups_of_a_rank_in_both_fifths_there_is_no_gain_at_equal_ranks(tmp_path):
+    gain = dapo.gain_at_equal_ranks(write_groups(tmp_path / "rollouts", (0, 1, 0.0), (1, 1, 0.2), (1, 1, 0.4)))
+    assert gain == {"reward_gain_at_equal_ranks": None, "reward_gain_at_equal_ranks_interval": None}
+
+
 def test_the_overlong_punishment_falls_before_the_limit():
     args = dapo.DapoArguments(run_dir="run", rewards=[{"name": "ndcg", "weight": 0.7}], overlong_tokens=5)
     functions, weights = dapo.reward_functions(args, max_completion_length=20)

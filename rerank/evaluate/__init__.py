@@ -38,7 +38,10 @@ logger = logging.getLogger(__name__)
 
 INPUTS = ("data", "semantic_ids", "midtrain", "candidates", "sft", "dapo")
 MODEL_FOLDERS = {"sft": "sft/model", "sft_no_trace": "sft/model_no_trace", "dapo": "dapo/model"}
-DAPO_METRICS = ("rollout_engine", "max_logp_gap", "reward_first_fifth", "reward_last_fifth", "reward_gain_interval")
+DAPO_METRICS = (
+    *("rollout_engine", "max_logp_gap", "reward_first_fifth", "reward_last_fifth", "reward_gain_interval"),
+    *("reward_gain_at_equal_ranks", "reward_gain_at_equal_ranks_interval"),
+)
 RANKINGS = pa.schema(
     [
         ("row_id", pa.int64()),
