@@ -92,14 +92,14 @@ def test_the_model_finds_what_scoring_every_item_finds(run):
 
 def test_recall_of_a_sample_is_that_of_its_rows(run):
     model, tokenizer = load_midtrained(run)
-    sample = full_catalogue.ValidationRecall.load(run, tokenizer, 12, 4, seed=0)
+    sample = full_catalogue.ValidationRecall.load(run, tokenizer, 12, 4)
     assert len(sample.histories) == len(sample.dataset()) == 12
     found = next_items(model, tokenizer, sample.histories, CATALOGUE, 10, 20, 4)
     hits = [target in items for target, items in zip(sample.targets.tolist(), found.items, strict=True)]
     assert sample(model)["R@10"] == pytest.approx(np.mean(hits))
-    again = full_catalogue.ValidationRecall.load(run, tokenizer, 12, 4, seed=0)
+    again = full_catalogue.ValidationRecall.load(run, tokenizer, 12, 4)
     assert again.targets.tolist() == sample.targets.tolist()
-    assert len(full_catalogue.ValidationRecall.load(run, tokenizer, 999, 4, seed=0).targets) == 30
+    assert len(full_catalogue.ValidationRecall.load(run, tokenizer, 999, 4).targets) == 30
 
 
 def test_the_evaluation_ranks_every_row_and_its_groups_add_up(run, tmp_path, monkeypatch):

@@ -123,8 +123,7 @@ def recalls(*values):
 
 def test_training_stops_without_a_gain_and_keeps_the_best_weights(tmp_path):
     recall, seen = recalls(0.1, 0.3, 0.2, 0.3, 0.9)
-    arguments = midtrain.MidtrainArguments(run_dir="run", eval_recall_rows=1, patience=2)
-    options = midtrain.recall_options(arguments, config(tmp_path, eval_steps=2))
+    options = midtrain.recall_options(config(tmp_path, eval_steps=2))
     made = trainer(tmp_path, recall, [EarlyStoppingCallback(2)], max_steps=100, eval_steps=2, **options)
     stopping.train(made)
     assert made.state.global_step == 8  # after steps 2, 4, 6 and 8; .3 of step 4 is not exceeded in two more
@@ -138,7 +137,7 @@ def test_an_evaluation_changes_nothing_in_what_is_trained(tmp_path):
     plain = trainer(tmp_path / "plain", max_steps=4)
     stopping.train(plain)
     recall, _ = recalls(0.1, 0.2)
-    options = midtrain.recall_options(None, config(tmp_path, eval_steps=2))
+    options = midtrain.recall_options(config(tmp_path, eval_steps=2))
     ours = trainer(tmp_path / "ours", recall, max_steps=4, eval_steps=2, **options)
     stopping.train(ours)
     assert all(torch.equal(value, ours.model.state_dict()[name]) for name, value in plain.model.state_dict().items())

@@ -29,6 +29,7 @@ from rerank.evaluate.tables import interval, number
 METRICS = ("R@5", "R@10", "N@5", "N@10")
 LIST_LENGTH, NUM_BEAMS = 10, 20
 MOST_SUCCESSORS = 50
+SAMPLE_SEED = 0  # one sample for all seeds of a training, so that their recall can be compared
 GROUPS = {"all": "all", "one_hop": "one hop", "rest": "the rest"}
 REFERENCE = "transitions"
 
@@ -85,12 +86,12 @@ class ValidationRecall:
     max_history: int
 
     @classmethod
-    def load(cls, run: Path, tokenizer: Any, num_rows: int, max_history: int, seed: int) -> "ValidationRecall":
+    def load(cls, run: Path, tokenizer: Any, num_rows: int, max_history: int) -> "ValidationRecall":
         """The sample of a run, all rows where there are no more than `num_rows`."""
         rows = Rows.load(runs.stage_dir(run, "data") / "rows.parquet")
         chosen = np.flatnonzero(rows.splits == "valid")
         if num_rows < len(chosen):
-            chosen = np.sort(np.random.default_rng(seed).choice(chosen, num_rows, replace=False))
+            chosen = np.sort(np.random.default_rng(SAMPLE_SEED).choice(chosen, num_rows, replace=False))
         histories = [rows.histories[row] for row in chosen]
         return cls(histories, rows.targets[chosen], tokenizer, Catalogue.load(run), max_history)
 

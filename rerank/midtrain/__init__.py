@@ -201,13 +201,12 @@ def train_new_rows(
     AcceleratorState._reset_state()  # else phase two's trainer is refused under DeepSpeed
 
 
-def recall_options(args: MidtrainArguments, config: SFTConfig) -> dict[str, Any]:
+def recall_options(config: SFTConfig) -> dict[str, Any]:
     """What phase two's configuration must say for the checkpoint of the best recall to be kept."""
-    steps = int(config.eval_steps)
     return {
         "eval_strategy": "steps",
         "save_strategy": "steps",
-        "save_steps": steps,
+        "save_steps": config.eval_steps,
         "metric_for_best_model": "R@10",
         "greater_is_better": True,
         "load_best_model_at_end": True,
@@ -251,10 +250,8 @@ def main(args: MidtrainArguments, training_args: SFTConfig, model_args: ModelCon
         model.save_pretrained(base_dir)  # what the adapter is merged into at the end
     recall = None
     if args.eval_recall_rows:
-        recall = ValidationRecall.load(
-            Path(args.run_dir), tokenizer, args.eval_recall_rows, args.max_items - 1, training_args.seed
-        )
-        training_args = dataclasses.replace(training_args, **recall_options(args, training_args))
+        recall = ValidationRecall.load(Path(args.run_dir), tokenizer, args.eval_recall_rows, args.max_items - 1)
+        training_args = dataclasses.replace(training_args, **recall_options(training_args))
     trainer = MidtrainTrainer(
         model,
         training_args,
