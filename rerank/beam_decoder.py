@@ -7,8 +7,9 @@ Models that cannot take such a mask get a copy of the history per beam. Letters 
 T tokens of the longest history, S tokens in the cache, V vocabulary.
 """
 
+import functools
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,10 +29,14 @@ def why_copied(model: Any) -> str | None:
     return f"the model keeps {', '.join(sorted(others))}, not all keys and values" if others else None
 
 
-def _accepted(model: Any, *names: str) -> list[str]:
-    """Which of these arguments the model's forward takes, or that of a model inside it, as with an adapter."""
-    forwards = [inspect.signature(module.forward).parameters for module in model.modules()]
-    return [name for name in names if any(name in parameters for parameters in forwards)]
+def _accepted(model: Any) -> set[str]:
+    """Names of the arguments that the model's forward takes, and those of the models in it, as with an adapter."""
+    return set().union(*map(_parameters, {type(module).forward for module in model.modules()}))
+
+
+@functools.cache
+def _parameters(forward: Callable) -> frozenset[str]:
+    return frozenset(inspect.signature(forward).parameters)
 
 
 class BeamDecoder:
@@ -42,10 +47,11 @@ class BeamDecoder:
     """
 
     def __init__(self, model: Any, input_ids: Sequence[Sequence[int]], shared: bool) -> None:
-        if not _accepted(model, "past_key_values"):
+        accepted = _accepted(model)
+        if "past_key_values" not in accepted:
             raise ValueError(f"{type(model).__name__} takes no past_key_values; use a model with a cache of them")
         self.model, self.shared = model, shared
-        self.options = _accepted(model, "position_ids", "logits_to_keep")
+        self.options = accepted & {"position_ids", "logits_to_keep"}
         self.cache = DynamicCache(config=model.config)
         lengths = torch.tensor([len(row) for row in input_ids])[:, None]
         width = int(lengths.max())

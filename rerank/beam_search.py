@@ -58,7 +58,9 @@ class Beams:
     def where(self, condition: np.ndarray, last_node: int) -> "Beams":
         """Those of each row for which `condition` holds, in the order of the index."""
         chosen = condition & (self.logps > -np.inf)
-        order = np.lexsort((self.nodes, ~chosen))[:, : chosen.sum(axis=1).max(initial=0)]
+        if not chosen.any():
+            return Beams(*(array[:, :0] for array in vars(self).values()))
+        order = np.lexsort((self.nodes, ~chosen))[:, : chosen.sum(axis=1).max()]
         taken, is_there = self._taken(order), np.take_along_axis(chosen, order, axis=1)
         nodes, logps = np.where(is_there, taken.nodes, last_node), np.where(is_there, taken.logps, -np.inf)
         return Beams(nodes, logps, taken.parents, taken.is_open)
@@ -209,10 +211,10 @@ def _child_logps(
 
     first, counts, table = index.child_table(beams.nodes.ravel())
     shape = (*beams.nodes.shape, table.shape[1])
-    places = torch.from_numpy(table.astype(np.int64)).to(logits.device).view(shape)
+    tokens = vocabulary[torch.from_numpy(table.astype(np.int64)).to(logits.device)].view(shape)
     counts_left = torch.from_numpy(counts).to(logits.device).view(*shape[:2], 1)
     is_none = torch.arange(shape[2], device=logits.device) >= counts_left
-    scores = logits.index_select(2, vocabulary).gather(2, places).double()
+    scores = logits.gather(2, tokens).double()
     if mask_first:
         norms = scores.masked_fill(is_none, -np.inf).logsumexp(dim=2, keepdim=True)
     else:

@@ -63,12 +63,18 @@ def check_vocabulary(tokenizer: Any, semantic_ids: Sequence[str], where: str | P
         where: What to call the model in the message.
 
     Raises:
-        ValueError: Naming the first id token that is missing or special.
+        ValueError: Naming the first id token that is missing, special or split.
     """
     vocabulary, special = tokenizer.get_vocab(), set(tokenizer.all_special_tokens)
     for token in dict.fromkeys(token for text in semantic_ids for token in re.findall("<[^<>]*>", text)):
-        if token not in vocabulary or token in special:
-            problem = "lacks" if token not in vocabulary else "has as a special token, which decoding drops,"
+        problem = None
+        if token not in vocabulary:
+            problem = "lacks"
+        elif token in special:
+            problem = "has as a special token, which decoding drops,"
+        elif tokenizer.tokenize(token) != [token]:
+            problem = "splits"
+        if problem is not None:
             raise ValueError(
                 f"semantic ids of another catalogue than the model's: {where} {problem} {token}; "
                 "run the stages from midtrain on again, or give the model that was trained on these ids."
