@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Sequence
 
@@ -171,12 +172,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     sys.path.insert(0, "")  # plugins beside the recipes, as `python -m` has it
     try:
-        return args.function(args)
+        code = args.function(args)
+        sys.stdout.flush()
+        return code
     except (ValueError, FileNotFoundError) as error:
         print(f"rerank: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # `rerank ids RUN_DIR | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered has nowhere to go
+        return 141
 
 
 if __name__ == "__main__":

@@ -110,7 +110,11 @@ def check_steps(steps: Sequence[Step]) -> list[Step]:
     remade, made = [step.stage for step in waiting], []
     for step in steps:
         if step not in waiting:
-            runs.check_finished(step.run_dir, step.stage, step.keys, remade)
+            try:
+                runs.check_finished(step.run_dir, step.stage, step.keys, remade)
+            except ValueError:
+                recipe.resolve(step.stage, step.keys, str(step.path))  # a misspelt key is what should be named
+                raise
     for step in waiting:
         arguments = recipe.resolve(step.stage, step.keys, str(step.path))
         recipe.check_inputs(step.stage, arguments[0], made)

@@ -1,5 +1,8 @@
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -115,3 +118,12 @@ def test_an_unfinished_stage_and_parts_of_another_one_are_refused(run, capsys):
     (run_dir.stage_dir(run, "semantic_ids") / "stage.json").unlink()
     assert cli.main(["ids", str(run)]) == 2
     assert "not finished; run the semantic_ids stage first" in capsys.readouterr().err
+
+
+def test_a_reader_that_has_seen_enough_leaves_no_traceback(run):
+    reading, writing = os.pipe()
+    os.close(reading)
+    words = [sys.executable, "-m", "rerank.cli", "ids", str(run)]
+    done = subprocess.run(words, stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, "")

@@ -108,6 +108,13 @@ def test_finished_stages_are_not_checked_again_but_must_be_of_this_recipe(tmp_pa
         pipeline.check_steps(changed)
 
 
+def test_a_misspelt_key_is_named_also_where_the_stage_is_finished(tmp_path, folder):
+    run = tmp_path / "run"
+    finish(run, "data", pipeline.read_steps(folder, str(run), [])[0].keys)
+    with pytest.raises(ValueError, match=r"num_tset.*num_test"):
+        pipeline.check_steps(pipeline.read_steps(folder, str(run), ["data.num_tset=2"])[:1])
+
+
 def test_a_stage_whose_input_is_made_anew_is_refused(tmp_path, folder):
     run = tmp_path / "run"
     steps = pipeline.select(pipeline.read_steps(folder, str(run), []), None, "semantic_ids", None)
