@@ -69,7 +69,7 @@ def test_a_good_run_passes_the_bar_and_gets_a_page(run, capsys):
     assert re.search(r"items with an id of their own, as assigned +1\.0000", out)
     assert re.search(r"reconstruction error, as stored +0\b", out)
     # level 1 uses 3 of 4 codes equally, four items each; users walk in a circle, so neighbours share it
-    assert re.search(r"1 +75\.0% +3\.0 +3 +4\.00 +4 +[1-9]\.\d times", out)
+    assert re.search(r"1 +75\.0% +3\.0 +3 +4\.00 +4 +[1-9]\.\d ×", out)
     page = (run / "ids.html").read_text()
     charts = json.loads(re.search(r'<script type="application/json" id="charts">(.*?)</script>', page)[1])
     assert page.count('class="chart"') == len(charts) == 3

@@ -133,7 +133,7 @@ def level_rows(found: IdsQuality) -> list[list[str]]:
                 f"{len(prefix):,}",
                 f"{prefix.mean():.2f}",
                 f"{prefix[0]:,}",
-                "no chance of one" if lift is None else f"{lift:.1f} times",
+                "–" if lift is None else f"{lift:.1f} ×",
             ]
         )
     return rows
@@ -182,7 +182,11 @@ def charts(found: IdsQuality) -> list[dict[str, Any]]:
             xaxis={**_axis("items of a prefix"), "type": "log"},
             yaxis=share_axis,
         ),
-        chart(lift, "How much more often than by chance co-engaged items share a prefix", xaxis=_axis("codes")),
+        chart(
+            lift,
+            "How much more often than by chance co-engaged items share a prefix",
+            xaxis={**_axis("codes"), "type": "category"},
+        ),
     ]
 
 
