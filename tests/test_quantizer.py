@@ -96,7 +96,7 @@ def test_partners_are_drawn_from_both_directions_of_the_pairs():
 )
 def test_each_switch_changes_the_codebooks_and_is_repeatable(option, tmp_path):
     default, first, second = (
-        Tokenizer.load(run(tmp_path / name, epochs=3, **options)[0]).codebooks
+        Tokenizer.load(run(tmp_path / name, **{"epochs": 3, "batch_size": 8, **options})[0]).codebooks
         for name, options in (("default", {}), ("first", option), ("second", option))
     )
     assert np.array_equal(first, second) and not np.array_equal(first, default)
