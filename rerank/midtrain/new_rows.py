@@ -8,15 +8,12 @@ TRL's fused loss reads `lm_head.weight`, which is that same tensor, or its count
 V vocabulary, H hidden size, N new tokens.
 """
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-
-logger = logging.getLogger(__name__)
 
 INPUT_ROWS, OUTPUT_ROWS = "rows", "head_rows"
 
