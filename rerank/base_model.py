@@ -1,8 +1,9 @@
 """Where a model comes from: a pretrained one by name, folder or package, or a small Qwen3-shaped one made here."""
 
+import contextlib
 import importlib.util
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -162,6 +163,20 @@ def make_small_model(shape: SmallModelArguments, tokenizer: Any, seed: int) -> A
     return model
 
 
+@contextlib.contextmanager
+def whole(*weights: Any) -> Iterator[None]:
+    """Within it, weights that ZeRO-3 has sharded are whole, and what every process writes into them is kept."""
+    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+    if not is_deepspeed_zero3_enabled():
+        yield
+        return
+    from deepspeed.runtime.zero import GatheredParameters
+
+    with GatheredParameters(list(weights), modifier_rank=0):
+        yield
+
+
 def add_tokens(model: Any, tokenizer: Any, tokens: Sequence[str], seed: int) -> list[int]:
     """Add ordinary tokens (special ones would vanish from decoded completions) and rows for them; their ids.
 
@@ -172,7 +187,8 @@ def add_tokens(model: Any, tokenizer: Any, tokens: Sequence[str], seed: int) -> 
     """
     import torch
 
-    old_size = model.get_input_embeddings().weight.shape[0]
+    with whole(model.get_input_embeddings().weight):
+        old_size = model.get_input_embeddings().weight.shape[0]
     tokenizer.add_tokens(list(tokens))
     ids = tokenizer.convert_tokens_to_ids(list(tokens))
     special = set(tokenizer.all_special_ids)
@@ -185,7 +201,7 @@ def add_tokens(model: Any, tokenizer: Any, tokens: Sequence[str], seed: int) -> 
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     for layer in [model.get_input_embeddings()] + ([] if tied else [model.get_output_embeddings()]):
         new = [i for i in ids if i >= old_size]
-        with torch.no_grad():
+        with torch.no_grad(), whole(layer.weight):
             old = layer.weight[:old_size].float()
             noise = torch.randn(len(new), old.shape[1], generator=generator) * old.std()
             layer.weight[new] = (old.mean(0) + noise).to(layer.weight.dtype)

@@ -203,6 +203,7 @@ def fit(args: SftArguments, config: SFTConfig, model_args: ModelConfig, folder: 
         run_dir.write_json(
             folder.parent / f"log_history{folder.name.removeprefix('model')}.json", trainer.state.log_history
         )
+    stopping.release(trainer)
     return {
         "rows": len(encoded),
         "steps": trainer.state.global_step,

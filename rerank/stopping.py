@@ -87,6 +87,14 @@ def train(trainer: Any, max_minutes: float | None = None) -> None:
         raise KeyboardInterrupt
 
 
+def release(trainer: Any) -> None:
+    """Let go of a finished training, so that another one can follow in the same process."""
+    from accelerate.state import AcceleratorState
+
+    trainer.accelerator.free_memory()
+    AcceleratorState._reset_state()  # else the next trainer is refused under DeepSpeed
+
+
 def last_checkpoint(folder: str | Path) -> str | None:
     """The newest complete checkpoint in a trainer's output folder, or None.
 

@@ -23,7 +23,7 @@ def logged(run, stage, name):
     return [entry[name] for entry in history if name in entry][:STEPS]
 
 
-@pytest.mark.parametrize("accelerate", LAUNCHES)
+@pytest.mark.parametrize("accelerate", [*LAUNCHES, "tests/toy/zero3_cpu.yaml"])
 def test_both_phases_of_midtrain_in_two_processes_train_as_in_one(toy_run, tmp_path, accelerate):
     base = save_tiny_model(tmp_path / "base", tied=False, id_tokens=False)
     words = (f"--model_name_or_path={base}", "--token_learning_rate=0.01", "--max_steps=2", HALF_BATCH)
@@ -41,7 +41,7 @@ def test_both_phases_of_midtrain_in_two_processes_train_as_in_one(toy_run, tmp_p
 @pytest.mark.parametrize("accelerate", LAUNCHES)
 def test_sft_in_two_processes_has_the_losses_of_one(toy_run, tmp_path, accelerate):
     run = copy_stages(toy_run.run, tmp_path / "run", "traces")
-    words = (f"--max_steps={STEPS}", "--no_trace_control=false", HALF_BATCH)
+    words = (f"--max_steps={STEPS}", HALF_BATCH)
     launch(toy_run.data, accelerate, "rerank.sft", "sft", run, *words)
     for name in ("loss", "grad_norm"):
         assert logged(run, "sft", name) == pytest.approx(logged(toy_run.run, "sft", name), abs=1e-4), name

@@ -359,7 +359,7 @@ def test_recall_on_validation_rows_is_logged_and_the_best_kept(toy_run, tmp_path
     "mixture", [{"sequence": 1.0, "captions": 1.0}, {"caption": 1.0}, {"sequence": 1, "text": -1}]
 )
 def test_a_mixture_of_no_use_is_refused(mixture):
-    with pytest.raises(ValueError, match=r"mixture is .*; give shares of sequence, .*, lists, that of sequence above"):
+    with pytest.raises(ValueError, match=r"mixture is .*; give shares of sequence, .*, walks, that of sequence above"):
         arguments(mixture=mixture)
 
 

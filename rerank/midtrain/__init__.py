@@ -5,8 +5,8 @@ In: the data and semantic_ids folders. Out: `model/`, a Hugging Face folder whos
 A pretrained model goes through two phases: first only the rows of the new tokens are trained, then everything, or a
 LoRA adapter that is merged on saving. A small model made from the recipe has nothing to protect and skips phase one.
 Four families of documents are mixed (GR2 sec. 2.4 by way of OneRec-Think, arXiv:2510.11639, table 5): sequences,
-captions both ways, histories told in words, and general text. A fifth of our own, lists to rank, is for models that
-are too small to bring along the reading and sorting of lists.
+captions both ways, histories told in words, and general text. Two of our own are for small models: lists to rank, for
+those that do not bring along the reading and sorting of lists, and walks, histories made up from counts.
 
     accelerate launch --config_file recipes/accelerate/cpu.yaml \
         -m rerank.midtrain --config recipes/ml100k/3_midtrain.yaml
@@ -35,6 +35,7 @@ from rerank.midtrain.documents import (
     encoded_dataset,
     mixed_documents,
 )
+from rerank.midtrain.dropout import residual_dropout
 from rerank.midtrain.new_rows import load_rows, save_rows, train_only_rows
 from rerank.prompts import FACTS, THINK, THINK_END, render
 from rerank.traces.evidence import EVIDENCE_WORDS
@@ -51,7 +52,7 @@ class MidtrainArguments(recipe.StageArguments, base_model.SmallModelArguments):
 
     mixture: dict[str, float] = field(
         default_factory=lambda: dict(PUBLISHED_MIXTURE),
-        metadata={"help": "Share of documents of each task: sequence, persona, caption, text, lists."},
+        metadata={"help": "Share of documents of each task: sequence, persona, caption, text, lists, walks."},
     )
     num_documents: int = field(
         default=0, metadata={"help": "Documents in an epoch; 0: every sequence once and the others in proportion."}
@@ -71,6 +72,10 @@ class MidtrainArguments(recipe.StageArguments, base_model.SmallModelArguments):
     )
     token_epochs: float = field(default=1.0, metadata={"help": "Phase one: epochs that train only the new rows."})
     token_learning_rate: float = field(default=5.0e-4, metadata={"help": "Learning rate of phase one."})
+    dropout: float = field(
+        default=0.0,
+        metadata={"help": "Phase two: share dropped of what the embedding and each branch of a layer give; 0: none."},
+    )
     max_minutes: float | None = field(default=None, metadata={"help": "End each phase after this many minutes."})
     eval_recall_rows: int = field(
         default=0,
@@ -93,6 +98,8 @@ class MidtrainArguments(recipe.StageArguments, base_model.SmallModelArguments):
         for name in ("eval_recall_rows", "patience"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)} but must not be negative")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout} but must be at least 0 and below 1")
         if self.patience and not self.eval_recall_rows:
             raise ValueError(
                 f"patience is {self.patience} but nothing is evaluated; set eval_recall_rows, such as 1000"
@@ -185,8 +192,6 @@ def train_new_rows(
     path: Path,
 ) -> None:
     """Phase one: train the rows of the new tokens and nothing else, and write them to `path`; the model is used up."""
-    from accelerate.state import AcceleratorState
-
     from rerank.midtrain.trainer import MidtrainTrainer
 
     config = dataclasses.replace(
@@ -199,8 +204,7 @@ def train_new_rows(
     trainer = MidtrainTrainer(model, config, train_dataset=dataset, processing_class=tokenizer)
     stopping.train(trainer, args.max_minutes)
     save_rows(trainer, path)
-    trainer.accelerator.free_memory()
-    AcceleratorState._reset_state()  # else phase two's trainer is refused under DeepSpeed
+    stopping.release(trainer)
 
 
 def recall_options(config: SFTConfig) -> dict[str, Any]:
@@ -264,7 +268,8 @@ def main(args: MidtrainArguments, training_args: SFTConfig, model_args: ModelCon
         peft_config=peft_config,
         callbacks=[EarlyStoppingCallback(args.patience)] if args.patience else None,
     )
-    stopping.train(trainer, args.max_minutes)
+    with residual_dropout(trainer.model, args.dropout):
+        stopping.train(trainer, args.max_minutes)
     base_model.save_trained(trainer, tokenizer, base_dir, out_dir / "model")
     if trainer.accelerator.is_main_process:
         what = model_card.LANGUAGE_MODEL

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from rerank.base_model import whole
+
 INPUT_ROWS, OUTPUT_ROWS = "rows", "head_rows"
 
 
@@ -25,11 +27,11 @@ class NewRowsEmbedding(nn.Module):
         super().__init__()
         self.register_buffer("ids", torch.tensor(ids), persistent=False)  # (N,)
         self.padding_idx = embedding.padding_idx
-        self.table = _frozen(embedding.weight)  # (V, H)
+        self.table = embedding.weight  # (V, H), frozen
         self.rows = nn.Parameter(self.table[list(ids)].clone())  # (N, H)
         self.tied = head.weight is embedding.weight
         if not self.tied:
-            self.head_table = _frozen(head.weight)
+            self.head_table = head.weight
             self.head_rows = nn.Parameter(self.head_table[list(ids)].clone())
         self.head_weight: torch.Tensor | None = None  # of the present forward pass
 
@@ -57,10 +59,6 @@ class NewRowsHead(nn.Module):
         return nn.functional.linear(hidden, self.weight, self.bias)
 
 
-def _frozen(table: nn.Parameter) -> nn.Parameter:
-    return nn.Parameter(table.detach(), requires_grad=False)
-
-
 def _is_zero3() -> bool:
     from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
@@ -80,8 +78,10 @@ def train_only_rows(model: Any, ids: Sequence[int]) -> None:
     There is no way back: save the rows with `save_rows` and put them into a fresh model with `load_rows`.
     """
     model.requires_grad_(False)
-    embedding = NewRowsEmbedding(model.get_input_embeddings(), model.get_output_embeddings(), ids)
-    model.set_output_embeddings(NewRowsHead(model.get_output_embeddings(), embedding))
+    head = model.get_output_embeddings()
+    with whole(model.get_input_embeddings().weight, head.weight):
+        embedding = NewRowsEmbedding(model.get_input_embeddings(), head, ids)
+    model.set_output_embeddings(NewRowsHead(head, embedding))
     model.set_input_embeddings(embedding)
     model.config.tie_word_embeddings = False  # else transformers ties weights by names that are no more
     model.all_tied_weights_keys = {}
@@ -107,6 +107,6 @@ def load_rows(model: Any, ids: Sequence[int], path: Path) -> None:
 
     saved = load_file(path)
     tables = {INPUT_ROWS: model.get_input_embeddings(), OUTPUT_ROWS: model.get_output_embeddings()}
-    with torch.no_grad():
-        for name, rows in saved.items():
+    for name, rows in saved.items():
+        with torch.no_grad(), whole(tables[name].weight):
             tables[name].weight[list(ids)] = rows.to(tables[name].weight)

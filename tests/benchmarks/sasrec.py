@@ -16,13 +16,25 @@ from pathlib import Path
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from rectools import Columns
 from rectools.dataset import Dataset
 from rectools.models import SASRecModel
 from rectools.models.nn.item_net import IdEmbeddingsItemNet
+from rectools.models.nn.transformers.lightning import TransformerLightningModule
 
 LIST_LENGTH = 10
 PARTS = {"valid": ("train", "rerank"), "test": ("train", "rerank", "valid")}  # what a row's history consists of
+
+
+class LabelledPositions(TransformerLightningModule):
+    """RecTools' softmax loss, with logits only where there is a next item: three quarters of a batch are padding."""
+
+    def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        has_next = batch["y"] != 0
+        items = self.torch_model.item_model.get_all_embeddings()
+        sessions = self.torch_model.encode_sessions(batch, items)[has_next]
+        return torch.nn.functional.cross_entropy(sessions @ items.T, batch["y"][has_next])
 
 
 def interactions(run: Path, parts: tuple[str, ...]) -> Dataset:
@@ -66,6 +78,7 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=5, help="epochs between validations (%(default)s)")
     parser.add_argument("--patience", type=int, default=3, help="validations without a gain (%(default)s)")
     parser.add_argument("--factors", type=int, default=128, help="width (%(default)s)")
+    parser.add_argument("--max_items", type=int, default=20, help="read of a history, as in the recipe (%(default)s)")
     parser.add_argument("--dropout", type=float, default=0.5, help="(%(default)s)")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -75,10 +88,11 @@ def main() -> None:
         n_heads=2,
         n_factors=args.factors,
         dropout_rate=args.dropout,
-        session_max_len=50,
+        session_max_len=args.max_items,
         lr=0.001,
         batch_size=128,
         item_net_block_types=(IdEmbeddingsItemNet,),
+        lightning_module_type=LabelledPositions,
         deterministic=True,
         recommend_torch_device="cpu",
     )
