@@ -18,6 +18,7 @@ from trl import ModelConfig, SFTConfig
 
 from rerank import base_model, midtrain, run_dir
 from rerank.catalogue import Catalogue
+from rerank.evaluate import full_catalogue
 from rerank.midtrain import documents
 from rerank.prompts import parse_completion
 from rerank.traces.evidence import GRADES
@@ -296,11 +297,13 @@ def test_phase_one_ends_with_its_epochs_or_with_max_steps(tmp_path):
 
 
 def run_main(toy_run, folder, model_args, arguments=None, **options):
-    run = copy_stages(toy_run.run, folder / "run", "semantic_ids")
+    run = folder / "run"
+    if not run.exists():
+        copy_stages(toy_run.run, run, "semantic_ids")
     args = midtrain.MidtrainArguments(run_dir=str(run), max_items=8, token_learning_rate=0.01, **(arguments or {}))
     out = folder / "out"
     out.mkdir(exist_ok=True)
-    config = sft_config(out / "checkpoints", max_steps=2, max_length=128, logging_steps=1, **options)
+    config = sft_config(out / "checkpoints", **{"max_steps": 2, "max_length": 128, "logging_steps": 1, **options})
     midtrain.main(args, config, model_args, out)
     return out
 
@@ -353,6 +356,15 @@ def test_recall_on_validation_rows_is_logged_and_the_best_kept(toy_run, tmp_path
     found = [entry["eval_R@10"] for entry in history if "eval_R@10" in entry]
     assert len(found) == 2 and all(0 <= value <= 1 for value in found)
     assert any("loss_sequence" in entry for entry in history)
+
+
+def test_patience_outlives_an_interruption(toy_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(full_catalogue.ValidationRecall, "__call__", lambda self, model: {"R@10": 0.5})
+    options = {"eval_recall_rows": 6, "patience": 2}
+    run_main(toy_run, tmp_path, ModelConfig(), options, eval_steps=1, max_steps=2)  # a best value, and one no better
+    out = run_main(toy_run, tmp_path, ModelConfig(), options, eval_steps=1, max_steps=9)
+    history = json.loads((out / "log_history.json").read_text())
+    assert max(entry["step"] for entry in history) == 3
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from rerank.beam_search import BeamResult, beam_search
-from rerank.catalogue import Catalogue
+from rerank.catalogue import Catalogue, check_vocabulary
 from rerank.prefix_index import PrefixIndex
 
 
@@ -49,6 +49,7 @@ def load_midtrained(run_dir: Path) -> tuple[Any, Any]:
 
     Raises:
         FileNotFoundError: When there is no mid-trained model.
+        ValueError: When it does not know the semantic ids of the run.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -56,8 +57,10 @@ def load_midtrained(run_dir: Path) -> tuple[Any, Any]:
     folder = run_dir / "midtrain/model"
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not there; run the midtrain stage first")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    check_vocabulary(tokenizer, Catalogue.load(run_dir).semantic_ids, folder)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return AutoModelForCausalLM.from_pretrained(folder).to(device).eval(), AutoTokenizer.from_pretrained(folder)
+    return AutoModelForCausalLM.from_pretrained(folder).to(device).eval(), tokenizer
 
 
 def model_lists(

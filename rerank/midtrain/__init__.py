@@ -216,6 +216,7 @@ def recall_options(config: SFTConfig) -> dict[str, Any]:
         "metric_for_best_model": "R@10",
         "greater_is_better": True,
         "load_best_model_at_end": True,
+        "restore_callback_states_from_checkpoint": True,  # patience goes on where it was
     }
 
 
