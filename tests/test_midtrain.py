@@ -302,7 +302,7 @@ def run_main(toy_run, folder, model_args, arguments=None, **options):
         copy_stages(toy_run.run, run, "semantic_ids")
     args = midtrain.MidtrainArguments(run_dir=str(run), max_items=8, token_learning_rate=0.01, **(arguments or {}))
     out = folder / "out"
-    out.mkdir(exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
     config = sft_config(out / "checkpoints", **{"max_steps": 2, "max_length": 128, "logging_steps": 1, **options})
     midtrain.main(args, config, model_args, out)
     return out
@@ -358,6 +358,20 @@ def test_recall_on_validation_rows_is_logged_and_the_best_kept(toy_run, tmp_path
     assert any("loss_sequence" in entry for entry in history)
 
 
+def test_dropout_is_on_in_phase_two(toy_run, tmp_path):
+    losses = []
+    for dropout in (0.0, 0.5):
+        out = run_main(toy_run, tmp_path / str(dropout), ModelConfig(), {"dropout": dropout}, max_steps=1)
+        losses.append(json.loads((out / "log_history.json").read_text())[0]["loss"])
+    assert abs(losses[0] - losses[1]) > 1e-3
+
+
+@pytest.mark.parametrize("dropout", [-0.1, 1.0])
+def test_dropout_must_leave_something(dropout):
+    with pytest.raises(ValueError, match=r"dropout is .* but must be at least 0 and below 1"):
+        arguments(dropout=dropout)
+
+
 def test_patience_outlives_an_interruption(toy_run, tmp_path, monkeypatch):
     monkeypatch.setattr(full_catalogue.ValidationRecall, "__call__", lambda self, model: {"R@10": 0.5})
     options = {"eval_recall_rows": 6, "patience": 2}
@@ -371,7 +385,7 @@ def test_patience_outlives_an_interruption(toy_run, tmp_path, monkeypatch):
     "mixture", [{"sequence": 1.0, "captions": 1.0}, {"caption": 1.0}, {"sequence": 1, "text": -1}]
 )
 def test_a_mixture_of_no_use_is_refused(mixture):
-    with pytest.raises(ValueError, match=r"mixture is .*; give shares of sequence, .*, walks, that of sequence above"):
+    with pytest.raises(ValueError, match=r"mixture is .*; give shares of sequence, .*, lists, that of sequence above"):
         arguments(mixture=mixture)
 
 

@@ -94,10 +94,10 @@ class Counts:
         """Scores of the rows in 1/3600, (len(rows), items), nothing where the history has the item."""
         chunk = [np.asarray(histories[row], dtype=np.int64) for row in rows]
         recent = recent_items(chunk, len(RECENCY))
-        scores = recency_weights(recent, self.num_items) @ self.transitions
+        scores = _recency_weights(recent, self.num_items) @ self.transitions
         if own is not None:
             numbers = own.numbers(rows[:, None], recent)
-            scores = scores - recency_weights(numbers, len(own.keys)) @ own.transitions
+            scores = scores - _recency_weights(numbers, len(own.keys)) @ own.transitions
         lines = np.repeat(np.arange(len(chunk)), [len(history) for history in chunk])
         seen = matrix_of(lines, np.concatenate(chunk), np.ones(len(lines)), scores.shape).astype(bool)
         scores = csr_array(scores - scores.multiply(seen))
@@ -195,7 +195,7 @@ class Counts:
         return feature_rows(self, [np.asarray(history)], np.array([candidates]), np.array([scores]), own)[0]
 
 
-def recency_weights(columns: np.ndarray, width: int) -> csr_array:
+def _recency_weights(columns: np.ndarray, width: int) -> csr_array:
     """(R, width) matrix with 1/m, in sixtieths, at each row's m-th column; -1 stands for none."""
     lines, steps = np.nonzero(columns >= 0)
     return matrix_of(lines, columns[lines, steps], np.array(RECENCY)[steps], (len(columns), width))

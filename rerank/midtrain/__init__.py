@@ -5,8 +5,8 @@ In: the data and semantic_ids folders. Out: `model/`, a Hugging Face folder whos
 A pretrained model goes through two phases: first only the rows of the new tokens are trained, then everything, or a
 LoRA adapter that is merged on saving. A small model made from the recipe has nothing to protect and skips phase one.
 Four families of documents are mixed (GR2 sec. 2.4 by way of OneRec-Think, arXiv:2510.11639, table 5): sequences,
-captions both ways, histories told in words, and general text. Two of our own are for small models: lists to rank, for
-those that do not bring along the reading and sorting of lists, and walks, histories made up from counts.
+captions both ways, histories told in words, and general text. A fifth of our own, lists to rank, is for models that
+are too small to bring along the reading and sorting of lists.
 
     accelerate launch --config_file recipes/accelerate/cpu.yaml \
         -m rerank.midtrain --config recipes/ml100k/3_midtrain.yaml
@@ -52,7 +52,7 @@ class MidtrainArguments(recipe.StageArguments, base_model.SmallModelArguments):
 
     mixture: dict[str, float] = field(
         default_factory=lambda: dict(PUBLISHED_MIXTURE),
-        metadata={"help": "Share of documents of each task: sequence, persona, caption, text, lists, walks."},
+        metadata={"help": "Share of documents of each task: sequence, persona, caption, text, lists."},
     )
     num_documents: int = field(
         default=0, metadata={"help": "Documents in an epoch; 0: every sequence once and the others in proportion."}

@@ -1,4 +1,4 @@
-"""What a model reads in mid-training: the four families of GR2 and OneRec-Think, lists to rank, and walks."""
+"""What a model reads in mid-training: the four families of GR2 and OneRec-Think, and lists to rank."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rerank.baselines.walks import walks
 from rerank.catalogue import Catalogue
 from rerank.prompts import FACTS, THINK, completion, render
 from rerank.traces.evidence import GRADES, Facts, by_grade, word_grades, word_short
@@ -19,12 +18,11 @@ if TYPE_CHECKING:
 
     from rerank.midtrain import MidtrainArguments
 
-TASKS = ("sequence", "persona", "caption", "text", "lists", "walks")
+TASKS = ("sequence", "persona", "caption", "text", "lists")
 NEXT_ITEMS = "Next items:"
 # Fixed words of the documents and of short prompts; a small tokenizer makes each one token.
 PROMPT_WORDS = ("Rank:", "History:", "Candidates:", "Next", "items:", "Describe:", "Which", "item:", "User:", "likes")
 LONGEST_LIST = 10
-WALK_LENGTH = 10
 GRADED_SHARE = 0.4  # of the lists begin with the grades
 NORMAL_EDGES = (-1.07, -0.57, -0.18, 0.18, 0.57, 1.07)  # cut a normal distribution into sevenths
 WINDOW = 16  # batches within which documents are put in order of length
@@ -47,19 +45,6 @@ def sequence_documents(histories: Sequence[np.ndarray], catalogue: Catalogue, ma
         for start in range(0, max(1, len(history) - max_items // 2), max(1, max_items // 2)):
             ids = "".join(catalogue.semantic_ids[item] for item in history[start : start + max_items])
             yield Document("sequence", NEXT_ITEMS, ids, ends=False)
-
-
-def walk_documents(
-    histories: Sequence[np.ndarray], catalogue: Catalogue, num: int, rng: np.random.Generator
-) -> Iterator[Document]:
-    """Histories made up by walking along what follows what in the true ones (`baselines.walks`): told like those.
-
-    A small model that reads the same few histories again and again learns them by heart. Relations between items as
-    further training data are IIRG's idea (arXiv:2606.17276, section 3); walks in the form of a history are ours.
-    """
-    for walk in walks(dict(enumerate(histories)), len(catalogue), num, WALK_LENGTH, rng):
-        ids = "".join(catalogue.semantic_ids[item] for item in walk[walk >= 0])
-        yield Document("walks", NEXT_ITEMS, ids, ends=False)
 
 
 def caption_documents(catalogue: Catalogue) -> Iterator[Document]:
@@ -174,8 +159,6 @@ def mixed_documents(
     ]
     if wanted["text"]:
         mixed += _draw(list(text_documents(args.general_text)), wanted["text"], rng)
-    if wanted["walks"]:
-        mixed += walk_documents(histories, catalogue, wanted["walks"], rng)
     lists = list_documents(wanted["lists"], args.list_facts, args.list_labels, catalogue, rng)
     places = rng.permutation(len(mixed) + wanted["lists"])
     return [mixed[place] if place < len(mixed) else next(lists) for place in places]

@@ -28,6 +28,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+from rerank import recipe
 from rerank.beam_decoder import BeamDecoder
 from rerank.beam_search import beam_search
 from rerank.prefix_index import PrefixIndex
@@ -224,6 +225,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--large", type=int, default=10_000_000, help="items of the large catalogue")
     args = parser.parse_args(words)
+    recipe.set_environment()
 
     sequences = np.unique(random_sequences(NUM_ITEMS, seed=0), axis=0)
     prompts = random_prompts(sequences, args.users)
