@@ -65,7 +65,8 @@ def check_vocabulary(tokenizer: Any, semantic_ids: Sequence[str], where: str | P
     Raises:
         ValueError: Naming the first id token that is missing, special or split.
     """
-    vocabulary, special = tokenizer.get_vocab(), set(tokenizer.all_special_tokens)
+    vocabulary = tokenizer.get_vocab()
+    special = {str(added) for added in tokenizer.added_tokens_decoder.values() if added.special}
     for token in dict.fromkeys(token for text in semantic_ids for token in re.findall("<[^<>]*>", text)):
         problem = None
         if token not in vocabulary:

@@ -1,5 +1,6 @@
 """One HTML page of a run: the results with intervals, training curves, the ids, each stage, a sample of rows."""
 
+import fnmatch
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,8 +20,9 @@ from rerank.semantic_ids import id_report
 GENERATING = ("dapo", "sft", "sft_no_trace")  # the sample shows the first of them that is there
 SAMPLES_PER_OUTCOME = 4
 SHOWN_HISTORY = 5
-CURVES = (  # title, log of which stage, keys
-    ("Mid-training loss", "midtrain/log_history.json", ("loss", "eval_loss")),
+CURVES = (  # title, log of which stage, keys or patterns of them
+    ("Mid-training loss", "midtrain/log_history.json", ("loss", "loss_*")),
+    ("Mid-training: recall on validation rows", "midtrain/log_history.json", ("eval_R@5", "eval_R@10")),
     ("SFT loss", "sft/log_history.json", ("loss", "eval_loss")),
     ("SFT without trace: loss", "sft/log_history_no_trace.json", ("loss", "eval_loss")),
     ("DAPO reward", "dapo/log_history.json", ("reward",)),
@@ -169,16 +171,16 @@ def training_charts(run_dir: Path) -> list[dict[str, Any]]:
     for title, log, keys in CURVES:
         history = json.loads((run_dir / log).read_text()) if (run_dir / log).is_file() else []
         figure = go.Figure()
-        for key in keys:
-            points = [(entry["step"], entry[key]) for entry in history if key in entry]
-            label = key if len(keys) > 1 else "value"
-            if points:
-                steps, values = zip(*points, strict=True)
-                figure.add_scatter(x=steps, y=values, mode="lines", name=label, opacity=0.5 if len(points) > 20 else 1)
-                if len(points) > 20:
-                    figure.add_scatter(
-                        x=steps, y=_moving_mean(values, len(points) // 10), name=f"{label}, moving mean"
-                    )
+        present = dict.fromkeys(name for entry in history for name in entry)
+        names = [name for pattern in keys for name in fnmatch.filter(present, pattern)]
+        for name in names:
+            steps, values = zip(*((entry["step"], entry[name]) for entry in history if name in entry), strict=True)
+            label, is_long = name if len(keys) > 1 else "value", len(steps) > 20
+            if len(names) <= 2 or not is_long:  # more lines would be a thicket
+                figure.add_scatter(x=steps, y=values, mode="lines", name=label, opacity=0.5 if is_long else 1)
+            if is_long:
+                mean = _moving_mean(values, len(values) // 10)
+                figure.add_scatter(x=steps, y=mean, name=f"{label}, moving mean")
         if figure.data:
             charts.append(page.chart(figure, title, xaxis={"title": {"text": "step"}}))
     return charts

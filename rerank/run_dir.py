@@ -52,6 +52,12 @@ def read_metrics(run_dir: str | Path, stage: str) -> dict[str, Any]:
     return json.loads((stage_dir(run_dir, stage) / "metrics.json").read_text())
 
 
+def midtrain_splits(run: str | Path) -> tuple[str, ...]:
+    """Splits that ids and mid-training may know: what the re-ranker trains on only where the data stage says so."""
+    seen = read_metrics(run, "data")["midtrain_has_seen_rerank_targets"]
+    return ("train", "rerank") if seen else ("train",)
+
+
 def write_json(path: str | Path, value: Any) -> None:
     """Write JSON through a temporary name, so that a reader never sees half a file."""
     temporary = Path(f"{path}.tmp")
@@ -115,10 +121,23 @@ def check_finished(run_dir: str | Path, stage: str, given: Mapping[str, Any], re
     cure = f"delete {folder} and the stages after it, or choose another --out"
     if changed := difference(record.given, given):
         raise ValueError(f"{folder} was made by another recipe: {changed}; {cure}")
-    for name, made_from in record.inputs.items():
+    check_inputs(run_dir, stage, remade)
+
+
+def check_inputs(run_dir: str | Path, stage: str, remade: Sequence[str] = ()) -> None:
+    """Refuse a finished folder that was made from other inputs than those beside it, or than those to be `remade`.
+
+    Raises:
+        ValueError: Naming the input and what to delete.
+    """
+    folder = stage_dir(run_dir, stage)
+    for name, made_from in read_record(run_dir, stage).inputs.items():
         replaced = is_finished(run_dir, name) and read_record(run_dir, name).id != made_from
         if name in remade or replaced:
-            raise ValueError(f"{folder} was made from another {name} folder than the run's; {cure}")
+            raise ValueError(
+                f"{folder} was made from another {name} folder than the run's; "
+                f"delete {folder} and the stages after it, or choose another --out"
+            )
 
 
 def begin(run_dir: str | Path, stage: str, given: Mapping[str, Any], inputs: Sequence[str]) -> None:

@@ -37,7 +37,13 @@ def test_a_catalogue_names_what_is_missing_or_does_not_belong_together(tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("name", "problem"), [("<s_a_1>", "lacks"), ("<s_a_2>", "splits"), ("<s_a_3>", "has as a special token")]
+    ("name", "problem"),
+    [
+        ("<s_a_1>", "lacks"),
+        ("<s_a_2>", "splits"),
+        ("<s_a_3>", "has as a special token"),
+        ("<s_a_4>", "has as a special token"),
+    ],
 )
 def test_a_tokenizer_that_does_not_know_an_id_token_as_an_ordinary_one_is_refused(name, problem):
     words = Tokenizer(models.WordLevel({"<": 0, "<s_a_0>": 1, "<s_a_2>": 2}, unk_token="<"))
@@ -45,6 +51,7 @@ def test_a_tokenizer_that_does_not_know_an_id_token_as_an_ordinary_one_is_refuse
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
     tokenizer.add_tokens(["<s_a_0>"])
     tokenizer.add_special_tokens({"eos_token": "<s_a_3>"})
+    tokenizer.add_tokens(["<s_a_4>"], special_tokens=True)
     check_vocabulary(tokenizer, ["<s_a_0>"], "m")
     with pytest.raises(ValueError, match=f"of another catalogue than the model's: m {problem}.* {name}; run the"):
         check_vocabulary(tokenizer, ["<s_a_0>", f"<s_a_0>{name}"], "m")

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 from toy_run import CATALOGUE, NUM_ITEMS, toy_sequences, write_model, write_run
 
-from rerank import cli, metrics
+from rerank import cli, metrics, run_dir
 from rerank.baselines import Counts
 from rerank.candidates.model_lists import load_midtrained, next_items
 from rerank.evaluate import full_catalogue
@@ -40,6 +40,7 @@ def test_popular_lists_leave_out_the_history():
     popularity = np.array([5, 1, 9, 1, 7])
     lists = full_catalogue.popular_lists(popularity, [np.array([2]), np.array([4, 0, 1])], 2)
     assert lists.tolist() == [[4, 0], [2, 3]]
+    assert full_catalogue.popular_lists(popularity, [np.array([1, 2, 4, 3])], 2).tolist() == [[0, -1]]
 
 
 def test_a_target_is_one_hop_away_when_it_is_among_the_most_frequent_successors(monkeypatch):
@@ -88,6 +89,15 @@ def test_the_model_finds_what_scoring_every_item_finds(run):
         logps = candidate_logps(model, tokenizer, [prompt], [CATALOGUE.semantic_ids])[0]
         logps[history] = -np.inf
         assert items == np.argsort(-logps)[:5].tolist()
+
+
+def test_a_model_made_from_other_ids_is_refused(tmp_path):
+    run = make_run(tmp_path / "run")
+    for stage, inputs in (("semantic_ids", {}), ("midtrain", {"semantic_ids": "another"})):
+        run_dir.write_json(run / stage / "stage.json", {"id": "x", "given": {}, "inputs": inputs})
+        run_dir.write_json(run / stage / "metrics.json", {})
+    with pytest.raises(ValueError, match="midtrain was made from another semantic_ids folder than the run's; delete"):
+        load_midtrained(run)
 
 
 def test_recall_of_a_sample_is_that_of_its_rows(run):

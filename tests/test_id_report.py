@@ -90,6 +90,14 @@ def test_colliding_items_are_named_and_fail_the_bar(run, capsys):
     assert cli.main(["ids", str(run)]) == 0  # without a bar it only reports
 
 
+def test_copies_among_other_colliding_items_are_named_too(run, capsys):
+    for item in (0, 1):
+        move(run, item, 11.0)  # where item 5 is
+    move(run, 2, 11.1)
+    cli.main(["ids", str(run)])
+    assert "(3 of one embedding: no rule can part them): <b>Zero</b> | Title 1 | Title 2" in capsys.readouterr().out
+
+
 def test_ids_that_collide_in_the_stored_table_fail_the_bar_too(run, capsys):
     codes = np.stack([np.arange(NUM_ITEMS) // 4, np.arange(NUM_ITEMS) % 4], axis=1)
     codes[1] = codes[0]

@@ -372,6 +372,18 @@ def test_dropout_must_leave_something(dropout):
         arguments(dropout=dropout)
 
 
+def test_one_item_is_no_history():
+    with pytest.raises(ValueError, match="max_items is 1 but must be at least 2"):
+        arguments(max_items=1)
+
+
+@pytest.mark.parametrize(("name", "token_epochs"), [(None, 1.0), ("HuggingFaceTB/SmolLM2-135M", 0.0)])
+def test_an_adapter_beside_untrained_rows_is_refused(tmp_path, name, token_epochs):
+    lora = ModelConfig(model_name_or_path=name, use_peft=True)
+    with pytest.raises(ValueError, match="use_peft trains an adapter in phase two and the new tokens' rows in phase"):
+        midtrain.check(arguments(token_epochs=token_epochs), sft_config(tmp_path), lora)
+
+
 def test_patience_outlives_an_interruption(toy_run, tmp_path, monkeypatch):
     monkeypatch.setattr(full_catalogue.ValidationRecall, "__call__", lambda self, model: {"R@10": 0.5})
     options = {"eval_recall_rows": 6, "patience": 2}

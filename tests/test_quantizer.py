@@ -11,7 +11,7 @@ import pytest
 import torch
 from test_semantic_ids import LINE, LINE_TOKENIZER, clustered_embeddings, run, toy_run
 
-from rerank import semantic_ids
+from rerank import run_dir, semantic_ids
 from rerank.semantic_ids import SemanticIdsArguments, Tokenizer, assign, check, main
 from rerank.semantic_ids.assignment import assign_codes
 from rerank.semantic_ids.balance import balance, sinkhorn
@@ -107,6 +107,7 @@ def write_interactions(folder: Path, items: list[int]) -> None:
     (folder / "data").mkdir(parents=True, exist_ok=True)
     rows = {"user": np.arange(len(items)) // 2, "item": items, "position": np.arange(len(items)) % 2}
     pq.write_table(pa.table({**rows, "split": ["train"] * len(items)}), folder / "data/interactions.parquet")
+    run_dir.write_json(folder / "data/metrics.json", {"midtrain_has_seen_rerank_targets": False})
 
 
 def test_the_contrastive_loss_brings_co_engaged_items_together(tmp_path):

@@ -79,6 +79,7 @@ def write_interactions(folder: Path) -> None:
         for position, item in enumerate(sequence)
     ]
     pq.write_table(pa.Table.from_pylist(rows), folder / "interactions.parquet")
+    finish(folder, {"midtrain_has_seen_rerank_targets": False})
 
 
 def write_semantic_ids(folder: Path) -> None:
@@ -118,7 +119,7 @@ def write_run(folder: Path) -> Path:
     )
     dapo = {"rollout_engine": "vllm", "max_logp_gap": 0.001, "reward_first_fifth": 0.1, "reward_last_fifth": 0.2}
     dapo |= {"reward_gain_interval": [0.05, 0.15], "steps": 12345, "share": 0.123456, "no_trace": {"rows": 7}}
-    for stage in ("data", "semantic_ids", "candidates", "midtrain", "sft"):
+    for stage in ("semantic_ids", "candidates", "midtrain", "sft"):
         finish(folder / stage, {})
     finish(folder / "dapo", dapo)
     return folder

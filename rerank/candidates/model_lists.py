@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from rerank import run_dir as runs
 from rerank.beam_search import BeamResult, beam_search
 from rerank.catalogue import Catalogue, check_vocabulary
 from rerank.prefix_index import PrefixIndex
@@ -49,7 +50,7 @@ def load_midtrained(run_dir: Path) -> tuple[Any, Any]:
 
     Raises:
         FileNotFoundError: When there is no mid-trained model.
-        ValueError: When it does not know the semantic ids of the run.
+        ValueError: When it was made from other semantic ids than the run's, or does not know them.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -57,6 +58,8 @@ def load_midtrained(run_dir: Path) -> tuple[Any, Any]:
     folder = run_dir / "midtrain/model"
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not there; run the midtrain stage first")
+    if runs.is_finished(run_dir, "midtrain"):
+        runs.check_inputs(run_dir, "midtrain")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     check_vocabulary(tokenizer, Catalogue.load(run_dir).semantic_ids, folder)
     device = "cuda" if torch.cuda.is_available() else "cpu"

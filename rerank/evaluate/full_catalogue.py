@@ -49,10 +49,10 @@ def metrics_of_lists(lists: np.ndarray, targets: np.ndarray) -> dict[str, np.nda
 
 
 def popular_lists(popularity: np.ndarray, histories: Sequence[np.ndarray], length: int) -> np.ndarray:
-    """(R, length) the most popular items that a history does not hold, ties by item."""
+    """(R, length) the most popular items that a history does not hold, ties by item; -1 where there are no more."""
     order = np.argsort(-popularity, kind="stable")
     heads = [order[: length + len(history)] for history in histories]
-    return np.array([h[~np.isin(h, history)][:length] for h, history in zip(heads, histories, strict=True)])
+    return filled([h[~np.isin(h, own)][:length] for h, own in zip(heads, histories, strict=True)], length)
 
 
 def is_one_hop(counts: Counts, histories: Sequence[np.ndarray], targets: np.ndarray) -> np.ndarray:

@@ -98,6 +98,8 @@ class MidtrainArguments(recipe.StageArguments, base_model.SmallModelArguments):
         for name in ("eval_recall_rows", "patience"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)} but must not be negative")
+        if self.max_items < 2:
+            raise ValueError(f"max_items is {self.max_items} but must be at least 2: a history and its next item")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout} but must be at least 0 and below 1")
         if self.patience and not self.eval_recall_rows:
@@ -115,6 +117,11 @@ ARGUMENTS = (MidtrainArguments, SFTConfig, ModelConfig)
 def check(args: MidtrainArguments, training_args: SFTConfig, model_args: ModelConfig) -> None:
     """Refuse a base model folder or a text file that is not there, and quantized weights."""
     base_model.refuse_quantized(model_args)
+    if model_args.use_peft and (model_args.model_name_or_path is None or args.token_epochs == 0):
+        raise ValueError(
+            "use_peft trains an adapter in phase two and the new tokens' rows in phase one, which this recipe leaves "
+            "out; set model_name_or_path and token_epochs above 0, or use_peft false"
+        )
     if model_args.model_name_or_path is not None:
         base_model.find_base_model(model_args.model_name_or_path)
     check_packing(args, training_args, model_args)
@@ -152,11 +159,7 @@ def next_item_prompt(history: Sequence[int], catalogue: Catalogue, max_history: 
 def sequences(data_dir: Path) -> list[np.ndarray]:
     """Each user's training items, oldest first; what the re-ranker trains on is in them only with num_rerank `all`."""
     table = pq.read_table(data_dir / "interactions.parquet").to_pandas()
-    seen = (
-        {"train", "rerank"}
-        if run_dir.read_metrics(data_dir.parent, "data")["midtrain_has_seen_rerank_targets"]
-        else {"train"}
-    )
+    seen = run_dir.midtrain_splits(data_dir.parent)
     table = table[table["split"].isin(seen)].sort_values(["user", "position"])
     return [group.to_numpy() for _, group in table.groupby("user")["item"]]
 
@@ -254,7 +257,9 @@ def main(args: MidtrainArguments, training_args: SFTConfig, model_args: ModelCon
     peft_config = get_peft_config(model_args)
     base_dir = out_dir / "base"
     if peft_config is not None:
-        model.save_pretrained(base_dir)  # what the adapter is merged into at the end
+        with base_model.whole(*model.parameters()):  # what the adapter is merged into at the end
+            if training_args.process_index == 0:
+                model.save_pretrained(base_dir)
     recall = None
     if args.eval_recall_rows:
         recall = ValidationRecall.load(Path(args.run_dir), tokenizer, args.eval_recall_rows, args.max_items - 1)

@@ -2,7 +2,7 @@
 
 In: data/items.parquet, and a sentence encoder or given embeddings. Out: semantic_ids.parquet (item, codes,
 semantic_id), embeddings.npy (float32, length one, row = item), and tokenizer.npz, with which new items get ids without
-refitting.
+refitting. With co_engagement_weight also id_embeddings.npy, the embeddings with what items are taken with beside them.
 
     accelerate launch --config_file recipes/accelerate/cpu.yaml -m rerank.semantic_ids \
         --config recipes/ml100k/2_semantic_ids.yaml
@@ -24,9 +24,17 @@ from rerank import run_dir
 from rerank.semantic_ids import quality
 from rerank.semantic_ids.arguments import SemanticIdsArguments
 from rerank.semantic_ids.assignment import assign, assign_codes
-from rerank.semantic_ids.co_engagement import co_engaged_pairs
+from rerank.semantic_ids.co_engagement import co_engaged_pairs, co_engagement_vectors
 from rerank.semantic_ids.collisions import check_room, resolve_collisions
-from rerank.semantic_ids.embeddings import check_embeddings, encode, find_encoder, read_embeddings, save_normalised
+from rerank.semantic_ids.embeddings import (
+    ID_EMBEDDINGS,
+    check_embeddings,
+    encode,
+    find_encoder,
+    read_embeddings,
+    save_normalised,
+    save_with_co_engagement,
+)
 from rerank.semantic_ids.id_tokens import (
     SemanticIds,
     load_semantic_ids,
@@ -100,11 +108,16 @@ def main(args: SemanticIdsArguments, out_dir: Path) -> dict[str, Any]:
         source, found = args.embeddings, read_embeddings(args.embeddings, item_ids)
     check_embeddings(found, item_ids, source)
     embeddings = save_normalised(found, out_dir / "embeddings.npy")
+    if args.co_engagement_weight:
+        vectors = co_engagement_vectors(run_dir.stage_dir(args.run_dir, "data"), len(item_ids), args.seed)
+        path = out_dir / ID_EMBEDDINGS
+        embeddings = save_with_co_engagement(embeddings, vectors, args.co_engagement_weight, path)
     embedded = time.monotonic()
 
     copies = quality.embedding_copies(embeddings)
     _check_distinct(copies, args.codebook_size, source)
     tokenizer = _fit(args, embeddings)
+    tokenizer.co_engagement_columns = embeddings.shape[1] - found.shape[1]
     tokenizer.save(out_dir / "tokenizer.npz")
     fitted = time.monotonic()
     before = assign_codes(tokenizer, embeddings)

@@ -35,6 +35,13 @@ class SemanticIdsArguments(recipe.StageArguments):
     method: str = field(
         default="rq_vae", metadata={"help": "rq_vae; or residual_k_means: codes of the embeddings themselves, faster."}
     )
+    co_engagement_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "Above 0, ids also tell what users take together: weight of columns made of the training pairs "
+            "beside the text's columns; 1: as much as the text."
+        },
+    )
     balanced_levels: int = field(
         default=0,
         metadata={"help": "Last levels whose codes Sinkhorn's algorithm spreads over the items of a prefix; try 1."},
@@ -83,7 +90,8 @@ class SemanticIdsArguments(recipe.StageArguments):
         for name in ("encoder_batch_size", "codebook_size", "latent_size", "hidden_size", "epochs", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)} but must be at least 1")
-        for name in ("commitment_weight", "diversity_weight", "reset_after", "contrastive_weight"):
+        weights = ("commitment_weight", "diversity_weight", "contrastive_weight", "co_engagement_weight")
+        for name in (*weights, "reset_after"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)} but must not be negative")
         for name in ("learning_rate", "contrastive_temperature"):

@@ -39,14 +39,16 @@ def assign(tokenizer: Tokenizer, embeddings: np.ndarray, taken: np.ndarray = NO_
     Raises:
         ValueError: When the embeddings are unfit, or ids have run out.
     """
-    if embeddings.ndim != 2 or embeddings.shape[1] != tokenizer.embedding_size:
+    num_columns = tokenizer.embedding_size - tokenizer.co_engagement_columns
+    if embeddings.ndim != 2 or embeddings.shape[1] != num_columns:
         raise ValueError(
-            f"embeddings have shape {embeddings.shape} but the tokenizer was fitted on {tokenizer.embedding_size} "
+            f"embeddings have shape {embeddings.shape} but the tokenizer was fitted on {num_columns} "
             "columns; use the encoder it was fitted with"
         )
     check_embeddings(embeddings, [str(row) for row in range(len(embeddings))], "embeddings")
     if len(np.unique(taken, axis=0)) < len(taken):
         raise ValueError("taken holds an id twice; resolve the ids of the present items first")
     embeddings = embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)
+    embeddings = np.pad(embeddings, [(0, 0), (0, tokenizer.co_engagement_columns)])
     codes = assign_codes(tokenizer, embeddings, len(taken))
     return resolve_collisions(codes, Latents(tokenizer, embeddings), tokenizer.codebooks, taken)

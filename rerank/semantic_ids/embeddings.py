@@ -17,6 +17,7 @@ from rerank.semantic_ids.tokenizer import blocks
 logger = logging.getLogger(__name__)
 
 PACKAGE = "package:"
+ID_EMBEDDINGS = "id_embeddings.npy"  # beside embeddings.npy where ids know more than the text
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -150,4 +151,21 @@ def save_normalised(embeddings: np.ndarray, path: Path) -> np.ndarray:
         rows = np.asarray(embeddings[block], dtype=np.float64)
         saved[block] = rows / np.linalg.norm(rows, axis=1, keepdims=True)
     saved.flush()
+    return np.load(path, mmap_mode="r")
+
+
+def save_with_co_engagement(embeddings: np.ndarray, vectors: np.ndarray, weight: float, path: Path) -> np.ndarray:
+    """Write embeddings (N, D) with weighted co-engagement vectors (N, E) beside them; the result is memory-mapped."""
+    shape = (len(embeddings), embeddings.shape[1] + vectors.shape[1])
+    saved = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
+    for block in blocks(len(embeddings)):
+        saved[block] = np.concatenate([embeddings[block], weight * vectors[block]], axis=1)
+    saved.flush()
+    return np.load(path, mmap_mode="r")
+
+
+def load_id_embeddings(folder: Path) -> np.ndarray:
+    """What the ids of a semantic_ids folder were made from, memory-mapped."""
+    with_co_engagement = folder / ID_EMBEDDINGS
+    path = with_co_engagement if with_co_engagement.is_file() else folder / "embeddings.npy"
     return np.load(path, mmap_mode="r")

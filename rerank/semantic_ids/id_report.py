@@ -11,6 +11,7 @@ from rerank import run_dir as runs
 from rerank.semantic_ids import quality
 from rerank.semantic_ids.assignment import assign_codes
 from rerank.semantic_ids.co_engagement import co_engaged_pairs
+from rerank.semantic_ids.embeddings import load_id_embeddings
 from rerank.semantic_ids.id_tokens import load_semantic_ids, semantic_id_text
 from rerank.semantic_ids.tokenizer import Tokenizer
 
@@ -23,7 +24,15 @@ class SharedId:
 
     semantic_id: str
     titles: list[str]
-    same_embedding: bool  # of all of them: no deterministic rule can part them
+    num_alike: int  # of them have the embedding of another one: no deterministic rule can part those
+
+    @property
+    def note(self) -> str:
+        """What to say beside the titles, or nothing."""
+        if not self.num_alike:
+            return ""
+        which = "one embedding" if self.num_alike == len(self.titles) else f"{self.num_alike} of one embedding"
+        return f"{which}: no rule can part them"
 
 
 @dataclass(frozen=True)
@@ -63,7 +72,7 @@ def read_quality(run_dir: str | Path) -> IdsQuality:
     if not runs.is_finished(run_dir, "semantic_ids"):
         raise FileNotFoundError(f"{folder} is not there or not finished; run the semantic_ids stage first")
     stored, tokenizer = load_semantic_ids(folder), Tokenizer.load(folder)
-    embeddings = np.load(folder / "embeddings.npy", mmap_mode="r")
+    embeddings = load_id_embeddings(folder)
     shape, expected = (len(embeddings), tokenizer.levels), stored.codes.shape
     if shape != expected:
         raise ValueError(
@@ -91,7 +100,7 @@ def _shared_ids(groups: list[np.ndarray], codes: np.ndarray, copies: np.ndarray,
         SharedId(
             semantic_id_text(codes[group[0]]),
             [titles[item] or item_ids[item] for item in group],
-            bool((copies[group] == len(group)).all()),
+            int((copies[group] > 1).sum()),
         )
         for group in groups
     ]
@@ -152,7 +161,7 @@ def lines(found: IdsQuality) -> list[str]:
     text += ["", *("  ".join(f"{cell:>{w}}" for cell, w in zip(row, widths, strict=True)) for row in table), ""]
     text += [f"{found.num_shared:,} ids were assigned to several items{', such as' if found.shared else ''}"]
     for shared in found.shared:
-        note = " (one embedding: no rule can part them)" if shared.same_embedding else ""
+        note = f" ({shared.note})" if shared.note else ""
         text.append(f"{shared.semantic_id}{note}: {' | '.join(shared.titles)}")
     if found.stored_shared:
         text.append(f"{found.stored_shared:,} ids are shared in the stored table; run the semantic_ids stage again")

@@ -14,7 +14,8 @@ from rerank.semantic_ids.distances import nearest
 
 BLOCK = 16_384  # items worked on at once: memory does not grow with the catalogue
 
-PLAIN = ("scale", "balanced_levels", "random_levels", "seed")  # attributes of a tokenizer that are one number
+# attributes of a tokenizer that are one number
+PLAIN = ("scale", "balanced_levels", "random_levels", "seed", "co_engagement_columns")
 
 Layer = tuple[np.ndarray, np.ndarray]  # weight (out, in) and bias (out)
 
@@ -32,6 +33,8 @@ class Tokenizer:
         balanced_levels: How many last levels are assigned by `balance.balance`.
         random_levels: How many last levels get random codes.
         seed: Of those.
+        co_engagement_columns: How many last columns of an embedding tell what the item is taken with; zeros for a new
+            item, of which that is not known.
     """
 
     codebooks: np.ndarray
@@ -42,6 +45,7 @@ class Tokenizer:
     balanced_levels: int = 0
     random_levels: int = 0
     seed: int = 0
+    co_engagement_columns: int = 0
 
     @property
     def levels(self) -> int:

@@ -199,7 +199,7 @@ def main() -> None:
     unique, unexplained, fit_seconds = compared(catalogue, args.epochs)
     letter = None if catalogue.letter is None else catalogue.uniqueness(catalogue.letter)
     error = unexplained["residual_k_means, nearest"] * catalogue.variance
-    theirs = residual_vq(catalogue, error, limit=10 * fit_seconds)
+    theirs = residual_vq(catalogue, error, limit=3 * fit_seconds)
     theirs["unexplained"] = theirs["error"] / catalogue.variance
     print(f"vector-quantize-pytorch: {theirs}", flush=True)
     rows = ablation(catalogue, args.ablation_epochs, args.processes)
@@ -216,6 +216,7 @@ def main() -> None:
         "reconstruction": unexplained,
         "fit_seconds": fit_seconds,
         "fit_seconds_vector_quantize_pytorch": theirs["seconds"] if theirs["reached"] else None,
+        "times_as_fast_at_least": theirs["seconds"] / fit_seconds,
         "vector_quantize_pytorch": theirs,
     }
     print(json.dumps(result))
