@@ -1,6 +1,8 @@
 """The next item among all items: metrics, baselines, the split by what counting finds, and the whole evaluation."""
 
+import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -98,6 +100,13 @@ def test_a_model_made_from_other_ids_is_refused(tmp_path):
         run_dir.write_json(run / stage / "metrics.json", {})
     with pytest.raises(ValueError, match="midtrain was made from another semantic_ids folder than the run's; delete"):
         load_midtrained(run)
+
+
+def test_the_beam_search_of_the_readme_runs(run, capsys):
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    (code,) = [part for part in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "import beam_search" in part]
+    exec(code.replace("runs/ml100k", str(run)), {})
+    assert re.match(r"\[\[\d+, \d+, \d+, \d+, \d+\], \[", capsys.readouterr().out)
 
 
 def test_recall_of_a_sample_is_that_of_its_rows(run):

@@ -159,6 +159,7 @@ def evaluate_full_catalogue(
         "split": split,
         "n": {name: int(group.sum()) for name, group in groups.items()},
         "seeds": len(run_dirs),
+        "midtrain_splits": runs.midtrain_splits(run_dirs[0]),
         "rows": {
             name: _summary(of_runs, values[REFERENCE][0], groups, rows.users[chosen], num_samples, seed)
             for name, of_runs in values.items()
@@ -208,6 +209,11 @@ def markdown(results: Mapping[str, Any]) -> str:
         f"Differences to {REFERENCE} with 95 % intervals, paired bootstrap, whole users drawn. One hop: the target is "
         f"among the {MOST_SUCCESSORS} most frequent direct training successors of the history's items.",
     ]
+    if "rerank" not in results["midtrain_splits"]:
+        lines += [
+            "",
+            "Popularity, transitions and the groups know the re-ranker's training targets; mid-training did not.",
+        ]
     head = f"| ranker | {' | '.join(METRICS)} | spread of R@5 | R@5 − {REFERENCE} | N@10 − {REFERENCE} |"
     for group, words in GROUPS.items():
         if not results["n"][group]:

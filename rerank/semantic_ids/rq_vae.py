@@ -80,8 +80,7 @@ def fit_rq_vae(embeddings: np.ndarray, settings: RqVaeSettings, pairs: np.ndarra
 
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
-    # The steps are too small to share: threads cost more than they bring, many times more on a busy machine, and
-    # the order of their sums would make ids depend on the number of cores.
+    # The steps are too small to share: threads cost more than they bring, many times more on a busy machine.
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

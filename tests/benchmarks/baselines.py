@@ -17,3 +17,7 @@ def baselines_python() -> Path:
         subprocess.run([python, "-m", "pip", "install", "-qq", "-r", REQUIREMENTS], check=True)
         (FOLDER / "installed").touch()
     return python
+
+
+if __name__ == "__main__":
+    print(baselines_python())

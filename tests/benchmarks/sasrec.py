@@ -1,10 +1,10 @@
 """SASRec, trained with cross-entropy over all items by RecTools, as a row beside the mid-trained model.
 
 Reads the split of a run and writes lists for `rerank recall`, which computes every metric. The number of epochs is
-chosen on validation rows. In an environment of its own:
+chosen on validation rows. In an environment of its own, which the first line makes:
 
-    python -m venv runs/baselines && runs/baselines/bin/pip install -r tests/benchmarks/requirements-baselines.txt
-    runs/baselines/bin/python tests/benchmarks/sasrec.py runs/beauty_tiny --out runs/sasrec
+    python tests/benchmarks/baselines.py
+    .venv-baselines/bin/python tests/benchmarks/sasrec.py runs/beauty_tiny --out runs/sasrec
     rerank recall runs/beauty_tiny --split test --lists sasrec=runs/sasrec/test.parquet
 """
 
