@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 SEEDED_STAGES = ("midtrain", "traces", "sft", "dapo")
 METRICS = ("R@1", "R@5", "N@5")
+FAILED = "parse failures"
 
 
 def variant_steps(recipe_dir: str, out: str | Path, seed: int, minutes_per_run: float | None) -> list[pipeline.Step]:
@@ -69,6 +70,7 @@ def row_metrics(run: Path) -> tuple[list[int], dict[str, dict[str, np.ndarray]],
     for name in dict.fromkeys(line["ranker"] for line in rankings):
         orders = [line["order"] for line in rankings if line["ranker"] == name]
         values[name] = metrics_per_row(Ranking(name, orders), relevance)
+        values[name][FAILED] = np.array([order is None for order in orders], dtype=float)
     values["random"] = metrics_per_row(Ranking("random", None), relevance)
     return row_ids, values, users
 
@@ -90,8 +92,8 @@ def table_lines(runs_of: dict[str, list[Path]]) -> list[str]:
     sampling = Sampling(users, 2000, 0)
     no_op = read[first][0][1]["no_op"]["N@5"]
     lines = [
-        "| variant | ranker | seeds | R@1 | R@5 | N@5 | spread of N@5 | N@5 − no-op | N@5 − first variant |",
-        "|---|---|---:|---:|---:|---:|---:|---:|---:|",
+        f"| variant | ranker | seeds | R@1 | R@5 | N@5 | {FAILED} | spread | N@5 − no-op | N@5 − first variant |",
+        f"|---|---|{'---:|' * 8}",
     ]
     baselines = ("no_op", "random", "oracle", "transitions", "lambdamart")
     for name, found in read.items():
@@ -111,6 +113,7 @@ def table_lines(runs_of: dict[str, list[Path]]) -> list[str]:
                 ranker,
                 str(1 if is_baseline else len(found)),
                 *(f"{value.mean():.4f}" for value in values),
+                "–" if is_baseline else f"{np.mean([run[1][ranker][FAILED] for run in found]):.1%}",
                 "–" if is_baseline or len(seeds) < 2 else f"{np.std(seeds, ddof=1):.4f}",
                 "–" if ranker == "no_op" else _difference(values[2], no_op, sampling),
                 "–" if name == first or reference is None else _difference(values[2], reference, sampling),

@@ -94,16 +94,25 @@ def test_the_table_holds_means_spread_and_paired_intervals(runs, tmp_path):
     text = (tmp_path / "RESULTS-toy.md").read_text()
     table = cells(text)
     assert code == 0 and text in said[-1]
-    assert table["–", "no_op"] == ["1", "0.0000", "1.0000", "0.6309", "–", "–", "–"]
+    assert table["–", "no_op"] == ["1", "0.0000", "1.0000", "0.6309", "–", "–", "–", "–"]
     # every row gains 1 - 0.6309, so each bootstrap sample does
-    assert table["–", "oracle"] == ["1", "1.0000", "1.0000", "1.0000", "–", "+0.3691 [+0.3691, +0.3691]", "–"]
+    assert table["–", "oracle"] == ["1", "1.0000", "1.0000", "1.0000", "–", "–", "+0.3691 [+0.3691, +0.3691]", "–"]
     # (1 + 0.6309) / 2; the standard deviation of 1 and 0.6309 is 0.3691 / sqrt(2) = 0.2610
     gain = "+0.1845 [+0.1845, +0.1845]"
-    assert table["a", "sft"] == ["2", "0.5000", "1.0000", "0.8155", "0.2610", gain, "–"]
+    assert table["a", "sft"] == ["2", "0.5000", "1.0000", "0.8155", "0.0%", "0.2610", gain, "–"]
     assert table["b", "sft"][:4] == ["2", "1.0000", "1.0000", "1.0000"]
-    assert table["b", "sft"][4:] == ["0.0000", "+0.3691 [+0.3691, +0.3691]", gain]
+    assert table["b", "sft"][5:] == ["0.0000", "+0.3691 [+0.3691, +0.3691]", gain]
     # no ranking scores zero; variant a has no dapo to compare with
-    assert table["b", "dapo"] == ["2", "0.0000", "0.0000", "0.0000", "0.0000", "-0.6309 [-0.6309, -0.6309]", "–"]
+    assert table["b", "dapo"] == [
+        "2",
+        "0.0000",
+        "0.0000",
+        "0.0000",
+        "100.0%",
+        "0.0000",
+        "-0.6309 [-0.6309, -0.6309]",
+        "–",
+    ]
     assert ("b", "no_op") not in table and ("–", "random") in table
 
 
