@@ -97,6 +97,11 @@ def test_charts_hold_the_logged_values(page):
     assert reward["data"][0]["y"][:3] == [0.1, 0.2, 0.3]
     # 30 points: a moving mean over 3, so (0.1 + 0.2) / 2 and (0.1 + 0.2 + 0.3) / 3 at its start
     assert reward["data"][1]["y"][:3] == pytest.approx([0.1, 0.15, 0.2])
+    midtrain = [chart for chart in charts if chart["title"].startswith("Mid-training")]
+    assert [[(line["name"], line["y"]) for line in chart["data"]] for chart in midtrain] == [
+        [("loss", [3, 2]), ("loss_sequence", [5, 4]), ("loss_text", [1, 0])],
+        [("eval_R@10", [0.25])],
+    ]
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="Chromium is missing; install it with: apt-get install -y chromium")

@@ -117,6 +117,8 @@ def write_run(folder: Path) -> Path:
     (folder / "dapo/log_history.json").write_text(
         json.dumps([{"step": step, "reward": step / 10, "loss": 0.0} for step in range(1, 31)])
     )
+    steps = [{"step": step, "loss": 4 - step, "loss_sequence": 6 - step, "loss_text": 2 - step} for step in (1, 2)]
+    run_dir.write_json(folder / "midtrain/log_history.json", [*steps, {"step": 2, "eval_R@10": 0.25}])
     dapo = {"rollout_engine": "vllm", "max_logp_gap": 0.001, "reward_first_fifth": 0.1, "reward_last_fifth": 0.2}
     dapo |= {"reward_gain_interval": [0.05, 0.15], "steps": 12345, "share": 0.123456, "no_trace": {"rows": 7}}
     for stage in ("semantic_ids", "candidates", "midtrain", "sft"):
