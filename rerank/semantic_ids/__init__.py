@@ -108,6 +108,8 @@ def main(args: SemanticIdsArguments, out_dir: Path) -> dict[str, Any]:
         source, found = args.embeddings, read_embeddings(args.embeddings, item_ids)
     check_embeddings(found, item_ids, source)
     embeddings = save_normalised(found, out_dir / "embeddings.npy")
+    del found  # what was read of a memory map counts as memory until it is closed
+    num_text_columns = embeddings.shape[1]
     if args.co_engagement_weight:
         vectors = co_engagement_vectors(run_dir.stage_dir(args.run_dir, "data"), len(item_ids), args.seed)
         path = out_dir / ID_EMBEDDINGS
@@ -117,7 +119,7 @@ def main(args: SemanticIdsArguments, out_dir: Path) -> dict[str, Any]:
     copies = quality.embedding_copies(embeddings)
     _check_distinct(copies, args.codebook_size, source)
     tokenizer = _fit(args, embeddings)
-    tokenizer.co_engagement_columns = embeddings.shape[1] - found.shape[1]
+    tokenizer.co_engagement_columns = embeddings.shape[1] - num_text_columns
     tokenizer.save(out_dir / "tokenizer.npz")
     fitted = time.monotonic()
     before = assign_codes(tokenizer, embeddings)

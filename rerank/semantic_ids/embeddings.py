@@ -6,7 +6,7 @@ Letters of shapes: N items, D embedding columns.
 import importlib.util
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -146,22 +146,31 @@ def check_embeddings(embeddings: np.ndarray, item_ids: Sequence[str], source: st
 
 def save_normalised(embeddings: np.ndarray, path: Path) -> np.ndarray:
     """Write float32 embeddings of length one block by block; the result is memory-mapped."""
-    saved = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=embeddings.shape)
-    for block in blocks(len(embeddings)):
+
+    def normalised(block: slice) -> np.ndarray:
         rows = np.asarray(embeddings[block], dtype=np.float64)
-        saved[block] = rows / np.linalg.norm(rows, axis=1, keepdims=True)
-    saved.flush()
+        return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+    return _save_blocks(embeddings.shape, normalised, path)
+
+
+def _save_blocks(shape: tuple[int, int], rows_of: Callable[[slice], np.ndarray], path: Path) -> np.ndarray:
+    """Write a float32 .npy file; through a file, since pages written through a memory map would stay in memory."""
+    with path.open("wb") as file:
+        about = {"descr": "<f4", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, about)
+        for block in blocks(shape[0]):
+            file.write(np.ascontiguousarray(rows_of(block), dtype="<f4").tobytes())
     return np.load(path, mmap_mode="r")
 
 
 def save_with_co_engagement(embeddings: np.ndarray, vectors: np.ndarray, weight: float, path: Path) -> np.ndarray:
     """Write embeddings (N, D) with weighted co-engagement vectors (N, E) beside them; the result is memory-mapped."""
-    shape = (len(embeddings), embeddings.shape[1] + vectors.shape[1])
-    saved = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
-    for block in blocks(len(embeddings)):
-        saved[block] = np.concatenate([embeddings[block], weight * vectors[block]], axis=1)
-    saved.flush()
-    return np.load(path, mmap_mode="r")
+
+    def beside(block: slice) -> np.ndarray:
+        return np.concatenate([embeddings[block], weight * vectors[block]], axis=1)
+
+    return _save_blocks((len(embeddings), embeddings.shape[1] + vectors.shape[1]), beside, path)
 
 
 def load_id_embeddings(folder: Path) -> np.ndarray:

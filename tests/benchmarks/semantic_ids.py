@@ -135,8 +135,8 @@ def ablation(catalogue: Catalogue, epochs: int, num_processes: int) -> list[tupl
 
 
 def effects(rows: list[tuple[dict, float]]) -> dict[str, float]:
-    """Main effects: mean uniqueness with a switch on minus that with it off."""
-    names = rows[0][0]
+    """Main effects of the switches that are not fixed: mean uniqueness with one on minus that with it off."""
+    names = [name for name in rows[0][0] if len({bool(switches[name]) for switches, _ in rows}) == 2]
     return {
         name: float(np.mean([u for s, u in rows if s[name]]) - np.mean([u for s, u in rows if not s[name]]))
         for name in names
