@@ -22,7 +22,7 @@ SAMPLES_PER_OUTCOME = 4
 SHOWN_HISTORY = 5
 CURVES = (  # title, log of which stage, keys or patterns of them
     ("Mid-training loss", "midtrain/log_history.json", ("loss", "loss_*")),
-    ("Mid-training: recall on validation rows", "midtrain/log_history.json", ("eval_R@5", "eval_R@10")),
+    ("Mid-training: the next item on validation rows", "midtrain/log_history.json", ("eval_R@10", "eval_N@10")),
     ("SFT loss", "sft/log_history.json", ("loss", "eval_loss")),
     ("SFT without trace: loss", "sft/log_history_no_trace.json", ("loss", "eval_loss")),
     ("DAPO reward", "dapo/log_history.json", ("reward",)),
