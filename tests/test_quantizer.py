@@ -127,10 +127,13 @@ def test_the_contrastive_loss_brings_co_engaged_items_together(tmp_path):
     assert distances[1] < 0.5 * distances[0]
 
 
-def test_a_contrastive_loss_without_co_engaged_items_is_refused(tmp_path):
-    args = toy_run(tmp_path, contrastive_weight=1.0)
+@pytest.mark.parametrize("option", ["contrastive_weight", "co_engagement_weight"])
+def test_what_needs_co_engaged_items_is_refused_without_them(tmp_path, option):
+    args = toy_run(tmp_path, **{option: 1.0})
     write_interactions(tmp_path, [3])
-    with pytest.raises(ValueError, match="contrastive_weight is 1.0 but no user has two training items; set it to 0"):
+    with pytest.raises(
+        ValueError, match=f"{option} is 1.0 but no user has two different training items in a row; set"
+    ):
         check(args)
 
 

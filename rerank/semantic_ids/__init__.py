@@ -78,8 +78,9 @@ def check(args: SemanticIdsArguments) -> None:
     if run_dir.is_finished(args.run_dir, "data"):
         item_ids, _ = _read_items(args.run_dir)
         check_size(len(item_ids), args.levels, args.codebook_size)
-        if args.contrastive_weight:
-            _pairs(args)
+        for name in ("contrastive_weight", "co_engagement_weight"):
+            if getattr(args, name):
+                _pairs(args, name)
         if args.embeddings is not None:
             check_embeddings(read_embeddings(args.embeddings, item_ids), item_ids, args.embeddings)
 
@@ -147,13 +148,15 @@ def _fit(args: SemanticIdsArguments, embeddings: np.ndarray) -> Tokenizer:
         from rerank.semantic_ids.rq_vae import RqVaeSettings, fit_rq_vae
 
         settings = RqVaeSettings(**{name.name: getattr(args, name.name) for name in dataclasses.fields(RqVaeSettings)})
-        tokenizer = fit_rq_vae(embeddings, settings, _pairs(args) if args.contrastive_weight else None)
+        tokenizer = fit_rq_vae(
+            embeddings, settings, _pairs(args, "contrastive_weight") if args.contrastive_weight else None
+        )
     assignment = {"balanced_levels": args.balanced_levels, "random_levels": args.random_levels, "seed": args.seed}
     return dataclasses.replace(tokenizer, **assignment)
 
 
-def _pairs(args: SemanticIdsArguments) -> np.ndarray:
-    """The co-engaged pairs that the contrastive loss needs.
+def _pairs(args: SemanticIdsArguments, option: str) -> np.ndarray:
+    """The co-engaged pairs that an option above 0 needs.
 
     Raises:
         ValueError: When there are none.
@@ -161,7 +164,7 @@ def _pairs(args: SemanticIdsArguments) -> np.ndarray:
     pairs = co_engaged_pairs(run_dir.stage_dir(args.run_dir, "data"))
     if not len(pairs):
         raise ValueError(
-            f"contrastive_weight is {args.contrastive_weight} but no user has two training items; set it to 0"
+            f"{option} is {getattr(args, option)} but no user has two different training items in a row; set it to 0"
         )
     return pairs
 

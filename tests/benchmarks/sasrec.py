@@ -28,7 +28,7 @@ PARTS = {"valid": ("train", "rerank"), "test": ("train", "rerank", "valid")}  # 
 
 
 class LabelledPositions(TransformerLightningModule):
-    """RecTools' softmax loss, with logits only where there is a next item: three quarters of a batch are padding."""
+    """RecTools' softmax loss, with logits only where there is a next item: most of a batch is padding."""
 
     def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
         has_next = batch["y"] != 0
