@@ -28,6 +28,10 @@ def _parser() -> argparse.ArgumentParser:
 
     compare = commands.add_parser("compare", help="train and evaluate variants on one split, into one table")
     compare.add_argument("recipe_dirs", nargs="+", metavar="RECIPE_DIR", help="variants, the first is the reference")
+    compare.add_argument(
+        "--variant", nargs="+", action="append", metavar=("NAME", "STAGE.key=value"), dest="variants",
+        help="a variant of one RECIPE_DIR by overrides; give it once for each, the first is the reference",
+    )  # fmt: skip
     compare.add_argument("--seeds", type=int, default=3, help="seeds per variant (%(default)s)")
     compare.add_argument("--minutes_per_run", type=float, metavar="M", help="training minutes of one run")
     compare.add_argument("--out", metavar="DIR", default="runs/compare", help="folder of the runs (%(default)s)")
@@ -61,6 +65,9 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     recall.add_argument("--out", metavar="FILE", help="Markdown file to write, such as RESULTS-midtrain.md")
     recall.set_defaults(function=_recall)
+
+    losses = commands.add_parser("losses", help="list the losses of the sft stage: what each needs and costs")
+    losses.set_defaults(function=_losses)
 
     rank = commands.add_parser("rank", help="re-rank new rows with a trained model")
     rank.add_argument("model_dir", metavar="MODEL_DIR", help="such as RUN_DIR/dapo/model")
@@ -97,7 +104,11 @@ def _print_results(run_dir: str) -> None:
     from rerank.run_dir import stage_dir
 
     folder = stage_dir(run_dir, "evaluate")
-    Console().print(results_table(json.loads((folder / "results.json").read_text())))
+    results = json.loads((folder / "results.json").read_text())
+    if results.get("task") == "next_item":
+        print((folder / "results.md").read_text())
+        return
+    Console().print(results_table(results))
     print(f"report: {folder / 'report.html'}")
 
 
@@ -106,7 +117,8 @@ def _compare(args: argparse.Namespace) -> int:
 
     recipe.set_environment()
     return compare.compare(
-        args.recipe_dirs, args.seeds, args.minutes_per_run, args.out, args.results, args.accelerate,
+        compare.read_variants(args.recipe_dirs, args.variants),
+        args.seeds, args.minutes_per_run, args.out, args.results, args.accelerate,
         lambda line: print(line, flush=True),
     )  # fmt: skip
 
@@ -150,6 +162,20 @@ def _recall(args: argparse.Namespace) -> int:
     if args.out:
         Path(args.out).write_text(text, encoding="utf-8")
     print(text)
+    return 0
+
+
+def _losses(args: argparse.Namespace) -> int:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    from rerank.losses import list_losses
+
+    table = Table("loss", "is", "for the task", "needs", "costs", box=box.SIMPLE)
+    for entry in list_losses():
+        table.add_row(entry.name, entry.kind, ", ".join(entry.tasks), entry.needs, entry.costs)
+    Console().print(table)
     return 0
 
 

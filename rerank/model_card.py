@@ -12,6 +12,10 @@ LANGUAGE_MODEL = """A language model that knows a catalogue
 
 Knows every item as a few tokens, its semantic id, and is the start of a re-ranker (the stages sft and dapo). It is no
 ranker itself. The weights load with `AutoModelForCausalLM`."""
+NEXT_ITEM = """A model of next items
+
+Reads a user's history as items and writes the item that follows, by beam search over the catalogue
+(`rerank.evaluate.full_catalogue`). The weights load with `AutoModelForCausalLM`."""
 CARD = """\
 ---
 library_name: transformers

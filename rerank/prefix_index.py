@@ -190,6 +190,22 @@ class PrefixIndex:
             node = int(child_nodes[place])
         return node
 
+    def paths(self, items: np.ndarray) -> list[list[int]]:
+        """Of each item the node before each of its tokens, the root first; empty for one that the index lacks."""
+        places = self.places_of(items)
+        node = np.where(places >= 0, self._end_nodes(np.maximum(places, 0)), ROOT)
+        upwards = []  # nodes of all items, one level after another
+        while (node != ROOT).any():
+            node = np.where(node == ROOT, ROOT, self._parents(node))
+            upwards.append(node)
+        if not upwards:
+            return [[] for _ in places]
+        table = np.stack(upwards[::-1], axis=1)  # (items, depth): the root, over and over, then the path
+        starts = np.maximum((table == ROOT).sum(axis=1) - 1, 0)
+        return [
+            row[start:].tolist() if place >= 0 else [] for row, start, place in zip(table, starts, places, strict=True)
+        ]
+
     def num_items_below(self, nodes: np.ndarray) -> np.ndarray:
         """How many items begin with each node's prefix, those that end there included."""
         first = np.asarray(nodes, dtype=np.int64)

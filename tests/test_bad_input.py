@@ -160,7 +160,7 @@ OVERRIDES: dict[str, Callable[[Path], str]] = {
     "rerank.k=1": lambda toy: "'rerank.k=1': there is no stage 'rerank'; stages of this recipe are data, semantic_ids",
     "sft.max_steps=many": lambda toy: f"{toy}/recipes/6_sft.yaml: max_steps is 'many' but must be int",
     "candidates.num_candidates=1": lambda toy: "4_candidates.yaml: num_candidates is 1 but a list to re-rank has at",
-    "sft.reasoning_weight=-1": lambda toy: "6_sft.yaml: reasoning_weight is -1 and ranking_weight 1.0; neither may",
+    "sft.max_items=1": lambda toy: "6_sft.yaml: max_items is 1 but must be at least 2",
     "data.interactions=${NOWHERE}/x.csv": lambda toy: "NOWHERE is not set; `export NOWHERE=...` first",
 }
 

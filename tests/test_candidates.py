@@ -136,6 +136,7 @@ def test_lists_of_a_model_are_its_most_likely_unseen_items(run):
     ids = base_model.add_tokens(model, tokenizer, catalogue.semantic_ids, seed=0)
     model.save_pretrained(run / "midtrain/model")
     tokenizer.save_pretrained(run / "midtrain/model")
+    (run / "midtrain/recipe.yaml").write_text("max_items: 50\n")
     _, out_dir = run_stage(run, source="model", num_beams=6)
     for row in pq.read_table(out_dir / "test.parquet").to_pylist():
         prompt = midtrain.next_item_prompt(row["history"], catalogue, 20, tokenizer)

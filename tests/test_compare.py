@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from rerank import compare, pipeline, run_dir
+from rerank.compare import rankings_table
 from rerank.evaluate import RANKINGS
 
 CPU = "recipes/accelerate/cpu.yaml"
@@ -44,12 +45,12 @@ def finish(step: pipeline.Step, inputs: tuple[str, ...], metrics: dict, **tables
 
 def finish_run(recipe_dir: Path, run: Path, first: Path, orders: dict[str, list], first_row_id: int = 0) -> None:
     """A run in which the ranker `sft` (and whichever) wrote the same order, or none, on every row."""
-    data, ids, candidates, evaluate = compare.variant_steps(str(recipe_dir), run, 0, None)
+    data, ids, candidates, evaluate = compare.variant_steps(compare.Variant("", str(recipe_dir)), run, 0, None)
     if run == first:
         sources = {"sources": {"toy.csv": SHA256}}
         finish(data, (), sources)
     else:
-        compare.share_data(first, run)
+        compare.share_stage(first, run, "data")
     finish(ids, ("data",), {})
     row_ids = list(range(first_row_id, first_row_id + NUM_ROWS))
     lists = pa.table({"row_id": row_ids, "relevance": [RELEVANCE] * NUM_ROWS})
@@ -85,7 +86,8 @@ def runs(tmp_path) -> dict[str, Path]:
 def run_compare(runs: dict[str, Path], results: Path | None = None) -> tuple[int, list[str]]:
     said: list[str] = []
     given = None if results is None else str(results)
-    code = compare.compare([str(runs["a"]), str(runs["b"])], 2, None, str(runs["out"]), given, CPU, said.append)
+    variants = compare.read_variants([str(runs["a"]), str(runs["b"])], None)
+    code = compare.compare(variants, 2, None, str(runs["out"]), given, CPU, said.append)
     return code, said
 
 
@@ -133,8 +135,8 @@ def test_finished_runs_are_skipped_and_one_data_folder_is_shared(runs):
 
 def test_a_link_to_a_data_folder_that_was_deleted_is_laid_anew(tmp_path):
     run = tmp_path / "b-seed0"
-    compare.share_data(tmp_path / "old-seed0", run)
-    compare.share_data(tmp_path / "a-seed0", run)
+    compare.share_stage(tmp_path / "old-seed0", run, "data")
+    compare.share_stage(tmp_path / "a-seed0", run, "data")
     assert (run / "data").readlink() == tmp_path / "a-seed0/data"
 
 
@@ -142,17 +144,20 @@ def test_runs_on_other_rows_are_refused(runs):
     other = runs["out"] / "b-seed2"
     finish_run(runs["b"], other, runs["out"] / "a-seed0", {"sft": RIGHT}, first_row_id=10)
     with pytest.raises(ValueError, match="variant b, seed 0, was evaluated on other rows than a; use one split"):
-        compare.table_lines({"a": [runs["out"] / "a-seed0"], "b": [other]})
+        rankings_table.table_lines({"a": [runs["out"] / "a-seed0"], "b": [other]})
 
 
 def test_variants_of_one_name_or_of_other_data_are_refused(tmp_path):
     (tmp_path / "more").mkdir()
     first, twin = write_recipes(tmp_path / "a"), write_recipes(tmp_path / "more/a")
-    with pytest.raises(ValueError, match="two variants share a name: a, a; rename a folder"):
-        compare.compare([str(first), str(twin)], 1, None, str(tmp_path / "out"), None, CPU, print)
+    with pytest.raises(ValueError, match="two variants share a name: a, a; rename one"):
+        compare.read_variants([str(first), str(twin)], None)
+    with pytest.raises(ValueError, match="--variant overrides one recipe folder, but 2 are given; give one"):
+        compare.read_variants([str(first), str(twin)], [["x", "data.num_test=2"]])
     other = write_recipes(tmp_path / "b", RECIPES | {"1_data": {"interactions": "toy.csv", "num_test": 5}})
     with pytest.raises(ValueError, match="b/1_data.yaml asks for other data than .*a/1_data.yaml: num_test is its de"):
-        compare.compare([str(first), str(other)], 1, None, str(tmp_path / "out"), None, CPU, print)
+        variants = compare.read_variants([str(first), str(other)], None)
+        compare.compare(variants, 1, None, str(tmp_path / "out"), None, CPU, print)
     assert not (tmp_path / "out").exists()
 
 
@@ -161,14 +166,15 @@ def test_seeds_and_minutes_must_be_above_zero(tmp_path, seeds, minutes):
     folder = write_recipes(tmp_path / "a")
     message = f"--seeds is {seeds} and --minutes_per_run {minutes}; both must be above 0"
     with pytest.raises(ValueError, match=message):
-        compare.compare([str(folder)], seeds, minutes, str(tmp_path / "out"), None, CPU, print)
+        compare.compare([compare.Variant("a", str(folder))], seeds, minutes, str(tmp_path / "out"), None, CPU, print)
 
 
 def test_seeds_and_minutes_become_overrides(tmp_path):
     recipes = {**RECIPES, "3_midtrain": {}, "5_traces": {"teacher": "evidence"}, "6_sft": {}, "7_dapo": {}}
-    steps = compare.variant_steps(str(write_recipes(tmp_path / "a", recipes)), tmp_path / "run", 2, 9.0)
+    variant = compare.Variant("a", str(write_recipes(tmp_path / "a", recipes)), ("data.num_test=2",))
+    steps = compare.variant_steps(variant, tmp_path / "run", 2, 9.0)
     overrides = {step.stage: step.overrides for step in steps}
-    assert overrides["data"] == {"run_dir": str(tmp_path / "run")}
+    assert overrides["data"] == {"num_test": "2", "run_dir": str(tmp_path / "run")}
     assert overrides["traces"] == {"seed": "2", "run_dir": str(tmp_path / "run")}
     for stage in ("midtrain", "sft", "dapo"):  # nine minutes in three parts
         assert overrides[stage] == {"seed": "2", "max_minutes": "3.000", "run_dir": str(tmp_path / "run")}

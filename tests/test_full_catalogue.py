@@ -12,10 +12,10 @@ from toy_run import CATALOGUE, NUM_ITEMS, toy_sequences, write_model, write_run
 
 from rerank import cli, metrics, run_dir
 from rerank.baselines import Counts
-from rerank.candidates.model_lists import load_midtrained, next_items
 from rerank.evaluate import full_catalogue
 from rerank.evaluate.likelihood import candidate_logps
 from rerank.midtrain import next_item_prompt
+from rerank.next_items import NextItemModel
 
 
 def test_metrics_of_lists_are_those_of_one_ranking_at_a_time():
@@ -83,9 +83,10 @@ def run(tmp_path_factory):
 
 
 def test_the_model_finds_what_scoring_every_item_finds(run):
-    model, tokenizer = load_midtrained(run)
+    asked = NextItemModel.load_midtrained(run).with_max_history(3)
+    model, tokenizer = asked.model, asked.rows.tokenizer
     histories = [np.array([3, 4]), np.array([0, 1, 2, 7, 11])]
-    found = next_items(model, tokenizer, histories, CATALOGUE, 5, NUM_ITEMS, max_history=3)
+    found = asked.by_beams(histories, 5, NUM_ITEMS)
     for history, items in zip(histories, found.items, strict=True):
         prompt = next_item_prompt(history, CATALOGUE, 3, tokenizer)
         logps = candidate_logps(model, tokenizer, [prompt], [CATALOGUE.semantic_ids])[0]
@@ -99,7 +100,7 @@ def test_a_model_made_from_other_ids_is_refused(tmp_path):
         run_dir.write_json(run / stage / "stage.json", {"id": "x", "given": {}, "inputs": inputs})
         run_dir.write_json(run / stage / "metrics.json", {})
     with pytest.raises(ValueError, match="midtrain was made from another semantic_ids folder than the run's; delete"):
-        load_midtrained(run)
+        NextItemModel.load_midtrained(run)
 
 
 def test_the_beam_search_of_the_readme_runs(run, capsys):
@@ -110,15 +111,16 @@ def test_the_beam_search_of_the_readme_runs(run, capsys):
 
 
 def test_recall_of_a_sample_is_that_of_its_rows(run):
-    model, tokenizer = load_midtrained(run)
-    sample = full_catalogue.ValidationRecall.load(run, tokenizer, 12, 4)
+    asked = NextItemModel.load_midtrained(run)
+    model, tokenizer = asked.model, asked.rows.tokenizer
+    sample = full_catalogue.ValidationRecall.load(run, tokenizer, 12, 5)
     assert len(sample.histories) == len(sample.dataset()) == 12
-    found = next_items(model, tokenizer, sample.histories, CATALOGUE, 10, 20, 4)
+    found = asked.by_beams(sample.histories, 10, 20)  # its recipe has max_items 5 too
     hits = [target in items for target, items in zip(sample.targets.tolist(), found.items, strict=True)]
     assert sample(model)["R@10"] == pytest.approx(np.mean(hits))
-    again = full_catalogue.ValidationRecall.load(run, tokenizer, 12, 4)
+    again = full_catalogue.ValidationRecall.load(run, tokenizer, 12, 5)
     assert again.targets.tolist() == sample.targets.tolist()
-    assert len(full_catalogue.ValidationRecall.load(run, tokenizer, 999, 4).targets) == 30
+    assert len(full_catalogue.ValidationRecall.load(run, tokenizer, 999, 5).targets) == 30
 
 
 def test_the_evaluation_ranks_every_row_and_its_groups_add_up(run, tmp_path, monkeypatch):

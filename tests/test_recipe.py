@@ -95,9 +95,9 @@ def test_a_missing_key_and_a_value_out_of_range_name_the_recipe():
 
 
 def test_the_resolved_recipe_has_the_defaults_of_the_stage_and_what_was_given_to_the_trainer():
-    keys = recipe.load(Path("recipes/ml100k/6_sft.yaml")) | {"reasoning_weight": 0.25}
+    keys = recipe.load(Path("recipes/ml100k/6_sft.yaml")) | {"max_items": 7}
     resolved = recipe.resolved_recipe(recipe.resolve("sft", keys, "6_sft.yaml"), keys)
-    assert resolved["reasoning_weight"] == 0.25 and resolved["max_minutes"] is None
+    assert resolved["max_items"] == 7 and resolved["max_minutes"] is None
     assert resolved["learning_rate"] == keys["learning_rate"] and "adam_beta1" not in resolved
 
 
@@ -113,7 +113,7 @@ def test_an_input_is_there_or_made_before(tmp_path):
 
 @pytest.mark.parametrize(("source", "extra"), [("model", ["midtrain"]), ("transitions", [])])
 def test_lists_of_the_model_are_made_from_the_midtrain_folder(tmp_path, source, extra):
-    args = SimpleNamespace(run_dir=str(tmp_path), source=source)
+    args = SimpleNamespace(run_dir=str(tmp_path), source=source, model_dir=None)
     inputs = recipe.check_inputs("candidates", args, made=["data", "semantic_ids", "midtrain"])
     assert inputs == ["data", "semantic_ids", *extra]
 

@@ -1,4 +1,4 @@
-"""The weighted loss against TRL's, against a slow loop, and however a batch is cut; what is saved beside a model."""
+"""The stage on its task rerank: `nll` against TRL's loss and against a slow loop, its rows, and what is refused."""
 
 import inspect
 import json
@@ -11,6 +11,8 @@ from trl import ModelConfig, SFTConfig, SFTTrainer
 
 from rerank import run_dir, sft
 from rerank.catalogue import Catalogue
+from rerank.losses import load_losses
+from rerank.sft.trainer import LossTrainer
 
 THINK_END = 9
 # A prompt of unequal length, a trace up to and with token 9, a ranking.
@@ -22,7 +24,7 @@ ROWS = [
 ]
 
 
-def make_trainer(folder, weights=(0.5, 1.0), trainer=sft.WeightedSftTrainer, **options):
+def make_trainer(folder, weights=(0.5, 1.0), trainer=LossTrainer, **options):
     tokenizer = tiny_tokenizer()
     settings = {"per_device_train_batch_size": 4, "max_steps": 1, "optim": "sgd", "learning_rate": 0.1, **options}
     config = SFTConfig(
@@ -30,28 +32,29 @@ def make_trainer(folder, weights=(0.5, 1.0), trainer=sft.WeightedSftTrainer, **o
         gradient_checkpointing=False, max_grad_norm=1e9, logging_steps=1, lr_scheduler_type="constant",
         dataset_kwargs={"skip_prepare_dataset": True}, **settings,
     )  # fmt: skip
-    extra = {"think_end": THINK_END, "weights": weights} if trainer is sft.WeightedSftTrainer else {}
-    rows = Dataset.from_list(ROWS)
+    extra = {}
+    if trainer is LossTrainer:
+        kwargs = {"reasoning_weight": weights[0], "ranking_weight": weights[1]}
+        losses = load_losses([{"name": "nll", "kwargs": kwargs}], "rerank")
+        extra = {"losses": losses, "tasks": ["rerank"], "trace_end": THINK_END}
+    rows = Dataset.from_list([row | ({"task": 0} if extra else {}) for row in ROWS])
     return trainer(tiny_model(tokenizer), config, train_dataset=rows, processing_class=tokenizer, **extra)
 
 
 def batch_and_loss(trainer, num_items=None):
-    batch = trainer.data_collator(ROWS)
-    return batch, trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=num_items)
-
-
-def test_tokens_weigh_by_their_place_before_or_after_the_end_of_the_trace():
-    labels = torch.tensor([[-100, 7, 9, 3, 4], [-100, -100, 9, 3, -100], [-100, 7, 7, 7, 7]])
-    weights = sft.token_weights(labels, think_end=9, reasoning=0.5, ranking=2.0)
-    # the end of the trace counts with the trace; a completion without one is all trace
-    assert weights.tolist() == [[0.5, 0.5, 0.5, 2, 2], [0.5, 0.5, 0.5, 2, 2], [0.5] * 5]
+    batch = trainer.data_collator([row | {"task": 0} for row in ROWS])
+    own = {name: batch[name] for name in ("input_ids", "labels", "attention_mask")}
+    inputs = dict(batch) if isinstance(trainer, LossTrainer) else own
+    if isinstance(trainer, LossTrainer):
+        trainer.step_counts = {"rerank": num_items}
+    return batch, trainer.compute_loss(trainer.model, inputs, num_items_in_batch=num_items)
 
 
 def test_equal_weights_equal_trls_own_loss(tmp_path):
     _, own = batch_and_loss(make_trainer(tmp_path, trainer=SFTTrainer))
     _, one = batch_and_loss(make_trainer(tmp_path, (1.0, 1.0)))
     _, two = batch_and_loss(make_trainer(tmp_path, (2.0, 2.0)))
-    assert one.item() == own.item()
+    assert one.item() == pytest.approx(own.item(), rel=1e-6)
     assert two.item() == pytest.approx(2 * own.item(), rel=1e-6)
 
 
@@ -95,20 +98,19 @@ def test_trace_and_ranking_are_logged_apart(tmp_path):
     assert 18 * loss.item() == pytest.approx(5 * logged["reasoning_nll"] + 8 * logged["ranking_nll"], rel=1e-5)
 
 
-def test_the_overridden_method_is_as_the_pinned_trl_has_it():
-    parameters = inspect.signature(SFTTrainer.compute_loss).parameters
-    assert [str(p) for p in parameters.values()] == [
-        "self", "model", "inputs", "return_outputs=False", "num_items_in_batch=None",
-    ]  # fmt: skip
-    ours = inspect.signature(sft.WeightedSftTrainer.compute_loss).parameters
-    assert [str(p) for p in ours.values()] == [str(p) for p in parameters.values()]
+def test_overridden_methods_are_as_the_pinned_trl_has_them():
+    for name in ("compute_loss", "get_batch_samples", "_save", "_load_from_checkpoint"):
+        theirs = list(inspect.signature(getattr(SFTTrainer, name)).parameters)
+        assert list(inspect.signature(getattr(LossTrainer, name)).parameters) == theirs, name
+        assert name in vars(LossTrainer)
 
 
 @pytest.mark.parametrize(("reasoning", "ranking"), [(-0.5, 1.0), (0.5, -1.0), (0.5, 0.0)])
 def test_weights_that_train_no_ranking_are_refused(reasoning, ranking):
-    message = rf"reasoning_weight is {reasoning} and ranking_weight {ranking}; neither may be negative"
+    kwargs = {"reasoning_weight": reasoning, "ranking_weight": ranking}
+    message = rf"loss nll: reasoning_weight is {reasoning} and ranking_weight {ranking}; neither may be negative"
     with pytest.raises(ValueError, match=message):
-        sft.SftArguments(run_dir="run", reasoning_weight=reasoning, ranking_weight=ranking)
+        load_losses([{"name": "nll", "kwargs": kwargs}], "rerank")
 
 
 def test_a_model_of_another_catalogue_is_refused(tmp_path):

@@ -21,8 +21,11 @@ import pyarrow.parquet as pq
 
 from rerank import recipe, run_dir
 from rerank.baselines import FEATURES, Counts, ItemFacts, OwnCounts, fit_edges
-from rerank.candidates.model_lists import model_lists
+from rerank.candidates.model_lists import load_model, model_lists
 from rerank.candidates.own_lists import read_lists
+from rerank.catalogue import Catalogue
+from rerank.item_head import FILE as HEAD_FILE
+from rerank.item_rows import SETTINGS
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +53,19 @@ class CandidatesArguments(recipe.StageArguments):
             "ids, best first) and optionally scores. Training rows must come from a ranker that has not seen them."
         },
     )
-    num_beams: int = field(default=20, metadata={"help": "With source model: beams a row, at least num_candidates."})
+    model_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "With source model: a folder that the sft stage made with task next_item, in place of the run's "
+            "mid-trained model. It must not have seen the targets of the training rows."
+        },
+    )
+    num_beams: int = field(
+        default=20,
+        metadata={
+            "help": "With source model: beams a row, at least num_candidates; 0: one forward pass of its item head."
+        },
+    )
     max_history: int = field(default=20, metadata={"help": "With source model: items of the history in a prompt."})
     batch_size: int = field(default=64, metadata={"help": "With source model: rows decoded together."})
 
@@ -65,10 +80,14 @@ class CandidatesArguments(recipe.StageArguments):
                 raise ValueError(f"{name} is {getattr(self, name)} but must be at least 1")
         if self.num_candidates < 2:
             raise ValueError(f"num_candidates is {self.num_candidates} but a list to re-rank has at least 2")
-        if self.source == "model" and self.num_beams < self.num_candidates:
+        if self.source == "model" and self.num_beams < self.num_candidates and self.num_beams != 0:
             raise ValueError(
                 f"num_beams is {self.num_beams} but must be at least num_candidates, {self.num_candidates}"
             )
+        if self.model_dir is not None and self.source != "model":
+            raise ValueError(f"model_dir is {self.model_dir} but source is {self.source}; it goes with source model")
+        if self.source == "model" and self.num_beams == 0 and self.model_dir is None:
+            raise ValueError("num_beams is 0 but a mid-trained model has no item head; give a model_dir that has one")
 
 
 ARGUMENTS = (CandidatesArguments,)
@@ -76,16 +95,22 @@ ARGUMENTS = (CandidatesArguments,)
 
 def extra_inputs(args: CandidatesArguments) -> tuple[str, ...]:
     """Lists of the mid-trained model come from its folder."""
-    return ("midtrain",) if args.source == "model" else ()
+    return ("midtrain",) if args.source == "model" and args.model_dir is None else ()
 
 
 def check(args: CandidatesArguments) -> None:
     """Refuse lists that cannot be made from this data, and own lists that do not fit it."""
     if args.lists is not None and not Path(args.lists).is_file():
         raise FileNotFoundError(f"lists {args.lists} is not there; give a Parquet file of row_id and candidates")
+    if args.model_dir is not None:
+        check_model_dir(args)
     if not run_dir.is_finished(args.run_dir, "data"):
         return
-    if args.source == "model" and run_dir.read_metrics(args.run_dir, "data")["midtrain_has_seen_rerank_targets"]:
+    if (
+        args.source == "model"
+        and args.model_dir is None
+        and run_dir.read_metrics(args.run_dir, "data")["midtrain_has_seen_rerank_targets"]
+    ):
         raise ValueError(
             "source is model but num_rerank of the data stage is all, so the mid-trained model has seen the targets "
             "of the training lists; set num_rerank to a number, or source to transitions"
@@ -102,6 +127,22 @@ def check(args: CandidatesArguments) -> None:
     if args.lists is not None:
         item_ids = pq.read_table(data_dir / "items.parquet", columns=["item_id"])["item_id"].to_pylist()
         read_lists(args.lists, rows["row_id"].to_numpy(), item_ids, args.num_candidates)
+
+
+def check_model_dir(args: CandidatesArguments) -> None:
+    """Refuse a folder that is no model of next items, lacks the head that is asked for, or knows another catalogue.
+
+    Raises:
+        FileNotFoundError: When a file is not there.
+        ValueError: When its items are not those of the run.
+    """
+    folder = Path(args.model_dir)
+    for name, wanted in ((SETTINGS, True), (HEAD_FILE, args.num_beams == 0)):
+        if wanted and not (folder / name).is_file():
+            raise FileNotFoundError(f"model_dir {folder} has no {name}; train it with the sft stage, task next_item")
+    if run_dir.is_finished(args.run_dir, "data") and run_dir.is_finished(args.run_dir, "semantic_ids"):
+        if Catalogue.load(folder) != Catalogue.load(args.run_dir):
+            raise ValueError(f"model_dir {folder} knows other items or ids than {args.run_dir}; use runs of one data")
 
 
 @dataclass(frozen=True)
@@ -156,8 +197,8 @@ def make_lists(
         item_ids = pq.read_table(data_dir / "items.parquet").sort_by("item")["item_id"].to_pylist()
         return read_lists(args.lists, rows.table["row_id"].to_numpy(), item_ids, args.num_candidates)
     if args.source == "model":
-        sizes = args.num_candidates, args.num_beams, args.max_history, args.batch_size
-        return model_lists(Path(args.run_dir), rows.histories, *sizes)
+        model = load_model(Path(args.run_dir), args.model_dir, args.max_history)
+        return model_lists(model, rows.histories, args.num_candidates, args.num_beams, args.batch_size)
     return counts.top_rows(rows.histories, args.num_candidates, own)
 
 

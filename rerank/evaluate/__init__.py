@@ -1,7 +1,8 @@
 r"""Stage 8: rank held-out rows with every ranker and say what each is worth.
 
 In: the folders of all stages before it. Out: `results.json`, `results.md`, `rankings.parquet` (every order and every
-completion, so that anybody can compute the numbers again) and `report.html`, one page that opens from disk.
+completion, so that anybody can compute the numbers again) and `report.html`, one page that opens from disk. With the
+task next_item the whole catalogue is ranked: `results.json`, `results.md` and `lists.parquet`.
 
     accelerate launch --config_file recipes/accelerate/cpu.yaml -m rerank.evaluate \
         --config recipes/ml100k/8_evaluate.yaml
@@ -21,7 +22,7 @@ import yaml
 
 from rerank import recipe, run_dir
 from rerank.catalogue import Catalogue
-from rerank.evaluate import results, tables
+from rerank.evaluate import next_item, results, tables
 from rerank.evaluate.generation import RankingModel, generate_answers
 from rerank.evaluate.likelihood import likelihood_orders
 from rerank.evaluate.results import LANGUAGE_MODELS, Ranking, Sampling
@@ -33,10 +34,12 @@ from rerank.evaluate.rows import (
     read_rows,
     transitions_order,
 )
+from rerank.item_rows import SETTINGS
 
 logger = logging.getLogger(__name__)
 
-INPUTS = ("data", "semantic_ids", "midtrain", "candidates", "sft", "dapo")
+TASKS = ("rerank", "next_item")
+INPUTS = ("data", "semantic_ids", "midtrain", "sft")
 MODEL_FOLDERS = {"sft": "sft/model", "sft_no_trace": "sft/model_no_trace", "dapo": "dapo/model"}
 DAPO_METRICS = (
     *("rollout_engine", "max_logp_gap", "reward_first_fifth", "reward_last_fifth", "reward_gain_interval"),
@@ -60,6 +63,10 @@ RANKINGS = pa.schema(
 class EvaluateArguments(recipe.StageArguments):
     """Options of the evaluate stage."""
 
+    task: str = field(
+        default="rerank",
+        metadata={"help": "rerank: lists of candidates; next_item: the whole catalogue, by sft/model."},
+    )
     split: str = field(default="test", metadata={"help": "Rows to rank: test, or valid to choose between variants."})
     max_rows: int = field(default=0, metadata={"help": "Rank this many rows, drawn at random; 0 for all."})
     models: list[str] = field(
@@ -67,17 +74,29 @@ class EvaluateArguments(recipe.StageArguments):
         metadata={"help": f"Language models to evaluate, of {', '.join(LANGUAGE_MODELS)}."},
     )
     batch_size: int = field(default=64, metadata={"help": "Rows in one forward pass of the mid-trained model."})
+    num_beams: int = field(default=10, metadata={"help": "next_item: beams a row."})
+    pruning_rows: int = field(
+        default=0, metadata={"help": "next_item: score every item on so many rows, to say what beam search prunes."}
+    )
     num_bootstrap: int = field(default=2000, metadata={"help": "Bootstrap samples of an interval."})
     seed: int = field(default=0, metadata={"help": "Of the row choice, LambdaMART and the intervals."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.task not in TASKS:
+            raise ValueError(f"task is {self.task!r}; choose {' or '.join(TASKS)}")
         if self.split not in SPLITS:
             raise ValueError(f"split is {self.split!r} but must be one of {', '.join(SPLITS)}")
         for name in self.models:
             if name not in LANGUAGE_MODELS:
                 raise ValueError(f"models holds {name!r} but knows only {', '.join(LANGUAGE_MODELS)}")
-        for name, least in (("max_rows", 0), ("batch_size", 1), ("num_bootstrap", 1)):
+        for name, least in (
+            ("max_rows", 0),
+            ("batch_size", 1),
+            ("num_bootstrap", 1),
+            ("num_beams", 1),
+            ("pruning_rows", 0),
+        ):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)} but must be at least {least}")
 
@@ -85,11 +104,30 @@ class EvaluateArguments(recipe.StageArguments):
 ARGUMENTS = (EvaluateArguments,)
 
 
+def extra_inputs(args: EvaluateArguments) -> tuple[str, ...]:
+    """Stages that are read only for a task."""
+    return ("candidates", "dapo") if args.task == "rerank" else ()
+
+
 def check(args: EvaluateArguments) -> None:
     """Refuse finished models that lack a file or speak other semantic ids than the catalogue beside them."""
+    if args.task == "next_item":
+        if run_dir.is_finished(args.run_dir, "sft"):
+            refuse_ranker(run_dir.stage_dir(args.run_dir, "sft") / "model")
+        return
     for name, folder in model_folders(args).items():
         if run_dir.is_finished(args.run_dir, MODEL_FOLDERS[name].split("/")[0]):
             RankingModel.load(folder).tokenizer()
+
+
+def refuse_ranker(folder: Path) -> None:
+    """Refuse a model that was trained to rank lists where one of next items is wanted.
+
+    Raises:
+        FileNotFoundError: Naming the file that such a model has.
+    """
+    if not (folder / SETTINGS).is_file():
+        raise FileNotFoundError(f"{folder} has no {SETTINGS}; train it with task next_item, or evaluate task rerank")
 
 
 def model_folders(args: EvaluateArguments) -> dict[str, Path]:
@@ -140,6 +178,8 @@ def write_rankings(rankings: Sequence[Ranking], rows: Sequence[dict[str, Any]], 
 
 def main(args: EvaluateArguments, out_dir: Path) -> dict:
     """Rank, measure, write the tables and the report; returns the split, n and N@5 of each ranker."""
+    if args.task == "next_item":
+        return next_item.evaluate(args, out_dir)
     from rerank import report  # here, because the report reads this stage's tables
 
     candidates_dir = run_dir.stage_dir(args.run_dir, "candidates")

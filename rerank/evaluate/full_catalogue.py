@@ -14,17 +14,17 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
-import yaml
 
 from rerank import run_dir as runs
 from rerank.baselines import Counts
 from rerank.candidates import Rows, training_sequences
-from rerank.candidates.model_lists import load_midtrained, next_items
 from rerank.candidates.own_lists import read_lists
 from rerank.catalogue import Catalogue
 from rerank.evaluate.results import Sampling
 from rerank.evaluate.rows import SPLITS
 from rerank.evaluate.tables import interval, number
+from rerank.item_rows import SETTINGS, ItemRows
+from rerank.next_items import NextItemModel
 
 METRICS = ("R@5", "R@10", "N@5", "N@10")
 LIST_LENGTH, NUM_BEAMS = 10, 20
@@ -81,24 +81,20 @@ class ValidationRecall:
 
     histories: list[np.ndarray]
     targets: np.ndarray
-    tokenizer: Any
-    catalogue: Catalogue
-    max_history: int
+    asked: ItemRows
 
     @classmethod
-    def load(cls, run: Path, tokenizer: Any, num_rows: int, max_history: int) -> "ValidationRecall":
+    def load(cls, run: Path, tokenizer: Any, num_rows: int, max_items: int) -> "ValidationRecall":
         """The sample of a run, all rows where there are no more than `num_rows`."""
         rows = Rows.load(runs.stage_dir(run, "data") / "rows.parquet")
         chosen = np.flatnonzero(rows.splits == "valid")
         if num_rows < len(chosen):
             chosen = np.sort(np.random.default_rng(SAMPLE_SEED).choice(chosen, num_rows, replace=False))
         histories = [rows.histories[row] for row in chosen]
-        return cls(histories, rows.targets[chosen], tokenizer, Catalogue.load(run), max_history)
+        return cls(histories, rows.targets[chosen], ItemRows(Catalogue.load(run), tokenizer, "semantic_id", max_items))
 
     def __call__(self, model: Any) -> dict[str, float]:
-        found = next_items(
-            model, self.tokenizer, self.histories, self.catalogue, LIST_LENGTH, NUM_BEAMS, self.max_history
-        )
+        found = NextItemModel(model, self.asked).by_beams(self.histories, LIST_LENGTH, NUM_BEAMS)
         values = metrics_of_lists(filled(found.items, LIST_LENGTH), self.targets)
         return {name: float(values[name].mean()) for name in ("R@10", "N@10")}
 
@@ -109,27 +105,56 @@ class ValidationRecall:
         return Dataset.from_dict({"target": self.targets.tolist()})
 
 
-def model_lists_of(run: Path, histories: Sequence[np.ndarray]) -> np.ndarray:
-    """(R, 10) items that a run's mid-trained model finds, from as much history as a training document holds."""
-    model, tokenizer = load_midtrained(run)
-    recipe = yaml.safe_load((runs.stage_dir(run, "midtrain") / "recipe.yaml").read_text())
-    found = next_items(
-        model, tokenizer, histories, Catalogue.load(run), LIST_LENGTH, NUM_BEAMS, recipe["max_items"] - 1
-    )
-    return filled(found.items, LIST_LENGTH)
+def model_lists_of(run: Path, histories: Sequence[np.ndarray], num_beams: int) -> dict[str, np.ndarray]:
+    """(R, 10) items that each of a run's models of next items finds: mid-trained, of the sft stage, by its head."""
+    found = {"midtrained": NextItemModel.load_midtrained(run).by_beams(histories, LIST_LENGTH, num_beams)}
+    folder = runs.stage_dir(run, "sft") / "model"
+    if (folder / SETTINGS).is_file():
+        model = NextItemModel.load(folder)
+        found["sft"] = model.by_beams(histories, LIST_LENGTH, num_beams)
+        if model.head is not None:
+            found["sft_head"] = model.by_head(histories, LIST_LENGTH)
+    return {name: filled(lists.items, LIST_LENGTH) for name, lists in found.items()}
 
 
-def evaluate_full_catalogue(
-    run_dirs: Sequence[Path], split: str, lists: Mapping[str, Path], num_samples: int = 2000, seed: int = 0
-) -> dict[str, Any]:
-    """Metrics of the mid-trained model, its baselines and other rankers' lists on every row of a split.
+@dataclass(frozen=True)
+class Evaluated:
+    """The rows of a split and what each ranker finds for them.
+
+    Attributes:
+        split: `valid` or `test`.
+        row_ids: (R,) of data/rows.parquet.
+        users: (R,).
+        histories: Of each row, oldest first.
+        targets: (R,).
+        groups: Name to (R,) bool.
+        lists: Ranker to its (R, 10) items, one array for each run; baselines have one.
+    """
+
+    split: str
+    row_ids: np.ndarray
+    users: np.ndarray
+    histories: list[np.ndarray]
+    targets: np.ndarray
+    groups: dict[str, np.ndarray]
+    lists: dict[str, list[np.ndarray]]
+
+
+def find_lists(
+    run_dirs: Sequence[Path],
+    split: str,
+    lists: Mapping[str, Path],
+    num_beams: int = NUM_BEAMS,
+    max_rows: int = 0,
+) -> Evaluated:
+    """What the runs' models of next items, baselines and other rankers find on the rows of a split.
 
     Args:
-        run_dirs: Runs of one data folder that differ in the seed; a row's value is its mean over them.
+        run_dirs: Runs of one data folder that differ in the seed.
         split: `valid` or `test`.
         lists: Ranker to a Parquet file with row_id and candidates: ten original item ids, best first.
-        num_samples: Bootstrap samples of an interval.
-        seed: Of the intervals.
+        num_beams: Of the models' beam search.
+        max_rows: Of the split, drawn at random but always the same; 0 for all.
 
     Raises:
         ValueError: When there is no such split, runs differ in their data, or lists do not fit.
@@ -141,30 +166,64 @@ def evaluate_full_catalogue(
     _check_same_rows(run_dirs)
     rows = Rows.load(data_dir / "rows.parquet")
     chosen = np.flatnonzero(rows.splits == split)
+    if 0 < max_rows < len(chosen):
+        chosen = np.sort(np.random.default_rng(SAMPLE_SEED).choice(chosen, max_rows, replace=False))
     histories, targets = [rows.histories[row] for row in chosen], rows.targets[chosen]
-    catalogue = Catalogue.load(run_dirs[0])
+    catalogue, row_ids = Catalogue.load(run_dirs[0]), rows.table["row_id"].to_numpy()[chosen]
     counts = Counts.fit(training_sequences(data_dir), len(catalogue))
+    fewest_free = len(catalogue) - max(len(np.unique(history)) for history in histories)
     found = {
         "popularity": [popular_lists(counts.popularity, histories, LIST_LENGTH)],
-        REFERENCE: [counts.top_rows(histories, LIST_LENGTH)[0]],
+        REFERENCE: [_padded(counts.top_rows(histories, min(LIST_LENGTH, fewest_free))[0])],
     }
     for name, path in lists.items():
-        row_ids = rows.table["row_id"].to_numpy()[chosen]
         found[name] = [read_lists(path, row_ids, catalogue.item_ids, LIST_LENGTH)[0]]
-    found["midtrained"] = [model_lists_of(run, histories) for run in run_dirs]
+    of_runs = [model_lists_of(run, histories, num_beams) for run in run_dirs]
+    found |= {name: [models[name] for models in of_runs] for name in of_runs[0]}
     one_hop = is_one_hop(counts, histories, targets)
     groups = {"all": np.ones(len(chosen), dtype=bool), "one_hop": one_hop, "rest": ~one_hop}
-    values = {name: [metrics_of_lists(items, targets) for items in runs_lists] for name, runs_lists in found.items()}
+    return Evaluated(split, row_ids, rows.users[chosen], histories, targets, groups, found)
+
+
+def evaluate_full_catalogue(
+    run_dirs: Sequence[Path],
+    split: str,
+    lists: Mapping[str, Path],
+    num_samples: int = 2000,
+    seed: int = 0,
+    num_beams: int = NUM_BEAMS,
+) -> dict[str, Any]:
+    """Metrics of what `find_lists` finds on every row of a split; a row's value is its mean over the runs.
+
+    Args:
+        run_dirs, split, lists, num_beams: As of `find_lists`.
+        num_samples: Bootstrap samples of an interval.
+        seed: Of the intervals.
+    """
+    return summarise(find_lists(run_dirs, split, lists, num_beams), run_dirs, num_beams, num_samples, seed)
+
+
+def summarise(
+    found: Evaluated, run_dirs: Sequence[Path], num_beams: int, num_samples: int = 2000, seed: int = 0
+) -> dict[str, Any]:
+    """Each ranker's metrics by group, with intervals."""
+    values = {name: [metrics_of_lists(items, found.targets) for items in of] for name, of in found.lists.items()}
     return {
-        "split": split,
-        "n": {name: int(group.sum()) for name, group in groups.items()},
+        "split": found.split,
+        "n": {name: int(group.sum()) for name, group in found.groups.items()},
         "seeds": len(run_dirs),
+        "num_beams": num_beams,
         "midtrain_splits": runs.midtrain_splits(run_dirs[0]),
         "rows": {
-            name: _summary(of_runs, values[REFERENCE][0], groups, rows.users[chosen], num_samples, seed)
+            name: _summary(of_runs, values[REFERENCE][0], found.groups, found.users, num_samples, seed)
             for name, of_runs in values.items()
         },
     }
+
+
+def _padded(lists: np.ndarray) -> np.ndarray:
+    """(R, 10) of lists that a small catalogue leaves shorter."""
+    return np.pad(lists, ((0, 0), (0, LIST_LENGTH - lists.shape[1])), constant_values=-1)
 
 
 def _check_same_rows(run_dirs: Sequence[Path]) -> None:
@@ -204,7 +263,8 @@ def _summary(
 def markdown(results: Mapping[str, Any]) -> str:
     """The results as a table for each group."""
     lines = [
-        f"# The next item among all items: {results['n']['all']} {results['split']} rows, {results['seeds']} seeds",
+        f"# The next item among all items: {results['n']['all']} {results['split']} rows, {results['seeds']} seeds, "
+        f"{results['num_beams']} beams",
         "",
         f"Differences to {REFERENCE} with 95 % intervals, paired bootstrap, whole users drawn. One hop: the target is "
         f"among the {MOST_SUCCESSORS} most frequent direct training successors of the history's items.",

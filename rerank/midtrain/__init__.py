@@ -262,7 +262,7 @@ def main(args: MidtrainArguments, training_args: SFTConfig, model_args: ModelCon
                 model.save_pretrained(base_dir)
     recall = None
     if args.eval_recall_rows:
-        recall = ValidationRecall.load(Path(args.run_dir), tokenizer, args.eval_recall_rows, args.max_items - 1)
+        recall = ValidationRecall.load(Path(args.run_dir), tokenizer, args.eval_recall_rows, args.max_items)
         training_args = dataclasses.replace(training_args, **recall_options(training_args))
     trainer = MidtrainTrainer(
         model,

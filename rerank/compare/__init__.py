@@ -1,0 +1,146 @@
+"""`rerank compare`: variants of a recipe, several seeds each, on one split, into one table.
+
+Each variant is a recipe folder, or one recipe folder with overrides. A run of a variant and seed is an ordinary run in
+`OUT/<variant>-seed<k>`, made by the same launcher as `rerank run`, so what was finished is skipped and what was
+interrupted goes on. All variants must ask for the same data. A stage up to which two runs have the same recipes, data
+always, is made once and shared.
+"""
+
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rerank import pipeline
+from rerank import run_dir as runs
+from rerank.compare import next_item_table, rankings_table
+
+logger = logging.getLogger(__name__)
+
+SEEDED_STAGES = ("midtrain", "traces", "sft", "dapo")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A name, a recipe folder, and overrides of its keys."""
+
+    name: str
+    recipe_dir: str
+    overrides: tuple[str, ...] = ()
+
+
+def read_variants(recipe_dirs: Sequence[str], words: Sequence[Sequence[str]] | None) -> list[Variant]:
+    """The variants of a command line: recipe folders, or one folder and for each variant its name and overrides.
+
+    Raises:
+        ValueError: On two variants of one name, or overrides for several folders.
+    """
+    if words and len(recipe_dirs) != 1:
+        raise ValueError(f"--variant overrides one recipe folder, but {len(recipe_dirs)} are given; give one")
+    if words:
+        variants = [Variant(name, recipe_dirs[0], tuple(overrides)) for name, *overrides in words]
+    else:
+        variants = [Variant(Path(folder).resolve().name, folder) for folder in recipe_dirs]
+    names = [variant.name for variant in variants]
+    if len(set(names)) < len(names):
+        raise ValueError(f"two variants share a name: {', '.join(names)}; rename one")
+    return variants
+
+
+def variant_steps(variant: Variant, out: str | Path, seed: int, minutes_per_run: float | None) -> list[pipeline.Step]:
+    """The steps of one run: its seed in every trained stage, its minutes in equal parts over the training stages."""
+    plain = pipeline.read_steps(variant.recipe_dir, str(out), variant.overrides)
+    stages = [step.stage for step in plain]
+    overrides = [*variant.overrides, *(f"{stage}.seed={seed}" for stage in stages if stage in SEEDED_STAGES)]
+    if minutes_per_run is not None:
+        trained = [stage for stage in stages if stage in runs.TRAINING_STAGES]
+        overrides += [f"{stage}.max_minutes={minutes_per_run / len(trained):.3f}" for stage in trained]
+    return pipeline.read_steps(variant.recipe_dir, str(out), overrides)
+
+
+def share_stage(first: Path, run: Path, stage: str) -> None:
+    """Let a run use the folder that a stage of an earlier one made."""
+    link = runs.stage_dir(run, stage)
+    if run != first and not link.exists():
+        run.mkdir(parents=True, exist_ok=True)
+        link.unlink(missing_ok=True)  # a link whose folder was deleted
+        link.symlink_to(runs.stage_dir(first, stage).resolve())
+
+
+def share_stages(run: Path, steps: Sequence[pipeline.Step], earlier: Mapping[Path, Sequence[pipeline.Step]]) -> None:
+    """Let a run use each stage up to which an earlier run has the same recipes."""
+    for other, others in earlier.items():
+        for step, same in zip(steps, others, strict=False):
+            if step.stage != same.stage or runs.difference(step.keys, same.keys):
+                break
+            if runs.is_finished(other, step.stage):
+                share_stage(other, run, step.stage)
+
+
+def check_same_data(variants: Sequence[Sequence[pipeline.Step]]) -> None:
+    """Refuse variants whose data recipes differ.
+
+    Raises:
+        ValueError: Naming both recipes and the key.
+    """
+    reference = variants[0][0]
+    for steps in variants[1:]:
+        if changed := runs.difference(reference.keys, steps[0].keys):
+            raise ValueError(f"{steps[0].path} asks for other data than {reference.path}: {changed}; make them equal")
+
+
+def report(runs_of: dict[str, list[Path]], minutes_per_run: float | None, title: str) -> str:
+    """The results file: what was compared, on which data, and the table."""
+    some_run = next(iter(runs_of.values()))[0]
+    data = runs.read_metrics(some_run, "data")
+    results = json.loads((runs.stage_dir(some_run, "evaluate") / "results.json").read_text())
+    budget = f", at most {minutes_per_run:g} training minutes a run" if minutes_per_run is not None else ""
+    table = next_item_table if results.get("task") == "next_item" else rankings_table
+    lines = [
+        f"# {title}",
+        "",
+        f"{len(runs_of)} variants, {len(next(iter(runs_of.values())))} seeds{budget}. {table.rows_of(results)}",
+        "",
+        *(f"- data: {name}, sha256 {digest}" for name, digest in data["sources"].items()),
+        "",
+        *table.table_lines(runs_of),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def compare(
+    variants: Sequence[Variant],
+    num_seeds: int,
+    minutes_per_run: float | None,
+    out: str,
+    results: str | None,
+    accelerate: str,
+    say: Callable[[str], None],
+) -> int:
+    """Run every variant and seed, then write the table; returns the exit code of the first run that fails, or 0.
+
+    Raises:
+        ValueError: On variants of different data, or numbers out of range.
+    """
+    if num_seeds < 1 or (minutes_per_run is not None and minutes_per_run <= 0):
+        raise ValueError(f"--seeds is {num_seeds} and --minutes_per_run {minutes_per_run}; both must be above 0")
+    folders = {v.name: [Path(out) / f"{v.name}-seed{seed}" for seed in range(num_seeds)] for v in variants}
+    steps_of = {
+        run: variant_steps(variant, run, seed, minutes_per_run)
+        for variant in variants
+        for seed, run in enumerate(folders[variant.name])
+    }
+    check_same_data(list(steps_of.values()))
+    earlier: dict[Path, Sequence[pipeline.Step]] = {}
+    for run, steps in steps_of.items():
+        share_stages(run, steps, earlier)
+        earlier[run] = steps
+        say(f"== {run.name}")
+        if code := pipeline.run(steps, accelerate, say):
+            return code
+    text = report(folders, minutes_per_run, f"Comparison of {', '.join(folders)}")
+    target = Path(results) if results else Path(out) / "RESULTS.md"
+    target.write_text(text, encoding="utf-8")
+    say(f"{text}\nwritten to {target}")
+    return 0

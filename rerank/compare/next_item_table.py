@@ -1,0 +1,156 @@
+"""The table of runs that rank the whole catalogue."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from rerank import run_dir as runs
+from rerank.compare.rankings_table import difference
+from rerank.evaluate.full_catalogue import GROUPS, LIST_LENGTH, METRICS, filled, metrics_of_lists
+from rerank.evaluate.results import Sampling
+from rerank.evaluate.tables import NO_VALUE, number
+
+BASELINES = ("popularity", "transitions")
+COMPARED = ("R@10", "N@10")
+MODELS = ("sft", "sft_head")
+
+
+@dataclass(frozen=True)
+class RunLists:
+    """What a run's rankers found, rows in one order.
+
+    Attributes:
+        row_ids, users: (R,).
+        one_hop: (R,) whether counting could have found the target.
+        values: Ranker to its metrics, each (R,).
+        pruning: What beam search prunes; None where it was not measured.
+    """
+
+    row_ids: np.ndarray
+    users: np.ndarray
+    one_hop: np.ndarray
+    values: dict[str, dict[str, np.ndarray]]
+    pruning: dict[str, Any] | None
+
+    @classmethod
+    def load(cls, run: Path) -> "RunLists":
+        """Of a run with a finished evaluate stage."""
+        folder = runs.stage_dir(run, "evaluate")
+        table = pq.read_table(folder / "lists.parquet").to_pandas()
+        values = {}
+        for name, lines in table.groupby("ranker", sort=False):
+            lists = filled(lines["items"].tolist(), LIST_LENGTH)
+            values[name] = metrics_of_lists(lists, lines["target"].to_numpy())
+        first = table[table["ranker"] == table["ranker"].iloc[0]]
+        columns = (first[name].to_numpy() for name in ("row_id", "user", "one_hop"))
+        return cls(*columns, values, json.loads((folder / "results.json").read_text()).get("pruning"))
+
+
+def rows_of(results: Mapping[str, Any]) -> str:
+    """Which rows were evaluated, and how to read the table."""
+    return (
+        f"{results['n']['all']} {results['split']} rows, all items ranked, {results['num_beams']} beams.\n"
+        "Intervals: 95 %, paired bootstrap, whole users drawn, of the mean over seeds. One hop: the target is among "
+        "the 50 most frequent direct training successors of the history's items."
+    )
+
+
+def table_lines(runs_of: dict[str, list[Path]]) -> list[str]:
+    """A table for each group of rows, then one of what is pruned; differences are to the first variant.
+
+    Raises:
+        ValueError: When two runs were evaluated on other rows.
+    """
+    read = {name: [RunLists.load(run) for run in folders] for name, folders in runs_of.items()}
+    first = next(iter(read))
+    reference = read[first][0]
+    for name, found in read.items():
+        for seed, lists in enumerate(found):
+            if not np.array_equal(lists.row_ids, reference.row_ids):
+                raise ValueError(
+                    f"variant {name}, seed {seed}, was evaluated on other rows than {first}; use one split"
+                )
+    groups = {"all": np.ones(len(reference.users), dtype=bool), "one_hop": reference.one_hop}
+    groups["rest"] = ~reference.one_hop
+    lines: list[str] = []
+    for group, chosen in groups.items():
+        if chosen.any():
+            lines += ["", f"{GROUPS[group]}, {int(chosen.sum())} rows:", "", *_group_lines(read, chosen)]
+    return [*lines[1:], *_pruning_lines(read)]
+
+
+def _group_lines(read: Mapping[str, Sequence[RunLists]], chosen: np.ndarray) -> list[str]:
+    first = next(iter(read))
+    reference = read[first][0]
+    sampling = Sampling(reference.users[chosen], 2000, 0)
+    heads = [*METRICS, "spread of R@10", *(f"{m} - {other}" for other in ("transitions", first) for m in COMPARED)]
+    lines = [f"| variant | ranker | seeds | {' | '.join(heads)} |", f"|---|---|{'---:|' * (len(heads) + 1)}"]
+    transitions = {metric: reference.values["transitions"][metric][chosen] for metric in COMPARED}
+    base = _means(read[first], "sft", chosen)
+    for ranker in BASELINES:
+        values = {metric: reference.values[ranker][metric][chosen] for metric in METRICS}
+        cells = [number(values[metric].mean()) for metric in METRICS] + [NO_VALUE]
+        cells += [
+            _cell(values[m], transitions[m], sampling) if ranker != "transitions" else NO_VALUE for m in COMPARED
+        ]
+        lines.append(f"| {NO_VALUE} | {ranker} | 1 | {' | '.join([*cells, *[NO_VALUE] * len(COMPARED)])} |")
+    for name, found in read.items():
+        for ranker in MODELS:
+            if ranker not in found[0].values:
+                continue
+            means = _means(found, ranker, chosen)
+            seeds = [lists.values[ranker]["R@10"][chosen].mean() for lists in found]
+            cells = [number(means[metric].mean()) for metric in METRICS]
+            cells.append(NO_VALUE if len(seeds) < 2 else number(float(np.std(seeds, ddof=1))))
+            cells += [_cell(means[metric], transitions[metric], sampling) for metric in COMPARED]
+            is_base = (name, ranker) == (first, "sft")
+            cells += [NO_VALUE if is_base else _cell(means[metric], base[metric], sampling) for metric in COMPARED]
+            lines.append(f"| {name} | {ranker} | {len(found)} | {' | '.join(cells)} |")
+    return lines
+
+
+def _means(found: Sequence[RunLists], ranker: str, chosen: np.ndarray) -> dict[str, np.ndarray]:
+    """Each metric on the chosen rows, a row's value its mean over seeds."""
+    return {metric: np.mean([lists.values[ranker][metric][chosen] for lists in found], axis=0) for metric in METRICS}
+
+
+def _cell(values: np.ndarray, reference: np.ndarray, sampling: Sampling) -> str:
+    return difference(values, reference, sampling)
+
+
+def _pruning_lines(read: Mapping[str, Sequence[RunLists]]) -> list[str]:
+    """Means over seeds of what beam search prunes; nothing where it was not measured."""
+    if any(lists.pruning is None for found in read.values() for lists in found):
+        return []
+    steps = len(next(iter(read.values()))[0].pruning["violations_by_step"])
+    heads = [
+        "n",
+        "targets in the top",
+        "pruned of them",
+        "spread",
+        "violation",
+        *(f"step {k + 1}" for k in range(steps)),
+    ]
+    lines = [
+        "",
+        "Pruning, means over seeds. In the top: the target's whole sequence is among as many most probable items as "
+        "there are beams. Violation: a token of the target has as many legal tokens above it, anywhere or at a step:",
+        "",
+        f"| variant | {' | '.join(heads)} |",
+        f"|---|{'---:|' * len(heads)}",
+    ]
+    for name, found in read.items():
+        each = [lists.pruning for lists in found]
+        rates = [one["pruning_rate"] for one in each if one["pruning_rate"] is not None]
+        cells = [str(each[0]["n"]), f"{np.mean([one['in_top'] for one in each]):.1f}"]
+        cells += [f"{np.mean(rates):.1%}" if rates else NO_VALUE]
+        cells += [f"{np.std(rates, ddof=1):.1%}" if len(rates) > 1 else NO_VALUE]
+        cells += [f"{np.mean([one['violation_rate'] for one in each]):.1%}"]
+        cells += [f"{np.mean([one['violations_by_step'][step] for one in each]):.1%}" for step in range(steps)]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines

@@ -1,0 +1,30 @@
+"""Token loss: negative log-likelihood, with GR2's weights for the trace and the ranking."""
+
+import torch
+
+from rerank.losses import LossInputs
+
+TASKS = ("next_item", "rerank")
+NEEDS = "logits of the whole vocabulary at labelled positions, never kept"
+COSTS = "TRL's own loss"
+
+
+def nll(inputs: LossInputs, reasoning_weight: float = 0.5, ranking_weight: float = 1.0) -> torch.Tensor:
+    """-log p(label), (P,): tokens of the trace weigh `reasoning_weight`, all others `ranking_weight`.
+
+    At weights of 1 it is TRL's loss. Neither weight is published; that the first is the smaller one is.
+
+    Raises:
+        ValueError: When a weight is negative or that of the ranking zero.
+
+    Source: arXiv:2606.31984, eq. 3 (lambda_r, lambda_o).
+    """
+    if min(reasoning_weight, ranking_weight) < 0 or ranking_weight == 0:
+        raise ValueError(
+            f"reasoning_weight is {reasoning_weight} and ranking_weight {ranking_weight}; "
+            "neither may be negative, and the ranking must weigh something"
+        )
+    values = -inputs.label_logps()
+    for name, chosen in (("reasoning_nll", ~inputs.is_ranking), ("ranking_nll", inputs.is_ranking)):
+        inputs.logged[name] = (values.detach() * chosen).sum(), chosen.sum()
+    return values * torch.where(inputs.is_ranking, ranking_weight, reasoning_weight)

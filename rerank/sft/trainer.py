@@ -1,0 +1,278 @@
+"""The trainer of the sft stage: TRL's, on the losses that the recipe names.
+
+The losses are computed inside the model's own forward, where whatever shards or wraps parameters has them at hand.
+Letters of shapes: B rows, T tokens, P positions under loss, H hidden size.
+"""
+
+import functools
+import logging
+import math
+import types
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
+from trl import SFTConfig, SFTTrainer
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from rerank.losses import Extra, Head, Losses, LossInputs
+
+logger = logging.getLogger(__name__)
+
+COLUMNS = ("nodes", "items")  # of a row, beside input_ids and labels; -1 where there is none
+SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
+PARAMETERS_FILE = "loss_parameters.pt"
+PREFIX = "loss_parameters"
+
+Batch = dict[str, Any]
+
+
+class RowCollator:
+    """Batches of rows; rows of losses that redraw theirs are drawn anew, the same way for the same seed and epoch.
+
+    Attributes:
+        epoch: A number in shared memory, so that workers of a data loader see it change.
+    """
+
+    def __init__(self, pad_token_id: int, tasks: Sequence[str], losses: Losses, maker: Any, seed: int) -> None:
+        self.collate = DataCollatorForLanguageModeling(pad_token_id)
+        self.redrawing = [extra for extra in losses.extras.values() if extra.redraws]
+        self.tasks, self.maker, self.seed = tuple(tasks), maker, seed
+        self.epoch = torch.zeros(1, dtype=torch.long).share_memory_()
+
+    def __call__(self, rows: Sequence[Batch]) -> Batch:
+        for extra in self.redrawing:
+            rows = [self._redrawn(extra, row) for row in rows]
+        batch = self.collate([{name: row[name] for name in ("input_ids", "labels")} for row in rows])
+        for name in COLUMNS:
+            columns = [torch.tensor(row.get(name) or [-1] * len(row["input_ids"])) for row in rows]
+            batch[name] = pad_sequence(columns, batch_first=True, padding_value=-1)
+        batch["task"] = torch.tensor([row["task"] for row in rows])
+        if any(row.get("targets") for row in rows):  # items that the row's last state is to predict
+            targets = [torch.tensor(row.get("targets") or [], dtype=torch.long) for row in rows]
+            batch["targets"] = pad_sequence(targets, batch_first=True, padding_value=-1)
+        return batch
+
+    def _redrawn(self, extra: Extra, row: Batch) -> Batch:
+        rng = np.random.default_rng((self.seed, int(self.epoch), row["number"]))
+        return row | extra.redraw(self.tasks[row["task"]], row, rng, self.maker)
+
+
+def add_loss_forward(model: Any) -> None:
+    """Let `model(..., compute=f)` return f(states (B, T, H), head) in place of logits; `embed` may replace embeddings.
+
+    Raises:
+        ValueError: When the model scales its logits, which the losses would have to repeat.
+    """
+    config = model.config.get_text_config()
+    scaled = [name for name in SCALES if getattr(config, name, None) not in (None, 1, 1.0)]
+    if scaled:
+        raise ValueError(
+            f"the model's {scaled[0]} is {getattr(config, scaled[0])}, but losses take logits as "
+            "they are; use a model that does not scale them"
+        )
+    plain_forward = model.forward
+
+    @functools.wraps(type(model).forward)
+    def forward(self: Any, *args: Any, compute: Callable | None = None, embed: Callable | None = None, **kwargs: Any):
+        if compute is None:
+            return plain_forward(*args, **kwargs)
+        embedding = self.get_input_embeddings()
+        if embed is not None and (embedded := embed(embedding)) is not None:
+            kwargs["inputs_embeds"] = embedded
+            kwargs.pop("input_ids")
+        states = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state
+        head = self.get_output_embeddings()
+        weight, bias = (_whole(tensor) for tensor in (head.weight, head.bias))
+        return compute(states, Head(weight, bias, getattr(config, "final_logit_softcapping", None)), embedding)
+
+    model.forward = types.MethodType(forward, model)
+
+
+def _whole(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """FSDP2 shows its parameters in parts."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+class LossTrainer(SFTTrainer):
+    """TRL's SFTTrainer on named losses and rows of several tasks.
+
+    Overrides `compute_loss`, for the losses; `get_batch_samples`, to count before a step's first forward what its
+    losses divide by; and `_save` and `_load_from_checkpoint`, for parameters that a loss brings along.
+
+    Args:
+        model: To train.
+        args: TRL's.
+        losses: By `rerank.losses.load_losses`.
+        tasks: Names of the tasks; a row's `task` is a place in it.
+        trace_end: Token that ends a trace; None where there is none, so that everything is ranking.
+        maker: `ItemRows` with the task next_item.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        args: SFTConfig,
+        losses: Losses,
+        tasks: Sequence[str],
+        trace_end: int | None = None,
+        maker: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        self.losses, self.tasks, self.trace_end = losses, tuple(tasks), trace_end
+        self.index = None if maker is None else maker.index
+        add_loss_forward(model)
+        args.remove_unused_columns = False
+        collator = RowCollator(kwargs["processing_class"].pad_token_id, tasks, losses, maker, args.seed)
+        for extra in losses.extras.values():
+            extra.task_numbers = {name: number for number, name in enumerate(tasks)}
+        modules = {name: extra.parameters(model, maker) for name, extra in losses.extras.items()}
+        super().__init__(model, args, data_collator=collator, **kwargs)
+        self.loss_parameters = nn.ModuleDict({name: module for name, module in modules.items() if module is not None})
+        if len(self.loss_parameters):
+            self._attach_parameters()
+        self.add_callback(_epoch_callback(collator))
+        self.step_counts: dict[str, float] = {}
+
+    def _attach_parameters(self) -> None:
+        """Make the losses' parameters part of the model that is trained, but not of what is saved of it."""
+        plugin = self.accelerator.state.deepspeed_plugin
+        if self.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3):
+            names = ", ".join(self.loss_parameters)
+            raise ValueError(
+                f"loss {names} has parameters of its own, which FSDP and ZeRO-3 would cut; use zero2.yaml"
+            )
+        self.model.add_module(PREFIX, self.loss_parameters)
+        self.model._keys_to_ignore_on_save = [
+            *(getattr(self.model, "_keys_to_ignore_on_save", None) or []),
+            *(f"{PREFIX}.{name}" for name in self.loss_parameters.state_dict()),
+        ]
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):  # noqa: ANN001
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if batches:
+            counts = [self._counts(batch) for batch in batches]
+            total = torch.tensor([sum(count[name] for count in counts) for name in counts[0]], dtype=torch.float64)
+            total = self.accelerator.reduce(total.to(device, torch.float32), "sum")
+            self.step_counts = dict(zip(counts[0], total.tolist(), strict=True))
+        return batches, num_items
+
+    def _counts(self, batch: Batch) -> dict[str, int]:
+        """Supervised positions of each task, and what the extras count, in a micro-batch."""
+        per_row = (batch["labels"][:, 1:] != -100).sum(dim=1)
+        counts = {name: int(per_row[batch["task"] == number].sum()) for number, name in enumerate(self.tasks)}
+        for extra in self.losses.extras.values():
+            counts |= extra.counts(batch)
+        return counts
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):  # noqa: ANN001
+        counts = self.step_counts if num_items_in_batch is not None else self._counts(inputs)
+        extras = self.losses.extras.values()
+
+        def embed(embedding: nn.Module) -> torch.Tensor | None:
+            found = [made for extra in extras if (made := extra.embed(embedding, inputs)) is not None]
+            return found[0] if found else None
+
+        sums = model(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            compute=functools.partial(self._sums, inputs, counts),
+            embed=embed if self.losses.extras else None,
+        )
+        self._log(sums["means"], sums["terms"])
+        loss = sums["loss"]
+        if num_items_in_batch is not None:  # DDP averages over processes what is divided by counts of all of them
+            loss = loss * self.accelerator.num_processes
+        return (loss, sums) if return_outputs else loss
+
+    def _sums(
+        self, batch: Batch, counts: Mapping[str, float], states: torch.Tensor, head: Head, embedding: nn.Module
+    ) -> dict[str, Any]:
+        """The loss of a micro-batch, already divided by the step's counts, and sums to log."""
+        inputs = self._inputs(batch, counts, states, head)
+        values = self.losses.token(inputs).float()
+        weights = self._weights(counts).to(values)
+        loss = (values * weights[inputs.tasks]).sum() + 0.0 * states.sum()  # connected, without a label too
+        means, terms = dict(inputs.logged), {}
+        if len(self.tasks) > 1:
+            for number, name in enumerate(self.tasks):
+                chosen = inputs.tasks == number
+                means[f"loss_{name}"] = (values.detach() * chosen).sum(), chosen.sum()
+        for name, extra in self.losses.extras.items():
+            for term, value in extra.terms(inputs, embedding).items():
+                loss = loss + value
+                terms[f"loss_{term}"] = value.detach()
+            if name in self.loss_parameters:  # DDP wants a gradient for each parameter in each step
+                loss = loss + 0.0 * sum(p.float().sum() for p in self.loss_parameters[name].parameters())
+        return {"loss": loss, "means": means, "terms": terms}
+
+    def _inputs(self, batch: Batch, counts: Mapping[str, float], states: torch.Tensor, head: Head) -> LossInputs:
+        labels = batch["labels"][:, 1:]
+        mask = labels != -100
+        if self.trace_end is None:
+            is_ranking = torch.ones_like(mask)
+        else:
+            seen = (labels == self.trace_end).long().cumsum(dim=1)
+            is_ranking = (seen > 0) & (labels != self.trace_end)
+        return LossInputs(
+            hidden=states[:, :-1][mask],
+            labels=labels[mask],
+            head=head,
+            is_ranking=is_ranking[mask],
+            nodes=batch["nodes"][:, 1:][mask],
+            items=batch["items"][:, 1:][mask],
+            tasks=batch["task"][:, None].expand_as(mask)[mask],
+            index=self.index,
+            states=states,
+            batch=batch,
+            counts=counts,
+        )
+
+    def _weights(self, counts: Mapping[str, float]) -> torch.Tensor:
+        """What a value of each task is multiplied with: the task's weight over a count of the step."""
+        weights = self.losses.task_weights
+        by_task = any(extra.divides_by_task for extra in self.losses.extras.values())
+        total = sum(counts[name] for name in self.tasks)
+        divisors = [counts[name] if by_task else total for name in self.tasks]
+        return torch.tensor(
+            [weights.get(name, 1.0) / max(count, 1) for name, count in zip(self.tasks, divisors, strict=True)]
+        )
+
+    def _log(self, means: Mapping[str, tuple[torch.Tensor, torch.Tensor]], terms: Mapping[str, torch.Tensor]) -> None:
+        """Log means, each from its sum and count over all processes, and terms, which are sums over a step."""
+        mode = "train" if self.model.training else "eval"
+        pairs = [*means.values(), *((term, torch.zeros_like(term)) for term in terms.values())]
+        if not pairs:
+            return
+        table = torch.stack([torch.stack([torch.as_tensor(p, dtype=torch.float32) for p in pair]) for pair in pairs])
+        totals = self.accelerator.reduce(table.detach(), "sum").tolist()
+        for name, (total, count) in zip([*means, *terms], totals, strict=True):
+            if name in terms:  # averaged over micro-batches when it is logged
+                self._metrics[mode][name].append(total * self.current_gradient_accumulation_steps)
+            elif count:
+                self._metrics[mode][name].append(total / count)
+
+    def _save(self, output_dir=None, state_dict=None):  # noqa: ANN001
+        super()._save(output_dir, state_dict)
+        if len(self.loss_parameters):
+            torch.save(self.loss_parameters.state_dict(), Path(output_dir or self.args.output_dir) / PARAMETERS_FILE)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):  # noqa: ANN001
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        file = Path(resume_from_checkpoint) / PARAMETERS_FILE
+        if len(self.loss_parameters) and file.is_file():
+            self.loss_parameters.load_state_dict(torch.load(file, weights_only=True))
+
+
+def _epoch_callback(collator: RowCollator) -> Any:
+    from transformers import TrainerCallback
+
+    class TellEpoch(TrainerCallback):
+        def on_epoch_begin(self, args, state, control, **kwargs):  # noqa: ANN001, ANN003
+            collator.epoch[0] = math.floor((state.epoch or 0) + 1e-6)  # resumed in its middle it is a fraction
+
+    return TellEpoch()
