@@ -166,16 +166,11 @@ def _recall(args: argparse.Namespace) -> int:
 
 
 def _losses(args: argparse.Namespace) -> int:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
     from rerank.losses import list_losses
 
-    table = Table("loss", "is", "for the task", "needs", "costs", box=box.SIMPLE)
     for entry in list_losses():
-        table.add_row(entry.name, entry.kind, ", ".join(entry.tasks), entry.needs, entry.costs)
-    Console().print(table)
+        print(f"{entry.name}: {entry.kind}, for {' and '.join(entry.tasks)}")
+        print(f"    needs {entry.needs}\n    costs {entry.costs}")
     return 0
 
 

@@ -76,7 +76,7 @@ def test_lml_is_the_negative_log_probability_over_the_whole_vocabulary():
 
 def test_nll_weighs_what_comes_before_the_end_of_the_trace():
     inputs = dataclasses.replace(
-        inputs_of([FIRST, SECOND], [1, 4], [None, None]), is_ranking=torch.tensor([False, True])
+        inputs_of([FIRST, SECOND], [1, 4], [None, None]), is_ranking=torch.tensor([False, True]), index=None
     )
     values = nll(inputs, reasoning_weight=0.5, ranking_weight=2.0)
     assert values.tolist() == pytest.approx([-0.5 * math.log(0.25), -2 * math.log(0.0625)])
@@ -261,7 +261,10 @@ def test_the_command_lists_every_loss_of_the_folder(capsys):
     assert cli.main(["losses"]) == 0
     printed = capsys.readouterr().out
     assert [entry.name for entry in losses.list_losses()] == ["bear", "cllm4rec", "iirg", "lml", "msl", "nll"]
-    assert all(name in printed for name in ("bear", "cllm4rec", "iirg", "lml", "msl", "nll", "next_item, rerank"))
+    assert all(
+        name in printed
+        for name in ("bear", "cllm4rec", "iirg", "lml", "msl", "nll: token loss, for next_item and rerank")
+    )
 
 
 def test_only_losses_over_legal_tokens_mask_first():

@@ -28,6 +28,10 @@ def test_a_recipe_is_named_after_its_stage_and_resolves(path):
         from rerank.dapo import COLUMNS
 
         assert plugins.load_rewards(arguments[0].rewards, COLUMNS)
+    if match[2] == "sft":
+        from rerank.losses import load_losses
+
+        assert load_losses(arguments[0].losses, arguments[0].task)
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=str)
@@ -50,14 +54,21 @@ def test_an_accelerate_file_parses_and_its_keys_are_known(path):
 
 
 @pytest.fixture
-def beauty(tmp_path, monkeypatch):
-    """What BEAUTY_DATA names, in small: sixteen users of a circle of 300 items."""
+def data_dirs(tmp_path, monkeypatch):
+    """What BEAUTY_DATA and OFFICE_DATA name, in small: sixteen users of a circle of 300 items."""
     rows = [f"u{user},i{(20 * user + place) % 300},{place},{place}" for user in range(16) for place in range(20)]
     write_gzip(tmp_path / "interactions.csv.gz", ["user,item,pos,timestamp", *rows])
     kinds = {"brand": "some", "categories": ["Beauty", "Hair Care"]}
     items = [json.dumps({"item": f"i{item}", "title": f"Title {item}", **kinds}) for item in range(300)]
     write_gzip(tmp_path / "items.jsonl.gz", items)
     monkeypatch.setenv("BEAUTY_DATA", str(tmp_path))
+    windows = [" ".join(f"i{(20 * user + place) % 300}" for place in range(start, start + 11))
+               for user in range(16) for start in range(6)]  # fmt: skip
+    lines = [
+        f"{'test' if place > 80 else 'train'},u{place // 6},{place},{items}" for place, items in enumerate(windows)
+    ]
+    write_gzip(tmp_path / "rows.csv.gz", ["split,user,timestamp,items", *lines])
+    monkeypatch.setenv("OFFICE_DATA", str(tmp_path))
 
 
 def write_gzip(path: Path, lines: list[str]) -> None:
@@ -66,12 +77,13 @@ def write_gzip(path: Path, lines: list[str]) -> None:
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=str)
-def test_a_recipe_folder_passes_its_dry_run(folder, beauty, tmp_path, capsys):
+def test_a_recipe_folder_passes_its_dry_run(folder, data_dirs, tmp_path, capsys):
     """On any machine: without a GPU, a server or a model of eight billion parameters."""
     assert cli.main(["run", str(folder), "--out", str(tmp_path / "run"), "--dry-run"]) == 0
     lines = capsys.readouterr().out.splitlines()
     launched = [line.split()[5] for line in lines if line.startswith("accelerate launch ")]
-    assert launched == [f"rerank.{stage}" for stage in run_dir.STAGES]
+    stages = [stage for stage in run_dir.STAGES if list(folder.glob(f"*_{stage}.yaml"))]
+    assert launched == [f"rerank.{stage}" for stage in stages] and len(stages) == (5 if "next" in folder.name else 8)
     is_served = folder.name == "beauty_qwen3_8b"
     assert [line.endswith("&") for line in lines].count(True) == is_served
     assert not (tmp_path / "run").exists()

@@ -144,7 +144,7 @@ def _from_ready_rows(con: ibis.BaseBackend, args: DataArguments, source: Source,
     items = tables.number_items(catalogue.known(ready_rows.explode(rows), source))
     users = tables.number_users(rows)
     held_out = splits.hold_out_latest(rows, args.valid_fraction)
-    sequences = ready_rows.sequences_of(held_out, items, users)
+    sequences = ready_rows.sequences_of(con, held_out, items, users)
     return _Sequences(items, users, sequences, rows.count().to_pyarrow().as_py())
 
 

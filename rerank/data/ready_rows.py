@@ -69,7 +69,7 @@ def explode(rows: Table) -> Table:
     return rows.select("source_row", item_ids=_.item_ids).unnest("item_ids", offset="place").rename(item_id="item_ids")
 
 
-def sequences_of(rows: Table, items: Table, users: Table) -> Table:
+def sequences_of(con: ibis.BaseBackend, rows: Table, items: Table, users: Table) -> Table:
     """Interactions of every user from ready rows: user, item, position, time, split, available.
 
     What a row's history brings along takes the row's split, so nothing of a held-out row is trained on.
@@ -82,7 +82,7 @@ def sequences_of(rows: Table, items: Table, users: Table) -> Table:
     ends = np.cumsum(table["length"].to_numpy())
     windows = [window.tolist() for window in np.split(flat["item"].to_numpy(), ends[:-1])]
     merged = merge_rows(table["user"].to_pylist(), windows, table["time"].to_pylist(), table["split"].to_pylist())
-    return ibis.memtable(merged)
+    return con.create_table(ibis.util.gen_name("sequences"), ibis.memtable(merged), temp=True)
 
 
 def merge_rows(

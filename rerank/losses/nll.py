@@ -25,6 +25,7 @@ def nll(inputs: LossInputs, reasoning_weight: float = 0.5, ranking_weight: float
             "neither may be negative, and the ranking must weigh something"
         )
     values = -inputs.label_logps()
-    for name, chosen in (("reasoning_nll", ~inputs.is_ranking), ("ranking_nll", inputs.is_ranking)):
-        inputs.logged[name] = (values.detach() * chosen).sum(), chosen.sum()
+    if inputs.index is None:  # the task rerank
+        for name, chosen in (("reasoning_nll", ~inputs.is_ranking), ("ranking_nll", inputs.is_ranking)):
+            inputs.logged[name] = (values.detach() * chosen).sum(), chosen.sum()
     return values * torch.where(inputs.is_ranking, ranking_weight, reasoning_weight)
