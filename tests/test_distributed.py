@@ -49,6 +49,31 @@ def test_sft_in_two_processes_has_the_losses_of_one(toy_run, tmp_path, accelerat
     assert min(logged(run, "sft", "loss")) > 0.1
 
 
+NEXT_ITEM = (
+    "--task=next_item", "--no_trace_control=false", f"--max_steps={STEPS}", "--per_device_train_batch_size=4",
+    "--losses=[{name: bear}, {name: iirg, kwargs: {num_neighbours: 2}}, {name: cllm4rec}]",
+)  # fmt: skip
+LORA = ("--use_peft=true", "--lora_target_modules=[all-linear]", "--lora_r=4")
+
+
+@pytest.mark.parametrize(
+    ("accelerate", "words"), [*((file, ()) for file in LAUNCHES), (LAUNCHES[1], LORA)], ids=["ddp", "zero2", "lora"]
+)
+def test_all_losses_in_two_processes_are_those_of_one(toy_run, tmp_path, accelerate, words):
+    one, two = (copy_stages(toy_run.run, tmp_path / name, "midtrain") for name in ("one", "two"))
+    alone = "recipes/accelerate/cpu.yaml"
+    launch(toy_run.data, alone, "rerank.sft", "sft", one, *NEXT_ITEM, *words, "--gradient_accumulation_steps=2")
+    launch(toy_run.data, accelerate, "rerank.sft", "sft", two, *NEXT_ITEM, *words)
+    losses = ("loss_next_item", "loss_semantic", "loss_collaborative", "loss_content", "loss_item_head")
+    for name in ("loss", "grad_norm", *losses, "loss_mutual_regularisation"):
+        assert logged(two, "sft", name) == pytest.approx(logged(one, "sft", name), abs=2e-4), name
+    heads = [load_file(run / "sft/model/item_head.safetensors")["own"] for run in (one, two)]
+    assert torch.allclose(*heads, atol=1e-3) and heads[0].abs().max() > 0
+    models = [load_file(run / "sft/model/model.safetensors") for run in (one, two)]
+    models[1].pop("lm_head.weight", None)  # DeepSpeed writes the tied head too
+    assert models[0].keys() == models[1].keys() and not any("loss_parameters" in name for name in models[0])
+
+
 @pytest.mark.parametrize("accelerate", LAUNCHES)
 def test_dapo_in_two_processes_has_the_losses_of_one(toy_run, tmp_path, accelerate, monkeypatch):
     monkeypatch.setenv("TOY_ROLLOUTS", str(toy_run.run))

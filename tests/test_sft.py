@@ -46,7 +46,7 @@ def batch_and_loss(trainer, num_items=None):
     own = {name: batch[name] for name in ("input_ids", "labels", "attention_mask")}
     inputs = dict(batch) if isinstance(trainer, LossTrainer) else own
     if isinstance(trainer, LossTrainer):
-        trainer.step_counts = {"rerank": num_items}
+        trainer.step_counts, trainer.current_gradient_accumulation_steps = {"rerank": num_items}, 1
     return batch, trainer.compute_loss(trainer.model, inputs, num_items_in_batch=num_items)
 
 
@@ -93,13 +93,13 @@ def test_a_step_does_not_depend_on_how_its_batch_is_cut(tmp_path):
 def test_trace_and_ranking_are_logged_apart(tmp_path):
     trainer = make_trainer(tmp_path)
     batch, loss = batch_and_loss(trainer)
-    logged = {name: trainer._metrics["train"][name][0] for name in ("reasoning_nll", "ranking_nll")}
+    logged = {name: float(trainer.sums[name][0] / trainer.sums[name][1]) for name in ("reasoning_nll", "ranking_nll")}
     # 10 trace tokens (with the 4 that end it) and 8 of rankings: loss * 18 = 0.5 * 10 * first + 1 * 8 * second
     assert 18 * loss.item() == pytest.approx(5 * logged["reasoning_nll"] + 8 * logged["ranking_nll"], rel=1e-5)
 
 
 def test_overridden_methods_are_as_the_pinned_trl_has_them():
-    for name in ("compute_loss", "get_batch_samples", "_save", "_load_from_checkpoint"):
+    for name in ("compute_loss", "get_batch_samples", "log", "_save", "_load_from_checkpoint"):
         theirs = list(inspect.signature(getattr(SFTTrainer, name)).parameters)
         assert list(inspect.signature(getattr(LossTrainer, name)).parameters) == theirs, name
         assert name in vars(LossTrainer)

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from trl import SFTConfig, SFTTrainer
@@ -102,7 +103,8 @@ class LossTrainer(SFTTrainer):
     """TRL's SFTTrainer on named losses and rows of several tasks.
 
     Overrides `compute_loss`, for the losses; `get_batch_samples`, to count before a step's first forward what its
-    losses divide by; and `_save` and `_load_from_checkpoint`, for parameters that a loss brings along.
+    losses divide by; `log`, to report each task's and each term's part; and `_save` and `_load_from_checkpoint`, for
+    parameters that a loss brings along.
 
     Args:
         model: To train.
@@ -137,6 +139,7 @@ class LossTrainer(SFTTrainer):
             self._attach_parameters()
         self.add_callback(_epoch_callback(collator))
         self.step_counts: dict[str, float] = {}
+        self.sums: dict[str, torch.Tensor] = {}  # name -> sum and count since the last log
 
     def _attach_parameters(self) -> None:
         """Make the losses' parameters part of the model that is trained, but not of what is saved of it."""
@@ -183,7 +186,8 @@ class LossTrainer(SFTTrainer):
             compute=functools.partial(self._sums, inputs, counts),
             embed=embed if self.losses.extras else None,
         )
-        self._log(sums["means"], sums["terms"])
+        if self.model.training:
+            self._add(sums["means"], sums["terms"])
         loss = sums["loss"]
         if num_items_in_batch is not None:  # DDP averages over processes what is divided by counts of all of them
             loss = loss * self.accelerator.num_processes
@@ -242,19 +246,22 @@ class LossTrainer(SFTTrainer):
             [weights.get(name, 1.0) / max(count, 1) for name, count in zip(self.tasks, divisors, strict=True)]
         )
 
-    def _log(self, means: Mapping[str, tuple[torch.Tensor, torch.Tensor]], terms: Mapping[str, torch.Tensor]) -> None:
-        """Log means, each from its sum and count over all processes, and terms, which are sums over a step."""
-        mode = "train" if self.model.training else "eval"
-        pairs = [*means.values(), *((term, torch.zeros_like(term)) for term in terms.values())]
-        if not pairs:
-            return
-        table = torch.stack([torch.stack([torch.as_tensor(p, dtype=torch.float32) for p in pair]) for pair in pairs])
-        totals = self.accelerator.reduce(table.detach(), "sum").tolist()
-        for name, (total, count) in zip([*means, *terms], totals, strict=True):
-            if name in terms:  # averaged over micro-batches when it is logged
-                self._metrics[mode][name].append(total * self.current_gradient_accumulation_steps)
-            elif count:
-                self._metrics[mode][name].append(total / count)
+    def _add(self, means: Mapping[str, tuple[Any, Any]], terms: Mapping[str, torch.Tensor]) -> None:
+        """Keep sums and counts of a micro-batch for the next log."""
+        share = 1 / (self.current_gradient_accumulation_steps * self.accelerator.num_processes)
+        for name, pair in (means | {name: (value, share) for name, value in terms.items()}).items():
+            now = torch.stack([torch.as_tensor(part).detach().double().cpu() for part in pair])
+            self.sums[name] = self.sums.get(name, 0.0) + now
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.model.training:  # every process logs
+            totals: dict[str, torch.Tensor] = {}
+            for sums in gather_object([self.sums]):
+                for name, pair in sums.items():
+                    totals[name] = totals.get(name, 0.0) + pair
+            self.sums = {}
+            logs |= {name: float(pair[0] / pair[1]) for name, pair in totals.items() if pair[1]}
+        super().log(logs, start_time)
 
     def _save(self, output_dir=None, state_dict=None):  # noqa: ANN001
         super()._save(output_dir, state_dict)

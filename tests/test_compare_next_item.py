@@ -1,0 +1,128 @@
+"""`rerank compare` on next items: the table from hand-made lists, and the stages that runs share."""
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from test_compare import cells, write_recipes
+
+from rerank import compare, pipeline, run_dir
+from rerank.compare import next_item_table
+from rerank.evaluate.next_item import LISTS
+
+PRUNING = {"n": 4, "in_top": 2, "pruning_rate": 0.5, "violation_rate": 0.25, "violations_by_step": [0.25, 0.0]}
+RECIPES = {
+    "1_data": {"interactions": "toy.csv"},
+    "2_semantic_ids": {"embeddings": "toy.npy"},
+    "3_midtrain": {"max_items": 5},
+    "6_sft": {"task": "next_item", "losses": [{"name": "nll"}]},
+    "8_evaluate": {"task": "next_item"},
+}
+WORDS = [["nll"], ["bear", "sft.losses=[{name: bear}]"]]
+
+
+def write_evaluation(run: Path, places: dict[str, list[int]], pruning: dict | None = None, first_row: int = 0) -> Path:
+    """An evaluate folder in which a ranker finds the target of row r at 1-based place places[ranker][r]; 0: never."""
+    folder = run / "evaluate"
+    folder.mkdir(parents=True)
+    lines = [
+        {"row_id": first_row + row, "user": row, "target": 99, "one_hop": row < 1, "ranker": ranker,
+         "items": [99 if place == at + 1 else at for at in range(10)]}
+        for ranker, of_rows in places.items() for row, place in enumerate(of_rows)
+    ]  # fmt: skip
+    pq.write_table(pa.Table.from_pylist(lines, schema=LISTS), folder / "lists.parquet")
+    results = {"task": "next_item", "split": "valid", "n": {"all": 4}, "num_beams": 10}
+    run_dir.write_json(folder / "results.json", results | ({"pruning": pruning} if pruning else {}))
+    (run / "data").mkdir()
+    run_dir.write_json(run / "data/metrics.json", {"sources": {"toy.csv": "0" * 64}})
+    return run
+
+
+BASELINES = {"popularity": [0, 0, 0, 0], "transitions": [1, 0, 0, 0]}
+
+
+@pytest.fixture
+def runs_of(tmp_path):
+    """Two seeds of `nll`: hits at places 1, 6 and 0, 6; `bear` finds the first two rows at once with both."""
+    return {
+        "nll": [
+            write_evaluation(tmp_path / "nll0", BASELINES | {"sft": [1, 6, 0, 0]}, PRUNING),
+            write_evaluation(tmp_path / "nll1", BASELINES | {"sft": [0, 6, 0, 0]}, {**PRUNING, "pruning_rate": 1.0}),
+        ],
+        "bear": [
+            write_evaluation(tmp_path / f"bear{seed}", BASELINES | {"sft": [1, 1, 0, 0]}, PRUNING) for seed in (0, 1)
+        ],
+    }
+
+
+def test_the_table_holds_means_over_seeds_and_differences_to_the_first_variant(runs_of):
+    lines = next_item_table.table_lines(runs_of)
+    table = cells("\n".join(lines[: lines.index("one hop, 1 rows:")]))
+    # R@5: (1 + 0 + 0 + 0) / 4 and 0; R@10: 2/4 and 1/4, mean 3/8, spread 0.25 / sqrt 2
+    assert table["nll", "sft"][:3] == ["2", "0.1250", "0.3750"]
+    assert table["nll", "sft"][5] == "0.1768" and table["nll", "sft"][8:] == ["–", "–"]
+    assert table["bear", "sft"][:3] == ["2", "0.5000", "0.5000"]
+    # 1/2 - 3/8, and 1/2 - 1/4 over transitions
+    assert table["bear", "sft"][8].startswith("+0.1250 [") and table["bear", "sft"][6].startswith("+0.2500 [")
+    assert table["–", "transitions"][1:3] == ["0.2500", "0.2500"]
+
+
+def test_rows_are_split_by_what_counting_could_have_found(runs_of):
+    lines = next_item_table.table_lines(runs_of)
+    begin = lines.index("the rest, 3 rows:")
+    rest = cells("\n".join(lines[begin : lines.index("", begin + 2)]))
+    assert rest["nll", "sft"][2] == "0.3333" and rest["bear", "sft"][1] == "0.3333"
+
+
+def test_pruning_is_averaged_over_seeds(runs_of):
+    text = "\n".join(next_item_table.table_lines(runs_of))
+    # 50 % and 100 %: mean 75 %, standard deviation 50 / sqrt 2
+    assert "| nll | 4 | 2.0 | 75.0% | 35.4% | 25.0% | 25.0% | 0.0% |" in text
+    assert "| bear | 4 | 2.0 | 50.0% | 0.0% | 25.0% | 25.0% | 0.0% |" in text
+
+
+def test_without_pruning_there_is_no_such_table(tmp_path):
+    runs = {"nll": [write_evaluation(tmp_path / "one", BASELINES | {"sft": [1, 0, 0, 0], "sft_head": [1, 1, 0, 0]})]}
+    lines = next_item_table.table_lines(runs)
+    assert not any("Pruning" in line for line in lines)
+    assert cells("\n".join(lines[:8]))["nll", "sft_head"][8].startswith("+0.2500")  # compared with its own beams
+
+
+def test_runs_on_other_rows_are_refused(runs_of, tmp_path):
+    other = write_evaluation(tmp_path / "other", BASELINES | {"sft": [1, 1, 1, 1]}, PRUNING, first_row=7)
+    with pytest.raises(ValueError, match="variant bear, seed 1, was evaluated on other rows than nll; use one split"):
+        next_item_table.table_lines({**runs_of, "bear": [runs_of["bear"][0], other]})
+
+
+def test_the_report_names_rows_and_data(runs_of):
+    text = compare.report(runs_of, None, "A title")
+    assert "2 variants, 2 seeds. 4 valid rows, all items ranked, 10 beams." in text
+    assert f"- data: toy.csv, sha256 {'0' * 64}" in text
+
+
+def finish_stages(steps: list[pipeline.Step], last: str) -> None:
+    for step in steps:
+        if not run_dir.is_finished(step.run_dir, step.stage):
+            run_dir.partial_dir(step.run_dir, step.stage).mkdir(parents=True)
+            run_dir.finish(step.run_dir, step.stage, step.keys, step.keys, (), {})
+        if step.stage == last:
+            return
+
+
+def test_variants_of_one_recipe_share_the_stages_before_they_differ(tmp_path):
+    folder = write_recipes(tmp_path / "toy", RECIPES)
+    first, second = compare.read_variants([str(folder)], WORDS)
+    assert (first.name, second.overrides) == ("nll", ("sft.losses=[{name: bear}]",))
+    steps = {name: compare.variant_steps(variant, tmp_path / name, seed, None) for name, variant, seed in
+             (("nll-0", first, 0), ("nll-1", first, 1), ("bear-0", second, 0))}  # fmt: skip
+    finish_stages(steps["nll-0"], "evaluate")
+    earlier = {tmp_path / "nll-0": steps["nll-0"]}
+    for name in ("nll-1", "bear-0"):
+        compare.share_stages(tmp_path / name, steps[name], earlier)
+    # another seed trains its own model on the same ids; another loss begins where the first one's model began
+    assert sorted(path.name for path in (tmp_path / "nll-1").iterdir()) == ["data", "semantic_ids"]
+    assert sorted(path.name for path in (tmp_path / "bear-0").iterdir()) == ["data", "midtrain", "semantic_ids"]
+    assert all(path.is_symlink() for path in (tmp_path / "bear-0").iterdir())
+    assert json.loads((tmp_path / "bear-0/midtrain/stage.json").read_text())["given"]["seed"] == 0
