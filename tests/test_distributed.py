@@ -53,7 +53,7 @@ NEXT_ITEM = (
     "--task=next_item", "--no_trace_control=false", f"--max_steps={STEPS}", "--per_device_train_batch_size=4",
     "--losses=[{name: bear}, {name: iirg, kwargs: {num_neighbours: 2}}, {name: cllm4rec}]",
 )  # fmt: skip
-LORA = ("--use_peft=true", "--lora_target_modules=[all-linear]", "--lora_r=4")
+LORA = ("--use_peft=true", "--lora_target_modules=[all-linear]", "--lora_r=4", "--lora_dropout=0")
 
 
 @pytest.mark.parametrize(

@@ -135,10 +135,12 @@ def make_trainer(
 ) -> Any:
     """The trainer of rows of several tasks, in random order; a row gets the number of its task and its own."""
     from datasets import Dataset
+    from transformers import set_seed
 
     from rerank.losses import load_losses
     from rerank.sft.trainer import LossTrainer
 
+    set_seed(config.seed)  # an adapter starts at random before the trainer sets its seed
     numbered = [row | {"task": task} for task, of_task in enumerate(rows.values()) for row in of_task]
     check_lengths(numbered, config.max_length)
     return LossTrainer(
