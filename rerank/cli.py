@@ -105,7 +105,7 @@ def _print_results(run_dir: str) -> None:
 
     folder = stage_dir(run_dir, "evaluate")
     results = json.loads((folder / "results.json").read_text())
-    if results.get("task") == "next_item":
+    if results.get("task") in ("next_item", "held_out_sets"):
         print((folder / "results.md").read_text())
         return
     Console().print(results_table(results))

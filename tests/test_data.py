@@ -331,3 +331,23 @@ def test_rows_are_numbered_as_the_file_has_them_however_many_threads_read_it(tmp
     # k-th interaction of user u is row u + 1000 k, and users are numbered by first appearance
     items = np.array(prepared.items["item_id"].to_pylist(), dtype=int)[prepared.interactions["item"].to_numpy()]
     assert np.array_equal(items.reshape(1000, 50).T.ravel(), number * 7919 % 5003)
+
+
+def test_a_random_split_holds_out_shares_of_each_user_and_at_least_one(tmp_path, toy_csv):
+    found = run(tmp_path, toy_csv, split="random", valid_fraction=0.1, test_fraction=0.25)
+    # u has 8: 2 test, 1 valid (0.8); v has 6: 2 test (1.5), 1 valid (0.6); what is held out comes last
+    for user, size in (("u", 8), ("v", 6)):
+        splits = found["splits"][user]
+        assert [splits.count(name) for name in ("valid", "test")] == [1, 2] and len(splits) == size
+        assert [name for name in splits if name in ("valid", "test")] == splits[-3:] == ["valid", "test", "test"]
+        assert sorted(found["sequences"][user]) == sorted(item for who, item, _ in TOY if who == user)
+        training = found["sequences"][user][: size - 3]
+        assert training == [item for who, item, _ in TOY if who == user and item in training]  # still in order of time
+
+
+def test_a_random_split_is_the_same_for_the_same_seed_only(tmp_path, toy_csv):
+    found = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        (tmp_path / name).mkdir()
+        found.append(run(tmp_path / name, toy_csv, split="random", seed=seed)["sequences"])
+    assert found[0] == found[1] != found[2]

@@ -15,7 +15,7 @@ from trl import ModelConfig, SFTConfig
 
 from rerank import base_model, run_dir, sft
 from rerank.catalogue import Catalogue
-from rerank.evaluate import EvaluateArguments, pruning, refuse_ranker
+from rerank.evaluate import EvaluateArguments, held_out_sets, pruning, refuse_ranker
 from rerank.evaluate import main as evaluate
 from rerank.item_head import ItemHead
 from rerank.item_rows import ItemRows
@@ -465,3 +465,40 @@ def test_models_that_scale_their_logits_are_refused(run, tmp_path):
     model.config.logit_scale = 0.5
     with pytest.raises(ValueError, match="the model's logit_scale is 0.5, but losses take logits as they are"):
         add_loss_forward(model)
+
+
+def test_metrics_of_sets_by_hand():
+    lists = np.full((2, 100), -1)
+    lists[0, :3], lists[1, [0, 1, 2, 25]] = [7, 8, 9], [1, 2, 3, 4]
+    values = held_out_sets.metrics_of_sets(lists, [np.array([8]), np.array([1, 4, 5])])
+    # the first user's one item is second: 1 / log2(3); the second finds two of three, at places 1 and 26
+    assert values["R@20"].tolist() == pytest.approx([1, 1 / 3]) and values["R@40"].tolist() == pytest.approx(
+        [1, 2 / 3]
+    )
+    ideal = 1 + 1 / np.log2(3) + 1 / np.log2(4)
+    assert values["N@100"].tolist() == pytest.approx([1 / np.log2(3), (1 + 1 / np.log2(27)) / ideal])
+
+
+def test_recall_of_many_targets_is_bounded_by_the_cut():
+    lists = np.arange(100)[None]
+    values = held_out_sets.metrics_of_sets(lists, [np.arange(30)])
+    # 20 of the first 20 are among 30 targets: 20 / min(20, 30)
+    assert [values[name].tolist() for name in ("R@20", "R@40", "N@100")] == [[1.0], [1.0], [pytest.approx(1.0)]]
+
+
+def test_held_out_sets_are_ranked_from_training_items_alone(trained, tmp_path):
+    found = held_out_sets.HeldOut.load(trained, "valid")
+    table = pq.read_table(trained / "data/interactions.parquet").to_pandas()
+    for user, history, targets in zip(found.users, found.histories, found.targets, strict=True):
+        own = table[table["user"] == user]
+        assert history.tolist() == own[own["split"].isin(["train", "rerank"])]["item"].tolist()
+        assert targets.tolist() == own[own["split"] == "valid"]["item"].tolist()
+    args = EvaluateArguments(run_dir=str(trained), task="held_out_sets", split="valid", num_bootstrap=20)
+    metrics = evaluate(args, tmp_path)
+    assert metrics["n"] == len(found.users) == 30
+    assert set(metrics["rows"]) == {"popularity", "transitions", "sft_head"}
+    lists = NextItemModel.load(trained / "sft/model").by_head(found.histories, 20).items
+    hits = [len(set(items) & set(t.tolist())) / len(t) for items, t in zip(lists, found.targets, strict=True)]
+    assert metrics["rows"]["sft_head"]["R@20"] == pytest.approx(np.mean(hits))
+    assert "30 users, valid" in (tmp_path / "results.md").read_text()
+    assert len(held_out_sets.HeldOut.load(trained, "valid", max_users=5).users) == 5

@@ -13,7 +13,7 @@ from pathlib import Path
 from rerank import recipe, run_dir
 
 INPUTS = ()
-SPLITS = ("per_user", "by_time", "given")
+SPLITS = ("per_user", "by_time", "random", "given")
 FORMATS = ("csv", "tsv", "jsonl", "parquet", "recbole", "s3rec", "datasets")
 
 logger = logging.getLogger(__name__)
@@ -55,7 +55,8 @@ class DataArguments(recipe.StageArguments):
         default="per_user",
         metadata={
             "help": "per_user: from the end of each sequence; by_time: the latest fractions of all interactions; "
-            "given: by the split column of interactions or of ready rows."
+            "random: fractions of each user's, whatever their order; given: by the split column of interactions or of "
+            "ready rows."
         },
     )
     num_test: int = field(default=1, metadata={"help": "per_user: test targets of a user."})
@@ -70,9 +71,14 @@ class DataArguments(recipe.StageArguments):
     min_history: int = field(default=2, metadata={"help": "Fewest items before a target."})
     valid_fraction: float = field(
         default=0.1,
-        metadata={"help": "by_time: share of interactions; given without a valid part: share of its training part."},
+        metadata={
+            "help": "by_time, random: share of interactions; given without a valid part: share of its training part."
+        },
     )
-    test_fraction: float = field(default=0.1, metadata={"help": "by_time: latest share of all interactions."})
+    test_fraction: float = field(
+        default=0.1, metadata={"help": "by_time: latest share of all; random: share of a user's."}
+    )
+    seed: int = field(default=0, metadata={"help": "random: of the draw."})
     terms: str = field(
         default="", metadata={"help": "Terms of use of the data; the card of every model trained on it quotes them."}
     )

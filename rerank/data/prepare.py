@@ -136,6 +136,8 @@ def _split(args: DataArguments, sequences: Table) -> Table:
         return splits.split_per_user(sequences, args.num_test, args.num_valid)
     if args.split == "by_time":
         return splits.split_by_time(sequences, args.valid_fraction, args.test_fraction)
+    if args.split == "random":
+        return splits.split_at_random(sequences, args.valid_fraction, args.test_fraction, args.seed)
     return splits.hold_out_latest(sequences, args.valid_fraction)
 
 
@@ -153,6 +155,7 @@ def _refuse_empty_splits(args: DataArguments, prepared: Prepared) -> None:
     cure = {
         "per_user": "give longer sequences, or lower min_history, num_test, num_valid or num_rerank",
         "by_time": "give longer sequences, lower min_history, or change valid_fraction and test_fraction",
+        "random": "give longer sequences, or lower min_history or num_rerank",
         "given": f"mark such rows in the split column of {prepared.sources[0]}, or lower min_history",
     }[args.split]
     for split in ROW_SPLITS:

@@ -51,6 +51,29 @@ def split_by_time(table: Table, valid_fraction: float, test_fraction: float) -> 
     )
 
 
+def split_at_random(table: Table, valid_fraction: float, test_fraction: float, seed: int) -> Table:
+    """Shares of each user's interactions drawn at random, at least one each; positions put what is held out last.
+
+    The draw orders a user's interactions by a digest of seed, user and item, so it is the same everywhere.
+
+    Source: the protocol of CLLM4Rec (arXiv:2311.01343), as told in arXiv:2402.09617 sec. 4.1.
+    """
+    words = table.user.cast("string"), " ", table.item.cast("string")
+    table = table.mutate(digest=ibis.literal(f"{seed} ").concat(*words).hexdigest("md5"))
+    place = ibis.row_number().over(ibis.window(group_by="user", order_by="digest"))
+    size = _.count().over(ibis.window(group_by="user"))
+    table = table.mutate(place=place, num_test=_at_least_one(size * test_fraction))
+    table = table.mutate(num_held_out=_.num_test + _at_least_one(size * valid_fraction))
+    split = ibis.cases((_.place < _.num_test, "test"), (_.place < _.num_held_out, "valid"), else_="train")
+    table = table.mutate(split=split)
+    table = table.mutate(part=ibis.cases((_.split == "train", 0), (_.split == "valid", 1), else_=2))
+    return number_positions(table, ["part", "position"])
+
+
+def _at_least_one(number: ibis.Value) -> ibis.Value:
+    return ibis.greatest(number.round().cast("int64"), 1)
+
+
 def hold_out_latest(table: Table, valid_fraction: float) -> Table:
     """Where a given split has no validation part, the latest share of its training part becomes one.
 

@@ -22,7 +22,7 @@ import yaml
 
 from rerank import recipe, run_dir
 from rerank.catalogue import Catalogue
-from rerank.evaluate import next_item, results, tables
+from rerank.evaluate import held_out_sets, next_item, results, tables
 from rerank.evaluate.generation import RankingModel, generate_answers
 from rerank.evaluate.likelihood import likelihood_orders
 from rerank.evaluate.results import LANGUAGE_MODELS, Ranking, Sampling
@@ -38,7 +38,7 @@ from rerank.item_rows import SETTINGS
 
 logger = logging.getLogger(__name__)
 
-TASKS = ("rerank", "next_item")
+TASKS = ("rerank", "next_item", "held_out_sets")
 INPUTS = ("data", "semantic_ids", "midtrain", "sft")
 MODEL_FOLDERS = {"sft": "sft/model", "sft_no_trace": "sft/model_no_trace", "dapo": "dapo/model"}
 DAPO_METRICS = (
@@ -65,7 +65,10 @@ class EvaluateArguments(recipe.StageArguments):
 
     task: str = field(
         default="rerank",
-        metadata={"help": "rerank: lists of candidates; next_item: the whole catalogue, by sft/model."},
+        metadata={
+            "help": "rerank: lists of candidates; next_item: the whole catalogue, by sft/model; held_out_sets: "
+            "likewise, all that is held out of a user at once, from training items alone (CLLM4Rec)."
+        },
     )
     split: str = field(default="test", metadata={"help": "Rows to rank: test, or valid to choose between variants."})
     max_rows: int = field(default=0, metadata={"help": "Rank this many rows, drawn at random; 0 for all."})
@@ -84,7 +87,7 @@ class EvaluateArguments(recipe.StageArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.task not in TASKS:
-            raise ValueError(f"task is {self.task!r}; choose {' or '.join(TASKS)}")
+            raise ValueError(f"task is {self.task!r}; choose one of {', '.join(TASKS)}")
         if self.split not in SPLITS:
             raise ValueError(f"split is {self.split!r} but must be one of {', '.join(SPLITS)}")
         for name in self.models:
@@ -111,7 +114,7 @@ def extra_inputs(args: EvaluateArguments) -> tuple[str, ...]:
 
 def check(args: EvaluateArguments) -> None:
     """Refuse finished models that lack a file or speak other semantic ids than the catalogue beside them."""
-    if args.task == "next_item":
+    if args.task != "rerank":
         if run_dir.is_finished(args.run_dir, "sft"):
             refuse_ranker(run_dir.stage_dir(args.run_dir, "sft") / "model")
         return
@@ -180,6 +183,8 @@ def main(args: EvaluateArguments, out_dir: Path) -> dict:
     """Rank, measure, write the tables and the report; returns the split, n and N@5 of each ranker."""
     if args.task == "next_item":
         return next_item.evaluate(args, out_dir)
+    if args.task == "held_out_sets":
+        return held_out_sets.evaluate(args, out_dir)
     from rerank import report  # here, because the report reads this stage's tables
 
     candidates_dir = run_dir.stage_dir(args.run_dir, "candidates")
