@@ -38,7 +38,7 @@ def test_both_phases_of_midtrain_in_two_processes_train_as_in_one(toy_run, tmp_p
     assert all(torch.allclose(rows[0][name], rows[1][name], atol=1e-4) for name in rows[0])
 
 
-@pytest.mark.parametrize("accelerate", LAUNCHES)
+@pytest.mark.parametrize("accelerate", [*LAUNCHES, "tests/toy/zero3_cpu.yaml"])
 def test_sft_in_two_processes_has_the_losses_of_one(toy_run, tmp_path, accelerate):
     run = copy_stages(toy_run.run, tmp_path / "run", "traces")
     words = (f"--max_steps={STEPS}", HALF_BATCH)

@@ -83,7 +83,9 @@ def test_a_recipe_folder_passes_its_dry_run(folder, data_dirs, tmp_path, capsys)
     lines = capsys.readouterr().out.splitlines()
     launched = [line.split()[5] for line in lines if line.startswith("accelerate launch ")]
     stages = [stage for stage in run_dir.STAGES if list(folder.glob(f"*_{stage}.yaml"))]
-    assert launched == [f"rerank.{stage}" for stage in stages] and len(stages) == (5 if folder.name.endswith(("_next", "_sets")) else 8)
+    assert launched == [f"rerank.{stage}" for stage in stages] and len(stages) == (
+        5 if folder.name.endswith(("_next", "_sets")) else 8
+    )
     is_served = folder.name == "beauty_qwen3_8b"
     assert [line.endswith("&") for line in lines].count(True) == is_served
     assert not (tmp_path / "run").exists()

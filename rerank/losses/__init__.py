@@ -93,14 +93,20 @@ class LossInputs:
 
         By TRL's kernel, which never keeps the logits.
         """
-        from trl.trainer.utils import _ChunkedLogProbFunction, maybe_gather_lm_head_ctx
+        from trl.trainer.utils import _ChunkedLogProbFunction
 
         hidden, labels = (self.hidden, self.labels) if chosen is None else (self.hidden[chosen], self.labels[chosen])
-        weight, bias = self.head.weight, self.head.bias
-        with maybe_gather_lm_head_ctx(weight, bias):
-            return _ChunkedLogProbFunction.apply(
-                hidden, weight, bias, labels, temperature, VOCABULARY_TILE, self.head.softcap, 1.0, ("log_probs",)
-            )[0]
+        return _ChunkedLogProbFunction.apply(
+            hidden,
+            self.head.weight,
+            self.head.bias,
+            labels,
+            temperature,
+            VOCABULARY_TILE,
+            self.head.softcap,
+            1.0,
+            ("log_probs",),
+        )[0]
 
     @cached_property
     def is_item(self) -> torch.Tensor:

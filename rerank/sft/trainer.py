@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from rerank.losses import Extra, Head, Losses, LossInputs
 
@@ -88,8 +89,9 @@ def add_loss_forward(model: Any) -> None:
             kwargs.pop("input_ids")
         states = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state
         head = self.get_output_embeddings()
-        weight, bias = (_whole(tensor) for tensor in (head.weight, head.bias))
-        return compute(states, Head(weight, bias, getattr(config, "final_logit_softcapping", None)), embedding)
+        softcap = getattr(config, "final_logit_softcapping", None)
+        with maybe_gather_lm_head_ctx(head.weight, head.bias):  # ZeRO-3 has it in parts
+            return compute(states, Head(_whole(head.weight), _whole(head.bias), softcap), embedding)
 
     model.forward = types.MethodType(forward, model)
 
