@@ -59,7 +59,8 @@ def make(method: str, vocabulary: int, num_rows: int, folder: str) -> tuple[Any,
 
     rng = np.random.default_rng(0)
     codes = np.unique(rng.integers(0, CODES, (2 * NUM_ITEMS, LEVELS)), axis=0)[:NUM_ITEMS]
-    tokenizer = base_model.train_tokenizer(["Next items: a title of some words"], 300)
+    texts = ["Next items: a title of some words", *PROMPTS.values()]  # whose words are single tokens, as in a real one
+    tokenizer = base_model.train_tokenizer(texts, 400)
     model = base_model.make_small_model(base_model.SmallModelArguments(**SHAPE), tokenizer, seed=0)
     base_model.add_tokens(model, tokenizer, tokens(LEVELS, CODES), seed=0)
     model.resize_token_embeddings(vocabulary, mean_resizing=False)
@@ -109,7 +110,7 @@ def step(trainer: Any, rows: list[dict[str, Any]]) -> float:
 
 
 def peak_bytes(method: str, vocabulary: int, num_rows: int) -> int:
-    """Most memory of a process that takes three steps, beyond what it had before the model."""
+    """Most memory of a process that takes two steps, beyond what it had before the model."""
     import torch  # noqa: F401  (imports are no part of a step)
     from trl import SFTTrainer  # noqa: F401
 
@@ -119,7 +120,7 @@ def peak_bytes(method: str, vocabulary: int, num_rows: int) -> int:
     before = _status("VmRSS")
     with tempfile.TemporaryDirectory() as folder:
         trainer, rows = make(method, vocabulary, num_rows, folder)
-        for _ in range(3):
+        for _ in range(2):
             step(trainer, rows)
     return _status("VmHWM") - before
 
@@ -151,8 +152,8 @@ def times_of(vocabulary: int, num_rows: int, repeats: int) -> dict[str, tuple[fl
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=64, help="rows of a batch (%(default)s)")
-    parser.add_argument("--repeats", type=int, default=7, help="rounds that count (%(default)s)")
+    parser.add_argument("--rows", type=int, default=16, help="rows of a batch (%(default)s)")
+    parser.add_argument("--repeats", type=int, default=5, help="rounds that count (%(default)s)")
     parser.add_argument("--memory_of", choices=METHODS, help=argparse.SUPPRESS)
     parser.add_argument("--vocabulary", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
