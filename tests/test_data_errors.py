@@ -165,7 +165,7 @@ def test_item_options_without_items_are_refused(toy_csv):
 BAD_OPTIONS = {
     "format is 'xml'; use one of auto, csv": {"format": "xml"},
     "items_format is 'xml'; use one of": {"items_format": "xml"},
-    "split is 'random'; use one of per_user, by_time, given": {"split": "random"},
+    "split is 'sideways'; use one of per_user, by_time, random, given": {"split": "sideways"},
     "num_test is 0 but must be a whole number of at least 1": {"num_test": 0},
     "num_valid is 0 but": {"num_valid": 0},
     "min_history is 0 but": {"min_history": 0},
