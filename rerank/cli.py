@@ -63,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
         "--lists", nargs="*", default=[], metavar="NAME=FILE",
         help="other rankers: Parquet files of row_id and candidates, ten item ids a row, best first",
     )  # fmt: skip
+    recall.add_argument("--num_beams", type=int, default=20, help="beams of the models' search (%(default)s)")
     recall.add_argument("--out", metavar="FILE", help="Markdown file to write, such as RESULTS-midtrain.md")
     recall.set_defaults(function=_recall)
 
@@ -158,7 +159,8 @@ def _recall(args: argparse.Namespace) -> int:
         if not equals or not Path(path).is_file():
             raise FileNotFoundError(f"--lists {word}: write NAME=FILE, with a Parquet file that is there")
         lists[name] = Path(path)
-    text = markdown(evaluate_full_catalogue([Path(run) for run in args.run_dirs], args.split, lists))
+    run_dirs = [Path(run) for run in args.run_dirs]
+    text = markdown(evaluate_full_catalogue(run_dirs, args.split, lists, num_beams=args.num_beams))
     if args.out:
         Path(args.out).write_text(text, encoding="utf-8")
     print(text)

@@ -23,7 +23,8 @@ class iirg(Extra):
     L = L_next + collaborative_weight L_collab + semantic_weight L_sem, all three over one shuffled mixture. With
     `divide_by: task` each L is the mean over the optimizer step's tokens of its task, so that weights mean what they
     say; with `tokens`, as in the released code, weighted tokens are divided by the count of all of them, and the real
-    proportion follows token counts. Relations are mined from training interactions only; the released code still sees
+    proportion follows token counts. Sample rows at random: batches grouped by length hold one task at a time, and a
+    weight then is that of its steps. Relations are mined from training interactions only; the released code still sees
     the validation item.
 
     Args:
