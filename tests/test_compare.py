@@ -161,6 +161,16 @@ def test_variants_of_one_name_or_of_other_data_are_refused(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_mistake_in_the_last_variant_shows_before_the_first_one_runs(tmp_path, toy_data):
+    keys = {"interactions": str(toy_data / "interactions.csv"), "items": str(toy_data / "items.csv")}
+    ids = {"levels": 2, "codebook_size": 4, "embeddings": str(toy_data / "embeddings.npy")}
+    folder = write_recipes(tmp_path / "a", {"1_data": keys, "2_semantic_ids": ids})
+    variants = compare.read_variants([str(folder)], [["one"], ["two", "semantic_ids.codebooksize=3"]])
+    with pytest.raises(ValueError, match="unknown key 'codebooksize'; did you mean codebook_size"):
+        compare.compare(variants, 1, None, str(tmp_path / "out"), None, CPU, print)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(("seeds", "minutes"), [(0, None), (1, 0.0), (1, -1.0)])
 def test_seeds_and_minutes_must_be_above_zero(tmp_path, seeds, minutes):
     folder = write_recipes(tmp_path / "a")

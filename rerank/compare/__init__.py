@@ -132,6 +132,8 @@ def compare(
         for seed, run in enumerate(folders[variant.name])
     }
     check_same_data(list(steps_of.values()))
+    for variant in variants:  # a misspelt key of the last one should not show after hours of the others
+        pipeline.check_steps(steps_of[folders[variant.name][0]])
     earlier: dict[Path, Sequence[pipeline.Step]] = {}
     for run, steps in steps_of.items():
         share_stages(run, steps, earlier)

@@ -79,6 +79,9 @@ class SftArguments(recipe.StageArguments):
             raise ValueError(f"dropout is {self.dropout} but must be at least 0 and below 1")
         if self.no_trace_control and self.task == "next_item":
             raise ValueError("no_trace_control is for the task rerank; next_item has no traces, so take it out")
+        from rerank.losses import load_losses
+
+        load_losses(self.losses, self.task)
 
 
 ARGUMENTS = (SftArguments, SFTConfig, ModelConfig)
@@ -90,10 +93,7 @@ def extra_inputs(args: SftArguments) -> tuple[str, ...]:
 
 
 def check(args: SftArguments, training_args: SFTConfig, model_args: ModelConfig) -> None:
-    """Refuse losses that do not fit, and a model whose tokenizer lacks the catalogue's semantic ids."""
-    from rerank.losses import load_losses
-
-    load_losses(args.losses, args.task)
+    """Refuse packing, and a model whose tokenizer lacks the catalogue's semantic ids."""
     if training_args.packing:
         raise ValueError("packing is not for the sft stage, whose rows are asked for one by one; set it to false")
     if run_dir.is_finished(args.run_dir, "midtrain") and run_dir.is_finished(args.run_dir, "semantic_ids"):
