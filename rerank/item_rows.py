@@ -13,6 +13,7 @@ from rerank.catalogue import Catalogue
 from rerank.midtrain.documents import NEXT_ITEMS
 from rerank.prefix_index import PrefixIndex
 from rerank.prompts import render
+from rerank.sequences import by_user, training_items, windows
 
 ITEM_TEXTS = ("semantic_id", "title")
 NO_NODE = NO_ITEM = -1
@@ -118,9 +119,7 @@ class ItemRows:
 
     def training_interactions(self) -> tuple[np.ndarray, np.ndarray]:
         """Users and items of all training interactions, each user's together and oldest first; nothing held out."""
-        table = pq.read_table(run_dir.stage_dir(self.run, "data") / "interactions.parquet").to_pandas()
-        table = table[table["split"].isin(("train", "rerank"))].sort_values(["user", "position"])
-        return table["user"].to_numpy(), table["item"].to_numpy()
+        return training_items(run_dir.stage_dir(self.run, "data"))
 
     def embeddings(self) -> np.ndarray:
         """(items, columns) what the text of each item says."""
@@ -128,12 +127,8 @@ class ItemRows:
 
     def windows(self) -> list[np.ndarray]:
         """Stretches of every user's training items, of at least two, each overlapping the one before by half."""
-        users, items = self.training_interactions()
-        step = max(1, self.max_items // 2)
-        found = []
-        for history in np.split(items, np.flatnonzero(np.diff(users)) + 1):
-            starts = range(0, max(1, len(history) - step), step)
-            found += [history[start : start + self.max_items] for start in starts]
+        histories = by_user(*self.training_interactions())
+        found = [window for history in histories for window in windows(history, self.max_items)]
         return [window for window in found if len(window) > 1]
 
     def next_item_rows(self, targets: str) -> list[dict[str, Any]]:
@@ -157,7 +152,7 @@ class ItemRows:
             self.refuse_unknown(sequences)
             rows = [self.row(NEXT_ITEMS, sequence, num_given=len(sequence) - 1) for sequence in sequences]
         if not rows:
-            raise ValueError(f"{self.run}: no user has two training items; there is no next item to learn")
+            raise ValueError(f"{self.run}: no training row has a history and a next item; give longer sequences")
         return rows
 
     def refuse_unknown(self, sequences: Sequence[Sequence[int]]) -> None:

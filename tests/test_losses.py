@@ -286,7 +286,7 @@ def test_a_users_own_loss_is_one_short_function(tmp_path):
     """)  # fmt: skip
     found = load_losses([{"name": f"{path}:focal", "kwargs": {"gamma": 1.0}}], "rerank")
     value = found.token(inputs_of([FIRST], [1], [None]))
-    assert found.name == "focal" and value.tolist() == pytest.approx([-0.75 * math.log(0.25)])
+    assert value.tolist() == pytest.approx([-0.75 * math.log(0.25)])
 
 
 @pytest.mark.parametrize(("body", "message"), [

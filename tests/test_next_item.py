@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import ModelConfig, SFTConfig
 
 from rerank import base_model, run_dir, sft
+from rerank.candidates import training_sequences
 from rerank.catalogue import Catalogue
 from rerank.evaluate import EvaluateArguments, held_out_sets, pruning, refuse_ranker
 from rerank.evaluate import main as evaluate
@@ -81,7 +82,6 @@ def make_trainer(run, folder, specs, num_rows=None, **options):
         gradient_checkpointing=False, max_grad_norm=1e9, logging_steps=1, lr_scheduler_type="constant",
         dataset_kwargs={"skip_prepare_dataset": True}, max_length=64, **settings,
     )  # fmt: skip
-    args = sft.SftArguments(run_dir=str(run), task="next_item", losses=specs)
     losses = load_losses(specs, "next_item")
     model, tokenizer = load(run)
     maker = ItemRows(CATALOGUE, tokenizer, "semantic_id", 5, losses.masks_first, str(run), max_length=64)
@@ -89,7 +89,7 @@ def make_trainer(run, folder, specs, num_rows=None, **options):
     for extra in losses.extras.values():
         rows |= extra.rows(maker)
     rows = {task: of_task[: num_rows or len(of_task)] for task, of_task in rows.items()}
-    return sft.make_trainer(args, config, ModelConfig(), model, tokenizer, rows, losses=losses, maker=maker)
+    return sft.make_trainer(config, ModelConfig(), model, tokenizer, rows, losses, maker=maker)
 
 
 def test_a_row_of_a_window_has_its_items_nodes_and_first_tokens(run):
@@ -486,8 +486,13 @@ def test_recall_of_many_targets_is_bounded_by_the_cut():
     assert [values[name].tolist() for name in ("R@20", "R@40", "N@100")] == [[1.0], [1.0], [pytest.approx(1.0)]]
 
 
+def load_held_out(run, max_users=0):
+    data_dir = run / "data"
+    return held_out_sets.HeldOut.load(data_dir, training_sequences(data_dir), "valid", max_users)
+
+
 def test_held_out_sets_are_ranked_from_training_items_alone(trained, tmp_path):
-    found = held_out_sets.HeldOut.load(trained, "valid")
+    found = load_held_out(trained)
     table = pq.read_table(trained / "data/interactions.parquet").to_pandas()
     for user, history, targets in zip(found.users, found.histories, found.targets, strict=True):
         own = table[table["user"] == user]
@@ -501,4 +506,4 @@ def test_held_out_sets_are_ranked_from_training_items_alone(trained, tmp_path):
     hits = [len(set(items) & set(t.tolist())) / len(t) for items, t in zip(lists, found.targets, strict=True)]
     assert metrics["rows"]["sft_head"]["R@20"] == pytest.approx(np.mean(hits))
     assert "30 users, valid" in (tmp_path / "results.md").read_text()
-    assert len(held_out_sets.HeldOut.load(trained, "valid", max_users=5).users) == 5
+    assert len(load_held_out(trained, 5).users) == 5

@@ -26,6 +26,7 @@ from rerank.candidates.own_lists import read_lists
 from rerank.catalogue import Catalogue
 from rerank.item_head import FILE as HEAD_FILE
 from rerank.item_rows import SETTINGS
+from rerank.sequences import by_user, training_items
 
 logger = logging.getLogger(__name__)
 
@@ -166,12 +167,8 @@ class Rows:
 
 def training_sequences(data_dir: Path) -> dict[int, np.ndarray]:
     """User to items before validation, oldest first: what counts may know."""
-    table = pq.read_table(data_dir / "interactions.parquet", columns=["user", "item", "position", "split"])
-    table = table.filter(pc.is_in(table["split"], pa.array(["train", "rerank"]))).sort_by(
-        [("user", "ascending"), ("position", "ascending")]
-    )
-    users, starts = np.unique(table["user"].to_numpy(), return_index=True)
-    return dict(zip(users.tolist(), np.split(table["item"].to_numpy(), starts[1:]), strict=True))
+    users, items = training_items(data_dir)
+    return dict(zip(np.unique(users).tolist(), by_user(users, items), strict=True))
 
 
 def fit_counts(data_dir: Path, embeddings_path: Path, sequences: dict[int, np.ndarray]) -> Counts:

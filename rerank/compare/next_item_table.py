@@ -96,7 +96,7 @@ def _group_lines(read: Mapping[str, Sequence[RunLists]], chosen: np.ndarray) -> 
         values = {metric: reference.values[ranker][metric][chosen] for metric in METRICS}
         cells = [number(values[metric].mean()) for metric in METRICS] + [NO_VALUE]
         cells += [
-            _cell(values[m], transitions[m], sampling) if ranker != "transitions" else NO_VALUE for m in COMPARED
+            difference(values[m], transitions[m], sampling) if ranker != "transitions" else NO_VALUE for m in COMPARED
         ]
         lines.append(f"| {NO_VALUE} | {ranker} | 1 | {' | '.join([*cells, *[NO_VALUE] * len(COMPARED)])} |")
     for name, found in read.items():
@@ -107,9 +107,11 @@ def _group_lines(read: Mapping[str, Sequence[RunLists]], chosen: np.ndarray) -> 
             seeds = [lists.values[ranker]["R@10"][chosen].mean() for lists in found]
             cells = [number(means[metric].mean()) for metric in METRICS]
             cells.append(NO_VALUE if len(seeds) < 2 else number(float(np.std(seeds, ddof=1))))
-            cells += [_cell(means[metric], transitions[metric], sampling) for metric in COMPARED]
+            cells += [difference(means[metric], transitions[metric], sampling) for metric in COMPARED]
             is_base = (name, ranker) == (first, "sft")
-            cells += [NO_VALUE if is_base else _cell(means[metric], base[metric], sampling) for metric in COMPARED]
+            cells += [
+                NO_VALUE if is_base else difference(means[metric], base[metric], sampling) for metric in COMPARED
+            ]
             lines.append(f"| {name} | {ranker} | {len(found)} | {' | '.join(cells)} |")
     return lines
 
@@ -117,10 +119,6 @@ def _group_lines(read: Mapping[str, Sequence[RunLists]], chosen: np.ndarray) -> 
 def _means(found: Sequence[RunLists], ranker: str, chosen: np.ndarray) -> dict[str, np.ndarray]:
     """Each metric on the chosen rows, a row's value its mean over seeds."""
     return {metric: np.mean([lists.values[ranker][metric][chosen] for lists in found], axis=0) for metric in METRICS}
-
-
-def _cell(values: np.ndarray, reference: np.ndarray, sampling: Sampling) -> str:
-    return difference(values, reference, sampling)
 
 
 def _pruning_lines(read: Mapping[str, Sequence[RunLists]]) -> list[str]:

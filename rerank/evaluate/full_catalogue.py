@@ -174,7 +174,7 @@ def find_lists(
     fewest_free = len(catalogue) - max(len(np.unique(history)) for history in histories)
     found = {
         "popularity": [popular_lists(counts.popularity, histories, LIST_LENGTH)],
-        REFERENCE: [_padded(counts.top_rows(histories, min(LIST_LENGTH, fewest_free))[0])],
+        REFERENCE: [filled(counts.top_rows(histories, min(LIST_LENGTH, fewest_free))[0].tolist(), LIST_LENGTH)],
     }
     for name, path in lists.items():
         found[name] = [read_lists(path, row_ids, catalogue.item_ids, LIST_LENGTH)[0]]
@@ -219,11 +219,6 @@ def summarise(
             for name, of_runs in values.items()
         },
     }
-
-
-def _padded(lists: np.ndarray) -> np.ndarray:
-    """(R, 10) of lists that a small catalogue leaves shorter."""
-    return np.pad(lists, ((0, 0), (0, LIST_LENGTH - lists.shape[1])), constant_values=-1)
 
 
 def _check_same_rows(run_dirs: Sequence[Path]) -> None:

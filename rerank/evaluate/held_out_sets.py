@@ -41,10 +41,10 @@ class HeldOut:
     targets: list[np.ndarray]
 
     @classmethod
-    def load(cls, run: Path, split: str, max_users: int = 0, seed: int = 0) -> "HeldOut":
-        """Of a run's data; `max_users` of them drawn at random, 0 for all."""
-        data_dir = run_dir.stage_dir(run, "data")
-        histories = training_sequences(data_dir)
+    def load(
+        cls, data_dir: Path, histories: dict[int, np.ndarray], split: str, max_users: int = 0, seed: int = 0
+    ) -> "HeldOut":
+        """Of a data folder and its training sequences; `max_users` users drawn at random, 0 for all."""
         table = pq.read_table(data_dir / "interactions.parquet", filters=[("split", "==", split)]).to_pandas()
         targets = {user: group.to_numpy() for user, group in table.groupby("user")["item"]}
         users = np.array(sorted(targets.keys() & histories.keys()))
@@ -81,8 +81,9 @@ def evaluate_sets(
 
     Training items are left out of every list; validation items are not, as in the released code.
     """
-    found, catalogue = HeldOut.load(run, split, max_users, seed), Catalogue.load(run)
-    counts = Counts.fit(training_sequences(run_dir.stage_dir(run, "data")), len(catalogue))
+    data_dir, catalogue = run_dir.stage_dir(run, "data"), Catalogue.load(run)
+    sequences = training_sequences(data_dir)
+    found, counts = HeldOut.load(data_dir, sequences, split, max_users, seed), Counts.fit(sequences, len(catalogue))
     length = min(LIST_LENGTH, len(catalogue))
     fewest_free = len(catalogue) - max(len(np.unique(history)) for history in found.histories)
     model = NextItemModel.load(run_dir.stage_dir(run, "sft") / "model")

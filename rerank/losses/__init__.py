@@ -7,6 +7,7 @@
 The folder is the registry: drop a file in, or write `module.path:function` or `path/to/file.py:function`.
 
     TASKS = ("next_item", "rerank")  # what it is meant for; both where this line is left out
+    NEEDS, COSTS = "...", "..."      # for `rerank losses`, if you like
 
     def focal(inputs, gamma=2.0):
         logps = inputs.label_logps()
@@ -207,13 +208,11 @@ class Losses:
     """What a recipe's `losses` stand for.
 
     Attributes:
-        name: Of the token loss.
         token: From LossInputs to (P,) values.
         extras: Name to what goes beside it.
         masks_first: Whether the token loss is a softmax over legal tokens.
     """
 
-    name: str
     token: Callable[[LossInputs], torch.Tensor]
     extras: dict[str, Extra]
     masks_first: bool
@@ -258,7 +257,7 @@ def load_losses(specs: Sequence[Mapping[str, Any]], task: str) -> Losses:
         raise ValueError(f"{stated}; give exactly one of {', '.join(token_losses())}, or one of your own")
     name, token = next(iter(tokens.items()))
     try_out(name, token, task)
-    return Losses(name, token, extras, masks_first)
+    return Losses(token, extras, masks_first)
 
 
 def _made(name: str, maker: Callable[[], Extra]) -> Extra:
@@ -289,8 +288,9 @@ def list_losses() -> list[LossEntry]:
         found = load_function(name, FOLDER)
         module, is_extra = sys.modules[found.__module__], inspect.isclass(found)
         kind = "beside a token loss" if is_extra else "token loss"
-        tasks = found.tasks if is_extra else module.TASKS
-        entries.append(LossEntry(name, kind, tasks, module.NEEDS, module.COSTS))
+        tasks = found.tasks if is_extra else getattr(module, "TASKS", TASKS)
+        told = (getattr(module, constant, "(its file does not say)") for constant in ("NEEDS", "COSTS"))
+        entries.append(LossEntry(name, kind, tasks, *told))
     return entries
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from rerank.item_head import ItemHead
 from rerank.losses import Extra, LossInputs
 from rerank.midtrain.documents import NEXT_ITEMS
+from rerank.sequences import by_user
 
 NEEDS = "a vector for each item, a second embedding of each id token; rows: 1 for each item with text"
 COSTS = "scores of all items at each target, the extra rows' tokens"
@@ -190,8 +191,7 @@ def content_rows(maker: Any) -> list[dict[str, Any]]:
 
 def masked_rows(maker: Any) -> list[dict[str, Any]]:
     """A row for each user with two training items or more; its prompt is drawn anew whenever it is read."""
-    users, items = maker.training_interactions()
-    histories = np.split(items, np.flatnonzero(np.diff(users)) + 1)
+    histories = by_user(*maker.training_interactions())
     longest = maker.next_item_prompt([])
     rows = []
     for history in histories:

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 from trl import ModelConfig, SFTConfig, get_peft_config
 
 from rerank import base_model, model_card, recipe, run_dir, semantic_ids, stopping
@@ -38,6 +37,7 @@ from rerank.midtrain.documents import (
 from rerank.midtrain.dropout import residual_dropout
 from rerank.midtrain.new_rows import load_rows, save_rows, train_only_rows
 from rerank.prompts import FACTS, THINK, THINK_END, render
+from rerank.sequences import by_user, training_items
 from rerank.traces.evidence import EVIDENCE_WORDS
 
 logger = logging.getLogger(__name__)
@@ -158,10 +158,7 @@ def next_item_prompt(history: Sequence[int], catalogue: Catalogue, max_history: 
 
 def sequences(data_dir: Path) -> list[np.ndarray]:
     """Each user's training items, oldest first; what the re-ranker trains on is in them only with num_rerank `all`."""
-    table = pq.read_table(data_dir / "interactions.parquet").to_pandas()
-    seen = run_dir.midtrain_splits(data_dir.parent)
-    table = table[table["split"].isin(seen)].sort_values(["user", "position"])
-    return [group.to_numpy() for _, group in table.groupby("user")["item"]]
+    return by_user(*training_items(data_dir, run_dir.midtrain_splits(data_dir.parent)))
 
 
 def build_model(

@@ -11,6 +11,7 @@ import numpy as np
 
 from rerank.catalogue import Catalogue
 from rerank.prompts import FACTS, THINK, completion, render
+from rerank.sequences import windows
 from rerank.traces.evidence import GRADES, Facts, by_grade, word_grades, word_short
 
 if TYPE_CHECKING:
@@ -42,8 +43,8 @@ class Document:
 def sequence_documents(histories: Sequence[np.ndarray], catalogue: Catalogue, max_items: int) -> Iterator[Document]:
     """Windows of a user's sequence, each overlapping the one before by half, so that every item has a past."""
     for history in histories:
-        for start in range(0, max(1, len(history) - max_items // 2), max(1, max_items // 2)):
-            ids = "".join(catalogue.semantic_ids[item] for item in history[start : start + max_items])
+        for window in windows(history, max_items):
+            ids = "".join(catalogue.semantic_ids[item] for item in window)
             yield Document("sequence", NEXT_ITEMS, ids, ends=False)
 
 

@@ -4,12 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from scipy.sparse import csr_array
 
 from rerank import run_dir
 from rerank.baselines.pairs import matrix_of, weighted_pairs
+from rerank.sequences import training_items
 
 COLUMNS = 128
 TINY = 1e-6
@@ -27,10 +26,7 @@ def co_engaged_pairs(data_dir: Path) -> np.ndarray:
 
 def _training_items(data_dir: Path) -> tuple[np.ndarray, np.ndarray]:
     """User and item of every interaction that ids may know, in order."""
-    table = pq.read_table(data_dir / "interactions.parquet", columns=["user", "item", "position", "split"])
-    table = table.filter(pc.field("split").isin(run_dir.midtrain_splits(data_dir.parent)))
-    table = table.sort_by([("user", "ascending"), ("position", "ascending")])
-    return table["user"].to_numpy(), table["item"].to_numpy()
+    return training_items(data_dir, run_dir.midtrain_splits(data_dir.parent))
 
 
 def co_engagement_vectors(data_dir: Path, num_items: int, seed: int) -> np.ndarray:

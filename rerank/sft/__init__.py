@@ -23,6 +23,7 @@ from trl import ModelConfig, SFTConfig, get_peft_config
 from rerank import base_model, model_card, recipe, run_dir, stopping
 from rerank.catalogue import Catalogue, check_vocabulary
 from rerank.item_rows import ITEM_TEXTS, SETTINGS, ItemRows
+from rerank.losses import Losses, load_losses
 from rerank.midtrain.dropout import residual_dropout
 from rerank.prompts import THINK_END
 from rerank.sft.rerank_rows import RowEncoder, examples, save_ranker, training_rows
@@ -79,8 +80,6 @@ class SftArguments(recipe.StageArguments):
             raise ValueError(f"dropout is {self.dropout} but must be at least 0 and below 1")
         if self.no_trace_control and self.task == "next_item":
             raise ValueError("no_trace_control is for the task rerank; next_item has no traces, so take it out")
-        from rerank.losses import load_losses
-
         load_losses(self.losses, self.task)
 
 
@@ -125,19 +124,18 @@ def check_lengths(rows: list[Mapping[str, Any]], max_length: int | None) -> None
 
 
 def make_trainer(
-    args: SftArguments,
     config: SFTConfig,
     model_args: ModelConfig,
     model: Any,
     tokenizer: Any,
     rows: dict[str, list[dict[str, Any]]],
+    losses: Losses,
     **options: Any,
 ) -> Any:
     """The trainer of rows of several tasks, in random order; a row gets the number of its task and its own."""
     from datasets import Dataset
     from transformers import set_seed
 
-    from rerank.losses import load_losses
     from rerank.sft.trainer import LossTrainer
 
     set_seed(config.seed)  # an adapter starts at random before the trainer sets its seed
@@ -146,7 +144,7 @@ def make_trainer(
     return LossTrainer(
         model,
         config,
-        options.pop("losses", None) or load_losses(args.losses, args.task),
+        losses,
         tuple(rows),
         train_dataset=Dataset.from_list([row | {"number": number} for number, row in enumerate(numbered)]),
         processing_class=tokenizer,
@@ -180,7 +178,8 @@ def fit(args: SftArguments, config: SFTConfig, model_args: ModelConfig, folder: 
     encoded = examples(encoder, args.run_dir, with_trace)
     lengths = [sum(label != -100 for label in row["labels"]) for row in encoded]
     trace_end = tokenizer.convert_tokens_to_ids(THINK_END) if with_trace else None
-    trainer = make_trainer(args, config, model_args, model, tokenizer, {"rerank": encoded}, trace_end=trace_end)
+    losses = load_losses(args.losses, args.task)
+    trainer = make_trainer(config, model_args, model, tokenizer, {"rerank": encoded}, losses, trace_end=trace_end)
     is_main = trainer.accelerator.is_main_process
     metrics = train_and_save(args, trainer, tokenizer, base_dir, folder)
     if is_main:
@@ -196,8 +195,6 @@ def fit(args: SftArguments, config: SFTConfig, model_args: ModelConfig, folder: 
 
 def fit_next_item(args: SftArguments, config: SFTConfig, model_args: ModelConfig, folder: Path) -> dict:
     """Train a model of next items into `folder`; returns its metrics."""
-    from rerank.losses import load_losses
-
     losses = load_losses(args.losses, "next_item")
     base_dir = run_dir.stage_dir(args.run_dir, "midtrain") / "model"
     model, tokenizer = base_model.load_pretrained(str(base_dir), model_args)
@@ -217,7 +214,7 @@ def fit_next_item(args: SftArguments, config: SFTConfig, model_args: ModelConfig
             rows[task] = rows.get(task, []) + added
     tokens = {task: sum(label != -100 for row in of_task for label in row["labels"]) for task, of_task in rows.items()}
     logger.info("rows: %s, tokens under loss: %s", {task: len(added) for task, added in rows.items()}, tokens)
-    trainer = make_trainer(args, config, model_args, model, tokenizer, rows, losses=losses, maker=maker)
+    trainer = make_trainer(config, model_args, model, tokenizer, rows, losses, maker=maker)
     is_main = trainer.accelerator.is_main_process
     metrics = train_and_save(args, trainer, tokenizer, base_dir, folder)
     if is_main:
