@@ -1,7 +1,7 @@
-"""What a rollout is, written and read: one Parquet row per sampled completion, and its printed view.
+"""What a rollout is, written and read: one Parquet row per sampled completion.
 
 The dapo stage writes `RUN_DIR/dapo/rollouts/part-<step>-<rank>.parquet`. A part gets its name only when it is whole,
-so a crash at any moment leaves readable files. `rerank inspect RUN_DIR` prints what `inspect` shows.
+so a crash at any moment leaves readable files. `rerank inspect RUN_DIR` shows them.
 """
 
 import logging
@@ -10,28 +10,27 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from rich.console import Console
-
-from rerank import rollout_view
-from rerank.catalogue import Catalogue
 
 logger = logging.getLogger(__name__)
 
-SCHEMA_VERSION = "1"
+SCHEMA_VERSION = "2"
 SCHEMA = pa.schema(
     [
         ("step", pa.int64()),  # optimizer step that the rollout was sampled for
+        ("run", pa.string()),
+        ("round", pa.int64()),  # sampling round
         ("group", pa.int64()),  # rollouts of one step and one group answer the same prompt
         ("row_id", pa.int64()),
         ("user", pa.int64()),
+        ("target", pa.int64()),  # item
         ("prompt", pa.string()),
         ("completion", pa.string()),
         ("completion_ids", pa.list_(pa.int32())),
         ("policy_logps", pa.list_(pa.float32())),  # log-probability of each token, by the model in training
         ("sampling_logps", pa.list_(pa.float32())),  # the same, by the engine that sampled
         ("reward_components", pa.map_(pa.string(), pa.float64())),  # each reward after its gate, before its weight
+        ("reward_gates", pa.map_(pa.string(), pa.bool_())),  # whether the condition of each gated reward held
         ("reward", pa.float64()),
         ("advantage", pa.float64()),
         ("truncated", pa.bool_()),
@@ -47,11 +46,6 @@ SCHEMA = pa.schema(
     ],
     metadata={"schema_version": SCHEMA_VERSION},
 )
-_SHOWN = [
-    *("step", "group", "row_id", "user", "prompt", "completion", "reward_components", "reward", "advantage"),
-    *("truncated", "failure", "order", "candidates", "relevance", "first_stage_ranks", "target_rank_before"),
-    *("target_rank_after", "kept", "discard_reason"),
-]
 
 
 class RolloutWriter:
@@ -124,53 +118,6 @@ def read_rollouts(run_dir: str | Path, columns: Sequence[str] | None = None) -> 
     return pa.concat_tables(tables)
 
 
-def inspect(
-    run_dir: str | Path,
-    limit: int = 5,
-    step: int | None = None,
-    row_id: int | None = None,
-    console: Console | None = None,
-) -> None:
-    """Print groups of rollouts, the latest step first.
-
-    Args:
-        run_dir: As in `read_rollouts`.
-        limit: How many groups.
-        step: Only groups of this step.
-        row_id: Only groups of this row.
-        console: A rich console; one on standard output when None.
-    """
-    if limit < 1:
-        raise ValueError(f"limit is {limit} but must be at least 1")
-    table = read_rollouts(run_dir, _SHOWN)
-    steps = pc.min_max(table["step"]).as_py()
-    for name, value in (("step", step), ("row_id", row_id)):
-        if value is not None:
-            table = table.filter(pc.equal(table[name], value))
-    if table.num_rows == 0:
-        asked = ", ".join(f"{n} {v}" for n, v in (("step", step), ("row", row_id)) if v is not None)
-        raise ValueError(f"{run_dir} has no rollout of {asked}; its steps are {steps['min']} to {steps['max']}")
-    rollout_view.print_groups(_groups(table, limit), _catalogue(Path(run_dir)), console or Console())
-
-
-def _groups(table: pa.Table, limit: int) -> list[list[dict[str, Any]]]:
-    """The first `limit` groups, latest step first, each a list of rollouts."""
-    keys = table.select(["step", "group"]).group_by(["step", "group"]).aggregate([])
-    keys = keys.sort_by([("step", "descending"), ("group", "ascending")]).slice(0, limit).to_pylist()
-    groups = []
-    for key in keys:
-        chosen = pc.and_(pc.equal(table["step"], key["step"]), pc.equal(table["group"], key["group"]))
-        groups.append(table.filter(chosen).to_pylist(maps_as_pydicts="strict"))
-    return groups
-
-
-def _catalogue(run_dir: Path) -> Catalogue | None:
-    """The catalogue of the run, None for rollouts kept without one."""
-    if (run_dir / "dapo/model/catalogue.parquet").is_file():
-        return Catalogue.load(run_dir / "dapo/model")
-    return Catalogue.load(run_dir) if (run_dir / "semantic_ids/semantic_ids.parquet").is_file() else None
-
-
 def _parts_folder(run_dir: Path) -> Path:
     for folder in ("dapo/rollouts", "dapo.partial/rollouts", "rollouts", "."):
         if any((run_dir / folder).glob("part-*.parquet")):
@@ -208,7 +155,7 @@ def _check_columns(record: Mapping[str, Any]) -> None:
 def _storable(record: Mapping[str, Any]) -> dict[str, Any]:
     """A record as Arrow takes it: maps as pairs, and text without lone surrogates, which are not UTF-8."""
     texts = {name: _utf8(record[name]) for name in ("prompt", "completion")}
-    return {**record, **texts, "reward_components": list(record["reward_components"].items())}
+    return {**record, **texts, **{name: list(record[name].items()) for name in ("reward_components", "reward_gates")}}
 
 
 def _utf8(text: str) -> str:
