@@ -48,7 +48,7 @@ def rollout_source(run_dir: str | Path) -> duckdb.DuckDBPyConnection:
         ValueError: When there is no readable part, or one of another schema version.
     """
     parts = sorted(rollouts._parts_folder(Path(run_dir)).glob("part-*.parquet"))
-    readable = [str(part) for part in parts if rollouts._read_part(part, []) is not None]
+    readable = [str(part) for part in parts if rollouts.is_whole(part)]
     if not readable:
         raise ValueError(f"{run_dir} holds no readable rollouts; run the dapo stage, or give the folder of such a run")
     connection = duckdb.connect()

@@ -129,20 +129,27 @@ def _parts_folder(run_dir: Path) -> Path:
 
 def _read_part(path: Path, columns: Sequence[str] | None) -> pa.Table | None:
     """The rollouts of one part, None when the file is cut off or damaged."""
+    if not is_whole(path):
+        return None
+    try:
+        return pq.read_table(path, columns=None if columns is None else list(columns))
+    except (pa.ArrowInvalid, OSError):
+        return None
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a part has its end, where Parquet keeps the schema; one of another schema version is refused."""
     try:
         metadata = pq.read_schema(path).metadata or {}
     except (pa.ArrowInvalid, OSError):
-        return None
+        return False
     version = metadata.get(b"schema_version", b"none").decode()
     if version != SCHEMA_VERSION:
         raise ValueError(
             f"{path} has rollout schema version {version} but this code reads {SCHEMA_VERSION}; "
             "read it with the version of rerank that wrote it"
         )
-    try:
-        return pq.read_table(path, columns=None if columns is None else list(columns))
-    except (pa.ArrowInvalid, OSError):
-        return None
+    return True
 
 
 def _check_columns(record: Mapping[str, Any]) -> None:
