@@ -111,8 +111,8 @@ def check(args: DapoArguments, training_args: DapoConfig, model_args: ModelConfi
 class DapoTrainer(GRPOTrainer):
     """TRL's GRPOTrainer that stores every rollout and survives a vLLM server that is away for a while.
 
-    Overrides `_calculate_rewards` and `_generate_and_score_completions`, to keep what the store needs, and
-    `_generate_single_turn`, to retry. Each calls TRL's own.
+    Overrides `_calculate_rewards` and `_generate_and_score_completions`, to keep what the store needs, `train` and
+    `_save_checkpoint`, to have it on disk in time, and `_generate_single_turn`, to retry. Each calls TRL's own.
     """
 
     def __init__(self, *args: Any, writer: RolloutWriter, **kwargs: Any) -> None:
@@ -124,6 +124,16 @@ class DapoTrainer(GRPOTrainer):
         if self.args.vllm_mode != "server":
             return super()._generate_single_turn(*args, **kwargs)
         return rollout_server.retry(super()._generate_single_turn, self.args.vllm_server_timeout)(*args, **kwargs)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self.writer.close()
+
+    def _save_checkpoint(self, model, trial):  # noqa: ANN001, ANN202
+        self.writer.flush(wait=True)  # a run that goes on from this checkpoint does not sample these again
+        super()._save_checkpoint(model, trial)
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):  # noqa: ANN001, ANN202
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)  # (all B, rewards)
@@ -142,21 +152,27 @@ class DapoTrainer(GRPOTrainer):
         first = self.accelerator.process_index * len(inputs)
         rewards = all_rewards[first : first + len(inputs)].cpu()
         totals = (rewards * self.reward_weights.cpu()).nansum(dim=1).tolist()
+        gates = self._gates(inputs, completions)
         records = []
         for i, row in enumerate(inputs):
             parsed, length = parse_completion(completions[i], row["candidate_labels"]), len(completion_ids[i])
-            record = {name: row[name] for name in ("row_id", "user", "prompt", "candidates", "relevance")}
+            names = ("row_id", "user", "history", "prompt", "candidates", "candidate_labels", "relevance")
+            record = {name: row[name] for name in names}
             components = zip(self.reward_func_names, rewards[i].tolist(), strict=True)
             records.append(
                 record
                 | {
                     "step": self.state.global_step,
+                    "run": self.writer.folder.resolve().parents[1].name,
+                    "round": 0,
+                    "target": row["candidates"][row["first_stage_ranks"].index(row["target_rank"])],
                     "group": (first + i) // self.num_generations,
                     "completion": completions[i],
                     "completion_ids": list(completion_ids[i]),
                     "policy_logps": _row(output, "old_per_token_logps", i, length),
                     "sampling_logps": _row(output, "sampling_per_token_logps", i, length),
                     "reward_components": {name: value for name, value in components if not np.isnan(value)},
+                    "reward_gates": {name: values[i] for name, values in gates.items()},
                     "reward": totals[i],
                     "advantage": output["advantages"][i].item(),
                     "truncated": completion_ids[i][-1] not in (*self.eos_token_ids, self._tokenizer.pad_token_id),
@@ -170,6 +186,17 @@ class DapoTrainer(GRPOTrainer):
                 }
             )
         return records
+
+    def _gates(self, inputs: Sequence[dict[str, Any]], completions: Sequence[str]) -> dict[str, list[bool]]:
+        """Whether each reward's condition holds, per local completion."""
+        columns = {name: [row[name] for row in inputs] for name in COLUMNS}
+        functions = zip(self.reward_func_names, self.reward_funcs, strict=True)
+        return {
+            name: function.gates(completions, **columns)
+            if isinstance(function, plugins.Reward)
+            else [True] * len(inputs)
+            for name, function in functions
+        }
 
 
 def _row(output: dict[str, torch.Tensor], name: str, i: int, length: int) -> list[float] | None:

@@ -10,9 +10,9 @@ from typing import Any
 
 import duckdb
 
-from rerank import rollouts
 from rerank.catalogue import Catalogue
 from rerank.rollout_view import Rollout, visible
+from rerank.rollouts import open_rollouts
 
 KEYS = ("step", "round", "group")  # rollouts that agree in them answer the same prompt
 COLUMNS = (  # of the list
@@ -41,21 +41,6 @@ FROM ({listed}) AS listed JOIN latest USING (row_id) {condition}
 """
 
 
-def rollout_source(run_dir: str | Path) -> duckdb.DuckDBPyConnection:
-    """A connection with the view `rollouts`: the readable parts of a run.
-
-    Raises:
-        ValueError: When there is no readable part, or one of another schema version.
-    """
-    parts = sorted(rollouts._parts_folder(Path(run_dir)).glob("part-*.parquet"))
-    readable = [str(part) for part in parts if rollouts.is_whole(part)]
-    if not readable:
-        raise ValueError(f"{run_dir} holds no readable rollouts; run the dapo stage, or give the folder of such a run")
-    connection = duckdb.connect()
-    connection.read_parquet(readable).create_view("rollouts")
-    return connection
-
-
 def find_catalogue(run_dir: str | Path) -> Catalogue | None:
     """The catalogue of a run, given as the run, its dapo folder or the folder of the parts; None without one."""
     folder = Path(run_dir).resolve()
@@ -82,7 +67,7 @@ class RolloutGroups:
         self.run_dir, self.against = Path(run_dir), None if against is None else RolloutGroups(against)
         self.catalogue = find_catalogue(run_dir)
         self.columns = COLUMNS if against is None else COLUMNS_AGAINST
-        self._connection = rollout_source(run_dir)
+        self._connection = open_rollouts(run_dir).connection
         if self.against is not None:
             self._connection.register(
                 "other_list", self.against._connection.sql("SELECT * FROM listed").to_arrow_table()

@@ -55,10 +55,10 @@ def outcome(rollout: Rollout) -> str:
 
 
 def reward_parts(rollout: Rollout) -> list[str]:
-    """Each reward by name, with what its condition said where it has one."""
-    said = {True: " [condition met]", False: " [condition not met]", None: ""}
-    gates = rollout["reward_gates"]
-    return [f"{name} {_number(part)}{said[gates.get(name)]}" for name, part in rollout["reward_components"].items()]
+    """Each reward by name, and whether its condition kept it from counting."""
+    shut = {name for name, is_open in rollout["reward_gates"].items() if not is_open}
+    parts = rollout["reward_components"].items()
+    return [f"{name} {_number(part)}{' [condition not met]' if name in shut else ''}" for name, part in parts]
 
 
 def incoming_order(rollout: Rollout, catalogue: Catalogue | None) -> Text:

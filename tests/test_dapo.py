@@ -42,6 +42,7 @@ def test_defaults_are_those_of_dapo(tmp_path):
         ("_generate_single_turn", "self prompt_ids images multimodal_fields num_generations has_tool_images"),
         ("_calculate_rewards", "self inputs prompts completions completion_ids_list"),
         ("_generate_and_score_completions", "self inputs"),
+        ("_save_checkpoint", "self model trial"),
     ],
 )
 def test_an_overridden_method_is_as_the_pinned_trl_has_it(method, parameters):

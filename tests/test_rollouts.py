@@ -1,35 +1,42 @@
 import logging
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from rerank import rollouts
-from rerank.rollouts import RolloutWriter, read_rollouts
+from rerank.rollouts import RolloutWriter, open_rollouts, read_rollouts
 
 
 def make_rollout(step=0, group=0, **changes):
     rollout = {
         "step": step,
         "run": "toy",
-        "round": step,
+        "round": 0,
         "group": group,
         "row_id": 40 + group,
         "user": 7,
         "target": 1,
+        "history": [3, 4],
         "prompt": "Rank:\nHistory",
         "completion": "<think>it fits</think>2,1,3",
         "completion_ids": [5, 6],
         "policy_logps": [-0.5, -0.25],
         "sampling_logps": [-0.5, -0.125],
         "reward_components": {"rank_promotion": 1 / 3, "well_formed": None},
-        "reward_gates": {"well_formed": False},
+        "reward_gates": {"rank_promotion": True, "well_formed": False},
         "reward": 0.5,
         "advantage": 1.25,
         "truncated": False,
         "failure": None,
         "order": [1, 0, 2],
         "candidates": [0, 1, 2],
+        "candidate_labels": ["1", "2", "3"],
         "relevance": [0.0, 1.0, 0.0],
         "first_stage_ranks": [1, 2, 3],
         "target_rank_before": 2,
@@ -43,7 +50,11 @@ def make_rollout(step=0, group=0, **changes):
 def write(folder, *records, rank=0):
     writer = RolloutWriter(folder, rank)
     writer.add(records)
-    return writer.flush()
+    writer.close()
+
+
+def names_in(folder):
+    return sorted(path.name for path in folder.iterdir())
 
 
 def test_what_is_written_is_read(tmp_path):
@@ -51,24 +62,24 @@ def test_what_is_written_is_read(tmp_path):
     write(tmp_path, *records)
     assert read_rollouts(tmp_path).to_pylist(maps_as_pydicts="strict") == records
     schema = read_rollouts(tmp_path).schema
-    assert schema.names == rollouts.SCHEMA.names and schema.metadata == {b"schema_version": b"2"}
+    assert schema == rollouts.SCHEMA and schema.metadata == {b"schema_version": b"2"}
 
 
 def test_one_part_a_step_and_process_in_step_order(tmp_path):
-    names = [path.name for path in write(tmp_path, make_rollout(step=10), make_rollout(step=9), make_rollout(step=9))]
-    assert names == ["part-00000009-0.parquet", "part-00000010-0.parquet"]
+    write(tmp_path, make_rollout(step=10), make_rollout(step=9), make_rollout(step=9))
+    assert names_in(tmp_path) == ["part-00000009-0.parquet", "part-00000010-0.parquet"]
     write(tmp_path, make_rollout(step=9), rank=1)
     assert read_rollouts(tmp_path)["step"].to_pylist() == [9, 9, 9, 10]
-    assert not list(tmp_path.glob("*.tmp"))
 
 
-def test_two_flushes_of_one_step_are_both_kept(tmp_path):
+def test_the_flushes_of_one_step_are_all_kept_in_their_order(tmp_path):
     writer = RolloutWriter(tmp_path)
-    for group in (0, 1):
+    for group in range(12):
         writer.add([make_rollout(group=group)])
         writer.flush()
-    assert read_rollouts(tmp_path, ["group"])["group"].to_pylist() == [0, 1]
-    assert writer.flush() == []
+    writer.close()
+    assert len(names_in(tmp_path)) == 12
+    assert read_rollouts(tmp_path, ["group"])["group"].to_pylist() == list(range(12))
 
 
 def test_a_resumed_run_replaces_the_steps_it_repeats(tmp_path):
@@ -76,13 +87,13 @@ def test_a_resumed_run_replaces_the_steps_it_repeats(tmp_path):
     write(tmp_path, make_rollout(step=3), rank=10)
     writer = RolloutWriter(tmp_path)
     writer.discard_from(2)
-    assert sorted(p.name for p in tmp_path.iterdir()) == [
+    assert names_in(tmp_path) == [
         "part-00000000-0.parquet",
         "part-00000001-0.parquet",
         "part-00000003-10.parquet",  # another process's, not ours to delete
     ]
     writer.add([make_rollout(step=1, reward=2.0)])
-    writer.flush()
+    writer.flush(wait=True)
     assert read_rollouts(tmp_path, ["reward"])["reward"].to_pylist() == [1.0, 2.0, 0.5]
 
 
@@ -105,28 +116,136 @@ def test_a_record_must_have_the_columns_of_the_schema(tmp_path):
         RolloutWriter(tmp_path).add([record])
 
 
-def test_a_cut_off_file_is_skipped_and_counted(tmp_path, caplog):
-    write(tmp_path, make_rollout(step=0), make_rollout(step=1))
-    part = tmp_path / "part-00000001-0.parquet"
-    part.write_bytes(part.read_bytes()[:-200])
-    with caplog.at_level(logging.WARNING):
-        assert read_rollouts(tmp_path)["step"].to_pylist() == [0]
-    assert "1 of 2 rollout files are cut off or damaged" in caplog.text and part.name in caplog.text
+@pytest.mark.parametrize("call", ["add", "flush", "close"])
+def test_what_goes_wrong_in_the_background_is_raised_by_the_next_call(tmp_path, call):
+    writer = RolloutWriter(tmp_path / "rollouts")
+    shutil.rmtree(tmp_path / "rollouts")
+    writer.add([make_rollout()])
+    with pytest.raises(FileNotFoundError, match="part-00000000-0"):
+        writer.flush()
+        while True:  # an add or flush that comes too early passes
+            writer.add([]) if call == "add" else getattr(writer, call)()
+    writer.close()
 
 
-def test_damage_inside_a_file_is_skipped_too(tmp_path):
-    write(tmp_path, make_rollout(step=0), make_rollout(step=1))
-    part = tmp_path / "part-00000001-0.parquet"
-    data = bytearray(part.read_bytes())
+def test_a_value_of_another_type_is_refused(tmp_path):
+    writer = RolloutWriter(tmp_path)
+    writer.add([make_rollout(reward="high")])
+    with pytest.raises(ValueError, match="high"):
+        writer.flush(wait=True)
+    writer.close()
+    assert not names_in(tmp_path)
+
+
+WRITE_FOREVER = """
+import sys
+from test_rollouts import make_rollout
+from rerank.rollouts import RolloutWriter
+
+writer = RolloutWriter(sys.argv[1])
+for step in range(10**6):
+    writer.add([make_rollout(step=step, completion="x" * 10**5)] * 8)
+    writer.flush(wait=step % 2 == 0)
+    print(step, flush=True)
+"""
+
+
+def test_what_was_flushed_survives_a_kill(tmp_path):
+    line = [sys.executable, "-c", WRITE_FOREVER, str(tmp_path / "rollouts")]
+    with subprocess.Popen(line, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent) as process:
+        for _ in range(21):  # steps 0 to 20, of which 20 waited for the disk
+            process.stdout.readline()
+        process.send_signal(signal.SIGKILL)
+    opened = open_rollouts(tmp_path)
+    assert not opened.damaged
+    steps = read_rollouts(tmp_path, ["step"])["step"].to_pylist()
+    assert steps == [step for step in range(max(steps) + 1) for _ in range(8)] and max(steps) >= 20
+
+
+def cut_off(path):
+    path.write_bytes(path.read_bytes()[:-200])
+
+
+def damage_inside(path):
+    data = bytearray(path.read_bytes())
     data[4:600] = bytes(596)
-    part.write_bytes(data)
-    assert read_rollouts(tmp_path)["step"].to_pylist() == [0]
+    path.write_bytes(data)
+
+
+def damage_footer(path):
+    data = bytearray(path.read_bytes())
+    start = len(data) - 8 - int.from_bytes(data[-8:-4], "little")
+    data[start : start + 100] = bytes(100)
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("damage", [cut_off, damage_inside, damage_footer, Path.unlink])
+def test_damaged_files_are_skipped_and_counted_with_their_steps(tmp_path, caplog, damage):
+    write(tmp_path, *(make_rollout(step=step) for step in range(4)))
+    for name in ("part-00000001-0.parquet", "part-00000003-0.parquet"):
+        damage(tmp_path / name)
+    (tmp_path / "part-00000004-0.tmp").write_bytes(b"PAR1")  # what a crash cut off: nothing was lost that had a name
+    with caplog.at_level(logging.WARNING):
+        assert read_rollouts(tmp_path)["step"].to_pylist() == [0, 2]
+    if damage is Path.unlink:
+        assert not caplog.text
+    else:
+        assert "2 of 4 rollout files are cut off or damaged and left out (of steps 1, 3), the first is" in caplog.text
+        assert len(caplog.records) == 1 and "part-00000001-0.parquet; delete what is damaged" in caplog.text
+
+
+def test_of_many_damaged_files_the_first_steps_are_named(tmp_path, caplog):
+    write(tmp_path, *(make_rollout(step=step) for step in range(15)))
+    for path in sorted(tmp_path.iterdir())[1:]:
+        cut_off(path)
+    read_rollouts(tmp_path)
+    assert "14 of 15" in caplog.text and "(of steps 1, 2, 3, 4, 5, 6, 7, 8, 9, 10 and 4 more)" in caplog.text
+
+
+def test_open_rollouts_gives_a_view_of_what_can_be_read(tmp_path):
+    folder = tmp_path / "run [a]*?/rollouts"  # DuckDB would take it for a pattern
+    write(folder, make_rollout(step=0), make_rollout(step=1, reward=2.5), make_rollout(step=2))
+    cut_off(folder / "part-00000002-0.parquet")
+    opened = open_rollouts(folder.parent)
+    assert opened.connection.sql("select step, reward from rollouts").fetchall() == [(0, 0.5), (1, 2.5)]
+    assert [path.name for path in opened.parts] == ["part-00000000-0.parquet", "part-00000001-0.parquet"]
+    assert [path.name for path in opened.damaged] == ["part-00000002-0.parquet"]
+
+
+def test_where_chooses_rollouts(tmp_path):
+    lost = {"kept": False, "target_rank_after": None, "order": None}
+    write(
+        tmp_path, make_rollout(), make_rollout(group=1, kept=False, target_rank_after=3), make_rollout(group=2, **lost)
+    )
+    where = "kept = false and target_rank_after > target_rank_before"
+    assert read_rollouts(tmp_path, ["group", "order"], where).to_pylist() == [{"group": 1, "order": [1, 0, 2]}]
+    assert read_rollouts(tmp_path, ["row_id"], "reward_gates['well_formed'] or \"order\" is null").num_rows == 1
+    assert read_rollouts(tmp_path, where="false").schema == rollouts.SCHEMA
+
+
+@pytest.mark.parametrize(
+    ("where", "reason"),
+    [
+        ("kept = = 1", "Parser Error: syntax error"),
+        ("", "Parser Error"),
+        ("true; drop view rollouts", "Parser Error"),
+        ("kep = false", 'Binder Error: Referenced column "kep" not found'),
+        ("completion::int > 3", "Conversion Error: Could not convert string"),
+    ],
+)
+def test_a_where_that_is_no_condition_is_refused_in_one_line(tmp_path, where, reason):
+    write(tmp_path, make_rollout())
+    with pytest.raises(ValueError, match="is no SQL condition over the columns of rollouts") as refused:
+        read_rollouts(tmp_path, where=where)
+    message = str(refused.value)
+    assert reason in message and "they are step, run, round, group" in message and "\n" not in message
 
 
 def test_folders_without_rollouts_say_what_to_run(tmp_path):
     with pytest.raises(FileNotFoundError, match="absent is not a folder; give the folder of a run"):
         read_rollouts(tmp_path / "absent")
     (tmp_path / "notes.txt").write_text("x")
+    (tmp_path / "part-of-something.parquet").write_text("x")
     with pytest.raises(ValueError, match="holds no rollouts; run the dapo stage"):
         read_rollouts(tmp_path)
     (tmp_path / "part-0-0.parquet").write_bytes(b"")
@@ -136,9 +255,18 @@ def test_folders_without_rollouts_say_what_to_run(tmp_path):
 
 @pytest.mark.parametrize(("metadata", "version"), [({"schema_version": "9"}, "9"), (None, "none")])
 def test_another_schema_version_is_refused(tmp_path, metadata, version):
-    write(tmp_path, make_rollout(step=0))
     pq.write_table(pa.table({"x": [1]}).replace_schema_metadata(metadata), tmp_path / "part-00000001-0.parquet")
     with pytest.raises(
         ValueError, match=f"part-00000001-0.parquet has rollout schema version {version} but .* reads 2"
     ):
         read_rollouts(tmp_path, ["step"])
+
+
+def test_two_schema_versions_in_one_folder_are_refused_with_a_file_of_each(tmp_path):
+    write(tmp_path, make_rollout(step=0), make_rollout(step=1))
+    old = pa.table({"x": [1]}).replace_schema_metadata({"schema_version": "1"})
+    for step in (2, 3):
+        pq.write_table(old, tmp_path / f"part-0000000{step}-0.parquet")
+    message = r"part-00000000-0.parquet has rollout schema version 2 but \S*part-00000002-0.parquet has 1; move the"
+    with pytest.raises(ValueError, match=message):
+        open_rollouts(tmp_path)

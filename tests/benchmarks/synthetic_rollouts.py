@@ -46,7 +46,7 @@ def write_synthetic_store(run_dir: str | Path, num_rollouts: int) -> None:
 def _at_step(part: pa.Table, step: int) -> pa.Table:
     rows = pa.array(np.asarray(part["row_id"]) + step // DISTINCT_PARTS * DISTINCT_PARTS * GROUPS_A_PART)
     steps = pa.array(np.full(part.num_rows, step))
-    for name, values in (("step", steps), ("round", steps), ("row_id", rows)):
+    for name, values in (("step", steps), ("row_id", rows)):
         part = part.set_column(part.schema.get_field_index(name), SCHEMA.field(name), values)
     return part.replace_schema_metadata(SCHEMA.metadata)
 
@@ -60,9 +60,10 @@ def _records(rng: np.random.Generator, items: Catalogue) -> list[dict]:
         target = int(rng.integers(NUM_CANDIDATES))
         lines = [f" {label}.{items.semantic_ids[item]}" for label, item in zip(LABELS, candidates, strict=True)]
         row = {
-            "run": "synthetic", "group": group, "row_id": int(rng.integers(GROUPS_A_PART)), "user": group,
+            "run": "synthetic", "round": 0, "group": group, "row_id": int(rng.integers(GROUPS_A_PART)), "user": group,
             "prompt": "\n".join(["Rank:", f"History:{''.join(items.semantic_ids[i] for i in history)}", *lines]),
-            "target": candidates[target], "candidates": candidates, "target_rank_before": target + 1,
+            "target": candidates[target], "history": history, "candidates": candidates, "candidate_labels": LABELS,
+            "target_rank_before": target + 1,
             "relevance": [float(place == target) for place in range(NUM_CANDIDATES)],
             "first_stage_ranks": list(range(1, NUM_CANDIDATES + 1)),
         }  # fmt: skip
@@ -96,7 +97,7 @@ def _answer(rng: np.random.Generator, row: dict) -> dict:
         "policy_logps": logps.tolist(),
         "sampling_logps": (logps + rng.normal(0, 0.01, len(logps)).astype(np.float32)).tolist(),
         "reward_components": [("rank_promotion", promotion), ("well_formed", float(is_open))],
-        "reward_gates": [("well_formed", is_open)],
+        "reward_gates": [("rank_promotion", True), ("well_formed", is_open)],
         "reward": promotion + 0.2 * is_open,
         "truncated": False,
         "failure": "too_few" if is_short else None,
