@@ -1,6 +1,6 @@
 """HTML pages that open from disk: what the reports share.
 
-A page loads nothing from outside and runs no script but the two named by their hash in its content security policy,
+A page loads nothing from outside and runs no script but those named by their hash in its content security policy,
 so that a title or a completion, escaped by the template besides, can never run.
 """
 
@@ -10,6 +10,8 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from markupsafe import Markup
 
 COLOURS = ("#3f8fd6", "#e07b2c", "#2f9e6b", "#c4569b", "#8b78d8", "#a08a3c")  # legible on light and on dark
 
@@ -29,22 +31,28 @@ matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
 """
 
 
-def write(path: str | Path, template: str, charts: Sequence[Mapping[str, Any]], **values: Any) -> None:
+def write(
+    path: str | Path, template: str, charts: Sequence[Mapping[str, Any]], extra_script: str | None = None, **values: Any
+) -> None:
     """Fill a template and write it through a temporary name; every value that is not a script of ours is escaped."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
-    from markupsafe import Markup
     from plotly.offline import get_plotlyjs
 
     environment = Environment(loader=PackageLoader("rerank", "."), autoescape=True, undefined=StrictUndefined)
-    scripts = [get_plotlyjs(), _DRAW]
+    scripts = [get_plotlyjs(), _DRAW, *([] if extra_script is None else [extra_script])]
     hashes = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
     policy = " ".join(f"'sha256-{digest}'" for digest in hashes)
     text = environment.get_template(template).render(
-        charts=charts, scripts=[Markup(script) for script in scripts], policy=policy, **values
+        charts=json_text(charts), scripts=[Markup(script) for script in scripts], policy=policy, **values
     )
     temporary = Path(f"{path}.tmp")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
+
+
+def json_text(value: Any) -> Markup:
+    """Compact JSON for a `<script type="application/json">`, which nothing in it can end."""
+    return Markup(json.dumps(value, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c"))
 
 
 def chart(figure: Any, title: str, **axes: Any) -> dict[str, Any]:

@@ -1,0 +1,81 @@
+"""Charts of results and training, as the page's script draws them."""
+
+import fnmatch
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from rerank import page
+from rerank.report.rows import GENERATING, RankedRow
+
+CURVES = (  # title, log of which stage, keys or patterns of them
+    ("Mid-training loss", "midtrain/log_history.json", ("loss", "loss_*")),
+    ("Mid-training: the next item on validation rows", "midtrain/log_history.json", ("eval_R@10", "eval_N@10")),
+    ("SFT loss", "sft/log_history.json", ("loss", "eval_loss")),
+    ("SFT without trace: loss", "sft/log_history_no_trace.json", ("loss", "eval_loss")),
+    ("DAPO reward", "dapo/log_history.json", ("reward",)),
+    ("DAPO completion length, tokens", "dapo/log_history.json", ("completions/mean_length",)),
+    (
+        "DAPO gap between sampling and training log-probabilities",
+        "dapo/log_history.json",
+        ("sampling/sampling_logp_difference/mean",),
+    ),
+)
+
+
+
+def gain_chart(results: Mapping[str, Any]) -> dict[str, Any]:
+    """NDCG@5 of each ranker minus that of the input order, with intervals."""
+    import plotly.graph_objects as go
+
+    names = [name for name in results["rows"] if name not in ("no_op", "random", "oracle")][::-1]
+    rows = [results["rows"][name] for name in names]
+    gains = [row["N@5_minus_no_op"] for row in rows]
+    above = [row["N@5_interval"][1] - gain for row, gain in zip(rows, gains, strict=True)]
+    below = [gain - row["N@5_interval"][0] for row, gain in zip(rows, gains, strict=True)]
+    error = {"type": "data", "array": above, "arrayminus": below, "thickness": 2, "width": 6}
+    points = go.Scatter(x=gains, y=names, mode="markers", error_x=error, marker={"size": 10})
+    return page.chart(
+        go.Figure(points), "NDCG@5 minus that of the input order, 95 % intervals", xaxis={"tickformat": "+"}
+    )
+
+
+def place_chart(rows: Sequence[RankedRow], results: Mapping[str, Any]) -> dict[str, Any]:
+    """Where each ranker puts the relevant item: share of rows at each rank."""
+    import plotly.graph_objects as go
+
+    last = max(len(ranked.row["candidates"]) for ranked in rows)
+    figure = go.Figure()
+    for name in (name for name in ("no_op", "lambdamart", *GENERATING[::-1]) if name in results["rows"]):
+        places = [place for ranked in rows if (place := ranked.place(name)) is not None]
+        shares = np.bincount(places, minlength=last + 1)[1:] / len(rows)
+        figure.add_scatter(x=list(range(1, last + 1)), y=shares.tolist(), mode="lines+markers", name=name)
+    axes = {"xaxis": {"title": {"text": "rank"}, "dtick": 1}, "yaxis": {"tickformat": ".0%", "rangemode": "tozero"}}
+    return page.chart(figure, "Rank of the relevant item, share of rows", **axes)
+
+
+def training_charts(run_dir: Path) -> list[dict[str, Any]]:
+    """The curves of CURVES whose log is there and holds them."""
+    import plotly.graph_objects as go
+
+    charts = []
+    for title, log, keys in CURVES:
+        history = json.loads((run_dir / log).read_text()) if (run_dir / log).is_file() else []
+        figure = go.Figure()
+        present = dict.fromkeys(name for entry in history for name in entry)
+        names = [name for pattern in keys for name in fnmatch.filter(present, pattern)]
+        for name in names:
+            steps, values = zip(*((entry["step"], entry[name]) for entry in history if name in entry), strict=True)
+            label, is_long = name if len(keys) > 1 else "value", len(steps) > 20
+            if len(names) <= 2 or not is_long:  # more lines would be a thicket
+                figure.add_scatter(x=steps, y=values, mode="lines", name=label, opacity=0.5 if is_long else 1)
+            if is_long:
+                mean = pd.Series(values).rolling(len(values) // 10, min_periods=1).mean()
+                figure.add_scatter(x=steps, y=mean.tolist(), name=f"{label}, moving mean")
+        if figure.data:
+            charts.append(page.chart(figure, title, xaxis={"title": {"text": "step"}}))
+    return charts
