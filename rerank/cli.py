@@ -53,6 +53,15 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--row", type=int, help="only groups of this row_id")
     inspect.set_defaults(function=_inspect)
 
+    replay = commands.add_parser("replay", help="score the stored rollouts of a run with other rewards")
+    replay.add_argument("run_dir", metavar="RUN_DIR")
+    replay.add_argument(
+        "--rewards", required=True, metavar="FILE", help="a dapo recipe, or a YAML file with `rewards:` as it has them"
+    )
+    replay.add_argument("--top", type=int, default=10, help="how many that change sign are printed (%(default)s)")
+    replay.add_argument("--out", metavar="FILE", help="Parquet file to write, one row a rollout")
+    replay.set_defaults(function=_replay)
+
     ids = commands.add_parser("ids", help="look at the quality of a run's semantic ids")
     ids.add_argument("run_dir", metavar="RUN_DIR")
     ids.add_argument(
@@ -133,6 +142,22 @@ def _inspect(args: argparse.Namespace) -> int:
     from rerank import rollout_browser
 
     rollout_browser.inspect(args.run_dir, args.limit, args.step, args.row, args.where, args.against)
+    return 0
+
+
+def _replay(args: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from rich.console import Console
+
+    from rerank import replay
+
+    if args.out and not Path(args.out).parent.is_dir():
+        raise FileNotFoundError(f"--out {args.out}: {Path(args.out).parent} is not a folder; make it first")
+    frame = replay.replay(args.run_dir, replay.read_scoring(args.rewards, args.run_dir))
+    replay.print_summary(frame, args.top, Console())
+    if args.out:
+        frame.to_parquet(args.out, index=False)
     return 0
 
 

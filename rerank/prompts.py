@@ -7,7 +7,8 @@ A completion is `<think>` trace `</think>` and then the candidates' labels, best
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +172,12 @@ def parse_completion(text: str, labels: Sequence[str]) -> Parsed:
     too_many, duplicate, too_few: not each candidate exactly once. White space around labels means nothing, as do
     commas between numbers. Raises for no text, only for labels that `candidate_labels` cannot have made.
     """
+    parsed = _parse(text, tuple(labels))
+    return parsed if parsed.order is None else replace(parsed, order=list(parsed.order))
+
+
+@lru_cache(maxsize=8192)  # every reward and condition of a batch reads the same completions
+def _parse(text: str, labels: tuple[str, ...]) -> Parsed:
     positions = {label: position for position, label in enumerate(labels)}
     if not labels or len(positions) != len(labels):
         raise ValueError(f"candidate labels must be distinct and at least one, but are {list(labels)}; check the row.")

@@ -58,6 +58,7 @@ SCHEMA = pa.schema(
     ],
     metadata={"schema_version": SCHEMA_VERSION},
 )
+_NAMES = dict.fromkeys(SCHEMA.names)  # looked up for each record
 _MAPS = [field.name for field in SCHEMA if pa.types.is_map(field.type)]
 _PART = re.compile(r"part-(\d+)-(\d+)(-\d+)?\.parquet")
 _MAX_PENDING = 8  # parts handed over and not yet on disk; beyond it the writer waits
@@ -85,7 +86,6 @@ class RolloutWriter:
         """Keep records, each with exactly the columns of SCHEMA, until `flush`."""
         self._settle(_MAX_PENDING)
         for record in records:
-            _check_columns(record)
             self._records.setdefault(record["step"], []).append(_storable(record))
 
     def flush(self, wait: bool = False) -> None:
@@ -119,6 +119,11 @@ class RolloutWriter:
         """Wait until no more parts than that are pending, and raise what went wrong with those that are done."""
         while self._pending and (len(self._pending) > num_pending or self._pending[0].done()):
             self._pending.popleft().result()
+
+
+def to_table(records: Iterable[Mapping[str, Any]]) -> pa.Table:
+    """Records, each with exactly the columns of SCHEMA, as the table that reading them gives."""
+    return pa.Table.from_pylist([_storable(record) for record in records], schema=SCHEMA)
 
 
 def _write_part(records: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -278,15 +283,12 @@ def _refusal(where: str | None, error: duckdb.Error) -> str:
     return f"{where!r} is no SQL condition over the columns of rollouts ({reason}); they are {', '.join(SCHEMA.names)}"
 
 
-def _check_columns(record: Mapping[str, Any]) -> None:
-    missing = [name for name in SCHEMA.names if name not in record]
-    unknown = [name for name in record if name not in SCHEMA.names]
-    if missing or unknown:
-        raise ValueError(f"a rollout must have the columns of rollouts.SCHEMA; missing {missing}, unknown {unknown}")
-
-
 def _storable(record: Mapping[str, Any]) -> dict[str, Any]:
     """A record as Arrow takes it: maps as pairs, and text without lone surrogates, which are not UTF-8."""
+    missing = [name for name in _NAMES if name not in record]
+    unknown = [name for name in record if name not in _NAMES]
+    if missing or unknown:
+        raise ValueError(f"a rollout must have the columns of rollouts.SCHEMA; missing {missing}, unknown {unknown}")
     texts = {name: _utf8(record[name]) for name in ("prompt", "completion")}
     return {**record, **texts, **{name: list(record[name].items()) for name in _MAPS}}
 
