@@ -53,6 +53,11 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--row", type=int, help="only groups of this row_id")
     inspect.set_defaults(function=_inspect)
 
+    report = commands.add_parser("report", help="write one HTML page of a run that opens from disk")
+    report.add_argument("run_dir", metavar="RUN_DIR")
+    report.add_argument("--out", metavar="FILE", help="the page to write; RUN_DIR/report.html by default")
+    report.set_defaults(function=_report)
+
     replay = commands.add_parser("replay", help="score the stored rollouts of a run with other rewards")
     replay.add_argument("run_dir", metavar="RUN_DIR")
     replay.add_argument(
@@ -142,6 +147,19 @@ def _inspect(args: argparse.Namespace) -> int:
     from rerank import rollout_browser
 
     rollout_browser.inspect(args.run_dir, args.limit, args.step, args.row, args.where, args.against)
+    return 0
+
+
+def _report(args: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from rerank import report
+
+    path = Path(args.out or Path(args.run_dir) / "report.html")
+    if args.out and not path.parent.is_dir():
+        raise FileNotFoundError(f"--out {path}: {path.parent} is not a folder; make it first")
+    report.write_report(args.run_dir, Path(args.run_dir) / "evaluate", path)
+    print(f"page: {path}")
     return 0
 
 

@@ -32,7 +32,11 @@ matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
 
 
 def write(
-    path: str | Path, template: str, charts: Sequence[Mapping[str, Any]], extra_script: str | None = None, **values: Any
+    path: str | Path,
+    template: str,
+    charts: Sequence[Mapping[str, Any]],
+    extra_script: str | None = None,
+    **values: Any,
 ) -> None:
     """Fill a template and write it through a temporary name; every value that is not a script of ours is escaped."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -57,7 +61,7 @@ def json_text(value: Any) -> Markup:
 
 def chart(figure: Any, title: str, **axes: Any) -> dict[str, Any]:
     """What the page's script draws; colours of text and grid are the page's."""
-    legend = {"orientation": "h", "y": -0.25}
+    legend = {"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom"}  # below the title of the axis
     figure.update_layout(template="none", height=360, margin={"l": 50, "r": 20, "t": 20, "b": 40}, legend=legend)
     figure.update_layout(showlegend=len(figure.data) > 1, colorway=COLOURS, **axes)
     return {"title": title, **json.loads(figure.to_json())}

@@ -74,6 +74,8 @@ class RolloutGroups:
             )
         self.where, self.num_groups = "", 0
         self.filter("")
+        if self.num_groups == 0 and against is None:
+            raise ValueError(f"{run_dir} holds no rollouts; run the dapo stage, or give the folder of a run that did")
         if self.num_groups == 0:
             raise ValueError(f"{run_dir} and {against} have no row in common; give two runs of one recipe's rows")
 

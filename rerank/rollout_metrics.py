@@ -114,10 +114,10 @@ def _rollout_values(table: pa.Table, weights: Mapping[str, float] | None, catalo
     """One row a rollout, one column a number, indexed by step; NaN where the rollout has no such value."""
     before, after = _numbers(table["target_rank_before"]), _numbers(table["target_rank_after"])
     gain, cited = before - after, np.array([_cites_target(*row) for row in _traces(table, catalogue)])
-    failure = table["failure"].to_pandas()
+    failure = table["failure"].to_pandas().to_numpy()  # no index, which would be aligned with the steps
     values = {
         **_order_values(table),
-        "no_ranking": failure.notna(),
+        "no_ranking": pd.notna(failure),
         **{f"failure/{kind}": failure == kind for kind in FAILURES},
         "truncated": _numbers(table["truncated"]),
         "length_tokens": _numbers(pc.list_value_length(table["completion_ids"])),
@@ -139,7 +139,7 @@ def _group_values(table: pa.Table) -> pd.DataFrame:
     places = np.nan_to_num(after)  # 0 without a ranking
     members = pd.DataFrame({"reward": _numbers(table["reward"]), "place": places, "worse": ~(after <= before)})
     groups = members.groupby(keys)
-    spread = groups.max() - groups.min()
+    spread = groups[["reward", "place"]].max() - groups[["reward", "place"]].min()
     best, worse = groups["place"].min().eq(1) & spread["place"].eq(0), groups["worse"].all()
     values = {
         "all_best": best,

@@ -16,6 +16,7 @@ from rerank.catalogue import Catalogue
 
 Rollout = Mapping[str, Any]
 
+_UNUSUAL = re.compile(r"[^ -~\n]")
 _SEMANTIC_ID = re.compile(r"<s_a_\d+>(?:<s_[b-z]_\d+>)*")
 
 
@@ -116,7 +117,7 @@ def with_titles(text: str, titles: Mapping[str, str]) -> str:
 
 def visible(text: str) -> str:
     """`text` with control characters spelled out: a completion must not move the cursor or clear the screen."""
-    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+    return _UNUSUAL.sub(lambda match: match[0] if match[0].isprintable() else repr(match[0])[1:-1], text)
 
 
 def _number(value: float | None) -> str:

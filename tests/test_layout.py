@@ -19,13 +19,13 @@ ROOT = Path(__file__).parent.parent
 SOURCES = sorted(path for name in ("rerank", "rewards") for path in (ROOT / name).rglob("*.py"))
 TEXTS = [
     *SOURCES,
-    *(ROOT / "rerank").rglob("*.j*2"),
+    *(path for kind in ("*.j*2", "*.js") for path in (ROOT / "rerank").rglob(kind)),
     *(ROOT / "recipes").rglob("*.*"),
     *(path for path in (ROOT / name for name in ("README.md", "Makefile", "pyproject.toml")) if path.is_file()),
 ]
 MACHINE_PATH = re.compile(r"(?<![\w.])/(work|root|tmp|home|Users|mnt|opt)/")
 HEAVY = {"torch", "transformers", "trl", "vllm", "datasets", "ibis", "sentence_transformers", "lightgbm", "numpy"}
-COMMANDS = ("run", "compare", "inspect", "replay", "ids", "recall", "losses", "rank")
+COMMANDS = ("run", "compare", "inspect", "report", "replay", "ids", "recall", "losses", "rank")
 IMPORT_ALL = """
 import importlib, sys
 folder, *names = sys.argv[1:]
@@ -111,8 +111,8 @@ def wheel(tmp_path_factory):
 
 def test_the_wheel_holds_every_file_of_the_package_and_the_licence(wheel):
     packed = {path.relative_to(wheel) for path in wheel.rglob("*") if path.is_file()}
-    data = [*(ROOT / "rerank").rglob("*.jinja"), *(ROOT / "rerank").rglob("*.j2")]
-    assert {path.name for path in data} >= {"chat_template.jinja", "report.html.j2", "ids.html.j2"}
+    data = [path for kind in ("*.jinja", "*.j2", "*.js") for path in (ROOT / "rerank").rglob(kind)]
+    assert {path.name for path in data} >= {"chat_template.jinja", "report.html.j2", "ids.html.j2", "rollouts.js"}
     assert {path.relative_to(ROOT) for path in [*SOURCES, *data]} <= packed
     assert not {path.parts[0] for path in packed} & {"tests", "recipes"}
     assert any(path.name == "LICENSE" for path in packed)

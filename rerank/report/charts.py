@@ -27,7 +27,6 @@ CURVES = (  # title, log of which stage, keys or patterns of them
 )
 
 
-
 def gain_chart(results: Mapping[str, Any]) -> dict[str, Any]:
     """NDCG@5 of each ranker minus that of the input order, with intervals."""
     import plotly.graph_objects as go

@@ -21,7 +21,7 @@ FACTS = (  # shown for the first and the last fifth of the steps: number, its na
     ("target_cited", "traces that name the target"),
     ("kept", "rollouts trained on"),
 )
-SHARE = {"tickformat": ".0%", "rangemode": "tozero"}
+SHARE = {"tickformat": "~%", "rangemode": "tozero"}
 CURVES = (  # title, {number or pattern/: name of the line; a pattern stands for all that begin so}, axis
     (
         "Copies of an order, share of rankings",
@@ -40,11 +40,12 @@ CURVES = (  # title, {number or pattern/: name of the line; a pattern stands for
         {},
     ),
     (
-        "Groups: share",
+        "Groups that teach nothing, and groups by where the target goes",
         {
-            "groups/all_equal": "all rewards equal",
-            "groups/all_worse": "no member better or equal",
+            "groups/same_reward": "all rewards equal",
             "groups/all_best": "target first in all",
+            "groups/all_worse": "target lower in all",
+            "groups/all_equal": "target at one place",
         },
         SHARE,
     ),
@@ -58,12 +59,13 @@ def numbers_by_step(run_dir: str | Path, catalogue: Catalogue | None) -> pd.Data
         ValueError: When the run has no readable rollouts.
     """
     counts = "SELECT step, count(*) AS rollouts FROM rollouts GROUP BY step ORDER BY step"
+    weights = rollout_metrics.reward_weights(run_dir)
     steps = open_rollouts(run_dir).connection.sql(counts).to_arrow_table().to_pandas()
     parts = []
     for _, part in steps.groupby((steps["rollouts"].cumsum() - 1) // ROLLOUTS_AT_ONCE):
         where = f"step BETWEEN {part['step'].min()} AND {part['step'].max()}"
         table = read_rollouts(run_dir, rollout_metrics.COLUMNS, where)
-        parts.append(rollout_metrics.by_step(table, catalogue=catalogue))
+        parts.append(rollout_metrics.by_step(table, weights, catalogue))
     return pd.concat(parts)
 
 
@@ -90,7 +92,8 @@ def _curves(numbers: pd.DataFrame, title: str, lines: dict[str, str], axis: dict
         names = [name for name in numbers if name.startswith(pattern)] if pattern.endswith("/") else [pattern]
         for name in (name for name in names if name in numbers and numbers[name].any()):
             shown = numbers[name].rolling(max(1, len(numbers) // 20), min_periods=1).mean().round(4)
-            figure.add_scatter(x=shown.index.tolist(), y=shown.tolist(), name=label or name.partition("/")[2])
+            line = {"mode": "lines", "connectgaps": True, "name": label or name.partition("/")[2]}
+            figure.add_scatter(x=shown.index.tolist(), y=shown.tolist(), **line)
     if not figure.data:
         return None
     return page.chart(figure, title, xaxis={"title": {"text": "step"}}, yaxis=axis)

@@ -18,8 +18,8 @@ ROLLOUT_FIELDS = (
     *("completion", "failure", "truncated", "order", "target_rank_before", "target_rank_after", "reward", "advantage"),
     *("reward_components", "reward_gates", "tokens", "kept", "discard_reason"),
 )
-# Groups are drawn one from each step and outcome, then a second, until the estimated bytes are used up: a `<` takes six
-# bytes in the page, and what surrounds the texts about 150 a completion and 200 a group.
+# Groups are drawn one from each step and outcome, then a second, until the estimated bytes are used up: a `<` takes
+# six bytes in the page, and what surrounds the texts about 150 a completion and 200 a group.
 _DRAW = """
 WITH sizes AS (
     SELECT {keys}, sum(strlen(replace(completion, '<', '123456')) + 150)
