@@ -18,7 +18,7 @@ demo: setup
 
 test: lint
 	@command -v chromium chromium-browser google-chrome >/dev/null || \
-		echo "Chromium is missing, so one test is skipped; install it with: apt-get install -y chromium" >&2
+		echo "Chromium is missing, so the tests of the report in a browser are skipped; install it with: apt-get install -y chromium" >&2
 	$(BIN)/python -m pytest
 
 lint: setup

@@ -27,7 +27,7 @@
 
   for (const group of groups) {
     const titles = [...group.candidates, ...group.history].map(item => data.items[item][0]);
-    group.text = [`step ${group.step} row ${group.row_id} user ${group.user}`, ...titles].join(" ").toLowerCase();
+    group.text = [`step:${group.step} row:${group.row_id} user:${group.user}`, ...titles].join(" ").toLowerCase();
   }
   for (const rollout of rollouts) {
     rollout.group = groups[rollout.group];
@@ -50,7 +50,8 @@
   }
 
   function find() {
-    const words = search.value.toLowerCase().split(/\s+/).filter(word => word);
+    const words = search.value.toLowerCase().split(/\s+/).filter(word => word)
+      .map(word => /^(step|row|user):\d+$/.test(word) ? `${word} ` : word);  // the whole number
     const chosen = choice.value;
     const key = COLUMNS.find(([name]) => name === sorted)[2], sign = descending ? -1 : 1;
     found = rollouts.filter(rollout =>

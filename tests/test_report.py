@@ -4,20 +4,49 @@ import html
 import json
 import re
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
-from toy_run import write_run
+from playwright.sync_api import sync_playwright
+from test_rollouts import make_rollout
+from test_rollouts import write as write_rollouts
+from toy_run import finish, write_run
 
-from rerank import report, run_dir
+from rerank import cli, report, run_dir
+from rerank.catalogue import Catalogue
 from rerank.evaluate import write_rankings
 from rerank.evaluate.generation import read_answer
 from rerank.evaluate.results import Ranking, Sampling, make_results
 from rerank.evaluate.rows import read_rows
+from rerank.page import json_text
+from rerank.report import cheating, rollouts
+from rerank.report.rows import read_ranked_rows, sample_rows
+from rerank.rollout_groups import RolloutGroups
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 ATTACK = "</pre></script><script>alert(2)</script>"
+
+
+def toy_rollouts() -> list[dict]:
+    """Two groups of each of two steps; one completion attacks the page, of another the bytes are no UTF-8."""
+    prompt = "Candidates:<s_a_0><s_b_0><s_a_0><s_b_1><s_a_0><s_b_2>"
+    lost = {"order": None, "failure": "no_trace_end", "target_rank_after": None, "reward": -1.0, "truncated": True}
+    equal = {
+        "kept": False,
+        "discard_reason": "all_equal",
+        "advantage": 0.0,
+        "target_rank_after": 2,
+        "order": [0, 1, 2],
+    }
+    rollouts = []
+    for step in range(2):
+        rollouts += [
+            make_rollout(step, prompt=prompt),
+            make_rollout(step, prompt=prompt, completion=ATTACK + "<!-- \x1b[2J & \udcff", **lost),
+            make_rollout(step, 1, prompt=prompt, completion="<think></think>1,2,3", reward=0.0, **equal),
+            make_rollout(step, 1, prompt=prompt, completion="<think>same</think>1,2,3", reward=0.0, **equal),
+        ]
+    return rollouts
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +66,7 @@ def run(tmp_path_factory) -> Path:
     ]
     sampling = Sampling(evaluated.users, 50, 0)
     results = make_results(rankings, evaluated.relevance, "test", evaluated.hit_share, evaluated.num_all, sampling)
+    write_rollouts(folder / "dapo/rollouts", *toy_rollouts())
     (folder / "evaluate").mkdir()
     run_dir.write_json(folder / "evaluate/results.json", results)
     write_rankings(rankings, evaluated.rows, folder / "evaluate/rankings.parquet")
@@ -47,7 +77,7 @@ def run(tmp_path_factory) -> Path:
 def test_the_page_has_the_section_on_semantic_ids(run, page):
     from rerank.semantic_ids import id_report
 
-    assert "<h2>Semantic ids</h2>" in page
+    assert '<h2 id="ids">Semantic ids</h2>' in page
     for name, value in id_report.facts(id_report.read_quality(run)):
         assert f"<dt>{name}</dt><dd>{value}</dd>" in page
 
@@ -55,6 +85,10 @@ def test_the_page_has_the_section_on_semantic_ids(run, page):
 @pytest.fixture(scope="module")
 def page(run) -> str:
     return (run / "evaluate/report.html").read_text(encoding="utf-8")
+
+
+def charts_of(page: str) -> list[dict]:
+    return json.loads(re.search(r'<script type="application/json" id="charts">(.*?)</script>', page)[1])
 
 
 def scripts_of(page: str) -> list[str]:
@@ -66,7 +100,7 @@ def test_titles_names_and_completions_are_shown_and_never_run(page):
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page  # a title of the toy catalogue
     assert "&lt;/pre&gt;&lt;/script&gt;&lt;script&gt;alert(2)&lt;/script&gt;" in page
     assert "<h1>run &lt;b&gt;</h1>" in page
-    assert len(scripts_of(page)) == 2
+    assert len(scripts_of(page)) == 3
 
 
 def test_only_scripts_named_by_their_hash_may_run_and_nothing_loads_from_outside(page):
@@ -75,7 +109,7 @@ def test_only_scripts_named_by_their_hash_may_run_and_nothing_loads_from_outside
     for script in scripts_of(page):
         digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
         assert f"'sha256-{digest}'" in policy
-    markup = re.sub(r"<script>.*?</script>", "", page, flags=re.DOTALL)
+    markup = re.sub(r"<script.*?</script>", "", page, flags=re.DOTALL)
     assert not re.search(r"\bsrc=|<link|@import|url\(|https?://", markup)
     assert len(page.encode()) < 6_000_000
 
@@ -88,7 +122,7 @@ def test_the_page_holds_results_stages_and_notes(page):
 
 
 def test_charts_hold_the_logged_values(page):
-    charts = json.loads(re.search(r'<script type="application/json" id="charts">(.*?)</script>', page)[1])
+    charts = charts_of(page)
     assert [chart["title"] for chart in charts][:2] == [
         "NDCG@5 minus that of the input order, 95 % intervals",
         "Rank of the relevant item, share of rows",
@@ -104,26 +138,158 @@ def test_charts_hold_the_logged_values(page):
     ]
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is missing; install it with: apt-get install -y chromium")
-def test_a_browser_draws_every_chart_and_runs_nothing_else(run, page, tmp_path):
-    options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}", "--dump-dom"]
-    address = (run / "evaluate/report.html").as_uri()
-    line = [CHROMIUM, *options, "--virtual-time-budget=10000", "--enable-logging=stderr", address]
-    done = subprocess.run(line, capture_output=True, text=True, timeout=120)
+def rollouts_of(page: str) -> dict:
+    """The rollouts that a page carries."""
+    return json.loads(re.search(r'<script type="application/json" id="rollouts">(.*?)</script>', page)[1])
+
+
+def test_the_page_carries_every_rollout_of_a_small_run_and_nothing_ends_its_script(page):
+    data = rollouts_of(page)
+    assert "All 8 rollouts of the run." in page and data["num_rollouts"] == 8
+    rollout = dict(zip(data["rollout_fields"], data["rollouts"][1], strict=True))
+    assert rollout["completion"] == ATTACK + "<!-- \\x1b[2J & ?"  # bytes that were no UTF-8 were stored as ?
+    assert (rollout["failure"], rollout["truncated"], rollout["tokens"], rollout["reward"]) == (
+        "no_trace_end",
+        1,
+        2,
+        -1,
+    )
+    assert data["rewards"] == ["rank_promotion", "well_formed"]
+    assert rollout["reward_components"] == [0.3333, None] and rollout["reward_gates"] == [1]
+    group = dict(zip(data["group_fields"], data["groups"][rollout["group"]], strict=True))
+    assert [data["items"][item] for item in group["candidates"]] == [
+        ["<script>alert(1)</script>", "<s_a_0><s_b_0>"],
+        ["Title 1", "<s_a_0><s_b_1>"],
+        ["Title 2", "<s_a_0><s_b_2>"],
+    ]
+    written = re.search(r'<script type="application/json" id="rollouts">(.*?)</script>', page)[1]
+    assert "<" not in written
+
+
+def test_the_page_holds_the_signs_of_cheating(page):
+    # per step: one ranking of three copies nothing, two copy; one completion of four is no ranking
+    for fact in (
+        "rankings that copy the input order</th><td>0.667<",
+        "completions that are no ranking</th><td>0.250<",
+    ):
+        assert fact in page
+    charts = {chart["title"]: chart for chart in charts_of(page)}
+    origins = charts["Where the item ranked first came from, share of rankings"]["data"][0]
+    assert (origins["x"], origins["y"]) == ([1, 2, 3], [0.6667, 0.3333, 0])
+    failures = charts["Completions that are no ranking, by kind"]["data"]
+    assert [(line["name"], line["y"]) for line in failures] == [
+        ("no_trace_end", [0.25, 0.25]),
+        ("truncated", [0.25, 0.25]),
+    ]
+
+
+def test_of_a_big_run_groups_of_every_step_and_outcome_are_drawn_within_the_limit(tmp_path):
+    equal = {"kept": False, "discard_reason": "all_equal"}
+    records = [make_rollout(step, group, completion="x" * 500) for step in range(3) for group in range(20)]
+    records += [make_rollout(step, 20, completion="y\x1b" * 250, **equal) for step in range(3)]
+    write_rollouts(tmp_path, *records)
+    drawn = rollouts.sample(RolloutGroups(tmp_path), max_bytes=12_000)
+    assert len(json_text(drawn)) <= 12_000 and drawn["num_rollouts"] == 63
+    kept = drawn["rollout_fields"].index("kept")
+    found = [(drawn["groups"][rollout[0]][0], rollout[kept]) for rollout in drawn["rollouts"]]
+    assert set(found) == {(step, is_kept) for step in range(3) for is_kept in (True, False)}
+    assert 6 < len(found) < 20
+
+
+def test_numbers_of_many_rollouts_are_read_in_parts(tmp_path, monkeypatch):
+    records = [make_rollout(step, reward=step / 10) for step in range(5) for _ in range(3)]
+    write_rollouts(tmp_path, *records)
+    whole = cheating.numbers_by_step(tmp_path, None)
+    monkeypatch.setattr(cheating, "ROLLOUTS_AT_ONCE", 7)
+    assert whole.equals(cheating.numbers_by_step(tmp_path, None))
+    assert whole["reward"].tolist() == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4])
+
+
+NEEDS_CHROMIUM = pytest.mark.skipif(
+    CHROMIUM is None, reason="Chromium is missing; install it with: apt-get install -y chromium"
+)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with sync_playwright() as playwright:
+        found = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield found
+        found.close()
+
+
+@pytest.fixture(params=[(390, "light"), (1280, "dark")], ids=["phone", "desktop"])
+def tab(request, browser, run):
+    """The page in a browser, with all that it complained of and asked for."""
+    width, scheme = request.param
+    tab = browser.new_page(viewport={"width": width, "height": 844}, color_scheme=scheme)
+    tab.complaints, tab.requests = [], []
+    for event in ("console", "pageerror", "dialog"):
+        tab.on(event, lambda happened: tab.complaints.append(str(happened)))
+    tab.on("request", lambda request: tab.requests.append(request.url))
+    tab.goto((run / "evaluate/report.html").as_uri())
+    yield tab
+    tab.close()
+
+
+@NEEDS_CHROMIUM
+def test_a_browser_draws_every_chart_runs_nothing_else_and_loads_nothing(tab, run, page):
     num_charts = page.count('class="chart"')
-    assert num_charts > 2
-    container = r'id="chart\d+"[^>]*><div class="plot-container.*?<svg class="main-svg"'
-    drawn = re.findall(container, done.stdout, re.DOTALL)
-    assert len(drawn) == num_charts
-    assert not [text for text in done.stderr.splitlines() if "CONSOLE" in text]  # no error, nothing that was refused
+    assert num_charts > 10 and tab.locator(".chart svg.main-svg").count() >= num_charts
+    assert tab.complaints == []
+    assert [url for url in tab.requests if not url.startswith(("blob:", "data:"))] == [
+        (run / "evaluate/report.html").as_uri()
+    ]
+    assert tab.evaluate("document.documentElement.scrollWidth") == tab.viewport_size["width"]
+
+
+@NEEDS_CHROMIUM
+def test_rollouts_are_searched_and_sorted_in_a_browser(tab):
+    rows = tab.locator("#rollout-rows tr")
+    assert rows.count() == 8
+    tab.fill("#rollout-search", "TITLE 1 same discarded step:1")
+    assert rows.count() == 1 and tab.inner_text("#rollout-count") == "1 of 8 rollouts"
+    tab.fill("#rollout-search", "step:1 no_trace_end row:40")
+    assert rows.count() == 1
+    tab.fill("#rollout-search", "row:4")  # no part of a number
+    assert rows.count() == 0
+    tab.fill("#rollout-search", "")
+    tab.select_option("#rollout-outcome", "moved up")
+    assert [row.split()[:2] for row in rows.all_inner_texts()] == [["1", "40"], ["0", "40"]]
+    tab.select_option("#rollout-outcome", "")
+    for direction, rewards in (("descending", [0.5, 0.5, 0, 0, 0, 0, -1, -1]), ("ascending", [-1, -1, 0, 0, 0, 0])):
+        tab.click("#rollout-head .c-reward button")
+        assert tab.get_attribute("#rollout-head .c-reward", "aria-sort") == direction
+        shown = [float(text) for text in tab.locator("#rollout-rows .c-reward").all_inner_texts()]
+        assert shown[: len(rewards)] == rewards
+    assert tab.complaints == []
+
+
+@NEEDS_CHROMIUM
+def test_a_group_opens_in_a_browser_and_its_attack_is_text(tab):
+    tab.fill("#rollout-search", "alert(2) step:0")
+    tab.click("#rollout-rows tr")
+    group = tab.locator("#rollout-group")
+    assert tab.inner_text("#rollout-group-title") == "Step 0, group 0, row 40, user 7: 2 rollouts"
+    assert group.locator("section").count() == 3  # the incoming order and two rollouts
+    chosen = group.locator(".chosen")
+    assert chosen.locator("pre").inner_text() == ATTACK + "<!-- \\x1b[2J & ?"
+    assert "no_trace_end, truncated, kept" in chosen.inner_text()
+    other = group.locator("section").nth(1)
+    assert "Title 1 ★ ↑ from 2" in other.inner_text() and "well_formed (condition not met)" in other.inner_text()
+    group.locator("summary").click()
+    assert "Candidates:‹<script>alert(1)</script>›‹Title 1›" in group.locator("details pre").inner_text()
+    tab.uncheck("#rollout-titles")
+    assert "Candidates:<s_a_0><s_b_0>" in group.locator("details pre").text_content()
+    tab.click("#rollout-close")
+    assert not group.is_visible()
+    assert tab.complaints == [] and tab.locator("#rollout-group script").count() == 0
 
 
 def test_samples_show_both_orders_with_the_target_marked(run, page):
-    rows = report.read_ranked_rows(run, run / "evaluate", "test")
+    rows = read_ranked_rows(run, run / "evaluate", "test")
     results = json.loads((run / "evaluate/results.json").read_text())
-    from rerank.catalogue import Catalogue
-
-    name, samples = report.sample_rows(rows, results, Catalogue.load(run))
+    name, samples = sample_rows(rows, results, Catalogue.load(run))
     assert name == "sft"
     assert {sample["outcome"] for sample in samples} >= {"moved up", "moved down", "no ranking"}
     for sample in samples:
@@ -145,6 +311,40 @@ def test_the_headline_says_what_the_interval_says(low, high, verdict):
     assert verdict in text and "+4.0 % relative" in text
 
 
-def test_a_run_without_an_evaluation_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"results.json is missing; run the evaluate stage first"):
-        report.write_report(tmp_path, tmp_path / "evaluate", tmp_path / "report.html")
+def test_a_run_so_far_says_what_is_missing(tmp_path, capsys):
+    (tmp_path / "data").mkdir()
+    finish(tmp_path / "data", {"num_items": 12})
+    assert cli.main(["report", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == f"page: {tmp_path / 'report.html'}\n"
+    page = (tmp_path / "report.html").read_text()
+    assert "There is no evaluation of this run yet; run the evaluate stage." in page
+    assert "No training stage has logged yet" in page and "There are no semantic ids yet" in page
+    assert page.count(f"{tmp_path} holds no rollouts; run the dapo stage") == 2
+    assert "<dt>num_items</dt><dd>12</dd>" in page and len(scripts_of(page)) == 2
+
+
+def test_rollouts_alone_are_reported(tmp_path):
+    write_rollouts(tmp_path / "rollouts", make_rollout())
+    report.write_report(tmp_path / "rollouts", tmp_path / "evaluate", tmp_path / "page.html")
+    data = rollouts_of((tmp_path / "page.html").read_text())
+    assert len(data["rollouts"]) == 1 and ["1", ""] in data["items"]  # no catalogue: items by number
+
+
+def test_an_evaluation_of_another_task_is_named(tmp_path):
+    for stage in ("data", "evaluate"):
+        (tmp_path / stage).mkdir()
+        finish(tmp_path / stage, {})
+    run_dir.write_json(tmp_path / "evaluate/results.json", {"task": "next_item"})
+    report.write_report(tmp_path, tmp_path / "evaluate", tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert "The evaluation is of the task next_item; its table is evaluate/results.md." in page
+
+
+def test_what_is_no_run_is_refused(tmp_path, capsys):
+    with pytest.raises(FileNotFoundError, match="absent is not a folder; give the folder of a run"):
+        report.write_report(tmp_path / "absent", tmp_path, tmp_path / "report.html")
+    with pytest.raises(ValueError, match="holds neither a finished stage nor rollouts; give the folder of a run"):
+        report.write_report(tmp_path, tmp_path, tmp_path / "report.html")
+    assert cli.main(["report", str(tmp_path), "--out", str(tmp_path / "no/page.html")]) == 2
+    assert "is not a folder; make it first" in capsys.readouterr().err
+    assert not (tmp_path / "report.html").exists()

@@ -1,9 +1,12 @@
 """Time of looking at rollouts, on synthetic stores: the terminal browser's first screen and the report.
 
 - `inspect_first_screen_seconds_1m`: from starting `rerank inspect` on a terminal until the list of a million rollouts
-  stands there, interpreter and imports included; the median of --repeats, each a process of its own.
+  stands there.
+- `report_seconds_100k`, `report_megabytes_100k`: `rerank report` of a run that has 100,000 rollouts and nothing else,
+  and the page it writes, a megabyte being a million bytes.
 
-On a quiet machine, files in the operating system's cache:
+Times are medians of --repeats, each of a process of its own, interpreter and imports included. On a quiet machine, the
+files in the operating system's cache:
 
     python -m tests.benchmarks.rollout_viewers
 """
@@ -44,6 +47,14 @@ def inspect_first_screen_seconds(run_dir: Path, num_rollouts: int) -> float:
     return seconds
 
 
+def report_seconds(run_dir: Path, page: Path) -> float:
+    """Seconds that `rerank report` takes to write a page."""
+    begin = time.perf_counter()
+    line = [sys.executable, "-m", "rerank.cli", "report", str(run_dir), "--out", str(page)]
+    subprocess.run(line, check=True, stdout=subprocess.DEVNULL)
+    return time.perf_counter() - begin
+
+
 def measure(folder: Path, repeats: int) -> dict[str, float]:
     """Every figure by name."""
     for num_rollouts in (FEW, MANY):
@@ -51,7 +62,13 @@ def measure(folder: Path, repeats: int) -> dict[str, float]:
             print(f"writing {num_rollouts:,} rollouts", flush=True)
             write_synthetic_store(folder / str(num_rollouts), num_rollouts)
     first_screens = [inspect_first_screen_seconds(folder / str(MANY), MANY) for _ in range(repeats)]
-    return {"inspect_first_screen_seconds_1m": statistics.median(first_screens)}
+    page = folder / "report.html"
+    reports = [report_seconds(folder / str(FEW), page) for _ in range(repeats)]
+    return {
+        "inspect_first_screen_seconds_1m": statistics.median(first_screens),
+        "report_seconds_100k": statistics.median(reports),
+        "report_megabytes_100k": page.stat().st_size / 1e6,
+    }
 
 
 def main() -> None:
