@@ -7,7 +7,7 @@ A completion is `<think>` trace `</think>` and then the candidates' labels, best
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -173,7 +173,7 @@ def parse_completion(text: str, labels: Sequence[str]) -> Parsed:
     commas between numbers. Raises for no text, only for labels that `candidate_labels` cannot have made.
     """
     parsed = _parse(text, tuple(labels))
-    return parsed if parsed.order is None else replace(parsed, order=list(parsed.order))
+    return parsed if parsed.order is None else Parsed(list(parsed.order), parsed.trace)  # a list that is the caller's
 
 
 @lru_cache(maxsize=8192)  # every reward and condition of a batch reads the same completions
