@@ -41,9 +41,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     compare.set_defaults(function=_compare)
 
-    inspect = commands.add_parser("inspect", help="look at the rollouts of a run")
+    inspect = commands.add_parser("inspect", help="browse the rollouts of a run, or print them without a terminal")
     inspect.add_argument("run_dir", metavar="RUN_DIR")
-    inspect.add_argument("--limit", type=int, default=5, help="how many groups (%(default)s)")
+    inspect.add_argument(
+        "--where", metavar="SQL", default="", help="only groups with a rollout that meets a DuckDB condition on its "
+        'columns, such as "kept = false and target_rank_after > target_rank_before"'
+    )  # fmt: skip
+    inspect.add_argument("--against", metavar="OTHER_RUN", help="show the same rows of another run beside it")
+    inspect.add_argument("--limit", type=int, default=5, help="how many groups to print (%(default)s)")
     inspect.add_argument("--step", type=int, help="only groups of this step")
     inspect.add_argument("--row", type=int, help="only groups of this row_id")
     inspect.set_defaults(function=_inspect)
@@ -134,9 +139,9 @@ def _compare(args: argparse.Namespace) -> int:
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    from rerank import rollouts
+    from rerank import rollout_browser
 
-    rollouts.inspect(args.run_dir, args.limit, args.step, args.row)
+    rollout_browser.inspect(args.run_dir, args.limit, args.step, args.row, args.where, args.against)
     return 0
 
 

@@ -1,8 +1,9 @@
-"""Rollouts as text: each group's prompt once, then every completion with its order beside the incoming one.
+"""Rollouts as text, for the printed view and the terminal browser: outcome, orders, rewards, prompt and completion.
 
 Model output is shown as `rich.text.Text`, never as markup, so that no completion can style or hide anything.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,14 +16,14 @@ from rerank.catalogue import Catalogue
 
 Rollout = Mapping[str, Any]
 
+_SEMANTIC_ID = re.compile(r"<s_a_\d+>(?:<s_[b-z]_\d+>)*")
+
 
 def print_groups(groups: Sequence[Sequence[Rollout]], catalogue: Catalogue | None, console: Console) -> None:
     """Print groups of rollouts; without a catalogue items are shown by number."""
     for group in groups:
-        first = group[0]
-        heading = f"step {first['step']}, group {first['group']}, row {first['row_id']}, user {first['user']}"
-        console.print(Rule(Text(f"{heading}: {len(group)} rollouts"), align="left"))
-        console.print(_plain(first["prompt"]), style="dim")
+        console.print(Rule(Text(heading(group)), align="left"))
+        console.print(Text(visible(group[0]["prompt"])), style="dim")
         for number, rollout in enumerate(group, start=1):
             _print_rollout(number, rollout, catalogue, console)
 
@@ -30,11 +31,17 @@ def print_groups(groups: Sequence[Sequence[Rollout]], catalogue: Catalogue | Non
 def _print_rollout(number: int, rollout: Rollout, catalogue: Catalogue | None, console: Console) -> None:
     console.print()
     console.print(Text(f"rollout {number}: {outcome(rollout)}", style="bold"))
-    console.print(_plain(rollout["completion"]))
+    console.print(Text(visible(rollout["completion"])))
     console.print(_orders(rollout, catalogue))
-    parts = [f"{name} {_number(value)}" for name, value in rollout["reward_components"].items()]
     total = f"reward {_number(rollout['reward'])}, advantage {_number(rollout['advantage'])}"
-    console.print(Text(f"{total} ({', '.join(parts)})"))
+    console.print(Text(f"{total} ({', '.join(reward_parts(rollout))})"))
+
+
+def heading(group: Sequence[Rollout]) -> str:
+    """Where a group stands in its run."""
+    first = group[0]
+    place = f"step {first['step']}, group {first['group']}, row {first['row_id']}, user {first['user']}"
+    return f"{place}: {len(group)} rollouts"
 
 
 def outcome(rollout: Rollout) -> str:
@@ -47,29 +54,69 @@ def outcome(rollout: Rollout) -> str:
     return ", ".join(words)
 
 
+def reward_parts(rollout: Rollout) -> list[str]:
+    """Each reward by name, and whether its condition kept it from counting."""
+    shut = {name for name, is_open in rollout["reward_gates"].items() if not is_open}
+    parts = rollout["reward_components"].items()
+    return [f"{name} {_number(part)}{' [condition not met]' if name in shut else ''}" for name, part in parts]
+
+
+def incoming_order(rollout: Rollout, catalogue: Catalogue | None) -> Text:
+    """The first stage's order, one numbered line an item; relevant items carry a star."""
+    lines = [_line(rank, item_text(rollout, old, catalogue)) for rank, old in enumerate(_incoming(rollout), start=1)]
+    return Text("\n").join(lines)
+
+
+def outgoing_order(rollout: Rollout, catalogue: Catalogue | None) -> Text:
+    """A completion's order, one numbered line an item, each that moved with an arrow and the rank it came from."""
+    if rollout["order"] is None:
+        return Text(f"no ranking: {rollout['failure']}", style="bold red")
+    lines = []
+    for rank, position in enumerate(rollout["order"], start=1):
+        before = rollout["first_stage_ranks"][position]
+        line = _line(rank, item_text(rollout, position, catalogue))
+        if before != rank:
+            line.append(f" ↑{before}" if before > rank else f" ↓{before}", style="green" if before > rank else "red")
+        lines.append(line)
+    return Text("\n").join(lines)
+
+
+def _line(rank: int, item: Text) -> Text:
+    return Text().append(f"{rank:2} ", style="dim").append_text(item)
+
+
 def _orders(rollout: Rollout, catalogue: Catalogue | None) -> Table:
-    """Incoming and outgoing order side by side; relevant items carry a star."""
-    ranks = rollout["first_stage_ranks"]
-    incoming = sorted(range(len(ranks)), key=ranks.__getitem__)
+    """Incoming and outgoing order side by side."""
+    ranks, incoming = rollout["first_stage_ranks"], _incoming(rollout)
     outgoing: Sequence[int | None] = rollout["order"] or [None] * len(incoming)
     table = Table("rank", "incoming", "outgoing", "was")
     for rank, (old, new) in enumerate(zip(incoming, outgoing, strict=True), start=1):
-        was = "" if new is None else str(ranks[new])
-        table.add_row(str(rank), _item(rollout, old, catalogue), _item(rollout, new, catalogue), was)
+        item, was = (Text("-"), "") if new is None else (item_text(rollout, new, catalogue), str(ranks[new]))
+        table.add_row(str(rank), item_text(rollout, old, catalogue), item, was)
     return table
 
 
-def _item(rollout: Rollout, position: int | None, catalogue: Catalogue | None) -> Text:
-    if position is None:
-        return Text("-")
+def _incoming(rollout: Rollout) -> list[int]:
+    """Positions into the shown candidates in the first stage's order."""
+    ranks = rollout["first_stage_ranks"]
+    return sorted(range(len(ranks)), key=ranks.__getitem__)
+
+
+def item_text(rollout: Rollout, position: int, catalogue: Catalogue | None) -> Text:
+    """A shown candidate by its title, with a star where it is relevant."""
     item, is_relevant = rollout["candidates"][position], rollout["relevance"][position] > 0
-    name = str(item) if catalogue is None else catalogue.titles[item] or catalogue.item_ids[item]
+    name = str(item) if catalogue is None else visible(catalogue.titles[item] or catalogue.item_ids[item])
     return Text(f"{'* ' if is_relevant else ''}{name}", style="bold green" if is_relevant else "")
 
 
-def _plain(text: str) -> Text:
-    """Text with control characters made visible: a completion must not move the cursor or clear the screen."""
-    return Text("".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text))
+def with_titles(text: str, titles: Mapping[str, str]) -> str:
+    """`text` with ‹title› for each semantic id that is a key of `titles`; others stay as they are."""
+    return _SEMANTIC_ID.sub(lambda match: f"‹{titles[match[0]]}›" if match[0] in titles else match[0], text)
+
+
+def visible(text: str) -> str:
+    """`text` with control characters spelled out: a completion must not move the cursor or clear the screen."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
 def _number(value: float | None) -> str:

@@ -1,11 +1,10 @@
-"""What a rollout is, written and read: one Parquet row per sampled completion, and its printed view.
+"""What a rollout is, written and read: one Parquet row per sampled completion.
 
 The dapo stage writes `RUN_DIR/dapo/rollouts/part-<step>-<process>[-<number>].parquet`. A part gets its name only when
 it is whole and on disk, so a crash at any moment leaves readable files; `.tmp` files are what a crash cut off.
-`rerank inspect RUN_DIR` prints what `inspect` shows. `open_rollouts` gives the parts as a DuckDB view, `read_rollouts`
-as a table. SCHEMA documents the columns; in SQL `order`, `group` and `user` are reserved words and stand in double
-quotes. Each part carries SCHEMA_VERSION in its metadata. Of several equally relevant candidates the target is the one
-that the first stage ranks best.
+`open_rollouts` gives the parts as a DuckDB view, `read_rollouts` as a table. SCHEMA documents the columns; in SQL
+`order`, `group` and `user` are reserved words and stand in double quotes. Each part carries SCHEMA_VERSION in its
+metadata. Of several equally relevant candidates the target is the one that the first stage ranks best.
 """
 
 import glob
@@ -21,12 +20,7 @@ from typing import Any
 
 import duckdb
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from rich.console import Console
-
-from rerank import rollout_view
-from rerank.catalogue import Catalogue
 
 logger = logging.getLogger(__name__)
 
@@ -68,11 +62,6 @@ _NAMES = dict.fromkeys(SCHEMA.names)  # looked up for each record
 _MAPS = [field.name for field in SCHEMA if pa.types.is_map(field.type)]
 _PART = re.compile(r"part-(\d+)-(\d+)(-\d+)?\.parquet")
 _MAX_PENDING = 8  # parts handed over and not yet on disk; beyond it the writer waits
-_SHOWN = [
-    *("step", "group", "row_id", "user", "prompt", "completion", "reward_components", "reward", "advantage"),
-    *("truncated", "failure", "order", "candidates", "relevance", "first_stage_ranks", "target_rank_before"),
-    *("target_rank_after", "kept", "discard_reason"),
-]
 
 
 class RolloutWriter:
@@ -187,53 +176,6 @@ def read_rollouts(run_dir: str | Path, columns: Sequence[str] | None = None, whe
         ValueError: As `open_rollouts`, and when `where` is no condition over the columns.
     """
     return _read(run_dir, open_rollouts(run_dir), SCHEMA.names if columns is None else columns, where)
-
-
-def inspect(
-    run_dir: str | Path,
-    limit: int = 5,
-    step: int | None = None,
-    row_id: int | None = None,
-    console: Console | None = None,
-) -> None:
-    """Print groups of rollouts, the latest step first.
-
-    Args:
-        run_dir: As in `read_rollouts`.
-        limit: How many groups.
-        step: Only groups of this step.
-        row_id: Only groups of this row.
-        console: A rich console; one on standard output when None.
-    """
-    if limit < 1:
-        raise ValueError(f"limit is {limit} but must be at least 1")
-    table = read_rollouts(run_dir, _SHOWN)
-    steps = pc.min_max(table["step"]).as_py()
-    for name, value in (("step", step), ("row_id", row_id)):
-        if value is not None:
-            table = table.filter(pc.equal(table[name], value))
-    if table.num_rows == 0:
-        asked = ", ".join(f"{n} {v}" for n, v in (("step", step), ("row", row_id)) if v is not None)
-        raise ValueError(f"{run_dir} has no rollout of {asked}; its steps are {steps['min']} to {steps['max']}")
-    rollout_view.print_groups(_groups(table, limit), _catalogue(Path(run_dir)), console or Console())
-
-
-def _groups(table: pa.Table, limit: int) -> list[list[dict[str, Any]]]:
-    """The first `limit` groups, latest step first, each a list of rollouts."""
-    keys = table.select(["step", "group"]).group_by(["step", "group"]).aggregate([])
-    keys = keys.sort_by([("step", "descending"), ("group", "ascending")]).slice(0, limit).to_pylist()
-    groups = []
-    for key in keys:
-        chosen = pc.and_(pc.equal(table["step"], key["step"]), pc.equal(table["group"], key["group"]))
-        groups.append(table.filter(chosen).to_pylist(maps_as_pydicts="strict"))
-    return groups
-
-
-def _catalogue(run_dir: Path) -> Catalogue | None:
-    """The catalogue of the run, None for rollouts kept without one."""
-    if (run_dir / "dapo/model/catalogue.parquet").is_file():
-        return Catalogue.load(run_dir / "dapo/model")
-    return Catalogue.load(run_dir) if (run_dir / "semantic_ids/semantic_ids.parquet").is_file() else None
 
 
 def _parts(run_dir: Path) -> list[Path]:

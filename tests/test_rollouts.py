@@ -1,4 +1,3 @@
-import io
 import logging
 import shutil
 import signal
@@ -9,10 +8,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from rich.console import Console
 
 from rerank import rollouts
-from rerank.catalogue import Catalogue
 from rerank.rollouts import RolloutWriter, open_rollouts, read_rollouts
 
 
@@ -58,12 +55,6 @@ def write(folder, *records, rank=0):
 
 def names_in(folder):
     return sorted(path.name for path in folder.iterdir())
-
-
-def printed(*arguments, **options):
-    console = Console(file=io.StringIO(), width=100)
-    rollouts.inspect(*arguments, **options, console=console)
-    return console.file.getvalue()
 
 
 def test_what_is_written_is_read(tmp_path):
@@ -279,45 +270,3 @@ def test_two_schema_versions_in_one_folder_are_refused_with_a_file_of_each(tmp_p
     message = r"part-00000000-0.parquet has rollout schema version 2 but \S*part-00000002-0.parquet has 1; move the"
     with pytest.raises(ValueError, match=message):
         open_rollouts(tmp_path)
-
-
-def test_inspect_shows_a_group_once_and_each_rollout(tmp_path):
-    lost = make_rollout(
-        completion="[red]oops[/red]\x1b[2J", failure="no_trace_end", order=None, target_rank_after=None, truncated=True
-    )
-    write(tmp_path / "dapo/rollouts", make_rollout(), {**lost, "kept": False, "discard_reason": "all_equal"})
-    (tmp_path / "dapo/model").mkdir()
-    Catalogue(["a", "b", "c"], ["<s_a_1>"] * 3, ["Alien", "Brazil", ""], [""] * 3).save(tmp_path / "dapo/model")
-    text = printed(tmp_path)
-    assert text.count("History") == 1
-    assert "step 0, group 0, row 40, user 7: 2 rollouts" in text
-    assert "rollout 1: target 2 -> 1, kept" in text
-    assert "rollout 2: no ranking (no_trace_end), truncated, discarded (all_equal)" in text
-    assert "[red]oops[/red]\\x1b[2J" in text and "\x1b" not in text  # shown, never run
-    assert "reward 0.500, advantage 1.250 (rank_promotion 0.333, well_formed none)" in text
-    rows = [line.split("│")[1:-1] for line in text.splitlines() if line.startswith("│")]
-    cells = [[cell.strip() for cell in row] for row in rows]
-    assert cells[:3] == [["1", "Alien", "* Brazil", "2"], ["2", "* Brazil", "Alien", "1"], ["3", "c", "c", "3"]]
-    assert cells[3:] == [["1", "Alien", "-", ""], ["2", "* Brazil", "-", ""], ["3", "c", "-", ""]]
-
-
-def test_inspect_shows_the_incoming_order_of_shuffled_candidates(tmp_path):
-    write(tmp_path, make_rollout(first_stage_ranks=[3, 1, 2], candidates=[30, 10, 20], order=[2, 0, 1]))
-    rows = [[c.strip() for c in line.split("│")[1:-1]] for line in printed(tmp_path).splitlines() if "│" in line]
-    assert rows == [["1", "* 10", "20", "2"], ["2", "20", "30", "3"], ["3", "30", "* 10", "1"]]
-
-
-def test_inspect_chooses_the_latest_groups_or_the_step_and_row_asked_for(tmp_path):
-    write(tmp_path, *(make_rollout(step=step, group=group) for step in range(3) for group in range(2)))
-    headings = [line[2:17] for line in printed(tmp_path, limit=3).splitlines() if line.startswith("step")]
-    assert headings == ["ep 2, group 0, ", "ep 2, group 1, ", "ep 1, group 0, "]
-    text = printed(tmp_path, step=1, row_id=41)
-    assert text.count("step ") == 1 and "step 1, group 1, row 41" in text
-
-
-def test_inspect_refuses_what_is_not_there(tmp_path):
-    write(tmp_path, make_rollout(step=3))
-    with pytest.raises(ValueError, match="has no rollout of step 9, row 1; its steps are 3 to 3"):
-        printed(tmp_path, step=9, row_id=1)
-    with pytest.raises(ValueError, match="limit is 0 but must be at least 1"):
-        printed(tmp_path, limit=0)

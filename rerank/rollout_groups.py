@@ -1,0 +1,127 @@
+"""Groups of rollouts, listed by DuckDB from the few columns that a list shows and read whole one at a time.
+
+The terminal browser, the printed view and the report read a run through `RolloutGroups`. A filter is a DuckDB
+expression over the columns of `rollouts.SCHEMA`; a group is listed when one of its rollouts meets it.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import duckdb
+
+from rerank.catalogue import Catalogue
+from rerank.rollout_view import Rollout, visible
+from rerank.rollouts import open_rollouts
+
+KEYS = ("step", "round", "group")  # rollouts that agree in them answer the same prompt
+COLUMNS = (  # of the list
+    *KEYS,
+    *("row_id", "user", "rollouts", "kept", "discarded", "best", "mean", "failures", "before", "after", "matching"),
+)
+COLUMNS_AGAINST = (  # of the list beside another run's
+    *("step", "row_id", "user", "before", "after", "other_after", "mean", "other_mean", "best", "other_best"),
+    *("failures", "other_failures", "other_step", "round", "group", "kept", "discarded", "matching"),
+)
+_LIST = """
+SELECT step, round, "group", any_value(row_id) AS row_id, any_value("user") AS "user", count(*) AS rollouts,
+    count(*) FILTER (kept) AS kept, any_value(discard_reason) AS discarded, max(reward) AS best, avg(reward) AS mean,
+    count(failure) AS failures, any_value(target_rank_before) AS "before", min(target_rank_after) AS after,
+    count(*) FILTER ({where}) AS matching
+FROM rollouts GROUP BY step, round, "group" HAVING matching > 0
+"""
+_JOIN = """
+WITH latest AS (
+    FROM other_list QUALIFY row_number() OVER (PARTITION BY row_id ORDER BY step DESC, round DESC, "group") = 1
+)
+SELECT listed.*, latest.step AS other_step, latest.round AS other_round, latest.group AS other_group,
+    latest.best AS other_best, latest.mean AS other_mean, latest.failures AS other_failures,
+    latest.after AS other_after
+FROM ({listed}) AS listed JOIN latest USING (row_id) {condition}
+"""
+
+
+def find_catalogue(run_dir: str | Path) -> Catalogue | None:
+    """The catalogue of a run, given as the run, its dapo folder or the folder of the parts; None without one."""
+    folder = Path(run_dir).resolve()
+    for run in (folder, *folder.parents[:2]):
+        if (run / "dapo/model/catalogue.parquet").is_file():
+            return Catalogue.load(run / "dapo/model")
+        if (run / "semantic_ids/semantic_ids.parquet").is_file():
+            return Catalogue.load(run)
+    return None
+
+
+class RolloutGroups:
+    """The groups of a run, and beside each the latest group of the same row in another run, if one is given.
+
+    Args:
+        run_dir: A run, its dapo folder (finished or partial), or the folder of the parts.
+        against: The other run; the same one to compare a row with its last visit.
+
+    Raises:
+        ValueError: When a run has no readable rollouts, or the two have no row in common.
+    """
+
+    def __init__(self, run_dir: str | Path, against: str | Path | None = None) -> None:
+        self.run_dir, self.against = Path(run_dir), None if against is None else RolloutGroups(against)
+        self.catalogue = find_catalogue(run_dir)
+        self.columns = COLUMNS if against is None else COLUMNS_AGAINST
+        self._connection = open_rollouts(run_dir).connection
+        if self.against is not None:
+            self._connection.register(
+                "other_list", self.against._connection.sql("SELECT * FROM listed").to_arrow_table()
+            )
+        self.where, self.num_groups = "", 0
+        self.filter("")
+        if self.num_groups == 0:
+            raise ValueError(f"{run_dir} and {against} have no row in common; give two runs of one recipe's rows")
+
+    def filter(self, where: str) -> None:
+        """List the groups in which a rollout meets `where`, all for an empty one.
+
+        Raises:
+            ValueError: When `where` is no condition on the columns of a rollout.
+        """
+        condition = f"({where}\n)" if where.strip() else "(true)"  # the new line ends a comment
+        listed = _LIST.format(where=condition)
+        try:
+            duckdb.SQLExpression(condition)  # refuses what is more than one expression
+            self._connection.execute(f"CREATE OR REPLACE TEMP TABLE listed AS {self._joined(listed)}")
+        except duckdb.Error as error:
+            reason = visible(" ".join(str(error).split("\n\n")[0].split()))[:300]  # it may quote a completion
+            raise ValueError(f'{where!r} is no filter: {reason}; write one such as "kept = false"') from None
+        self.where, self.num_groups = where, self._connection.execute("SELECT count(*) FROM listed").fetchall()[0][0]
+
+    def _joined(self, listed: str) -> str:
+        if self.against is None:
+            return listed
+        is_same = self.against.run_dir.resolve() == self.run_dir.resolve()
+        keys = (f'listed."{key}" = latest."{key}"' for key in KEYS)
+        return _JOIN.format(listed=listed, condition=f"WHERE NOT ({' AND '.join(keys)})" if is_same else "")
+
+    def page(
+        self, sort: str = "step", descending: bool = True, offset: int = 0, limit: int = 200
+    ) -> list[dict[str, Any]]:
+        """Lines of the list as mappings, sorted by a column, then by step (latest first) and group."""
+        order = f'"{sort}" {"DESC" if descending else "ASC"} NULLS LAST, step DESC, round DESC, "group"'
+        lines = self._connection.sql(f"SELECT * FROM listed ORDER BY {order} LIMIT {limit} OFFSET {offset}")
+        return lines.to_arrow_table().to_pylist()
+
+    def read(self, line: Mapping[str, Any]) -> list[Rollout]:
+        """The rollouts of a line's group, those that meet the filter (`matches`) first, then by reward, best first."""
+        key = " AND ".join(f'"{name}" = {line[name]}' for name in KEYS)
+        matches = f"coalesce(({self.where}\n), false)" if self.where.strip() else "true"
+        order = "ORDER BY matches DESC, reward DESC, completion"
+        columns = "* EXCLUDE (completion_ids, policy_logps, sampling_logps)"
+        found = self._connection.sql(f"SELECT {columns}, {matches} AS matches FROM rollouts WHERE {key} {order}")
+        return found.to_arrow_table().to_pylist(maps_as_pydicts="strict")
+
+    def read_other(self, line: Mapping[str, Any]) -> list[Rollout]:
+        """The rollouts of the other run's group beside a line's."""
+        assert self.against is not None
+        return self.against.read({name: line[f"other_{name}"] for name in KEYS})
+
+    def query(self, sql: str) -> Any:
+        """The result of a query over the view `rollouts` and the table `listed`, as an Arrow table."""
+        return self._connection.sql(sql).to_arrow_table()

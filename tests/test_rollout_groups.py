@@ -1,0 +1,122 @@
+import pytest
+from test_rollouts import make_rollout, write
+
+from rerank.catalogue import Catalogue
+from rerank.rollout_groups import RolloutGroups, find_catalogue
+
+
+def test_a_line_counts_what_the_group_holds(tmp_path):
+    write(
+        tmp_path,
+        make_rollout(reward=0.5, target_rank_after=3),
+        make_rollout(reward=1.5, target_rank_after=1, kept=False, discard_reason="stale"),
+        make_rollout(reward=-1.0, order=None, failure="junk", target_rank_after=None),
+    )
+    (line,) = RolloutGroups(tmp_path).page()
+    assert line == {
+        "step": 0, "round": 0, "group": 0, "row_id": 40, "user": 7, "rollouts": 3, "kept": 2, "discarded": "stale",
+        "best": 1.5, "mean": pytest.approx(1 / 3), "failures": 1, "before": 2, "after": 1, "matching": 3,
+    }  # fmt: skip
+
+
+def test_groups_come_latest_step_first_or_by_any_column_in_pages(tmp_path):
+    rewards = {(0, 0): 0.3, (0, 1): 0.9, (1, 0): 0.1, (1, 1): 0.5}
+    write(tmp_path, *(make_rollout(step=step, group=group, reward=r) for (step, group), r in rewards.items()))
+    groups = RolloutGroups(tmp_path)
+
+    def keys(**options):
+        return [(line["step"], line["group"]) for line in groups.page(**options)]
+
+    assert keys() == [(1, 0), (1, 1), (0, 0), (0, 1)]
+    assert keys(sort="best") == [(0, 1), (1, 1), (0, 0), (1, 0)]
+    assert keys(sort="best", descending=False, offset=1, limit=2) == [(0, 0), (1, 1)]
+
+
+def test_two_sampling_rounds_of_a_step_are_two_groups(tmp_path):
+    write(tmp_path, make_rollout(round=0), make_rollout(round=1, completion="again"))
+    groups = RolloutGroups(tmp_path)
+    assert [line["round"] for line in groups.page()] == [1, 0]
+    assert [rollout["completion"] for rollout in groups.read(groups.page()[0])] == ["again"]
+
+
+def test_a_filter_keeps_groups_with_a_rollout_that_meets_it_and_marks_those(tmp_path):
+    lost = {"kept": False, "target_rank_after": 3}
+    write(tmp_path, make_rollout(), make_rollout(**lost), make_rollout(group=1), make_rollout(group=1))
+    groups = RolloutGroups(tmp_path)
+    groups.filter("kept = false and target_rank_after > target_rank_before -- worse than before")
+    assert groups.num_groups == 1
+    (line,) = groups.page()
+    assert (line["group"], line["rollouts"], line["matching"]) == (0, 2, 1)
+    assert [rollout["matches"] for rollout in groups.read(line)] == [True, False]
+    for where in ("failure = 'junk'", "reward_components['rank_promotion'] > 0.5", '"order"[1] = 0'):
+        groups.filter(where)
+        assert groups.num_groups == 0 and groups.page() == []
+    groups.filter(" ")
+    assert groups.num_groups == 2
+
+
+@pytest.mark.parametrize(
+    ("where", "reason"),
+    [
+        ("show me the bad ones", "Parser Error: syntax error"),
+        ("kep = false", 'Referenced column "kep" not found'),
+        ("true; DROP VIEW rollouts", "Parser Error"),
+        ("count(*) > 3", "aggregate functions are not allowed"),
+        ("completion::int > 3", "Could not convert string"),
+        ("'", "unterminated"),
+    ],
+)
+def test_what_is_no_condition_is_refused_in_one_line_and_the_list_stays(tmp_path, where, reason):
+    write(tmp_path, make_rollout(completion="\x1b[2J"))
+    groups = RolloutGroups(tmp_path)
+    with pytest.raises(ValueError, match=reason) as caught:
+        groups.filter(where)
+    text = str(caught.value)
+    assert "\n" not in text and "\x1b" not in text and 'write one such as "kept = false"' in text
+    assert groups.num_groups == 1 and len(groups.page()) == 1
+
+
+def test_another_runs_latest_group_of_a_row_stands_beside_it(tmp_path):
+    write(tmp_path / "a", make_rollout(reward=1.0), make_rollout(group=1), make_rollout(group=2))
+    write(tmp_path / "b", make_rollout(step=4, reward=2.0), make_rollout(step=5, reward=3.0), make_rollout(group=1))
+    groups = RolloutGroups(tmp_path / "a", tmp_path / "b")
+    lines = groups.page()
+    assert [(line["row_id"], line["best"], line["other_step"], line["other_best"]) for line in lines] == [
+        (40, 1.0, 5, 3.0),
+        (41, 0.5, 0, 0.5),
+    ]
+    assert [rollout["reward"] for rollout in groups.read_other(lines[0])] == [3.0]
+    groups.filter("reward = 1.0")
+    assert groups.num_groups == 1
+
+
+def test_a_run_against_itself_shows_each_row_beside_its_last_visit(tmp_path):
+    write(tmp_path, make_rollout(step=0), make_rollout(step=1, group=1), make_rollout(step=2, reward=2.0))
+    lines = RolloutGroups(tmp_path, tmp_path).page()
+    assert [(line["step"], line["row_id"], line["other_step"]) for line in lines] == [(0, 40, 2)]
+
+
+def test_runs_without_a_common_row_are_refused(tmp_path):
+    write(tmp_path / "a", make_rollout())
+    write(tmp_path / "b", make_rollout(group=1))
+    with pytest.raises(ValueError, match="a and .*b have no row in common"):
+        RolloutGroups(tmp_path / "a", tmp_path / "b")
+
+
+def test_a_damaged_part_is_left_out_and_a_folder_of_them_refused(tmp_path):
+    write(tmp_path, make_rollout(step=0), make_rollout(step=1))
+    parts = sorted(tmp_path.glob("part-*"))
+    parts[1].write_bytes(parts[1].read_bytes()[:-200])
+    assert [line["step"] for line in RolloutGroups(tmp_path).page()] == [0]
+    parts[0].write_bytes(b"")
+    with pytest.raises(ValueError, match="holds no readable rollouts; run the dapo stage"):
+        RolloutGroups(tmp_path)
+
+
+@pytest.mark.parametrize("given", ["run", "run/dapo", "run/dapo/rollouts"])
+def test_titles_are_found_from_any_folder_of_the_run(tmp_path, given):
+    (tmp_path / "run/dapo/model").mkdir(parents=True)
+    write(tmp_path / "run/dapo/rollouts", make_rollout())
+    Catalogue(["a"], ["<s_a_1>"], ["Alien"], [""]).save(tmp_path / "run/dapo/model")
+    catalogue = find_catalogue(tmp_path / given)
+    assert catalogue is not None and catalogue.titles == ["Alien"]
