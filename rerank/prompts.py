@@ -50,6 +50,7 @@ _LABEL_NAMES = {"semantic_id": "ids", "number": "numbers, separated by spaces,"}
 
 _ID_TOKEN = re.compile(r"<s_([a-z]+)_[0-9]+>")
 _SEPARATORS = re.compile(r"[\s,]+")
+_NUMBER = re.compile("[0-9]+")
 
 
 @dataclass
@@ -273,7 +274,7 @@ def _are_numbers(labels: Sequence[str]) -> bool:
 def _split_numbers(answer: str) -> list[str] | None:
     """The numbers written, None when anything else stands there."""
     written = [word for word in _SEPARATORS.split(answer) if word]
-    return written if written and all(re.fullmatch("[0-9]+", word) for word in written) else None
+    return written if written and all(_NUMBER.fullmatch(word) for word in written) else None
 
 
 def _split_ids(answer: str, label: str) -> list[str] | None:
