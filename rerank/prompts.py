@@ -7,7 +7,7 @@ A completion is `<think>` trace `</think>` and then the candidates' labels, best
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,7 @@ _LABEL_NAMES = {"semantic_id": "ids", "number": "numbers, separated by spaces,"}
 
 _ID_TOKEN = re.compile(r"<s_([a-z]+)_[0-9]+>")
 _SEPARATORS = re.compile(r"[\s,]+")
+_NUMBER = re.compile("[0-9]+")
 
 
 @dataclass
@@ -173,7 +174,7 @@ def parse_completion(text: str, labels: Sequence[str]) -> Parsed:
     commas between numbers. Raises for no text, only for labels that `candidate_labels` cannot have made.
     """
     parsed = _parse(text, tuple(labels))
-    return parsed if parsed.order is None else replace(parsed, order=list(parsed.order))
+    return parsed if parsed.order is None else Parsed(list(parsed.order), parsed.trace)  # a list that is the caller's
 
 
 @lru_cache(maxsize=8192)  # every reward and condition of a batch reads the same completions
@@ -273,7 +274,7 @@ def _are_numbers(labels: Sequence[str]) -> bool:
 def _split_numbers(answer: str) -> list[str] | None:
     """The numbers written, None when anything else stands there."""
     written = [word for word in _SEPARATORS.split(answer) if word]
-    return written if written and all(re.fullmatch("[0-9]+", word) for word in written) else None
+    return written if written and all(_NUMBER.fullmatch(word) for word in written) else None
 
 
 def _split_ids(answer: str, label: str) -> list[str] | None:

@@ -165,7 +165,8 @@ def print_summary(frame: pd.DataFrame, top: int, console: Console) -> None:
 
 
 def _mean(frame: pd.DataFrame, name: str) -> str:
-    return f"{frame[name].mean():.4f}" if name in frame else "-"
+    mean = frame[name].mean() if name in frame else np.nan
+    return "-" if np.isnan(mean) else f"{mean:.4f}"
 
 
 def _turned_table(turned: pd.DataFrame, top: int) -> Table:

@@ -114,10 +114,10 @@ def _rollout_values(table: pa.Table, weights: Mapping[str, float] | None, catalo
     """One row a rollout, one column a number, indexed by step; NaN where the rollout has no such value."""
     before, after = _numbers(table["target_rank_before"]), _numbers(table["target_rank_after"])
     gain, cited = before - after, np.array([_cites_target(*row) for row in _traces(table, catalogue)])
-    failure = table["failure"].to_pandas().to_numpy()  # no index, which would be aligned with the steps
+    failure = table["failure"].to_numpy()
     values = {
         **_order_values(table),
-        "no_ranking": pd.notna(failure),
+        "no_ranking": _numbers(table["failure"].is_valid()),
         **{f"failure/{kind}": failure == kind for kind in FAILURES},
         "truncated": _numbers(table["truncated"]),
         "length_tokens": _numbers(pc.list_value_length(table["completion_ids"])),
@@ -137,15 +137,16 @@ def _group_values(table: pa.Table) -> pd.DataFrame:
     before, after = _numbers(table["target_rank_before"]), _numbers(table["target_rank_after"])
     keys = [_key(table, name) for name in ("step", "round", "group")]
     places = np.nan_to_num(after)  # 0 without a ranking
-    members = pd.DataFrame({"reward": _numbers(table["reward"]), "place": places, "worse": ~(after <= before)})
-    groups = members.groupby(keys)
-    spread = groups[["reward", "place"]].max() - groups[["reward", "place"]].min()
-    best, worse = groups["place"].min().eq(1) & spread["place"].eq(0), groups["worse"].all()
+    members = {"reward": _numbers(table["reward"]), "place": places, "worse": np.where(after <= before, 0.0, 1.0)}
+    groups = pd.DataFrame(members).groupby(keys)
+    lowest, highest = groups.min(), groups.max()
+    is_one_place = lowest["place"] == highest["place"]
+    best, worse = is_one_place & (lowest["place"] == 1), lowest["worse"] == 1
     values = {
         "all_best": best,
         "all_worse": worse & ~best,
-        "all_equal": spread["place"].eq(0) & ~best & ~worse,
-        "same_reward": spread["reward"] <= SAME_REWARD,
+        "all_equal": is_one_place & ~best & ~worse,
+        "same_reward": highest["reward"] - lowest["reward"] <= SAME_REWARD,
     }
     return pd.DataFrame(values).astype(float).add_prefix("groups/").droplevel(["round", "group"])
 

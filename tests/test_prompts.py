@@ -145,6 +145,12 @@ def test_a_trace_is_kept_with_a_failure_and_cannot_end_itself():
 A, B, C = LABELS
 
 
+def test_a_parsed_order_is_the_callers_own():
+    text = completion("why", [2, 0, 1], LABELS)
+    parse_completion(text, LABELS).order.sort()
+    assert parse_completion(text, LABELS).order == [2, 0, 1]
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
