@@ -149,8 +149,17 @@ class GroupList(Screen[None]):
         return f"{runs}: {shown}{where}, {order}"
 
     def on_data_table_cell_selected(self, event: DataTable.CellSelected) -> None:
-        if self.lines:
-            self.app.push_screen(GroupScreen(self.groups, self.lines[event.coordinate.row]))
+        if not self.lines:
+            return
+        try:
+            screen = GroupScreen(self.groups, self.lines[event.coordinate.row])
+        except ValueError as error:
+            self.show_error(error)
+            return
+        self.app.push_screen(screen)
+
+    def show_error(self, error: ValueError) -> None:
+        self.query_one("#status", Static).update(Text(rollout_view.visible(str(error)), style="bold red"))
 
     def on_data_table_header_selected(self, event: DataTable.HeaderSelected) -> None:
         self.sort_by(self.groups.columns[event.column_index])
@@ -183,7 +192,7 @@ class GroupList(Screen[None]):
         try:
             self.groups.filter(event.value)
         except ValueError as error:
-            self.query_one("#status", Static).update(Text(str(error), style="bold red"))
+            self.show_error(error)
             return
         self.first_shown = 0
         self.action_leave_filter()

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import duckdb
+import pyarrow as pa
 
 from rerank.catalogue import Catalogue
 from rerank.rollout_view import Rollout, visible
-from rerank.rollouts import open_rollouts
+from rerank.rollouts import open_rollouts, without_damaged
 
 KEYS = ("step", "round", "group")  # rollouts that agree in them answer the same prompt
 COLUMNS = (  # of the list
@@ -20,8 +21,20 @@ COLUMNS = (  # of the list
     *("row_id", "user", "rollouts", "kept", "discarded", "best", "mean", "failures", "before", "after", "matching"),
 )
 COLUMNS_AGAINST = (  # of the list beside another run's
-    *("step", "row_id", "user", "before", "after", "other_after", "mean", "other_mean", "best", "other_best"),
-    *("failures", "other_failures", "other_step", "round", "group", "kept", "discarded", "matching"),
+    *("step", "row_id", "user", "before", "after", "other_after", "mean", "other_mean"),
+    *(
+        "difference",
+        "best",
+        "other_best",
+        "failures",
+        "other_failures",
+        "other_step",
+        "round",
+        "group",
+        "kept",
+        "discarded",
+        "matching",
+    ),
 )
 _LIST = """
 SELECT step, round, "group", any_value(row_id) AS row_id, any_value("user") AS "user", count(*) AS rollouts,
@@ -36,7 +49,7 @@ WITH latest AS (
 )
 SELECT listed.*, latest.step AS other_step, latest.round AS other_round, latest.group AS other_group,
     latest.best AS other_best, latest.mean AS other_mean, latest.failures AS other_failures,
-    latest.after AS other_after
+    latest.after AS other_after, listed.mean - latest.mean AS difference
 FROM ({listed}) AS listed JOIN latest USING (row_id) {condition}
 """
 
@@ -67,11 +80,7 @@ class RolloutGroups:
         self.run_dir, self.against = Path(run_dir), None if against is None else RolloutGroups(against)
         self.catalogue = find_catalogue(run_dir)
         self.columns = COLUMNS if against is None else COLUMNS_AGAINST
-        self._connection = open_rollouts(run_dir).connection
-        if self.against is not None:
-            self._connection.register(
-                "other_list", self.against._connection.sql("SELECT * FROM listed").to_arrow_table()
-            )
+        self._rollouts = open_rollouts(run_dir)
         self.where, self.num_groups = "", 0
         self.filter("")
         if self.num_groups == 0 and against is None:
@@ -86,14 +95,30 @@ class RolloutGroups:
             ValueError: When `where` is no condition on the columns of a rollout.
         """
         condition = f"({where}\n)" if where.strip() else "(true)"  # the new line ends a comment
-        listed = _LIST.format(where=condition)
         try:
             duckdb.SQLExpression(condition)  # refuses what is more than one expression
-            self._connection.execute(f"CREATE OR REPLACE TEMP TABLE listed AS {self._joined(listed)}")
+            self._list(condition)
         except duckdb.Error as error:
             reason = visible(" ".join(str(error).split("\n\n")[0].split()))[:300]  # it may quote a completion
             raise ValueError(f'{where!r} is no filter: {reason}; write one such as "kept = false"') from None
-        self.where, self.num_groups = where, self._connection.execute("SELECT count(*) FROM listed").fetchall()[0][0]
+        self.where = where
+        self.num_groups = self.query("SELECT count(*) AS n FROM listed")["n"][0].as_py()
+
+    def _list(self, condition: str) -> None:
+        """Make the table `listed`, leaving out what turns out damaged."""
+        if self.against is not None:
+            self._rollouts.connection.register("other_list", self.against.query("SELECT * FROM listed"))
+        sql = f"CREATE OR REPLACE TEMP TABLE listed AS {self._joined(_LIST.format(where=condition))}"
+        try:
+            self._rollouts.connection.execute(sql)
+        except (duckdb.ParserException, duckdb.BinderException, duckdb.ConversionException):
+            raise  # the condition's fault
+        except duckdb.Error:
+            whole = without_damaged(self.run_dir, self._rollouts)
+            if whole is None:
+                raise
+            self._rollouts = whole
+            self._list(condition)
 
     def _joined(self, listed: str) -> str:
         if self.against is None:
@@ -107,23 +132,36 @@ class RolloutGroups:
     ) -> list[dict[str, Any]]:
         """Lines of the list as mappings, sorted by a column, then by step (latest first) and group."""
         order = f'"{sort}" {"DESC" if descending else "ASC"} NULLS LAST, step DESC, round DESC, "group"'
-        lines = self._connection.sql(f"SELECT * FROM listed ORDER BY {order} LIMIT {limit} OFFSET {offset}")
-        return lines.to_arrow_table().to_pylist()
+        return self.query(f"SELECT * FROM listed ORDER BY {order} LIMIT {limit} OFFSET {offset}").to_pylist()
 
     def read(self, line: Mapping[str, Any]) -> list[Rollout]:
-        """The rollouts of a line's group, those that meet the filter (`matches`) first, then by reward, best first."""
+        """The rollouts of a line's group, those that meet the filter (`matches`) first, then by reward, best first.
+
+        Raises:
+            ValueError: When their file turns out damaged.
+        """
         key = " AND ".join(f'"{name}" = {line[name]}' for name in KEYS)
         matches = f"coalesce(({self.where}\n), false)" if self.where.strip() else "true"
+        columns = f"* EXCLUDE (completion_ids, policy_logps, sampling_logps), {matches} AS matches"
         order = "ORDER BY matches DESC, reward DESC, completion"
-        columns = "* EXCLUDE (completion_ids, policy_logps, sampling_logps)"
-        found = self._connection.sql(f"SELECT {columns}, {matches} AS matches FROM rollouts WHERE {key} {order}")
-        return found.to_arrow_table().to_pylist(maps_as_pydicts="strict")
+        found = self.query(f"SELECT {columns} FROM rollouts WHERE {key} {order}").to_pylist(maps_as_pydicts="strict")
+        if not found:
+            raise ValueError(f"step {line['step']} of {self.run_dir} has a damaged file; delete it")
+        return found
 
     def read_other(self, line: Mapping[str, Any]) -> list[Rollout]:
         """The rollouts of the other run's group beside a line's."""
         assert self.against is not None
         return self.against.read({name: line[f"other_{name}"] for name in KEYS})
 
-    def query(self, sql: str) -> Any:
-        """The result of a query over the view `rollouts` and the table `listed`, as an Arrow table."""
-        return self._connection.sql(sql).to_arrow_table()
+    def query(self, sql: str) -> pa.Table:
+        """The result of a query over the view `rollouts` and the table `listed`, without what turns out damaged."""
+        try:
+            return self._rollouts.connection.sql(sql).to_arrow_table()
+        except duckdb.Error:
+            whole = without_damaged(self.run_dir, self._rollouts)
+            if whole is None:
+                raise
+        self._rollouts = whole
+        self.filter(self.where)
+        return self.query(sql)

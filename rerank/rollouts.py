@@ -271,11 +271,17 @@ def _read(run_dir: str | Path, opened: OpenRollouts, columns: Sequence[str], whe
     try:
         return rows.project(names).to_arrow_table().cast(schema)
     except duckdb.Error as error:
-        damaged = [path for path in opened.parts if not _can_be_read(path)]
-        if not damaged:
+        whole = without_damaged(run_dir, opened)
+        if whole is None:
             raise ValueError(_refusal(where, error)) from None
+    return _read(run_dir, whole, columns, where)
+
+
+def without_damaged(run_dir: str | Path, opened: OpenRollouts) -> OpenRollouts | None:
+    """What is left without the parts that are damaged inside, after one warning; None when all can be read."""
+    damaged = [path for path in opened.parts if not _can_be_read(path)]
     whole = [path for path in opened.parts if path not in damaged]
-    return _read(run_dir, _open(run_dir, whole, damaged), columns, where)
+    return _open(run_dir, whole, damaged) if damaged else None
 
 
 def _refusal(where: str | None, error: duckdb.Error) -> str:

@@ -3,7 +3,7 @@ import io
 
 import pytest
 from rich.console import Console
-from test_rollouts import make_rollout, write
+from test_rollouts import damage_inside, make_rollout, write
 from textual.widgets import DataTable, Input, Static
 
 from rerank import cli, rollout_browser
@@ -182,6 +182,17 @@ def test_a_group_opens_with_titles_orders_and_rewards_and_nothing_in_it_runs(tmp
         assert "Candidates:<s_a_0><s_b_0><s_a_0><s_b_1>" in shown(app)
         await pilot.press("slash", "s", "escape")  # keys of the list mean nothing here
         assert isinstance(app.screen, GroupList)
+
+    browse(RolloutGroups(tmp_path), check)
+
+
+def test_a_group_whose_file_is_damaged_is_named_and_the_list_stays(tmp_path):
+    write(tmp_path, make_rollout(step=0), make_rollout(step=1))
+
+    async def check(app, pilot):
+        damage_inside(max(tmp_path.glob("part-*")))
+        await pilot.press("enter")
+        assert isinstance(app.screen, GroupList) and "has a damaged file; delete it" in status(app)
 
     browse(RolloutGroups(tmp_path), check)
 

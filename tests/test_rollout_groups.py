@@ -1,8 +1,10 @@
+import pyarrow.parquet as pq
 import pytest
-from test_rollouts import make_rollout, write
+from test_rollouts import cut_off, damage_inside, make_rollout, write
 
 from rerank.catalogue import Catalogue
 from rerank.rollout_groups import RolloutGroups, find_catalogue
+from rerank.rollouts import SCHEMA
 
 
 def test_a_line_counts_what_the_group_holds(tmp_path):
@@ -64,6 +66,7 @@ def test_a_filter_keeps_groups_with_a_rollout_that_meets_it_and_marks_those(tmp_
         ("count(*) > 3", "aggregate functions are not allowed"),
         ("completion::int > 3", "Could not convert string"),
         ("'", "unterminated"),
+        ("error('never')", "never"),
     ],
 )
 def test_what_is_no_condition_is_refused_in_one_line_and_the_list_stays(tmp_path, where, reason):
@@ -85,6 +88,7 @@ def test_another_runs_latest_group_of_a_row_stands_beside_it(tmp_path):
         (40, 1.0, 5, 3.0),
         (41, 0.5, 0, 0.5),
     ]
+    assert [line["difference"] for line in lines] == [-2.0, 0.0]
     assert [rollout["reward"] for rollout in groups.read_other(lines[0])] == [3.0]
     groups.filter("reward = 1.0")
     assert groups.num_groups == 1
@@ -103,13 +107,31 @@ def test_runs_without_a_common_row_are_refused(tmp_path):
         RolloutGroups(tmp_path / "a", tmp_path / "b")
 
 
-def test_a_damaged_part_is_left_out_and_a_folder_of_them_refused(tmp_path):
+@pytest.mark.parametrize("damage", [cut_off, damage_inside])
+def test_a_damaged_part_is_left_out_and_a_folder_of_them_refused(tmp_path, damage):
     write(tmp_path, make_rollout(step=0), make_rollout(step=1))
     parts = sorted(tmp_path.glob("part-*"))
-    parts[1].write_bytes(parts[1].read_bytes()[:-200])
+    damage(parts[1])
     assert [line["step"] for line in RolloutGroups(tmp_path).page()] == [0]
-    parts[0].write_bytes(b"")
+    damage(parts[0])
     with pytest.raises(ValueError, match="holds no readable rollouts; run the dapo stage"):
+        RolloutGroups(tmp_path)
+
+
+def test_damage_that_shows_when_a_group_is_opened_takes_its_file_out_of_the_list(tmp_path):
+    write(tmp_path, make_rollout(step=0), make_rollout(step=1))
+    groups = RolloutGroups(tmp_path)
+    lines = groups.page()
+    damage_inside(max(tmp_path.glob("part-*")))
+    with pytest.raises(ValueError, match="step 1 of .* has a damaged file; delete it"):
+        groups.read(lines[0])
+    assert [line["step"] for line in groups.page()] == [0] and groups.num_groups == 1
+    assert len(groups.read(lines[1])) == 1
+
+
+def test_a_store_without_a_rollout_is_refused(tmp_path):
+    pq.write_table(SCHEMA.empty_table(), tmp_path / "part-00000000-0.parquet")
+    with pytest.raises(ValueError, match="holds no rollouts; run the dapo stage"):
         RolloutGroups(tmp_path)
 
 

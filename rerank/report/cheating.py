@@ -31,7 +31,8 @@ CURVES = (  # title, {number or pattern/: name of the line; a pattern stands for
     ("Kendall tau of rankings with the input order", {"kendall_tau": "tau"}, {}),
     ("Completions that are no ranking, by kind", {"failure/": "", "truncated": "truncated"}, SHARE),
     ("Completion length, tokens", {"length_tokens": "tokens"}, {"rangemode": "tozero"}),
-    ("Each reward, mean: format against rank", {"reward/": ""}, {}),
+    ("Each reward, mean", {"reward/": ""}, {}),
+    ("What each reward pays, share of all: format against rank", {"reward_share/": ""}, {"tickformat": "~%"}),
     ("Targets among the first K, share of rollouts", {f"R@{k}/after": f"K = {k}" for k in (1, 3, 5)}, SHARE),
     ("Traces that name the target", {"target_cited": "share"}, SHARE),
     (
