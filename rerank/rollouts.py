@@ -19,19 +19,22 @@ from rerank.catalogue import Catalogue
 
 logger = logging.getLogger(__name__)
 
-SCHEMA_VERSION = "1"
+SCHEMA_VERSION = "2"
 SCHEMA = pa.schema(
     [
         ("step", pa.int64()),  # optimizer step that the rollout was sampled for
+        ("round", pa.int64()),
         ("group", pa.int64()),  # rollouts of one step and one group answer the same prompt
         ("row_id", pa.int64()),
         ("user", pa.int64()),
+        ("target", pa.int64()),
         ("prompt", pa.string()),
         ("completion", pa.string()),
         ("completion_ids", pa.list_(pa.int32())),
         ("policy_logps", pa.list_(pa.float32())),  # log-probability of each token, by the model in training
         ("sampling_logps", pa.list_(pa.float32())),  # the same, by the engine that sampled
         ("reward_components", pa.map_(pa.string(), pa.float64())),  # each reward after its gate, before its weight
+        ("reward_gates", pa.map_(pa.string(), pa.bool_())),
         ("reward", pa.float64()),
         ("advantage", pa.float64()),
         ("truncated", pa.bool_()),
@@ -208,7 +211,12 @@ def _check_columns(record: Mapping[str, Any]) -> None:
 def _storable(record: Mapping[str, Any]) -> dict[str, Any]:
     """A record as Arrow takes it: maps as pairs, and text without lone surrogates, which are not UTF-8."""
     texts = {name: _utf8(record[name]) for name in ("prompt", "completion")}
-    return {**record, **texts, "reward_components": list(record["reward_components"].items())}
+    return {
+        **record,
+        **texts,
+        "reward_components": list(record["reward_components"].items()),
+        "reward_gates": list(record["reward_gates"].items()),
+    }
 
 
 def _utf8(text: str) -> str:

@@ -25,9 +25,9 @@ def test_a_recipe_is_named_after_its_stage_and_resolves(path):
     assert int(match[1]) == run_dir.STAGES.index(match[2]) + 1
     arguments = recipe.resolve(match[2], recipe.load(path), str(path))
     if match[2] == "dapo":
-        from rerank.dapo import COLUMNS
+        from rerank.dapo import REWARD_COLUMNS
 
-        assert plugins.load_rewards(arguments[0].rewards, COLUMNS)
+        assert plugins.load_rewards(arguments[0].rewards, REWARD_COLUMNS)
     if match[2] == "sft":
         from rerank.losses import load_losses
 
