@@ -57,6 +57,7 @@ class DapoArguments(recipe.StageArguments):
     overlong_tokens: int = field(
         default=0, metadata={"help": "Tokens before the length limit in which the soft punishment grows; 0 for none."}
     )
+    probe: bool = field(default=True, metadata={"help": "`rerank run` refuses rewards that `rerank probe` refuses."})
     rollout_dtype: str = field(default="auto", metadata={"help": "Number format of the colocated vLLM engine."})
     max_minutes: float | None = field(default=None, metadata={"help": "End training after this many minutes."})
 

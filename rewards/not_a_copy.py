@@ -16,8 +16,8 @@ def not_a_copy(
     """R_copy = min(1, (1 - tau)/(1 - max_tau)), tau being Kendall's between the ranking and the order shown.
 
     So 0 for an exact copy, and the less the nearer a ranking comes to one. Whoever has reason to stay near loses
-    nothing: the value is 1 for a ranking of higher AUC than the order shown, and for every ranking of a row whose order
-    shown has an AUC of 1. 0 for a completion that is no ranking. Range: 0 to 1.
+    nothing: the value is 1 for a ranking of higher AUC than the order shown, and for every ranking of a row whose
+    order shown has an AUC of 1 or none. 0 for a completion that is no ranking. Range: 0 to 1.
 
     Args:
         max_tau: The highest tau that is paid in full, in [-1, 1]. At 1 only the exact copy gets 0. Of ten candidates
