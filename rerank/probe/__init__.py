@@ -60,8 +60,8 @@ class Probe:
 
     @property
     def worst(self) -> Outcome:
-        """The policy without rank gain that earns most."""
-        return max((o for o in self.outcomes if not o.has_rank_gain), key=lambda outcome: outcome.reward)
+        """The policy without rank gain that earns most; of equals the first of the table."""
+        return max((o for o in self.outcomes if not o.has_rank_gain), key=lambda outcome: round(outcome.reward, 9))
 
     @property
     def passed(self) -> bool:
