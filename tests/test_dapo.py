@@ -114,9 +114,7 @@ def test_a_reward_sees_a_ranking_and_junk_in_the_check(tmp_path):
 
 
 def test_a_misspelt_reward_is_refused_with_the_known_ones():
-    with pytest.raises(
-        ValueError, match=r"rewards has no 'ndgc' \(did you mean ndcg\?\); it has ndcg, rank_promotion"
-    ):
+    with pytest.raises(ValueError, match=r"rewards has no 'ndgc' \(did you mean ndcg\?\); it has auc, grounded, ndcg"):
         check([{"name": "ndgc"}])
 
 

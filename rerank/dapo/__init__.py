@@ -66,6 +66,7 @@ class DapoArguments(recipe.StageArguments):
         default=0.05,
         metadata={"help": "Stop when sampling and training log-probabilities of a token differ by more on average."},
     )
+    probe: bool = field(default=True, metadata={"help": "`rerank run` refuses rewards that `rerank probe` refuses."})
     rollout_dtype: str = field(default="auto", metadata={"help": "Number format of the colocated vLLM engine."})
     max_minutes: float | None = field(default=None, metadata={"help": "End training after this many minutes."})
 
