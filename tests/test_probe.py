@@ -223,16 +223,18 @@ def toy(tmp_path_factory):
 def test_rows_are_those_of_the_dapo_stage(toy):
     from transformers import AutoTokenizer
 
-    from rerank import dapo, sft
+    from rerank import sft
+    from rerank.dapo.prompt_stream import REWARD_COLUMNS, prompt_row
 
     encoder = sft.RowEncoder(str(toy), AutoTokenizer.from_pretrained(toy / "sft/model"))
-    wanted = {row["row_id"]: row for row in dapo.prompt_rows(sft.training_rows(str(toy), "dapo"), encoder)}
+    rows = sft.training_rows(str(toy), "dapo")
+    wanted = {row["row_id"]: prompt_row(row, encoder) for row in rows}
     rows, _ = read_rows({"run_dir": str(toy)}, 0)
     assert len(rows) == len(wanted) > 3
     for row in rows:
         expected = wanted[row.columns["row_id"]]
         assert row.prompt in expected.pop("prompt")
-        assert row.columns == expected and tuple(row.columns) == dapo.COLUMNS
+        assert row.columns == expected and tuple(row.columns) == REWARD_COLUMNS
 
 
 def write_recipe(folder: Path, run: Path, rewards: list[dict], **keys) -> Path:
