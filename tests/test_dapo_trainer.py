@@ -4,11 +4,13 @@ import json
 
 import numpy as np
 import pytest
+import requests
 import torch
 from datasets import Dataset
 from test_dapo_groups import Encoder, rows
 from tiny_model import ID_TOKENS, tiny_model, tiny_tokenizer
 from trl import GRPOTrainer
+from trl.generation.vllm_generation import VLLMGeneration
 
 from rerank import dapo, plugins, rollouts
 from rerank.dapo.prompt_stream import PromptStream
@@ -74,12 +76,14 @@ def config(folder, **options):
     )  # fmt: skip
 
 
-def make_trainer(folder, script=None, rounds=1, count=8, logp=None, max_logp_gap=1.0, rewards=None, **options):
+def make_trainer(
+    folder, script=None, rounds=1, count=8, logp=None, max_logp_gap=1.0, rewards=None, kind=None, **options
+):
     words = tokenizer()
     model = tiny_model(words)
     model.resize_token_embeddings(len(words))
     torch.manual_seed(0)
-    made = Scripted(
+    made = (kind or Scripted)(
         model, rewards or list(REWARDS.values()), config(folder, **options),
         Dataset.from_dict({"prompt": [""] * count}), processing_class=words,
         prompts=PromptStream(rows(count), Encoder(), seed=0), writer=rollouts.RolloutWriter(folder / "rollouts"),
@@ -300,3 +304,63 @@ def test_the_completions_of_a_prompt_stay_in_one_micro_batch(tmp_path):
     trainer.compute_loss = spy
     trainer.train()
     assert [len(prompts) for prompts in seen] == [1, 1]
+
+
+class Server:
+    """TRL's client of a vLLM server that is away for a number of calls."""
+
+    def __init__(self, calls_away, eos):
+        self.calls_away, self.eos, self.seeds = calls_away, eos, []
+
+    def generate(self, prompts, n, generation_kwargs, **options):
+        if self.calls_away:
+            self.calls_away -= 1
+            raise requests.ConnectionError("connection refused")
+        self.seeds.append(generation_kwargs["seed"])
+        ids = [random_tokens(0, 3 + member, self.eos) for _ in prompts for member in range(n)]
+        logprobs = [[[-1.0]] * len(one) for one in ids]
+        return {"prompt_ids": prompts, "completion_ids": ids, "logprobs": logprobs}
+
+
+def serve(trainer, server):
+    """Let a trainer's own code ask this server; weights are not sent."""
+    trainer.use_vllm, trainer.args.vllm_mode, trainer.args.vllm_server_timeout = True, "server", 0.2
+    generation = object.__new__(VLLMGeneration)
+    generation.accelerator, generation.mode, generation.vllm_client = trainer.accelerator, "server", server
+    generation.temperature, generation.top_p, generation.top_k, generation.min_p = 1.0, 1.0, 0, None
+    generation.repetition_penalty, generation.max_completion_length, generation.logprobs = 1.0, 16, 0
+    generation.enable_sleep_mode, generation.structured_outputs_regex, generation.generation_kwargs = False, None, {}
+    generation.sync_weights = lambda: None
+    trainer.vllm_generation, trainer._last_loaded_step = generation, -1
+    trainer._wait_for_server(server)
+    return trainer
+
+
+def test_a_server_that_is_away_for_a_while_is_asked_again_with_the_same_seed(tmp_path):
+    steady, away = Server(0, 1), Server(2, 1)
+    for name, server in (("steady", steady), ("away", away)):
+        trainer = make_trainer(tmp_path / name, kind=DapoTrainer, max_steps=2, max_logp_gap=100.0)
+        serve(trainer, server).train()
+        assert trainer.state.global_step == 2
+    assert steady.seeds == away.seeds and len(set(steady.seeds)) == 2
+
+
+def test_a_server_that_stays_away_ends_the_run_with_a_checkpoint(tmp_path):
+    trainer = make_trainer(tmp_path, kind=DapoTrainer, max_steps=3, max_logp_gap=100.0)
+    server = Server(0, 1)
+    serve(trainer, server)
+    answer = server.generate
+    calls = []
+
+    def answer_twice(**options):
+        calls.append(1)
+        if len(calls) > 2:
+            server.calls_away = 99
+        return answer(**options)
+
+    server.generate = answer_twice
+    with pytest.raises(ValueError, match=r"the vLLM server at http://\S+ is gone; start it again, .* from step 2"):
+        trainer.train()
+    sampling = json.loads((tmp_path / "out/checkpoint-2/sampling.json").read_text())
+    assert sampling["num_drawn"] == 4  # two steps of two prompts: those of the third are drawn again
+    assert (tmp_path / "out/checkpoint-2/trainer_state.json").is_file()
