@@ -86,6 +86,16 @@ def _parser() -> argparse.ArgumentParser:
     recall.add_argument("--out", metavar="FILE", help="Markdown file to write, such as RESULTS-midtrain.md")
     recall.set_defaults(function=_recall)
 
+    probe = commands.add_parser("probe", help="would a lazy policy out-earn an honest one? exit code 1 if so")
+    probe.add_argument("recipe", metavar="RECIPE.yaml", help="of the dapo stage, such as recipes/ml100k/7_dapo.yaml")
+    probe.add_argument("--rows", type=int, default=500, help="training rows, drawn at random; 0 for all (%(default)s)")
+    probe.add_argument(
+        "--max-share", type=float, default=0.25, metavar="SHARE",
+        help="of the oracle's reward that a policy without rank gain may earn (%(default)s)",
+    )  # fmt: skip
+    probe.add_argument("--run-dir", metavar="RUN_DIR", help="folder of the run, in place of the recipe's run_dir")
+    probe.set_defaults(function=_probe)
+
     losses = commands.add_parser("losses", help="list the losses of the sft stage: what each needs and costs")
     losses.set_defaults(function=_losses)
 
@@ -212,6 +222,24 @@ def _recall(args: argparse.Namespace) -> int:
     if args.out:
         Path(args.out).write_text(text, encoding="utf-8")
     print(text)
+    return 0
+
+
+def _probe(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from rerank import probe, recipe
+    from rerank.probe.table import table
+
+    keys = recipe.load(args.recipe) | ({"run_dir": args.run_dir} if args.run_dir else {})
+    if not keys.get("run_dir"):
+        raise ValueError(f"{args.recipe}: run_dir is missing; add it, or give --run-dir")
+    found = probe.probe(keys, args.rows, args.max_share)
+    Console().print(table(found))
+    if not found.passed:
+        print(f"rerank: {found.sentence}", file=sys.stderr)
+        return 1
+    print(found.sentence)
     return 0
 
 

@@ -49,6 +49,22 @@ def reciprocal_rank(gains: Sequence[float]) -> float | None:
     return float(1.0 / (relevant.argmax() + 1)) if relevant.any() else None
 
 
+def auc(gains: Sequence[float]) -> float | None:
+    """Share of the (relevant, irrelevant) pairs of one ranking in which the relevant item stands higher.
+
+    Returns:
+        A value in [0, 1], or None when nothing or everything is relevant.
+
+    Source: GR2 technical report, arXiv:2606.31984, eq. 5.
+    """
+    relevant = np.asarray(gains, dtype=float) > 0
+    num_pairs = int(relevant.sum() * (~relevant).sum())
+    if not num_pairs:
+        return None
+    irrelevant_above = np.cumsum(~relevant)[relevant].sum()
+    return float(1 - irrelevant_above / num_pairs)
+
+
 def ranking_metrics(gains: Sequence[float]) -> dict[str, float] | None:
     """R@1, R@5, N@5, N@10 and MRR of one ranking, or None when nothing is relevant."""
     if not any(gain > 0 for gain in gains):

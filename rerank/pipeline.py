@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rerank import recipe, stopping
+from rerank import probe, recipe, stopping
 from rerank import run_dir as runs
 
 logger = logging.getLogger(__name__)
@@ -195,6 +195,10 @@ def run(steps: Sequence[Step], accelerate: str, say: Callable[[str], None]) -> i
         if step not in waiting:
             say(f"{name}: finished already")
             continue
+        if step.stage == "dapo" and (problem := probe.problem(step.keys)):
+            say(f"{name}: {problem}; `rerank probe {step.path} --run-dir {step.run_dir}` shows more, and "
+                "`probe: false` in the recipe trains all the same")  # fmt: skip
+            return 1
         say(f"{name} ...")
         begin = time.monotonic()
         code = run_step(step, accelerate)

@@ -127,14 +127,17 @@ def advantages(frame: pd.DataFrame, reward: str, scale_rewards: str) -> pd.Serie
     """TRL's advantages (`sum_then_normalize`): the total minus its group's mean, over a standard deviation + 1e-4.
 
     Args:
-        frame: Rollouts with GROUP.
+        frame: Rollouts with GROUP and kept.
         reward: The column of totals.
-        scale_rewards: `group`: the deviation of the group, `batch`: of all rollouts of the step and round, `none`: 1.
+        scale_rewards: `group`: the deviation of the group, `batch`: of the step's rollouts that were trained on,
+            `none`: 1.
     """
     centred = frame[reward] - frame.groupby(GROUP)[reward].transform("mean")
     if scale_rewards != "none":
-        keys = GROUP if scale_rewards == "group" else ["step", "round"]
-        centred = centred / (frame.groupby(keys)[reward].transform("std") + 1e-4)
+        is_batch = scale_rewards == "batch"
+        scaled = frame[reward].where(frame["kept"]) if is_batch else frame[reward]
+        deviation = scaled.groupby([frame[name] for name in (["step"] if is_batch else GROUP)]).transform("std")
+        centred = centred / (deviation + 1e-4)
     return centred.fillna(0.0)  # as TRL does where no reward applies
 
 

@@ -109,10 +109,11 @@ class RolloutWriter:
             self._thread.shutdown()
 
     def discard_from(self, step: int) -> None:
-        """Delete this process's parts of `step` and later, which a run resumed from a checkpoint samples anew."""
-        for path in self.folder.glob(f"part-*-{self.rank}*.parquet"):
+        """Delete this process's parts of `step` and later, which a run resumed from a checkpoint samples anew, and
+        what a crash cut off."""
+        for path in self.folder.glob(f"part-*-{self.rank}*"):
             _, written_step, rank = path.stem.split("-")[:3]
-            if int(rank) == self.rank and int(written_step) >= step:
+            if int(rank) == self.rank and (int(written_step) >= step or path.suffix == ".tmp"):
                 path.unlink()
 
     def _settle(self, num_pending: int) -> None:

@@ -33,8 +33,11 @@ PACKAGES = (
     "datasets",
 )
 
-# Keys that may differ between the recipe that made a folder and the one that skips it: they change what is shown.
-PRESENTATION_KEYS = frozenset({"run_dir", "report_to", "logging_steps", "disable_tqdm", "run_name", "log_level"})
+# Keys that may differ between the recipe that made a folder and the one that skips it: they change what is shown,
+# or asked beforehand.
+PRESENTATION_KEYS = frozenset(
+    {"run_dir", "report_to", "logging_steps", "disable_tqdm", "run_name", "log_level", "probe"}
+)
 
 
 def stage_dir(run_dir: str | Path, stage: str) -> Path:

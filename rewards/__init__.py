@@ -8,25 +8,28 @@
 The folder is the registry: drop a file in, or write `module.path:function` or `path/to/file.py:function`.
 
     def shortness(completions, max_words=50, **columns):
-        \"\"\"1 for an empty completion, falling to 0 at `max_words`; punishes only.\"\"\"
+        \"\"\"1 for an empty completion, falling to 0 at `max_words`. Range: 0 to 1; punishes only.\"\"\"
         return [max(0.0, 1 - len(text.split()) / max_words) for text in completions]
 
-The contract, each sentence a test in tests/test_rewards.py:
+The contract, each sentence a test in tests/test_rewards.py, which also checks your own:
+`pytest tests/test_rewards.py --reward my_rewards.py:novelty` (`--condition` for a condition).
 
 1. A reward takes `completions` (texts), the dataset columns it wants by name, its own parameters with defaults, and
    `**columns`; it returns `list[float | None]`.
 2. It returns as many values as completions, in their order.
 3. It is row-local: a value depends on its own completion and row, never on its index, its neighbours or the size of
    the group.
-4. It is pure: no global state, no randomness, no model loaded at import, a module-level function.
+4. It is pure: no global state, no randomness, no model loaded at import, a module-level function. It leaves its
+   columns as they are.
 5. Bad model output is a low score. A bad row is an exception. None means "does not apply here".
-6. The docstring gives the range; no completion of a row scores above its gold answer (a reward that only punishes says
-   so).
+6. The docstring gives the range, as `Range: 0 to 1`, and every value keeps it; no completion of a row scores above its
+   gold answer (a reward that only punishes says so: `punishes only`).
 
 Columns of every row: `row_id`, `user`, `history` (items, oldest first), `candidates` (items, in the order shown),
 `relevance` (of each shown candidate), `candidate_labels` (what a completion writes for each shown candidate),
 `first_stage_ranks` (1-based place of each shown candidate in the first stage's list) and `target_rank` (the smallest
-first-stage rank of a relevant item). `rerank.prompts.parse_completion(completion, candidate_labels)` reads a ranking.
+first-stage rank of a relevant item). The trainer adds `prompts` (rendered texts) and `completion_ids` (tokens).
+`rerank.prompts.parse_completion(completion, candidate_labels)` reads a ranking.
 
 `conditions/` holds the predicates of `when`, by the same contract, one bool per completion: where it is False, the
 reward counts 0.

@@ -8,7 +8,7 @@ from rerank.prompts import parse_completion
 def well_formed(completions: list[str], candidate_labels: list[list[str]], **columns: Any) -> list[float]:
     """R_fmt = 1 when trace and ranking can be read and the ranking names each candidate once, else 0.
 
-    The trace may be empty. Range: 0 or 1.
+    The trace may be empty. Range: 0 to 1, nothing between.
 
     Source: GR2, arXiv:2602.07774 (whether its format reward is graded is not published; this one is binary, as in
     arXiv:2606.31984, section 4).

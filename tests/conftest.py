@@ -10,6 +10,14 @@ import pytest
 from toy_recipe import TOY, environment, write_toy_data
 
 
+def pytest_addoption(parser):
+    """Rewards and conditions of a user's own that test_rewards.py holds to the contract too."""
+    for name in ("reward", "condition"):
+        parser.addoption(
+            f"--{name}", action="append", default=[], metavar="FILE.py:FUNCTION", help=f"also check this {name}"
+        )
+
+
 @dataclass(frozen=True)
 class ToyRun:
     """A finished run of the toy recipe: its folder, that of its data, and what the command printed."""

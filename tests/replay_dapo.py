@@ -19,8 +19,8 @@ def replay(run: str) -> None:
 
     def replayed(self, prompt_ids, *args, **kwargs):
         sampled, _ = sample(self, prompt_ids, *args, **kwargs)
-        first = self.accelerator.process_index * len(prompt_ids)
-        rows = stored[self.state.global_step][first : first + len(prompt_ids)]
+        ids = {drawn.row["row_id"] for drawn, _ in self.sampler.requests}
+        rows = [row for row in stored[self.state.global_step] if row["row_id"] in ids]
         assert len(sampled) == len(rows)
         assert [self.processing_class(row["prompt"]).input_ids for row in rows] == prompt_ids, "rows in another order"
         return [row["completion_ids"] for row in rows], [row["sampling_logps"] for row in rows]

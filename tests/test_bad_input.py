@@ -71,7 +71,7 @@ def test_an_unknown_key_of_a_recipe(toy, capfd):
 def test_a_misspelt_reward(toy, capfd):
     replace(toy / "recipes/7_dapo.yaml", "name: ndcg", "name: ndgc")
     line = refused_run(toy, capfd)
-    assert "rewards has no 'ndgc' (did you mean ndcg?); it has ndcg, rank_promotion, well_formed" in line
+    assert "rewards has no 'ndgc' (did you mean ndcg?); it has auc, grounded, ndcg, not_a_copy, " in line
 
 
 def test_a_misspelt_condition_and_a_misspelt_parameter_of_a_reward(toy, capfd):

@@ -10,6 +10,8 @@ from toy_recipe import copy_stages
 from trl import GRPOTrainer, ModelConfig
 
 from rerank import base_model, dapo, sft
+from rerank.dapo import groups
+from rerank.dapo.prompt_stream import prompt_row
 
 NDCG = [{"name": "ndcg"}]
 
@@ -18,8 +20,9 @@ def config(folder, **options):
     return dapo.DapoConfig(output_dir=str(folder), use_cpu=True, bf16=False, report_to="none", **options)
 
 
-def check(rewards):
-    dapo.check(dapo.DapoArguments(run_dir="nowhere", rewards=rewards), None, ModelConfig())
+def check(rewards, training_args=None, **options):
+    training_args = training_args or config("nowhere")
+    dapo.check(dapo.DapoArguments(run_dir="nowhere", rewards=rewards, **options), training_args, ModelConfig())
 
 
 def plugin(folder, body):
@@ -33,16 +36,26 @@ def test_defaults_are_those_of_dapo(tmp_path):
     # arXiv:2503.14476: token-level loss, clip-higher (sec. 4.1: 0.2 and 0.28), no KL, overlong filtering
     assert (defaults.loss_type, defaults.epsilon, defaults.epsilon_high) == ("dapo", 0.2, 0.28)
     assert defaults.beta == 0.0 and defaults.mask_truncated_completions
+    assert not defaults.vllm_importance_sampling_correction  # the gap is held small instead
     assert defaults.use_vllm and defaults.vllm_mode == "colocate" and defaults.save_total_limit == 2
 
 
 @pytest.mark.parametrize(
     ("method", "parameters"),
     [
+        ("_prepare_inputs", "self generation_batch"),
+        ("_generate", "self prompts"),
+        (
+            "_get_per_token_logps_and_entropies",
+            "self model input_ids attention_mask logits_to_keep batch_size "
+            "compute_entropy compute_aux_loss pixel_values image_grid_thw num_images pixel_attention_mask "
+            "spatial_shapes num_tiles image_sizes token_type_ids mm_token_type_ids image_position_ids",
+        ),
+        ("compute_loss", "self model inputs return_outputs num_items_in_batch"),
+        ("_save_checkpoint", "self model trial"),
         ("_generate_single_turn", "self prompt_ids images multimodal_fields num_generations has_tool_images"),
         ("_calculate_rewards", "self inputs prompts completions completion_ids_list"),
         ("_generate_and_score_completions", "self inputs"),
-        ("_save_checkpoint", "self model trial"),
     ],
 )
 def test_an_overridden_method_is_as_the_pinned_trl_has_it(method, parameters):
@@ -54,6 +67,8 @@ def test_an_overridden_method_is_as_the_pinned_trl_has_it(method, parameters):
     [
         ({"rows": "sft"}, r"rows is 'sft'; choose dapo or all"),
         ({"overlong_tokens": -1}, r"overlong_tokens is -1; give 0 or more"),
+        ({"max_sampling_rounds": 0}, r"max_sampling_rounds is 0; give 1 or more"),
+        ({"max_logp_gap": 0.0}, r"max_logp_gap is 0.0 but must be above 0"),
     ],
 )
 def test_options_out_of_range_are_refused(options, message):
@@ -67,6 +82,31 @@ def test_every_reward_is_called_before_a_model_is_loaded(tmp_path):
         check(plugin(tmp_path, "return [columns['title'] for _ in completions]"))
 
 
+def test_an_outcome_that_no_reward_reports_is_refused():
+    check(NDCG, outcome="ndcg")
+    message = r"outcome is 'ndgc', but the recipe's rewards report only rank_gain, ndcg$"
+    with pytest.raises(ValueError, match=message):
+        check(NDCG, outcome="ndgc")
+
+
+def test_groups_that_do_not_fit_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"GRPO requires at least 2 generations per prompt"):
+        config(tmp_path, num_generations=1)
+    shape = {"per_device_train_batch_size": 6, "gradient_accumulation_steps": 2, "num_generations": 4}
+    check(NDCG, config(tmp_path, **shape))
+    message = r"a process samples 6 completions at a time .* which num_generations 4 does not divide; change one"
+    with pytest.raises(ValueError, match=message):
+        parts = config(tmp_path, **shape)
+        parts.steps_per_generation = 1
+        check(NDCG, parts)
+
+
+def test_an_invalid_reward_for_completions_that_are_masked_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"invalid_reward needs mask_truncated_completions: false, else what was cut"):
+        check(NDCG, invalid_reward=-1.0)
+    check(NDCG, config(tmp_path, mask_truncated_completions=False), invalid_reward=-1.0)
+
+
 def test_a_reward_sees_a_ranking_and_junk_in_the_check(tmp_path):
     body = "raise RuntimeError(completions[0] + '|' + completions[1])"
     with pytest.raises(ValueError, match=r"<think>why</think><s_a_0><s_b_1><s_a_0><s_b_0>\|no ranking"):
@@ -74,9 +114,7 @@ def test_a_reward_sees_a_ranking_and_junk_in_the_check(tmp_path):
 
 
 def test_a_misspelt_reward_is_refused_with_the_known_ones():
-    with pytest.raises(
-        ValueError, match=r"rewards has no 'ndgc' \(did you mean ndcg\?\); it has ndcg, rank_promotion"
-    ):
+    with pytest.raises(ValueError, match=r"rewards has no 'ndgc' \(did you mean ndcg\?\); it has auc, grounded, ndcg"):
         check([{"name": "ndgc"}])
 
 
@@ -127,19 +165,19 @@ def test_without_two_groups_of_a_rank_in_both_fifths_there_is_no_gain_at_equal_r
 
 def test_the_overlong_punishment_falls_before_the_limit():
     args = dapo.DapoArguments(run_dir="run", rewards=[{"name": "ndcg", "weight": 0.7}], overlong_tokens=5)
-    functions, weights = dapo.reward_functions(args, max_completion_length=20)
+    functions, weights = dapo.reward_functions(args, 20, eos_token_id=0)
     assert weights == [0.7, 1.0]
     # eq. 13 with limit 20 and cache 5: nothing up to 15, then ((20 - 5) - length) / 5, -1 beyond 20
     lengths = (15, 16, 20, 21)
     assert functions[1](completion_ids=[[0] * length for length in lengths]) == [0.0, -0.2, -1.0, -1.0]
     args.overlong_tokens = 0
-    assert len(dapo.reward_functions(args, max_completion_length=20)[0]) == 1
+    assert len(dapo.reward_functions(args, 20, eos_token_id=0)[0]) == 1
 
 
 def test_the_place_of_the_target_is_that_of_the_most_relevant_item():
-    assert dapo._target_rank([2, 0, 1], [0.0, 1.0, 0.0]) == 3
-    assert dapo._target_rank([2, 0, 1], [1.0, 2.0, 2.0]) == 1  # two of equal relevance: the better place
-    assert dapo._target_rank(None, [0.0, 1.0]) is None
+    assert groups.target_rank([2, 0, 1], [0.0, 1.0, 0.0]) == 3
+    assert groups.target_rank([2, 0, 1], [1.0, 2.0, 2.0]) == 1  # two of equal relevance: the better place
+    assert groups.target_rank(None, [0.0, 1.0]) is None
 
 
 @pytest.fixture(scope="module")
@@ -149,31 +187,49 @@ def toy_encoder(toy_run):
 
 
 def test_a_training_row_has_its_prompt_and_the_columns_of_rewards(toy_run, toy_encoder, tmp_path):
-    options = config(tmp_path)
     args = dapo.DapoArguments(run_dir=str(toy_run.run), rewards=NDCG)
-    dataset = dapo.prepare(args, options, toy_encoder, toy_run.run / "sft/model")
-    assert set(dataset.column_names) == {"prompt", *dapo.COLUMNS}
+    prompts = dapo.prepare(args, config(tmp_path), toy_encoder, toy_run.run / "sft/model")
     rows = {row["row_id"]: row for row in sft.training_rows(str(toy_run.run), "dapo")}
-    assert dataset["row_id"][:] == sorted(rows)
-    for made in dataset:
-        row = rows[made["row_id"]]
+    assert [row["row_id"] for row in prompts.rows] == sorted(rows)
+    for drawn in prompts.draw(len(rows)):
+        made, row = drawn.row, rows.pop(drawn.row["row_id"])
+        assert set(made) == {"prompt", *dapo.REWARD_COLUMNS}
         assert made["prompt"] == toy_encoder.prompt(row) and made["first_stage_ranks"] == [1, 2, 3, 4]
         assert made["target_rank"] == 1 + row["relevance"].index(1.0)
+    assert not rows
+
+
+def test_a_shuffled_row_shows_its_evidence_in_the_same_order(toy_run, toy_encoder):
+    row = sft.training_rows(str(toy_run.run), "dapo")[0]
+    plain, shuffled = prompt_row(row, toy_encoder), prompt_row(row, toy_encoder, [2, 0, 3, 1])
+    labels = [plain["candidate_labels"][place] for place in (2, 0, 3, 1)]
+    assert shuffled["candidate_labels"] == labels and shuffled["first_stage_ranks"] == [3, 1, 4, 2]
+    assert shuffled["target_rank"] == plain["target_rank"]
+    lines = plain["prompt"].replace("<|assistant|>", "").splitlines()
+    shown = shuffled["prompt"].replace("<|assistant|>", "").splitlines()
+    assert sorted(shown) == sorted(lines) and shown != lines
 
 
 def test_lengths_that_the_recipe_leaves_open_come_from_the_sft_stage(toy_run, toy_encoder, tmp_path):
     options = config(tmp_path)
     args = dapo.DapoArguments(run_dir=str(toy_run.run), rewards=NDCG, rows="all")
-    dataset = dapo.prepare(args, options, toy_encoder, toy_run.run / "sft/model")
-    longest = max(len(toy_encoder.tokenizer(prompt).input_ids) for prompt in dataset["prompt"])
+    prompts = dapo.prepare(args, options, toy_encoder, toy_run.run / "sft/model")
+    longest = max(len(toy_encoder.tokenizer(toy_encoder.prompt(row)).input_ids) for row in prompts.rows)
     assert options.vllm_max_model_length == longest + options.max_completion_length
     assert options.max_completion_length > 30  # a trace of the toy
 
 
-def test_prompts_that_do_not_fit_are_refused(toy_run, toy_encoder, tmp_path):
+def test_prompts_that_do_not_fit_are_counted_and_named(toy_run, toy_encoder, tmp_path):
     args = dapo.DapoArguments(run_dir=str(toy_run.run), rewards=NDCG)
-    options = config(tmp_path, max_completion_length=16, vllm_max_model_length=40)
-    message = r"longest prompt has \d+ tokens and a completion up to 16, but vllm_max_model_length is 40; raise it or"
+    prompts = dapo.prepare(args, config(tmp_path), toy_encoder, toy_run.run / "sft/model")
+    lengths = {r["row_id"]: len(toy_encoder.tokenizer(toy_encoder.prompt(r)).input_ids) for r in prompts.rows}
+    room = max(lengths.values()) - 1
+    long = [row_id for row_id, length in lengths.items() if length > room]
+    options = config(tmp_path, max_completion_length=16, vllm_max_model_length=room + 16)
+    shown = ", ".join(map(str, long[:3]))
+    message = (
+        rf"^{len(long)} of {len(lengths)} prompts \(row_id {shown}[^)]*\) have more than {room} tokens, the longest"
+    )
     with pytest.raises(ValueError, match=message):
         dapo.prepare(args, options, toy_encoder, toy_run.run / "sft/model")
 
@@ -196,4 +252,4 @@ def test_the_check_refuses_a_model_of_another_catalogue(toy_run, tmp_path):
     pq.write_table(table.set_column(2, "semantic_id", [ids]), run / "semantic_ids/semantic_ids.parquet")
     args = dapo.DapoArguments(run_dir=str(run), rewards=NDCG)
     with pytest.raises(ValueError, match=r"semantic ids of another catalogue than the model's: .* lacks <s_a_99>"):
-        dapo.check(args, None, ModelConfig())
+        dapo.check(args, config(tmp_path), ModelConfig())

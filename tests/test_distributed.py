@@ -81,7 +81,7 @@ def test_dapo_in_two_processes_has_the_losses_of_one(toy_run, tmp_path, accelera
     launch(toy_run.data, accelerate, "tests.replay_dapo", "dapo", run, HALF_BATCH)
     for name in ("loss", "grad_norm", "reward"):
         assert logged(run, "dapo", name) == pytest.approx(logged(toy_run.run, "dapo", name), abs=1e-4), name
-    assert min(abs(loss) for loss in logged(run, "dapo", "loss")) > 0.01  # lengths differ, so it does not vanish
+    assert min(abs(loss) for loss in logged(run, "dapo", "loss")) > 0.005  # lengths differ, so it does not vanish
     assert run_dir.read_metrics(run, "dapo")["max_logp_gap"] < 0.02
     theirs, ours = (rollouts.read_rollouts(folder).to_pylist() for folder in (toy_run.run, run))
     assert len(ours) == len(theirs)

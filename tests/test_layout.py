@@ -25,7 +25,7 @@ TEXTS = [
 ]
 MACHINE_PATH = re.compile(r"(?<![\w.])/(work|root|tmp|home|Users|mnt|opt)/")
 HEAVY = {"torch", "transformers", "trl", "vllm", "datasets", "ibis", "sentence_transformers", "lightgbm", "numpy"}
-COMMANDS = ("run", "compare", "inspect", "report", "replay", "ids", "recall", "losses", "rank")
+COMMANDS = ("run", "compare", "inspect", "report", "replay", "ids", "recall", "probe", "losses", "rank")
 IMPORT_ALL = """
 import importlib, sys
 folder, *names = sys.argv[1:]

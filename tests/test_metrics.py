@@ -5,9 +5,11 @@ import math
 
 import numpy as np
 import pytest
+from scipy.stats import kendalltau
 
 from rerank.metrics import (
     METRICS,
+    auc,
     kendall_tau,
     mean_random_metrics,
     ndcg_at_k,
@@ -99,3 +101,24 @@ def test_kendall_tau_counts_ordered_pairs():
     # one neighbouring swap of four items: 5 pairs in order, 1 not, of 6
     assert kendall_tau([1, 0, 2, 3]) == pytest.approx(4 / 6)
     assert kendall_tau([0]) == 1.0
+
+
+def test_kendall_tau_is_scipys():
+    rng = np.random.default_rng(0)
+    for order in (rng.permutation(size) for size in (2, 3, 10, 25)):
+        assert kendall_tau(order.tolist()) == pytest.approx(kendalltau(np.arange(len(order)), order).statistic)
+
+
+def test_auc_counts_ordered_pairs():
+    # relevant at ranks 2 and 4 of 5, irrelevant at 1, 3, 5: of 6 pairs (2, 3), (2, 5) and (4, 5) are in order
+    assert auc([0, 1, 0, 2, 0]) == 0.5
+    assert auc([1, 1, 0]) == 1.0 and auc([0, 1]) == 0.0
+    assert auc([0, 0]) is None and auc([1, 1]) is None and auc([]) is None
+
+
+def test_auc_is_the_double_sum_of_its_equation():
+    rng = np.random.default_rng(0)
+    for gains in rng.choice([0, 0, 1, 2], (50, 10)):
+        positives, negatives = np.flatnonzero(gains > 0), np.flatnonzero(gains == 0)
+        pairs = [i < j for i in positives for j in negatives]
+        assert auc(gains) == (pytest.approx(sum(pairs) / len(pairs)) if pairs else None)

@@ -75,7 +75,7 @@ def test_a_file_is_loaded_once(own_file):
 
 def test_unknown_names_list_what_exists():
     with pytest.raises(
-        ValueError, match=r"rewards has no 'ndgc' \(did you mean ndcg\?\); it has ndcg, rank_promotion, "
+        ValueError, match=r"rewards has no 'ndgc' \(did you mean ndcg\?\); it has auc, grounded, ndcg, "
     ):
         load_function("ndgc", "rewards")
     with pytest.raises(

@@ -242,7 +242,7 @@ PIECES = [
 ]
 
 
-@settings(max_examples=1000, deadline=None, derandomize=True)
+@settings(max_examples=2000, deadline=None, derandomize=True)
 @given(st.one_of(st.text(), st.lists(st.sampled_from(PIECES), max_size=12).map("".join)), st.booleans())
 def test_any_text_is_a_ranking_or_a_named_failure(text, after_trace):
     for labels in (LABELS, NUMBERS):
@@ -261,7 +261,7 @@ def mutate(text, edits):
     return data.decode("utf-8", errors="surrogateescape")
 
 
-@settings(max_examples=1500, deadline=None, derandomize=True)
+@settings(max_examples=2000, deadline=None, derandomize=True)
 @given(st.permutations(range(3)), st.permutations(range(10)), st.text(max_size=8), EDITS)
 def test_any_byte_level_change_of_a_completion_is_a_ranking_or_a_named_failure(order, numbers, trace, edits):
     for ranking, labels in ((order, LABELS), (numbers, NUMBERS)):

@@ -25,13 +25,34 @@ def test_a_recipe_is_named_after_its_stage_and_resolves(path):
     assert int(match[1]) == run_dir.STAGES.index(match[2]) + 1
     arguments = recipe.resolve(match[2], recipe.load(path), str(path))
     if match[2] == "dapo":
-        from rerank.dapo import COLUMNS
+        from rerank.dapo import REWARD_COLUMNS
 
-        assert plugins.load_rewards(arguments[0].rewards, COLUMNS)
+        assert plugins.load_rewards(arguments[0].rewards, REWARD_COLUMNS)
     if match[2] == "sft":
         from rerank.losses import load_losses
 
         assert load_losses(arguments[0].losses, arguments[0].task)
+
+
+RANK, FORM = {"name": "rank_promotion", "weight": 1.0}, {"name": "well_formed", "weight": 0.2}
+DAPO_VARIANTS = {
+    "naive": {"rewards": [RANK, FORM]},
+    "conditional_literal": {"rewards": [RANK, {**FORM, "when": "promoted_or_first"}]},
+    "report": {"rewards": [{"name": "auc", "weight": 1.0, "when": "not_a_suboptimal_copy"}, FORM]},
+    "shuffled": {"shuffle_candidates": True},
+}
+
+
+@pytest.mark.parametrize("name", DAPO_VARIANTS)
+@pytest.mark.parametrize("folder", ["ml100k", "beauty_tiny"])
+def test_a_variant_of_dapo_differs_in_what_it_is_named_after_alone(folder, name):
+    main, path = Path(f"recipes/{folder}/7_dapo.yaml"), Path(f"recipes/{folder}/7_dapo_{name}.yaml")
+    assert recipe.load(main)["rewards"] == [RANK, {**FORM, "when": "promoted_or_kept_first"}]
+    assert recipe.load(path) == {**recipe.load(main), **DAPO_VARIANTS[name]}
+    comment = path.read_text().partition("run_dir:")[0]
+    assert comment.startswith("# A variant that `rerank run` leaves alone: ")
+    assert "R = " in comment and "arXiv:" in comment
+    assert path.name not in {step.path.name for step in pipeline.read_steps(path.parent, None, [])}
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=str)

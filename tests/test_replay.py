@@ -73,13 +73,15 @@ def test_conditions_count_as_in_training(store):
 
 
 @pytest.mark.parametrize(
-    ("scale", "divisor"), [("none", None), (False, None), ("group", 2**0.5), (True, 2**0.5), ("batch", 8**0.5)]
+    ("scale", "divisor"),
+    [("none", None), (False, None), ("group", 2**0.5), (True, 2**0.5), ("batch", (20 / 3) ** 0.5)],
 )
 def test_scales_of_advantages(scale, divisor):
-    # groups of 0, 2 and 4, 6: deviations sqrt(2), and of all four sqrt((9 + 1 + 1 + 9)/3)
-    frame = pd.DataFrame({"step": 0, "round": 0, "group": [0, 0, 1, 1], "reward": [0.0, 2.0, 4.0, 6.0]})
-    divisor = (20 / 3) ** 0.5 if scale == "batch" else divisor
-    wanted = [-1, 1, -1, 1] if divisor is None else np.array([-1, 1, -1, 1]) / (divisor + 1e-4)
+    # groups of 0, 2 and 4, 6: deviations sqrt(2), and of the four that are kept sqrt((9 + 1 + 1 + 9)/3)
+    kept, rewards = [True] * 4 + [False] * 2, [0.0, 2.0, 4.0, 6.0, 9.0, 9.0]
+    frame = pd.DataFrame({"step": 0, "round": 0, "group": [0, 0, 1, 1, 2, 2], "kept": kept, "reward": rewards})
+    signs = np.array([-1, 1, -1, 1, 0, 0])
+    wanted = signs if divisor is None else signs / (divisor + 1e-4)
     scale = {True: "group", False: "none"}.get(scale, scale)
     assert replay.advantages(frame, "reward", scale).tolist() == pytest.approx(wanted)
 
@@ -111,7 +113,7 @@ def test_a_reward_gets_the_columns_of_the_contract(tmp_path):
 
 
 def test_columns_and_scale_are_those_of_the_dapo_stage(tmp_path):
-    assert set(replay.STORED) == set(dapo.COLUMNS)
+    assert set(replay.STORED) == set(dapo.REWARD_COLUMNS)
     config = dapo.DapoConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none")
     assert config.scale_rewards == replay.SCALE_REWARDS
     assert config.multi_objective_aggregation == "sum_then_normalize"

@@ -85,6 +85,7 @@ def test_the_flushes_of_one_step_are_all_kept_in_their_order(tmp_path):
 def test_a_resumed_run_replaces_the_steps_it_repeats(tmp_path):
     write(tmp_path, *(make_rollout(step=step, reward=1.0) for step in range(4)))
     write(tmp_path, make_rollout(step=3), rank=10)
+    (tmp_path / "part-00000001-0.tmp").write_bytes(b"PAR1")
     writer = RolloutWriter(tmp_path)
     writer.discard_from(2)
     assert names_in(tmp_path) == [

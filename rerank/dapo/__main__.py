@@ -1,0 +1,4 @@
+from rerank import recipe
+
+if __name__ == "__main__":
+    recipe.launch("dapo")

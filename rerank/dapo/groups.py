@@ -1,0 +1,144 @@
+"""Groups of completions of one prompt, and which of them a policy can learn from.
+
+DAPO (arXiv:2503.14476, eq. 11) trains on groups whose answers are neither all right nor all wrong. A ranking is not
+right or wrong, so a group is useful when its members differ in a named outcome: exactly, not by a standard deviation,
+which is hardly ever zero for a sum of shaped rewards.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from rerank.dapo.prompt_stream import DrawnPrompt
+
+RANK_GAIN = "rank_gain"
+
+
+@dataclass
+class Rollout:
+    """One sampled completion of a prompt.
+
+    Attributes:
+        sampling_logps: Log-probability of each token by the engine that sampled it; None where it tells none.
+        rewards: Value of each reward, nan where it does not apply.
+        gates: Whether the condition of each reward held.
+        order: The ranking it states, as positions into the shown candidates; None for no ranking.
+        failure: Why it is no ranking; None for one.
+        truncated: Whether the length limit cut it off.
+        outcome: What members of a group must differ in; None where it does not apply.
+    """
+
+    prompt_ids: list[int]
+    completion_ids: list[int]
+    completion: str
+    sampling_logps: list[float] | None
+    rewards: list[float]
+    gates: dict[str, bool]
+    order: list[int] | None
+    failure: str | None
+    truncated: bool
+    outcome: float | None = None
+
+
+@dataclass
+class Group:
+    """The completions of one drawn prompt.
+
+    Attributes:
+        number: Which of the prompts drawn for the step it is, from 0.
+        round: The sampling round of the step in which it was sampled, from 0.
+    """
+
+    drawn: DrawnPrompt
+    rollouts: list[Rollout]
+    number: int
+    round: int
+
+    def is_useful(self) -> bool:
+        """Whether members differ in their outcome."""
+        return len({rollout.outcome for rollout in self.rollouts} - {None}) > 1
+
+    def kind(self) -> str:
+        """`all_best`: the target first in all; `all_worse`: lower than before, or no ranking, in all; else `mixed`,
+        or `all_equal` where all put it at one place."""
+        places = [target_rank(rollout.order, self.drawn.row["relevance"]) for rollout in self.rollouts]
+        before = self.drawn.row["target_rank"]
+        if all(place == 1 for place in places):
+            return "all_best"
+        if all(place is None or place > before for place in places):
+            return "all_worse"
+        return "all_equal" if len(set(places)) == 1 else "mixed"
+
+
+def target_rank(order: Sequence[int] | None, relevance: Sequence[float]) -> int | None:
+    """1-based place of the best relevant candidate, None without a ranking."""
+    if order is None:
+        return None
+    return min(place for place, position in enumerate(order, start=1) if relevance[position] == max(relevance))
+
+
+def rank_gain(drawn: DrawnPrompt, order: Sequence[int] | None) -> float:
+    """Places that the target moved up; below every rank for a completion that is no ranking."""
+    place = target_rank(order, drawn.row["relevance"])
+    return -math.inf if place is None else float(drawn.row["target_rank"] - place)
+
+
+def split(groups: Sequence[Group], wanted: int) -> tuple[list[Group], list[Group], list[Group]]:
+    """Useful groups that are wanted, those beyond, and the rest, each in the order sampled."""
+    useful = [group for group in groups if group.is_useful()]
+    return useful[:wanted], useful[wanted:], [group for group in groups if not group.is_useful()]
+
+
+def prompts_to_draw(missing: int, share_useful: float, num_groups: int) -> int:
+    """How many prompts should bring `missing` useful groups of the `num_groups` of a step; at most twice a step's.
+
+    Args:
+        share_useful: Of the groups sampled lately.
+    """
+    return min(2 * num_groups, math.ceil(missing / max(share_useful, missing / (2 * num_groups))))
+
+
+def request_seed(seed: int, row_id: int, draw: int, member: int) -> int:
+    """The seed of one completion: members of a group differ, and a second run samples the same."""
+    return int(np.random.SeedSequence([seed, row_id, draw, member]).generate_state(1)[0])
+
+
+def counts(groups: Sequence[Group], num_useful: int, num_rounds: int) -> dict[str, float]:
+    """What is logged of a step's sampling."""
+    kinds = Counter(group.kind() for group in groups)
+    shares = {kind: kinds[kind] / len(groups) for kind in ("all_worse", "all_equal", "all_best")}
+    return {"share_useful": num_useful / len(groups), "rounds": num_rounds, "prompts": len(groups), **shares}
+
+
+def record(group: Group, member: int, run: str, step: int, components: Sequence[str], total: float) -> dict[str, Any]:
+    """A rollout as the store takes it; `policy_logps`, `advantage` and `kept` are for the trainer to set."""
+    row, rollout = group.drawn.row, group.rollouts[member]
+    named = zip(components, rollout.rewards, strict=True)
+    return {
+        **{name: row[name] for name in ("row_id", "user", "history", "prompt", "relevance", "first_stage_ranks")},
+        **{name: row[name] for name in ("candidates", "candidate_labels")},
+        "run": run,
+        "step": step,
+        "round": group.round,
+        "group": group.number,
+        "target": row["candidates"][row["first_stage_ranks"].index(row["target_rank"])],
+        "completion": rollout.completion,
+        "completion_ids": rollout.completion_ids,
+        "policy_logps": None,
+        "sampling_logps": rollout.sampling_logps,
+        "reward_components": {name: value for name, value in named if not math.isnan(value)},
+        "reward_gates": rollout.gates,
+        "reward": total,
+        "advantage": None,
+        "truncated": rollout.truncated,
+        "failure": rollout.failure,
+        "order": rollout.order,
+        "target_rank_before": row["target_rank"],
+        "target_rank_after": target_rank(rollout.order, row["relevance"]),
+        "kept": True,
+        "discard_reason": None,
+    }

@@ -1,0 +1,125 @@
+"""What is probed: completions that lazy policies would write for a row, and an honest one.
+
+A row is one of `rerank.probe.rows.ProbeRow`; positions are those of the candidates as shown.
+"""
+
+import random
+from collections.abc import Callable, Sequence
+
+from rerank.probe.rows import ProbeRow
+from rerank.prompts import THINK, THINK_END, completion, spaced
+
+Policy = Callable[[ProbeRow, random.Random], str]
+
+
+def _answer(row: ProbeRow, order: Sequence[int]) -> str:
+    """A ranking after a trace that cites its first candidate and claims nothing."""
+    return completion(f"best{spaced(row.labels[order[0]])}", order, row.labels)
+
+
+def _list(row: ProbeRow, labels: Sequence[str]) -> str:
+    """Labels after a trace as `_answer` writes it, whether they are a ranking or not."""
+    return f"{THINK}best{spaced(labels[0])}{THINK_END}" + "".join(map(spaced, labels))
+
+
+def _shown(row: ProbeRow) -> list[int]:
+    return list(range(len(row.labels)))
+
+
+def _best_first(scores: Sequence[float]) -> list[int]:
+    return sorted(range(len(scores)), key=lambda position: -scores[position])
+
+
+def _oracle_labels(row: ProbeRow) -> list[str]:
+    return [row.labels[position] for position in _best_first(row.relevance)]
+
+
+def input_order(row: ProbeRow, rng: random.Random) -> str:
+    """The order shown: the no-op."""
+    return _answer(row, _shown(row))
+
+
+def no_trace(row: ProbeRow, rng: random.Random) -> str:
+    """The order shown, after an empty trace."""
+    return completion(None, _shown(row), row.labels)
+
+
+def swap_neighbours(row: ProbeRow, rng: random.Random) -> str:
+    """A near-copy: two neighbours change places, neither of them relevant, so that nothing is won or lost."""
+    order, gains = _shown(row), row.relevance
+    places = [place for place in order[1:] if gains[place] == gains[place - 1] == 0]
+    if places:
+        place = rng.choice(places)
+        order[place - 1 : place + 1] = order[place], order[place - 1]
+    return _answer(row, order)
+
+
+def reverse(row: ProbeRow, rng: random.Random) -> str:
+    """The order shown, last first."""
+    return _answer(row, _shown(row)[::-1])
+
+
+def random_order(row: ProbeRow, rng: random.Random) -> str:
+    """A random permutation."""
+    return _answer(row, rng.sample(_shown(row), len(row.labels)))
+
+
+def last_to_first(row: ProbeRow, rng: random.Random) -> str:
+    """The last candidate first, the others as shown."""
+    *others, last = _shown(row)
+    return _answer(row, [last, *others])
+
+
+def by_popularity(row: ProbeRow, rng: random.Random) -> str:
+    """What most users took first; what ties stays as shown."""
+    return _answer(row, _best_first(row.popularity))
+
+
+def duplicate(row: ProbeRow, rng: random.Random) -> str:
+    """The oracle's ranking with its first candidate again in place of the last: no ranking, like the next five."""
+    labels = _oracle_labels(row)
+    return _list(row, [*labels[:-1], labels[0]])
+
+
+def omission(row: ProbeRow, rng: random.Random) -> str:
+    """The oracle's ranking without its last candidate."""
+    return _list(row, _oracle_labels(row)[:-1])
+
+
+def foreign_item(row: ProbeRow, rng: random.Random) -> str:
+    """The oracle's ranking with an item that is no candidate in place of the last."""
+    return _list(row, [*_oracle_labels(row)[:-1], row.foreign_label])
+
+
+def truncated(row: ProbeRow, rng: random.Random) -> str:
+    """The oracle's completion, cut off after two thirds."""
+    text = oracle(row, rng)
+    return text[: 2 * len(text) // 3]
+
+
+def empty(row: ProbeRow, rng: random.Random) -> str:
+    """Nothing."""
+    return ""
+
+
+def junk(row: ProbeRow, rng: random.Random) -> str:
+    """Words that rank nothing."""
+    return "I am sorry, but all of these are equally good."
+
+
+def junk_with_target(row: ProbeRow, rng: random.Random) -> str:
+    """Words around the label of the best candidate."""
+    return f"The best one is {_oracle_labels(row)[0]}, the others follow."
+
+
+def oracle(row: ProbeRow, rng: random.Random) -> str:
+    """The best order there is."""
+    return _answer(row, _best_first(row.relevance))
+
+
+# In the order of the table; the first is the one that others are compared with, the last is the measure of all.
+POLICIES: tuple[Policy, ...] = (
+    *(input_order, no_trace, swap_neighbours, reverse, random_order, last_to_first, by_popularity),
+    *(duplicate, omission, foreign_item, truncated, empty, junk, junk_with_target, oracle),
+)
+RANDOM = (swap_neighbours, random_order)  # those whose completions differ from draw to draw

@@ -1,0 +1,28 @@
+"""AUC of the ranking a completion states: the ranking reward of GR2's technical report."""
+
+from typing import Any
+
+from rerank import metrics
+from rerank.prompts import parse_completion
+
+
+def auc(
+    completions: list[str], candidate_labels: list[list[str]], relevance: list[list[float]], **columns: Any
+) -> list[float | None]:
+    """R_AUC = 1/(|M| |N|) sum_{i in M} sum_{j in N} 1[rank(i) < rank(j)], 0 for a completion that is no ranking.
+
+    M are the candidates of any relevance above 0, N the others; None for a row in which either is empty. With one
+    relevant candidate of N it is (N - its rank)/(N - 1), so the input order earns much of it: see
+    `conditions/not_a_suboptimal_copy`. Range: 0 to 1.
+
+    Source: GR2 technical report, arXiv:2606.31984, eq. 5.
+    """
+    rows = zip(completions, candidate_labels, relevance, strict=True)
+    return [_auc(*row) for row in rows]
+
+
+def _auc(completion: str, labels: list[str], relevance: list[float]) -> float | None:
+    order = parse_completion(completion, labels).order
+    if order is None:
+        return None if metrics.auc(relevance) is None else 0.0
+    return metrics.auc([relevance[position] for position in order])

@@ -1,0 +1,42 @@
+"""Whether what a trace cites stands in the prompt."""
+
+import re
+from typing import Any
+
+from rerank.prompts import parse_completion
+
+# What both prompt and trace are read for: semantic ids (a run of them is split where the first level comes again),
+# facts such as `next:8`, and numbers.
+_ID = r"<s_a_[0-9]+>(?:<s_(?!a_)[a-z]+_[0-9]+>)*|<s_[a-z]+_[0-9]+>"
+_FACT = r"\b[a-z]+:[0-9]+\b"
+_NUMBER = r"(?<![\w.])[0-9]+(?:\.[0-9]+)?(?!\w)"
+_CITED = re.compile(f"{_ID}|{_FACT}")
+_CITED_AND_NUMBERS = re.compile(f"{_ID}|{_FACT}|{_NUMBER}")
+# A title: in double quotes, or in brackets right after an id, where it may hold brackets of its own.
+_TITLE = re.compile(r'"([^"]+)"|“([^”]+)”|(?<=>) \(((?:[^()]|\([^()]*\))+)\)')
+
+
+def grounded(
+    completions: list[str], prompts: list[str], candidate_labels: list[list[str]], **columns: Any
+) -> list[float]:
+    """Share of the trace's citations that stand in the prompt; 0 where it cites nothing, and without a ranking.
+
+    Citations are semantic ids, titles (in double quotes, or in brackets after an id), facts as the prompt codes them
+    (`next:8`), and numbers where candidates are ranked by number. An id must stand there whole, a title as it is
+    written. It asks whether something stands there, not whether what is said of it is true. Range: 0 to 1.
+
+    Source: GR2, arXiv:2602.07774, and its technical report ask a trace to cite ids; this check of it is the project's.
+    """
+    rows = zip(completions, prompts, candidate_labels, strict=True)
+    return [_grounded(*row) for row in rows]
+
+
+def _grounded(completion: str, prompt: str, labels: list[str]) -> float:
+    parsed = parse_completion(completion, labels)
+    if parsed.order is None or parsed.trace is None:
+        return 0.0
+    pattern = _CITED_AND_NUMBERS if labels[0].isdecimal() else _CITED
+    known = set(pattern.findall(prompt))
+    titles = [next(filter(None, groups)) for groups in _TITLE.findall(parsed.trace)]
+    found = [citation in known for citation in pattern.findall(parsed.trace)] + [title in prompt for title in titles]
+    return sum(found) / len(found) if found else 0.0

@@ -1,0 +1,367 @@
+"""The probe on four rows of five candidates, with figures by hand, and on a toy run as the dapo stage reads it."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from toy_run import SETTINGS, finish, write_run
+
+from rerank import cli, pipeline, probe, prompts, recipe, run_dir
+from rerank.probe import policies, table
+from rerank.probe.rows import read_rows, reward_columns
+from rerank.prompts import PromptSettings, parse_completion
+
+CPU = "recipes/accelerate/cpu.yaml"
+NAMES = [policy.__name__ for policy in policies.POLICIES]
+NO_RANKING = ["duplicate", "omission", "foreign_item", "truncated", "empty", "junk", "junk_with_target"]
+RANK, FORM = {"name": "rank_promotion"}, {"name": "well_formed", "weight": 0.2}
+NAIVE = [RANK, FORM]
+CONDITIONAL = [RANK, {**FORM, "when": "promoted_or_kept_first"}]
+LITERAL = [RANK, {**FORM, "when": "promoted_or_first"}]
+REPORT = [{"name": "auc", "when": "not_a_suboptimal_copy"}, FORM]
+TARGET_RANKS = {0: 1, 1: 2, 2: 3, 3: 5, 4: 4}  # by row_id; row 4 is for sft
+COLUMNS = (
+    *("row_id", "user", "history", "candidates", "relevance"),
+    *("candidate_labels", "first_stage_ranks", "target_rank"),
+)
+
+
+def make_run(run: Path) -> Path:
+    """Candidates 2 to 6 of eight items in five rows; the higher its number, the more often an item was taken."""
+    for stage in ("data", "semantic_ids", "candidates", "traces"):
+        (run / stage).mkdir(parents=True)
+        finish(run / stage, {})
+    items = {"item": range(8), "item_id": [f"m{n}" for n in range(8)], "title": ["T"] * 8, "category": [""] * 8}
+    pq.write_table(pa.table(items), run / "data/items.parquet")
+    taken = [item for item in range(8) for _ in range(item)]
+    users = {"user": range(len(taken)), "item": taken, "position": [0] * len(taken), "split": ["train"] * len(taken)}
+    pq.write_table(pa.table(users), run / "data/interactions.parquet")
+    ids = {"item": range(8), "semantic_id": [f"<s_a_{n}><s_b_0>" for n in range(8)]}
+    pq.write_table(pa.table(ids), run / "semantic_ids/semantic_ids.parquet")
+    rows = [
+        {"row_id": row, "user": row, "history": [0, 1], "candidates": [2, 3, 4, 5, 6], "hit": True}
+        | {"relevance": [float(place == rank) for place in range(1, 6)]}
+        for row, rank in TARGET_RANKS.items()
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), run / "candidates/train.parquet")
+    uses = {"row_id": list(TARGET_RANKS), "used_for": ["dapo"] * 4 + ["sft"]}
+    pq.write_table(pa.table(uses), run / "traces/row_split.parquet")
+    PromptSettings(ranking="number", item_fields=["semantic_id"], task="short").save(run / "traces")
+    return run
+
+
+@pytest.fixture
+def run(tmp_path):
+    return make_run(tmp_path / "run")
+
+
+def outcomes(run, rewards, **keys):
+    found = probe.probe({"run_dir": run, "rewards": rewards, **keys})
+    return {outcome.policy: outcome for outcome in found.outcomes}
+
+
+def test_the_naive_sum_pays_each_policy_as_by_hand(run):
+    found = outcomes(run, NAIVE)
+    assert list(found) == NAMES and NAMES[0] == "input_order" and NAMES[-1] == "oracle"
+    # targets at 2, 3 and 5 of five; the oracle wins 1, 2 and 4 places
+    assert found["oracle"].rank_gain == pytest.approx(7 / 3)
+    assert found["oracle"].reward == pytest.approx(7 / 3 / 5 + 0.2)
+    assert found["oracle"].parts == pytest.approx({"rank_promotion": 7 / 15, "well_formed": 0.2})
+    # 0.4, 0.6 and 1.0 around 2/3: sqrt((0.0711 + 0.0044 + 0.1111) / 3)
+    assert found["oracle"].spread == pytest.approx(0.2494, abs=1e-4)
+    for name in ("input_order", "no_trace", "swap_neighbours"):
+        assert (found[name].rank_gain, found[name].reward) == (0, pytest.approx(0.2))
+    # reversed: 2 -> 4, 3 -> 3, 5 -> 1
+    assert found["reverse"].rank_gain == pytest.approx(2 / 3)
+    assert found["reverse"].above_no_op == pytest.approx(1 / 3)
+    # last to first: 2 -> 3, 3 -> 4, 5 -> 1
+    assert found["last_to_first"].rank_gain == pytest.approx(2 / 3)
+    # more popular come later: the same as reversed
+    assert found["by_popularity"].rank_gain == found["reverse"].rank_gain
+    assert {name for name in NAMES if found[name].rank_gain is None} == set(NO_RANKING)
+    assert {found[name].reward for name in NO_RANKING} == {-1.0}
+    # the one row whose target is first: kept, reversed to 5, put second
+    assert found["input_order"].reward_if_first == pytest.approx(0.2)
+    assert found["reverse"].reward_if_first == pytest.approx(-4 / 5 + 0.2)
+    assert found["last_to_first"].reward_if_first == pytest.approx(-1 / 5 + 0.2)
+
+
+def test_groups_are_useful_where_their_halves_are_paid_differently(run):
+    found = outcomes(run, NAIVE)
+    assert found["input_order"].useful_with_no_op == found["swap_neighbours"].useful_with_no_op == 0
+    assert found["reverse"].useful_with_no_op == pytest.approx(2 / 3)  # the third of five stays third
+    assert found["oracle"].useful_with_no_op == found["junk"].useful_with_random == 1
+
+
+def test_the_published_readings_part_where_the_target_is_first(run):
+    safe, literal = outcomes(run, CONDITIONAL), outcomes(run, LITERAL)
+    assert safe["reverse"].reward == literal["reverse"].reward
+    assert safe["reverse"].reward_if_first == pytest.approx(-4 / 5)
+    assert literal["reverse"].reward_if_first == pytest.approx(-4 / 5 + 0.2)  # the format is paid for a demotion
+
+
+def test_the_naive_sum_fails_since_copies_live_off_the_format(run):
+    found = probe.probe({"run_dir": run, "rewards": NAIVE})
+    assert not found.passed
+    assert found.sentence == (
+        "input_order wins the target no place and yet earns 30 % of the oracle's reward (0.200 of 0.667, the bar is "
+        "25 %), all of it from well_formed; pay it only where the ranking helped, such as "
+        "`when: promoted_or_kept_first`"
+    )
+    assert probe.probe({"run_dir": run, "rewards": NAIVE}, max_share=0.31).passed
+
+
+@pytest.mark.parametrize("rewards", [CONDITIONAL, LITERAL])
+def test_the_conditional_readings_pass(run, rewards):
+    found = probe.probe({"run_dir": run, "rewards": rewards})
+    assert found.passed and found.share(found.worst) <= 0.25
+    assert found.sentence.startswith("no policy without rank gain earns more than 25 % of the oracle's reward; the m")
+
+
+def test_the_identity_check_stops_copies_and_lets_near_copies_through(run):
+    found = outcomes(run, REPORT)
+    assert found["input_order"].reward == pytest.approx(0.2)
+    # AUC of rank r of five is (5 - r) / 4: 3/4, 2/4 and 0
+    assert found["swap_neighbours"].reward == pytest.approx(5 / 12 + 0.2)
+    assert {found[name].reward for name in NO_RANKING} == {0.0}
+    sentence = probe.problem({"run_dir": run, "rewards": REPORT})
+    assert "earns 51 % of the oracle's reward (0.617 of 1.200" in sentence and "68 % of it from auc" in sentence
+
+
+def test_rewards_that_pay_nobody_for_ranking_better_fail(run):
+    found = probe.probe({"run_dir": run, "rewards": [{"name": "rank_promotion", "weight": -1.0}]})
+    assert found.sentence.startswith("the oracle earns -0.467, so that these rewards pay nobody")
+    assert not found.passed and found.share(found.worst) is None
+    assert table.table(found).row_count == len(NAMES)
+
+
+def test_every_policy_writes_what_its_name_says(run):
+    rows, _ = read_rows({"run_dir": run}, 0)
+    row = rows[3]  # the target is last
+    texts = {policy.__name__: policy(row, policies.random.Random(0)) for policy in policies.POLICIES}
+    parsed = {name: parse_completion(text, row.labels) for name, text in texts.items()}
+    orders = {name: parsed[name].order for name in NAMES if name not in NO_RANKING}
+    assert orders.pop("input_order") == orders.pop("no_trace") == [0, 1, 2, 3, 4]
+    assert orders.pop("reverse") == orders.pop("by_popularity") == [4, 3, 2, 1, 0]
+    assert orders.pop("oracle") == orders.pop("last_to_first") == [4, 0, 1, 2, 3]
+    swapped = orders.pop("swap_neighbours")
+    assert swapped[4] == 4 and sum(a != b for a, b in enumerate(swapped)) == 2
+    assert sorted(orders.pop("random_order")) == [0, 1, 2, 3, 4] and orders == {}
+    failures = {name: parsed[name].failure for name in NO_RANKING}
+    assert failures.pop("truncated") in prompts.FAILURES
+    assert failures == {
+        "duplicate": "duplicate",
+        "omission": "too_few",
+        "foreign_item": "foreign_item",
+        "empty": "no_trace_end",
+        "junk": "no_trace_end",
+        "junk_with_target": "no_trace_end",
+    }
+    assert texts["junk_with_target"].split()[4] == "5,"
+    assert parsed["no_trace"].trace == "" and parsed["oracle"].trace == "best 5"
+
+
+def test_rows_are_those_of_the_recipe_and_without_traces_all_by_id(run):
+    assert [row.columns["row_id"] for row in read_rows({"run_dir": run}, 0)[0]] == [0, 1, 2, 3]
+    assert len(read_rows({"run_dir": run, "rows": "all"}, 0)[0]) == 5
+    assert len(read_rows({"run_dir": run, "rows": "all"}, 3)[0]) == 3
+    with pytest.raises(ValueError, match="rows is 'some'; choose dapo or all"):
+        read_rows({"run_dir": run, "rows": "some"}, 0)
+    (run / "traces/stage.json").unlink()
+    rows, what = read_rows({"run_dir": run}, 0)
+    assert len(rows) == 5 and what == "rows (no traces yet)"
+    assert rows[0].labels[0] == "<s_a_2><s_b_0>" and rows[0].foreign_label == "<s_a_999999><s_b_999999>"
+
+
+def test_shuffled_candidates_keep_their_first_stage_ranks(run):
+    plain = read_rows({"run_dir": run}, 0)[0]
+    shuffled = read_rows({"run_dir": run, "shuffle_candidates": True}, 0)[0]
+    assert any(row.columns["first_stage_ranks"] != [1, 2, 3, 4, 5] for row in shuffled)
+    for before, after in zip(plain, shuffled, strict=True):
+        columns = after.columns
+        ranked = zip(columns["first_stage_ranks"], columns["candidates"], columns["relevance"], strict=True)
+        assert sorted(ranked) == list(
+            zip([1, 2, 3, 4, 5], before.columns["candidates"], before.relevance, strict=True)
+        )
+        assert after.target_rank == before.target_rank
+        assert after.labels == ["1", "2", "3", "4", "5"]  # they number what is shown
+
+
+def test_rewards_get_all_that_the_trainer_gives_them(run):
+    from rerank.plugins import TRAINER_COLUMNS
+
+    rows, _ = read_rows({"run_dir": run}, 0)
+    columns = reward_columns(rows, ["<think>a b</think> 1 2", "", "a", "a a"])
+    assert set(columns) == {*COLUMNS, *TRAINER_COLUMNS} - {"completions", "environments"}
+    # <think> a b </think> 1 2 and the end; the end; two words; the same word twice has the same id
+    assert [len(ids) for ids in columns["completion_ids"]] == [7, 1, 2, 3]
+    assert columns["completion_ids"][3][0] == columns["completion_ids"][3][1] == columns["completion_ids"][2][0]
+    assert "Candidates:\n 1.<s_a_2><s_b_0>" in columns["prompts"][0]
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    """The toy run, as far as the dapo stage needs it, with traces: every other hit row is for dapo."""
+    run = write_run(tmp_path_factory.mktemp("probe") / "run")
+    rows = pq.read_table(run / "candidates/train.parquet", columns=["row_id", "hit"]).to_pylist()
+    hits = [row["row_id"] for row in rows if row["hit"]]
+    uses = {"row_id": hits, "used_for": ["dapo" if n % 2 else "sft" for n in range(len(hits))]}
+    (run / "traces").mkdir()
+    pq.write_table(pa.table(uses), run / "traces/row_split.parquet")
+    SETTINGS.save(run / "traces")
+    finish(run / "traces", {})
+    (run / "dapo").rename(run / "old")
+    return run
+
+
+def test_rows_are_those_of_the_dapo_stage(toy):
+    from transformers import AutoTokenizer
+
+    from rerank import sft
+    from rerank.dapo.prompt_stream import REWARD_COLUMNS, prompt_row
+
+    encoder = sft.RowEncoder(str(toy), AutoTokenizer.from_pretrained(toy / "sft/model"))
+    rows = sft.training_rows(str(toy), "dapo")
+    wanted = {row["row_id"]: prompt_row(row, encoder) for row in rows}
+    rows, _ = read_rows({"run_dir": str(toy)}, 0)
+    assert len(rows) == len(wanted) > 3
+    for row in rows:
+        expected = wanted[row.columns["row_id"]]
+        assert row.prompt in expected.pop("prompt")
+        assert row.columns == expected and tuple(row.columns) == REWARD_COLUMNS
+
+
+def write_recipe(folder: Path, run: Path, rewards: list[dict], **keys) -> Path:
+    folder.mkdir(exist_ok=True)
+    path = folder / "7_dapo.yaml"
+    path.write_text(yaml.safe_dump({"run_dir": str(run), "rewards": rewards, "use_cpu": True, **keys}))
+    return path
+
+
+def test_a_run_stops_before_dapo_where_the_probe_fails(toy, tmp_path):
+    path, said = write_recipe(tmp_path / "recipes", toy, NAIVE), []
+    steps = pipeline.read_steps(path.parent, None, [])
+    assert pipeline.run(steps, CPU, said.append) == 1
+    (line,) = said
+    assert line.startswith("[1/1] dapo: input_order wins the target no place and yet earns ")
+    assert line.endswith(f"`rerank probe {path} --run-dir {toy}` shows more, and `probe: false` in the recipe trains "
+                         "all the same")  # fmt: skip
+    assert not run_dir.partial_dir(toy, "dapo").exists()
+
+
+def test_the_probe_before_a_run_can_be_turned_off(toy, tmp_path):
+    keys = {"run_dir": str(toy), "rewards": NAIVE}
+    assert probe.problem(keys) is not None
+    assert probe.problem({**keys, "probe": False}) is None
+    assert probe.problem({**keys, "rewards": CONDITIONAL}) is None
+    (args, *_) = recipe.resolve("dapo", {**keys, "probe": False}, "r.yaml")
+    assert args.probe is False
+    assert run_dir.difference({**keys, "probe": False}, keys) is None  # it changes nothing that is trained
+
+
+def test_the_command_prints_a_table_and_the_verdict(run, tmp_path, capsys):
+    path = write_recipe(tmp_path, run, CONDITIONAL)
+    assert cli.main(["probe", str(path)]) == 0
+    shown = capsys.readouterr().out
+    assert "3 of 4 training rows of dapo, their target not first" in shown
+    lines = {words[0]: words[1:] for words in map(str.split, shown.splitlines()) if words and words[0] in NAMES}
+    assert list(lines) == NAMES and max(map(len, shown.splitlines()[:-1])) <= 80
+    assert lines["oracle"][:5] == ["+2.33", "0.667", "0.249", "100", "%"]
+    assert "no policy without rank gain earns more than 25 % of" in shown
+    write_recipe(tmp_path, run, NAIVE)
+    assert cli.main(["probe", str(path), "--rows", "4"]) == 1
+    assert capsys.readouterr().err.startswith("rerank: input_order wins the target no place and yet earns 30 % of ")
+    assert cli.main(["probe", str(path), "--max-share", "0.5"]) == 0
+
+
+def test_the_command_needs_no_model_library(run, tmp_path):
+    path = write_recipe(tmp_path, run, [*CONDITIONAL, {"name": "overlong", "weight": 0.1}])
+    code = (
+        "import sys; from rerank import cli; code = cli.main(sys.argv[1:]); "
+        "print(sorted({'torch', 'transformers', 'vllm'} & set(sys.modules))); sys.exit(code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, "probe", str(path)], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == "[]", done.stdout + done.stderr
+
+
+def refusal(capsys, *words) -> str:
+    """The one line with which the command refuses."""
+    capsys.readouterr()
+    assert cli.main(["probe", *map(str, words)]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.count("\n") == 1 and captured.err.startswith("rerank: "), captured.err
+    return captured.err
+
+
+def test_a_missing_stage_is_named_with_the_command_that_runs_it(run, tmp_path, capsys):
+    path = write_recipe(tmp_path, run, NAIVE)
+    (run / "candidates/stage.json").unlink()
+    line = refusal(capsys, path)
+    assert (
+        f"the probe needs {run}/candidates, which is not there; run the stage candidates first (`rerank run " in line
+    )
+    assert f"run the stage data first (`rerank run RECIPE_DIR --out {tmp_path}" in refusal(
+        capsys, path, "--run-dir", tmp_path
+    )
+
+
+def test_what_the_recipe_lacks_or_the_command_cannot_use_is_named(run, tmp_path, capsys):
+    path = write_recipe(tmp_path, run, NAIVE, num_generations=1)
+    assert "num_generations is 1 but must be an integer of at least 2" in refusal(capsys, path)
+    write_recipe(tmp_path, run, [])
+    assert "rewards is [] but must be a list of at least one reward" in refusal(capsys, path)
+    write_recipe(tmp_path, run, NAIVE)
+    assert "rows is -1 but must be at least 1, or 0 for all" in refusal(capsys, path, "--rows", "-1")
+    assert "max-share is 25.0 but must be from 0 to 1, such as 0.25" in refusal(capsys, path, "--max-share", "25")
+    assert "does not exist; give the path of a recipe file" in refusal(capsys, tmp_path / "none.yaml")
+    path.write_text(json.dumps({"rewards": NAIVE}))
+    assert "7_dapo.yaml: run_dir is missing; add it, or give --run-dir" in refusal(capsys, path)
+    split = {"row_id": list(TARGET_RANKS), "used_for": ["dapo", "sft", "sft", "sft", "sft"]}
+    pq.write_table(pa.table(split), run / "traces/row_split.parquet")
+    line = refusal(capsys, path, "--run-dir", run)
+    assert "the target of all 1 rows is first already, so there is nothing to gain; add rows" in line
+
+
+BROKEN = {
+    "return [1.0]": r"reward my:f returned 1 values for 3 completions \(first row_id 1\); return one value per comple",
+    "return [float('nan')] * len(completions)": "reward my:f returned nan for row_id 1, not a list of numbers; repair",
+    "return ['good'] * len(completions)": "reward my:f returned 'good' for row_id 1, not a list of numbers",
+    "return {}": "reward my:f returned dict, not a list of numbers; return one value per completion",
+    "return [1 / (row - 3) for row in columns['row_id']]": (
+        r"reward my:f raised ZeroDivisionError: division by zero \(row_id 3\); repair it"
+    ),
+    "return [1.0": r"my.py cannot be imported: SyntaxError: '\[' was never closed",
+}
+
+
+@pytest.mark.parametrize("body", BROKEN)
+def test_a_broken_reward_of_a_user_is_one_line_with_its_name_and_row(run, tmp_path, capsys, body):
+    (tmp_path / "my.py").write_text(f"def f(completions, **columns):\n    {body}\n")
+    path = write_recipe(tmp_path, run, [{"name": f"{tmp_path}/my.py:f"}])
+    assert re.search(BROKEN[body].replace("my:f", "f").replace("my.py", f"{tmp_path}/my.py"), refusal(capsys, path))
+
+
+CONDITIONS = {
+    "rewards.ndcg:ndcg": "condition ndcg of reward well_formed returned 0.63[0-9]* for row_id 1, not a list of bool",
+    "my.py:limit": "my.py:limit is int, not a function; name a function",
+    "my.py:fails": r"condition fails of reward well_formed raised KeyError: 'price' \(row_id 1\); repair it",
+    "my.py:one": r"condition one of reward well_formed returned 1 values for 3 completions",
+}
+
+
+@pytest.mark.parametrize("name", CONDITIONS)
+def test_a_predicate_that_is_none_is_one_line_with_its_name_and_row(run, tmp_path, capsys, name):
+    (tmp_path / "my.py").write_text(
+        "limit = 3\n"
+        "def fails(completions, **columns):\n    return columns['price']\n"
+        "def one(completions, **columns):\n    return [True]\n"
+    )
+    name_there = name.replace("my.py", f"{tmp_path}/my.py")
+    path = write_recipe(tmp_path, run, [RANK, {**FORM, "when": name_there}])
+    assert re.search(CONDITIONS[name], refusal(capsys, path))
