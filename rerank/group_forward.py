@@ -24,6 +24,7 @@ from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -31,7 +32,7 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import sdpa_mask
 
 ATTENTION = "group_sdpa"
-FAMILIES = ("granite", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3", "smollm3")
+FAMILIES = ("gemma", "glm", "granite", "llama", "mistral", "olmo", "olmo2", "phi3", "qwen2", "qwen3", "smollm3")
 
 # For each group the tokens of its prompt, without the last, and of each of its completions.
 Groups = tuple[tuple[int, tuple[int, ...]], ...]
@@ -40,15 +41,19 @@ Groups = tuple[tuple[int, tuple[int, ...]], ...]
 def prepare_model(model: Any) -> None:
     """Let a model, with LoRA or without, take packed rows; with other rows it works as before.
 
+    A reference model needs it too. Saved models carry no trace of it.
+
     Raises:
-        ValueError: When its numbers would not be those of plain rows, or it cannot run packed ones.
+        ValueError: When it cannot run them, or its numbers would not be those of plain rows.
     """
-    base = model.get_base_model() if hasattr(model, "peft_config") else model
+    adapters = model.peft_config.values() if isinstance(model, PeftModel) else ()
+    base = model.get_base_model() if adapters else model
     obstacle = _obstacle(base.config)
-    if any(adapter.is_prompt_learning for adapter in getattr(model, "peft_config", {}).values()):
+    if any(adapter.is_prompt_learning for adapter in adapters):
         obstacle = "its adapter adds tokens to the prompt; use LoRA"
     if obstacle:
-        raise ValueError(f"{type(base).__name__} cannot run a group as one row: {obstacle}, or set group_forward: false")
+        name = type(base).__name__
+        raise ValueError(f"{name} cannot run a group as one row: {obstacle}, or set group_forward: false")
     base.set_attn_implementation(ATTENTION)
 
 
@@ -254,7 +259,7 @@ class CpuGroupAttention(torch.autograd.Function):
 
 
 def _calls(groups: Groups) -> Iterator[tuple[slice, slice, bool]]:
-    """Which queries attend to which keys, and whether causally: each part to itself, then completions to the prompt."""
+    """Which queries attend to which keys, and whether causally: each part to itself, then all to the prompt."""
     for prompt, completions in _slices(groups):
         parts = [part for part in (prompt, *completions) if part.stop > part.start]
         yield from ((part, part, True) for part in parts)

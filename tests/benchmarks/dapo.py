@@ -38,7 +38,7 @@ SHAPES = {
     "6M": {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 7, "num_attention_heads": 4},
 }
 POINTS = {"6M": (2200, 190), "1M": (250, 110)}  # tokens of the prompt and of a completion, by model
-MAX_EAGER_TOKENS = 8_000  # of a micro-batch: more would not fit into memory at the longer point
+MAX_EAGER_TOKENS = 3_000  # of a micro-batch: more takes minutes, and gigabytes, at the longer point
 
 
 @dataclass(frozen=True)
