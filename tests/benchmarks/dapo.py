@@ -11,7 +11,7 @@ TRL's method may choose: after one round that does not count, its fastest of eag
 8 rows a micro-batch is the one that is timed, as TRL is installed and with the trainers' patch, which leaves tokens
 without a label out of the loss (`rerank.trl_cpu`); the figure is against the faster. Completions are equally long,
 which suits TRL: without padding its attention needs no mask. Times are medians of --repeats rounds in one process,
-the methods taking turns. On a quiet machine:
+the methods taking turns, ratios those to the group forward. On a quiet machine:
 
     python -m tests.benchmarks.dapo
 """
@@ -30,7 +30,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 G, VOCABULARY = 8, 3_000
 SHAPES = {
@@ -155,7 +155,7 @@ def memory_of(group: bool, float32: bool) -> int:
 
 def group_forward_figures(args: argparse.Namespace, show: Callable[[Any], None]) -> dict[str, float]:
     """`group_forward_speedup` and `group_forward_memory`, and the speed-up at the shorter point."""
-    table = Table("model", "prompt + completion", "method", "s an update", "time / group forward")
+    table = Table("model", "tokens", Column("method", no_wrap=True), "seconds", "ratio")
     speedups = {}
     for shape, (prompt_tokens, completion_tokens) in POINTS.items():
         times = {method: statistics.median(values) for method, values in times_of(shape, args).items()}
@@ -163,7 +163,7 @@ def group_forward_figures(args: argparse.Namespace, show: Callable[[Any], None])
         speedups[shape] = min(plain) / group
         for method, seconds in times.items():
             cells = (str(method), f"{seconds:.3f}", f"{seconds / group:.2f}")
-            table.add_row(shape, f"{prompt_tokens} + {completion_tokens}", *cells)
+            table.add_row(shape, f"{prompt_tokens}+{completion_tokens}", *cells)
     show(table)
     memory = {group: memory_of(group, args.float32) for group in (True, False)}
     show(f"memory: {memory[True] / 1e6:.0f} MB, TRL {memory[False] / 1e6:.0f} MB, {G} rows in a micro-batch")
