@@ -93,7 +93,9 @@ def test_groups_that_do_not_fit_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"GRPO requires at least 2 generations per prompt"):
         config(tmp_path, num_generations=1)
     shape = {"per_device_train_batch_size": 6, "gradient_accumulation_steps": 2, "num_generations": 4}
-    check(NDCG, config(tmp_path, **shape))
+    check(NDCG, config(tmp_path, **shape), group_forward=False)
+    with pytest.raises(ValueError, match=r"per_device_train_batch_size is 6, but group_forward takes whole groups of"):
+        check(NDCG, config(tmp_path, **shape))
     message = r"a process samples 6 completions at a time .* which num_generations 4 does not divide; change one"
     with pytest.raises(ValueError, match=message):
         parts = config(tmp_path, **shape)

@@ -12,7 +12,7 @@ from tiny_model import ID_TOKENS, tiny_model, tiny_tokenizer
 from trl import GRPOTrainer
 from trl.generation.vllm_generation import VLLMGeneration
 
-from rerank import dapo, plugins, rollouts
+from rerank import dapo, group_forward, plugins, rollouts
 from rerank.dapo.prompt_stream import PromptStream
 from rerank.dapo.sampler import SamplingOptions
 from rerank.dapo.trainer import GAP, DapoTrainer
@@ -77,17 +77,29 @@ def config(folder, **options):
 
 
 def make_trainer(
-    folder, script=None, rounds=1, count=8, logp=None, max_logp_gap=1.0, rewards=None, kind=None, **options
+    folder,
+    script=None,
+    rounds=1,
+    count=8,
+    logp=None,
+    max_logp_gap=1.0,
+    rewards=None,
+    kind=None,
+    grouped=True,
+    **options,
 ):
     words = tokenizer()
     model = tiny_model(words)
     model.resize_token_embeddings(len(words))
+    if grouped:
+        group_forward.prepare_model(model)
     torch.manual_seed(0)
     made = (kind or Scripted)(
         model, rewards or list(REWARDS.values()), config(folder, **options),
         Dataset.from_dict({"prompt": [""] * count}), processing_class=words,
         prompts=PromptStream(rows(count), Encoder(), seed=0), writer=rollouts.RolloutWriter(folder / "rollouts"),
         sampling=SamplingOptions("num_tokens", max(1, rounds), is_dynamic=rounds > 0), max_logp_gap=max_logp_gap,
+        group_forward=grouped,
     )  # fmt: skip
     made.sampling_logp = logp
     if script is not None:
@@ -189,10 +201,11 @@ def test_surplus_of_other_weights_is_stale(tmp_path):
     assert {r["row_id"] for r in stale} == {first_drawn(20, 5)[4]} and {r["step"] for r in stale} == {0}
 
 
+@pytest.mark.parametrize("grouped", [False, True])
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_without_exchange_a_step_is_that_of_plain_trl(tmp_path, accumulation):
+def test_without_exchange_a_step_is_that_of_plain_trl(tmp_path, accumulation, grouped):
     batch = {"per_device_train_batch_size": 2 * SIZE // accumulation, "gradient_accumulation_steps": accumulation}
-    ours = make_trainer(tmp_path, rounds=0, max_steps=2, **batch)
+    ours = make_trainer(tmp_path, rounds=0, max_steps=2, grouped=grouped, **batch)
 
     class PlainScripted(GRPOTrainer):
         def _generate_single_turn(self, prompt_ids, *args, **kwargs):

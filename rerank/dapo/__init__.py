@@ -19,7 +19,7 @@ from typing import Any
 from trl import GRPOConfig, ModelConfig, get_peft_config
 from trl.rewards import get_soft_overlong_punishment
 
-from rerank import base_model, plugins, recipe, rollout_server, run_dir, stopping, vllm_cpu
+from rerank import base_model, group_forward, plugins, recipe, rollout_server, run_dir, stopping, vllm_cpu
 from rerank.catalogue import Catalogue
 from rerank.dapo.gains import gain_at_equal_ranks, gain_over_training
 from rerank.dapo.groups import RANK_GAIN
@@ -61,6 +61,9 @@ class DapoArguments(recipe.StageArguments):
     )
     shuffle_candidates: bool = field(
         default=False, metadata={"help": "Show candidates in random order; rewards keep the first stage's ranks."}
+    )
+    group_forward: bool = field(
+        default=True, metadata={"help": "Compute the prompt once for all completions of a group in a micro-batch."}
     )
     max_logp_gap: float = field(
         default=0.05,
@@ -125,6 +128,11 @@ def check(args: DapoArguments, training_args: DapoConfig, model_args: ModelConfi
         raise ValueError(
             f"a process samples {batch} completions at a time (per_device_train_batch_size x steps_per_generation), "
             f"which num_generations {size} does not divide; change one of them"
+        )
+    if args.group_forward and training_args.per_device_train_batch_size % size:
+        raise ValueError(
+            f"per_device_train_batch_size is {training_args.per_device_train_batch_size}, but group_forward takes "
+            f"whole groups of num_generations {size}; make it a multiple, or set group_forward: false"
         )
     labels = ["<s_a_0><s_b_0>", "<s_a_0><s_b_1>"]
     row = {
@@ -216,6 +224,8 @@ def make_trainer(
     functions, config.reward_weights = reward_functions(args, config.max_completion_length, tokenizer.eos_token_id)
     rounds = args.max_sampling_rounds if args.dynamic_sampling else 1
     vllm_cpu.keep_weights_live()
+    if args.group_forward:
+        group_forward.prepare_model(model)
     set_seed(config.seed)
     with vllm_cpu.trl_engine_options(dtype=args.rollout_dtype, **vllm_cpu.engine_options()):
         return DapoTrainer(
@@ -229,6 +239,7 @@ def make_trainer(
             writer=RolloutWriter(out_dir / "rollouts"),
             sampling=SamplingOptions(args.outcome, rounds, args.dynamic_sampling),
             max_logp_gap=args.max_logp_gap,
+            group_forward=args.group_forward,
         )
 
 

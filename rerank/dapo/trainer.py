@@ -17,6 +17,7 @@ from rerank import rollout_server
 from rerank.dapo.groups import Group, Rollout
 from rerank.dapo.prompt_stream import PromptStream
 from rerank.dapo.sampler import GroupSampler, SamplingOptions
+from rerank.group_forward import group_logps_and_entropies
 from rerank.rollouts import RolloutWriter
 
 logger = logging.getLogger(__name__)
@@ -51,7 +52,7 @@ class DapoTrainer(GRPOTrainer):
         `_generate_and_score_completions`: samples by rounds, then hands TRL the groups that are kept.
         `_generate`, `_calculate_rewards`: give TRL the kept groups' answers and rewards without a second call.
         `_generate_single_turn`: a seed for every request; a server that is away is waited for.
-        `_get_per_token_logps_and_entropies`: remembers log-probabilities.
+        `_get_per_token_logps_and_entropies`: by the group forward, where it is on; remembers log-probabilities.
         `compute_loss`: measures the gap from them, and completes the stored rollouts.
         `_save_checkpoint`: with how far sampling has come, after the rollouts until there; `train`: after the last.
     """
@@ -63,9 +64,11 @@ class DapoTrainer(GRPOTrainer):
         writer: RolloutWriter,
         sampling: SamplingOptions,
         max_logp_gap: float,
+        group_forward: bool,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        self.group_forward = group_forward
         self.prompts, self.writer, self.max_logp_gap = prompts, writer, max_logp_gap
         self.sampler = GroupSampler(self, prompts, writer, sampling)
         self._ready: list[Rollout] | None = None
@@ -208,8 +211,22 @@ class DapoTrainer(GRPOTrainer):
                 records.append(made and {**made, "advantage": advantages[len(records)]})
         return records
 
-    def _get_per_token_logps_and_entropies(self, model, *args, **kwargs):  # noqa: ANN001, ANN002, ANN003, ANN202
-        found = super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
+    def _get_per_token_logps_and_entropies(  # noqa: ANN202
+        self,
+        model,
+        input_ids,
+        attention_mask,
+        logits_to_keep,
+        batch_size=None,
+        compute_entropy=False,
+        **kwargs,  # noqa: ANN001, ANN003
+    ):
+        inputs = (model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy)
+        if self.group_forward and not kwargs.get("compute_aux_loss"):
+            with self.accelerator.autocast():
+                found = *group_logps_and_entropies(*inputs), None
+        else:
+            found = super()._get_per_token_logps_and_entropies(*inputs, **kwargs)
         self._last_logps = found[0].detach()
         return found
 
