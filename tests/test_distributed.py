@@ -83,9 +83,34 @@ def test_dapo_in_two_processes_has_the_losses_of_one(toy_run, tmp_path, accelera
         assert logged(run, "dapo", name) == pytest.approx(logged(toy_run.run, "dapo", name), abs=1e-4), name
     assert min(abs(loss) for loss in logged(run, "dapo", "loss")) > 0.005  # lengths differ, so it does not vanish
     assert run_dir.read_metrics(run, "dapo")["max_logp_gap"] < 0.02
-    theirs, ours = (rollouts.read_rollouts(folder).to_pylist() for folder in (toy_run.run, run))
+    assert_same_rollouts(toy_run.run, run)
+
+
+def assert_same_rollouts(one, two):
+    """The same completions, scored alike, by step and group."""
+    places = [("step", "ascending"), ("group", "ascending")]
+    theirs, ours = (rollouts.read_rollouts(folder).sort_by(places).to_pylist() for folder in (one, two))
     assert len(ours) == len(theirs)
-    for one, two in zip(theirs, ours, strict=True):
-        same = ("step", "group", "row_id", "completion_ids", "reward_components")
-        assert [one[name] for name in same] == [two[name] for name in same]
-        assert one["advantage"] == pytest.approx(two["advantage"], abs=1e-5)
+    for first, second in zip(theirs, ours, strict=True):
+        same = ("step", "round", "group", "row_id", "completion_ids", "reward_components", "kept")
+        assert [first[name] for name in same] == [second[name] for name in same]
+        assert first["advantage"] == pytest.approx(second["advantage"], abs=1e-5)
+
+
+def test_dapo_samples_and_trains_alike_in_one_process_and_in_two(toy_run, tmp_path):
+    run = copy_stages(toy_run.run, tmp_path / "run", "sft")
+    launch(toy_run.data, LAUNCHES[0], "rerank.dapo", "dapo", run, HALF_BATCH)
+    for name in ("loss", "grad_norm", "reward", "groups/prompts_drawn"):
+        assert logged(run, "dapo", name) == pytest.approx(logged(toy_run.run, "dapo", name), abs=1e-4), name
+    assert_same_rollouts(toy_run.run, run)
+
+
+def test_two_runs_of_dapo_with_lora_are_the_same(toy_run, tmp_path):
+    runs = [copy_stages(toy_run.run, tmp_path / name, "sft") for name in ("one", "two")]
+    for run in runs:
+        launch(toy_run.data, "recipes/accelerate/cpu.yaml", "rerank.dapo", "dapo", run, *LORA, "--max_steps=2")
+    assert logged(runs[0], "dapo", "loss") == logged(runs[1], "dapo", "loss")
+    models = [load_file(run / "dapo/model/model.safetensors") for run in runs]
+    assert all(torch.equal(value, models[1][name]) for name, value in models[0].items())
+    start = load_file(toy_run.run / "sft/model/model.safetensors")
+    assert any(not torch.equal(value, start[name]) for name, value in models[0].items())
