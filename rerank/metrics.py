@@ -7,6 +7,7 @@ has no metric (None): whether it is left out (hit-only) or counts as zero (end-t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from math import comb
 
 import numpy as np
@@ -15,6 +16,7 @@ METRICS = ("R@1", "R@5", "N@5", "N@10", "MRR")
 ZERO_METRICS = dict.fromkeys(METRICS, 0.0)  # what a parse failure earns, and a missed list end to end
 
 
+@cache
 def _discounts(num_items: int) -> np.ndarray:
     return 1.0 / np.log2(np.arange(2, num_items + 2))
 
@@ -33,8 +35,9 @@ def ndcg_at_k(gains: Sequence[float], k: int) -> float | None:
     Source: Järvelin & Kekäläinen 2002, with discount log2(rank + 1).
     """
     values = np.asarray(gains, dtype=float)
-    ideal = np.sort(values)[::-1][:k] @ _discounts(len(values))[:k]
-    return float(values[:k] @ _discounts(len(values))[:k] / ideal) if ideal > 0 else None
+    discounts = _discounts(len(values))[:k]
+    ideal = np.sort(values)[::-1][:k] @ discounts
+    return float(values[:k] @ discounts / ideal) if ideal > 0 else None
 
 
 def recall_at_k(gains: Sequence[float], k: int) -> float | None:
@@ -57,12 +60,12 @@ def auc(gains: Sequence[float]) -> float | None:
 
     Source: GR2 technical report, arXiv:2606.31984, eq. 5.
     """
-    relevant = np.asarray(gains, dtype=float) > 0
-    num_pairs = int(relevant.sum() * (~relevant).sum())
-    if not num_pairs:
-        return None
-    irrelevant_above = np.cumsum(~relevant)[relevant].sum()
-    return float(1 - irrelevant_above / num_pairs)
+    num_irrelevant, wrong_pairs = 0, 0  # plain numbers: a ranking is too short for arrays to be fast
+    for gain in gains:
+        num_irrelevant += gain <= 0
+        wrong_pairs += num_irrelevant * (gain > 0)
+    num_pairs = num_irrelevant * (len(gains) - num_irrelevant)
+    return 1 - wrong_pairs / num_pairs if num_pairs else None
 
 
 def ranking_metrics(gains: Sequence[float]) -> dict[str, float] | None:
@@ -137,5 +140,11 @@ def kendall_tau(order: Sequence[int]) -> float:
     positions = np.asarray(order)
     if len(positions) < 2:
         return 1.0
-    earlier, later = np.triu_indices(len(positions), k=1)
+    earlier, later = _pairs(len(positions))
     return float(np.sign(positions[later] - positions[earlier]).mean())
+
+
+@cache
+def _pairs(num_items: int) -> tuple[np.ndarray, np.ndarray]:
+    """The two places of every pair."""
+    return np.triu_indices(num_items, k=1)

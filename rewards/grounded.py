@@ -1,6 +1,7 @@
 """Whether what a trace cites stands in the prompt."""
 
 import re
+from functools import lru_cache
 from typing import Any
 
 from rerank.prompts import parse_completion
@@ -36,7 +37,12 @@ def _grounded(completion: str, prompt: str, labels: list[str]) -> float:
     if parsed.order is None or parsed.trace is None:
         return 0.0
     pattern = _CITED_AND_NUMBERS if labels[0].isdecimal() else _CITED
-    known = set(pattern.findall(prompt))
+    known = _citations(pattern, prompt)
     titles = [next(filter(None, groups)) for groups in _TITLE.findall(parsed.trace)]
     found = [citation in known for citation in pattern.findall(parsed.trace)] + [title in prompt for title in titles]
     return sum(found) / len(found) if found else 0.0
+
+
+@lru_cache(maxsize=256)  # the completions of a group share their prompt
+def _citations(pattern: re.Pattern[str], prompt: str) -> frozenset[str]:
+    return frozenset(pattern.findall(prompt))
