@@ -129,6 +129,8 @@ def test_groups_of_one_outcome_are_exchanged_for_others(tmp_path):
         assert logged(trainer, f"groups/{name}") == [value], name
     assert logged(trainer, "groups/share_useful") == [pytest.approx(2 / 3)]
     assert len({r["group"] for r in stored(tmp_path)}) == 3  # a number for each prompt of the step
+    assert logged(trainer, "rollouts/no_ranking") == [1.0]  # random tokens
+    assert logged(trainer, "rollouts/reward") == [pytest.approx(np.mean([r["reward"] for r in stored(tmp_path)]))]
 
 
 def test_a_short_step_trains_on_what_there_is(tmp_path, caplog):

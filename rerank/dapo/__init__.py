@@ -249,7 +249,7 @@ def main(args: DapoArguments, training_args: DapoConfig, model_args: ModelConfig
     trainer.go_on_from(stopping.last_checkpoint(training_args.output_dir))
     stopping.train(trainer, args.max_minutes)
     base_model.save_trained(trainer, tokenizer, base_dir, out_dir / "model")
-    steps = [entry for entry in trainer.state.log_history if "groups/reward" in entry]
+    steps = [entry for entry in trainer.state.log_history if "rollouts/reward" in entry]
     if trainer.accelerator.is_main_process:
         save_ranker(args.run_dir, encoder, out_dir / "model", True, training_args.max_completion_length)
         run_dir.write_json(out_dir / "log_history.json", trainer.state.log_history)
@@ -260,6 +260,6 @@ def main(args: DapoArguments, training_args: DapoConfig, model_args: ModelConfig
         "steps": trainer.state.global_step,
         "rows": len(prompts.rows),
         "prompts_drawn": prompts.num_drawn,
-        **gain_over_training([entry["groups/reward"] for entry in steps]),
+        **gain_over_training([entry["rollouts/reward"] for entry in steps]),
         **gain_at_equal_ranks(trainer.writer.folder),
     }

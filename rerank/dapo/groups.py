@@ -6,7 +6,6 @@ which is hardly ever zero for a sum of shaped rewards.
 """
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -62,17 +61,6 @@ class Group:
         """Whether members differ in their outcome."""
         return len({rollout.outcome for rollout in self.rollouts} - {None}) > 1
 
-    def kind(self) -> str:
-        """`all_best`: the target first in all; `all_worse`: lower than before, or no ranking, in all; else `mixed`,
-        or `all_equal` where all put it at one place."""
-        places = [target_rank(rollout.order, self.drawn.row["relevance"]) for rollout in self.rollouts]
-        before = self.drawn.row["target_rank"]
-        if all(place == 1 for place in places):
-            return "all_best"
-        if all(place is None or place > before for place in places):
-            return "all_worse"
-        return "all_equal" if len(set(places)) == 1 else "mixed"
-
 
 def target_rank(order: Sequence[int] | None, relevance: Sequence[float]) -> int | None:
     """1-based place of the best relevant candidate, None without a ranking."""
@@ -105,13 +93,6 @@ def prompts_to_draw(missing: int, share_useful: float, num_groups: int) -> int:
 def request_seed(seed: int, row_id: int, draw: int, member: int) -> int:
     """The seed of one completion: members of a group differ, and a second run samples the same."""
     return int(np.random.SeedSequence([seed, row_id, draw, member]).generate_state(1)[0])
-
-
-def counts(groups: Sequence[Group], num_useful: int, num_rounds: int) -> dict[str, float]:
-    """What is logged of a step's sampling."""
-    kinds = Counter(group.kind() for group in groups)
-    shares = {kind: kinds[kind] / len(groups) for kind in ("all_worse", "all_equal", "all_best")}
-    return {"share_useful": num_useful / len(groups), "rounds": num_rounds, "prompts": len(groups), **shares}
 
 
 def record(group: Group, member: int, run: str, step: int, components: Sequence[str], total: float) -> dict[str, Any]:

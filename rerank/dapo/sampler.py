@@ -10,7 +10,7 @@ import torch
 from accelerate.utils import gather_object
 from trl import GRPOTrainer
 
-from rerank import plugins
+from rerank import plugins, rollout_metrics
 from rerank.dapo import INVALID
 from rerank.dapo import groups as grouping
 from rerank.dapo.groups import Group, Rollout
@@ -196,13 +196,16 @@ class GroupSampler:
         num_useful = sum(group.is_useful() for group in sampled)
         self._share_useful = 0.9 * self._share_useful + 0.1 * num_useful / len(sampled)
         logged = {
-            **grouping.counts(sampled, num_useful, num_rounds),
-            "missing": num_missing,
-            "prompts_drawn": self.prompts.num_drawn,
-            "reward": np.mean([self._total(rollout) for group in sampled for rollout in group.rollouts]),
+            "groups/share_useful": num_useful / len(sampled),
+            "groups/rounds": num_rounds,
+            "groups/prompts": len(sampled),
+            "groups/prompts_drawn": self.prompts.num_drawn,
+            "groups/missing": num_missing,
         }
+        if self.trainer.accelerator.is_main_process:  # whose metrics are logged
+            logged |= self._rollout_metrics(sampled)
         for name, value in logged.items():
-            self.trainer._metrics["train"][f"groups/{name}"].append(float(value))
+            self.trainer._metrics["train"][name].append(float(value))
         if num_missing:
             logger.warning("step %d lacks %d groups after %d rounds", self._step, num_missing, num_rounds)
         self._fruitless_steps = 0 if num_useful else self._fruitless_steps + 1
@@ -213,6 +216,16 @@ class GroupSampler:
                 f"(the last is {example.outcome} for {example.completion[:80]!r}): look at the rollouts with "
                 "`rerank inspect`, then train the sft stage longer, raise temperature, or name another outcome"
             )
+
+    def _rollout_metrics(self, sampled: Sequence[Group]) -> dict[str, float]:
+        """The signs of cheating in all that was sampled, kept or not."""
+        records = [
+            {**self.record(group, member, self._step), "kept": not self.options.is_dynamic or group.is_useful()}
+            for group in sampled
+            for member in range(len(group.rollouts))
+        ]
+        weights = dict(zip(self.trainer.reward_func_names, self.trainer.reward_weights.tolist(), strict=True))
+        return rollout_metrics.to_log(records, weights, self.prompts.encoder.catalogue)
 
     def _total(self, rollout: Rollout) -> float:
         return float(np.nansum(np.asarray(rollout.rewards) * self.trainer.reward_weights.cpu().numpy()))
