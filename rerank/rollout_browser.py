@@ -250,7 +250,7 @@ class GroupScreen(Screen[None]):
 
 def _completion(number: int, rollout: Rollout, catalogue: Catalogue | None, titles: dict[str, str]) -> ComposeResult:
     mark = "" if rollout["matches"] else ", does not meet the filter"
-    rewards = [f"reward {rollout['reward']:.3f}", f"advantage {rollout['advantage']:.3f}"]
+    rewards = [f"{name} {rollout_view.shown_number(rollout[name])}" for name in ("reward", "advantage")]
     with Vertical(classes="completion"):
         yield Static(Text(f"rollout {number}: {rollout_view.outcome(rollout)}{mark}", style="bold"))
         yield Static(Text("\n".join([*rewards, *(f"  {part}" for part in rollout_view.reward_parts(rollout))])))

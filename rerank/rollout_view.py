@@ -34,7 +34,7 @@ def _print_rollout(number: int, rollout: Rollout, catalogue: Catalogue | None, c
     console.print(Text(f"rollout {number}: {outcome(rollout)}", style="bold"))
     console.print(Text(visible(rollout["completion"])))
     console.print(_orders(rollout, catalogue))
-    total = f"reward {_number(rollout['reward'])}, advantage {_number(rollout['advantage'])}"
+    total = f"reward {shown_number(rollout['reward'])}, advantage {shown_number(rollout['advantage'])}"
     console.print(Text(f"{total} ({', '.join(reward_parts(rollout))})"))
 
 
@@ -59,7 +59,7 @@ def reward_parts(rollout: Rollout) -> list[str]:
     """Each reward by name, and whether its condition kept it from counting."""
     shut = {name for name, is_open in rollout["reward_gates"].items() if not is_open}
     parts = rollout["reward_components"].items()
-    return [f"{name} {_number(part)}{' [condition not met]' if name in shut else ''}" for name, part in parts]
+    return [f"{name} {shown_number(part)}{' [condition not met]' if name in shut else ''}" for name, part in parts]
 
 
 def incoming_order(rollout: Rollout, catalogue: Catalogue | None) -> Text:
@@ -120,5 +120,6 @@ def visible(text: str) -> str:
     return _UNUSUAL.sub(lambda match: match[0] if match[0].isprintable() else repr(match[0])[1:-1], text)
 
 
-def _number(value: float | None) -> str:
+def shown_number(value: float | None) -> str:
+    """A value as shown; a discarded rollout has no advantage."""
     return "none" if value is None else f"{value:.3f}"

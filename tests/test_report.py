@@ -262,6 +262,10 @@ def test_rollouts_are_searched_and_sorted_in_a_browser(tab):
         assert tab.get_attribute("#rollout-head .c-reward", "aria-sort") == direction
         shown = [float(text) for text in tab.locator("#rollout-rows .c-reward").all_inner_texts()]
         assert shown[: len(rewards)] == rewards
+    tab.click("#rollout-head .c-step button")
+    tab.select_option("#rollout-outcome", "discarded")
+    tab.fill("#rollout-search", "")
+    assert rows.count() == 4 and "stayed, discarded: all_equal" in rows.first.inner_text()
     assert tab.complaints == []
 
 

@@ -164,7 +164,8 @@ def test_the_browser_filters_and_shows_what_is_no_filter(tmp_path):
 def test_a_group_opens_with_titles_orders_and_rewards_and_nothing_in_it_runs(tmp_path):
     prompt = "Candidates:<s_a_0><s_b_0><s_a_0><s_b_1><s_a_1><s_a_9>"
     lost = make_rollout(completion=ATTACK, prompt=prompt, order=None, failure="junk", target_rank_after=None)
-    write_run(tmp_path, make_rollout(prompt=prompt), {**lost, "kept": False, "discard_reason": "all_equal"})
+    discarded = {"kept": False, "discard_reason": "all_equal", "advantage": None}
+    write_run(tmp_path, make_rollout(prompt=prompt), {**lost, **discarded})
 
     async def check(app, pilot):
         await pilot.press("enter")
@@ -175,6 +176,7 @@ def test_a_group_opens_with_titles_orders_and_rewards_and_nothing_in_it_runs(tmp
         assert "Candidates:‹Alien›‹[b]Brazil›<s_a_1><s_a_9>" in text
         assert " 1 * [b]Brazil ↑2" in text and " 2 Alien ↓1" in text and " 3 c " in text
         assert "well_formed none [condition not met]" in text and "advantage 1.250" in text
+        assert "advantage none" in text
         assert "no ranking: junk" in text and "rollout 2: no ranking (junk), discarded" in text
         assert "[red]oops[/red]\\x1b[2J[@click=app.quit]x[/]" in text and "\\u202eback" in text
         await pilot.press("t")

@@ -18,6 +18,8 @@ CURVES = (  # title, log of which stage, keys or patterns of them
     ("SFT loss", "sft/log_history.json", ("loss", "eval_loss")),
     ("SFT without trace: loss", "sft/log_history_no_trace.json", ("loss", "eval_loss")),
     ("DAPO reward", "dapo/log_history.json", ("reward",)),
+    ("DAPO reward of all groups sampled, kept or not", "dapo/log_history.json", ("rollouts/reward",)),
+    ("DAPO groups that differ in outcome, share of those sampled", "dapo/log_history.json", ("groups/share_useful",)),
     ("DAPO completion length, tokens", "dapo/log_history.json", ("completions/mean_length",)),
     (
         "DAPO gap between sampling and training log-probabilities",

@@ -3,6 +3,7 @@
 They stand in the page as data, which its script shows as text. Control characters are spelled out here already.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -91,7 +92,7 @@ def _values(rollout: Mapping[str, Any], rewards: Sequence[str]) -> list[Any]:
 
 
 def _short(value: float | None) -> float | None:
-    return None if value is None else round(value, 4)
+    return None if value is None or math.isnan(value) else round(value, 4)  # JSON knows no NaN
 
 
 def _items(items: Sequence[int], catalogue: Catalogue | None) -> list[list[str]]:
