@@ -9,7 +9,7 @@ import pytest
 from toy_recipe import copy_stages
 from trl import GRPOTrainer, ModelConfig
 
-from rerank import base_model, dapo, sft
+from rerank import base_model, dapo, rollouts, sft
 from rerank.dapo import groups
 from rerank.dapo.prompt_stream import prompt_row
 
@@ -142,7 +142,8 @@ def write_groups(folder, *groups):
         for spread in (-0.5, 0.5)
     ]
     folder.mkdir()
-    pq.write_table(pa.Table.from_pylist(rows), folder / "part-0-0.parquet")
+    version = {"schema_version": rollouts.SCHEMA_VERSION}
+    pq.write_table(pa.Table.from_pylist(rows).replace_schema_metadata(version), folder / "part-0-0.parquet")
     return folder
 
 

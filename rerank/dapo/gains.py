@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
+
+from rerank import rollouts as store
 
 
 def gain_over_training(rewards: Sequence[float]) -> dict[str, Any]:
@@ -31,7 +32,7 @@ def gain_at_equal_ranks(rollouts: Path) -> dict[str, Any]:
     """
     from scipy.stats import norm
 
-    table = pq.read_table(rollouts, columns=["step", "group", "target_rank_before", "reward"]).to_pandas()
+    table = store.read_rollouts(rollouts, ["step", "group", "target_rank_before", "reward"]).to_pandas()
     groups = table.groupby(["step", "group"], as_index=False).mean()
     steps = np.unique(groups["step"])
     fifth = max(1, len(steps) // 5)
