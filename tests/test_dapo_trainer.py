@@ -13,9 +13,11 @@ from trl import GRPOTrainer
 from trl.generation.vllm_generation import VLLMGeneration
 
 from rerank import dapo, group_forward, plugins, rollouts
+from rerank.dapo.consistency import ConsistencyCheck
 from rerank.dapo.prompt_stream import PromptStream
 from rerank.dapo.sampler import SamplingOptions
 from rerank.dapo.trainer import GAP, DapoTrainer
+from rerank.prompts import completion
 
 SIZE = 4  # completions of a prompt
 
@@ -304,6 +306,41 @@ def test_a_condition_that_does_not_hold_is_stored_beside_the_reward(tmp_path):
     trainer = make_trainer(tmp_path, rewards=[*gated, num_tokens])
     trainer.train()
     assert {tuple(r["reward_gates"].items()) for r in stored(tmp_path)} == {(("well_formed", False),)}
+
+
+def ranked_by(key):
+    """A policy: each prompt's candidates sorted by `key` of their place and item."""
+
+    def generate(prompts):
+        shown = [list(map(int, prompt.removeprefix("Rank: ").split())) for prompt in prompts]
+        orders = [
+            sorted(range(len(items)), key=lambda place, items=items: key(place, items[place])) for items in shown
+        ]
+        labels = [[f"<{item}>" for item in items] for items in shown]
+        return [completion("", order, names) for order, names in zip(orders, labels, strict=True)]
+
+    return generate
+
+
+@pytest.mark.parametrize(
+    ("policy", "tau", "same_first", "both"),
+    [
+        (ranked_by(lambda place, item: item), 1.0, 1.0, 1.0),  # reads the candidates
+        (ranked_by(lambda place, item: place), None, None, 1.0),  # copies the order shown
+        (lambda prompts: ["junk"] * len(prompts), None, None, 0.0),
+    ],
+)
+def test_rankings_of_the_same_rows_in_two_orders_are_compared(tmp_path, policy, tau, same_first, both):
+    trainer = make_trainer(tmp_path, max_steps=3, max_logp_gap=9.0)
+    trainer.consistency = ConsistencyCheck(trainer, trainer.prompts, num_rows=6, every=2)
+    trainer.generate_greedily = policy
+    trainer.train()
+    found = {name: logged(trainer, f"rollouts/consistency/{name}") for name in ("kendall_tau", "same_first")}
+    assert logged(trainer, "rollouts/consistency/both_ranked") == [both, both]  # of steps 0 and 2
+    if tau is not None:
+        assert found == {"kendall_tau": [tau] * 2, "same_first": [same_first] * 2}
+    elif both:
+        assert max(found["kendall_tau"]) < 0.7 and found["kendall_tau"][0] == found["kendall_tau"][1]  # the same rows
 
 
 def test_the_completions_of_a_prompt_stay_in_one_micro_batch(tmp_path):

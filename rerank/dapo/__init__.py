@@ -69,6 +69,10 @@ class DapoArguments(recipe.StageArguments):
         default=0.05,
         metadata={"help": "Stop when sampling and training log-probabilities of a token differ by more on average."},
     )
+    consistency_rows: int = field(
+        default=16, metadata={"help": "Rows ranked greedily in two orders of their candidates, now and then; 0: none."}
+    )
+    consistency_steps: int = field(default=10, metadata={"help": "Steps between two such checks."})
     probe: bool = field(default=True, metadata={"help": "`rerank run` refuses rewards that `rerank probe` refuses."})
     rollout_dtype: str = field(default="auto", metadata={"help": "Number format of the colocated vLLM engine."})
     max_minutes: float | None = field(default=None, metadata={"help": "End training after this many minutes."})
@@ -81,6 +85,11 @@ class DapoArguments(recipe.StageArguments):
             raise ValueError(f"overlong_tokens is {self.overlong_tokens}; give 0 or more")
         if self.max_sampling_rounds < 1:
             raise ValueError(f"max_sampling_rounds is {self.max_sampling_rounds}; give 1 or more")
+        if self.consistency_rows < 0 or self.consistency_steps < 1:
+            raise ValueError(
+                f"consistency_rows is {self.consistency_rows} and consistency_steps {self.consistency_steps}; "
+                "give 0 rows or more, every 1 or more steps"
+            )
         if not self.max_logp_gap > 0:
             raise ValueError(f"max_logp_gap is {self.max_logp_gap} but must be above 0")
 
@@ -217,6 +226,7 @@ def make_trainer(
     from datasets import Dataset
     from transformers import set_seed
 
+    from rerank.dapo.consistency import ConsistencyCheck
     from rerank.dapo.sampler import SamplingOptions
     from rerank.dapo.trainer import DapoTrainer
 
@@ -228,7 +238,7 @@ def make_trainer(
         group_forward.prepare_model(model)
     set_seed(config.seed)
     with vllm_cpu.trl_engine_options(dtype=args.rollout_dtype, **vllm_cpu.engine_options()):
-        return DapoTrainer(
+        trainer = DapoTrainer(
             model,
             functions,
             config,
@@ -241,6 +251,9 @@ def make_trainer(
             max_logp_gap=args.max_logp_gap,
             group_forward=args.group_forward,
         )
+    if config.use_vllm and args.consistency_rows:
+        trainer.consistency = ConsistencyCheck(trainer, prompts, args.consistency_rows, args.consistency_steps)
+    return trainer
 
 
 def main(args: DapoArguments, training_args: DapoConfig, model_args: ModelConfig, out_dir: Path) -> dict:

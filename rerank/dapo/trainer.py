@@ -14,6 +14,7 @@ from trl import GRPOTrainer
 from trl.trainer.utils import split_tensor_dict
 
 from rerank import rollout_server
+from rerank.dapo.consistency import ConsistencyCheck
 from rerank.dapo.groups import Group, Rollout
 from rerank.dapo.prompt_stream import PromptStream
 from rerank.dapo.sampler import GroupSampler, SamplingOptions
@@ -69,6 +70,7 @@ class DapoTrainer(GRPOTrainer):
     ) -> None:
         super().__init__(*args, **kwargs)
         self.group_forward = group_forward
+        self.consistency: ConsistencyCheck | None = None  # for the owner to set
         self.prompts, self.writer, self.max_logp_gap = prompts, writer, max_logp_gap
         self.sampler = GroupSampler(self, prompts, writer, sampling)
         self._ready: list[Rollout] | None = None
@@ -90,6 +92,8 @@ class DapoTrainer(GRPOTrainer):
 
         def seeded(prompts: Sequence[Any], sampling_params: Any, **kwargs: Any) -> Any:
             seeds = self.sampler.request_seeds()
+            if not seeds:
+                return generate(prompts, sampling_params=sampling_params, **kwargs)
             if generation.tensor_parallel_size > 1:  # TRL has gathered the prompts of the engine's processes
                 parts = [None] * generation.tensor_parallel_size
                 torch.distributed.all_gather_object(parts, seeds, group=generation.tp_group)
@@ -105,8 +109,9 @@ class DapoTrainer(GRPOTrainer):
     def _generate_single_turn(self, prompt_ids, *args, **kwargs):  # noqa: ANN001, ANN002, ANN003, ANN202
         if not self._asks_server():
             return super()._generate_single_turn(prompt_ids, *args, **kwargs)
-        options, seed = self.vllm_generation.generation_kwargs, self.sampler.request_seeds()[0]
-        self.vllm_generation.generation_kwargs = {**options, "seed": seed}  # to which vLLM adds the member's number
+        options, seeds = self.vllm_generation.generation_kwargs, self.sampler.request_seeds()
+        if seeds:
+            self.vllm_generation.generation_kwargs = {**options, "seed": seeds[0]}  # vLLM adds the member's number
         answers = super()._generate_single_turn(prompt_ids, *args, **kwargs)
         self.vllm_generation.generation_kwargs = options
         if not answers[0]:
@@ -138,6 +143,16 @@ class DapoTrainer(GRPOTrainer):
             f"goes on from step {self.state.global_step}"
         )
 
+    def generate_greedily(self, prompts: Sequence[str]) -> list[str]:
+        """The engine's most probable completion of each prompt, by the present weights, none of it trained on."""
+        size = self.num_generations if self._asks_server() else 1  # a server completes each prompt so often
+        prompt_ids, *_ = self._tokenize_prompts([prompt for prompt in prompts for _ in range(size)])
+        generation, self.sampler.requests = self.vllm_generation, []
+        temperature, generation.temperature = generation.temperature, 0.0
+        completion_ids, _ = self._generate_single_turn(prompt_ids, None, {}, size)
+        generation.temperature = temperature
+        return self.processing_class.batch_decode(completion_ids[::size], skip_special_tokens=True)
+
     def _generate(self, prompts):  # noqa: ANN001, ANN202
         if self._ready is None:
             return super()._generate(prompts)
@@ -168,6 +183,8 @@ class DapoTrainer(GRPOTrainer):
             return super()._generate_and_score_completions(inputs)
         processes, size = self.accelerator.num_processes, self.num_generations
         wanted = len(inputs) * processes // size
+        if self.consistency is not None:
+            self.consistency.log(self.state.global_step)
         useful, rest = self.sampler.collect(wanted)
         fill = [*rest, *useful][: wanted - len(useful)]
         share, first = wanted // processes, self.accelerator.process_index * (wanted // processes)

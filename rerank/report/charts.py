@@ -20,6 +20,11 @@ CURVES = (  # title, log of which stage, keys or patterns of them
     ("DAPO reward", "dapo/log_history.json", ("reward",)),
     ("DAPO reward of all groups sampled, kept or not", "dapo/log_history.json", ("rollouts/reward",)),
     ("DAPO groups that differ in outcome, share of those sampled", "dapo/log_history.json", ("groups/share_useful",)),
+    (
+        "DAPO agreement of rankings of the same rows shown in two orders",
+        "dapo/log_history.json",
+        ("rollouts/consistency/kendall_tau", "rollouts/consistency/same_first"),
+    ),
     ("DAPO completion length, tokens", "dapo/log_history.json", ("completions/mean_length",)),
     (
         "DAPO gap between sampling and training log-probabilities",

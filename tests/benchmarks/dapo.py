@@ -13,7 +13,9 @@ without a label out of the loss (`rerank.trl_cpu`); the figure is against the fa
 which suits TRL: without padding its attention needs no mask. Times are medians of --repeats rounds in one process,
 the methods taking turns, ratios those to the group forward. On a quiet machine:
 
-    python -m tests.benchmarks.dapo
+    python -m tests.benchmarks.dapo [--run runs/ml100k]
+
+With the run of `make demo` it also has the figures of `tests/benchmarks/dapo_steps.py`.
 """
 
 import argparse
@@ -31,6 +33,8 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Column, Table
+
+from tests.benchmarks.dapo_steps import rollout_figures, step_figures
 
 G, VOCABULARY = 8, 3_000
 SHAPES = {
@@ -177,13 +181,20 @@ def group_forward_figures(args: argparse.Namespace, show: Callable[[Any], None])
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5, help="rounds that count (%(default)s)")
+    parser.add_argument("--run", help="a finished run, for whole steps and rollouts too")
+    parser.add_argument("--recipe", default="recipes/ml100k/7_dapo.yaml", help="of that run (%(default)s)")
+    parser.add_argument("--steps", type=int, default=6, help="whole steps that count (%(default)s)")
     parser.add_argument("--float32", action="store_true", help="no bfloat16 autocast")
     parser.add_argument("--memory-of", choices=("group", "trl"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.memory_of:
         print(peak_bytes("6M", args.memory_of == "group", args.float32))
         return
-    print(json.dumps(group_forward_figures(args, Console().print)))
+    show = Console().print
+    figures = group_forward_figures(args, show)
+    if args.run:
+        figures |= step_figures(args.run, args.recipe, args.steps, show) | rollout_figures(args.repeats, show)
+    print(json.dumps(figures))
 
 
 if __name__ == "__main__":
