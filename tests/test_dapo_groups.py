@@ -18,7 +18,7 @@ class Encoder:
     catalogue = None
 
     def labels(self, row):
-        return [f"<{item}>" for item in row["candidates"]]
+        return [f"<s_a_{item}>" for item in row["candidates"]]
 
 
 def rows(count=5):
@@ -63,7 +63,7 @@ def test_a_drawn_row_has_what_rewards_get():
     row = stream().draw(1)[0].row
     base = 4 * (row["row_id"] - 10)
     assert row["prompt"] == f"Rank: {base} {base + 1} {base + 2} {base + 3}"
-    assert row["candidate_labels"] == [f"<{base + i}>" for i in range(4)]
+    assert row["candidate_labels"] == [f"<s_a_{base + i}>" for i in range(4)]
     assert (row["first_stage_ranks"], row["target_rank"]) == ([1, 2, 3, 4], 3)
 
 
@@ -77,7 +77,7 @@ def test_shuffled_candidates_keep_their_relevance_and_first_stage_rank():
         assert sorted(places) == [0, 1, 2, 3]
         assert row["first_stage_ranks"] == [place + 1 for place in places]
         assert row["relevance"] == [float(place == 2) for place in places]
-        assert row["candidate_labels"] == [f"<{item}>" for item in row["candidates"]]
+        assert row["candidate_labels"] == [f"<s_a_{item}>" for item in row["candidates"]]
         assert row["prompt"] == "Rank: " + " ".join(map(str, row["candidates"])) and row["target_rank"] == 3
     assert len(shown) > 5  # another order with every draw
 

@@ -316,7 +316,7 @@ def ranked_by(key):
         orders = [
             sorted(range(len(items)), key=lambda place, items=items: key(place, items[place])) for items in shown
         ]
-        labels = [[f"<{item}>" for item in items] for items in shown]
+        labels = [[f"<s_a_{item}>" for item in items] for items in shown]
         return [completion("", order, names) for order, names in zip(orders, labels, strict=True)]
 
     return generate
