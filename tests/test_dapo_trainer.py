@@ -9,6 +9,7 @@ import torch
 from datasets import Dataset
 from test_dapo_groups import Encoder, rows
 from tiny_model import ID_TOKENS, tiny_model, tiny_tokenizer
+from transformers import ProgressCallback
 from trl import GRPOTrainer
 from trl.generation.vllm_generation import VLLMGeneration
 
@@ -16,7 +17,7 @@ from rerank import dapo, group_forward, plugins, rollouts
 from rerank.dapo.consistency import ConsistencyCheck
 from rerank.dapo.prompt_stream import PromptStream
 from rerank.dapo.sampler import SamplingOptions
-from rerank.dapo.trainer import GAP, DapoTrainer
+from rerank.dapo.trainer import GAP, DapoTrainer, ShortProgress
 from rerank.prompts import completion
 
 SIZE = 4  # completions of a prompt
@@ -69,9 +70,15 @@ def tokenizer():
 
 
 def config(folder, **options):
-    given = {"per_device_train_batch_size": 2 * SIZE, "max_steps": 1, "learning_rate": 0.1, **options}
+    given = {
+        "disable_tqdm": True,
+        "per_device_train_batch_size": 2 * SIZE,
+        "max_steps": 1,
+        "learning_rate": 0.1,
+        **options,
+    }
     return dapo.DapoConfig(
-        output_dir=str(folder / "out"), use_cpu=True, bf16=False, report_to="none", disable_tqdm=True, use_vllm=False,
+        output_dir=str(folder / "out"), use_cpu=True, bf16=False, report_to="none", use_vllm=False,
         num_generations=SIZE, max_completion_length=16, gradient_checkpointing=False, lr_scheduler_type="constant",
         optim="sgd",  # linear in the gradient: noise stays noise
         save_strategy="steps" if "save_steps" in given else "no", **given,
@@ -341,6 +348,16 @@ def test_rankings_of_the_same_rows_in_two_orders_are_compared(tmp_path, policy, 
         assert found == {"kendall_tau": [tau] * 2, "same_first": [same_first] * 2}
     elif both:
         assert max(found["kendall_tau"]) < 0.7 and found["kendall_tau"][0] == found["kendall_tau"][1]  # the same rows
+
+
+def test_a_step_prints_a_few_figures_and_logs_all(tmp_path, capsys):
+    trainer = make_trainer(tmp_path, disable_tqdm=False)
+    trainer.pop_callback(ProgressCallback)
+    trainer.add_callback(ShortProgress())
+    trainer.train()
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "'loss'" in line]
+    assert "'rollouts/no_ranking': '1'" in line and len(line) < 250
+    assert len(trainer.state.log_history[0]) > 30
 
 
 def test_the_completions_of_a_prompt_stay_in_one_micro_batch(tmp_path):

@@ -224,11 +224,11 @@ def make_trainer(
 ) -> Any:
     """The trainer with its engine; LoRA's first weights follow from the seed."""
     from datasets import Dataset
-    from transformers import set_seed
+    from transformers import ProgressCallback, set_seed
 
     from rerank.dapo.consistency import ConsistencyCheck
     from rerank.dapo.sampler import SamplingOptions
-    from rerank.dapo.trainer import DapoTrainer
+    from rerank.dapo.trainer import DapoTrainer, ShortProgress
 
     tokenizer = prompts.encoder.tokenizer
     functions, config.reward_weights = reward_functions(args, config.max_completion_length, tokenizer.eos_token_id)
@@ -251,6 +251,8 @@ def make_trainer(
             max_logp_gap=args.max_logp_gap,
             group_forward=args.group_forward,
         )
+    if trainer.pop_callback(ProgressCallback) is not None:
+        trainer.add_callback(ShortProgress())
     if config.use_vllm and args.consistency_rows:
         trainer.consistency = ConsistencyCheck(trainer, prompts, args.consistency_rows, args.consistency_steps)
     return trainer

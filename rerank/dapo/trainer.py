@@ -9,6 +9,7 @@ from typing import Any
 
 import requests
 import torch
+from transformers import ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 from trl.trainer.utils import split_tensor_dict
@@ -26,6 +27,18 @@ logger = logging.getLogger(__name__)
 GAP = "sampling/sampling_logp_difference/mean"
 LARGEST_GAP = "sampling/sampling_logp_difference/max"
 SAMPLING_FILE = "sampling.json"
+SHOWN = (  # of all that is logged, what a step prints beside its progress bar
+    *("loss", "rollouts/reward", "rollouts/rank_gain", "rollouts/copy_rate", "rollouts/no_ranking"),
+    *("groups/share_useful", GAP, "step_time"),
+)
+
+
+class ShortProgress(ProgressCallback):
+    """The progress bar of transformers, which prints a few figures of a step in place of a hundred."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):  # noqa: ANN001, ANN003, ANN201
+        shown = {name.rpartition("sampling/")[2]: logs[name] for name in SHOWN if name in logs}
+        super().on_log(args, state, control, logs=shown or logs, **kwargs)
 
 
 @dataclass
