@@ -13,9 +13,9 @@ without a label out of the loss (`rerank.trl_cpu`); the figure is against the fa
 which suits TRL: without padding its attention needs no mask. Times are medians of --repeats rounds in one process,
 the methods taking turns, ratios those to the group forward. On a quiet machine:
 
-    python -m tests.benchmarks.dapo [--run runs/ml100k]
+    python -m tests.benchmarks.dapo --run runs/ml100k
 
-With the run of `make demo` it also has the figures of `tests/benchmarks/dapo_steps.py`.
+with the run of `make demo`, for the figures of `tests/benchmarks/dapo_steps.py`; `--parts` leaves some out.
 """
 
 import argparse
@@ -36,6 +36,7 @@ from rich.table import Column, Table
 
 from tests.benchmarks.dapo_steps import rollout_figures, step_figures
 
+PARTS = ("forward", "steps", "rollouts")
 G, VOCABULARY = 8, 3_000
 SHAPES = {
     "1M": {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4, "num_attention_heads": 2},
@@ -181,7 +182,8 @@ def group_forward_figures(args: argparse.Namespace, show: Callable[[Any], None])
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5, help="rounds that count (%(default)s)")
-    parser.add_argument("--run", help="a finished run, for whole steps and rollouts too")
+    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS, help="what to measure (all)")
+    parser.add_argument("--run", default="runs/ml100k", help="a finished run, for whole steps (%(default)s)")
     parser.add_argument("--recipe", default="recipes/ml100k/7_dapo.yaml", help="of that run (%(default)s)")
     parser.add_argument("--steps", type=int, default=6, help="whole steps that count (%(default)s)")
     parser.add_argument("--float32", action="store_true", help="no bfloat16 autocast")
@@ -191,9 +193,14 @@ def main() -> None:
         print(peak_bytes("6M", args.memory_of == "group", args.float32))
         return
     show = Console().print
-    figures = group_forward_figures(args, show)
-    if args.run:
-        figures |= step_figures(args.run, args.recipe, args.steps, show) | rollout_figures(args.repeats, show)
+    measure = {
+        "forward": lambda: group_forward_figures(args, show),
+        "steps": lambda: step_figures(args.run, args.recipe, args.steps, show),
+        "rollouts": lambda: rollout_figures(args.repeats, show),
+    }
+    figures = {}
+    for part in args.parts:
+        figures |= measure[part]()
     print(json.dumps(figures))
 
 
