@@ -18,7 +18,9 @@ def replay(run: str) -> None:
         stored.setdefault(row["step"], []).append(row)
 
     def replayed(self, prompt_ids, *args, **kwargs):
-        sampled, _ = sample(self, prompt_ids, *args, **kwargs)
+        sampled, logps = sample(self, prompt_ids, *args, **kwargs)
+        if not self.sampler.requests:  # the check of consistency, which is not stored
+            return sampled, logps
         ids = {drawn.row["row_id"] for drawn, _ in self.sampler.requests}
         rows = [row for row in stored[self.state.global_step] if row["row_id"] in ids]
         assert len(sampled) == len(rows)

@@ -74,7 +74,7 @@ def test_all_losses_in_two_processes_are_those_of_one(toy_run, tmp_path, acceler
     assert models[0].keys() == models[1].keys() and not any("loss_parameters" in name for name in models[0])
 
 
-@pytest.mark.parametrize("accelerate", LAUNCHES)
+@pytest.mark.parametrize("accelerate", [*LAUNCHES, "tests/toy/zero3_cpu.yaml"])
 def test_dapo_in_two_processes_has_the_losses_of_one(toy_run, tmp_path, accelerate, monkeypatch):
     monkeypatch.setenv("TOY_ROLLOUTS", str(toy_run.run))
     run = copy_stages(toy_run.run, tmp_path / "run", "sft")

@@ -4,6 +4,7 @@ The bound of the gap means something: without the weight sync, the same training
 """
 
 import gc
+import json
 import os
 from unittest.mock import patch
 
@@ -19,6 +20,7 @@ from rerank import dapo, recipe, vllm_cpu
 from rerank.dapo.trainer import GAP
 
 BOUND, STEPS = 0.02, 5
+OTHER_SAMPLING = {"do_sample": True, "temperature": 0.3, "top_k": 2, "repetition_penalty": 1.5}
 PROMPTS = ["Rank: the title", "History: a drama", "Candidates: of the", "a title of the drama"]
 
 
@@ -37,6 +39,7 @@ def quiet_engine():
 def gaps_of_a_training(folder, tied, dtype):
     """Mean gap of each step, and the largest change of a weight over the training."""
     base = save_tiny_model(folder / "base", tied)
+    (base / "generation_config.json").write_text(json.dumps(OTHER_SAMPLING))  # inherited, it would widen the gap
     model = AutoModelForCausalLM.from_pretrained(base, dtype="float32")
     before = {name: value.clone() for name, value in model.state_dict().items()}
     config = dapo.DapoConfig(
