@@ -1,24 +1,18 @@
-"""Time of looking at rollouts, on synthetic stores: the terminal browser's first screen and the report.
+"""Time of looking at rollouts, on synthetic stores; part of `tests.benchmarks.rollouts`.
 
 - `inspect_first_screen_seconds_1m`: from starting `rerank inspect` on a terminal until the list of a million rollouts
   stands there.
 - `report_seconds_100k`, `report_megabytes_100k`: `rerank report` of a run that has 100,000 rollouts and nothing else,
   and the page it writes, a megabyte being a million bytes.
 
-Times are medians of --repeats, each of a process of its own, interpreter and imports included. On a quiet machine, the
-files in the operating system's cache:
-
-    python -m tests.benchmarks.rollout_viewers
+Times are medians, each of a process of its own, interpreter and imports included.
 """
 
-import argparse
-import json
 import os
 import pty
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -69,19 +63,3 @@ def measure(folder: Path, repeats: int) -> dict[str, float]:
         "report_seconds_100k": statistics.median(reports),
         "report_megabytes_100k": page.stat().st_size / 1e6,
     }
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=5, help="times of each, of which the median counts")
-    parser.add_argument("--folder", type=Path, help="where the stores are kept for the next call; none by default")
-    args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as temporary:
-        figures = measure(args.folder or Path(temporary), args.repeats)
-    for name, value in figures.items():
-        print(f"{name:34}{value:8.2f}")
-    print(json.dumps({name: round(value, 3) for name, value in figures.items()}))
-
-
-if __name__ == "__main__":
-    main()

@@ -5,6 +5,7 @@
   neither sampling nor the optimizer, so a real share is lower.
 - `replay_seconds_100k`: `rerank replay` with all shipped rewards and conditions, interpreter and imports included.
 - `rewards_per_second`: values of these rewards, one completion each, scored together as replay does.
+- What `rerank inspect` and `rerank report` take: see `tests/benchmarks/rollout_viewers.py`.
 
 Medians of --repeats. On a quiet machine, files in the operating system's cache:
 
@@ -27,6 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rerank import plugins, replay, rollout_metrics, rollouts
+from tests.benchmarks import rollout_viewers
 from tests.benchmarks.synthetic_rollouts import write_synthetic_store
 
 NUM_ROLLOUTS, STEP_SIZE, MICRO_BATCH, PROMPT_TOKENS = 100_000, 256, 32, 240
@@ -137,10 +139,14 @@ def measure(run_dir: Path, repeats: int, table: Table) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3, help="times of each that count (%(default)s)")
+    parser.add_argument("--folder", type=Path, help="where the viewers' stores are kept for the next call")
     args = parser.parse_args()
     table = Table("what", "takes")
     with tempfile.TemporaryDirectory() as folder:
         figures = measure(Path(folder), args.repeats, table)
+        for name, value in rollout_viewers.measure(args.folder or Path(folder), args.repeats).items():
+            table.add_row(name, f"{value:.2f}")
+            figures[name] = value
     Console().print(table)
     print(json.dumps({name: round(value, 4) for name, value in figures.items()}))
 
