@@ -61,7 +61,7 @@ class DapoTrainer(GRPOTrainer):
     Prompts come from `prompts`, not from TRL's sampler: a step draws more of them until it has as many useful groups
     as it has room for. The dataset that TRL is given says only how many steps an epoch has.
 
-    Overrides of TRL, each calling TRL's own but the first:
+    Overrides of TRL, most of which call TRL's own:
         `_prepare_inputs`: keeps the completions of a prompt in one micro-batch, where TRL shuffles them.
         `_generate_and_score_completions`: samples by rounds, then hands TRL the groups that are kept.
         `_generate`, `_calculate_rewards`: give TRL the kept groups' answers and rewards without a second call.
