@@ -3,8 +3,9 @@
 In: sft, candidates and traces. Out: `model/`, `rollouts/` (every completion, as Parquet) and `log_history.json`.
 
 TRL's GRPOTrainer set up as DAPO (arXiv:2503.14476): token-level loss, clip-higher 0.2/0.28, no KL term, truncated
-completions masked, soft overlong punishment, dynamic sampling (`groups`, `sampler`). Rollouts come from vLLM inside the
-trainer (`vllm_mode: colocate`) or from a server (`vllm_mode: server`, whose launch line `rerank run --dry-run` prints).
+completions masked, soft overlong punishment, dynamic sampling (`groups`, `sampler`). Rollouts come from vLLM inside
+the trainer (`vllm_mode: colocate`) or from a server (`vllm_mode: server`, whose launch line `rerank run --dry-run`
+prints).
 
     accelerate launch --config_file recipes/accelerate/cpu.yaml -m rerank.dapo --config recipes/ml100k/7_dapo.yaml
 """
