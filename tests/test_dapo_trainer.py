@@ -381,11 +381,14 @@ class Server:
     def __init__(self, calls_away, eos):
         self.calls_away, self.eos, self.seeds = calls_away, eos, []
 
-    def generate(self, prompts, n, generation_kwargs, **options):
+    def generate(self, prompts, n, generation_kwargs, temperature, **options):
         if self.calls_away:
             self.calls_away -= 1
             raise requests.ConnectionError("connection refused")
-        self.seeds.append(generation_kwargs["seed"])
+        if temperature == 0:
+            assert n == 1, "vLLM: n must be 1 when using greedy sampling"
+        else:
+            self.seeds.append(generation_kwargs["seed"])
         ids = [random_tokens(0, 3 + member, self.eos) for _ in prompts for member in range(n)]
         logprobs = [[[-1.0]] * len(one) for one in ids]
         return {"prompt_ids": prompts, "completion_ids": ids, "logprobs": logprobs}
@@ -412,6 +415,12 @@ def test_a_server_that_is_away_for_a_while_is_asked_again_with_the_same_seed(tmp
         serve(trainer, server).train()
         assert trainer.state.global_step == 2
     assert steady.seeds == away.seeds and len(set(steady.seeds)) == 2
+
+
+def test_a_server_ranks_each_row_of_the_consistency_check_once_without_sampling(tmp_path):
+    trainer = serve(make_trainer(tmp_path, kind=DapoTrainer, max_logp_gap=100.0), Server(0, 1))
+    assert len(trainer.generate_greedily(["Rank: 1 2", "Rank: 3 4", "Rank: 5 6"])) == 3
+    assert trainer.vllm_generation.temperature == 1.0
 
 
 def test_a_server_that_stays_away_ends_the_run_with_a_checkpoint(tmp_path):
