@@ -315,6 +315,15 @@ def test_a_condition_that_does_not_hold_is_stored_beside_the_reward(tmp_path):
     assert {tuple(r["reward_gates"].items()) for r in stored(tmp_path)} == {(("well_formed", False),)}
 
 
+def test_a_condition_may_look_at_the_prompt(tmp_path):
+    (tmp_path / "plugin.py").write_text(
+        "def asks_to_rank(completions, prompts, **columns):\n    return [p.startswith('Rank') for p in prompts]\n"
+    )
+    specs = [{"name": "well_formed", "when": f"{tmp_path}/plugin.py:asks_to_rank"}]
+    make_trainer(tmp_path, rewards=[*plugins.load_rewards(specs, dapo.REWARD_COLUMNS), num_tokens]).train()
+    assert {tuple(r["reward_gates"].items()) for r in stored(tmp_path)} == {(("well_formed", True),)}
+
+
 def ranked_by(key):
     """A policy: each prompt's candidates sorted by `key` of their place and item."""
 

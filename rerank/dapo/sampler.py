@@ -132,7 +132,7 @@ class GroupSampler:
         rewards = trainer._calculate_rewards(rows, prompts, completions, completion_ids)  # of all processes
         first = trainer.accelerator.process_index * len(rows)
         rewards = self._alone_where_invalid(rewards[first : first + len(rows)].cpu()).tolist()
-        gates = self._gates(rows, completions, completion_ids)
+        gates = self._gates(rows, prompts, completions, completion_ids)
         rollouts = [
             self._rollout(
                 prompt, prompt_ids[i], completion_ids[i], completions[i], logps and logps[i], rewards[i], gates[i]
@@ -177,13 +177,14 @@ class GroupSampler:
             rewards[(~rewards[:, names.index(INVALID)].isnan())[:, None] & others] = float("nan")
         return rewards
 
-    def _gates(self, rows: Sequence[Any], completions: list[str], completion_ids: list) -> list[dict[str, bool]]:
+    def _gates(
+        self, rows: Sequence[Any], prompts: list[str], completions: list[str], completion_ids: list
+    ) -> list[dict[str, bool]]:
         """Of each completion, whether the conditions of the recipe's rewards hold."""
         columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
+        columns |= {"prompts": prompts, "completion_ids": completion_ids}
         rewards = [reward for reward in self.trainer.reward_funcs if isinstance(reward, plugins.Reward)]
-        gates = {
-            reward.name: reward.gates(completions, completion_ids=completion_ids, **columns) for reward in rewards
-        }
+        gates = {reward.name: reward.gates(completions, **columns) for reward in rewards}
         return [{name: held[i] for name, held in gates.items()} for i in range(len(rows))]
 
     def _outcome(self, drawn: DrawnPrompt, order: list[int] | None, rewards: Sequence[float]) -> float | None:
