@@ -177,10 +177,22 @@ def test_a_step_without_any_useful_group_moves_nothing_and_the_third_stops_the_r
     assert all(torch.equal(value, before[name]) for name, value in weights(trainer).items())
 
 
+def test_steps_without_a_useful_group_do_not_stop_a_run_that_had_one(tmp_path):
+    script = useful_for(first_drawn(40, 2))
+    trainer = make_trainer(tmp_path, script, count=40, max_steps=5, save_steps=1)
+    trainer.train()
+    assert logged(trainer, "groups/missing") == [0, 2, 2, 2, 2]
+    checkpoint = str(tmp_path / "out/checkpoint-5")
+    resumed = make_trainer(tmp_path, script, count=40, max_steps=8)
+    resumed.go_on_from(checkpoint)
+    resumed.train(resume_from_checkpoint=checkpoint)
+    assert resumed.state.global_step == 8
+
+
 def test_useful_groups_beyond_the_step_are_stored_as_surplus(tmp_path):
     order = first_drawn(8, 8)
     trainer = make_trainer(tmp_path, useful_for(order[1:]), rounds=2)
-    trainer.sampler.state = {"num_drawn": 0, "share_useful": 0.5}  # so that four are drawn for two
+    trainer.sampler._share_useful = 0.5  # so that four are drawn for two
     trainer.train()
     kept = [r["row_id"] for r in stored(tmp_path) if r["kept"]]
     assert sorted(set(kept)) == sorted(order[1:3])
@@ -191,7 +203,7 @@ def test_useful_groups_beyond_the_step_are_stored_as_surplus(tmp_path):
 def test_surplus_is_used_while_the_weights_are_those_that_sampled_it(tmp_path):
     options = {"gradient_accumulation_steps": 2, "steps_per_generation": 1, "max_steps": 2}
     trainer = make_trainer(tmp_path, rounds=1, **options)
-    trainer.sampler.state = {"num_drawn": 0, "share_useful": 0.6}  # four are drawn for two
+    trainer.sampler._share_useful = 0.6  # four are drawn for two
     trainer.train()
     order = first_drawn(8, 8)
     first_step = [r for r in stored(tmp_path) if r["step"] == 0]
@@ -203,7 +215,6 @@ def test_surplus_is_used_while_the_weights_are_those_that_sampled_it(tmp_path):
 def test_surplus_of_other_weights_is_stale(tmp_path):
     options = {"gradient_accumulation_steps": 2, "steps_per_generation": 1, "max_steps": 2}
     trainer = make_trainer(tmp_path, rounds=1, count=20, **options)
-    trainer.sampler.state = {"num_drawn": 0, "share_useful": 0.5 + 1e-9}
     trainer.sampler._num_to_draw = lambda wanted, missing: 5
     trainer.train()
     stale = [r for r in stored(tmp_path) if r["discard_reason"] == "stale"]

@@ -20,7 +20,7 @@ from rerank.rollouts import RolloutWriter
 
 logger = logging.getLogger(__name__)
 
-FRUITLESS_STEPS = 3  # so many steps without one useful group stop the run: nothing would ever be learned
+FRUITLESS_STEPS = 3  # so many first steps without one useful group stop the run: nothing would ever be learned
 
 
 @dataclass(frozen=True)
@@ -55,16 +55,21 @@ class GroupSampler:
         self.requests: list[tuple[DrawnPrompt, int]] = []
         self._surplus: list[Group] = []
         self._step, self._num_prompts = -1, 0
-        self._share_useful, self._fruitless_steps = 1.0, 0
+        self._share_useful, self._has_found_useful, self._fruitless_steps = 1.0, False, 0
 
     @property
     def state(self) -> dict[str, Any]:
         """What a resumed run must know."""
-        return {"num_drawn": self.prompts.num_drawn, "share_useful": self._share_useful}
+        return {
+            "num_drawn": self.prompts.num_drawn,
+            "share_useful": self._share_useful,
+            "has_found_useful": self._has_found_useful,
+        }
 
     @state.setter
     def state(self, state: dict[str, Any]) -> None:
         self.prompts.num_drawn, self._share_useful = state["num_drawn"], state["share_useful"]
+        self._has_found_useful = state["has_found_useful"]
 
     def request_seeds(self) -> list[int]:
         """A seed for each completion that is being sampled."""
@@ -209,9 +214,14 @@ class GroupSampler:
             self.trainer._metrics["train"][name].append(float(value))
         if num_missing:
             logger.warning("step %d lacks %d groups after %d rounds", self._step, num_missing, num_rounds)
-        self._fruitless_steps = 0 if num_useful else self._fruitless_steps + 1
-        if self.options.is_dynamic and self._fruitless_steps == FRUITLESS_STEPS:
-            example = sampled[-1].rollouts[0]
+        self._refuse_fruitless(sampled[-1].rollouts[0], num_useful)
+
+    def _refuse_fruitless(self, example: Rollout, num_useful: int) -> None:
+        """Stop when no group was useful yet; later a step without one is bad luck, or the policy has learned."""
+        self._has_found_useful = self._has_found_useful or num_useful > 0
+        self._fruitless_steps += 1
+        is_hopeless = not self._has_found_useful and self._fruitless_steps >= FRUITLESS_STEPS
+        if self.options.is_dynamic and is_hopeless:
             raise ValueError(
                 f"in {FRUITLESS_STEPS} steps no group differed in the outcome {self.options.outcome!r} "
                 f"(the last is {example.outcome} for {example.completion[:80]!r}): look at the rollouts with "
