@@ -86,8 +86,8 @@ class GroupSampler:
         """
         step = self.trainer.state.global_step
         if self._step != step:
-            self._discard(self._surplus, "stale", self._step)
-            self._surplus, self._step, self._num_prompts = [], step, 0
+            self.discard_stale()
+            self._step, self._num_prompts = step, 0
         useful, self._surplus = self._surplus[:wanted], self._surplus[wanted:]
         rest: list[Group] = []
         sampled: list[Group] = []
@@ -104,6 +104,11 @@ class GroupSampler:
             self._surplus = []
         self._discard(rest, "all_equal", step)
         return useful, rest
+
+    def discard_stale(self) -> None:
+        """Store useful groups that were left over when the weights changed."""
+        self._discard(self._surplus, "stale", self._step)
+        self._surplus = []
 
     def _num_to_draw(self, wanted: int, missing: int) -> int:
         return grouping.prompts_to_draw(missing, self._share_useful, wanted) if self.options.is_dynamic else wanted

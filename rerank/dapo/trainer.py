@@ -303,7 +303,9 @@ class DapoTrainer(GRPOTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         try:
-            return super().train(*args, **kwargs)
+            result = super().train(*args, **kwargs)
+            self.sampler.discard_stale()
+            return result
         finally:
             self.writer.close()
 
