@@ -64,6 +64,8 @@ def read_scoring(path: str | Path, run_dir: str | Path) -> Scoring:
         raise ValueError(f"{path}: scale_rewards is {scale!r}; choose group, batch or none")
     if keys.get("multi_objective_aggregation", "sum_then_normalize") != "sum_then_normalize":
         raise ValueError(f"{path}: replay knows sum_then_normalize only; remove multi_objective_aggregation")
+    if keys.get("invalid_reward") is not None:
+        raise ValueError(f"{path}: replay knows no invalid_reward; remove it to see what the rewards alone would pay")
     return Scoring(rewards, scale)
 
 

@@ -84,7 +84,11 @@ def reward_weights(run_dir: str | Path) -> dict[str, float] | None:
             keys = keys.get("given", keys)
             specs = [plugins.RewardSpec.of(entry) for entry in keys["rewards"]]
             weights = {spec.name.rpartition(":")[2]: float(spec.weight) for spec in specs}
-            return weights | ({"soft_overlong_punishment_reward": 1.0} if keys.get("overlong_tokens") else {})
+            used = {
+                "soft_overlong_punishment_reward": bool(keys.get("overlong_tokens")),
+                "invalid": keys.get("invalid_reward") is not None,
+            }
+            return weights | {name: 1.0 for name, is_used in used.items() if is_used}
     return None
 
 

@@ -248,6 +248,19 @@ def test_a_split_that_leaves_no_rows_for_dapo_is_refused(toy_run, toy_encoder, t
     shutil.rmtree(run)
 
 
+def test_fewer_rows_than_a_step_has_groups_are_refused(toy_run, toy_encoder, tmp_path):
+    args = dapo.DapoArguments(run_dir=str(toy_run.run), rewards=NDCG)
+    count = len(sft.training_rows(str(toy_run.run), "dapo"))
+    message = rf"dapo has {count} training rows but samples {count + 1} groups at a time; make per_device_train_batch"
+    enough, too_many = (
+        config(tmp_path, num_generations=2, per_device_train_batch_size=2 * num_groups)
+        for num_groups in (count, count + 1)
+    )
+    dapo.prepare(args, enough, toy_encoder, toy_run.run / "sft/model")
+    with pytest.raises(ValueError, match=message):
+        dapo.prepare(args, too_many, toy_encoder, toy_run.run / "sft/model")
+
+
 def test_the_check_refuses_a_model_of_another_catalogue(toy_run, tmp_path):
     run = copy_stages(toy_run.run, tmp_path / "run", "sft")
     table = pq.read_table(run / "semantic_ids/semantic_ids.parquet")

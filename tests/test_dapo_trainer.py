@@ -177,10 +177,22 @@ def test_a_step_without_any_useful_group_moves_nothing_and_the_third_stops_the_r
     assert all(torch.equal(value, before[name]) for name, value in weights(trainer).items())
 
 
+def test_steps_without_a_useful_group_do_not_stop_a_run_that_had_one(tmp_path):
+    script = useful_for(first_drawn(40, 2))
+    trainer = make_trainer(tmp_path, script, count=40, max_steps=5, save_steps=1)
+    trainer.train()
+    assert logged(trainer, "groups/missing") == [0, 2, 2, 2, 2]
+    checkpoint = str(tmp_path / "out/checkpoint-5")
+    resumed = make_trainer(tmp_path, script, count=40, max_steps=8)
+    resumed.go_on_from(checkpoint)
+    resumed.train(resume_from_checkpoint=checkpoint)
+    assert resumed.state.global_step == 8
+
+
 def test_useful_groups_beyond_the_step_are_stored_as_surplus(tmp_path):
     order = first_drawn(8, 8)
     trainer = make_trainer(tmp_path, useful_for(order[1:]), rounds=2)
-    trainer.sampler.state = {"num_drawn": 0, "share_useful": 0.5}  # so that four are drawn for two
+    trainer.sampler._share_useful = 0.5  # so that four are drawn for two
     trainer.train()
     kept = [r["row_id"] for r in stored(tmp_path) if r["kept"]]
     assert sorted(set(kept)) == sorted(order[1:3])
@@ -191,7 +203,7 @@ def test_useful_groups_beyond_the_step_are_stored_as_surplus(tmp_path):
 def test_surplus_is_used_while_the_weights_are_those_that_sampled_it(tmp_path):
     options = {"gradient_accumulation_steps": 2, "steps_per_generation": 1, "max_steps": 2}
     trainer = make_trainer(tmp_path, rounds=1, **options)
-    trainer.sampler.state = {"num_drawn": 0, "share_useful": 0.6}  # four are drawn for two
+    trainer.sampler._share_useful = 0.6  # four are drawn for two
     trainer.train()
     order = first_drawn(8, 8)
     first_step = [r for r in stored(tmp_path) if r["step"] == 0]
@@ -203,11 +215,11 @@ def test_surplus_is_used_while_the_weights_are_those_that_sampled_it(tmp_path):
 def test_surplus_of_other_weights_is_stale(tmp_path):
     options = {"gradient_accumulation_steps": 2, "steps_per_generation": 1, "max_steps": 2}
     trainer = make_trainer(tmp_path, rounds=1, count=20, **options)
-    trainer.sampler.state = {"num_drawn": 0, "share_useful": 0.5 + 1e-9}
     trainer.sampler._num_to_draw = lambda wanted, missing: 5
     trainer.train()
     stale = [r for r in stored(tmp_path) if r["discard_reason"] == "stale"]
-    assert {r["row_id"] for r in stale} == {first_drawn(20, 5)[4]} and {r["step"] for r in stale} == {0}
+    drawn = first_drawn(20, 10)
+    assert {(r["step"], r["row_id"]) for r in stale} == {(0, drawn[4]), (1, drawn[9])}
 
 
 @pytest.mark.parametrize("grouped", [False, True])
@@ -315,6 +327,15 @@ def test_a_condition_that_does_not_hold_is_stored_beside_the_reward(tmp_path):
     assert {tuple(r["reward_gates"].items()) for r in stored(tmp_path)} == {(("well_formed", False),)}
 
 
+def test_a_condition_may_look_at_the_prompt(tmp_path):
+    (tmp_path / "plugin.py").write_text(
+        "def asks_to_rank(completions, prompts, **columns):\n    return [p.startswith('Rank') for p in prompts]\n"
+    )
+    specs = [{"name": "well_formed", "when": f"{tmp_path}/plugin.py:asks_to_rank"}]
+    make_trainer(tmp_path, rewards=[*plugins.load_rewards(specs, dapo.REWARD_COLUMNS), num_tokens]).train()
+    assert {tuple(r["reward_gates"].items()) for r in stored(tmp_path)} == {(("well_formed", True),)}
+
+
 def ranked_by(key):
     """A policy: each prompt's candidates sorted by `key` of their place and item."""
 
@@ -381,11 +402,14 @@ class Server:
     def __init__(self, calls_away, eos):
         self.calls_away, self.eos, self.seeds = calls_away, eos, []
 
-    def generate(self, prompts, n, generation_kwargs, **options):
+    def generate(self, prompts, n, generation_kwargs, temperature, **options):
         if self.calls_away:
             self.calls_away -= 1
             raise requests.ConnectionError("connection refused")
-        self.seeds.append(generation_kwargs["seed"])
+        if temperature == 0:
+            assert n == 1, "vLLM: n must be 1 when using greedy sampling"
+        else:
+            self.seeds.append(generation_kwargs["seed"])
         ids = [random_tokens(0, 3 + member, self.eos) for _ in prompts for member in range(n)]
         logprobs = [[[-1.0]] * len(one) for one in ids]
         return {"prompt_ids": prompts, "completion_ids": ids, "logprobs": logprobs}
@@ -412,6 +436,12 @@ def test_a_server_that_is_away_for_a_while_is_asked_again_with_the_same_seed(tmp
         serve(trainer, server).train()
         assert trainer.state.global_step == 2
     assert steady.seeds == away.seeds and len(set(steady.seeds)) == 2
+
+
+def test_a_server_ranks_each_row_of_the_consistency_check_once_without_sampling(tmp_path):
+    trainer = serve(make_trainer(tmp_path, kind=DapoTrainer, max_logp_gap=100.0), Server(0, 1))
+    assert len(trainer.generate_greedily(["Rank: 1 2", "Rank: 3 4", "Rank: 5 6"])) == 3
+    assert trainer.vllm_generation.temperature == 1.0
 
 
 def test_a_server_that_stays_away_ends_the_run_with_a_checkpoint(tmp_path):

@@ -184,6 +184,8 @@ def test_what_cannot_be_replayed_is_refused_in_one_line(store, capsys):
     assert "scale_rewards is 'rows'; choose group, batch or none" in refusal(capsys, store, "--rewards", path)
     path = rewards_file(store, {"name": "ndcg"}, multi_objective_aggregation="normalize_then_sum")
     assert "replay knows sum_then_normalize only" in refusal(capsys, store, "--rewards", path)
+    path = rewards_file(store, {"name": "ndcg"}, invalid_reward=-1.0)
+    assert "replay knows no invalid_reward; remove it" in refusal(capsys, store, "--rewards", path)
     path = rewards_file(store, plugin(store, "def novelty(completions, title, **columns):\n    return []"))
     line = refusal(capsys, store, "--rewards", path)
     assert "reward " in line and "needs a column 'title', but rows have row_id, user, history" in line

@@ -177,14 +177,15 @@ def test_agreement_of_rankings_made_from_two_orders_of_the_candidates():
 def test_weights_come_from_the_recipe_of_the_run(tmp_path, is_finished):
     assert metrics.reward_weights(tmp_path) is None
     rewards = [{"name": "ndcg"}, {"name": "my/rewards.py:novelty", "weight": 0.5, "when": "promoted_or_kept_first"}]
-    keys = {"rewards": rewards, "overlong_tokens": 8}
+    keys = {"rewards": rewards, "overlong_tokens": 8, "invalid_reward": 0.0}
     folder = tmp_path / ("dapo" if is_finished else "dapo.partial")
     folder.mkdir()
     if is_finished:
         (folder / "recipe.yaml").write_text(yaml.safe_dump(keys))
     else:
         (folder / "begun.json").write_text(json.dumps({"given": keys, "inputs": {}}))
-    assert metrics.reward_weights(tmp_path) == {"ndcg": 1.0, "novelty": 0.5, "soft_overlong_punishment_reward": 1.0}
+    from_options = {"soft_overlong_punishment_reward": 1.0, "invalid": 1.0}
+    assert metrics.reward_weights(tmp_path) == {"ndcg": 1.0, "novelty": 0.5, **from_options}
 
 
 def test_stored_rollouts_have_the_columns_that_the_numbers_need(tmp_path):

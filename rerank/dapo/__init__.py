@@ -195,6 +195,12 @@ def prepare(args: DapoArguments, config: DapoConfig, encoder: RowEncoder, base_d
         raise ValueError(
             "no training rows are left for dapo; lower rows_for_sft of the traces stage, or set rows: all"
         )
+    num_groups = config.generation_batch_size // config.num_generations
+    if len(rows) < num_groups:  # TRL would have no batch, and end at once
+        raise ValueError(
+            f"dapo has {len(rows)} training rows but samples {num_groups} groups at a time; make "
+            "per_device_train_batch_size or gradient_accumulation_steps smaller, or set rows: all"
+        )
     if config.max_completion_length is None:
         config.max_completion_length = json.loads((base_dir / "generation.json").read_text())["max_completion_tokens"]
     prompts = PromptStream(rows, encoder, config.seed, args.shuffle_candidates)

@@ -20,7 +20,7 @@ from rerank.rollouts import RolloutWriter
 
 logger = logging.getLogger(__name__)
 
-FRUITLESS_STEPS = 3  # so many steps without one useful group stop the run: nothing would ever be learned
+FRUITLESS_STEPS = 3  # so many first steps without one useful group stop the run: nothing would ever be learned
 
 
 @dataclass(frozen=True)
@@ -55,16 +55,21 @@ class GroupSampler:
         self.requests: list[tuple[DrawnPrompt, int]] = []
         self._surplus: list[Group] = []
         self._step, self._num_prompts = -1, 0
-        self._share_useful, self._fruitless_steps = 1.0, 0
+        self._share_useful, self._has_found_useful, self._fruitless_steps = 1.0, False, 0
 
     @property
     def state(self) -> dict[str, Any]:
         """What a resumed run must know."""
-        return {"num_drawn": self.prompts.num_drawn, "share_useful": self._share_useful}
+        return {
+            "num_drawn": self.prompts.num_drawn,
+            "share_useful": self._share_useful,
+            "has_found_useful": self._has_found_useful,
+        }
 
     @state.setter
     def state(self, state: dict[str, Any]) -> None:
         self.prompts.num_drawn, self._share_useful = state["num_drawn"], state["share_useful"]
+        self._has_found_useful = state["has_found_useful"]
 
     def request_seeds(self) -> list[int]:
         """A seed for each completion that is being sampled."""
@@ -81,8 +86,8 @@ class GroupSampler:
         """
         step = self.trainer.state.global_step
         if self._step != step:
-            self._discard(self._surplus, "stale", self._step)
-            self._surplus, self._step, self._num_prompts = [], step, 0
+            self.discard_stale()
+            self._step, self._num_prompts = step, 0
         useful, self._surplus = self._surplus[:wanted], self._surplus[wanted:]
         rest: list[Group] = []
         sampled: list[Group] = []
@@ -99,6 +104,11 @@ class GroupSampler:
             self._surplus = []
         self._discard(rest, "all_equal", step)
         return useful, rest
+
+    def discard_stale(self) -> None:
+        """Store useful groups that were left over when the weights changed."""
+        self._discard(self._surplus, "stale", self._step)
+        self._surplus = []
 
     def _num_to_draw(self, wanted: int, missing: int) -> int:
         return grouping.prompts_to_draw(missing, self._share_useful, wanted) if self.options.is_dynamic else wanted
@@ -132,7 +142,7 @@ class GroupSampler:
         rewards = trainer._calculate_rewards(rows, prompts, completions, completion_ids)  # of all processes
         first = trainer.accelerator.process_index * len(rows)
         rewards = self._alone_where_invalid(rewards[first : first + len(rows)].cpu()).tolist()
-        gates = self._gates(rows, completions, completion_ids)
+        gates = self._gates(rows, prompts, completions, completion_ids)
         rollouts = [
             self._rollout(
                 prompt, prompt_ids[i], completion_ids[i], completions[i], logps and logps[i], rewards[i], gates[i]
@@ -177,13 +187,14 @@ class GroupSampler:
             rewards[(~rewards[:, names.index(INVALID)].isnan())[:, None] & others] = float("nan")
         return rewards
 
-    def _gates(self, rows: Sequence[Any], completions: list[str], completion_ids: list) -> list[dict[str, bool]]:
+    def _gates(
+        self, rows: Sequence[Any], prompts: list[str], completions: list[str], completion_ids: list
+    ) -> list[dict[str, bool]]:
         """Of each completion, whether the conditions of the recipe's rewards hold."""
         columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
+        columns |= {"prompts": prompts, "completion_ids": completion_ids}
         rewards = [reward for reward in self.trainer.reward_funcs if isinstance(reward, plugins.Reward)]
-        gates = {
-            reward.name: reward.gates(completions, completion_ids=completion_ids, **columns) for reward in rewards
-        }
+        gates = {reward.name: reward.gates(completions, **columns) for reward in rewards}
         return [{name: held[i] for name, held in gates.items()} for i in range(len(rows))]
 
     def _outcome(self, drawn: DrawnPrompt, order: list[int] | None, rewards: Sequence[float]) -> float | None:
@@ -208,9 +219,14 @@ class GroupSampler:
             self.trainer._metrics["train"][name].append(float(value))
         if num_missing:
             logger.warning("step %d lacks %d groups after %d rounds", self._step, num_missing, num_rounds)
-        self._fruitless_steps = 0 if num_useful else self._fruitless_steps + 1
-        if self.options.is_dynamic and self._fruitless_steps == FRUITLESS_STEPS:
-            example = sampled[-1].rollouts[0]
+        self._refuse_fruitless(sampled[-1].rollouts[0], num_useful)
+
+    def _refuse_fruitless(self, example: Rollout, num_useful: int) -> None:
+        """Stop when no group was useful yet; later a step without one is bad luck, or the policy has learned."""
+        self._has_found_useful = self._has_found_useful or num_useful > 0
+        self._fruitless_steps += 1
+        is_hopeless = not self._has_found_useful and self._fruitless_steps >= FRUITLESS_STEPS
+        if self.options.is_dynamic and is_hopeless:
             raise ValueError(
                 f"in {FRUITLESS_STEPS} steps no group differed in the outcome {self.options.outcome!r} "
                 f"(the last is {example.outcome} for {example.completion[:80]!r}): look at the rollouts with "

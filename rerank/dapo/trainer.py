@@ -158,13 +158,12 @@ class DapoTrainer(GRPOTrainer):
 
     def generate_greedily(self, prompts: Sequence[str]) -> list[str]:
         """The engine's most probable completion of each prompt, by the present weights, none of it trained on."""
-        size = self.num_generations if self._asks_server() else 1  # a server completes each prompt so often
-        prompt_ids, *_ = self._tokenize_prompts([prompt for prompt in prompts for _ in range(size)])
+        prompt_ids, *_ = self._tokenize_prompts(prompts)
         generation, self.sampler.requests = self.vllm_generation, []
         temperature, generation.temperature = generation.temperature, 0.0
-        completion_ids, _ = self._generate_single_turn(prompt_ids, None, {}, size)
+        completion_ids, _ = self._generate_single_turn(prompt_ids, None, {}, 1)  # vLLM refuses more without sampling
         generation.temperature = temperature
-        return self.processing_class.batch_decode(completion_ids[::size], skip_special_tokens=True)
+        return self.processing_class.batch_decode(completion_ids, skip_special_tokens=True)
 
     def _generate(self, prompts):  # noqa: ANN001, ANN202
         if self._ready is None:
@@ -304,7 +303,9 @@ class DapoTrainer(GRPOTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         try:
-            return super().train(*args, **kwargs)
+            result = super().train(*args, **kwargs)
+            self.sampler.discard_stale()
+            return result
         finally:
             self.writer.close()
 
