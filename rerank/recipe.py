@@ -11,6 +11,7 @@ import importlib
 import logging
 import os
 import sys
+import traceback
 import types
 import typing
 import warnings
@@ -260,6 +261,13 @@ def _fail(message: str, code: int) -> typing.NoReturn:
     os._exit(code) if code == 130 else sys.exit(code)  # a stopped engine must not hold up the exit
 
 
+def _is_ours(error: BaseException) -> bool:
+    """Whether code of this package raised it, as it does for bad input, and no library that it calls."""
+    frames = traceback.walk_tb(error.__traceback__)
+    *_, (last, _) = frames
+    return str(last.f_globals.get("__name__")).partition(".")[0] == "rerank"
+
+
 def _run(stage: str, argv: Sequence[str]) -> None:
     """Parse, lock, check, run and finish one stage."""
     is_main = os.environ.get("RANK", "0") == "0"
@@ -281,7 +289,12 @@ def _run(stage: str, argv: Sequence[str]) -> None:
             runs.begin(run_dir, stage, keys, inputs)
     except (ValueError, FileNotFoundError) as error:
         _fail(one_line(error), 2)
-    metrics = module.main(*arguments, folder)
+    try:
+        metrics = module.main(*arguments, folder)
+    except (ValueError, FileNotFoundError) as error:
+        if not _is_ours(error):
+            raise
+        _fail(one_line(error), 2)
     if is_main:
         runs.finish(run_dir, stage, keys, resolved_recipe(arguments, keys), inputs, metrics)
         held.__exit__(None, None, None)

@@ -2,8 +2,9 @@
 
 import json
 import logging
+import re
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import tenacity
 logger = logging.getLogger(__name__)
 
 MAX_TRIES = 6
+NO_ANSWER: dict[str, list] = {"prompt_ids": [], "completion_ids": [], "logprobs": []}
 
 
 def launch_line(model_dir: str | Path, port: int = 8000, max_length: int | None = None) -> str:
@@ -72,8 +74,39 @@ def retry(call: Callable, seconds: float) -> Callable:
     )(call)
 
 
+def make_patient(client: Any, seconds: float) -> None:
+    """Let TRL's client ask again while the server is away, and in the end answer nothing.
+
+    Other processes wait for the answer; an exception here would leave them waiting. Once a call has failed for good,
+    no later one is tried: a server that comes back serves other weights.
+    """
+    generate, update, reset = retry(client.generate, seconds), client.update_named_params, client.reset_prefix_cache
+    is_gone = False
+
+    def attempt(call: Callable, *args: Any, **kwargs: Any) -> Any:
+        nonlocal is_gone
+        try:
+            return None if is_gone else call(*args, **kwargs)
+        except Exception as error:
+            if not _is_away(error):
+                raise
+            logger.error("the vLLM server does not answer: %s: %s", type(error).__name__, error)
+            is_gone = True
+
+    def patient_update(metadata: Any, weights: Iterable[Any]) -> None:
+        attempt(update, metadata, weights)
+        for _ in weights:  # which are gathered from all processes, each taking part
+            pass
+
+    client.generate = lambda *args, **kwargs: attempt(generate, *args, **kwargs) or NO_ANSWER
+    client.update_named_params = patient_update
+    client.reset_prefix_cache = lambda: attempt(reset)
+
+
 def _is_away(error: BaseException) -> bool:
     """Whether an error says that the server is not there yet: no answer, or a 502 to 504."""
+    if type(error) is Exception:  # what TRL's client raises for every answer but 200
+        return re.match(r"Request failed: 50[234]\b", str(error)) is not None
     if isinstance(error, requests.HTTPError):
         return error.response is not None and error.response.status_code in (502, 503, 504)
     return isinstance(error, requests.ConnectionError | requests.Timeout)

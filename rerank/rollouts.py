@@ -108,12 +108,13 @@ class RolloutWriter:
         finally:
             self._thread.shutdown()
 
-    def discard_from(self, step: int) -> None:
+    def discard_from(self, step: int, num_processes: int | None = None) -> None:
         """Delete this process's parts of `step` and later, which a run resumed from a checkpoint samples anew, and
-        what a crash cut off."""
-        for path in self.folder.glob(f"part-*-{self.rank}*"):
+        what a crash cut off; of the parts of processes beyond `num_processes`, which an earlier run had, a share."""
+        for path in self.folder.glob("part-*"):
             _, written_step, rank = path.stem.split("-")[:3]
-            if int(rank) == self.rank and (int(written_step) >= step or path.suffix == ".tmp"):
+            owner = int(rank) if num_processes is None else int(rank) % num_processes
+            if owner == self.rank and (int(written_step) >= step or path.suffix == ".tmp"):
                 path.unlink()
 
     def _settle(self, num_pending: int) -> None:

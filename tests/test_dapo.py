@@ -103,6 +103,13 @@ def test_groups_that_do_not_fit_are_refused(tmp_path):
         check(NDCG, parts)
 
 
+def test_a_loss_that_would_count_masked_rows_is_refused(tmp_path):
+    message = r"loss_type grpo would count the masked rows that fill up a step; use one of dapo, cispo, vespo, or set"
+    with pytest.raises(ValueError, match=message):
+        check(NDCG, config(tmp_path, loss_type="grpo"))
+    check(NDCG, config(tmp_path, loss_type="grpo"), dynamic_sampling=False)
+
+
 def test_an_invalid_reward_for_completions_that_are_masked_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"invalid_reward needs mask_truncated_completions: false, else what was cut"):
         check(NDCG, invalid_reward=-1.0)

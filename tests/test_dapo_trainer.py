@@ -13,7 +13,7 @@ from transformers import ProgressCallback
 from trl import GRPOTrainer
 from trl.generation.vllm_generation import VLLMGeneration
 
-from rerank import dapo, group_forward, plugins, rollouts
+from rerank import dapo, group_forward, plugins, rollout_server, rollouts
 from rerank.dapo.consistency import ConsistencyCheck
 from rerank.dapo.prompt_stream import PromptStream
 from rerank.dapo.sampler import SamplingOptions
@@ -399,8 +399,15 @@ def test_the_completions_of_a_prompt_stay_in_one_micro_batch(tmp_path):
 class Server:
     """TRL's client of a vLLM server that is away for a number of calls."""
 
+    def update_named_params(self, metadata, weights):
+        if self.refuses_weights:
+            raise requests.ConnectionError("connection refused")
+
+    def reset_prefix_cache(self):
+        pass
+
     def __init__(self, calls_away, eos):
-        self.calls_away, self.eos, self.seeds = calls_away, eos, []
+        self.calls_away, self.eos, self.seeds, self.refuses_weights = calls_away, eos, [], False
 
     def generate(self, prompts, n, generation_kwargs, temperature, **options):
         if self.calls_away:
@@ -423,9 +430,9 @@ def serve(trainer, server):
     generation.temperature, generation.top_p, generation.top_k, generation.min_p = 1.0, 1.0, 0, None
     generation.repetition_penalty, generation.max_completion_length, generation.logprobs = 1.0, 16, 0
     generation.enable_sleep_mode, generation.structured_outputs_regex, generation.generation_kwargs = False, None, {}
-    generation.sync_weights = lambda: None
+    generation._weight_metadata, generation._iter_named_params = [], lambda: iter([])
     trainer.vllm_generation, trainer._last_loaded_step = generation, -1
-    trainer._wait_for_server(server)
+    rollout_server.make_patient(server, 0.2)
     return trainer
 
 
@@ -463,3 +470,31 @@ def test_a_server_that_stays_away_ends_the_run_with_a_checkpoint(tmp_path):
     sampling = json.loads((tmp_path / "out/checkpoint-2/sampling.json").read_text())
     assert sampling["num_drawn"] == 4  # two steps of two prompts: those of the third are drawn again
     assert (tmp_path / "out/checkpoint-2/trainer_state.json").is_file()
+
+
+def test_a_server_that_takes_no_weights_is_not_sampled_from(tmp_path):
+    trainer = make_trainer(tmp_path, kind=DapoTrainer, max_steps=3, max_logp_gap=100.0)
+    server = Server(0, 1)
+    serve(trainer, server)
+    send = server.update_named_params
+    server.update_named_params = lambda *args: (
+        setattr(server, "refuses_weights", len(server.seeds) == 1),
+        send(*args),
+    )
+    with pytest.raises(ValueError, match=r"the vLLM server at http://\S+ is gone; start it again, .* from step 1"):
+        trainer.train()
+    assert len(server.seeds) == 1 and (tmp_path / "out/checkpoint-1/trainer_state.json").is_file()
+
+
+def test_a_checkpoint_of_another_trainer_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"sampling.json is missing: no checkpoint of this stage; delete"):
+        make_trainer(tmp_path).go_on_from(str(tmp_path))
+
+
+def test_an_invalid_completion_is_below_every_outcome_of_a_reward(tmp_path):
+    args = dapo.DapoArguments(run_dir="run", rewards=[{"name": "well_formed"}], invalid_reward=-1.0)
+    functions, reward_weights = dapo.reward_functions(args, 16, tokenizer().eos_token_id)
+    trainer = make_trainer(tmp_path, rewards=[*functions, num_tokens], reward_weights=[*reward_weights, 1.0])
+    (drawn,) = trainer.prompts.draw(1)
+    assert trainer.sampler._outcome(drawn, None, [float("nan"), -1.0, float("nan")]) == -float("inf")
+    assert trainer.sampler._outcome(drawn, [0, 1, 2, 3], [1.0, float("nan"), 4.0]) == 4.0

@@ -152,3 +152,9 @@ def test_an_error_of_another_kind_is_not_tried_again():
     with pytest.raises(KeyError):
         rollout_server.retry(call, 5.0)()
     assert len(tries) == 1
+
+
+def test_what_trls_client_says_of_a_server_that_is_away_is_known():
+    assert rollout_server._is_away(Exception("Request failed: 503, loading"))
+    assert not rollout_server._is_away(Exception("Request failed: 400, n must be 1"))
+    assert not rollout_server._is_away(RuntimeError("Request failed: 503, loading"))

@@ -98,6 +98,14 @@ def test_a_resumed_run_replaces_the_steps_it_repeats(tmp_path):
     assert read_rollouts(tmp_path, ["reward"])["reward"].to_pylist() == [1.0, 2.0, 0.5]
 
 
+def test_a_run_resumed_with_fewer_processes_discards_the_parts_of_the_others(tmp_path):
+    for rank in (0, 1, 2, 3):
+        write(tmp_path, make_rollout(step=1), make_rollout(step=2), rank=rank)
+    for rank in (0, 1):
+        RolloutWriter(tmp_path, rank).discard_from(2, num_processes=2)
+    assert names_in(tmp_path) == [f"part-00000001-{rank}.parquet" for rank in range(4)]
+
+
 def test_text_that_is_no_utf8_is_stored(tmp_path):
     write(tmp_path, make_rollout(completion="a\udcffb"))
     assert read_rollouts(tmp_path)["completion"].to_pylist() == ["a?b"]

@@ -32,6 +32,7 @@ from rerank.sft import RowEncoder, check_model, save_ranker, training_rows
 logger = logging.getLogger(__name__)
 
 INPUTS = ("data", "semantic_ids", "midtrain", "candidates", "traces", "sft")
+MASKED_ROWS_COUNT_NOTHING = ("dapo", "cispo", "vespo")  # losses of TRL that divide by the tokens of the whole step
 INVALID = "invalid"  # the reward's name that `invalid_reward` stands for
 
 
@@ -132,6 +133,13 @@ def check(args: DapoArguments, training_args: DapoConfig, model_args: ModelConfi
         raise ValueError(f"outcome is {args.outcome!r}, but the recipe's rewards report only {', '.join(known)}")
     if args.invalid_reward is not None and training_args.mask_truncated_completions:
         raise ValueError("invalid_reward needs mask_truncated_completions: false, else what was cut off never learns")
+    if args.invalid_reward is not None and INVALID in known:
+        raise ValueError(f"a reward is called {INVALID!r}, which is what invalid_reward is stored as; rename yours")
+    if args.dynamic_sampling and training_args.loss_type not in MASKED_ROWS_COUNT_NOTHING:
+        raise ValueError(
+            f"loss_type {training_args.loss_type} would count the masked rows that fill up a step; use "
+            f"one of {', '.join(MASKED_ROWS_COUNT_NOTHING)}, or set dynamic_sampling: false"
+        )
     size = training_args.num_generations
     batch = training_args.per_device_train_batch_size * training_args.steps_per_generation
     if batch % size:
@@ -278,7 +286,7 @@ def main(args: DapoArguments, training_args: DapoConfig, model_args: ModelConfig
         rollout_server.check_vocabulary(training_args, tokenizer, encoder.catalogue.semantic_ids)
     trainer = make_trainer(args, training_args, model_args, prompts, model, out_dir)
     trainer.writer.rank = trainer.accelerator.process_index
-    trainer.writer.discard_from(stopping.last_step(training_args.output_dir))
+    trainer.writer.discard_from(stopping.last_step(training_args.output_dir), trainer.accelerator.num_processes)
     trainer.go_on_from(stopping.last_checkpoint(training_args.output_dir))
     stopping.train(trainer, args.max_minutes)
     base_model.save_trained(trainer, tokenizer, base_dir, out_dir / "model")

@@ -1,6 +1,7 @@
 """The groups of a step: prompts are drawn, completed and scored until enough groups are useful."""
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -200,7 +201,10 @@ class GroupSampler:
     def _outcome(self, drawn: DrawnPrompt, order: list[int] | None, rewards: Sequence[float]) -> float | None:
         if self.options.outcome == grouping.RANK_GAIN:
             return grouping.rank_gain(drawn, order)
-        value = rewards[self.trainer.reward_func_names.index(self.options.outcome)]
+        names = self.trainer.reward_func_names
+        if INVALID in names and not np.isnan(rewards[names.index(INVALID)]):
+            return -math.inf
+        value = rewards[names.index(self.options.outcome)]
         return None if np.isnan(value) else value
 
     def _log(self, sampled: Sequence[Group], num_rounds: int, num_missing: int) -> None:

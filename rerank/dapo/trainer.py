@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import requests
 import torch
 from transformers import ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -93,7 +92,7 @@ class DapoTrainer(GRPOTrainer):
         self._sampling_done = self.sampler.state
         if self._asks_server():
             if self.accelerator.is_main_process:
-                self._wait_for_server(self.vllm_generation.vllm_client)
+                rollout_server.make_patient(self.vllm_generation.vllm_client, self.args.vllm_server_timeout)
         elif self.use_vllm:
             self._seed_requests(self.vllm_generation.llm)
 
@@ -133,20 +132,6 @@ class DapoTrainer(GRPOTrainer):
 
     def _asks_server(self) -> bool:
         return self.use_vllm and self.args.vllm_mode == "server"
-
-    def _wait_for_server(self, client: Any) -> None:
-        """Let the client ask again while the server is away, and in the end answer nothing, so that no process that
-        waits for the answer waits forever."""
-        ask = rollout_server.retry(client.generate, self.args.vllm_server_timeout)
-
-        def patient(*args: Any, **kwargs: Any) -> dict[str, list]:
-            try:
-                return ask(*args, **kwargs)
-            except requests.RequestException as error:
-                logger.error("the vLLM server does not answer: %s: %s", type(error).__name__, error)
-                return {"prompt_ids": [], "completion_ids": [], "logprobs": []}
-
-        client.generate = patient
 
     def _stop_without_server(self) -> None:
         if self.state.global_step:
@@ -320,5 +305,8 @@ class DapoTrainer(GRPOTrainer):
     def go_on_from(self, checkpoint: str | None) -> None:
         """Draw prompts from where a checkpoint left off; nothing to do without one."""
         if checkpoint is not None:
-            self.sampler.state = json.loads((Path(checkpoint) / SAMPLING_FILE).read_text())
+            path = Path(checkpoint) / SAMPLING_FILE
+            if not path.is_file():
+                raise FileNotFoundError(f"{path} is missing: no checkpoint of this stage; delete {checkpoint}")
+            self.sampler.state = json.loads(path.read_text())
             self._sampling_done = self.sampler.state
