@@ -287,6 +287,17 @@ def test_rollouts_of_other_weights_stop_the_run(tmp_path):
     assert len(stored(tmp_path)) == 2 * SIZE  # what was sampled is there to be looked at
 
 
+def test_a_model_that_says_nan_stops_the_run_and_an_engine_that_says_nothing_does_not(tmp_path):
+    silent = make_trainer(tmp_path / "silent", logp=float("nan"), max_logp_gap=0.05)
+    silent.train()
+    assert silent.state.global_step == 1 and not logged(silent, GAP)
+    broken = make_trainer(tmp_path / "broken", logp=-1.5, max_logp_gap=100.0)
+    with torch.no_grad():
+        broken.model.get_input_embeddings().weight.fill_(float("nan"))
+    with pytest.raises(ValueError, match=r"log-probabilities differ by nan a token on average"):
+        broken.train()
+
+
 def test_resumed_equals_uninterrupted(tmp_path):
     script = useful_for(first_drawn(8, 8)[2:])
     whole = make_trainer(tmp_path / "whole", script, rounds=3, max_steps=4)

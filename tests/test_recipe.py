@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -137,3 +138,13 @@ def test_a_machine_without_a_gpu_trains_on_its_cpu():
     assert recipe.resolve("sft", keys, "6.yaml")[1].use_cpu
     with pytest.raises(ValueError, match="6.yaml: Your setup doesn't support bf16/gpu. You need to assign use_cpu"):
         recipe.resolve("sft", {**keys, "use_cpu": False}, "6.yaml")
+
+
+def test_what_our_code_refuses_is_told_from_what_a_library_raises():
+    def raised(call):
+        with pytest.raises(ValueError) as caught:
+            call()
+        return caught.value
+
+    assert recipe._is_ours(raised(lambda: recipe.read_overrides(["word"])))
+    assert not recipe._is_ours(raised(lambda: np.zeros(2).reshape(3)))

@@ -257,8 +257,8 @@ class DapoTrainer(GRPOTrainer):
         """Take a micro-batch's log-probabilities, by the weights that sampled it, into the gap and the records."""
         mask, sampled = inputs["completion_mask"].bool(), inputs.get("sampling_per_token_logps")
         if sampled is not None:
-            differences = (logps - sampled).abs()[mask]
-            self._gap.add(differences[~differences.isnan()])
+            known = mask & ~sampled.isnan()  # the engine may not tell; a model that says nan is no small gap
+            self._gap.add((logps - sampled).abs()[known])
         for place, index in enumerate(inputs["rollout"].tolist()):
             record = self._records[index]
             if record is not None and mask[place].any():
@@ -270,7 +270,7 @@ class DapoTrainer(GRPOTrainer):
         self.writer.flush()
         self._sampling_done = self.sampler.state
         sums = torch.tensor([self._gap.total, self._gap.count], dtype=torch.float64, device=self.accelerator.device)
-        total, count = self.accelerator.reduce(sums.float(), reduction="sum").tolist()
+        total, count = self.accelerator.reduce(sums, reduction="sum").tolist()
         if not count:
             return
         gap = total / count
@@ -278,7 +278,7 @@ class DapoTrainer(GRPOTrainer):
             largest = torch.tensor([self._gap.largest], device=self.accelerator.device)
             self._metrics["train"][GAP].append(gap)
             self._metrics["train"][LARGEST_GAP].append(self.accelerator.gather(largest).max().item())
-        if gap > self.max_logp_gap:
+        if not gap <= self.max_logp_gap:  # nan neither
             raise ValueError(
                 f"step {self.state.global_step}: sampling and training log-probabilities differ by {gap:.4f} a token "
                 f"on average, more than max_logp_gap {self.max_logp_gap}: the engine samples from other "
