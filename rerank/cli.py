@@ -5,6 +5,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -12,7 +13,14 @@ def _parser() -> argparse.ArgumentParser:
         prog="rerank", description="Train language models to re-rank recommendations by reasoning."
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_runs(commands)
+    _add_rollouts(commands)
+    _add_models(commands)
+    return parser
 
+
+def _add_runs(commands: Any) -> None:
+    """Commands that train."""
     run = commands.add_parser("run", help="run the numbered recipes of a folder, skipping what is finished")
     run.add_argument("recipe_dir", metavar="RECIPE_DIR", help="folder with 1_data.yaml, 2_semantic_ids.yaml, ...")
     run.add_argument("--out", metavar="RUN_DIR", help="folder of the run, in place of the recipes' run_dir")
@@ -41,6 +49,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     compare.set_defaults(function=_compare)
 
+
+def _add_rollouts(commands: Any) -> None:
+    """Commands that look at rollouts and at what pays them."""
     inspect = commands.add_parser("inspect", help="browse the rollouts of a run, or print them without a terminal")
     inspect.add_argument("run_dir", metavar="RUN_DIR")
     inspect.add_argument(
@@ -67,6 +78,19 @@ def _parser() -> argparse.ArgumentParser:
     replay.add_argument("--out", metavar="FILE", help="Parquet file to write, one row a rollout")
     replay.set_defaults(function=_replay)
 
+    probe = commands.add_parser("probe", help="would a lazy policy out-earn an honest one? exit code 1 if so")
+    probe.add_argument("recipe", metavar="RECIPE.yaml", help="of the dapo stage, such as recipes/ml100k/7_dapo.yaml")
+    probe.add_argument("--rows", type=int, default=500, help="training rows, drawn at random; 0 for all (%(default)s)")
+    probe.add_argument(
+        "--max-share", type=float, default=0.25, metavar="SHARE",
+        help="of the oracle's reward that a policy without rank gain may earn (%(default)s)",
+    )  # fmt: skip
+    probe.add_argument("--run-dir", metavar="RUN_DIR", help="folder of the run, in place of the recipe's run_dir")
+    probe.set_defaults(function=_probe)
+
+
+def _add_models(commands: Any) -> None:
+    """Commands that look at ids, losses and trained models, or use them."""
     ids = commands.add_parser("ids", help="look at the quality of a run's semantic ids")
     ids.add_argument("run_dir", metavar="RUN_DIR")
     ids.add_argument(
@@ -86,16 +110,6 @@ def _parser() -> argparse.ArgumentParser:
     recall.add_argument("--out", metavar="FILE", help="Markdown file to write, such as RESULTS-midtrain.md")
     recall.set_defaults(function=_recall)
 
-    probe = commands.add_parser("probe", help="would a lazy policy out-earn an honest one? exit code 1 if so")
-    probe.add_argument("recipe", metavar="RECIPE.yaml", help="of the dapo stage, such as recipes/ml100k/7_dapo.yaml")
-    probe.add_argument("--rows", type=int, default=500, help="training rows, drawn at random; 0 for all (%(default)s)")
-    probe.add_argument(
-        "--max-share", type=float, default=0.25, metavar="SHARE",
-        help="of the oracle's reward that a policy without rank gain may earn (%(default)s)",
-    )  # fmt: skip
-    probe.add_argument("--run-dir", metavar="RUN_DIR", help="folder of the run, in place of the recipe's run_dir")
-    probe.set_defaults(function=_probe)
-
     losses = commands.add_parser("losses", help="list the losses of the sft stage: what each needs and costs")
     losses.set_defaults(function=_losses)
 
@@ -106,7 +120,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     rank.add_argument("--out", required=True, metavar="FILE", help="Parquet, JSONL or CSV to write")
     rank.set_defaults(function=_rank)
-    return parser
 
 
 def _run(args: argparse.Namespace) -> int:
