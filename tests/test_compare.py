@@ -64,9 +64,10 @@ def finish_run(recipe_dir: Path, run: Path, first: Path, orders: dict[str, list]
     finish(evaluate, ("data", "semantic_ids", "candidates"), {}, rankings=rankings)
 
 
-def cells(text: str) -> dict[tuple[str, str], list[str]]:
-    """The table's rows by variant and ranker."""
-    rows = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in text.splitlines() if line[:1] == "|"]
+def cells(text: str, number: int = 0) -> dict[tuple[str, str], list[str]]:
+    """The rows of one of the tables by variant and ranker."""
+    table = [block for block in text.split("\n\n") if block.startswith("|")][number]
+    rows = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in table.splitlines()]
     return {(row[0], row[1]): row[2:] for row in rows[2:]}
 
 
@@ -94,28 +95,70 @@ def run_compare(runs: dict[str, Path], results: Path | None = None) -> tuple[int
 def test_the_table_holds_means_spread_and_paired_intervals(runs, tmp_path):
     code, said = run_compare(runs, tmp_path / "RESULTS-toy.md")
     text = (tmp_path / "RESULTS-toy.md").read_text()
-    table = cells(text)
+    table, differences = cells(text), cells(text, 1)
     assert code == 0 and text in said[-1]
-    assert table["–", "no_op"] == ["1", "0.0000", "1.0000", "0.6309", "–", "–", "–", "–"]
+    assert table["–", "no_op"] == ["1", "0.0000", "1.0000", "0.6309", "–", "–"]
     # every row gains 1 - 0.6309, so each bootstrap sample does
-    assert table["–", "oracle"] == ["1", "1.0000", "1.0000", "1.0000", "–", "–", "+0.3691 [+0.3691, +0.3691]", "–"]
+    assert table["–", "oracle"] == ["1", "1.0000", "1.0000", "1.0000", "–", "–"]
+    gain, half = "+0.3691 [+0.3691, +0.3691]", "+0.1845 [+0.1845, +0.1845]"
+    assert differences["–", "oracle"][:3] == [gain, "–", "–"]
+    assert ("–", "no_op") not in differences
     # (1 + 0.6309) / 2; the standard deviation of 1 and 0.6309 is 0.3691 / sqrt(2) = 0.2610
-    gain = "+0.1845 [+0.1845, +0.1845]"
-    assert table["a", "sft"] == ["2", "0.5000", "1.0000", "0.8155", "0.0%", "0.2610", gain, "–"]
-    assert table["b", "sft"][:4] == ["2", "1.0000", "1.0000", "1.0000"]
-    assert table["b", "sft"][5:] == ["0.0000", "+0.3691 [+0.3691, +0.3691]", gain]
+    assert table["a", "sft"] == ["2", "0.5000", "1.0000", "0.8155", "0.0%", "0.2610"]
+    assert differences["a", "sft"] == [half, "–", "–", "+0.5000 [+0.5000, +0.5000]", "–", "–"]
+    assert table["b", "sft"] == ["2", "1.0000", "1.0000", "1.0000", "0.0%", "0.0000"]
+    assert differences["b", "sft"][:3] == [gain, "–", half]
     # no ranking scores zero; variant a has no dapo to compare with
-    assert table["b", "dapo"] == [
-        "2",
-        "0.0000",
-        "0.0000",
-        "0.0000",
-        "100.0%",
-        "0.0000",
-        "-0.6309 [-0.6309, -0.6309]",
-        "–",
-    ]
+    assert table["b", "dapo"] == ["2", "0.0000", "0.0000", "0.0000", "100.0%", "0.0000"]
+    assert differences["b", "dapo"][:3] == ["-0.6309 [-0.6309, -0.6309]", "-1.0000 [-1.0000, -1.0000]", "–"]
     assert ("b", "no_op") not in table and ("–", "random") in table
+
+
+def test_a_model_that_variants_share_stands_once_and_is_what_they_started_from(tmp_path):
+    first, out = write_recipes(tmp_path / "a"), tmp_path / "out"
+    finish_run(first, out / "a-seed0", out / "a-seed0", {"sft": GIVEN, "dapo": RIGHT})
+    finish_run(first, out / "b-seed0", out / "a-seed0", {"dapo": RIGHT})
+    for run in ("a-seed0", "b-seed0"):
+        (out / run / "sft").symlink_to(out / "the_sft_model")
+    text = "\n".join(rankings_table.table_lines({"a": [out / "a-seed0"], "b": [out / "b-seed0"]}))
+    assert [key for key in cells(text) if key[1] == "sft"] == [("a", "sft")]
+    gain = "+0.3691 [+0.3691, +0.3691]"
+    assert cells(text, 1)["a", "dapo"][:3] == [gain, gain, "–"]
+    assert cells(text, 1)["b", "dapo"][:3] == [gain, gain, "+0.0000 [+0.0000, +0.0000]"]
+    (out / "b-seed0/sft").unlink()  # a model of its own, which nobody evaluated
+    text = "\n".join(rankings_table.table_lines({"a": [out / "a-seed0"], "b": [out / "b-seed0"]}))
+    assert cells(text, 1)["b", "dapo"][:3] == [gain, "–", "+0.0000 [+0.0000, +0.0000]"]
+
+
+LOG = {"rollouts/kendall_tau": 0.5, "rollouts/no_ranking": 0.0, "rollouts/length_tokens": 30.0, "step_time": 6.0}
+
+
+def add_dapo(run: Path, copy_rates: list[float]) -> None:
+    """A dapo stage that logged these; a step in which nothing was sampled logs no rollouts."""
+    log = [
+        {**LOG, "step": number, "rollouts/copy_rate": rate, "rollouts/rank_gain": 1.0, "groups/share_useful": 0.5}
+        for number, rate in enumerate(copy_rates, start=1)
+    ]
+    log.append({"step": len(log) + 1, "step_time": 6.0})
+    folder = run_dir.partial_dir(run, "dapo")
+    folder.mkdir(parents=True)
+    run_dir.write_json(folder / "log_history.json", [*log, {"train_loss": 0.1, "step": len(log)}])
+    run_dir.finish(run, "dapo", {}, {}, (), {"steps": len(log), "prompts_drawn": 64})
+
+
+def test_copies_over_the_steps_of_reinforcement_learning(tmp_path):
+    first, out = write_recipes(tmp_path / "a"), tmp_path / "out"
+    for seed, rates in enumerate(([0.1, 0.2, 0.3, 0.9], [0.3, 0.2, 0.3, 0.5])):
+        run = out / f"a-seed{seed}"
+        finish_run(first, run, out / "a-seed0", {"sft": GIVEN, "dapo": RIGHT})
+        add_dapo(run, rates)
+    runs_of = {"a": [out / "a-seed0", out / "a-seed1"]}
+    text = compare.report([compare.Variant("a", str(first), ("dapo.seed=1",))], runs_of, None, tmp_path / "RESULTS.md")
+    # five steps of six seconds; the last logged no rollouts, so it repeats the fourth: (0.9 + 0.5) / 2
+    row = "| a | 5 | 0.5 | 64 | 0.200 → 0.700 | 0.500 → 0.500 | 0.000 → 0.000 | 1.000 → 1.000 |"
+    assert row in text and "- a: `a` `dapo.seed=1`" in text
+    assert text.endswith("![curves](RESULTS.png)\n")
+    assert (tmp_path / "RESULTS.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
 def test_the_results_name_the_data_and_its_sha256_and_no_path(runs):

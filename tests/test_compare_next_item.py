@@ -83,6 +83,14 @@ def test_pruning_is_averaged_over_seeds(runs_of):
     assert "| bear | 4 | 2.0 | 50.0% | 0.0% | 25.0% | 25.0% | 0.0% |" in text
 
 
+def test_pruning_is_told_of_the_variants_where_it_was_measured(runs_of, tmp_path):
+    run = write_evaluation(tmp_path / "iirg", BASELINES | {"sft": [1, 0, 0, 0]})
+    lines = next_item_table.table_lines({**runs_of, "iirg": [run]})
+    pruning = lines[lines.index(next(line for line in lines if line.startswith("Pruning"))) :]
+    assert any(line.startswith("| bear |") for line in pruning)
+    assert not any(line.startswith("| iirg |") for line in pruning)
+
+
 def test_without_pruning_there_is_no_such_table(tmp_path):
     runs = {"nll": [write_evaluation(tmp_path / "one", BASELINES | {"sft": [1, 0, 0, 0], "sft_head": [1, 1, 0, 0]})]}
     lines = next_item_table.table_lines(runs)
@@ -97,7 +105,9 @@ def test_runs_on_other_rows_are_refused(runs_of, tmp_path):
 
 
 def test_the_report_names_rows_and_data(runs_of):
-    text = compare.report(runs_of, None, "A title")
+    variants = [compare.Variant(name, "recipes/toy", (f"sft.losses=[{{name: {name}}}]",)) for name in runs_of]
+    text = compare.report(variants, runs_of, None, Path("nowhere/RESULTS.md"))
+    assert "- bear: `toy` `sft.losses=[{name: bear}]`" in text
     assert "2 variants, 2 seeds. 4 valid rows, all items ranked, 10 beams." in text
     assert f"- data: toy.csv, sha256 {'0' * 64}" in text
 

@@ -220,6 +220,16 @@ def test_a_shuffled_row_shows_its_evidence_in_the_same_order(toy_run, toy_encode
     assert sorted(shown) == sorted(lines) and shown != lines
 
 
+def test_training_without_traces_starts_from_the_control_of_the_sft_stage(toy_run, tmp_path):
+    run = copy_stages(toy_run.run, tmp_path / "run", "sft")
+    args = dapo.DapoArguments(run_dir=str(run), rewards=NDCG, without_trace=True)
+    assert dapo.start_dir(args) == run / "sft/model_no_trace"
+    dapo.check(args, config(tmp_path), ModelConfig())
+    shutil.rmtree(run / "sft/model_no_trace")
+    with pytest.raises(FileNotFoundError, match="model_no_trace is missing; set no_trace_control: true in the sft"):
+        dapo.check(args, config(tmp_path), ModelConfig())
+
+
 def test_lengths_that_the_recipe_leaves_open_come_from_the_sft_stage(toy_run, toy_encoder, tmp_path):
     options = config(tmp_path)
     args = dapo.DapoArguments(run_dir=str(toy_run.run), rewards=NDCG, rows="all")

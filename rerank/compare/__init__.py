@@ -14,7 +14,7 @@ from pathlib import Path
 
 from rerank import pipeline
 from rerank import run_dir as runs
-from rerank.compare import next_item_table, rankings_table
+from rerank.compare import next_item_table, rankings_table, rollout_curves
 
 logger = logging.getLogger(__name__)
 
@@ -90,23 +90,35 @@ def check_same_data(variants: Sequence[Sequence[pipeline.Step]]) -> None:
             raise ValueError(f"{steps[0].path} asks for other data than {reference.path}: {changed}; make them equal")
 
 
-def report(runs_of: dict[str, list[Path]], minutes_per_run: float | None, title: str) -> str:
-    """The results file: what was compared, on which data, and the table."""
+def report(
+    variants: Sequence[Variant], runs_of: dict[str, list[Path]], minutes_per_run: float | None, target: Path
+) -> str:
+    """The results file: what was compared, on which data, and the tables; a picture is drawn beside it."""
     some_run = next(iter(runs_of.values()))[0]
     data = runs.read_metrics(some_run, "data")
     results = json.loads((runs.stage_dir(some_run, "evaluate") / "results.json").read_text())
     budget = f", at most {minutes_per_run:g} training minutes a run" if minutes_per_run is not None else ""
     table = next_item_table if results.get("task") == "next_item" else rankings_table
+    with_curves = table is rankings_table and rollout_curves.has_dapo(runs_of)
     lines = [
-        f"# {title}",
+        f"# Comparison of {', '.join(runs_of)}",
         "",
         f"{len(runs_of)} variants, {len(next(iter(runs_of.values())))} seeds{budget}. {table.rows_of(results)}",
         "",
         *(f"- data: {name}, sha256 {digest}" for name, digest in data["sources"].items()),
         "",
+        *(f"- {v.name}: {' '.join([f'`{Path(v.recipe_dir).name}`', *map(_code, v.overrides)])}" for v in variants),
+        "",
         *table.table_lines(runs_of),
     ]
+    if with_curves:
+        rollout_curves.draw(runs_of, target.with_suffix(".png"))
+        lines += ["", *rollout_curves.table_lines(runs_of), "", f"![curves]({target.stem}.png)"]
     return "\n".join(lines) + "\n"
+
+
+def _code(word: str) -> str:
+    return f"`{word}`"
 
 
 def compare(
@@ -141,8 +153,8 @@ def compare(
         say(f"== {run.name}")
         if code := pipeline.run(steps, accelerate, say):
             return code
-    text = report(folders, minutes_per_run, f"Comparison of {', '.join(folders)}")
     target = Path(results) if results else Path(out) / "RESULTS.md"
+    text = report(variants, folders, minutes_per_run, target)
     target.write_text(text, encoding="utf-8")
     say(f"{text}\nwritten to {target}")
     return 0

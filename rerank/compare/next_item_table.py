@@ -122,8 +122,9 @@ def _means(found: Sequence[RunLists], ranker: str, chosen: np.ndarray) -> dict[s
 
 
 def _pruning_lines(read: Mapping[str, Sequence[RunLists]]) -> list[str]:
-    """Means over seeds of what beam search prunes; nothing where it was not measured."""
-    if any(lists.pruning is None for found in read.values() for lists in found):
+    """Means over seeds of what beam search prunes, of the variants where it was measured."""
+    read = {name: found for name, found in read.items() if all(lists.pruning is not None for lists in found)}
+    if not read:
         return []
     steps = len(next(iter(read.values()))[0].pruning["violations_by_step"])
     heads = [

@@ -49,6 +49,9 @@ class DapoArguments(recipe.StageArguments):
     overlong_tokens: int = field(
         default=0, metadata={"help": "Tokens before the length limit in which the soft punishment grows; 0 for none."}
     )
+    without_trace: bool = field(
+        default=False, metadata={"help": "Start from sft/model_no_trace, to see what the reasoning is worth."}
+    )
     dynamic_sampling: bool = field(
         default=True, metadata={"help": "Exchange groups whose completions all have the same outcome for others."}
     )
@@ -161,7 +164,14 @@ def check(args: DapoArguments, training_args: DapoConfig, model_args: ModelConfi
     for reward in rewards:
         reward(completions, prompts=["", ""], completion_ids=[[0], [0]], **{key: [v, v] for key, v in row.items()})
     if run_dir.is_finished(args.run_dir, "sft"):
-        check_model(run_dir.stage_dir(args.run_dir, "sft") / "model", Catalogue.load(args.run_dir))
+        if not (folder := start_dir(args)).is_dir():
+            raise FileNotFoundError(f"{folder} is missing; set no_trace_control: true in the sft recipe")
+        check_model(folder, Catalogue.load(args.run_dir))
+
+
+def start_dir(args: DapoArguments) -> Path:
+    """The sft stage's model to start from."""
+    return run_dir.stage_dir(args.run_dir, "sft") / ("model_no_trace" if args.without_trace else "model")
 
 
 def reward_functions(
@@ -277,7 +287,7 @@ def main(args: DapoArguments, training_args: DapoConfig, model_args: ModelConfig
     """Train with rollouts, save the model and what ranking with it needs; returns the stage's metrics."""
     from rerank.dapo.trainer import GAP
 
-    base_dir = run_dir.stage_dir(args.run_dir, "sft") / "model"
+    base_dir = start_dir(args)
     model, tokenizer = base_model.load_pretrained(str(base_dir), model_args)
     tokenizer.padding_side = "left"
     encoder = RowEncoder(args.run_dir, tokenizer)
@@ -292,7 +302,8 @@ def main(args: DapoArguments, training_args: DapoConfig, model_args: ModelConfig
     base_model.save_trained(trainer, tokenizer, base_dir, out_dir / "model")
     steps = [entry for entry in trainer.state.log_history if "rollouts/reward" in entry]
     if trainer.accelerator.is_main_process:
-        save_ranker(args.run_dir, encoder, out_dir / "model", True, training_args.max_completion_length)
+        limit = training_args.max_completion_length
+        save_ranker(args.run_dir, encoder, out_dir / "model", not args.without_trace, limit)
         run_dir.write_json(out_dir / "log_history.json", trainer.state.log_history)
     return {
         "rollout_engine": "vllm" if training_args.use_vllm else "transformers",
