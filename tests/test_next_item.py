@@ -16,7 +16,7 @@ from trl import ModelConfig, SFTConfig
 from rerank import base_model, run_dir, sft
 from rerank.candidates import training_sequences
 from rerank.catalogue import Catalogue
-from rerank.evaluate import EvaluateArguments, held_out_sets, pruning, refuse_ranker
+from rerank.evaluate import EvaluateArguments, full_catalogue, held_out_sets, pruning, refuse_ranker
 from rerank.evaluate import main as evaluate
 from rerank.item_head import ItemHead
 from rerank.item_rows import ItemRows
@@ -384,6 +384,12 @@ def test_evaluation_writes_metrics_lists_and_pruning(trained, tmp_path):
     hits = [line["target"] in line["items"][:5] for line in lines if line["ranker"] == "sft"]
     assert results["rows"]["sft"]["all"]["R@5"] == pytest.approx(np.mean(hits))
     assert results["pruning"]["n"] == 10 and "Pruning, 10 rows, 3 beams" in (tmp_path / "results.md").read_text()
+
+
+def test_models_that_a_recipe_leaves_out_are_not_asked(trained):
+    found = full_catalogue.find_lists([trained], "valid", {}, num_beams=4, models=["sft"])
+    assert [*found.lists] == ["popularity", "transitions", "sft", "sft_head"]
+    assert [*full_catalogue.find_lists([trained], "valid", {}, models=["midtrained"]).lists][2:] == ["midtrained"]
 
 
 def test_pruning_equals_a_slow_search_for_the_target(trained):

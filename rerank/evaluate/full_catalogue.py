@@ -32,6 +32,7 @@ MOST_SUCCESSORS = 50
 SAMPLE_SEED = 0  # one sample for all seeds of a training, so that their recall can be compared
 GROUPS = {"all": "all", "one_hop": "one hop", "rest": "the rest"}
 REFERENCE = "transitions"
+MODELS = ("midtrained", "sft")
 
 
 def metrics_of_lists(lists: np.ndarray, targets: np.ndarray) -> dict[str, np.ndarray]:
@@ -105,11 +106,15 @@ class ValidationRecall:
         return Dataset.from_dict({"target": self.targets.tolist()})
 
 
-def model_lists_of(run: Path, histories: Sequence[np.ndarray], num_beams: int) -> dict[str, np.ndarray]:
+def model_lists_of(
+    run: Path, histories: Sequence[np.ndarray], num_beams: int, models: Sequence[str]
+) -> dict[str, np.ndarray]:
     """(R, 10) items that each of a run's models of next items finds: mid-trained, of the sft stage, by its head."""
-    found = {"midtrained": NextItemModel.load_midtrained(run).by_beams(histories, LIST_LENGTH, num_beams)}
+    found = {}
+    if "midtrained" in models:
+        found["midtrained"] = NextItemModel.load_midtrained(run).by_beams(histories, LIST_LENGTH, num_beams)
     folder = runs.stage_dir(run, "sft") / "model"
-    if (folder / SETTINGS).is_file():
+    if "sft" in models and (folder / SETTINGS).is_file():
         model = NextItemModel.load(folder)
         found["sft"] = model.by_beams(histories, LIST_LENGTH, num_beams)
         if model.head is not None:
@@ -146,6 +151,7 @@ def find_lists(
     lists: Mapping[str, Path],
     num_beams: int = NUM_BEAMS,
     max_rows: int = 0,
+    models: Sequence[str] = MODELS,
 ) -> Evaluated:
     """What the runs' models of next items, baselines and other rankers find on the rows of a split.
 
@@ -155,6 +161,7 @@ def find_lists(
         lists: Ranker to a Parquet file with row_id and candidates: ten original item ids, best first.
         num_beams: Of the models' beam search.
         max_rows: Of the split, drawn at random but always the same; 0 for all.
+        models: Of the runs' models those to ask.
 
     Raises:
         ValueError: When there is no such split, runs differ in their data, or lists do not fit.
@@ -178,7 +185,7 @@ def find_lists(
     }
     for name, path in lists.items():
         found[name] = [read_lists(path, row_ids, catalogue.item_ids, LIST_LENGTH)[0]]
-    of_runs = [model_lists_of(run, histories, num_beams) for run in run_dirs]
+    of_runs = [model_lists_of(run, histories, num_beams, models) for run in run_dirs]
     found |= {name: [models[name] for models in of_runs] for name in of_runs[0]}
     one_hop = is_one_hop(counts, histories, targets)
     groups = {"all": np.ones(len(chosen), dtype=bool), "one_hop": one_hop, "rest": ~one_hop}

@@ -37,7 +37,7 @@ def evaluate(args: Any, out_dir: Path) -> dict[str, Any]:
         out_dir: Folder of the stage.
     """
     run = Path(args.run_dir)
-    found = find_lists([run], args.split, {}, args.num_beams, args.max_rows)
+    found = find_lists([run], args.split, {}, args.num_beams, args.max_rows, args.models)
     logger.info("%d %s rows", len(found.targets), args.split)
     results = {"task": "next_item", **summarise(found, [run], args.num_beams, args.num_bootstrap, args.seed)}
     if args.pruning_rows:
