@@ -119,6 +119,31 @@ class NextItemModel:
                     found.logps.append([values[place] for place in kept])
         return found
 
+    def by_both(
+        self, histories: Sequence[np.ndarray], num_items: int, num_pooled: int = 40, batch_size: int = 64
+    ) -> BeamResult:
+        """The head's best `num_pooled` items of each row, by the sum of both log-probabilities: of the head and of the
+        item's tokens, which are computed exactly for the pool. Two views of one model: a product of experts (Hinton,
+        Neural Computation 14, 2002).
+
+        Raises:
+            ValueError: When the model has no head.
+        """
+        pool = self.by_head(histories, num_pooled, batch_size)
+        others = [np.setdiff1d(self.rows.index.items, items) for items in pool.items]
+        prompts = self.prompts(histories)
+        of_tokens = beam_search(
+            self.model, prompts, self.rows.index, num_pooled, None, others, None, batch_size, self.mask_first
+        )
+        found = BeamResult([], [])
+        for row, items in enumerate(pool.items):
+            by_tokens = dict(zip(of_tokens.items[row], of_tokens.logps[row], strict=True))
+            both = {item: logp + by_tokens[item] for item, logp in zip(items, pool.logps[row], strict=True)}
+            best = sorted(both, key=both.__getitem__, reverse=True)[:num_items]
+            found.items.append(best)
+            found.logps.append([both[item] for item in best])
+        return found
+
     def _last_states(self, prompts: Sequence[list[int]]) -> Any:
         """(M, H) hidden states at the end of each prompt."""
         import torch

@@ -372,13 +372,27 @@ def test_the_head_ranks_the_catalogue_as_scoring_every_item_does(trained):
         assert items == order and logps == pytest.approx([expected[j].item() for j in order], rel=1e-4)
 
 
+def test_both_add_the_heads_and_the_tokens_log_probability_of_each_item(trained):
+    model = NextItemModel.load(trained / "sft/model")
+    histories = [np.array([1, 2, 3]), np.array([5]), np.array([0, 1, 2, 3, 4, 5, 6])]
+    found = model.by_both(histories, 3, num_pooled=5)
+    head, tokens = model.by_head(histories, NUM_ITEMS), model.by_beams(histories, NUM_ITEMS, NUM_ITEMS)
+    for row in range(len(histories)):
+        by_tokens = dict(zip(tokens.items[row], tokens.logps[row], strict=True))
+        pool = zip(head.items[row][:5], head.logps[row][:5], strict=True)
+        both = {item: logp + by_tokens[item] for item, logp in pool}
+        best = sorted(both, key=both.get, reverse=True)[:3]
+        assert found.items[row] == best
+        assert found.logps[row] == pytest.approx([both[item] for item in best], rel=1e-4)
+
+
 def test_evaluation_writes_metrics_lists_and_pruning(trained, tmp_path):
     args = EvaluateArguments(
         run_dir=str(trained), task="next_item", split="valid", num_beams=3, pruning_rows=10, num_bootstrap=20
     )
     metrics = evaluate(args, tmp_path)
     results = json.loads((tmp_path / "results.json").read_text())
-    assert set(results["rows"]) == {"popularity", "transitions", "midtrained", "sft", "sft_head"}
+    assert set(results["rows"]) == {"popularity", "transitions", "midtrained", "sft", "sft_head", "sft_both"}
     assert metrics["n"] == 30 and metrics["R@10"]["sft"] == results["rows"]["sft"]["all"]["R@10"]
     lines = pq.read_table(tmp_path / "lists.parquet").to_pylist()
     hits = [line["target"] in line["items"][:5] for line in lines if line["ranker"] == "sft"]
@@ -388,7 +402,7 @@ def test_evaluation_writes_metrics_lists_and_pruning(trained, tmp_path):
 
 def test_models_that_a_recipe_leaves_out_are_not_asked(trained):
     found = full_catalogue.find_lists([trained], "valid", {}, num_beams=4, models=["sft"])
-    assert [*found.lists] == ["popularity", "transitions", "sft", "sft_head"]
+    assert [*found.lists] == ["popularity", "transitions", "sft", "sft_head", "sft_both"]
     assert [*full_catalogue.find_lists([trained], "valid", {}, models=["midtrained"]).lists][2:] == ["midtrained"]
 
 

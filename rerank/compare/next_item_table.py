@@ -17,7 +17,7 @@ from rerank.evaluate.tables import NO_VALUE, number
 
 BASELINES = ("popularity", "transitions")
 COMPARED = ("R@10", "N@10")
-MODELS = ("sft", "sft_head")
+MODELS = ("sft", "sft_head", "sft_both")
 
 
 @dataclass(frozen=True)

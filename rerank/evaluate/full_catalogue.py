@@ -109,7 +109,7 @@ class ValidationRecall:
 def model_lists_of(
     run: Path, histories: Sequence[np.ndarray], num_beams: int, models: Sequence[str]
 ) -> dict[str, np.ndarray]:
-    """(R, 10) items that each of a run's models of next items finds: mid-trained, of the sft stage, by its head."""
+    """(R, 10) items that a run's models of next items find: mid-trained, of the sft stage, by its head, by both."""
     found = {}
     if "midtrained" in models:
         found["midtrained"] = NextItemModel.load_midtrained(run).by_beams(histories, LIST_LENGTH, num_beams)
@@ -119,6 +119,7 @@ def model_lists_of(
         found["sft"] = model.by_beams(histories, LIST_LENGTH, num_beams)
         if model.head is not None:
             found["sft_head"] = model.by_head(histories, LIST_LENGTH)
+            found["sft_both"] = model.by_both(histories, LIST_LENGTH)
     return {name: filled(lists.items, LIST_LENGTH) for name, lists in found.items()}
 
 
