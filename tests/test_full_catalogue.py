@@ -160,7 +160,7 @@ def test_runs_of_several_seeds_are_averaged(run, tmp_path):
 def test_the_command_writes_the_table(run, tmp_path, capsys):
     assert cli.main(["recall", str(run), "--num_beams", "12", "--out", str(tmp_path / "out.md")]) == 0
     text = (tmp_path / "out.md").read_text()
-    assert "30 valid rows, 1 seeds, 12 beams" in text and text in capsys.readouterr().out
+    assert "30 valid rows, 1 seed, 12 beams" in text and text in capsys.readouterr().out
 
 
 def test_what_does_not_fit_is_refused(run, tmp_path, capsys):

@@ -15,6 +15,7 @@ from pathlib import Path
 from rerank import pipeline
 from rerank import run_dir as runs
 from rerank.compare import next_item_table, rankings_table, rollout_curves
+from rerank.evaluate import tables
 
 logger = logging.getLogger(__name__)
 
@@ -99,11 +100,12 @@ def report(
     results = json.loads((runs.stage_dir(some_run, "evaluate") / "results.json").read_text())
     budget = f", at most {minutes_per_run:g} training minutes a run" if minutes_per_run is not None else ""
     table = next_item_table if results.get("task") == "next_item" else rankings_table
+    num_seeds = len(next(iter(runs_of.values())))
     with_curves = table is rankings_table and rollout_curves.has_dapo(runs_of)
     lines = [
         f"# Comparison of {', '.join(runs_of)}",
         "",
-        f"{len(runs_of)} variants, {len(next(iter(runs_of.values())))} seeds{budget}. {table.rows_of(results)}",
+        f"{len(runs_of)} variants, {tables.counted(num_seeds, 'seed')}{budget}. {table.rows_of(results)}",
         "",
         *(f"- data: {name}, sha256 {digest}" for name, digest in data["sources"].items()),
         "",

@@ -22,7 +22,7 @@ from rerank.candidates.own_lists import read_lists
 from rerank.catalogue import Catalogue
 from rerank.evaluate.results import Sampling
 from rerank.evaluate.rows import SPLITS
-from rerank.evaluate.tables import interval, number
+from rerank.evaluate.tables import counted, interval, number
 from rerank.item_rows import SETTINGS, ItemRows
 from rerank.next_items import NextItemModel
 
@@ -265,9 +265,9 @@ def _summary(
 
 def markdown(results: Mapping[str, Any]) -> str:
     """The results as a table for each group."""
+    rows, seeds = f"{results['n']['all']} {results['split']} rows", counted(results["seeds"], "seed")
     lines = [
-        f"# The next item among all items: {results['n']['all']} {results['split']} rows, {results['seeds']} seeds, "
-        f"{results['num_beams']} beams",
+        f"# The next item among all items: {rows}, {seeds}, {results['num_beams']} beams",
         "",
         f"Differences to {REFERENCE} with 95 % intervals, paired bootstrap, whole users drawn. One hop: the target is "
         f"among the {MOST_SUCCESSORS} most frequent direct training successors of the history's items.",

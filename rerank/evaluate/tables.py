@@ -27,6 +27,11 @@ def number(value: float | None, digits: int = 4) -> str:
     return NO_VALUE if value is None else f"{value:.{digits}f}"
 
 
+def counted(count: int, what: str) -> str:
+    """A count of things for a text."""
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
 def percent(value: float | None) -> str:
     """A share for a table cell."""
     return NO_VALUE if value is None else f"{100 * value:.1f} %"
