@@ -130,6 +130,16 @@ def test_a_model_that_variants_share_stands_once_and_is_what_they_started_from(t
     assert cells(text, 1)["b", "dapo"][:3] == [gain, "–", "+0.0000 [+0.0000, +0.0000]"]
 
 
+def test_runs_whose_trained_models_were_not_evaluated_are_compared_all_the_same(tmp_path):
+    first, run = write_recipes(tmp_path / "a"), tmp_path / "out/a-seed0"
+    finish_run(first, run, run, {"sft": GIVEN})
+    add_dapo(run, [0.1, 0.2])
+    log = run / "dapo/log_history.json"
+    log.write_text(log.read_text().replace("rollouts/kendall_tau", "something_else"))  # there was no ranking at all
+    text = compare.report([compare.Variant("a", str(first))], {"a": [run]}, None, tmp_path / "RESULTS.md")
+    assert "| 0.100 → 0.200 | – |" in text and (tmp_path / "RESULTS.png").is_file()
+
+
 LOG = {"rollouts/kendall_tau": 0.5, "rollouts/no_ranking": 0.0, "rollouts/length_tokens": 30.0, "step_time": 6.0}
 
 

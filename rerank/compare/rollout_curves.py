@@ -11,6 +11,7 @@ import pandas as pd
 from rerank import run_dir as runs
 from rerank.compare.rankings_table import RunRankings
 from rerank.evaluate.results import Sampling
+from rerank.evaluate.tables import NO_VALUE
 
 COLUMNS = {  # of log_history.json, and their names in the table
     "rollouts/copy_rate": "copies",
@@ -27,10 +28,11 @@ PICTURED = {
 
 
 def read_curves(run: Path) -> pd.DataFrame:
-    """(steps, COLUMNS and step_time) of a run's dapo stage; a step in which nothing was sampled repeats the last."""
+    """(steps, COLUMNS and step_time) of a run's dapo stage; a step that logged nothing repeats the last."""
     log = json.loads((runs.stage_dir(run, "dapo") / "log_history.json").read_text())
     entries = [entry for entry in log if "step_time" in entry]
-    return pd.DataFrame(entries, index=[entry["step"] for entry in entries])[[*COLUMNS, "step_time"]].ffill()
+    steps = [entry["step"] for entry in entries]
+    return pd.DataFrame(entries, index=steps).reindex(columns=[*COLUMNS, "step_time"]).ffill()
 
 
 def has_dapo(runs_of: Mapping[str, Sequence[Path]]) -> bool:
@@ -58,8 +60,8 @@ def table_lines(runs_of: Mapping[str, Sequence[Path]]) -> list[str]:
             f"{np.mean([one['prompts_drawn'] for one in metrics]):.0f}",
         ]
         for column in COLUMNS:
-            first, last = zip(*(_fifths(curve[column]) for curve in curves), strict=True)
-            cells.append(f"{np.mean(first):.3f} → {np.mean(last):.3f}")
+            first, last = np.mean([_fifths(curve[column]) for curve in curves], axis=0)
+            cells.append(NO_VALUE if np.isnan(first) or np.isnan(last) else f"{first:.3f} → {last:.3f}")
         lines.append(f"| {variant} | {' | '.join(cells)} |")
     return lines
 
@@ -103,7 +105,7 @@ def _draw_final(axes: Any, runs_of: Mapping[str, Sequence[Path]], colours: Mappi
     read = {name: [RunRankings.load(run) for run in folders] for name, folders in runs_of.items()}
     first = next(iter(read.values()))
     ranked = {"sft": (first, "sft", "black")} if "sft" in first[0].values else {}
-    ranked |= {name: (found, "dapo", colours[name]) for name, found in read.items()}
+    ranked |= {name: (found, "dapo", colours[name]) for name, found in read.items() if "dapo" in found[0].values}
     sampling, no_op = Sampling(first[0].users, 2000, 0), first[0].values["no_op"]["N@5"]
     for place, (found, ranker, colour) in enumerate(ranked.values()):
         values = np.mean([rankings.values[ranker]["N@5"] for rankings in found], axis=0)
