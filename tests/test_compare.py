@@ -125,6 +125,12 @@ def test_a_model_that_variants_share_stands_once_and_is_what_they_started_from(t
     gain = "+0.3691 [+0.3691, +0.3691]"
     assert cells(text, 1)["a", "dapo"][:3] == [gain, gain, "–"]
     assert cells(text, 1)["b", "dapo"][:3] == [gain, gain, "+0.0000 [+0.0000, +0.0000]"]
+    dapo_recipe = out / "b-seed0/dapo/recipe.yaml"
+    dapo_recipe.parent.mkdir()
+    dapo_recipe.write_text("without_trace: true")  # it started from a control, which nobody evaluated
+    text = "\n".join(rankings_table.table_lines({"a": [out / "a-seed0"], "b": [out / "b-seed0"]}))
+    assert cells(text, 1)["b", "dapo"][1] == "–"
+    dapo_recipe.unlink()
     (out / "b-seed0/sft").unlink()  # a model of its own, which nobody evaluated
     text = "\n".join(rankings_table.table_lines({"a": [out / "a-seed0"], "b": [out / "b-seed0"]}))
     assert cells(text, 1)["b", "dapo"][:3] == [gain, "–", "+0.0000 [+0.0000, +0.0000]"]

@@ -30,6 +30,11 @@ class Variant:
     recipe_dir: str
     overrides: tuple[str, ...] = ()
 
+    @property
+    def words(self) -> list[str]:
+        """The folder's name, without where it lies, and the overrides."""
+        return [Path(self.recipe_dir).name, *self.overrides]
+
 
 def read_variants(recipe_dirs: Sequence[str], words: Sequence[Sequence[str]] | None) -> list[Variant]:
     """The variants of a command line: recipe folders, or one folder and for each variant its name and overrides.
@@ -109,7 +114,7 @@ def report(
         "",
         *(f"- data: {name}, sha256 {digest}" for name, digest in data["sources"].items()),
         "",
-        *(f"- {v.name}: {' '.join([f'`{Path(v.recipe_dir).name}`', *map(_code, v.overrides)])}" for v in variants),
+        *(f"- {variant.name}: {' '.join(f'`{word}`' for word in variant.words)}" for variant in variants),
         "",
         *table.table_lines(runs_of),
     ]
@@ -117,10 +122,6 @@ def report(
         rollout_curves.draw(runs_of, target.with_suffix(".png"))
         lines += ["", *rollout_curves.table_lines(runs_of), "", f"![curves]({target.stem}.png)"]
     return "\n".join(lines) + "\n"
-
-
-def _code(word: str) -> str:
-    return f"`{word}`"
 
 
 def compare(

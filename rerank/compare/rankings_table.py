@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
+import yaml
 
 from rerank import run_dir as runs
 from rerank.evaluate.results import Ranking, Sampling, metrics_per_row
@@ -28,12 +29,14 @@ class RunRankings:
         row_ids, users: (R,).
         values: Ranker to its metrics and FAILED, each (R,).
         folders: Ranker with a model to the folder of the stage that made it, which runs may share.
+        start: The sft stage's ranker that reinforcement learning started from.
     """
 
     row_ids: list[int]
     users: list[int]
     values: dict[str, dict[str, np.ndarray]]
     folders: dict[str, Path]
+    start: str
 
     @classmethod
     def load(cls, run: Path) -> "RunRankings":
@@ -52,7 +55,10 @@ class RunRankings:
             values[name][FAILED] = np.array([order is None for order in orders], dtype=float)
         values["random"] = metrics_per_row(Ranking("random", None), relevance)
         folders = {name: runs.stage_dir(run, stage).resolve() for name, stage in STAGE_OF.items()}
-        return cls([line["row_id"] for line in first], [line["user"] for line in first], values, folders)
+        recipe = folders["dapo"] / "recipe.yaml"
+        without_trace = recipe.is_file() and yaml.safe_load(recipe.read_text()).get("without_trace")
+        start = "sft_no_trace" if without_trace else "sft"
+        return cls([line["row_id"] for line in first], [line["user"] for line in first], values, folders, start)
 
 
 def rows_of(results: dict[str, Any]) -> str:
@@ -60,7 +66,7 @@ def rows_of(results: dict[str, Any]) -> str:
     return (
         f"{results['n']} {results['split']} rows whose list holds a relevant item, of {results['n_all']}.\n"
         "Intervals: 95 %, paired bootstrap, whole users drawn, of the mean over seeds. A completion that is no "
-        "ranking scores zero."
+        "ranking scores zero. The difference to sft is, for dapo, to the model of the sft stage that it started from."
     )
 
 
@@ -121,17 +127,18 @@ def _value_lines(read: Mapping[str, Sequence[RunRankings]], rankers: Sequence[tu
 def _difference_lines(
     read: Mapping[str, Sequence[RunRankings]], rankers: Sequence[tuple[str, str]], sampling: Sampling
 ) -> list[str]:
-    """To the no-op, to the sft model that a variant started from, and to the same ranker of the first variant."""
+    """To the no-op, to sft (of dapo: the model it started from), and to the same ranker of the first variant."""
     first = next(iter(read))
     others = ("no-op", "sft", first)
     heads = [f"{metric} − {other}" for metric in COMPARED for other in others]
     lines = [f"| variant | ranker | {' | '.join(heads)} |", f"|---|---|{'---:|' * len(heads)}"]
     for variant, ranker in rankers[1:]:  # the no-op stands first
         found, is_baseline = read[variant], ranker in BASELINES
-        start = variant if "sft" in found[0].values else first if _is_shared(found, read[first], "sft") else None
+        start = found[0].start if ranker == "dapo" else "sft"
+        owner = variant if start in found[0].values else first if _is_shared(found, read[first], start) else None
         references = [
             (first, "no_op"),
-            (start, "sft") if start and ranker != "sft" and not is_baseline else None,
+            (owner, start) if owner and ranker != start and not is_baseline else None,
             (first, ranker) if variant != first and ranker in read[first][0].values else None,
         ]
         cells = [

@@ -82,8 +82,9 @@ def draw(runs_of: Mapping[str, Sequence[Path]], path: Path) -> None:
     with pyplot.rc_context({"axes.spines.top": False, "axes.spines.right": False, "font.size": 9}):
         figure, (*over_steps, final) = pyplot.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
         colours = {name: f"C{number}" for number, name in enumerate(runs_of)}
+        curves = {name: [read_curves(run) for run in folders] for name, folders in runs_of.items()}
         for axes, column in zip(over_steps, PICTURED, strict=True):
-            _draw_curves(axes, runs_of, column, colours)
+            _draw_curves(axes, curves, column, colours)
         _draw_final(final, runs_of, colours)
         handles, names = over_steps[0].get_legend_handles_labels()
         figure.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False)
@@ -91,9 +92,11 @@ def draw(runs_of: Mapping[str, Sequence[Path]], path: Path) -> None:
         pyplot.close(figure)
 
 
-def _draw_curves(axes: Any, runs_of: Mapping[str, Sequence[Path]], column: str, colours: Mapping[str, str]) -> None:
-    for name, folders in runs_of.items():
-        seeds = pd.concat([read_curves(run)[column] for run in folders], axis=1)
+def _draw_curves(
+    axes: Any, curves: Mapping[str, Sequence[pd.DataFrame]], column: str, colours: Mapping[str, str]
+) -> None:
+    for name, of_runs in curves.items():
+        seeds = pd.concat([curve[column] for curve in of_runs], axis=1)
         smooth = seeds.rolling(max(1, len(seeds) // 10), min_periods=1).mean()
         axes.plot(smooth, color=colours[name], linewidth=0.6, alpha=0.4)
         axes.plot(smooth.mean(axis=1), color=colours[name], linewidth=1.8, label=name)
