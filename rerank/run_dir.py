@@ -5,7 +5,9 @@ rename at the end. So a folder with the final name is complete, whatever was kil
 """
 
 import contextlib
+import dataclasses
 import hashlib
+import importlib
 import json
 import os
 import uuid
@@ -102,13 +104,27 @@ def read_record(run_dir: str | Path, stage: str) -> StageRecord:
     return StageRecord(**json.loads((stage_dir(run_dir, stage) / "stage.json").read_text()))
 
 
-def difference(made_with: Mapping[str, Any], wanted: Mapping[str, Any]) -> str | None:
-    """The first key in which two recipes differ, with both values, or None."""
+def difference(stage: str, made_with: Mapping[str, Any], wanted: Mapping[str, Any]) -> str | None:
+    """The first key in which two recipes of a stage differ, with both values, or None.
+
+    A key that only one of them gives makes no difference where its value is the option's default.
+    """
     for key in sorted((made_with.keys() | wanted.keys()) - PRESENTATION_KEYS):
         old, new = made_with.get(key, "its default"), wanted.get(key, "its default")
-        if old != new:
+        if old != new and not (key not in (made_with.keys() & wanted.keys()) and _is_default(stage, key, old, new)):
             return f"{key} is {old} there and {new} here"
     return None
+
+
+def _is_default(stage: str, key: str, *values: Any) -> bool:
+    """Whether one of the values is what the stage's option has by default."""
+    for options in importlib.import_module(f"rerank.{stage}").ARGUMENTS:  # slow to import, so only where asked
+        for option in dataclasses.fields(options):
+            if option.name == key and option.default is not dataclasses.MISSING:
+                return option.default in values
+            if option.name == key and option.default_factory is not dataclasses.MISSING:
+                return option.default_factory() in values
+    return False
 
 
 def check_finished(run_dir: str | Path, stage: str, given: Mapping[str, Any], remade: Sequence[str] = ()) -> None:
@@ -122,7 +138,7 @@ def check_finished(run_dir: str | Path, stage: str, given: Mapping[str, Any], re
     """
     folder, record = stage_dir(run_dir, stage), read_record(run_dir, stage)
     cure = f"delete {folder} and the stages after it, or choose another --out"
-    if changed := difference(record.given, given):
+    if changed := difference(stage, record.given, given):
         raise ValueError(f"{folder} was made by another recipe: {changed}; {cure}")
     check_inputs(run_dir, stage, remade)
 
@@ -156,7 +172,7 @@ def refuse_partial_of_another_recipe(run_dir: str | Path, stage: str, given: Map
         return
     begun = json.loads(file.read_text())
     cure = "delete it to start the stage anew, or choose another --out"
-    if changed := difference(begun["given"], given):
+    if changed := difference(stage, begun["given"], given):
         raise ValueError(f"{file.parent} was begun by another recipe: {changed}; {cure}")
     for name, made_from in begun["inputs"].items():
         if is_finished(run_dir, name) and read_record(run_dir, name).id != made_from:

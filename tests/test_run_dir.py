@@ -98,8 +98,15 @@ def test_a_folder_of_another_recipe_is_refused_with_the_key_and_both_values(tmp_
 
 def test_keys_that_only_change_what_is_shown_may_differ():
     made = {"run_dir": "a", "logging_steps": 1, "report_to": "none", "seed": 0}
-    assert run_dir.difference(made, {"run_dir": "b", "disable_tqdm": True, "seed": 0}) is None
-    assert run_dir.difference(made, {"run_dir": "b", "seed": 1}) == "seed is 0 there and 1 here"
+    assert run_dir.difference("sft", made, {"run_dir": "b", "disable_tqdm": True, "seed": 0}) is None
+    assert run_dir.difference("sft", made, {"run_dir": "b", "seed": 1}) == "seed is 0 there and 1 here"
+
+
+def test_a_default_given_and_one_left_out_are_the_same_recipe():
+    assert run_dir.difference("sft", {"losses": [{"name": "nll"}], "max_items": 20}, {"dropout": 0.0}) is None
+    assert run_dir.difference("sft", {}, {"weight_decay": 0.0, "max_grad_norm": 1.0}) is None
+    assert run_dir.difference("sft", {}, {"dropout": 0.1}) == "dropout is its default there and 0.1 here"
+    assert run_dir.difference("data", {"max_itms": None}, {}) == "max_itms is None there and its default here"
 
 
 def test_a_folder_made_from_inputs_that_were_replaced_is_refused(tmp_path):

@@ -78,7 +78,7 @@ def share_stages(run: Path, steps: Sequence[pipeline.Step], earlier: Mapping[Pat
     """Let a run use each stage up to which an earlier run has the same recipes."""
     for other, others in earlier.items():
         for step, same in zip(steps, others, strict=False):
-            if step.stage != same.stage or runs.difference(step.keys, same.keys):
+            if step.stage != same.stage or runs.difference(step.stage, step.keys, same.keys):
                 break
             if runs.is_finished(other, step.stage):
                 share_stage(other, run, step.stage)
@@ -92,7 +92,7 @@ def check_same_data(variants: Sequence[Sequence[pipeline.Step]]) -> None:
     """
     reference = variants[0][0]
     for steps in variants[1:]:
-        if changed := runs.difference(reference.keys, steps[0].keys):
+        if changed := runs.difference(reference.stage, reference.keys, steps[0].keys):
             raise ValueError(f"{steps[0].path} asks for other data than {reference.path}: {changed}; make them equal")
 
 

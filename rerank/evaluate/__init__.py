@@ -93,6 +93,8 @@ class EvaluateArguments(recipe.StageArguments):
         for name in self.models:
             if name not in LANGUAGE_MODELS:
                 raise ValueError(f"models holds {name!r} but knows only {', '.join(LANGUAGE_MODELS)}")
+        if self.task == "next_item" and self.models and not {"midtrained", "sft"} & set(self.models):
+            raise ValueError(f"models holds {', '.join(self.models)}, but task next_item asks midtrained and sft only")
         for name, least in (
             ("max_rows", 0),
             ("batch_size", 1),
