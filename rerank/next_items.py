@@ -61,6 +61,8 @@ class NextItemModel:
         settings = json.loads((folder / SETTINGS).read_text())
         model, rows = _load(folder, Catalogue.load(folder), settings["item_text"], settings["max_items"])
         head = ItemHead.load(folder).to(model.device) if (folder / HEAD_FILE).is_file() else None
+        if head is not None and head.is_read:
+            head.add_to(model.get_input_embeddings())
         return cls(model, rows, settings["mask_first"], head)
 
     def with_max_history(self, max_history: int) -> "NextItemModel":

@@ -372,6 +372,58 @@ def test_the_head_ranks_the_catalogue_as_scoring_every_item_does(trained):
         assert items == order and logps == pytest.approx([expected[j].item() for j in order], rel=1e-4)
 
 
+def test_an_item_is_read_at_its_last_token_wherever_a_slow_loop_finds_it():
+    rng = np.random.default_rng(0)
+    ids = [[3, 10, 21], [3, 11, 20], [4, 10, 20], [4, 10, 21], [5, 12, 22]]
+    head = ItemHead(ids, 2, is_read=True)
+    tokens = torch.tensor(rng.choice([0, 3, 4, 5, 10, 11, 12, 20, 21, 22, 99], (50, 12)))
+    tokens[:, 2:5] = torch.tensor(ids)[rng.integers(0, 5, 50)]
+    slow = [
+        [ids.index(row[end - 2 : end + 1]) if row[end - 2 : end + 1] in ids else -1 for end in range(12)]
+        for row in tokens.tolist()
+    ]
+    assert head.items_read(tokens).tolist() == slow and {0, 1, 2, 3, 4} <= set(sum(slow, []))
+    assert head.items_read(tokens[:, :2]).tolist() == [[-1, -1]] * 50
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"), [([[1, 2], [1]], "ids of one length; set read_items"), ([[1, 2], [1, 2]], "two items have one id")]
+)
+def test_ids_that_cannot_be_told_apart_are_not_read(ids, message):
+    with pytest.raises(ValueError, match=message):
+        ItemHead(ids, 2, is_read=True)
+    ItemHead(ids, 2)
+
+
+def test_a_trained_model_reads_the_items_own_vectors(trained):
+    model = NextItemModel.load(trained / "sft/model")
+    prompt = torch.tensor([model.rows.next_item_prompt([3, 1])])
+    end = len(model.rows.prompt("Next items:"))
+    plain = torch.nn.functional.embedding(prompt, model.model.get_input_embeddings().weight)
+    read = (model.model.get_input_embeddings()(prompt) - plain)[0].detach()
+    num_tokens = len(model.rows.tokens[3])
+    expected = torch.zeros_like(read)
+    expected[end + num_tokens - 1], expected[end + 2 * num_tokens - 1] = model.head.own.detach()[[3, 1]]
+    assert model.head.own.abs().sum() > 0 and torch.allclose(read, expected, atol=1e-6)
+
+
+def test_whether_items_are_read_is_an_option_and_not_for_titles(run, tmp_path):
+    for name, kwargs, item_text, is_read in (
+        ("on", {}, "semantic_id", True),
+        ("off", {"read_items": False}, "semantic_id", False),
+        ("titles", {}, "title", False),
+    ):
+        extra = cllm4rec_file.cllm4rec(regularisation=0, **kwargs)
+        model, _ = load(run)
+        rows = dataclasses.replace(make_rows(run), item_text=item_text)
+        extra.parameters(model, rows)
+        folder = tmp_path / name
+        folder.mkdir()
+        extra.save(folder)
+        assert bool(ItemHead.load(folder).is_read) == is_read
+        assert len(model.get_input_embeddings()._forward_hooks) == is_read
+
+
 def test_both_add_the_heads_and_the_tokens_log_probability_of_each_item(trained):
     model = NextItemModel.load(trained / "sft/model")
     histories = [np.array([1, 2, 3]), np.array([5]), np.array([0, 1, 2, 3, 4, 5, 6])]

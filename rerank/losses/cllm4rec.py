@@ -41,6 +41,9 @@ class cllm4rec(Extra):
             paper does where recommendations do not follow an order. Off, since next items do.
         mask_share: Share of a user's items that is hidden in a masked prompt (0.2 in the released code); 0 for none.
         target: With masked prompts, `held_out`: the hidden items (paper), or `all`: all of the user's (code).
+        read_items: Whether the model also reads, at an item's last token, the vector of its own that the item has in
+            the head, as the paper's items are tokens. Such a model is worth less without its head:
+            `rerank.next_items.NextItemModel` loads both. Titles have no such vectors.
 
     Source: arXiv:2311.01343, sec. 3.3.3 (L-step, C-step), 3.3.4, 3.4 (L_rec).
     """
@@ -55,6 +58,7 @@ class cllm4rec(Extra):
         shuffle_history: bool = False,
         mask_share: float = 0.0,
         target: str = "held_out",
+        read_items: bool = True,
     ) -> None:
         for name, value in (("head_weight", head_weight), ("regularisation", regularisation)):
             if not (math.isfinite(value) and value >= 0):
@@ -69,6 +73,7 @@ class cllm4rec(Extra):
             raise ValueError(f"loss cllm4rec: target is {target!r}; use one of {', '.join(TARGETS)}")
         self.head_weight, self.regularisation = head_weight, regularisation
         self.shuffle_history, self.mask_share, self.target = shuffle_history, mask_share, target
+        self.read_items = read_items
         self.redraws = shuffle_history or mask_share > 0
         self.module: nn.Module | None = None
 
@@ -95,7 +100,10 @@ class cllm4rec(Extra):
         embeddings = model.get_input_embeddings().weight
         self.module = nn.Module()
         if self.head_weight:
-            self.module.head = ItemHead(maker.tokens, embeddings.shape[1])
+            is_read = self.read_items and maker.item_text == "semantic_id"
+            self.module.head = ItemHead(maker.tokens, embeddings.shape[1], is_read)
+            if is_read:
+                self.module.head.add_to(model.get_input_embeddings())
         if self.regularisation:
             ids = torch.from_numpy(maker.index.vocabulary.astype(np.int64))
             places = torch.full((embeddings.shape[0],), -1)
