@@ -387,7 +387,8 @@ def test_an_item_is_read_at_its_last_token_wherever_a_slow_loop_finds_it():
 
 
 @pytest.mark.parametrize(
-    ("ids", "message"), [([[1, 2], [1]], "ids of one length; set read_items"), ([[1, 2], [1, 2]], "two items have one id")]
+    ("ids", "message"),
+    [([[1, 2], [1]], "ids of one length; set read_items: false"), ([[1, 2], [1, 2]], "two items have one id")],
 )
 def test_ids_that_cannot_be_told_apart_are_not_read(ids, message):
     with pytest.raises(ValueError, match=message):
