@@ -14,8 +14,9 @@ Knows every item as a few tokens, its semantic id, and is the start of a re-rank
 ranker itself. The weights load with `AutoModelForCausalLM`."""
 NEXT_ITEM = """A model of next items
 
-Reads a user's history as items and writes the item that follows, by beam search over the catalogue
-(`rerank.evaluate.full_catalogue`). The weights load with `AutoModelForCausalLM`."""
+Reads a user's history as items and writes the item that follows, by beam search over the catalogue. Load it with
+`rerank.next_items.NextItemModel`, which brings its item head along where it has one (`item_head.safetensors`, whose
+vectors the model reads, too, if it was trained so). The weights load with `AutoModelForCausalLM`."""
 CARD = """\
 ---
 library_name: transformers
