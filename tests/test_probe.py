@@ -262,7 +262,7 @@ def test_the_probe_before_a_run_can_be_turned_off(toy, tmp_path):
     assert probe.problem({**keys, "rewards": CONDITIONAL}) is None
     (args, *_) = recipe.resolve("dapo", {**keys, "probe": False}, "r.yaml")
     assert args.probe is False
-    assert run_dir.difference({**keys, "probe": False}, keys) is None  # it changes nothing that is trained
+    assert run_dir.difference("dapo", {**keys, "probe": False}, keys) is None  # it changes nothing that is trained
 
 
 def test_the_command_prints_a_table_and_the_verdict(run, tmp_path, capsys):
