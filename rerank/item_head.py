@@ -76,9 +76,9 @@ class ItemHead(nn.Module):
         """
 
         def add(module: nn.Module, given: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
-            items = self.items_read(given[0])[..., None]
-            vectors = nn.functional.embedding(items[..., 0].clamp(min=0), self.own)
-            return output + torch.where(items >= 0, vectors, 0.0).to(output.dtype)
+            items = self.items_read(given[0])
+            vectors = nn.functional.embedding(items.clamp(min=0), self.own)
+            return output + torch.where((items >= 0)[..., None], vectors, 0.0).to(output.dtype)
 
         embedding.register_forward_hook(add, prepend=True)  # before dropout, if there is any
 

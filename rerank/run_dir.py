@@ -111,7 +111,8 @@ def difference(stage: str, made_with: Mapping[str, Any], wanted: Mapping[str, An
     """
     for key in sorted((made_with.keys() | wanted.keys()) - PRESENTATION_KEYS):
         old, new = made_with.get(key, "its default"), wanted.get(key, "its default")
-        if old != new and not (key not in (made_with.keys() & wanted.keys()) and _is_default(stage, key, old, new)):
+        is_left_out = key not in made_with or key not in wanted
+        if old != new and not (is_left_out and _is_default(stage, key, old, new)):
             return f"{key} is {old} there and {new} here"
     return None
 
@@ -120,10 +121,9 @@ def _is_default(stage: str, key: str, *values: Any) -> bool:
     """Whether one of the values is what the stage's option has by default."""
     for options in importlib.import_module(f"rerank.{stage}").ARGUMENTS:  # slow to import, so only where asked
         for option in dataclasses.fields(options):
-            if option.name == key and option.default is not dataclasses.MISSING:
-                return option.default in values
-            if option.name == key and option.default_factory is not dataclasses.MISSING:
-                return option.default_factory() in values
+            if option.name == key:
+                has_factory = option.default_factory is not dataclasses.MISSING
+                return (option.default_factory() if has_factory else option.default) in values
     return False
 
 

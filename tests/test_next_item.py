@@ -408,6 +408,16 @@ def test_a_trained_model_reads_the_items_own_vectors(trained):
     assert model.head.own.abs().sum() > 0 and torch.allclose(read, expected, atol=1e-6)
 
 
+def test_beams_of_a_model_that_reads_items_find_every_item_in_its_order(trained):
+    model = NextItemModel.load(trained / "sft/model")
+    histories = [np.array([1, 2, 3]), np.array([5]), np.array([0, 1, 2, 3, 4, 5, 6])]
+    found = model.by_beams(histories, NUM_ITEMS, NUM_ITEMS)
+    for history, items, logps in zip(histories, found.items, found.logps, strict=True):
+        slow = item_logps(model, history)
+        order = [item for item in sorted(range(NUM_ITEMS), key=lambda j: -slow[j]) if item not in history]
+        assert items == order and logps == pytest.approx([slow[item] for item in order], abs=1e-4)
+
+
 def test_whether_items_are_read_is_an_option_and_not_for_titles(run, tmp_path):
     for name, kwargs, item_text, is_read in (
         ("on", {}, "semantic_id", True),
