@@ -176,6 +176,7 @@ def test_likelihood_orders_do_not_depend_on_the_batch(toy_run):
         ({"split": "train"}, r"split is 'train' but must be one of test, valid"),
         ({"models": ["sft", "gpt"]}, r"models holds 'gpt' but knows only midtrained, sft, sft_no_trace, dapo"),
         ({"models": ["dapo"], "task": "next_item"}, r"models holds dapo, but task next_item asks midtrained and sft"),
+        ({"models": ["dapo"], "task": "held_out_sets"}, r"models holds dapo, but task held_out_sets asks sft only"),
         ({"max_rows": -1}, r"max_rows is -1 but must be at least 0"),
         ({"batch_size": 0}, r"batch_size is 0 but must be at least 1"),
         ({"num_bootstrap": 0}, r"num_bootstrap is 0 but must be at least 1"),

@@ -12,7 +12,7 @@ from trl import ModelConfig, SFTConfig, SFTTrainer
 from rerank import run_dir, sft
 from rerank.catalogue import Catalogue
 from rerank.losses import load_losses
-from rerank.sft.trainer import LossTrainer
+from rerank.sft.trainer import LEAST_SAVED, LossTrainer, length_groups, states_by_length
 
 THINK_END = 9
 # A prompt of unequal length, a trace up to and with token 9, a ranking.
@@ -88,6 +88,39 @@ def test_a_step_does_not_depend_on_how_its_batch_is_cut(tmp_path):
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
     for (name, one), four in zip(whole.model.named_parameters(), cut.model.parameters(), strict=True):
         assert torch.allclose(one, four, atol=1e-6), name
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_two_groups_of_rows_pad_as_little_as_any_cut_by_length(seed):
+    lengths = torch.randint(1, 60, (9,), generator=torch.Generator().manual_seed(seed))
+    groups = length_groups(lengths)
+    ranked = sorted(lengths.tolist(), reverse=True)
+    cuts = [size * ranked[0] + (9 - size) * ranked[size] for size in range(1, 9)]
+    assert sorted(torch.cat(groups).tolist()) == list(range(9))
+    assert sum(len(rows) * int(lengths[rows].max()) for rows in groups) == min(cuts)  # all seeds are worth a cut
+    assert min(cuts) <= (1 - LEAST_SAVED) * 9 * ranked[0]
+
+
+@pytest.mark.parametrize("lengths", [[7], [10, 9, 9, 8], [5, 5, 5]])
+def test_rows_of_like_lengths_stay_together(lengths):
+    (rows,) = length_groups(torch.tensor(lengths))
+    assert sorted(rows.tolist()) == list(range(len(lengths)))
+
+
+def test_states_by_length_and_their_gradients_are_those_of_the_whole_batch():
+    model = tiny_model(tiny_tokenizer()).double()
+    ids = torch.randint(5, 40, (6, 30), generator=torch.Generator().manual_seed(0))
+    mask = (torch.arange(30) < torch.tensor([4, 30, 6, 28, 1, 5])[:, None]).long()
+    found = []
+    for states in (
+        states_by_length(model.base_model, mask, input_ids=ids),
+        model.base_model(ids, attention_mask=mask).last_hidden_state,
+    ):
+        states = states * mask[..., None]
+        model.zero_grad()
+        (states**2).sum().backward()
+        found.append([states, *(parameter.grad for parameter in model.base_model.parameters())])
+    assert all(torch.allclose(one, other, rtol=1e-9, atol=1e-12) for one, other in zip(*found, strict=True))
 
 
 def test_trace_and_ranking_are_logged_apart(tmp_path):

@@ -39,6 +39,7 @@ from rerank.item_rows import SETTINGS
 logger = logging.getLogger(__name__)
 
 TASKS = ("rerank", "next_item", "held_out_sets")
+ASKED_MODELS = {"next_item": ("midtrained", "sft"), "held_out_sets": ("sft",)}  # of `models`; the other task asks all
 INPUTS = ("data", "semantic_ids", "midtrain", "sft")
 MODEL_FOLDERS = {"sft": "sft/model", "sft_no_trace": "sft/model_no_trace", "dapo": "dapo/model"}
 DAPO_METRICS = (
@@ -93,8 +94,11 @@ class EvaluateArguments(recipe.StageArguments):
         for name in self.models:
             if name not in LANGUAGE_MODELS:
                 raise ValueError(f"models holds {name!r} but knows only {', '.join(LANGUAGE_MODELS)}")
-        if self.task == "next_item" and self.models and not {"midtrained", "sft"} & set(self.models):
-            raise ValueError(f"models holds {', '.join(self.models)}, but task next_item asks midtrained and sft only")
+        asked = ASKED_MODELS.get(self.task, LANGUAGE_MODELS)
+        if self.models and not set(asked) & set(self.models):
+            raise ValueError(
+                f"models holds {', '.join(self.models)}, but task {self.task} asks {' and '.join(asked)} only"
+            )
         for name, least in (
             ("max_rows", 0),
             ("batch_size", 1),

@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 COLUMNS = ("nodes", "items")  # of a row, beside input_ids and labels; -1 where there is none
 SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
+LEAST_SAVED = 0.2  # share of a batch's tokens, padding with them, that two forward passes must save to be made
 PARAMETERS_FILE = "loss_parameters.pt"
 PREFIX = "loss_parameters"
 
@@ -64,8 +65,47 @@ class RowCollator:
         return row | extra.redraw(self.tasks[row["task"]], row, rng, self.maker)
 
 
+def length_groups(lengths: torch.Tensor) -> list[torch.Tensor]:
+    """Rows (B,) in the two groups that pad least when each is padded to its own longest row.
+
+    All in one where that is not worth it. A batch that mixes tasks, such as histories and iirg's relation rows, is
+    padding for the most part.
+
+    Args:
+        lengths: (B,) tokens of each row.
+    """
+    order = lengths.argsort(descending=True, stable=True)
+    longest = lengths[order]
+    sizes = torch.arange(1, len(lengths), device=lengths.device)
+    costs = sizes * longest[0] + (len(lengths) - sizes) * longest[1:]  # of cutting after the first 1, 2, ... rows
+    if not len(costs) or costs.min() > (1 - LEAST_SAVED) * len(lengths) * longest[0]:
+        return [order]
+    size = int(costs.argmin()) + 1
+    return [order[:size], order[size:]]
+
+
+def states_by_length(base: nn.Module, attention_mask: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
+    """(B, T, H) the last hidden states of rows padded on the right, by `length_groups`; any value at padding.
+
+    Args:
+        base: The model without its head.
+        attention_mask: (B, T).
+        inputs: input_ids (B, T) or inputs_embeds (B, T, H).
+    """
+    lengths = attention_mask.sum(dim=1)
+    groups, parts = length_groups(lengths), []
+    for rows in groups:
+        end = int(lengths[rows].max())
+        chosen = {name: values[rows, :end] for name, values in inputs.items()}
+        states = base(attention_mask=attention_mask[rows, :end], use_cache=False, **chosen).last_hidden_state
+        parts.append(nn.functional.pad(states, (0, 0, 0, attention_mask.shape[1] - end)))
+    return torch.cat(parts)[torch.cat(groups).argsort()]
+
+
 def add_loss_forward(model: Any) -> None:
     """Let `model(..., compute=f)` return f(states (B, T, H), head) in place of logits; `embed` may replace embeddings.
+
+    With `by_length` the states come from `states_by_length`.
 
     Raises:
         ValueError: When the model scales its logits, which the losses would have to repeat.
@@ -80,14 +120,24 @@ def add_loss_forward(model: Any) -> None:
     plain_forward = model.forward
 
     @functools.wraps(type(model).forward)
-    def forward(self: Any, *args: Any, compute: Callable | None = None, embed: Callable | None = None, **kwargs: Any):
+    def forward(
+        self: Any,
+        *args: Any,
+        compute: Callable | None = None,
+        embed: Callable | None = None,
+        by_length: bool = False,
+        **kwargs: Any,
+    ) -> Any:
         if compute is None:
             return plain_forward(*args, **kwargs)
         embedding = self.get_input_embeddings()
         if embed is not None and (embedded := embed(embedding)) is not None:
             kwargs["inputs_embeds"] = embedded
             kwargs.pop("input_ids")
-        states = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state
+        if by_length:
+            states = states_by_length(self.base_model, **kwargs)
+        else:
+            states = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state
         head = self.get_output_embeddings()
         softcap = getattr(config, "final_logit_softcapping", None)
         with maybe_gather_lm_head_ctx(head.weight, head.bias):  # ZeRO-3 has it in parts
@@ -143,10 +193,15 @@ class LossTrainer(SFTTrainer):
         self.step_counts: dict[str, float] = {}
         self.sums: dict[str, torch.Tensor] = {}  # name -> sum and count since the last log
 
+    @property
+    def _has_cut_parameters(self) -> bool:
+        """Whether each process holds a part of the model, so that all must call it equally often."""
+        plugin = self.accelerator.state.deepspeed_plugin
+        return self.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3)
+
     def _attach_parameters(self) -> None:
         """Make the losses' parameters part of the model that is trained, but not of what is saved of it."""
-        plugin = self.accelerator.state.deepspeed_plugin
-        if self.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3):
+        if self._has_cut_parameters:
             names = ", ".join(self.loss_parameters)
             raise ValueError(
                 f"loss {names} has parameters of its own, which FSDP and ZeRO-3 would cut; use zero2.yaml"
@@ -187,6 +242,7 @@ class LossTrainer(SFTTrainer):
             attention_mask=inputs["attention_mask"],
             compute=functools.partial(self._sums, inputs, counts),
             embed=embed if self.losses.extras else None,
+            by_length=not self._has_cut_parameters,
         )
         if self.model.training:
             self._add(sums["means"], sums["terms"])
