@@ -10,7 +10,7 @@ from rerank import relations
 from rerank.losses import Extra
 
 NEEDS = "rows: 2 for each item, with its 5 neighbours under loss; training interactions and the items' embeddings"
-COSTS = "the extra rows' tokens, their padding to the length of histories, seconds of mining before training"
+COSTS = "the extra rows' tokens, seconds of mining before training"
 COLLABORATIVE, SEMANTIC, NEXT_ITEM = "collaborative", "semantic", "next_item"
 PROMPTS = {COLLABORATIVE: "Bought together:", SEMANTIC: "Similar items:"}
 NEIGHBOURS = ("mined", "random", "next_item")
