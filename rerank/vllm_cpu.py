@@ -66,6 +66,15 @@ def engine_options() -> dict[str, Any]:
     return {} if torch.cuda.is_available() else {"enforce_eager": True, "enable_chunked_prefill": False}
 
 
+def engine_dtype(dtype: str = "auto") -> str:
+    """The number format of an engine: as asked for, but `auto` is float32 on a CPU without wide vector units.
+
+    vLLM's `auto` computes a float32 model in bfloat16, which a CPU below AVX-512 takes many times longer for.
+    """
+    is_slow = not torch.cuda.is_available() and torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2")
+    return "float32" if dtype == "auto" and is_slow else dtype
+
+
 @contextlib.contextmanager
 def trl_engine_options(**options: Any) -> Iterator[None]:
     """While a TRL trainer builds its colocated engine, pass it options that TRL has no argument for."""
@@ -84,12 +93,14 @@ def open_engine(model_dir: str | Path, max_length: int | None = None, seed: int 
 
     Args:
         max_length: Prompt and completion together, in tokens; None for the model's own.
-        dtype: As vLLM's; `auto` computes a float32 model in bfloat16.
+        dtype: As vLLM's; `auto` by `engine_dtype`.
     """
     from vllm import LLM
 
     keep_weights_live()
-    return LLM(model=str(model_dir), max_model_len=max_length, seed=seed, dtype=dtype, **engine_options())
+    return LLM(
+        model=str(model_dir), max_model_len=max_length, seed=seed, dtype=engine_dtype(dtype), **engine_options()
+    )
 
 
 @dataclass(frozen=True)

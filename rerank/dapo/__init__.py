@@ -79,7 +79,10 @@ class DapoArguments(recipe.StageArguments):
     )
     consistency_steps: int = field(default=10, metadata={"help": "Steps between two such checks."})
     probe: bool = field(default=True, metadata={"help": "`rerank run` refuses rewards that `rerank probe` refuses."})
-    rollout_dtype: str = field(default="auto", metadata={"help": "Number format of the colocated vLLM engine."})
+    rollout_dtype: str = field(
+        default="auto",
+        metadata={"help": "Number format of the colocated vLLM engine; `auto`: vLLM's choice, float32 on an old CPU."},
+    )
     max_minutes: float | None = field(default=None, metadata={"help": "End training after this many minutes."})
 
     def __post_init__(self) -> None:
@@ -262,7 +265,7 @@ def make_trainer(
     if args.group_forward:
         group_forward.prepare_model(model)
     set_seed(config.seed)
-    with vllm_cpu.trl_engine_options(dtype=args.rollout_dtype, **vllm_cpu.engine_options()):
+    with vllm_cpu.trl_engine_options(dtype=vllm_cpu.engine_dtype(args.rollout_dtype), **vllm_cpu.engine_options()):
         trainer = DapoTrainer(
             model,
             functions,
