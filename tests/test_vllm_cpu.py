@@ -83,9 +83,26 @@ def test_the_gap_grows_when_the_weights_are_not_synced(tmp_path, monkeypatch):
 
 def test_the_engine_starts_without_graph_capture_on_cpu_only(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert vllm_cpu.engine_options() == {"enforce_eager": True, "enable_chunked_prefill": False}
+    options = {"enforce_eager": True, "enable_chunked_prefill": False, "block_size": 32}
+    assert vllm_cpu.engine_options() == options
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert vllm_cpu.engine_options() == {}
+
+
+@pytest.mark.parametrize(
+    ("capability", "has_gpu", "asked", "dtype"),
+    [
+        ("AVX2", False, "auto", "float32"),
+        ("DEFAULT", False, "auto", "float32"),
+        ("AVX512", False, "auto", "auto"),
+        ("AVX2", True, "auto", "auto"),
+        ("AVX2", False, "bfloat16", "bfloat16"),
+    ],
+)
+def test_a_cpu_that_is_slow_in_bfloat16_computes_in_float32(monkeypatch, capability, has_gpu, asked, dtype):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert vllm_cpu.engine_dtype(asked) == dtype
 
 
 def test_trl_builds_its_engine_with_the_options_only_inside():
