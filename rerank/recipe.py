@@ -172,6 +172,8 @@ def resolve(stage: str, keys: dict[str, Any], source: str) -> tuple[Any, ...]:
     import torch
     from trl import TrlParser
 
+    from rerank.vllm_cpu import is_slow_in_bfloat16
+
     arguments = importlib.import_module(f"rerank.{stage}").ARGUMENTS
     hints = _fields(arguments)
     check_keys(keys, list(hints), source)
@@ -189,9 +191,12 @@ def resolve(stage: str, keys: dict[str, Any], source: str) -> tuple[Any, ...]:
         logger.info("%s: there is no GPU here, so the CPU trains", source)
         typed["use_cpu"] = True  # else a recipe with bf16, which a CPU has too, could not even be looked at
     try:
-        return TrlParser(arguments).parse_dict(typed)
+        parsed = TrlParser(arguments).parse_dict(typed)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{source}: {one_line(error)}") from error
+    if typed.get("bf16") and is_slow_in_bfloat16():
+        logger.warning("%s: bf16 is true, which this CPU is many times slower in; set bf16: false", source)
+    return parsed
 
 
 def one_line(error: BaseException) -> str:

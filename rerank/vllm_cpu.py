@@ -68,13 +68,14 @@ def engine_options() -> dict[str, Any]:
     return {} if torch.cuda.is_available() else on_cpu
 
 
-def engine_dtype(dtype: str = "auto") -> str:
-    """The number format of an engine: as asked for, but `auto` is float32 on a CPU without wide vector units.
+def is_slow_in_bfloat16() -> bool:
+    """Whether there is no GPU and the CPU is below AVX-512, so that bfloat16 takes it many times as long."""
+    return not torch.cuda.is_available() and torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2")
 
-    vLLM's `auto` computes a float32 model in bfloat16, which a CPU below AVX-512 takes many times longer for.
-    """
-    is_slow = not torch.cuda.is_available() and torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2")
-    return "float32" if dtype == "auto" and is_slow else dtype
+
+def engine_dtype(dtype: str = "auto") -> str:
+    """The number format of an engine: vLLM's `auto` makes bfloat16 of float32, ours not where that is slow."""
+    return "float32" if dtype == "auto" and is_slow_in_bfloat16() else dtype
 
 
 @contextlib.contextmanager

@@ -140,6 +140,14 @@ def test_a_machine_without_a_gpu_trains_on_its_cpu():
         recipe.resolve("sft", {**keys, "use_cpu": False}, "6.yaml")
 
 
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="there is a GPU here")
+@pytest.mark.parametrize(("capability", "bf16", "warns"), [("AVX2", True, 1), ("AVX2", False, 0), ("AVX512", True, 0)])
+def test_a_cpu_that_is_slow_in_bfloat16_is_told_of(monkeypatch, caplog, capability, bf16, warns):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    recipe.resolve("sft", {"run_dir": "run", "bf16": bf16}, "6.yaml")
+    assert caplog.text.count("6.yaml: bf16 is true, which this CPU is many times slower in") == warns
+
+
 def test_what_our_code_refuses_is_told_from_what_a_library_raises():
     def raised(call):
         with pytest.raises(ValueError) as caught:
