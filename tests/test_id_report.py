@@ -12,8 +12,10 @@ import pytest
 from toy_run import NUM_ITEMS, finish, write_interactions, write_semantic_ids
 
 from rerank import cli, run_dir
-from rerank.semantic_ids import SemanticIds, id_report, quality
+from rerank.semantic_ids import SemanticIds, Tokenizer, id_report, quality
+from rerank.semantic_ids.assignment import ASSIGNED_CODES, assign_codes
 from rerank.semantic_ids.co_engagement import co_engaged_pairs
+from rerank.semantic_ids.embeddings import load_id_embeddings
 
 TITLES = ["<b>Zero</b>", *(f"Title {item}" for item in range(1, NUM_ITEMS))]
 
@@ -40,6 +42,16 @@ def move(run, item: int, place: float) -> None:
     embeddings = np.load(run / "semantic_ids/embeddings.npy")
     embeddings[item] = place
     np.save(run / "semantic_ids/embeddings.npy", embeddings)
+
+
+def test_codes_are_shown_as_the_stage_stored_them(run):
+    before = id_report.read_quality(run)
+    folder = run / "semantic_ids"
+    codes = assign_codes(Tokenizer.load(folder), load_id_embeddings(folder))
+    np.save(folder / ASSIGNED_CODES, codes)
+    assert id_report.facts(id_report.read_quality(run)) == id_report.facts(before)
+    np.save(folder / ASSIGNED_CODES, np.zeros_like(codes))
+    assert id_report.read_quality(run).metrics["uniqueness_before"] == 0
 
 
 def test_items_per_prefix_and_collisions_by_hand():

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from rerank import recipe, run_dir, semantic_ids
 from rerank.semantic_ids import SemanticIdsArguments, Tokenizer, assign, check, check_size, main, quality
+from rerank.semantic_ids.assignment import ASSIGNED_CODES, assign_codes
 from rerank.semantic_ids.collisions import resolve_collisions
 from rerank.semantic_ids.embeddings import encode, find_encoder
 from rerank.semantic_ids.k_means import fit_k_means, fit_residual_k_means
@@ -274,6 +275,8 @@ def test_the_stage_gives_every_item_an_id_of_its_own(tmp_path):
     assert metrics["reconstruction_error_before"] <= metrics["reconstruction_error_after"]
     json.dumps(metrics)
     saved = np.load(out_dir / "embeddings.npy")
+    assigned = assign_codes(Tokenizer.load(out_dir), saved)
+    assert np.array_equal(np.load(out_dir / ASSIGNED_CODES), assigned)
     np.testing.assert_allclose(np.linalg.norm(saved, axis=1), 1, rtol=1e-5)
     expected = clustered_embeddings()[7] / np.linalg.norm(clustered_embeddings()[7])
     np.testing.assert_allclose(saved[7], expected, rtol=1e-5)

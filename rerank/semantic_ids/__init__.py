@@ -1,8 +1,9 @@
 """Stage: give every item a short unique semantic id.
 
 In: data/items.parquet, and a sentence encoder or given embeddings. Out: semantic_ids.parquet (item, codes,
-semantic_id), embeddings.npy (float32, length one, row = item), and tokenizer.npz, with which new items get ids without
-refitting. With co_engagement_weight also id_embeddings.npy, the embeddings with what items are taken with beside them.
+semantic_id), assigned_codes.npy (items, levels: the codes before collisions were resolved), embeddings.npy (float32,
+length one, row = item), and tokenizer.npz, with which new items get ids without refitting. With co_engagement_weight
+also id_embeddings.npy, the embeddings with what items are taken with beside them.
 
     accelerate launch --config_file recipes/accelerate/cpu.yaml -m rerank.semantic_ids \
         --config recipes/ml100k/2_semantic_ids.yaml
@@ -23,7 +24,7 @@ import pyarrow.parquet as pq
 from rerank import run_dir
 from rerank.semantic_ids import quality
 from rerank.semantic_ids.arguments import SemanticIdsArguments
-from rerank.semantic_ids.assignment import assign, assign_codes
+from rerank.semantic_ids.assignment import ASSIGNED_CODES, assign, assign_codes
 from rerank.semantic_ids.co_engagement import co_engaged_pairs, co_engagement_vectors
 from rerank.semantic_ids.collisions import check_room, resolve_collisions
 from rerank.semantic_ids.embeddings import (
@@ -124,6 +125,7 @@ def main(args: SemanticIdsArguments, out_dir: Path) -> dict[str, Any]:
     tokenizer.save(out_dir / "tokenizer.npz")
     fitted = time.monotonic()
     before = assign_codes(tokenizer, embeddings)
+    np.save(out_dir / ASSIGNED_CODES, before)
     after = resolve_collisions(before, Latents(tokenizer, embeddings), tokenizer.codebooks)
     SemanticIds(after, args.codebook_size).save(out_dir)
 

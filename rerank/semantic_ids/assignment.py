@@ -3,12 +3,22 @@
 Letters of shapes: N items, M items that have ids already, D embedding columns, L levels.
 """
 
+from pathlib import Path
+
 import numpy as np
 
 from rerank.semantic_ids.balance import balance
 from rerank.semantic_ids.collisions import NO_TAKEN, resolve_collisions
 from rerank.semantic_ids.embeddings import check_embeddings
 from rerank.semantic_ids.tokenizer import Latents, Tokenizer, nearest_codes
+
+ASSIGNED_CODES = "assigned_codes.npy"  # in the stage's folder
+
+
+def assigned_codes(folder: Path, tokenizer: Tokenizer, embeddings: np.ndarray) -> np.ndarray:
+    """Codes (N, L) as the stage assigned them; assigned again where its folder does not have them."""
+    stored = folder / ASSIGNED_CODES
+    return np.load(stored) if stored.is_file() else assign_codes(tokenizer, embeddings)
 
 
 def assign_codes(tokenizer: Tokenizer, embeddings: np.ndarray, num_taken: int = 0) -> np.ndarray:

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 
 from rerank import run_dir as runs
 from rerank.semantic_ids import quality
-from rerank.semantic_ids.assignment import assign_codes
+from rerank.semantic_ids.assignment import assigned_codes
 from rerank.semantic_ids.co_engagement import co_engaged_pairs
 from rerank.semantic_ids.embeddings import load_id_embeddings
 from rerank.semantic_ids.id_tokens import load_semantic_ids, semantic_id_text
@@ -79,7 +79,7 @@ def read_quality(run_dir: str | Path) -> IdsQuality:
             f"{folder} holds ids of {expected[0]} items and {expected[1]} levels, but embeddings of {shape[0]} items "
             f"and a tokenizer of {shape[1]} levels; run the semantic_ids stage again"
         )
-    before, copies = assign_codes(tokenizer, embeddings), quality.embedding_copies(embeddings)
+    before, copies = assigned_codes(folder, tokenizer, embeddings), quality.embedding_copies(embeddings)
     groups = quality.collisions(before)
     data_dir = runs.stage_dir(run_dir, "data")
     return IdsQuality(
