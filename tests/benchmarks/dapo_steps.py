@@ -167,7 +167,7 @@ def run_trl(run: str, recipe_file: str, steps: int, out: str) -> dict[str, float
     )
     rows = [drawn.row for drawn in prompts.draw(len(prompts.rows))]
     vllm_cpu.keep_weights_live()
-    with vllm_cpu.trl_engine_options(dtype=args.rollout_dtype, **vllm_cpu.engine_options()):
+    with vllm_cpu.trl_engine_options(dtype=vllm_cpu.engine_dtype(args.rollout_dtype), **vllm_cpu.engine_options()):
         trainer = Counting(model, functions, config, Dataset.from_list(rows), processing_class=tokenizer)
     trainer.train()
     seconds = [entry["step_time"] for entry in trainer.state.log_history if "step_time" in entry][1:]
