@@ -113,7 +113,7 @@ def test_states_by_length_and_their_gradients_are_those_of_the_whole_batch():
     mask = (torch.arange(30) < torch.tensor([4, 30, 6, 28, 1, 5])[:, None]).long()
     found = []
     for states in (
-        states_by_length(model.base_model, mask, input_ids=ids),
+        states_by_length(model.base_model, mask, input_ids=ids, inputs_embeds=None),  # peft gives all names
         model.base_model(ids, attention_mask=mask).last_hidden_state,
     ):
         states = states * mask[..., None]

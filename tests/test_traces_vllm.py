@@ -88,12 +88,13 @@ def train(rows: list[dict], catalogue: Catalogue, folder: Path) -> None:
         pad_token_id=tokenizer.pad_token_id,
     )
     model = Qwen3ForCausalLM(config)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    for _ in range(150):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)  # at 1e-2 the loss leaps up now and then
+    for _ in range(200):
         loss = model(input_ids=ids, labels=labels).loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+    assert loss < 0.06  # rows 4 and 5 have three answers each, so it stays above zero
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

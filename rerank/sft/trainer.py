@@ -84,19 +84,19 @@ def length_groups(lengths: torch.Tensor) -> list[torch.Tensor]:
     return [order[:size], order[size:]]
 
 
-def states_by_length(base: nn.Module, attention_mask: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
+def states_by_length(base: nn.Module, attention_mask: torch.Tensor, **inputs: torch.Tensor | None) -> torch.Tensor:
     """(B, T, H) the last hidden states of rows padded on the right, by `length_groups`; any value at padding.
 
     Args:
         base: The model without its head.
         attention_mask: (B, T).
-        inputs: input_ids (B, T) or inputs_embeds (B, T, H).
+        inputs: input_ids (B, T) or inputs_embeds (B, T, H); None for what is not given, as peft passes it on.
     """
     lengths = attention_mask.sum(dim=1)
     groups, parts = length_groups(lengths), []
     for rows in groups:
         end = int(lengths[rows].max())
-        chosen = {name: values[rows, :end] for name, values in inputs.items()}
+        chosen = {name: values[rows, :end] for name, values in inputs.items() if values is not None}
         states = base(attention_mask=attention_mask[rows, :end], use_cache=False, **chosen).last_hidden_state
         parts.append(nn.functional.pad(states, (0, 0, 0, attention_mask.shape[1] - end)))
     return torch.cat(parts)[torch.cat(groups).argsort()]
