@@ -13,6 +13,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+MAX_POINTS = 500  # of a line
 COLOURS = ("#3f8fd6", "#e07b2c", "#2f9e6b", "#c4569b", "#8b78d8", "#a08a3c")  # legible on light and on dark
 
 _DRAW = """
@@ -60,7 +61,14 @@ def json_text(value: Any) -> Markup:
 
 
 def chart(figure: Any, title: str, **axes: Any) -> dict[str, Any]:
-    """What the page's script draws; colours of text and grid are the page's."""
+    """What the page's script draws; colours of text and grid are the page's.
+
+    Of a longer line MAX_POINTS remain, the last one among them, so that a long run's page stays small.
+    """
+    for line in figure.data:
+        if len(line.x) > MAX_POINTS:
+            places = [round(place * (len(line.x) - 1) / (MAX_POINTS - 1)) for place in range(MAX_POINTS)]
+            line.update(x=[line.x[place] for place in places], y=[line.y[place] for place in places])
     legend = {"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom"}  # below the title of the axis
     figure.update_layout(template="none", height=360, margin={"l": 50, "r": 20, "t": 20, "b": 40}, legend=legend)
     figure.update_layout(showlegend=len(figure.data) > 1, colorway=COLOURS, **axes)

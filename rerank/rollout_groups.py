@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from rerank.catalogue import Catalogue
 from rerank.rollout_view import Rollout, visible
-from rerank.rollouts import open_rollouts, without_damaged
+from rerank.rollouts import SCHEMA, open_rollouts, without_damaged
 
 KEYS = ("step", "round", "group")  # rollouts that agree in them answer the same prompt
 COLUMNS = (  # of the list
@@ -88,6 +88,11 @@ class RolloutGroups:
         if self.num_groups == 0:
             raise ValueError(f"{run_dir} and {against} have no row in common; give two runs of one recipe's rows")
 
+    @property
+    def damaged(self) -> list[Path]:
+        """The files found cut off or damaged so far, of which nothing is listed."""
+        return self._rollouts.damaged
+
     def filter(self, where: str) -> None:
         """List the groups in which a rollout meets `where`, all for an empty one.
 
@@ -97,10 +102,17 @@ class RolloutGroups:
         condition = f"({where}\n)" if where.strip() else "(true)"  # the new line ends a comment
         try:
             duckdb.SQLExpression(condition)  # refuses what is more than one expression
-            self._list(condition)
+            ((_, kind, *_),) = self._rollouts.connection.execute(
+                f"DESCRIBE SELECT {condition} FROM rollouts"
+            ).fetchall()
+            if is_condition := kind in ("BOOLEAN", '"NULL"'):
+                self._list(condition)
         except duckdb.Error as error:
             reason = visible(" ".join(str(error).split("\n\n")[0].split()))[:300]  # it may quote a completion
-            raise ValueError(f'{where!r} is no filter: {reason}; write one such as "kept = false"') from None
+            columns = f" (columns: {', '.join(SCHEMA.names)})" if isinstance(error, duckdb.BinderException) else ""
+            raise ValueError(f'{where!r} is no filter: {reason}{columns}; write one such as "kept = false"') from None
+        if not is_condition:
+            raise ValueError(f'{where!r} is no filter: its values are {kind}; write one such as "kept = false"')
         self.where = where
         self.num_groups = self.query("SELECT count(*) AS n FROM listed")["n"][0].as_py()
 

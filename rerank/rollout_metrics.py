@@ -6,7 +6,8 @@ A number is the mean of a value over the rollouts (or groups) that have it; kept
   another one where candidates are shuffled. `kendall_tau`: of rankings with the first stage's order, 1 for a copy.
 - `first_from/R`: rankings whose first item has first-stage rank R, a histogram over R.
 - `no_ranking`, and `failure/KIND` of each kind in prompts.FAILURES; `truncated`; `length_tokens` of a completion.
-- `reward` in total, `reward/NAME` of each reward where it applies; `reward_share/NAME`: its weighted mean over the sum
+- `reward` in total, `reward/NAME` of each reward where it applies; `gate/NAME`: rollouts in which its `when` held, for
+  rewards that have one which did not hold in some; `reward_share/NAME`: its weighted mean over the sum
   of the magnitudes of all weighted means, so that format can be held against rank.
 - `rank_gain`: places that a ranking moves the target up. `R@K/before` and `R@K/after`: rollouts whose target is among
   the first K; one without a ranking has it nowhere.
@@ -34,8 +35,18 @@ from rerank.metrics import kendall_tau
 from rerank.prompts import FAILURES, THINK, THINK_END
 
 COLUMNS = (  # those of rollouts.SCHEMA that the numbers need
-    *("step", "round", "group", "target", "completion", "completion_ids", "reward_components", "reward", "truncated"),
-    *("failure", "order", "candidates", "candidate_labels", "first_stage_ranks", "target_rank_before"),
+    *(
+        "step",
+        "round",
+        "group",
+        "target",
+        "completion",
+        "completion_ids",
+        "reward_components",
+        "reward_gates",
+        "reward",
+    ),
+    *("truncated", "failure", "order", "candidates", "candidate_labels", "first_stage_ranks", "target_rank_before"),
     *("target_rank_after", "kept"),
 )
 CUT_OFFS = (1, 3, 5, 10)
@@ -78,17 +89,24 @@ def to_log(
 
 def reward_weights(run_dir: str | Path) -> dict[str, float] | None:
     """The weight of each reward of a run's dapo stage, finished or not; None for rollouts without their run."""
+    keys = dapo_keys(run_dir)
+    if keys is None:
+        return None
+    specs = [plugins.RewardSpec.of(entry) for entry in keys["rewards"]]
+    weights = {spec.name.rpartition(":")[2]: float(spec.weight) for spec in specs}
+    used = {
+        "soft_overlong_punishment_reward": bool(keys.get("overlong_tokens")),
+        "invalid": keys.get("invalid_reward") is not None,
+    }
+    return weights | {name: 1.0 for name, is_used in used.items() if is_used}
+
+
+def dapo_keys(run_dir: str | Path) -> dict[str, Any] | None:
+    """What the recipe of a run's dapo stage says, finished or not; None for rollouts without their run."""
     for path in (Path(run_dir) / "dapo/recipe.yaml", Path(run_dir) / "dapo.partial/begun.json"):
         if path.is_file():
             keys = recipe.load(path)  # JSON is YAML
-            keys = keys.get("given", keys)
-            specs = [plugins.RewardSpec.of(entry) for entry in keys["rewards"]]
-            weights = {spec.name.rpartition(":")[2]: float(spec.weight) for spec in specs}
-            used = {
-                "soft_overlong_punishment_reward": bool(keys.get("overlong_tokens")),
-                "invalid": keys.get("invalid_reward") is not None,
-            }
-            return weights | {name: 1.0 for name, is_used in used.items() if is_used}
+            return keys.get("given", keys)
     return None
 
 
@@ -126,6 +144,7 @@ def _rollout_values(table: pa.Table, weights: Mapping[str, float] | None, catalo
         "truncated": _numbers(table["truncated"]),
         "length_tokens": _numbers(pc.list_value_length(table["completion_ids"])),
         **_paid(table, weights),
+        **_gates(table),
         "rank_gain": gain,
         **{f"R@{k}/{when}": ranks <= k for k in CUT_OFFS for when, ranks in (("before", before), ("after", after))},
         "target_cited": cited,
@@ -191,8 +210,18 @@ def _kendall_taus(ranks: np.ndarray) -> np.ndarray:
 def reward_values(table: pa.Table) -> dict[str, np.ndarray]:
     """Of each reward the value that was stored for every rollout, NaN where it does not apply."""
     components = table["reward_components"]
-    names = sorted({name for chunk in components.chunks for name in pc.unique(chunk.keys).to_pylist()})
-    return {name: _numbers(pc.map_lookup(components, pa.scalar(name), "first")) for name in names}
+    return {name: _numbers(pc.map_lookup(components, pa.scalar(name), "first")) for name in _names(components)}
+
+
+def _names(maps: pa.ChunkedArray) -> list[str]:
+    return sorted({name for chunk in maps.chunks for name in pc.unique(chunk.keys).to_pylist()})
+
+
+def _gates(table: pa.Table) -> dict[str, np.ndarray]:
+    """Of each reward with a gate that was shut somewhere, whether it was open."""
+    gates = table["reward_gates"]
+    held = {f"gate/{name}": _numbers(pc.map_lookup(gates, pa.scalar(name), "first")) for name in _names(gates)}
+    return {name: values for name, values in held.items() if (values == 0).any()}
 
 
 def _paid(table: pa.Table, weights: Mapping[str, float] | None) -> dict[str, np.ndarray]:

@@ -27,8 +27,9 @@ The contract, each sentence a test in tests/test_rewards.py, which also checks y
 
 Columns of every row: `row_id`, `user`, `history` (items, oldest first), `candidates` (items, in the order shown),
 `relevance` (of each shown candidate), `candidate_labels` (what a completion writes for each shown candidate),
-`first_stage_ranks` (1-based place of each shown candidate in the first stage's list) and `target_rank` (the smallest
-first-stage rank of a relevant item). The trainer adds `prompts` (rendered texts) and `completion_ids` (tokens).
+`first_stage_ranks` (1-based place of each shown candidate in the first stage's list) and `target_rank` (the target's
+first-stage rank: it is the most relevant candidate, of equals the one that the first stage ranks best). The trainer
+adds `prompts` (rendered texts) and `completion_ids` (tokens).
 `rerank.prompts.parse_completion(completion, candidate_labels)` reads a ranking.
 
 `conditions/` holds the predicates of `when`, by the same contract, one bool per completion: where it is False, the

@@ -15,6 +15,9 @@ _CITED = re.compile(f"{_ID}|{_FACT}")
 _CITED_AND_NUMBERS = re.compile(f"{_ID}|{_FACT}|{_NUMBER}")
 # A title: in double quotes, or in brackets right after an id, where it may hold brackets of its own.
 _TITLE = re.compile(r'"([^"]+)"|“([^”]+)”|(?<=>) \(((?:[^()]|\([^()]*\))+)\)')
+# Of a prompt's item line what stands behind the id, up to facts about the item: `title | category: it ...`, and codes.
+_FIELDS = re.compile(r"> (\S[^<\n]*)")
+_FACTS = re.compile(rf":(?= |$)| (?={_FACT})")
 
 
 def grounded(
@@ -23,8 +26,9 @@ def grounded(
     """Share of the trace's citations that stand in the prompt; 0 where it cites nothing, and without a ranking.
 
     Citations are semantic ids, titles (in double quotes, or in brackets after an id), facts as the prompt codes them
-    (`next:8`), and numbers where candidates are ranked by number. An id must stand there whole, a title as it is
-    written. It asks whether something stands there, not whether what is said of it is true. Range: 0 to 1.
+    (`next:8`), and numbers where candidates are ranked by number. An id must stand there whole, and so must a
+    title (or a category), as a field of an item. It asks whether something stands there, not whether what is said of
+    it is true. Range: 0 to 1.
 
     Source: GR2, arXiv:2602.07774, and its technical report ask a trace to cite ids; this check of it is the project's.
     """
@@ -39,10 +43,19 @@ def _grounded(completion: str, prompt: str, labels: list[str]) -> float:
     pattern = _CITED_AND_NUMBERS if labels[0].isdecimal() else _CITED
     known = _citations(pattern, prompt)
     titles = [next(filter(None, groups)) for groups in _TITLE.findall(parsed.trace)]
-    found = [citation in known for citation in pattern.findall(parsed.trace)] + [title in prompt for title in titles]
+    found = [citation in known for citation in pattern.findall(parsed.trace)]
+    found += [title in _fields(prompt) for title in titles]
     return sum(found) / len(found) if found else 0.0
 
 
 @lru_cache(maxsize=256)  # the completions of a group share their prompt
 def _citations(pattern: re.Pattern[str], prompt: str) -> frozenset[str]:
     return frozenset(pattern.findall(prompt))
+
+
+@lru_cache(maxsize=256)
+def _fields(prompt: str) -> frozenset[str]:
+    """The titles and categories on a prompt's item lines; of one with colons, what stands before any of them too."""
+    lines = [match[1] for match in _FIELDS.finditer(prompt)]
+    ends = [(line, cut.start()) for line in lines for cut in _FACTS.finditer(line)] + [(line, None) for line in lines]
+    return frozenset(field.strip() for line, end in ends for field in line[:end].split(" | "))

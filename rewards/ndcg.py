@@ -13,7 +13,13 @@ def ndcg(
     k: int = 10,
     **columns: Any,
 ) -> list[float | None]:
-    """NDCG@k, 0 for a completion that is no ranking, None for a row in which nothing is relevant. Range: 0 to 1."""
+    """R_NDCG@k of graded relevance, 0 for a completion that is no ranking, None for a row without a relevant item.
+
+    The sum over the first k places i of (2^g - 1) / log2(i + 1), over its greatest value; g is the relevance of the
+    item at place i, such as 1 for a click and 2 for a purchase. Range: 0 to 1.
+
+    Source: the technical report of GR2, arXiv:2606.31984, its ranking rewards.
+    """
     rows = zip(completions, candidate_labels, relevance, strict=True)
     return [_ndcg(*row, k) for row in rows]
 
@@ -22,4 +28,4 @@ def _ndcg(completion: str, labels: list[str], relevance: list[float], k: int) ->
     order = parse_completion(completion, labels).order
     if order is None:
         return 0.0 if any(relevance) else None
-    return ndcg_at_k([relevance[position] for position in order], k)
+    return ndcg_at_k([2 ** relevance[position] - 1 for position in order], k)

@@ -15,8 +15,8 @@ def rank_promotion(
     """R_rank = (rank_D(target) - rank_o(target)) / |D|, or -1 for a completion that is no ranking.
 
     rank_D is the target's first-stage rank, rank_o its rank in the completion, |D| the number of candidates. Of
-    several relevant candidates the one that the first stage ranks best is the target. Range: -1 to 1; a ranking of N
-    from -(N - 1)/N to (N - 1)/N, with ten candidates -0.9 to 0.9.
+    several relevant candidates the most relevant is the target, of equals the one that the first stage ranks best.
+    Range: -1 to 1; a ranking of N from -(N - 1)/N to (N - 1)/N, with ten candidates -0.9 to 0.9.
 
     Source: GR2, arXiv:2602.07774, section on RL rewards; -1 for an invalid completion as in arXiv:2607.01170.
     """

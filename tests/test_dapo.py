@@ -185,9 +185,9 @@ def test_the_overlong_punishment_falls_before_the_limit():
 
 
 def test_the_place_of_the_target_is_that_of_the_most_relevant_item():
-    assert groups.target_rank([2, 0, 1], [0.0, 1.0, 0.0]) == 3
-    assert groups.target_rank([2, 0, 1], [1.0, 2.0, 2.0]) == 1  # two of equal relevance: the better place
-    assert groups.target_rank(None, [0.0, 1.0]) is None
+    row = {"first_stage_ranks": [3, 2, 1], "target_rank": 2}
+    assert groups.target_rank(row, [2, 0, 1]) == 3
+    assert groups.target_rank(row, None) is None
 
 
 @pytest.fixture(scope="module")

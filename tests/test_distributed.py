@@ -3,6 +3,7 @@
 The one process is that of the toy run; its rows and its stored rollouts are what the two train on.
 """
 
+import functools
 import json
 
 import pytest
@@ -13,6 +14,7 @@ from toy_recipe import copy_stages, launch
 
 from rerank import rollouts, run_dir
 
+ALONE = "recipes/accelerate/cpu.yaml"
 LAUNCHES = ["recipes/accelerate/cpu_2proc.yaml", "tests/toy/zero2_cpu.yaml"]
 STEPS = 3
 HALF_BATCH = "--per_device_train_batch_size=4"  # of the recipes' 8, so that the two processes together see as many
@@ -23,13 +25,21 @@ def logged(run, stage, name):
     return [entry[name] for entry in history if name in entry][:STEPS]
 
 
-@pytest.mark.parametrize("accelerate", [*LAUNCHES, "tests/toy/zero3_cpu.yaml"])
-def test_both_phases_of_midtrain_in_two_processes_train_as_in_one(toy_run, tmp_path, accelerate):
-    base = save_tiny_model(tmp_path / "base", tied=False, id_tokens=False)
+@pytest.fixture(scope="module")
+def midtrained_alone(toy_run, tmp_path_factory):
+    """A run whose midtrain, of both phases, ran in one process, and the words that made it so."""
+    folder = tmp_path_factory.mktemp("midtrained")
+    base = save_tiny_model(folder / "base", tied=False, id_tokens=False)
     words = (f"--model_name_or_path={base}", "--token_learning_rate=0.01", "--max_steps=2", HALF_BATCH)
-    one, two = (copy_stages(toy_run.run, tmp_path / name, "semantic_ids") for name in ("one", "two"))
-    alone = "recipes/accelerate/cpu.yaml"
-    launch(toy_run.data, alone, "rerank.midtrain", "midtrain", one, *words, "--gradient_accumulation_steps=2")
+    one = copy_stages(toy_run.run, folder / "one", "semantic_ids")
+    launch(toy_run.data, ALONE, "rerank.midtrain", "midtrain", one, *words, "--gradient_accumulation_steps=2")
+    return one, words
+
+
+@pytest.mark.parametrize("accelerate", [*LAUNCHES, "tests/toy/zero3_cpu.yaml"])
+def test_both_phases_of_midtrain_in_two_processes_train_as_in_one(toy_run, midtrained_alone, tmp_path, accelerate):
+    one, words = midtrained_alone
+    two = copy_stages(toy_run.run, tmp_path / "two", "semantic_ids")
     launch(toy_run.data, accelerate, "rerank.midtrain", "midtrain", two, *words)
     for name in ("loss", "grad_norm", "loss_sequence", "tokens_sequence"):
         assert logged(two, "midtrain", name) == pytest.approx(logged(one, "midtrain", name), abs=1e-4), name
@@ -56,13 +66,24 @@ NEXT_ITEM = (
 LORA = ("--use_peft=true", "--lora_target_modules=[all-linear]", "--lora_r=4", "--lora_dropout=0")
 
 
+@pytest.fixture(scope="module")
+def tuned_alone(toy_run, tmp_path_factory):
+    """By the words beside NEXT_ITEM, a run whose sft ran with them in one process; each is made once."""
+
+    @functools.cache
+    def tune(words):
+        one = copy_stages(toy_run.run, tmp_path_factory.mktemp("tuned") / "one", "midtrain")
+        launch(toy_run.data, ALONE, "rerank.sft", "sft", one, *NEXT_ITEM, *words, "--gradient_accumulation_steps=2")
+        return one
+
+    return tune
+
+
 @pytest.mark.parametrize(
     ("accelerate", "words"), [*((file, ()) for file in LAUNCHES), (LAUNCHES[1], LORA)], ids=["ddp", "zero2", "lora"]
 )
-def test_all_losses_in_two_processes_are_those_of_one(toy_run, tmp_path, accelerate, words):
-    one, two = (copy_stages(toy_run.run, tmp_path / name, "midtrain") for name in ("one", "two"))
-    alone = "recipes/accelerate/cpu.yaml"
-    launch(toy_run.data, alone, "rerank.sft", "sft", one, *NEXT_ITEM, *words, "--gradient_accumulation_steps=2")
+def test_all_losses_in_two_processes_are_those_of_one(toy_run, tuned_alone, tmp_path, accelerate, words):
+    one, two = tuned_alone(words), copy_stages(toy_run.run, tmp_path / "two", "midtrain")
     launch(toy_run.data, accelerate, "rerank.sft", "sft", two, *NEXT_ITEM, *words)
     losses = ("loss_next_item", "loss_semantic", "loss_collaborative", "loss_content", "loss_item_head")
     for name in ("loss", "grad_norm", *losses, "loss_mutual_regularisation"):
@@ -108,7 +129,7 @@ def test_dapo_samples_and_trains_alike_in_one_process_and_in_two(toy_run, tmp_pa
 def test_two_runs_of_dapo_with_lora_are_the_same(toy_run, tmp_path):
     runs = [copy_stages(toy_run.run, tmp_path / name, "sft") for name in ("one", "two")]
     for run in runs:
-        launch(toy_run.data, "recipes/accelerate/cpu.yaml", "rerank.dapo", "dapo", run, *LORA, "--max_steps=2")
+        launch(toy_run.data, ALONE, "rerank.dapo", "dapo", run, *LORA, "--max_steps=2")
     assert logged(runs[0], "dapo", "loss") == logged(runs[1], "dapo", "loss")
     models = [load_file(run / "dapo/model/model.safetensors") for run in runs]
     assert all(torch.equal(value, models[1][name]) for name, value in models[0].items())

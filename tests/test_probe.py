@@ -92,11 +92,20 @@ def test_the_naive_sum_pays_each_policy_as_by_hand(run):
     assert found["last_to_first"].reward_if_first == pytest.approx(-1 / 5 + 0.2)
 
 
-def test_groups_are_useful_where_their_halves_are_paid_differently(run):
+def test_groups_are_useful_where_their_halves_differ_in_the_recipes_outcome(run):
     found = outcomes(run, NAIVE)
     assert found["input_order"].useful_with_no_op == found["swap_neighbours"].useful_with_no_op == 0
     assert found["reverse"].useful_with_no_op == pytest.approx(2 / 3)  # the third of five stays third
     assert found["oracle"].useful_with_no_op == found["junk"].useful_with_random == 1
+    rewards = [*NAIVE, {"name": "not_a_copy", "weight": 0.0}]  # a copy of the input order differs in it from all else
+    by_copy = outcomes(run, rewards, outcome="not_a_copy")
+    assert by_copy["input_order"].useful_with_no_op == 0
+    assert by_copy["swap_neighbours"].useful_with_no_op == by_copy["last_to_first"].useful_with_no_op == 1
+    assert by_copy["swap_neighbours"].reward == found["swap_neighbours"].reward
+    with pytest.raises(
+        ValueError, match="outcome is 'ndcg', but the recipe's rewards report only rank_gain, rank_prom"
+    ):
+        outcomes(run, NAIVE, outcome="ndcg")
 
 
 def test_the_published_readings_part_where_the_target_is_first(run):

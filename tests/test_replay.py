@@ -166,6 +166,34 @@ def test_the_recipe_of_a_run_gives_what_its_training_had(toy_run):
     assert found["stored/differs"].any() and not found["sign_changes"].any()
 
 
+def test_groups_are_kept_by_the_outcome_that_a_file_names(tmp_path):
+    worse, none = {"target_rank_after": 3}, {"target_rank_after": None, "order": None, "failure": "junk"}
+    equal = [make_rollout(group=1, completion=text, **worse) for text in (WORST, WORST)]
+    mixed = [make_rollout(completion=WORST, **worse), make_rollout(completion=SAME)]
+    failed = [make_rollout(group=2, completion=text, **none) for text in ("junk", "more junk")]
+    one_failed = [make_rollout(group=3, completion=SAME), make_rollout(group=3, completion="junk", **none)]
+    write(tmp_path / "rollouts", *mixed, *equal, *failed, *one_failed)
+    length = plugin(
+        tmp_path, "def novelty(completions, **columns):\n    return [len(text) % 7 for text in completions]"
+    )
+    assert len("junk") % 7 != len("more junk") % 7 and len(WORST) == len(SAME)
+    found = replayed(tmp_path, length)
+    assert found["stored/useful"].tolist() == found["new/useful"].tolist() == [True] * 2 + [False] * 4 + [True] * 2
+    assert replayed(tmp_path, length, outcome="novelty")["new/useful"].tolist() == [False] * 4 + [True] * 4
+    with pytest.raises(ValueError, match="outcome is 'auc', but its rewards report only rank_gain, novelty"):
+        replayed(tmp_path, length, outcome="auc")
+
+
+def test_scale_and_outcome_are_those_of_the_run_where_the_file_has_none(store):
+    (store / "dapo").mkdir()
+    (store / "dapo/recipe.yaml").write_text("{rewards: [{name: ndcg}], scale_rewards: none, outcome: ndcg}")
+    path = rewards_file(store, {"name": "ndcg"}, {"name": "auc"})
+    found = replay.read_scoring(path, store)
+    assert (found.scale_rewards, found.outcome) == ("none", "ndcg")
+    found = replay.read_scoring(rewards_file(store, {"name": "auc"}, scale_rewards="batch", outcome="auc"), store)
+    assert (found.scale_rewards, found.outcome) == ("batch", "auc")
+
+
 def refusal(capsys, *words):
     assert cli.main(["replay", *map(str, words)]) == 2
     captured = capsys.readouterr()
@@ -182,6 +210,13 @@ def test_what_cannot_be_replayed_is_refused_in_one_line(store, capsys):
     assert "sft.yaml has no rewards; give a dapo recipe" in refusal(capsys, store, "--rewards", store / "sft.yaml")
     path = rewards_file(store, {"name": "ndcg"}, scale_rewards="rows")
     assert "scale_rewards is 'rows'; choose group, batch or none" in refusal(capsys, store, "--rewards", path)
+    path = rewards_file(store, {"name": "ndcg"}, invalid_rewards=-1.0)
+    assert "unknown key 'invalid_rewards'; did you mean invalid_reward?" in refusal(capsys, store, "--rewards", path)
+    path = rewards_file(store, {"name": "ndcg"})
+    assert "top is -1 but must be at least 0" in refusal(capsys, store, "--rewards", path, "--top", "-1")
+    (store / "empty").mkdir()
+    pq.write_table(rollouts.to_table([]), store / "empty/part-00000000-0.parquet")
+    assert "empty holds no rollouts" in refusal(capsys, store / "empty", "--rewards", path)
     path = rewards_file(store, {"name": "ndcg"}, multi_objective_aggregation="normalize_then_sum")
     assert "replay knows sum_then_normalize only" in refusal(capsys, store, "--rewards", path)
     path = rewards_file(store, {"name": "ndcg"}, invalid_reward=-1.0)

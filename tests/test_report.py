@@ -1,6 +1,7 @@
 import base64
 import hashlib
 import html
+import itertools
 import json
 import re
 import shutil
@@ -8,11 +9,12 @@ from pathlib import Path
 
 import pytest
 from playwright.sync_api import sync_playwright
-from test_rollouts import make_rollout
+from test_rollouts import cut_off, damage_inside, make_rollout
 from test_rollouts import write as write_rollouts
 from toy_run import finish, write_run
 
 from rerank import cli, report, run_dir
+from rerank import page as page_parts
 from rerank.catalogue import Catalogue
 from rerank.evaluate import write_rankings
 from rerank.evaluate.generation import read_answer
@@ -205,6 +207,25 @@ def test_numbers_of_many_rollouts_are_read_in_parts(tmp_path, monkeypatch):
     assert whole["reward"].tolist() == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4])
 
 
+@pytest.mark.parametrize("damage", [cut_off, damage_inside])
+def test_a_page_of_a_damaged_run_says_what_is_lost(tmp_path, damage):
+    write_rollouts(tmp_path / "dapo/rollouts", *(make_rollout(step) for step in range(4)))
+    damage(tmp_path / "dapo/rollouts/part-00000002-0.parquet")
+    report.write_report(tmp_path, tmp_path / "evaluate", tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert "1 file of rollouts cut off or damaged and left out" in page
+    assert "3 of 3 readable rollouts" in page and "All 3 rollouts" not in page
+
+
+def test_long_lines_are_thinned_to_points_that_end_where_they_did():
+    import plotly.graph_objects as go
+
+    figure = go.Figure().add_scatter(x=list(range(2001)), y=[step / 2 for step in range(2001)])
+    (line,) = page_parts.chart(figure, "loss")["data"]
+    assert len(line["x"]) == len(line["y"]) == page_parts.MAX_POINTS
+    assert (line["x"][0], line["x"][-1], line["y"][-1]) == (0, 2000, 1000)
+
+
 NEEDS_CHROMIUM = pytest.mark.skipif(
     CHROMIUM is None, reason="Chromium is missing; install it with: apt-get install -y chromium"
 )
@@ -218,7 +239,7 @@ def browser():
         found.close()
 
 
-@pytest.fixture(params=[(390, "light"), (1280, "dark")], ids=["phone", "desktop"])
+@pytest.fixture(params=list(itertools.product((390, 1280), ("light", "dark"))), ids=str)
 def tab(request, browser, run):
     """The page in a browser, with all that it complained of and asked for."""
     width, scheme = request.param

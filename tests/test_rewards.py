@@ -51,7 +51,7 @@ def pytest_generate_tests(metafunc):
 
 
 def make_row(row_id, relevance, first_stage_ranks):
-    relevant = [rank for rank, gain in zip(first_stage_ranks, relevance, strict=True) if gain > 0]
+    most = [rank for rank, gain in zip(first_stage_ranks, relevance, strict=True) if gain == max(relevance)]
     return {
         "row_id": row_id,
         "user": row_id // 2,
@@ -60,7 +60,7 @@ def make_row(row_id, relevance, first_stage_ranks):
         "relevance": relevance,
         "candidate_labels": LABELS,
         "first_stage_ranks": first_stage_ranks,
-        "target_rank": min(relevant),
+        "target_rank": min(most),
     }
 
 
@@ -68,6 +68,7 @@ ROWS = [
     make_row(0, [0.0, 0.0, 1.0, 0.0, 0.0], [1, 2, 3, 4, 5]),  # target third
     make_row(1, [1.0, 0.0, 0.0, 0.0, 0.0], [1, 2, 3, 4, 5]),  # target first already
     make_row(2, [0.0, 1.0, 0.0, 2.0, 0.0], [4, 2, 5, 1, 3]),  # two relevant, candidates shuffled
+    make_row(3, [1.0, 0.0, 2.0, 2.0, 0.0], [1, 2, 3, 4, 5]),  # the first stage has a less relevant one first
 ]
 ORDERS = [[0, 1, 2, 3, 4], [2, 0, 1, 3, 4], [4, 3, 2, 1, 0], [0, 1, 2, 4, 3]]
 WRONG = [
@@ -272,6 +273,9 @@ def test_ndcg_reads_the_order_and_the_cut_off():
     assert score(ndcg, [(row, third)]) == pytest.approx([0.5])  # 1 / log2(3 + 1)
     assert score(load_function("ndcg", "rewards", k=2), [(row, third)]) == [0.0]
     assert score(ndcg, [(row, "junk")]) == [0.0]
+    graded = {**row, "relevance": [1.0, 2.0, 0.0, 0.0, 0.0]}  # gains 1 and 3, at best the other way round
+    best = 3 + 1 / math.log2(3)
+    assert score(ndcg, [(graded, third)]) == pytest.approx([(1 + 3 / math.log2(3)) / best])
     nothing = {**row, "relevance": [0.0] * 5}
     assert score(ndcg, [(nothing, third), (nothing, "junk")]) == [None, None]
 
@@ -343,6 +347,7 @@ def test_not_a_copy_at_a_tau_of_one_is_the_identity_check_alone():
         ('they took "Title 1" and “Title 8”', 0.5),
         ("<s_a_1><s_b_1> (Title 1)", 1.0),
         ("<s_a_1><s_b_1> (Title (8))", 0.5),
+        ('"e", "Title", " ", "Candidates" and "Rank"', 0.0),  # parts of a title, and what is no title
         ("4 of them", 0.0),  # no citation where candidates have ids
         ("", 0.0),
     ],

@@ -67,6 +67,8 @@ def test_a_filter_keeps_groups_with_a_rollout_that_meets_it_and_marks_those(tmp_
         ("completion::int > 3", "Could not convert string"),
         ("'", "unterminated"),
         ("error('never')", "never"),
+        ("step", "its values are BIGINT"),
+        ("best > 0.5", "columns: step, run"),
     ],
 )
 def test_what_is_no_condition_is_refused_in_one_line_and_the_list_stays(tmp_path, where, reason):

@@ -6,7 +6,7 @@ which is hardly ever zero for a sum of shaped rewards.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,16 +62,14 @@ class Group:
         return len({rollout.outcome for rollout in self.rollouts} - {None}) > 1
 
 
-def target_rank(order: Sequence[int] | None, relevance: Sequence[float]) -> int | None:
-    """1-based place of the best relevant candidate, None without a ranking."""
-    if order is None:
-        return None
-    return min(place for place, position in enumerate(order, start=1) if relevance[position] == max(relevance))
+def target_rank(row: Mapping[str, Any], order: Sequence[int] | None) -> int | None:
+    """1-based place that a ranking gives the row's target, None without a ranking."""
+    return None if order is None else order.index(row["first_stage_ranks"].index(row["target_rank"])) + 1
 
 
 def rank_gain(drawn: DrawnPrompt, order: Sequence[int] | None) -> float:
     """Places that the target moved up; below every rank for a completion that is no ranking."""
-    place = target_rank(order, drawn.row["relevance"])
+    place = target_rank(drawn.row, order)
     return -math.inf if place is None else float(drawn.row["target_rank"] - place)
 
 
@@ -119,7 +117,7 @@ def record(group: Group, member: int, run: str, step: int, components: Sequence[
         "failure": rollout.failure,
         "order": rollout.order,
         "target_rank_before": row["target_rank"],
-        "target_rank_after": target_rank(rollout.order, row["relevance"]),
+        "target_rank_after": target_rank(row, rollout.order),
         "kept": True,
         "discard_reason": None,
     }

@@ -21,6 +21,7 @@ from rerank.prompts import parse_completion
 NUM_ROWS, MAX_SHARE = 500, 0.25
 GROUP_SIZE = 8  # TRL's num_generations
 SAME = 1e-9  # rewards that differ by less are equal
+RANK_GAIN = "rank_gain"  # the dapo stage's default of `outcome`
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Outcome:
     reward: float
     spread: float  # standard deviation over rows
     above_no_op: float  # share of rows in which it earns more than the input order
-    useful_with_no_op: float  # share of groups, half from it and half from the input order, whose rewards differ
+    useful_with_no_op: float  # share of groups, half from it and half from the input order, whose outcomes differ
     useful_with_random: float  # the same with random orders as the other half
     reward_if_first: float | None  # where the target is first already; None without such rows
     parts: dict[str, float]  # mean of each reward after its condition and weight
@@ -131,7 +132,10 @@ def probe(keys: Mapping[str, Any], num_rows: int = NUM_ROWS, max_share: float = 
     first_rows = [row for row in rows if row.target_rank == 1]
     if not open_rows:
         raise ValueError(f"the target of all {len(rows)} rows is first already, so there is nothing to gain; add rows")
-    outcomes = _outcomes(open_rows, first_rows, rewards, group_size)
+    known = [RANK_GAIN, *(reward.name for reward in rewards)]
+    if (outcome := keys.get("outcome", RANK_GAIN)) not in known:
+        raise ValueError(f"outcome is {outcome!r}, but the recipe's rewards report only {', '.join(known)}")
+    outcomes = _outcomes(open_rows, first_rows, rewards, group_size, outcome)
     return Probe(outcomes, f"{len(open_rows)} of {len(rows)} {what}, their target not first", max_share)
 
 
@@ -144,25 +148,32 @@ def problem(keys: Mapping[str, Any]) -> str | None:
 
 
 def _outcomes(
-    open_rows: Sequence[ProbeRow], first_rows: Sequence[ProbeRow], rewards: Sequence[Reward], group_size: int
+    open_rows: Sequence[ProbeRow],
+    first_rows: Sequence[ProbeRow],
+    rewards: Sequence[Reward],
+    group_size: int,
+    outcome: str,
 ) -> list[Outcome]:
     num_draws = max(1, group_size // 2)
-    no_op, _ = _draws(input_order, open_rows, rewards, num_draws)
-    others = sum(_draws(random_order, open_rows, rewards, num_draws, first_seed=num_draws)[0].values())
+    weights = {reward.name: reward.weight for reward in rewards}
+    no_op = _draws(input_order, open_rows, rewards, num_draws)
+    no_op_total = sum(_paid(no_op, weights).values())
+    others = _draws(random_order, open_rows, rewards, num_draws, first_seed=num_draws)
     outcomes = []
     for policy in POLICIES:
-        parts, gains = _draws(policy, open_rows, rewards, num_draws)  # (draws, rows)
+        values = _draws(policy, open_rows, rewards, num_draws)
+        parts, gains = _paid(values, weights), values[RANK_GAIN]
         totals = sum(parts.values())
-        if_first = sum(_draws(policy, first_rows, rewards, 1)[0].values()).mean() if first_rows else None
+        if_first = sum(_paid(_draws(policy, first_rows, rewards, 1), weights).values()).mean() if first_rows else None
         outcomes.append(
             Outcome(
                 policy=policy.__name__,
-                rank_gain=None if np.isnan(gains).any() else float(gains.mean()),
+                rank_gain=float(gains.mean()) if np.isfinite(gains).all() else None,
                 reward=float(totals.mean()),
                 spread=float(totals.std()),
-                above_no_op=float((totals > sum(no_op.values()) + SAME).mean()),
-                useful_with_no_op=_useful_share(totals, sum(no_op.values())),
-                useful_with_random=_useful_share(totals, others),
+                above_no_op=float((totals > no_op_total + SAME).mean()),
+                useful_with_no_op=_useful_share(values[outcome], no_op[outcome]),
+                useful_with_random=_useful_share(values[outcome], others[outcome]),
                 reward_if_first=None if if_first is None else float(if_first),
                 parts={name: float(values.mean()) for name, values in parts.items()},
             )
@@ -172,8 +183,8 @@ def _outcomes(
 
 def _draws(
     policy: Policy, rows: Sequence[ProbeRow], rewards: Sequence[Reward], num_draws: int, first_seed: int = 0
-) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Weighted values of each reward and places won (nan without a ranking), each (draws, rows).
+) -> dict[str, np.ndarray]:
+    """Of each reward its values (nan where it does not apply), and rank_gain; each (draws, rows).
 
     A policy that is not random writes the same in each draw, so that one is enough.
     """
@@ -184,20 +195,26 @@ def _draws(
         completions = [policy(row, random.Random(f"{seed} {row.columns['row_id']}")) for row in rows]
         columns = reward_columns(rows, completions)
         for reward in rewards:
-            values = np.array(reward(completions=completions, **columns), dtype=float)  # None becomes nan
-            parts[reward.name].append(reward.weight * np.nan_to_num(values))  # TRL leaves None out of the sum
+            parts[reward.name].append(np.array(reward(completions=completions, **columns), dtype=float))
         gains.append([_places_won(row, text) for row, text in zip(rows, completions, strict=True)])
-    return {name: np.stack(values) for name, values in parts.items()}, np.array(gains)
+    return {RANK_GAIN: np.array(gains), **{name: np.stack(values) for name, values in parts.items()}}
+
+
+def _paid(values: Mapping[str, np.ndarray], weights: Mapping[str, float]) -> dict[str, np.ndarray]:
+    """What each reward pays; where it does not apply, TRL leaves it out of the sum."""
+    return {name: weight * np.nan_to_num(values[name]) for name, weight in weights.items()}
 
 
 def _places_won(row: ProbeRow, text: str) -> float:
+    """Places by which the target rises, below every rank for what is no ranking."""
     order = parse_completion(text, row.labels).order
     if order is None:
-        return float("nan")
+        return -np.inf
     target = row.columns["first_stage_ranks"].index(row.target_rank)
     return row.target_rank - (order.index(target) + 1)
 
 
-def _useful_share(totals: np.ndarray, others: np.ndarray) -> float:
-    """The share of rows in which a group of both halves, (draws, rows) each, is not paid all alike."""
-    return float((np.ptp(np.concatenate([totals, others]), axis=0) > SAME).mean())
+def _useful_share(outcomes: np.ndarray, others: np.ndarray) -> float:
+    """The share of rows in which the outcomes of a group of both halves, (draws, rows) each, differ."""
+    members = np.concatenate([outcomes, others])
+    return float((np.fmax.reduce(members) > np.fmin.reduce(members)).mean())

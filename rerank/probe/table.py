@@ -9,8 +9,8 @@ NO_VALUE = "–"
 COLUMNS = ("rank\ngain", "reward", "spread", "of the\noracle", "above\nno-op", "useful\nno-op", "useful\nrandom")
 CAPTION = (
     "Rank gain: mean places by which the target rises, – for no ranking. Above no-op: rows in which it earns more "
-    "than the input order. Useful: groups, half from the policy and half from the input order or random orders, whose "
-    "rewards differ; others teach nothing. If first: its reward where the target is first already."
+    "than the input order. Useful: groups, half from the policy and half from the input order or random orders, that "
+    "differ in the recipe's outcome; others are discarded. If first: its reward where the target is first already."
 )
 
 

@@ -108,8 +108,10 @@ def _rollouts(run_dir: Path, missing: dict[str, str]) -> dict[str, Any]:
         return {}
     drawn = rollouts.sample(groups)
     shown, num_rollouts = len(drawn["rollouts"]), drawn["num_rollouts"]
-    sample = {"shown": f"{shown:,}", "all": f"{num_rollouts:,}", "is_all": shown == num_rollouts}
     numbers = cheating.numbers_by_step(run_dir, groups.catalogue)
+    num_damaged = len(groups.damaged)
+    sample = {"shown": f"{shown:,}", "all": f"{num_rollouts:,}", "is_all": shown == num_rollouts and not num_damaged}
+    sample["damaged"] = tables.counted(num_damaged, "file") if num_damaged else ""
     return {"cheating": cheating.section(numbers), "sample": {**sample, "data": page.json_text(drawn)}}
 
 

@@ -7,7 +7,7 @@ import pandas as pd
 
 from rerank import page, rollout_metrics
 from rerank.catalogue import Catalogue
-from rerank.rollouts import open_rollouts, read_rollouts
+from rerank.rollouts import read_rollouts
 
 ROLLOUTS_AT_ONCE = 100_000
 FACTS = (  # shown for the first and the last fifth of the steps: number, its name on the page
@@ -59,9 +59,8 @@ def numbers_by_step(run_dir: str | Path, catalogue: Catalogue | None) -> pd.Data
     Raises:
         ValueError: When the run has no readable rollouts.
     """
-    counts = "SELECT step, count(*) AS rollouts FROM rollouts GROUP BY step ORDER BY step"
     weights = rollout_metrics.reward_weights(run_dir)
-    steps = open_rollouts(run_dir).connection.sql(counts).to_arrow_table().to_pandas()
+    steps = read_rollouts(run_dir, ["step"]).to_pandas().value_counts("step", sort=False).reset_index(name="rollouts")
     parts = []
     for _, part in steps.groupby((steps["rollouts"].cumsum() - 1) // ROLLOUTS_AT_ONCE):
         where = f"step BETWEEN {part['step'].min()} AND {part['step'].max()}"
