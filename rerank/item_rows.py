@@ -118,8 +118,19 @@ class ItemRows:
         return row | {"sequence": [], "num_given": 0}
 
     def training_interactions(self) -> tuple[np.ndarray, np.ndarray]:
-        """Users and items of all training interactions, each user's together and oldest first; nothing held out."""
-        return training_items(run_dir.stage_dir(self.run, "data"))
+        """Users and items of all training interactions, each user's together and oldest first; nothing held out.
+
+        Raises:
+            ValueError: When the catalogue lacks an item.
+        """
+        users, items = training_items(run_dir.stage_dir(self.run, "data"))
+        unknown = np.flatnonzero((items < 0) | (items >= len(self.catalogue)))
+        if len(unknown):
+            raise ValueError(
+                f"{self.run}/data/interactions.parquet, user {users[unknown[0]]}: item {items[unknown[0]]} is not in "
+                f"the catalogue of {len(self.catalogue)} items; run the data and semantic_ids stages again"
+            )
+        return users, items
 
     def embeddings(self) -> np.ndarray:
         """(items, columns) what the text of each item says."""

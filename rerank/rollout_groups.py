@@ -85,6 +85,8 @@ class RolloutGroups:
         self.filter("")
         if self.num_groups == 0 and against is None:
             raise ValueError(f"{run_dir} holds no rollouts; run the dapo stage, or give the folder of a run that did")
+        if self.num_groups == 0 and self.against.run_dir.resolve() == self.run_dir.resolve():
+            raise ValueError(f"{run_dir} met no row twice, so that it cannot be held against itself; give another run")
         if self.num_groups == 0:
             raise ValueError(f"{run_dir} and {against} have no row in common; give two runs of one recipe's rows")
 

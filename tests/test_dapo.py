@@ -184,7 +184,7 @@ def test_the_overlong_punishment_falls_before_the_limit():
     assert len(dapo.reward_functions(args, 20, eos_token_id=0)[0]) == 1
 
 
-def test_the_place_of_the_target_is_that_of_the_most_relevant_item():
+def test_the_place_of_the_target_is_that_of_the_item_whose_first_stage_rank_the_row_names():
     row = {"first_stage_ranks": [3, 2, 1], "target_rank": 2}
     assert groups.target_rank(row, [2, 0, 1]) == 3
     assert groups.target_rank(row, None) is None

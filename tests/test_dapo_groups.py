@@ -84,7 +84,7 @@ def test_shuffled_candidates_keep_their_relevance_and_first_stage_rank():
 
 def group(*orders, outcomes=None, target_rank=3):
     """A group over four candidates, the target third; an order of None is no ranking."""
-    row = {"relevance": [0.0, 0.0, 1.0, 0.0], "target_rank": target_rank}
+    row = {"relevance": [0.0, 0.0, 1.0, 0.0], "first_stage_ranks": [1, 2, 3, 4], "target_rank": target_rank}
     drawn = DrawnPrompt(row, 0)
     outcomes = outcomes or [grouping.rank_gain(drawn, order) for order in orders]
     rollouts = [

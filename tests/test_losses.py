@@ -251,6 +251,23 @@ def test_a_loss_for_the_other_task_is_refused(name):
         load_losses([{"name": name}], "rerank")
 
 
+def test_losses_that_weigh_their_tasks_differently_are_refused():
+    by_tokens = {"name": "iirg", "kwargs": {"divide_by": "tokens"}}
+    message = "loss iirg weighs tokens, but cllm4rec the means of tasks; set divide_by to task"
+    with pytest.raises(ValueError, match=message):
+        losses.load_losses([{"name": "nll"}, by_tokens, {"name": "cllm4rec"}], "next_item")
+    head = {"name": "cllm4rec", "kwargs": {"regularisation": 0}}  # has no task of its own
+    assert not any(extra.divides_by_task for extra in
+                   losses.load_losses([{"name": "nll"}, by_tokens, head], "next_item").extras.values())  # fmt: skip
+
+
+def test_a_loss_that_brings_rows_is_refused_for_the_task_that_takes_none(tmp_path):
+    text = "from rerank.losses import Extra\n\nclass more(Extra):\n    def rows(self, maker):\n        return {}\n"
+    (tmp_path / "more.py").write_text(text)
+    with pytest.raises(ValueError, match="loss more brings rows, which the task rerank takes none of"):
+        losses.load_losses([{"name": "nll"}, {"name": f"{tmp_path}/more.py:more"}], "rerank")
+
+
 @pytest.mark.parametrize("name", ["iirg", "cllm4rec"])
 def test_an_extra_for_the_other_task_is_refused(name):
     with pytest.raises(ValueError, match=f"loss {name} is for the task next_item, not for rerank; take it out"):

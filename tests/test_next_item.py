@@ -24,6 +24,7 @@ from rerank.losses import cllm4rec as cllm4rec_file
 from rerank.losses import iirg as iirg_file
 from rerank.losses import load_losses
 from rerank.next_items import NextItemModel
+from rerank.sft import trainer as trainer_file
 from rerank.sft.trainer import add_loss_forward
 
 IIRG = {"name": "iirg", "kwargs": {"num_neighbours": 2, "collaborative_weight": 0.5, "semantic_weight": 2.0}}
@@ -143,6 +144,29 @@ def test_a_target_that_is_not_in_the_catalogue_is_refused(run, tmp_path):
     message = r"rows.parquet, row \d+ of the split rerank: item \d+ is not in the catalogue of 9"
     with pytest.raises(ValueError, match=message):
         make_rows(run, catalogue=few).next_item_rows("last")
+    message = r"interactions.parquet, user \d+: item \d+ is not in the catalogue of 9 items; run the data and"
+    with pytest.raises(ValueError, match=message):
+        make_rows(run, catalogue=few).next_item_rows("all")
+
+
+def test_a_batch_of_unlike_lengths_trains_in_two_passes_as_in_one(run, tmp_path, monkeypatch):
+    passes, original = [], trainer_file.length_groups
+
+    def counted(lengths):
+        passes.append(len(original(lengths)))
+        return original(lengths)
+
+    monkeypatch.setattr(trainer_file, "length_groups", counted)
+    monkeypatch.setattr(trainer_file, "LEAST_SAVED", 0.0)
+    options = {"num_rows": 8, "per_device_train_batch_size": 24}
+    two, one = (make_trainer(run, tmp_path / name, MIXES["iirg"], **options) for name in ("two", "one"))
+    two.train()
+    assert passes == [2]
+    one.args.gradient_checkpointing, one.args.gradient_checkpointing_kwargs = True, {"use_reentrant": True}
+    one.train()
+    assert passes == [2]  # a layer that is computed again by reentry is not called twice
+    for name in ("loss", "grad_norm"):
+        assert two.state.log_history[0][name] == pytest.approx(one.state.log_history[0][name], rel=1e-4)
 
 
 @pytest.mark.parametrize("name", MIXES)
@@ -307,6 +331,21 @@ def test_histories_are_shuffled_where_that_is_asked_for(run):
     last = rows.row("Next items:", [0, 1, 2, 3, 4], num_given=4)
     assert all(extra.redraw("next_item", last, rng, rows)["sequence"][-1] == 4 for _ in range(4))
     assert extra.redraw("content", whole, rng, rows) is whole and not cllm4rec_file.cllm4rec().redraws
+
+
+def test_a_row_of_one_item_and_a_target_is_not_shuffled(run):
+    rows = make_rows(run)
+    row = rows.row("Next items:", [0, 1], num_given=1)
+    extra, rng = cllm4rec_file.cllm4rec(shuffle_history=True), np.random.default_rng(0)
+    assert all(extra.redraw("next_item", row, rng, rows)["sequence"] == [0, 1] for _ in range(8))
+
+
+def test_a_masked_prompt_shows_no_item_that_it_hides(run):
+    maker = make_rows(run)
+    for seed in range(8):
+        row = cllm4rec_file.masked_prompt([3, 3, 3, 1, 2], 0.4, "held_out", np.random.default_rng(seed), maker)
+        text = maker.tokenizer.decode(row["input_ids"])
+        assert len(row["targets"]) == 1 and CATALOGUE.semantic_ids[row["targets"][0]] not in text
 
 
 def test_training_resumes_with_the_losses_own_parameters(run, tmp_path):

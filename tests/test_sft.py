@@ -190,3 +190,18 @@ def test_the_control_without_traces_trains_as_many_steps(toy_run):
     assert metrics["no_trace"]["max_completion_tokens"] < metrics["max_completion_tokens"]
     history = json.loads((toy_run.run / "sft/log_history_no_trace.json").read_text())
     assert [entry["step"] for entry in history if "loss" in entry] == list(range(1, 41))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"packing": True}, "packing is not for the sft stage"),
+        ({"loss_type": "dft"}, "loss_type and label_smoothing_factor are TRL's; the recipe's losses: say"),
+        ({"label_smoothing_factor": 0.1}, "loss_type and label_smoothing_factor are TRL's"),
+    ],
+)
+def test_what_the_losses_would_ignore_is_refused(tmp_path, options, message):
+    args = sft.SftArguments(run_dir=str(tmp_path))
+    config = SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, **options)
+    with pytest.raises(ValueError, match=message):
+        sft.check(args, config, None)

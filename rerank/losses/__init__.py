@@ -252,6 +252,18 @@ def load_losses(specs: Sequence[Mapping[str, Any]], task: str) -> Losses:
         else:
             tokens[name] = found
             masks_first = getattr(module, "REACHES", "vocabulary") == "legal"
+        brings_rows = is_extra and (plain.rows is not Extra.rows or plain.redraw is not Extra.redraw)
+        if brings_rows and task == "rerank":
+            raise ValueError(
+                f"loss {name} brings rows, which the task rerank takes none of; say tasks = ('next_item',)"
+            )
+    ways = {
+        extra.divides_by_task: name for name, extra in extras.items() if extra.divides_by_task or extra.task_weights()
+    }
+    if len(ways) > 1:
+        raise ValueError(
+            f"loss {ways[False]} weighs tokens, but {ways[True]} the means of tasks; set divide_by to task"
+        )
     if len(tokens) != 1:
         stated = f"{' and '.join(tokens)} are token losses" if tokens else "losses has no token loss"
         raise ValueError(f"{stated}; give exactly one of {', '.join(token_losses())}, or one of your own")

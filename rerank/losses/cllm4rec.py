@@ -1,5 +1,6 @@
 """Beside a token loss: CLLM4Rec's multinomial item head, and its mutual regularisation of two embedding tables."""
 
+import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,8 +15,9 @@ from rerank.losses import Extra, LossInputs
 from rerank.midtrain.documents import NEXT_ITEMS
 from rerank.sequences import by_user
 
-NEEDS = "a vector for each item, a second embedding of each id token; rows: 1 for each item with text"
+NEEDS = "a vector for each item, a second embedding of each id token; rows: 1 for each item with text, masked 1 a user"
 COSTS = "scores of all items at each target, the extra rows' tokens"
+logger = logging.getLogger(__name__)
 NEXT_ITEM, CONTENT, MASKED = "next_item", "content", "masked"
 TARGETS = ("held_out", "all")
 
@@ -49,7 +51,6 @@ class cllm4rec(Extra):
     """
 
     tasks = ("next_item",)
-    divides_by_task = True  # a text is longer than a history; the paper takes their steps in turn
 
     def __init__(
         self,
@@ -75,6 +76,7 @@ class cllm4rec(Extra):
         self.shuffle_history, self.mask_share, self.target = shuffle_history, mask_share, target
         self.read_items = read_items
         self.redraws = shuffle_history or mask_share > 0
+        self.divides_by_task = regularisation > 0  # a text is longer than a history; the paper takes them in turn
         self.module: nn.Module | None = None
 
     def rows(self, maker: Any) -> dict[str, list[dict[str, Any]]]:
@@ -91,7 +93,9 @@ class cllm4rec(Extra):
             return masked_prompt(row["sequence"], self.mask_share, self.target, rng, maker)
         if task != NEXT_ITEM or not self.shuffle_history:
             return row
-        given = max(row["num_given"] if row["num_given"] > 1 else len(row["sequence"]), 1)
+        given, length = row["num_given"], len(row["sequence"])
+        if given == 1 and length > 2:  # a window, whose every item is a target; else the last item is the only one
+            given = length
         items = [*rng.permutation(row["sequence"][:given]).tolist(), *row["sequence"][given:]]
         return maker.row(NEXT_ITEMS, items, row["num_given"])
 
@@ -105,6 +109,11 @@ class cllm4rec(Extra):
             if is_read:
                 self.module.head.add_to(model.get_input_embeddings())
         if self.regularisation:
+            if not embeddings.requires_grad:
+                logger.warning(
+                    "loss cllm4rec: the model's embedding is not trained, so that its regularisation pulls one side "
+                    "only; add embed_tokens to lora_modules_to_save"
+                )
             ids = torch.from_numpy(maker.index.vocabulary.astype(np.int64))
             places = torch.full((embeddings.shape[0],), -1)
             places[ids] = torch.arange(len(ids))
@@ -123,6 +132,7 @@ class cllm4rec(Extra):
             return None
         own, places = embedding(batch["input_ids"]), self._places(batch, is_content=True)
         second = self.module.content[places.clamp(min=0)].to(own.dtype)
+        second = second * getattr(embedding, "embed_scale", 1.0)  # Gemma's embedding scales what it looks up
         return torch.where((places >= 0)[..., None], second, own)
 
     def counts(self, batch: Mapping[str, torch.Tensor]) -> dict[str, int]:
@@ -203,15 +213,15 @@ def masked_rows(maker: Any) -> list[dict[str, Any]]:
     longest = maker.next_item_prompt([])
     rows = []
     for history in histories:
-        if len(history) > 1:
+        if len(set(history.tolist())) > 1:
             tokens = longest + [token for item in history[: maker.max_items] for token in maker.tokens[item]]
             rows.append(maker.unmarked(tokens, []) | {"sequence": history.tolist()})
     return rows
 
 
 def masked_prompt(items: list[int], share: float, target: str, rng: np.random.Generator, maker: Any) -> dict[str, Any]:
-    """A prompt of a user's items in random order, some hidden: the targets of the state at its end."""
-    order = rng.permutation(items).tolist()
+    """A prompt of a user's items, each once, in random order, some hidden: the targets of the state at its end."""
+    order = rng.permutation(sorted(set(items))).tolist()
     num_hidden = min(max(1, round(share * len(order))), len(order) - 1)
     hidden, shown = order[:num_hidden], order[num_hidden:][: maker.max_items]
     row = maker.unmarked(maker.next_item_prompt(shown), [])

@@ -92,9 +92,11 @@ def extra_inputs(args: SftArguments) -> tuple[str, ...]:
 
 
 def check(args: SftArguments, training_args: SFTConfig, model_args: ModelConfig) -> None:
-    """Refuse packing, and a model whose tokenizer lacks the catalogue's semantic ids."""
+    """Refuse packing, TRL's losses, and a model whose tokenizer lacks the catalogue's semantic ids."""
     if training_args.packing:
         raise ValueError("packing is not for the sft stage, whose rows are asked for one by one; set it to false")
+    if training_args.loss_type not in ("nll", "chunked_nll") or training_args.label_smoothing_factor:
+        raise ValueError("loss_type and label_smoothing_factor are TRL's; the recipe's losses: say what is minimised")
     if run_dir.is_finished(args.run_dir, "midtrain") and run_dir.is_finished(args.run_dir, "semantic_ids"):
         check_model(run_dir.stage_dir(args.run_dir, "midtrain") / "model", Catalogue.load(args.run_dir))
 

@@ -187,6 +187,8 @@ class LossTrainer(SFTTrainer):
         modules = {name: extra.parameters(model, maker) for name, extra in losses.extras.items()}
         super().__init__(model, args, data_collator=collator, **kwargs)
         self.loss_parameters = nn.ModuleDict({name: module for name, module in modules.items() if module is not None})
+        if self.aux_loss_enabled:
+            raise ValueError("losses leave out the load balancing of experts; set router_aux_loss_coef to 0")
         if len(self.loss_parameters):
             self._attach_parameters()
         self.add_callback(_epoch_callback(collator))
@@ -199,6 +201,13 @@ class LossTrainer(SFTTrainer):
         plugin = self.accelerator.state.deepspeed_plugin
         return self.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3)
 
+    @property
+    def _checkpoints_by_reentry(self) -> bool:
+        """Whether a backward pass runs a backward pass for each layer; DDP takes one of each for one forward only."""
+        return self.args.gradient_checkpointing and bool(
+            (self.args.gradient_checkpointing_kwargs or {}).get("use_reentrant")
+        )
+
     def _attach_parameters(self) -> None:
         """Make the losses' parameters part of the model that is trained, but not of what is saved of it."""
         if self._has_cut_parameters:
@@ -206,6 +215,9 @@ class LossTrainer(SFTTrainer):
             raise ValueError(
                 f"loss {names} has parameters of its own, which FSDP and ZeRO-3 would cut; use zero2.yaml"
             )
+        embedding = self.model.get_input_embeddings()
+        if hasattr(embedding, "base_layer"):
+            raise ValueError("losses with parameters read the embedding itself; leave it out of lora_target_modules")
         self.model.add_module(PREFIX, self.loss_parameters)
         self.model._keys_to_ignore_on_save = [
             *(getattr(self.model, "_keys_to_ignore_on_save", None) or []),
@@ -242,7 +254,7 @@ class LossTrainer(SFTTrainer):
             attention_mask=inputs["attention_mask"],
             compute=functools.partial(self._sums, inputs, counts),
             embed=embed if self.losses.extras else None,
-            by_length=not self._has_cut_parameters,
+            by_length=not (self._has_cut_parameters or self._checkpoints_by_reentry),
         )
         if self.model.training:
             self._add(sums["means"], sums["terms"])
@@ -260,7 +272,7 @@ class LossTrainer(SFTTrainer):
         weights = self._weights(counts).to(values)
         loss = (values * weights[inputs.tasks]).sum() + 0.0 * states.sum()  # connected, without a label too
         means, terms = dict(inputs.logged), {}
-        if len(self.tasks) > 1:
+        if len(self.tasks) > 1 or self.losses.extras:  # else it is the loss
             for number, name in enumerate(self.tasks):
                 chosen = inputs.tasks == number
                 means[f"loss_{name}"] = (values.detach() * chosen).sum(), chosen.sum()
@@ -329,7 +341,11 @@ class LossTrainer(SFTTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):  # noqa: ANN001
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         file = Path(resume_from_checkpoint) / PARAMETERS_FILE
-        if len(self.loss_parameters) and file.is_file():
+        if len(self.loss_parameters):
+            if not file.is_file():
+                raise FileNotFoundError(
+                    f"{file} is missing; delete {resume_from_checkpoint} to go on from the one before"
+                )
             self.loss_parameters.load_state_dict(torch.load(file, weights_only=True))
 
 
