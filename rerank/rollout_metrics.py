@@ -6,8 +6,8 @@ A number is the mean of a value over the rollouts (or groups) that have it; kept
   another one where candidates are shuffled. `kendall_tau`: of rankings with the first stage's order, 1 for a copy.
 - `first_from/R`: rankings whose first item has first-stage rank R, a histogram over R.
 - `no_ranking`, and `failure/KIND` of each kind in prompts.FAILURES; `truncated`; `length_tokens` of a completion.
-- `reward` in total, `reward/NAME` of each reward where it applies; `gate/NAME`: rollouts in which its `when` held, for
-  rewards that have one which did not hold in some; `reward_share/NAME`: its weighted mean over the sum
+- `reward` in total, `reward/NAME` of each reward where it applies; `gate/NAME`: rollouts in which its `when` held, all
+  without one; `reward_share/NAME`: its weighted mean over the sum
   of the magnitudes of all weighted means, so that format can be held against rank.
 - `rank_gain`: places that a ranking moves the target up. `R@K/before` and `R@K/after`: rollouts whose target is among
   the first K; one without a ranking has it nowhere.
@@ -35,19 +35,9 @@ from rerank.metrics import kendall_tau
 from rerank.prompts import FAILURES, THINK, THINK_END
 
 COLUMNS = (  # those of rollouts.SCHEMA that the numbers need
-    *(
-        "step",
-        "round",
-        "group",
-        "target",
-        "completion",
-        "completion_ids",
-        "reward_components",
-        "reward_gates",
-        "reward",
-    ),
-    *("truncated", "failure", "order", "candidates", "candidate_labels", "first_stage_ranks", "target_rank_before"),
-    *("target_rank_after", "kept"),
+    *("step", "round", "group", "target", "completion", "completion_ids", "reward_components", "reward_gates"),
+    *("reward", "truncated", "failure", "order", "candidates", "candidate_labels", "first_stage_ranks"),
+    *("target_rank_before", "target_rank_after", "kept"),
 )
 CUT_OFFS = (1, 3, 5, 10)
 SAME_REWARD = 1e-6  # totals are sums of 32-bit floats
@@ -218,10 +208,9 @@ def _names(maps: pa.ChunkedArray) -> list[str]:
 
 
 def _gates(table: pa.Table) -> dict[str, np.ndarray]:
-    """Of each reward with a gate that was shut somewhere, whether it was open."""
+    """Of each reward whether its gate was open."""
     gates = table["reward_gates"]
-    held = {f"gate/{name}": _numbers(pc.map_lookup(gates, pa.scalar(name), "first")) for name in _names(gates)}
-    return {name: values for name, values in held.items() if (values == 0).any()}
+    return {f"gate/{name}": _numbers(pc.map_lookup(gates, pa.scalar(name), "first")) for name in _names(gates)}
 
 
 def _paid(table: pa.Table, weights: Mapping[str, float] | None) -> dict[str, np.ndarray]:

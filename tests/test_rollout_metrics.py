@@ -38,10 +38,10 @@ def test_copies_and_distance_to_the_first_stage_are_those_of_the_rankings():
     assert [found[f"first_from/{rank}"] for rank in (1, 2, 3)] == pytest.approx([1 / 3] * 3)
 
 
-def test_gates_that_were_shut_are_counted():
+def test_gates_that_were_open_are_counted():
     shut, open_ = ({"reward_gates": {"rank_promotion": True, "well_formed": held}} for held in (False, True))
     found = overall(make_rollout(**shut), make_rollout(**shut), make_rollout(**open_))
-    assert found["gate/well_formed"] == pytest.approx(1 / 3) and "gate/rank_promotion" not in found
+    assert found["gate/well_formed"] == pytest.approx(1 / 3) and found["gate/rank_promotion"] == 1
 
 
 def test_shuffled_candidates_part_the_order_shown_from_the_first_stages():

@@ -1,6 +1,5 @@
 """Beside a token loss: CLLM4Rec's multinomial item head, and its mutual regularisation of two embedding tables."""
 
-import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +16,6 @@ from rerank.sequences import by_user
 
 NEEDS = "a vector for each item, a second embedding of each id token; rows: 1 for each item with text, masked 1 a user"
 COSTS = "scores of all items at each target, the extra rows' tokens"
-logger = logging.getLogger(__name__)
 NEXT_ITEM, CONTENT, MASKED = "next_item", "content", "masked"
 TARGETS = ("held_out", "all")
 
@@ -109,11 +107,6 @@ class cllm4rec(Extra):
             if is_read:
                 self.module.head.add_to(model.get_input_embeddings())
         if self.regularisation:
-            if not embeddings.requires_grad:
-                logger.warning(
-                    "loss cllm4rec: the model's embedding is not trained, so that its regularisation pulls one side "
-                    "only; add embed_tokens to lora_modules_to_save"
-                )
             ids = torch.from_numpy(maker.index.vocabulary.astype(np.int64))
             places = torch.full((embeddings.shape[0],), -1)
             places[ids] = torch.arange(len(ids))

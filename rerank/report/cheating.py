@@ -32,6 +32,7 @@ CURVES = (  # title, {number or pattern/: name of the line; a pattern stands for
     ("Completions that are no ranking, by kind", {"failure/": "", "truncated": "truncated"}, SHARE),
     ("Completion length, tokens", {"length_tokens": "tokens"}, {"rangemode": "tozero"}),
     ("Each reward, mean", {"reward/": ""}, {}),
+    ("Conditions of rewards met, share of rollouts", {"gate/": ""}, SHARE),
     ("What each reward pays, share of all: format against rank", {"reward_share/": ""}, {"tickformat": "~%"}),
     ("Targets among the first K, share of rollouts", {f"R@{k}/after": f"K = {k}" for k in (1, 3, 5)}, SHARE),
     ("Traces that name the target", {"target_cited": "share"}, SHARE),

@@ -218,6 +218,12 @@ class LossTrainer(SFTTrainer):
         embedding = self.model.get_input_embeddings()
         if hasattr(embedding, "base_layer"):
             raise ValueError("losses with parameters read the embedding itself; leave it out of lora_target_modules")
+        if not embedding.weight.requires_grad:
+            logger.warning(
+                "loss %s has parameters beside the model's embedding, which is not trained, so that nothing pulls the "
+                "embedding itself; add embed_tokens to lora_modules_to_save",
+                ", ".join(self.loss_parameters),
+            )
         self.model.add_module(PREFIX, self.loss_parameters)
         self.model._keys_to_ignore_on_save = [
             *(getattr(self.model, "_keys_to_ignore_on_save", None) or []),
