@@ -28,7 +28,7 @@ class Launched:
             self.process = subprocess.Popen(
                 run_words(run, "--only", stage, *words),
                 env=environment(toy_run.data), stdout=output, stderr=subprocess.STDOUT,
-                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored in a shell's background jobs
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job ignores it
             )  # fmt: skip
 
     def wait_for(self, is_so):
