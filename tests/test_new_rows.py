@@ -64,7 +64,7 @@ def shard_and_compare(rank, port, tied):
     for found, wanted in zip(gradients(model, tied), gradients(whole, tied), strict=True):
         assert torch.allclose(found.full_tensor(), wanted, atol=1e-6)
     torch.distributed.barrier()  # neither leaves while the other still talks to it
-    torch.distributed.destroy_process_group()
+    os._exit(0)  # at once: the threads of gloo abort now and then when a process ends by and by
 
 
 @pytest.mark.parametrize("tied", [True, False])
