@@ -195,5 +195,5 @@ def refuse_without_neighbours(neighbours: np.ndarray, item_ids: Sequence[str]) -
     if len(alone):
         raise ValueError(
             f"{len(alone)} of {len(neighbours)} items have no neighbour, the first is {item_ids[alone[0]]}; "
-            "use more data, a larger window, or back-fill from semantic neighbours."
+            "use more data or a larger window, or set that relation's weight to 0."
         )

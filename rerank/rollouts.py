@@ -112,7 +112,9 @@ class RolloutWriter:
         """Delete this process's parts of `step` and later, which a run resumed from a checkpoint samples anew, and
         what a crash cut off; of the parts of processes beyond `num_processes`, which an earlier run had, a share."""
         for path in self.folder.glob("part-*"):
-            _, written_step, rank = path.stem.split("-")[:3]
+            if (named := _PART.fullmatch(f"{path.stem}.parquet")) is None:
+                continue  # somebody else's
+            written_step, rank = named[1], named[2]
             owner = int(rank) if num_processes is None else int(rank) % num_processes
             if owner == self.rank and (int(written_step) >= step or path.suffix == ".tmp"):
                 path.unlink()
@@ -135,6 +137,11 @@ def _write_part(records: Sequence[Mapping[str, Any]], path: Path) -> None:
         file.flush()
         os.fsync(file.fileno())  # else a machine that goes down may leave the name without the content
     temporary.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the name, too
+    finally:
+        os.close(folder)
 
 
 @dataclass(frozen=True)

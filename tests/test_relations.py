@@ -202,7 +202,7 @@ def test_random_neighbours_are_equally_likely_at_every_place():
 def test_items_without_any_neighbour_are_refused_by_name():
     message = (
         "2 of 3 items have no neighbour, the first is B02; "
-        "use more data, a larger window, or back-fill from semantic neighbours"
+        "use more data or a larger window, or set that relation's weight to 0"
     )
     with pytest.raises(ValueError, match=message):
         refuse_without_neighbours(np.array([[1, -1], [-1, -1], [-1, -1]]), ["B01", "B02", "B03"])

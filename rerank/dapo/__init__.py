@@ -281,7 +281,9 @@ def make_trainer(
         )
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(ShortProgress())
-    if config.use_vllm and args.consistency_rows:
+    if args.consistency_rows and not config.use_vllm:
+        logger.warning("consistency_rows needs use_vllm; nothing is logged of rankings under shuffled candidates")
+    elif args.consistency_rows:
         trainer.consistency = ConsistencyCheck(trainer, prompts, args.consistency_rows, args.consistency_steps)
     return trainer
 
