@@ -21,6 +21,8 @@ from typing import Any
 
 import numpy as np
 
+RANK_GAIN = "rank_gain"  # the outcome of a completion that is no reward's: places that the target moved up
+
 # What TRL passes to a reward besides the dataset's columns.
 TRAINER_COLUMNS = (
     "prompts",
@@ -121,6 +123,17 @@ class Reward:
             return [True] * len(completions)
         what = f"condition {self.when.__name__} of reward {self.name}"
         return [bool(gate) for gate in _call(self.when, what, "a list of booleans", _is_gate, completions, columns)]
+
+
+def check_outcome(outcome: str, rewards: Sequence[Reward]) -> None:
+    """Refuse an outcome that the rewards of a recipe do not report.
+
+    Raises:
+        ValueError: Naming those that they do.
+    """
+    known = [RANK_GAIN, *(reward.name for reward in rewards)]
+    if outcome not in known:
+        raise ValueError(f"outcome is {outcome!r}, but the recipe's rewards report only {', '.join(known)}")
 
 
 def load_rewards(specs: Sequence[Mapping[str, Any] | RewardSpec], columns: Sequence[str]) -> list[Reward]:

@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rerank import plugins, recipe, rollouts
+from rerank.plugins import RANK_GAIN
 from rerank.rollout_metrics import SAME_REWARD, dapo_keys, reward_values
 
 STORED = {  # column of a reward -> column of the store
@@ -27,7 +28,7 @@ STORED = {  # column of a reward -> column of the store
     "first_stage_ranks": "first_stage_ranks",
     "target_rank": "target_rank_before",
 }
-SCALE_REWARDS, RANK_GAIN = "group", "rank_gain"  # the dapo stage's defaults of scale_rewards and outcome
+SCALE_REWARDS = "group"  # DapoConfig's default
 READ_KEYS = ("rewards", "overlong_tokens", "max_completion_length", "scale_rewards", "outcome", "invalid_reward")
 ROUNDING = 1e-3  # advantages below are 0: what rounding leaves of a 32-bit total, over 1e-4
 BATCH_SIZE = 4096
@@ -45,8 +46,8 @@ class Scoring:
     """
 
     rewards: list[plugins.Reward]
-    scale_rewards: str = SCALE_REWARDS
-    outcome: str = RANK_GAIN
+    scale_rewards: str
+    outcome: str
 
 
 def read_scoring(path: str | Path, run_dir: str | Path) -> Scoring:
@@ -81,10 +82,8 @@ def read_scoring(path: str | Path, run_dir: str | Path) -> Scoring:
         raise ValueError(f"{path}: replay knows sum_then_normalize only; remove multi_objective_aggregation")
     if keys.get("invalid_reward") is not None:
         raise ValueError(f"{path}: replay knows no invalid_reward; remove it to see what the rewards alone would pay")
-    known = [RANK_GAIN, *(reward.name for reward in rewards)]
     outcome = keys.get("outcome", of_run.get("outcome", RANK_GAIN))
-    if outcome not in known:
-        raise ValueError(f"{path}: outcome is {outcome!r}, but its rewards report only {', '.join(known)}; name one")
+    plugins.check_outcome(outcome, rewards)
     return Scoring(rewards, scale, outcome)
 
 

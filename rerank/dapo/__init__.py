@@ -23,8 +23,8 @@ from trl.rewards import get_soft_overlong_punishment
 from rerank import base_model, group_forward, plugins, recipe, rollout_server, run_dir, stopping, vllm_cpu
 from rerank.catalogue import Catalogue
 from rerank.dapo.gains import gain_at_equal_ranks, gain_over_training
-from rerank.dapo.groups import RANK_GAIN
 from rerank.dapo.prompt_stream import REWARD_COLUMNS, PromptStream, prompt_row
+from rerank.plugins import RANK_GAIN
 from rerank.prompts import completion, parse_completion
 from rerank.rollouts import RolloutWriter
 from rerank.sft import RowEncoder, check_model, save_ranker, training_rows
@@ -134,12 +134,10 @@ def check(args: DapoArguments, training_args: DapoConfig, model_args: ModelConfi
             process's batch, or a model of another catalogue.
     """
     rewards = plugins.load_rewards(args.rewards, REWARD_COLUMNS)
-    known = [RANK_GAIN, *(reward.name for reward in rewards)]
-    if args.outcome not in known:
-        raise ValueError(f"outcome is {args.outcome!r}, but the recipe's rewards report only {', '.join(known)}")
+    plugins.check_outcome(args.outcome, rewards)
     if args.invalid_reward is not None and training_args.mask_truncated_completions:
         raise ValueError("invalid_reward needs mask_truncated_completions: false, else what was cut off never learns")
-    if args.invalid_reward is not None and INVALID in known:
+    if args.invalid_reward is not None and INVALID in [reward.name for reward in rewards]:
         raise ValueError(f"a reward is called {INVALID!r}, which is what invalid_reward is stored as; rename yours")
     if args.dynamic_sampling and training_args.loss_type not in MASKED_ROWS_COUNT_NOTHING:
         raise ValueError(

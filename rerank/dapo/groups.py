@@ -14,8 +14,6 @@ import numpy as np
 
 from rerank.dapo.prompt_stream import DrawnPrompt
 
-RANK_GAIN = "rank_gain"
-
 
 @dataclass
 class Rollout:

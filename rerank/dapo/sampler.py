@@ -16,6 +16,7 @@ from rerank.dapo import INVALID
 from rerank.dapo import groups as grouping
 from rerank.dapo.groups import Group, Rollout
 from rerank.dapo.prompt_stream import DrawnPrompt, PromptStream
+from rerank.plugins import RANK_GAIN
 from rerank.prompts import parse_completion
 from rerank.rollouts import RolloutWriter
 
@@ -34,7 +35,7 @@ class SamplingOptions:
         is_dynamic: Whether groups of one outcome are exchanged.
     """
 
-    outcome: str = grouping.RANK_GAIN
+    outcome: str = RANK_GAIN
     max_rounds: int = 1
     is_dynamic: bool = False
 
@@ -199,7 +200,7 @@ class GroupSampler:
         return [{name: held[i] for name, held in gates.items()} for i in range(len(rows))]
 
     def _outcome(self, drawn: DrawnPrompt, order: list[int] | None, rewards: Sequence[float]) -> float | None:
-        if self.options.outcome == grouping.RANK_GAIN:
+        if self.options.outcome == RANK_GAIN:
             return grouping.rank_gain(drawn, order)
         names = self.trainer.reward_func_names
         if INVALID in names and not np.isnan(rewards[names.index(INVALID)]):

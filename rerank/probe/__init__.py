@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from rerank.plugins import Reward, load_rewards
+from rerank.plugins import RANK_GAIN, Reward, check_outcome, load_rewards
 from rerank.probe.policies import POLICIES, RANDOM, Policy, input_order, random_order
 from rerank.probe.rows import ProbeRow, read_rows, reward_columns
 from rerank.prompts import parse_completion
@@ -21,7 +21,6 @@ from rerank.prompts import parse_completion
 NUM_ROWS, MAX_SHARE = 500, 0.25
 GROUP_SIZE = 8  # TRL's num_generations
 SAME = 1e-9  # rewards that differ by less are equal
-RANK_GAIN = "rank_gain"  # the dapo stage's default of `outcome`
 
 
 @dataclass(frozen=True)
@@ -132,9 +131,8 @@ def probe(keys: Mapping[str, Any], num_rows: int = NUM_ROWS, max_share: float = 
     first_rows = [row for row in rows if row.target_rank == 1]
     if not open_rows:
         raise ValueError(f"the target of all {len(rows)} rows is first already, so there is nothing to gain; add rows")
-    known = [RANK_GAIN, *(reward.name for reward in rewards)]
-    if (outcome := keys.get("outcome", RANK_GAIN)) not in known:
-        raise ValueError(f"outcome is {outcome!r}, but the recipe's rewards report only {', '.join(known)}")
+    outcome = keys.get("outcome", RANK_GAIN)
+    check_outcome(outcome, rewards)
     outcomes = _outcomes(open_rows, first_rows, rewards, group_size, outcome)
     return Probe(outcomes, f"{len(open_rows)} of {len(rows)} {what}, their target not first", max_share)
 
