@@ -19,7 +19,7 @@ demo: setup
 test: lint
 	@command -v chromium chromium-browser google-chrome >/dev/null || \
 		echo "Chromium is missing, so the tests of the report in a browser are skipped; install it with: apt-get install -y chromium" >&2
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 lint: setup
 	$(BIN)/ruff check .

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from toy_recipe import TOY, environment, write_toy_data
 
 
@@ -39,18 +40,33 @@ def run_command(*words: str) -> str:
 
 
 @pytest.fixture(scope="session")
-def toy_data(tmp_path_factory):
-    """The folder of the toy's data."""
-    return write_toy_data(tmp_path_factory.mktemp("toy_data"))
+def shared_dir(tmp_path_factory):
+    """A folder that the worker processes of one call of pytest share."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
 
 @pytest.fixture(scope="session")
-def toy_run(toy_data, tmp_path_factory):
+def toy_data(shared_dir):
+    """The folder of the toy's data."""
+    folder = shared_dir / "toy_data"
+    with FileLock(shared_dir / "toy_data.lock"):
+        if not folder.exists():
+            folder.mkdir()
+            write_toy_data(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def toy_run(shared_dir, toy_data):
     """`rerank run tests/toy`, once for all tests: every stage in a process of its own, as users run it."""
-    run = tmp_path_factory.mktemp("toy") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in environment(toy_data).items():
-            if os.environ.get(name) != value:
-                patch.setenv(name, value)
-        printed = run_command("run", str(TOY), "--out", str(run))
-    return ToyRun(run, toy_data, printed)
+    run, output = shared_dir / "toy_run", shared_dir / "toy_run.txt"
+    with FileLock(shared_dir / "toy_run.lock"):
+        if not output.exists():
+            with pytest.MonkeyPatch.context() as patch:
+                for name, value in environment(toy_data).items():
+                    if os.environ.get(name) != value:
+                        patch.setenv(name, value)
+                printed = run_command("run", str(TOY), "--out", str(run))
+            output.write_text(printed)
+    return ToyRun(run, toy_data, output.read_text())

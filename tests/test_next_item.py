@@ -76,7 +76,7 @@ def make_rows(run, **options):
     return ItemRows(tokenizer=tokenizer, **settings)
 
 
-def make_trainer(run, folder, specs, num_rows=None, **options):
+def make_trainer(run, folder, specs, num_rows=None, change=None, **options):
     settings = {"per_device_train_batch_size": 8, "max_steps": 1, "optim": "sgd", "learning_rate": 0.1, **options}
     config = SFTConfig(
         output_dir=str(folder), use_cpu=True, bf16=False, report_to="none", disable_tqdm=True, save_strategy="no",
@@ -85,6 +85,8 @@ def make_trainer(run, folder, specs, num_rows=None, **options):
     )  # fmt: skip
     losses = load_losses(specs, "next_item")
     model, tokenizer = load(run)
+    if change is not None:
+        change(model)
     maker = ItemRows(CATALOGUE, tokenizer, "semantic_id", 5, losses.masks_first, str(run), max_length=64)
     rows = {"next_item": maker.next_item_rows("all")}
     for extra in losses.extras.values():
@@ -267,6 +269,37 @@ def test_the_regulariser_of_two_items_by_hand(run, tmp_path):
     # the second by content only
     assert extra.module.content.grad[-1, 0].item() == pytest.approx(3.0 * (4 - 1) / 2)
     assert extra.module.content.grad[0, 0].item() == 0.0
+
+
+def test_second_embeddings_are_scaled_as_the_model_scales_its_own(run, tmp_path):
+    trainer = make_trainer(run, tmp_path, [{"name": "nll"}, CLLM4REC])
+    extra, maker, embedding = (
+        trainer.losses.extras["cllm4rec"],
+        trainer.data_collator.maker,
+        torch.nn.Embedding(999, 32),
+    )
+    text = maker.text_row("Describe:", 11, "drama") | {"task": trainer.tasks.index("content"), "number": 0}
+    batch = trainer.data_collator([text])
+    plain = extra.embed(embedding, batch)
+    is_second = (plain != embedding(batch["input_ids"])).any(dim=2)
+    assert is_second.sum() == 2  # the item's tokens
+    embedding.embed_scale = 5.0  # as Gemma's
+    scaled = extra.embed(embedding, batch)
+    assert torch.allclose(scaled[is_second], 5 * plain[is_second])
+    assert torch.equal(scaled[~is_second], plain[~is_second])
+
+
+def freeze_embedding(model):
+    model.get_input_embeddings().weight.requires_grad_(False)
+
+
+def test_a_loss_beside_an_embedding_that_is_not_trained_says_so(run, tmp_path, caplog):
+    make_trainer(run, tmp_path, [{"name": "nll"}, CLLM4REC], change=freeze_embedding)
+    assert "beside the model's embedding, which is not trained" in caplog.text
+    caplog.clear()
+    make_trainer(run, tmp_path, [{"name": "nll"}, CLLM4REC])
+    make_trainer(run, tmp_path, [{"name": "nll"}], change=freeze_embedding)  # nothing that would pull it
+    assert "which is not trained" not in caplog.text
 
 
 def without_head_targets(inputs):
@@ -587,6 +620,17 @@ def test_models_that_scale_their_logits_are_refused(run, tmp_path):
     model.config.logit_scale = 0.5
     with pytest.raises(ValueError, match="the model's logit_scale is 0.5, but losses take logits as they are"):
         add_loss_forward(model)
+
+
+def test_models_that_balance_experts_are_refused(run, tmp_path):
+    def balance(model):
+        model.config.output_router_logits = True  # what TRL reads
+        model.config.router_aux_loss_coef = 0.001
+
+    with pytest.raises(
+        ValueError, match="losses leave out the load balancing of experts; set router_aux_loss_coef to 0"
+    ):
+        make_trainer(run, tmp_path, [{"name": "nll"}], change=balance)
 
 
 def test_metrics_of_sets_by_hand():
