@@ -59,6 +59,10 @@ def _add_rollouts(commands: Any) -> None:
         'columns, such as "kept = false and target_rank_after > target_rank_before"'
     )  # fmt: skip
     inspect.add_argument("--against", metavar="OTHER_RUN", help="show the same rows of another run beside it")
+    inspect.add_argument(
+        "--against_step", type=int, metavar="STEP", help="the last step of that run that counts; with "
+        "--against RUN_DIR, an earlier policy stands beside a later one"
+    )  # fmt: skip
     inspect.add_argument("--limit", type=int, default=5, help="how many groups to print (%(default)s)")
     inspect.add_argument("--step", type=int, help="only groups of this step")
     inspect.add_argument("--row", type=int, help="only groups of this row_id")
@@ -169,7 +173,7 @@ def _compare(args: argparse.Namespace) -> int:
 def _inspect(args: argparse.Namespace) -> int:
     from rerank import rollout_browser
 
-    rollout_browser.inspect(args.run_dir, args.limit, args.step, args.row, args.where, args.against)
+    rollout_browser.inspect(args.run_dir, args.limit, args.step, args.row, args.where, args.against, args.against_step)
     return 0
 
 

@@ -32,6 +32,7 @@ def inspect(
     row_id: int | None = None,
     where: str = "",
     against: str | Path | None = None,
+    against_step: int | None = None,
     console: Console | None = None,
 ) -> None:
     """Browse the groups of a run, the latest step first, or print some where standard output is no terminal.
@@ -43,16 +44,19 @@ def inspect(
         row_id: Only groups of this row.
         where: Only groups with a rollout that meets this DuckDB condition.
         against: A run whose latest group of the same row is shown beside each.
+        against_step: The last step of that run that counts; of the same run, this holds two of its policies together.
         console: Where to print; standard output or the terminal's browser when None.
 
     Raises:
-        ValueError: When there is nothing to show, or `where` is no condition.
+        ValueError: When there is nothing to show, `where` is no condition, or a step is given of no other run.
     """
+    if against is None and against_step is not None:
+        raise ValueError(f"against_step is {against_step} but there is no other run; give one with --against")
     if limit < 1:
         raise ValueError(f"limit is {limit} but must be at least 1")
     parts = [f"{name} = {value}" for name, value in (("step", step), ("row_id", row_id)) if value is not None]
     condition = " AND ".join([*parts, *([f"({where}\n)" if parts else where] if where.strip() else [])])
-    groups = RolloutGroups(run_dir, against)
+    groups = RolloutGroups(run_dir, against, against_step)
     if where.strip():
         groups.filter(where)  # alone first, so that a message quotes what the user wrote
     groups.filter(condition)

@@ -71,13 +71,18 @@ class RolloutGroups:
     Args:
         run_dir: A run, its dapo folder (finished or partial), or the folder of the parts.
         against: The other run; the same one to compare a row with its last visit.
+        against_step: The last step of the other run that counts: its policy as it was then.
 
     Raises:
         ValueError: When a run has no readable rollouts, or the two have no row in common.
     """
 
-    def __init__(self, run_dir: str | Path, against: str | Path | None = None) -> None:
+    def __init__(
+        self, run_dir: str | Path, against: str | Path | None = None, against_step: int | None = None
+    ) -> None:
         self.run_dir, self.against = Path(run_dir), None if against is None else RolloutGroups(against)
+        if self.against is not None and against_step is not None:
+            self.against.filter(f"step <= {against_step}")
         self.catalogue = find_catalogue(run_dir)
         self.columns = COLUMNS if against is None else COLUMNS_AGAINST
         self._rollouts = open_rollouts(run_dir)
@@ -85,6 +90,8 @@ class RolloutGroups:
         self.filter("")
         if self.num_groups == 0 and against is None:
             raise ValueError(f"{run_dir} holds no rollouts; run the dapo stage, or give the folder of a run that did")
+        if self.num_groups == 0 and against_step is not None:
+            raise ValueError(f"{run_dir} has no row that {against} met up to step {against_step}; give a later step")
         if self.num_groups == 0 and self.against.run_dir.resolve() == self.run_dir.resolve():
             raise ValueError(f"{run_dir} met no row twice, so that it cannot be held against itself; give another run")
         if self.num_groups == 0:

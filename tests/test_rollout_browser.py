@@ -103,6 +103,8 @@ def test_printing_against_another_run_shows_both_groups(tmp_path):
 
 def test_what_is_not_there_is_refused(tmp_path, capsys):
     write(tmp_path, make_rollout(step=3))
+    with pytest.raises(ValueError, match="against_step is 2 but there is no other run; give one with --against"):
+        printed(tmp_path, against_step=2)
     with pytest.raises(ValueError, match="has no rollout with step = 9 and row_id = 1; its steps are 3 to 3"):
         printed(tmp_path, step=9, row_id=1)
     with pytest.raises(ValueError, match="has no rollout with reward > 5; its steps are 3 to 3"):

@@ -102,6 +102,14 @@ def test_a_run_against_itself_shows_each_row_beside_its_last_visit(tmp_path):
     assert [(line["step"], line["row_id"], line["other_step"]) for line in lines] == [(0, 40, 2)]
 
 
+def test_an_earlier_policy_of_the_other_run_can_be_asked_for(tmp_path):
+    write(tmp_path, *(make_rollout(step=step, reward=float(step)) for step in (0, 2, 4, 6)))
+    lines = RolloutGroups(tmp_path, tmp_path, against_step=3).page()
+    assert [(line["step"], line["other_step"]) for line in lines] == [(6, 2), (4, 2), (0, 2)]
+    with pytest.raises(ValueError, match="has no row that .* met up to step -1; give a later step"):
+        RolloutGroups(tmp_path, tmp_path, against_step=-1)
+
+
 def test_runs_without_a_common_row_are_refused(tmp_path):
     write(tmp_path / "a", make_rollout())
     write(tmp_path / "b", make_rollout(group=1))
