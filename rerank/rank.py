@@ -138,7 +138,8 @@ def _check_candidates(candidates: Sequence[int], ids: Sequence[Any], model: Rank
         raise ValueError(f"{where}: candidates has 1 item; there is nothing to rank.")
     if model.num_candidates not in (None, len(candidates)):
         raise ValueError(
-            f"{where}: candidates has {len(candidates)} items but the model ranks lists of {model.num_candidates}."
+            f"{where}: candidates has {len(candidates)} items but the model ranks lists of {model.num_candidates}; "
+            f"give as many, or train one with candidates.num_candidates={len(candidates)}."
         )
 
 
