@@ -10,6 +10,7 @@ optimizer steps (tests/test_vllm_cpu.py).
 import contextlib
 import functools
 import importlib
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -80,9 +81,15 @@ def engine_dtype(dtype: str = "auto") -> str:
 
 @contextlib.contextmanager
 def trl_engine_options(**options: Any) -> Iterator[None]:
-    """While a TRL trainer builds its colocated engine, pass it options that TRL has no argument for."""
+    """While a TRL trainer builds its colocated engine, pass it options that TRL has no argument for.
+
+    The port on which a lone process meets its engine is any free one: TRL tries the same four first, so that two runs
+    which start together would meet on one.
+    """
+    from torch.distributed.elastic.utils.distributed import get_free_port
     from trl.generation import vllm_generation
 
+    os.environ.setdefault("MASTER_PORT", str(get_free_port()))
     original = vllm_generation.LLM
     vllm_generation.LLM = functools.partial(original, **options)
     try:
