@@ -105,13 +105,13 @@ def test_a_cpu_that_is_slow_in_bfloat16_computes_in_float32(monkeypatch, capabil
     assert vllm_cpu.engine_dtype(asked) == dtype
 
 
-def test_two_runs_that_start_together_meet_their_engines_on_ports_of_their_own(monkeypatch):
+def test_a_lone_process_meets_its_engine_on_none_of_the_ports_that_trl_tries_first(monkeypatch):
     ports = []
     for _ in range(2):
         monkeypatch.delenv("MASTER_PORT", raising=False)
         with vllm_cpu.trl_engine_options():
             ports.append(os.environ["MASTER_PORT"])
-    assert not {"29500", "23456", "12355", "12345"} & {*ports}  # those that TRL tries first
+    assert not {"29500", "23456", "12355", "12345"} & {*ports}
     monkeypatch.setenv("MASTER_PORT", "4711")  # of a launcher of several processes
     with vllm_cpu.trl_engine_options():
         assert os.environ["MASTER_PORT"] == "4711"
