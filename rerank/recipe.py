@@ -300,6 +300,10 @@ def _run(stage: str, argv: Sequence[str]) -> None:
         if not _is_ours(error):
             raise
         _fail(one_line(error), 2)
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        from accelerate import PartialState
+
+        PartialState().wait_for_everyone()  # they may still read or write the folder, which is renamed now
     if is_main:
         runs.finish(run_dir, stage, keys, resolved_recipe(arguments, keys), inputs, metrics)
         held.__exit__(None, None, None)

@@ -82,7 +82,7 @@ def train(trainer: Any, max_minutes: float | None = None) -> None:
     stop = stop_callback(max_minutes)
     trainer.add_callback(stop)
     trainer.train(resume_from_checkpoint=last_checkpoint(trainer.args.output_dir))
-    trainer.accelerator.wait_for_everyone()  # before the main process renames the folder that all of them write into
+    trainer.accelerator.wait_for_everyone()  # one that ends has the launcher stop those that still write
     if stop.signalled:
         raise KeyboardInterrupt
 

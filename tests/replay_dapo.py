@@ -1,13 +1,16 @@
 """The dapo stage on stored rollouts: vLLM still samples, then each completion is exchanged for one of an earlier run.
 
+The second process is also late at the end: a stage is finished only when every process is done with its folder.
+
 TOY_ROLLOUTS=RUN_DIR accelerate launch --config_file FILE -m tests.replay_dapo --config tests/toy/7_dapo.yaml
 """
 
 import os
+import time
 
 from trl import GRPOTrainer
 
-from rerank import recipe, rollouts
+from rerank import dapo, recipe, rollouts
 
 
 def replay(run: str) -> None:
@@ -30,6 +33,19 @@ def replay(run: str) -> None:
     GRPOTrainer._generate_single_turn = replayed
 
 
+def be_late(seconds: float) -> None:
+    """Make this process read its rollouts after the others have."""
+    gain = dapo.gain_at_equal_ranks
+
+    def late(folder):
+        time.sleep(seconds)
+        return gain(folder)
+
+    dapo.gain_at_equal_ranks = late
+
+
 if __name__ == "__main__":
     replay(os.environ["TOY_ROLLOUTS"])
+    if os.environ["RANK"] == "1":
+        be_late(3)
     recipe.launch("dapo")

@@ -119,15 +119,23 @@ def test_columns_and_scale_are_those_of_the_dapo_stage(tmp_path):
     assert config.multi_objective_aggregation == "sum_then_normalize"
 
 
-def test_scoring_in_batches_is_scoring_at_once(tmp_path, monkeypatch):
-    completions = [BEST, SAME, WORST, "junk", "<think></think> 3 2 1"]
-    write(tmp_path / "rollouts", *(make_rollout(group=n, completion=text) for n, text in enumerate(completions)))
+def test_scoring_in_batches_and_by_groups_is_scoring_each_rollout_alone(tmp_path, monkeypatch):
+    """Groups of two whose targets stand at different places, one group cut by a batch, one drawn again later."""
+    completions = [BEST, SAME, WORST, "junk", "<think></think> 3 2 1", BEST, SAME, WORST]
+    of_groups = [{"relevance": [0.0, 1.0, 0.0]}, {"relevance": [0.0, 0.0, 1.0], "target_rank_before": 3}]
+    records = (
+        make_rollout(step=n // 6, group=n // 2 % 2, completion=text, **of_groups[n // 2 % 2])
+        for n, text in enumerate(completions)
+    )
+    write(tmp_path / "rollouts", *records)
     rewards = plugins.load_rewards([{"name": "rank_promotion"}, {"name": "ndcg"}], tuple(replay.STORED))
     table = rollouts.read_rollouts(tmp_path)
-    at_once = replay.score(table, rewards)
-    monkeypatch.setattr(replay, "BATCH_SIZE", 2)
-    for name, values in replay.score(table, rewards).items():
-        assert values.tolist() == at_once[name].tolist() and len(values) == 5
+    alone = [replay.score(table.slice(place, 1), rewards) for place in range(len(completions))]
+    for size in (3, 100):
+        monkeypatch.setattr(replay, "BATCH_SIZE", size)
+        for name, values in replay.score(table, rewards).items():
+            assert values.tolist() == [found[name].item() for found in alone]
+            assert len(set(values.tolist())) > 2
 
 
 def test_the_overlong_punishment_counts_with_the_limit_of_the_recipe_or_the_run(tmp_path):
