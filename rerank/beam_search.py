@@ -7,7 +7,7 @@ generation_config plays no part. Letters of shapes: B rows, K beams of a row, W 
 
 import logging
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -25,10 +25,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class BeamResult:
-    """For each row the items found, best first, and the log-probability of each item's token sequence."""
+    """For each row the items found, best first, and the log-probability of each item's token sequence.
+
+    `best_dropped` has for each row of a beam search the log-probability of the best prefix or item that no beam was
+    left for, -inf where nothing was dropped: no item that the beams lost has more. It is empty for other searches.
+    """
 
     items: list[list[int]]
     logps: list[list[float]]
+    best_dropped: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,12 @@ class Beams:
     def best(self, num_beams: int) -> "Beams":
         """The best of each row, best first; on ties the one that comes first in the index."""
         return self._taken(np.lexsort((self.nodes, -self.logps))[:, :num_beams])
+
+    def best_after(self, num_beams: int) -> np.ndarray:
+        """(B,) log-probability of the best that `best` leaves out; -inf where it leaves out none."""
+        if self.logps.shape[1] <= num_beams:
+            return np.full(len(self.logps), -np.inf)
+        return -np.partition(-self.logps, num_beams, axis=1)[:, num_beams]
 
     def where(self, condition: np.ndarray, last_node: int) -> "Beams":
         """Those of each row for which `condition` holds, in the order of the index."""
@@ -136,6 +147,7 @@ def beam_search(
         logger.info("every beam gets a copy of its history: %s", copied)
     items: list[list[int]] = [[]] * len(input_ids)
     logps: list[list[float]] = [[]] * len(input_ids)
+    best_dropped = [-np.inf] * len(input_ids)
     by_length = sorted(range(len(input_ids)), key=lambda row: len(input_ids[row]))  # little padding
     was_training = model.training
     model.eval()
@@ -145,12 +157,13 @@ def beam_search(
                 batch = by_length[start : start + batch_size]
                 barred = Barred.of(index, [excluded[row] for row in batch])
                 decoder = BeamDecoder(model, [input_ids[row] for row in batch], shared=copied is None)
-                finished = _search(decoder, index, num_beams, barred, mask_first)
-                for row, found in zip(batch, _found_items(finished, index, barred, num_items), strict=True):
-                    items[row], logps[row] = found
+                finished, dropped = _search(decoder, index, num_beams, barred, mask_first)
+                found = _found_items(finished, index, barred, num_items)
+                for row, of_row, most in zip(batch, found, dropped.tolist(), strict=True):
+                    (items[row], logps[row]), best_dropped[row] = of_row, most
     finally:
         model.train(was_training)
-    return BeamResult(items, logps)
+    return BeamResult(items, logps, best_dropped)
 
 
 def _check(
@@ -170,8 +183,10 @@ def _check(
             raise ValueError(f"row {row} of input_ids is empty; a history needs at least one token")
 
 
-def _search(decoder: "BeamDecoder", index: PrefixIndex, num_beams: int, barred: Barred, mask_first: bool) -> Beams:
-    """The finished beams of one batch."""
+def _search(
+    decoder: "BeamDecoder", index: PrefixIndex, num_beams: int, barred: Barred, mask_first: bool
+) -> tuple[Beams, np.ndarray]:
+    """The finished beams of one batch, and the best log-probability that was dropped on the way, (B,)."""
     import torch
 
     logits = decoder.logits  # (B, K, V), K = 1 before the first step
@@ -184,18 +199,21 @@ def _search(decoder: "BeamDecoder", index: PrefixIndex, num_beams: int, barred: 
     zeros, last_node = np.zeros((len(logits), 1), dtype=np.int64), index.num_nodes - 1
     beams = Beams(zeros + index.root, zeros.astype(float), zeros, zeros == 0)
     finished = beams.where(~beams.is_open, last_node)
+    best_dropped = np.full(len(logits), -np.inf)
     while beams.nodes.size:
         scores, first = _child_logps(beams, logits, vocabulary, index, barred.closed, mask_first)
-        grown = _grown(scores, first, num_beams, last_node)
+        grown, left_out = _grown(scores, first, num_beams, last_node)
         is_end, is_inner = _kinds(grown.nodes, index, barred.ended)
         # an item that is also the beginning of another counts twice: it ends, and it goes on
         ended, inner = grown.where(is_end, last_node), grown.where(is_inner, last_node)
         inner.is_open[:] = True
-        best = finished.joined(ended).joined(inner).best(num_beams)
+        hypotheses = finished.joined(ended).joined(inner)
+        best = hypotheses.best(num_beams)
+        best_dropped = np.maximum.reduce([best_dropped, left_out, hypotheses.best_after(num_beams)])
         finished, beams = best.where(~best.is_open, last_node), best.where(best.is_open, last_node)
         if beams.nodes.size:
             logits = decoder.step(beams.parents, index.vocabulary[index.tokens[beams.nodes - 1]])
-    return finished
+    return finished, best_dropped
 
 
 def _child_logps(
@@ -230,26 +248,29 @@ def _child_logps(
     return scores, first.reshape(shape[:2])
 
 
-def _grown(scores: "torch.Tensor", first: np.ndarray, num_beams: int, last_node: int) -> Beams:
-    """The best continuations of each row, none open yet."""
-    top, places = _first_best(scores.flatten(1), num_beams)
+def _grown(scores: "torch.Tensor", first: np.ndarray, num_beams: int, last_node: int) -> tuple[Beams, np.ndarray]:
+    """The best continuations of each row, none open yet, and the log-probability of the best of the others, (B,)."""
+    top, places, left_out = _first_best(scores.flatten(1), num_beams)
     logps = top.cpu().numpy()
     if np.isnan(logps).any():
         raise ValueError("the model's logits are NaN; its weights are broken or its precision is too low")
     parents, numbers = np.divmod(places.cpu().numpy(), scores.shape[2])
     nodes = np.take_along_axis(first, parents, axis=1) + numbers
-    return Beams(np.where(logps > -np.inf, nodes, last_node), logps, parents, np.zeros(nodes.shape, dtype=bool))
+    beams = Beams(np.where(logps > -np.inf, nodes, last_node), logps, parents, np.zeros(nodes.shape, dtype=bool))
+    return beams, left_out.cpu().numpy()
 
 
-def _first_best(scores: "torch.Tensor", num_best: int) -> tuple["torch.Tensor", "torch.Tensor"]:
-    """The greatest of each row and their places; of equal ones at the cut, those that come first."""
+def _first_best(scores: "torch.Tensor", num_best: int) -> tuple["torch.Tensor", "torch.Tensor", "torch.Tensor"]:
+    """The greatest of each row, their places, and the greatest of the rest; of equal ones, those that come first."""
     top, places = scores.topk(min(num_best + 1, scores.shape[1]), dim=1)
+    left_out = top.new_full(top.shape[:1], -np.inf)
     if top.shape[1] > num_best:
+        left_out = top[:, num_best]
         tied = (top[:, num_best - 1] == top[:, num_best]) & (top[:, num_best] > -np.inf)
         if tied.any():  # topk takes any of them, a stable sort the first
             values, order = scores[tied].sort(dim=1, descending=True, stable=True)
             top[tied], places[tied] = values[:, : num_best + 1], order[:, : num_best + 1]
-    return top[:, :num_best], places[:, :num_best]
+    return top[:, :num_best], places[:, :num_best], left_out
 
 
 def _kinds(nodes: np.ndarray, index: PrefixIndex, ended: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -6,9 +6,11 @@ has no metric (None): whether it is left out (hit-only) or counts as zero (end-t
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from functools import cache
 from math import comb
+from typing import Any
 
 import numpy as np
 
@@ -129,6 +131,49 @@ def paired_interval(
     means = [sums[drawn].sum() / counts[drawn].sum() for drawn in draws]
     low, high = np.percentile(means, [2.5, 97.5])
     return float(differences.mean()), float(low), float(high)
+
+
+def paired_rate_interval(
+    events: Sequence[float],
+    cases: Sequence[float],
+    other_events: Sequence[float],
+    other_cases: Sequence[float],
+    users: Sequence[int],
+    num_samples: int = 2000,
+    seed: int = 0,
+) -> tuple[float, float, float]:
+    """Difference of two rates, each its events over its cases, with its 95 % interval; whole users drawn.
+
+    Unlike in `paired_interval` the two may have different cases, such as targets that only one model ranks high.
+
+    Args:
+        events, cases: How many of each a row has; no more events than cases.
+        other_events, other_cases: The same rows' under the other ranker.
+        users, num_samples, seed: As of `paired_interval`.
+
+    Returns:
+        (difference, lower bound, upper bound); NaN where too few users have cases to draw from.
+    """
+    from scipy.stats import bootstrap
+
+    _, cluster = np.unique(np.asarray(users), return_inverse=True)
+    sums = [np.bincount(cluster, weights=values) for values in (events, cases, other_events, other_cases)]
+    has_case = (sums[1] > 0) | (sums[3] > 0)  # the others change neither rate
+    sums = [values[has_case] for values in sums]
+
+    def difference(first: np.ndarray, of: np.ndarray, second: np.ndarray, of_second: np.ndarray, axis: int) -> Any:
+        return first.sum(axis) / of.sum(axis) - second.sum(axis) / of_second.sum(axis)
+
+    with np.errstate(invalid="ignore"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a draw without cases has no rate; the interval is then NaN, as documented
+        found = float(difference(*sums, axis=0))
+        if len(sums[0]) < 2:
+            return found, float("nan"), float("nan")
+        drawn = bootstrap(
+            sums, difference, n_resamples=num_samples, batch=100, paired=True, method="percentile", rng=seed
+        )
+    low, high = drawn.confidence_interval
+    return found, float(low), float(high)
 
 
 def kendall_tau(order: Sequence[int]) -> float:

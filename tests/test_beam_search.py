@@ -104,6 +104,32 @@ def test_few_beams_equal_a_slow_loop(model, num_beams):
         assert result.items[row] == [item for s in best for item in range(len(sequences)) if sequences[item] == s]
 
 
+def test_nothing_that_the_beams_lost_is_more_probable_than_the_best_that_they_dropped(model):
+    sequences = catalogue()
+    index = PrefixIndex.build(sequences)
+    lost = []
+    for num_beams in (1, 2, 5, 10):
+        result = beam_search(model, HISTORIES, index, num_beams=num_beams)
+        for row, history in enumerate(HISTORIES):
+            left = [logp for logp, item in exhaustive(model, history, sequences) if item not in result.items[row]]
+            assert max(left) <= result.best_dropped[row] + 1e-4
+            assert max(left) > result.best_dropped[row] - 20  # and not for want of a bound
+            lost += [max(left) > result.logps[row][-1] + 1e-4]
+    assert any(lost) and not all(lost)  # some lists are not the most probable, and the bound says which may not be
+    everything = beam_search(model, HISTORIES, index, num_beams=len(sequences))
+    assert everything.best_dropped == [-np.inf] * len(HISTORIES)
+
+
+def test_the_best_that_was_dropped_by_hand():
+    """Two levels of two tokens, all equally probable: with one beam, half of each level is dropped."""
+    uniform = make_model("qwen3")
+    torch.nn.init.zeros_(uniform.lm_head.weight)
+    index = PrefixIndex.build([[10, 14], [10, 15], [11, 14], [11, 15]])
+    for num_beams, logp in ((1, -np.log(2)), (2, -2 * np.log(2)), (3, -2 * np.log(2)), (4, -np.inf)):
+        found = beam_search(uniform, [[1, 2]], index, num_beams=num_beams, mask_first=True)
+        assert found.best_dropped == pytest.approx([logp])
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_any_architecture_equals_a_slow_loop(name):
     model = make_model(name)

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -11,8 +12,13 @@ from test_compare import cells, write_recipes
 from rerank import compare, pipeline, run_dir
 from rerank.compare import next_item_table
 from rerank.evaluate.next_item import LISTS
+from rerank.evaluate.pruning import FILE as PRUNING_FILE
+from rerank.evaluate.pruning import Pruning
 
-PRUNING = {"n": 4, "in_top": 2, "pruning_rate": 0.5, "violation_rate": 0.25, "violations_by_step": [0.25, 0.0]}
+NONE = [False, False]
+VIOLATES = np.array([[True, False], NONE, NONE, NONE])
+PRUNING = Pruning(np.array([True, True, False, False]), np.array([True, False, True, False]), VIOLATES)
+WORSE = Pruning(PRUNING.is_top, np.zeros(4, dtype=bool), VIOLATES)
 RECIPES = {
     "1_data": {"interactions": "toy.csv"},
     "2_semantic_ids": {"embeddings": "toy.npy"},
@@ -23,7 +29,9 @@ RECIPES = {
 WORDS = [["nll"], ["bear", "sft.losses=[{name: bear}]"]]
 
 
-def write_evaluation(run: Path, places: dict[str, list[int]], pruning: dict | None = None, first_row: int = 0) -> Path:
+def write_evaluation(
+    run: Path, places: dict[str, list[int]], pruning: Pruning | None = None, first_row: int = 0
+) -> Path:
     """An evaluate folder in which a ranker finds the target of row r at 1-based place places[ranker][r]; 0: never."""
     folder = run / "evaluate"
     folder.mkdir(parents=True)
@@ -34,7 +42,9 @@ def write_evaluation(run: Path, places: dict[str, list[int]], pruning: dict | No
     ]  # fmt: skip
     pq.write_table(pa.Table.from_pylist(lines, schema=LISTS), folder / "lists.parquet")
     results = {"task": "next_item", "split": "valid", "n": {"all": 4}, "num_beams": 10}
-    run_dir.write_json(folder / "results.json", results | ({"pruning": pruning} if pruning else {}))
+    run_dir.write_json(folder / "results.json", results)
+    if pruning is not None:
+        pruning.write(folder / PRUNING_FILE, np.arange(4))
     (run / "data").mkdir()
     run_dir.write_json(run / "data/metrics.json", {"sources": {"toy.csv": "0" * 64}})
     return run
@@ -49,7 +59,7 @@ def runs_of(tmp_path):
     return {
         "nll": [
             write_evaluation(tmp_path / "nll0", BASELINES | {"sft": [1, 6, 0, 0]}, PRUNING),
-            write_evaluation(tmp_path / "nll1", BASELINES | {"sft": [0, 6, 0, 0]}, {**PRUNING, "pruning_rate": 1.0}),
+            write_evaluation(tmp_path / "nll1", BASELINES | {"sft": [0, 6, 0, 0]}, WORSE),
         ],
         "bear": [
             write_evaluation(tmp_path / f"bear{seed}", BASELINES | {"sft": [1, 1, 0, 0]}, PRUNING) for seed in (0, 1)
@@ -76,11 +86,12 @@ def test_rows_are_split_by_what_counting_could_have_found(runs_of):
     assert rest["nll", "sft"][2] == "0.3333" and rest["bear", "sft"][1] == "0.3333"
 
 
-def test_pruning_is_averaged_over_seeds(runs_of):
+def test_pruning_is_that_of_all_seeds_with_intervals(runs_of):
     text = "\n".join(next_item_table.table_lines(runs_of))
-    # 50 % and 100 %: mean 75 %, standard deviation 50 / sqrt 2
-    assert "| nll | 4 | 2.0 | 75.0% | 35.4% | 25.0% | 25.0% | 0.0% |" in text
-    assert "| bear | 4 | 2.0 | 50.0% | 0.0% | 25.0% | 25.0% | 0.0% |" in text
+    # nll: 1 of 2 and 2 of 2 pruned, standard deviation 50 / sqrt 2; bear: 1 of 2 twice
+    assert "| nll | 4 | 2.0 | 75.0% | 35.4% | – | 25.0% | – | 25.0% | 0.0% |" in text
+    # the first user's target is pruned in one of nll's seeds and none of bear's, the second's in all: -1/2 and 0
+    assert "| bear | 4 | 2.0 | 50.0% | 0.0% | -25.0% [-50.0%, +0.0%] | 25.0% | +0.0% [+0.0%, +0.0%] |" in text
 
 
 def test_pruning_is_told_of_the_variants_where_it_was_measured(runs_of, tmp_path):

@@ -14,6 +14,7 @@ from rerank.metrics import (
     mean_random_metrics,
     ndcg_at_k,
     paired_interval,
+    paired_rate_interval,
     ranking_metrics,
     recall_at_k,
     reciprocal_rank,
@@ -88,6 +89,34 @@ def test_interval_is_the_same_for_the_same_seed():
     first = paired_interval(values, np.zeros(50), users, seed=3)
     assert first == paired_interval(values, np.zeros(50), users, seed=3)
     assert first != paired_interval(values, np.zeros(50), users, seed=4)
+
+
+def test_a_rate_interval_draws_users_whose_cases_differ():
+    # User 0: 3 of 4 against 1 of 2; user 1: 0 of 1 against 1 of 1; user 2 has no case and changes nothing.
+    events, cases = [1, 2, 0, 0], [2, 2, 1, 0]
+    others, other_cases = [1, 0, 1, 0], [1, 1, 1, 0]
+    found, low, high = paired_rate_interval(events, cases, others, other_cases, [0, 0, 1, 2])
+    assert found == pytest.approx(3 / 5 - 2 / 3)
+    assert (low, high) == pytest.approx((0 / 1 - 1 / 1, 3 / 4 - 1 / 2))  # each outer draw has chance 1/4
+
+
+def test_a_rate_interval_equals_a_slow_loop_over_users():
+    rng = np.random.default_rng(1)
+    cases, other_cases, users = rng.integers(0, 3, 80), rng.integers(0, 3, 80), rng.integers(25, size=80)
+    events, others = rng.binomial(cases, 0.6), rng.binomial(other_cases, 0.3)
+    found = paired_rate_interval(events, cases, others, other_cases, users, num_samples=4000)
+    rates = []
+    for _ in range(4000):
+        rows = np.concatenate([np.flatnonzero(users == user) for user in rng.choice(np.unique(users), 25)])
+        rates.append(events[rows].sum() / cases[rows].sum() - others[rows].sum() / other_cases[rows].sum())
+    assert found[0] == pytest.approx(events.sum() / cases.sum() - others.sum() / other_cases.sum())
+    assert found[1:] == pytest.approx(np.percentile(rates, [2.5, 97.5]), abs=0.02)
+
+
+def test_a_rate_interval_of_too_few_cases_is_nan():
+    assert np.isnan(paired_rate_interval([0, 0], [0, 0], [1, 0], [1, 1], [0, 1])).all()
+    found, low, high = paired_rate_interval([1, 0], [1, 0], [0, 0], [1, 0], [0, 1])
+    assert found == 1 and np.isnan([low, high]).all()
 
 
 def test_interval_refuses_lists_of_different_length():

@@ -523,7 +523,7 @@ def test_both_add_the_heads_and_the_tokens_log_probability_of_each_item(trained)
 
 def test_evaluation_writes_metrics_lists_and_pruning(trained, tmp_path):
     args = EvaluateArguments(
-        run_dir=str(trained), task="next_item", split="valid", num_beams=3, pruning_rows=10, num_bootstrap=20
+        run_dir=str(trained), task="next_item", split="valid", num_beams=3, pruning=True, num_bootstrap=20
     )
     metrics = evaluate(args, tmp_path)
     results = json.loads((tmp_path / "results.json").read_text())
@@ -532,7 +532,10 @@ def test_evaluation_writes_metrics_lists_and_pruning(trained, tmp_path):
     lines = pq.read_table(tmp_path / "lists.parquet").to_pylist()
     hits = [line["target"] in line["items"][:5] for line in lines if line["ranker"] == "sft"]
     assert results["rows"]["sft"]["all"]["R@5"] == pytest.approx(np.mean(hits))
-    assert results["pruning"]["n"] == 10 and "Pruning, 10 rows, 3 beams" in (tmp_path / "results.md").read_text()
+    assert results["pruning"]["n"] == 30 and "Pruning, 30 rows, 3 beams" in (tmp_path / "results.md").read_text()
+    assert pruning.Pruning.read(tmp_path / pruning.FILE).summary() == results["pruning"]
+    ids = pq.read_table(tmp_path / pruning.FILE)["row_id"].to_pylist()
+    assert ids == [line["row_id"] for line in lines if line["ranker"] == "sft"]
 
 
 def test_models_that_a_recipe_leaves_out_are_not_asked(trained):
@@ -541,15 +544,19 @@ def test_models_that_a_recipe_leaves_out_are_not_asked(trained):
     assert [*full_catalogue.find_lists([trained], "valid", {}, models=["midtrained"]).lists][2:] == ["midtrained"]
 
 
-def test_pruning_equals_a_slow_search_for_the_target(trained):
+@pytest.mark.parametrize(("first_width", "batch_beams"), [(1, 64), (8, 8192)], ids=["widened", "wide at once"])
+def test_pruning_equals_a_slow_search_for_the_target(trained, monkeypatch, first_width, batch_beams):
+    monkeypatch.setattr(pruning, "FIRST_WIDTH", first_width)
+    monkeypatch.setattr(pruning, "BATCH_BEAMS", batch_beams)
     model, beams = NextItemModel.load(trained / "sft/model"), 2
     rows = pq.read_table(trained / "data/rows.parquet", filters=[("split", "==", "valid")]).to_pylist()
     histories, targets = [np.array(row["history"]) for row in rows], np.array([row["target"] for row in rows])
     found = pruning.measure_pruning(model, histories, targets, beams)
+    exact = pruning.most_probable(model, histories, beams)
     for row, (history, target) in enumerate(zip(histories, targets, strict=True)):
         logps = item_logps(model, history)
         order = [item for item in sorted(range(NUM_ITEMS), key=lambda j: -logps[j]) if item not in history]
-        assert found.is_top[row] == (target in order[:beams])
+        assert exact[row] == order[:beams] and found.is_top[row] == (target in order[:beams])
         assert found.violates[row].tolist() == step_violations(model, history, target, beams)
     assert found.is_found.sum() <= len(rows) and 0 < found.is_top.sum() < len(rows)
     summary = found.summary()

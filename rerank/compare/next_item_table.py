@@ -1,6 +1,5 @@
 """The table of runs that rank the whole catalogue."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +11,11 @@ import pyarrow.parquet as pq
 from rerank import run_dir as runs
 from rerank.compare.rankings_table import difference
 from rerank.evaluate.full_catalogue import GROUPS, LIST_LENGTH, METRICS, filled, metrics_of_lists
+from rerank.evaluate.pruning import FILE as PRUNING
+from rerank.evaluate.pruning import Pruning
 from rerank.evaluate.results import Sampling
 from rerank.evaluate.tables import NO_VALUE, number
+from rerank.metrics import paired_interval, paired_rate_interval
 
 BASELINES = ("popularity", "transitions")
 COMPARED = ("R@10", "N@10")
@@ -35,7 +37,7 @@ class RunLists:
     users: np.ndarray
     one_hop: np.ndarray
     values: dict[str, dict[str, np.ndarray]]
-    pruning: dict[str, Any] | None
+    pruning: Pruning | None
 
     @classmethod
     def load(cls, run: Path) -> "RunLists":
@@ -48,7 +50,8 @@ class RunLists:
             values[name] = metrics_of_lists(lists, lines["target"].to_numpy())
         first = table[table["ranker"] == table["ranker"].iloc[0]]
         columns = (first[name].to_numpy() for name in ("row_id", "user", "one_hop"))
-        return cls(*columns, values, json.loads((folder / "results.json").read_text()).get("pruning"))
+        file = folder / PRUNING
+        return cls(*columns, values, Pruning.read(file) if file.is_file() else None)
 
 
 def rows_of(results: Mapping[str, Any]) -> str:
@@ -122,34 +125,62 @@ def _means(found: Sequence[RunLists], ranker: str, chosen: np.ndarray) -> dict[s
 
 
 def _pruning_lines(read: Mapping[str, Sequence[RunLists]]) -> list[str]:
-    """Means over seeds of what beam search prunes, of the variants where it was measured."""
-    read = {name: found for name, found in read.items() if all(lists.pruning is not None for lists in found)}
-    if not read:
+    """What beam search prunes, over all seeds, of the variants where it was measured."""
+    measured = {
+        name: [lists.pruning for lists in found]
+        for name, found in read.items()
+        if all(lists.pruning is not None for lists in found)
+    }
+    if not measured:
         return []
-    steps = len(next(iter(read.values()))[0].pruning["violations_by_step"])
-    heads = [
-        "n",
-        "targets in the top",
-        "pruned of them",
-        "spread",
-        "violation",
-        *(f"step {k + 1}" for k in range(steps)),
-    ]
+    first = next(iter(measured))
+    users = read[first][0].users
+    steps = measured[first][0].violates.shape[1]
+    heads = ["n", "targets in the top", "pruned of them", "spread", f"pruned - {first}"]
+    heads += ["violation", f"violation - {first}", *(f"step {step + 1}" for step in range(steps))]
     lines = [
         "",
-        "Pruning, means over seeds. In the top: the target's whole sequence is among as many most probable items as "
-        "there are beams. Violation: a token of the target has as many legal tokens above it, anywhere or at a step:",
+        "Pruning. In the top: the target's whole sequence is among as many most probable items as there are beams, "
+        "mean over seeds; pruned: the share of those of all seeds that beam search does not find. Violation: a token "
+        "of the target has as many legal tokens above it, anywhere or at a step, mean over seeds:",
         "",
         f"| variant | {' | '.join(heads)} |",
         f"|---|{'---:|' * len(heads)}",
     ]
-    for name, found in read.items():
-        each = [lists.pruning for lists in found]
-        rates = [one["pruning_rate"] for one in each if one["pruning_rate"] is not None]
-        cells = [str(each[0]["n"]), f"{np.mean([one['in_top'] for one in each]):.1f}"]
-        cells += [f"{np.mean(rates):.1%}" if rates else NO_VALUE]
-        cells += [f"{np.std(rates, ddof=1):.1%}" if len(rates) > 1 else NO_VALUE]
-        cells += [f"{np.mean([one['violation_rate'] for one in each]):.1%}"]
-        cells += [f"{np.mean([one['violations_by_step'][step] for one in each]):.1%}" for step in range(steps)]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+    for name, each in measured.items():
+        lines.append(f"| {name} | {' | '.join(_pruning_cells(each, measured[first], users, name == first))} |")
     return lines
+
+
+def _pruning_cells(
+    each: Sequence[Pruning], reference: Sequence[Pruning], users: np.ndarray, is_reference: bool
+) -> list[str]:
+    pruned, top = (np.sum([getattr(of_seed, name) for of_seed in each], axis=0) for name in ("is_pruned", "is_top"))
+    rates = [of_seed.summary()["pruning_rate"] for of_seed in each]
+    has_spread = len(rates) > 1 and None not in rates
+    violates = np.mean([of_seed.violates for of_seed in each], axis=0)  # (R, L)
+    violated = _violated(each)
+    differences = [NO_VALUE, NO_VALUE]
+    if not is_reference:
+        others = (
+            np.sum([getattr(of_seed, name) for of_seed in reference], axis=0) for name in ("is_pruned", "is_top")
+        )
+        pair = paired_rate_interval(pruned, top, *others, users)
+        differences[0] = NO_VALUE if np.isnan(pair).any() else "{:+.1%} [{:+.1%}, {:+.1%}]".format(*pair)
+        pair = paired_interval(violated, _violated(reference), users)
+        differences[1] = "{:+.1%} [{:+.1%}, {:+.1%}]".format(*pair)
+    return [
+        str(len(users)),
+        f"{top.sum() / len(each):.1f}",
+        f"{pruned.sum() / top.sum():.1%}" if top.any() else NO_VALUE,
+        f"{np.std(rates, ddof=1):.1%}" if has_spread else NO_VALUE,
+        differences[0],
+        f"{violated.mean():.1%}",
+        differences[1],
+        *(f"{share:.1%}" for share in violates.mean(axis=0)),
+    ]
+
+
+def _violated(each: Sequence[Pruning]) -> np.ndarray:
+    """(R,) share of the seeds in which a token of a row's target is violated."""
+    return np.mean([of_seed.violates.any(axis=1) for of_seed in each], axis=0)

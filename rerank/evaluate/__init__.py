@@ -79,8 +79,8 @@ class EvaluateArguments(recipe.StageArguments):
     )
     batch_size: int = field(default=64, metadata={"help": "Rows in one forward pass of the mid-trained model."})
     num_beams: int = field(default=10, metadata={"help": "next_item: beams a row."})
-    pruning_rows: int = field(
-        default=0, metadata={"help": "next_item: score every item on so many rows, to say what beam search prunes."}
+    pruning: bool = field(
+        default=False, metadata={"help": "next_item: say how many of the most probable items beam search prunes."}
     )
     num_bootstrap: int = field(default=2000, metadata={"help": "Bootstrap samples of an interval."})
     seed: int = field(default=0, metadata={"help": "Of the row choice, LambdaMART and the intervals."})
@@ -104,7 +104,6 @@ class EvaluateArguments(recipe.StageArguments):
             ("batch_size", 1),
             ("num_bootstrap", 1),
             ("num_beams", 1),
-            ("pruning_rows", 0),
         ):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)} but must be at least {least}")

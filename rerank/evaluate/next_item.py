@@ -5,12 +5,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rerank import run_dir
-from rerank.evaluate.full_catalogue import LIST_LENGTH, SAMPLE_SEED, Evaluated, find_lists, markdown, summarise
+from rerank.evaluate.full_catalogue import LIST_LENGTH, Evaluated, find_lists, markdown, summarise
+from rerank.evaluate.pruning import FILE as PRUNING
 from rerank.evaluate.pruning import measure_pruning
 from rerank.evaluate.tables import NO_VALUE, number, percent
 from rerank.next_items import NextItemModel
@@ -30,7 +30,7 @@ LISTS = pa.schema(
 
 
 def evaluate(args: Any, out_dir: Path) -> dict[str, Any]:
-    """Write results.json, results.md and lists.parquet; returns the split, n and each ranker's R@10.
+    """Write results.json, results.md, lists.parquet, pruning.parquet if asked for; returns the split, n, each R@10.
 
     Args:
         args: EvaluateArguments.
@@ -40,24 +40,18 @@ def evaluate(args: Any, out_dir: Path) -> dict[str, Any]:
     found = find_lists([run], args.split, {}, args.num_beams, args.max_rows, args.models)
     logger.info("%d %s rows", len(found.targets), args.split)
     results = {"task": "next_item", **summarise(found, [run], args.num_beams, args.num_bootstrap, args.seed)}
-    if args.pruning_rows:
-        results["pruning"] = pruning_of(run, found, args.num_beams, args.pruning_rows)
+    text = markdown(results)
+    if args.pruning:
+        model = NextItemModel.load(run_dir.stage_dir(run, "sft") / "model")
+        measured = measure_pruning(model, found.histories, found.targets, args.num_beams)
+        measured.write(out_dir / PRUNING, found.row_ids)
+        results["pruning"] = measured.summary()
+        text += pruning_table(results["pruning"], args.num_beams)
     run_dir.write_json(out_dir / "results.json", results)
-    text = markdown(results) + (pruning_table(results["pruning"], args.num_beams) if args.pruning_rows else "")
     (out_dir / "results.md").write_text(text, encoding="utf-8")
     write_lists(found, out_dir / "lists.parquet")
     recall = {name: row["all"][f"R@{LIST_LENGTH}"] for name, row in results["rows"].items()}
     return {"split": args.split, "n": results["n"]["all"], f"R@{LIST_LENGTH}": recall}
-
-
-def pruning_of(run: Path, found: Evaluated, num_beams: int, num_rows: int) -> dict[str, Any]:
-    """What the sft stage's model prunes, on some of the rows, always the same."""
-    rows = np.arange(len(found.targets))
-    if num_rows < len(rows):
-        rows = np.sort(np.random.default_rng(SAMPLE_SEED).choice(rows, num_rows, replace=False))
-    model = NextItemModel.load(run_dir.stage_dir(run, "sft") / "model")
-    histories = [found.histories[row] for row in rows]
-    return measure_pruning(model, histories, found.targets[rows], num_beams).summary()
 
 
 def pruning_table(pruning: Mapping[str, Any], num_beams: int) -> str:
