@@ -86,18 +86,31 @@ def test_rows_are_split_by_what_counting_could_have_found(runs_of):
     assert rest["nll", "sft"][2] == "0.3333" and rest["bear", "sft"][1] == "0.3333"
 
 
-def test_pruning_is_that_of_all_seeds_with_intervals(runs_of):
+def test_pruning_is_that_of_all_seeds(runs_of):
     text = "\n".join(next_item_table.table_lines(runs_of))
     # nll: 1 of 2 and 2 of 2 pruned, standard deviation 50 / sqrt 2; bear: 1 of 2 twice
-    assert "| nll | 4 | 2.0 | 75.0% | 35.4% | – | 25.0% | – | 25.0% | 0.0% |" in text
+    assert "| nll | 4 | 2.0 | 75.0% | 35.4% | 25.0% | 25.0% | 0.0% |" in text
+    assert "| bear | 4 | 2.0 | 50.0% | 0.0% | 25.0% | 25.0% | 0.0% |" in text
+
+
+def test_each_variant_is_compared_with_every_one_before_it(runs_of, tmp_path):
+    msl = [write_evaluation(tmp_path / f"msl{seed}", BASELINES | {"sft": [1, 1, 1, 0]}, PRUNING) for seed in (0, 1)]
+    plain = [write_evaluation(tmp_path / f"plain{seed}", BASELINES | {"sft": [0, 0, 0, 0]}) for seed in (0, 1)]
+    lines = next_item_table.table_lines({**runs_of, "msl": msl, "plain": plain})
+    table = cells("\n".join(lines[lines.index("Differences between variants, sft, all rows:") :]))
+    assert [*table] == [("bear", "nll"), ("msl", "nll"), ("plain", "nll"), ("msl", "bear"), ("plain", "bear"),
+                        ("plain", "msl")]  # fmt: skip
+    assert table["msl", "bear"][0].startswith("+0.2500 [") and table["msl", "bear"][2:] == ["+0.0% [+0.0%, +0.0%]"] * 2
     # the first user's target is pruned in one of nll's seeds and none of bear's, the second's in all: -1/2 and 0
-    assert "| bear | 4 | 2.0 | 50.0% | 0.0% | -25.0% [-50.0%, +0.0%] | 25.0% | +0.0% [+0.0%, +0.0%] |" in text
+    assert table["bear", "nll"][2:] == ["-25.0% [-50.0%, +0.0%]", "+0.0% [+0.0%, +0.0%]"]
+    assert table["plain", "msl"][0].startswith("-0.7500 [") and table["plain", "msl"][2:] == ["–", "–"]
 
 
 def test_pruning_is_told_of_the_variants_where_it_was_measured(runs_of, tmp_path):
     run = write_evaluation(tmp_path / "iirg", BASELINES | {"sft": [1, 0, 0, 0]})
     lines = next_item_table.table_lines({**runs_of, "iirg": [run]})
-    pruning = lines[lines.index(next(line for line in lines if line.startswith("Pruning"))) :]
+    begin = lines.index(next(line for line in lines if line.startswith("Pruning")))
+    pruning = lines[begin : lines.index("Differences between variants, sft, all rows:")]
     assert any(line.startswith("| bear |") for line in pruning)
     assert not any(line.startswith("| iirg |") for line in pruning)
 

@@ -98,6 +98,11 @@ def test_msl_at_a_position_with_one_legal_token_is_zero_and_so_is_its_gradient()
     assert value.item() == 0 and inputs.hidden.grad.abs().max() == 0
 
 
+def test_nll_of_next_items_is_lml():
+    inputs = losses.example_inputs("next_item")
+    assert torch.equal(nll(inputs), lml(inputs))
+
+
 def test_msl_equals_lml_where_every_token_is_legal():
     inputs = random_inputs()
     every = PrefixIndex.build([[token] for token in range(12)])

@@ -1,5 +1,6 @@
 """The table of runs that rank the whole catalogue."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,7 +65,7 @@ def rows_of(results: Mapping[str, Any]) -> str:
 
 
 def table_lines(runs_of: dict[str, list[Path]]) -> list[str]:
-    """A table for each group of rows, then one of what is pruned; differences are to the first variant.
+    """A table for each group of rows, with differences to the first variant; what is pruned; differences of all pairs.
 
     Raises:
         ValueError: When two runs were evaluated on other rows.
@@ -84,7 +85,12 @@ def table_lines(runs_of: dict[str, list[Path]]) -> list[str]:
     for group, chosen in groups.items():
         if chosen.any():
             lines += ["", f"{GROUPS[group]}, {int(chosen.sum())} rows:", "", *_group_lines(read, chosen)]
-    return [*lines[1:], *_pruning_lines(read)]
+    measured = {
+        name: [lists.pruning for lists in found]
+        for name, found in read.items()
+        if all(lists.pruning is not None for lists in found)
+    }
+    return [*lines[1:], *_pruning_lines(measured), *(_pair_lines(read, measured) if len(read) > 1 else [])]
 
 
 def _group_lines(read: Mapping[str, Sequence[RunLists]], chosen: np.ndarray) -> list[str]:
@@ -124,20 +130,13 @@ def _means(found: Sequence[RunLists], ranker: str, chosen: np.ndarray) -> dict[s
     return {metric: np.mean([lists.values[ranker][metric][chosen] for lists in found], axis=0) for metric in METRICS}
 
 
-def _pruning_lines(read: Mapping[str, Sequence[RunLists]]) -> list[str]:
+def _pruning_lines(measured: Mapping[str, Sequence[Pruning]]) -> list[str]:
     """What beam search prunes, over all seeds, of the variants where it was measured."""
-    measured = {
-        name: [lists.pruning for lists in found]
-        for name, found in read.items()
-        if all(lists.pruning is not None for lists in found)
-    }
     if not measured:
         return []
-    first = next(iter(measured))
-    users = read[first][0].users
-    steps = measured[first][0].violates.shape[1]
-    heads = ["n", "targets in the top", "pruned of them", "spread", f"pruned - {first}"]
-    heads += ["violation", f"violation - {first}", *(f"step {step + 1}" for step in range(steps))]
+    steps = next(iter(measured.values()))[0].violates.shape[1]
+    heads = ["n", "targets in the top", "pruned of them", "spread", "violation"]
+    heads += [f"step {step + 1}" for step in range(steps)]
     lines = [
         "",
         "Pruning. In the top: the target's whole sequence is among as many most probable items as there are beams, "
@@ -148,37 +147,45 @@ def _pruning_lines(read: Mapping[str, Sequence[RunLists]]) -> list[str]:
         f"|---|{'---:|' * len(heads)}",
     ]
     for name, each in measured.items():
-        lines.append(f"| {name} | {' | '.join(_pruning_cells(each, measured[first], users, name == first))} |")
+        pruned, top = _over_seeds(each, "is_pruned"), _over_seeds(each, "is_top")
+        rates = [of_seed.summary()["pruning_rate"] for of_seed in each]
+        violates = np.mean([of_seed.violates for of_seed in each], axis=0)  # (R, L)
+        cells = [str(len(top)), f"{top.sum() / len(each):.1f}"]
+        cells.append(f"{pruned.sum() / top.sum():.1%}" if top.any() else NO_VALUE)
+        cells.append(f"{np.std(rates, ddof=1):.1%}" if len(rates) > 1 and None not in rates else NO_VALUE)
+        cells += [f"{_violated(each).mean():.1%}", *(f"{share:.1%}" for share in violates.mean(axis=0))]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
 
 
-def _pruning_cells(
-    each: Sequence[Pruning], reference: Sequence[Pruning], users: np.ndarray, is_reference: bool
-) -> list[str]:
-    pruned, top = (np.sum([getattr(of_seed, name) for of_seed in each], axis=0) for name in ("is_pruned", "is_top"))
-    rates = [of_seed.summary()["pruning_rate"] for of_seed in each]
-    has_spread = len(rates) > 1 and None not in rates
-    violates = np.mean([of_seed.violates for of_seed in each], axis=0)  # (R, L)
-    violated = _violated(each)
-    differences = [NO_VALUE, NO_VALUE]
-    if not is_reference:
-        others = (
-            np.sum([getattr(of_seed, name) for of_seed in reference], axis=0) for name in ("is_pruned", "is_top")
-        )
-        pair = paired_rate_interval(pruned, top, *others, users)
-        differences[0] = NO_VALUE if np.isnan(pair).any() else "{:+.1%} [{:+.1%}, {:+.1%}]".format(*pair)
-        pair = paired_interval(violated, _violated(reference), users)
-        differences[1] = "{:+.1%} [{:+.1%}, {:+.1%}]".format(*pair)
-    return [
-        str(len(users)),
-        f"{top.sum() / len(each):.1f}",
-        f"{pruned.sum() / top.sum():.1%}" if top.any() else NO_VALUE,
-        f"{np.std(rates, ddof=1):.1%}" if has_spread else NO_VALUE,
-        differences[0],
-        f"{violated.mean():.1%}",
-        differences[1],
-        *(f"{share:.1%}" for share in violates.mean(axis=0)),
-    ]
+def _pair_lines(read: Mapping[str, Sequence[RunLists]], measured: Mapping[str, Sequence[Pruning]]) -> list[str]:
+    """Each variant's beams against those of every variant before it."""
+    users = next(iter(read.values()))[0].users
+    sampling = Sampling(users, 2000, 0)
+    everything = np.ones(len(users), dtype=bool)
+    heads = [*COMPARED, *(["pruned", "violation"] if measured else [])]
+    lines = ["", "Differences between variants, sft, all rows:", ""]
+    lines += [f"| variant | minus | {' | '.join(heads)} |", f"|---|---|{'---:|' * len(heads)}"]
+    for other, name in itertools.combinations(read, 2):
+        means, others = (_means(read[variant], "sft", everything) for variant in (name, other))
+        cells = [difference(means[metric], others[metric], sampling) for metric in COMPARED]
+        if name in measured and other in measured:
+            cells += _pruning_differences(measured[name], measured[other], users)
+        cells += [NO_VALUE] * (len(heads) - len(cells))
+        lines.append(f"| {name} | {other} | {' | '.join(cells)} |")
+    return lines
+
+
+def _pruning_differences(each: Sequence[Pruning], others: Sequence[Pruning], users: np.ndarray) -> list[str]:
+    """Of the pruned share and of the share of violated targets, with intervals."""
+    counts = [_over_seeds(of, name) for of in (each, others) for name in ("is_pruned", "is_top")]
+    pairs = paired_rate_interval(*counts, users), paired_interval(_violated(each), _violated(others), users)
+    return [NO_VALUE if np.isnan(pair).any() else "{:+.1%} [{:+.1%}, {:+.1%}]".format(*pair) for pair in pairs]
+
+
+def _over_seeds(each: Sequence[Pruning], name: str) -> np.ndarray:
+    """(R,) in how many of the seeds it is so."""
+    return np.sum([getattr(of_seed, name) for of_seed in each], axis=0)
 
 
 def _violated(each: Sequence[Pruning]) -> np.ndarray:

@@ -38,7 +38,8 @@ class cllm4rec(Extra):
         head_weight: Of the head's loss; 0 leaves the head out.
         regularisation: lambda_c; 0 leaves content rows and second embeddings out.
         shuffle_history: Whether the items of a next-item row are put into another random order each epoch, as the
-            paper does where recommendations do not follow an order. Off, since next items do.
+            paper does where recommendations do not follow an order. Off, since next items do. A row of two stays as
+            it is: the second may be the one that is to be found.
         mask_share: Share of a user's items that is hidden in a masked prompt (0.2 in the released code); 0 for none.
         target: With masked prompts, `held_out`: the hidden items (paper), or `all`: all of the user's (code).
         read_items: Whether the model also reads, at an item's last token, the vector of its own that the item has in
