@@ -139,23 +139,25 @@ def paired_rate_interval(
     other_events: Sequence[float],
     other_cases: Sequence[float],
     users: Sequence[int],
-    num_samples: int = 2000,
-    seed: int = 0,
 ) -> tuple[float, float, float]:
-    """Difference of two rates, each its events over its cases, with its 95 % interval; whole users drawn.
+    """Difference of two rates, each its events over its cases, with its 95 % interval; whole users drawn, 2,000 times.
 
     Unlike in `paired_interval` the two may have different cases, such as targets that only one model ranks high.
 
     Args:
         events, cases: How many of each a row has; no more events than cases.
         other_events, other_cases: The same rows' under the other ranker.
-        users, num_samples, seed: As of `paired_interval`.
+        users: As of `paired_interval`.
 
     Returns:
         (difference, lower bound, upper bound); NaN where too few users have cases to draw from.
     """
-    from scipy.stats import bootstrap
+    from scipy.stats import DegenerateDataWarning, bootstrap
 
+    lengths = {"events": events, "cases": cases, "other events": other_events, "other cases": other_cases}
+    if {len(values) for values in lengths.values()} != {len(users)}:
+        sizes = ", ".join(f"{len(values)} {name}" for name, values in lengths.items())
+        raise ValueError(f"{sizes} and {len(users)} users: a rate's interval needs the same number of each.")
     _, cluster = np.unique(np.asarray(users), return_inverse=True)
     sums = [np.bincount(cluster, weights=values) for values in (events, cases, other_events, other_cases)]
     has_case = (sums[1] > 0) | (sums[3] > 0)  # the others change neither rate
@@ -164,14 +166,12 @@ def paired_rate_interval(
     def difference(first: np.ndarray, of: np.ndarray, second: np.ndarray, of_second: np.ndarray, axis: int) -> Any:
         return first.sum(axis) / of.sum(axis) - second.sum(axis) / of_second.sum(axis)
 
-    with np.errstate(invalid="ignore"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a draw without cases has no rate; the interval is then NaN, as documented
+    with np.errstate(invalid="ignore"), warnings.catch_warnings():  # a draw without cases has no rate: NaN
+        warnings.simplefilter("ignore", DegenerateDataWarning)
         found = float(difference(*sums, axis=0))
         if len(sums[0]) < 2:
             return found, float("nan"), float("nan")
-        drawn = bootstrap(
-            sums, difference, n_resamples=num_samples, batch=100, paired=True, method="percentile", rng=seed
-        )
+        drawn = bootstrap(sums, difference, n_resamples=2000, batch=100, paired=True, method="percentile", rng=0)
     low, high = drawn.confidence_interval
     return found, float(low), float(high)
 

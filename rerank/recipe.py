@@ -300,7 +300,7 @@ def _run(stage: str, argv: Sequence[str]) -> None:
         if not _is_ours(error):
             raise
         _fail(one_line(error), 2)
-    if os.environ.get("WORLD_SIZE", "1") != "1":
+    if stage in runs.TRAINING_STAGES and os.environ.get("WORLD_SIZE", "1") != "1":
         from accelerate import PartialState
 
         PartialState().wait_for_everyone()  # they may still read or write the folder, which is renamed now

@@ -104,20 +104,22 @@ def test_few_beams_equal_a_slow_loop(model, num_beams):
         assert result.items[row] == [item for s in best for item in range(len(sequences)) if sequences[item] == s]
 
 
-def test_nothing_that_the_beams_lost_is_more_probable_than_the_best_that_they_dropped(model):
-    sequences = catalogue()
+@pytest.mark.parametrize("mask_first", [False, True])
+@pytest.mark.parametrize("num_items", [None, 2])
+def test_nothing_that_the_beams_lost_is_more_probable_than_the_best_that_they_dropped(model, mask_first, num_items):
+    sequences, options = catalogue(), {"excluded": [[3, 4], [], range(10), [7]], "mask_first": mask_first}
     index = PrefixIndex.build(sequences)
+    everything = beam_search(model, HISTORIES, index, num_beams=len(sequences), **options)
+    assert everything.best_dropped == [-np.inf] * len(HISTORIES)
     lost = []
     for num_beams in (1, 2, 5, 10):
-        result = beam_search(model, HISTORIES, index, num_beams=num_beams)
-        for row, history in enumerate(HISTORIES):
-            left = [logp for logp, item in exhaustive(model, history, sequences) if item not in result.items[row]]
-            assert max(left) <= result.best_dropped[row] + 1e-4
-            assert max(left) > result.best_dropped[row] - 20  # and not for want of a bound
-            lost += [max(left) > result.logps[row][-1] + 1e-4]
-    assert any(lost) and not all(lost)  # some lists are not the most probable, and the bound says which may not be
-    everything = beam_search(model, HISTORIES, index, num_beams=len(sequences))
-    assert everything.best_dropped == [-np.inf] * len(HISTORIES)
+        found = beam_search(model, HISTORIES, index, num_beams=num_beams, num_items=num_items, **options)
+        for row in range(len(HISTORIES)):
+            pairs = zip(everything.items[row], everything.logps[row], strict=True)
+            left, last = max(logp for item, logp in pairs if item not in found.items[row]), found.logps[row][-1]
+            assert left <= max(found.best_dropped[row], last) + 1e-4
+            lost.append(left > last + 1e-4)
+    assert any(lost) and not all(lost)  # some lists are not the most probable
 
 
 def test_the_best_that_was_dropped_by_hand():
@@ -126,6 +128,11 @@ def test_the_best_that_was_dropped_by_hand():
     torch.nn.init.zeros_(uniform.lm_head.weight)
     index = PrefixIndex.build([[10, 14], [10, 15], [11, 14], [11, 15]])
     for num_beams, logp in ((1, -np.log(2)), (2, -2 * np.log(2)), (3, -2 * np.log(2)), (4, -np.inf)):
+        found = beam_search(uniform, [[1, 2]], index, num_beams=num_beams, mask_first=True)
+        assert found.best_dropped == pytest.approx([logp])
+    # two beams hold both first tokens; the first of them ends an item and goes on to another, which is one too many
+    index = PrefixIndex.build([[10], [10, 14], [11]])
+    for num_beams, logp in ((1, -np.log(2)), (2, -np.log(2)), (3, -np.inf)):
         found = beam_search(uniform, [[1, 2]], index, num_beams=num_beams, mask_first=True)
         assert found.best_dropped == pytest.approx([logp])
 
@@ -152,6 +159,8 @@ def test_few_beams_equal_a_slow_loop_for_sequences_of_unequal_length(model, num_
     result = beam_search(model, HISTORIES, PrefixIndex.build(sequences), num_beams=num_beams)
     for row, history in enumerate(HISTORIES):
         assert [sequences[i] for i in result.items[row]] == slow_beam_search(model, history, sequences, num_beams)
+        lost = [sequence for item, sequence in enumerate(sequences) if item not in result.items[row]]
+        assert max(sequence_logp(model, history, s) for s in lost) <= result.best_dropped[row] + 1e-4
 
 
 def test_a_model_in_bfloat16_scores_every_item_as_one_forward_does():

@@ -44,7 +44,7 @@ def write_evaluation(
     results = {"task": "next_item", "split": "valid", "n": {"all": 4}, "num_beams": 10}
     run_dir.write_json(folder / "results.json", results)
     if pruning is not None:
-        pruning.write(folder / PRUNING_FILE, np.arange(4))
+        pruning.write(folder / PRUNING_FILE, first_row + np.arange(4))
     (run / "data").mkdir()
     run_dir.write_json(run / "data/metrics.json", {"sources": {"toy.csv": "0" * 64}})
     return run
@@ -100,9 +100,9 @@ def test_each_variant_is_compared_with_every_one_before_it(runs_of, tmp_path):
     table = cells("\n".join(lines[lines.index("Differences between variants, sft, all rows:") :]))
     assert [*table] == [("bear", "nll"), ("msl", "nll"), ("plain", "nll"), ("msl", "bear"), ("plain", "bear"),
                         ("plain", "msl")]  # fmt: skip
-    assert table["msl", "bear"][0].startswith("+0.2500 [") and table["msl", "bear"][2:] == ["+0.0% [+0.0%, +0.0%]"] * 2
+    assert table["msl", "bear"][0].startswith("+0.2500 [") and table["msl", "bear"][2:] == ["+0.0 [+0.0, +0.0]"] * 2
     # the first user's target is pruned in one of nll's seeds and none of bear's, the second's in all: -1/2 and 0
-    assert table["bear", "nll"][2:] == ["-25.0% [-50.0%, +0.0%]", "+0.0% [+0.0%, +0.0%]"]
+    assert table["bear", "nll"][2:] == ["-25.0 [-50.0, +0.0]", "+0.0 [+0.0, +0.0]"]
     assert table["plain", "msl"][0].startswith("-0.7500 [") and table["plain", "msl"][2:] == ["–", "–"]
 
 

@@ -135,3 +135,8 @@ def test_two_runs_of_dapo_with_lora_are_the_same(toy_run, tmp_path):
     assert all(torch.equal(value, models[1][name]) for name, value in models[0].items())
     start = load_file(toy_run.run / "sft/model/model.safetensors")
     assert any(not torch.equal(value, start[name]) for name, value in models[0].items())
+
+
+def test_a_stage_of_one_process_does_not_wait_for_the_others(toy_run, tmp_path):
+    launch(toy_run.data, LAUNCHES[1], "rerank.data", "data", tmp_path / "run")
+    assert run_dir.is_finished(tmp_path / "run", "data")

@@ -533,9 +533,10 @@ def test_evaluation_writes_metrics_lists_and_pruning(trained, tmp_path):
     hits = [line["target"] in line["items"][:5] for line in lines if line["ranker"] == "sft"]
     assert results["rows"]["sft"]["all"]["R@5"] == pytest.approx(np.mean(hits))
     assert results["pruning"]["n"] == 30 and "Pruning, 30 rows, 3 beams" in (tmp_path / "results.md").read_text()
-    assert pruning.Pruning.read(tmp_path / pruning.FILE).summary() == results["pruning"]
-    ids = pq.read_table(tmp_path / pruning.FILE)["row_id"].to_pylist()
-    assert ids == [line["row_id"] for line in lines if line["ranker"] == "sft"]
+    ids = [line["row_id"] for line in lines if line["ranker"] == "sft"]
+    assert pruning.Pruning.read(tmp_path / pruning.FILE, ids).summary() == results["pruning"]
+    with pytest.raises(ValueError, match="pruning.parquet is of other rows than the lists beside it"):
+        pruning.Pruning.read(tmp_path / pruning.FILE, ids[::-1])
 
 
 def test_models_that_a_recipe_leaves_out_are_not_asked(trained):
@@ -544,21 +545,34 @@ def test_models_that_a_recipe_leaves_out_are_not_asked(trained):
     assert [*full_catalogue.find_lists([trained], "valid", {}, models=["midtrained"]).lists][2:] == ["midtrained"]
 
 
-@pytest.mark.parametrize(("first_width", "batch_beams"), [(1, 64), (8, 8192)], ids=["widened", "wide at once"])
-def test_pruning_equals_a_slow_search_for_the_target(trained, monkeypatch, first_width, batch_beams):
+@pytest.mark.parametrize(("first_width", "batch_beams"), [(1, 64), (100, 8192)], ids=["widened", "wide at once"])
+def test_pruning_equals_a_slow_search_for_the_target(trained, monkeypatch, caplog, first_width, batch_beams):
     monkeypatch.setattr(pruning, "FIRST_WIDTH", first_width)
     monkeypatch.setattr(pruning, "BATCH_BEAMS", batch_beams)
+    most_probable, searched = pruning.most_probable, []
+
+    def counted(model, histories, num_items):
+        searched.append(len(histories))
+        return most_probable(model, histories, num_items)
+
+    monkeypatch.setattr(pruning, "most_probable", counted)
     model, beams = NextItemModel.load(trained / "sft/model"), 2
+    with torch.no_grad():  # peaked at random, so that beams differ from an exact search
+        model.model.get_output_embeddings().weight.normal_(std=0.5, generator=torch.Generator().manual_seed(0))
     rows = pq.read_table(trained / "data/rows.parquet", filters=[("split", "==", "valid")]).to_pylist()
     histories, targets = [np.array(row["history"]) for row in rows], np.array([row["target"] for row in rows])
     found = pruning.measure_pruning(model, histories, targets, beams)
-    exact = pruning.most_probable(model, histories, beams)
+    assert 0 < searched[0] < len(rows)  # some rows are settled without a wide search
+    exact, by_beams = most_probable(model, histories, beams), model.by_beams(histories, beams, beams).items
+    assert exact != by_beams
     for row, (history, target) in enumerate(zip(histories, targets, strict=True)):
         logps = item_logps(model, history)
         order = [item for item in sorted(range(NUM_ITEMS), key=lambda j: -logps[j]) if item not in history]
         assert exact[row] == order[:beams] and found.is_top[row] == (target in order[:beams])
+        assert found.is_found[row] == (target in by_beams[row])
         assert found.violates[row].tolist() == step_violations(model, history, target, beams)
-    assert found.is_found.sum() <= len(rows) and 0 < found.is_top.sum() < len(rows)
+    assert not caplog.records  # no search with more beams than there are items
+    assert 0 < found.is_top.sum() < len(rows)
     summary = found.summary()
     assert summary["pruning_rate"] == pytest.approx((found.is_top & ~found.is_found).sum() / found.is_top.sum())
     assert sum(summary["first_violations_by_step"]) == pytest.approx(summary["violation_rate"])

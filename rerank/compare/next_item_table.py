@@ -1,6 +1,7 @@
 """The table of runs that rank the whole catalogue."""
 
 import itertools
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +13,13 @@ import pyarrow.parquet as pq
 from rerank import run_dir as runs
 from rerank.compare.rankings_table import difference
 from rerank.evaluate.full_catalogue import GROUPS, LIST_LENGTH, METRICS, filled, metrics_of_lists
-from rerank.evaluate.pruning import FILE as PRUNING
+from rerank.evaluate.pruning import FILE as PRUNING_FILE
 from rerank.evaluate.pruning import Pruning
 from rerank.evaluate.results import Sampling
 from rerank.evaluate.tables import NO_VALUE, number
 from rerank.metrics import paired_interval, paired_rate_interval
+
+logger = logging.getLogger(__name__)
 
 BASELINES = ("popularity", "transitions")
 COMPARED = ("R@10", "N@10")
@@ -50,9 +53,11 @@ class RunLists:
             lists = filled(lines["items"].tolist(), LIST_LENGTH)
             values[name] = metrics_of_lists(lists, lines["target"].to_numpy())
         first = table[table["ranker"] == table["ranker"].iloc[0]]
-        columns = (first[name].to_numpy() for name in ("row_id", "user", "one_hop"))
-        file = folder / PRUNING
-        return cls(*columns, values, Pruning.read(file) if file.is_file() else None)
+        row_ids, users, one_hop = (first[name].to_numpy() for name in ("row_id", "user", "one_hop"))
+        file = folder / PRUNING_FILE
+        if not file.is_file():
+            logger.info("%s: what beam search prunes was not measured; evaluate.pruning=true does it", folder)
+        return cls(row_ids, users, one_hop, values, Pruning.read(file, row_ids) if file.is_file() else None)
 
 
 def rows_of(results: Mapping[str, Any]) -> str:
@@ -134,7 +139,7 @@ def _pruning_lines(measured: Mapping[str, Sequence[Pruning]]) -> list[str]:
     """What beam search prunes, over all seeds, of the variants where it was measured."""
     if not measured:
         return []
-    steps = next(iter(measured.values()))[0].violates.shape[1]
+    steps = max(each[0].violates.shape[1] for each in measured.values())
     heads = ["n", "targets in the top", "pruned of them", "spread", "violation"]
     heads += [f"step {step + 1}" for step in range(steps)]
     lines = [
@@ -154,6 +159,7 @@ def _pruning_lines(measured: Mapping[str, Sequence[Pruning]]) -> list[str]:
         cells.append(f"{pruned.sum() / top.sum():.1%}" if top.any() else NO_VALUE)
         cells.append(f"{np.std(rates, ddof=1):.1%}" if len(rates) > 1 and None not in rates else NO_VALUE)
         cells += [f"{_violated(each).mean():.1%}", *(f"{share:.1%}" for share in violates.mean(axis=0))]
+        cells += [NO_VALUE] * (steps - violates.shape[1])
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
 
@@ -163,10 +169,11 @@ def _pair_lines(read: Mapping[str, Sequence[RunLists]], measured: Mapping[str, S
     users = next(iter(read.values()))[0].users
     sampling = Sampling(users, 2000, 0)
     everything = np.ones(len(users), dtype=bool)
-    heads = [*COMPARED, *(["pruned", "violation"] if measured else [])]
+    heads = [*COMPARED, *(["pruned, points", "violation, points"] if measured else [])]
     lines = ["", "Differences between variants, sft, all rows:", ""]
     lines += [f"| variant | minus | {' | '.join(heads)} |", f"|---|---|{'---:|' * len(heads)}"]
-    for other, name in itertools.combinations(read, 2):
+    asked = [name for name, found in read.items() if "sft" in found[0].values]
+    for other, name in itertools.combinations(asked, 2):
         means, others = (_means(read[variant], "sft", everything) for variant in (name, other))
         cells = [difference(means[metric], others[metric], sampling) for metric in COMPARED]
         if name in measured and other in measured:
@@ -180,7 +187,11 @@ def _pruning_differences(each: Sequence[Pruning], others: Sequence[Pruning], use
     """Of the pruned share and of the share of violated targets, with intervals."""
     counts = [_over_seeds(of, name) for of in (each, others) for name in ("is_pruned", "is_top")]
     pairs = paired_rate_interval(*counts, users), paired_interval(_violated(each), _violated(others), users)
-    return [NO_VALUE if np.isnan(pair).any() else "{:+.1%} [{:+.1%}, {:+.1%}]".format(*pair) for pair in pairs]
+    return [NO_VALUE if np.isnan(pair).any() else _points(*pair) for pair in pairs]
+
+
+def _points(difference: float, low: float, high: float) -> str:
+    return f"{100 * difference:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
 
 
 def _over_seeds(each: Sequence[Pruning], name: str) -> np.ndarray:

@@ -2,7 +2,8 @@ r"""Stage 8: rank held-out rows with every ranker and say what each is worth.
 
 In: the folders of all stages before it. Out: `results.json`, `results.md`, `rankings.parquet` (every order and every
 completion, so that anybody can compute the numbers again) and `report.html`, one page that opens from disk. With the
-task next_item the whole catalogue is ranked: `results.json`, `results.md` and `lists.parquet`.
+task next_item the whole catalogue is ranked: `results.json`, `results.md`, `lists.parquet`, and
+`pruning.parquet` where that is asked for.
 
     accelerate launch --config_file recipes/accelerate/cpu.yaml -m rerank.evaluate \
         --config recipes/ml100k/8_evaluate.yaml
@@ -80,7 +81,8 @@ class EvaluateArguments(recipe.StageArguments):
     batch_size: int = field(default=64, metadata={"help": "Rows in one forward pass of the mid-trained model."})
     num_beams: int = field(default=10, metadata={"help": "next_item: beams a row."})
     pruning: bool = field(
-        default=False, metadata={"help": "next_item: say how many of the most probable items beam search prunes."}
+        default=False,
+        metadata={"help": "next_item: say how many targets among the most probable items beam search prunes."},
     )
     num_bootstrap: int = field(default=2000, metadata={"help": "Bootstrap samples of an interval."})
     seed: int = field(default=0, metadata={"help": "Of the row choice, LambdaMART and the intervals."})

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 
 from rerank import run_dir
 from rerank.evaluate.full_catalogue import LIST_LENGTH, Evaluated, find_lists, markdown, summarise
-from rerank.evaluate.pruning import FILE as PRUNING
+from rerank.evaluate.pruning import FILE as PRUNING_FILE
 from rerank.evaluate.pruning import measure_pruning
 from rerank.evaluate.tables import NO_VALUE, number, percent
 from rerank.next_items import NextItemModel
@@ -44,7 +44,7 @@ def evaluate(args: Any, out_dir: Path) -> dict[str, Any]:
     if args.pruning:
         model = NextItemModel.load(run_dir.stage_dir(run, "sft") / "model")
         measured = measure_pruning(model, found.histories, found.targets, args.num_beams)
-        measured.write(out_dir / PRUNING, found.row_ids)
+        measured.write(out_dir / PRUNING_FILE, found.row_ids)
         results["pruning"] = measured.summary()
         text += pruning_table(results["pruning"], args.num_beams)
     run_dir.write_json(out_dir / "results.json", results)

@@ -16,8 +16,8 @@ from rerank.next_items import NextItemModel
 
 FILE = "pruning.parquet"
 FIRST_WIDTH, WIDENING = 8, 4  # beams for each item of an exact list, at first; then so many times as many
-BATCH_BEAMS = 8192  # of all rows searched at once
-MARGIN = 0.5  # log-probabilities of one sequence differ less from batch to batch, in bfloat16 too
+BATCH_BEAMS = 2048  # of all rows searched at once
+MARGIN = 1.0  # one sequence's log-probability differs from batch to batch by far less; in bfloat16 by some tenths
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,15 @@ class Pruning:
         pq.write_table(pa.table(columns), path)
 
     @classmethod
-    def read(cls, path: Path) -> "Pruning":
-        """What `write` wrote."""
+    def read(cls, path: Path, row_ids: np.ndarray) -> "Pruning":
+        """What `write` wrote of these rows.
+
+        Raises:
+            ValueError: When the file is of other rows.
+        """
         columns = pq.read_table(path).to_pydict()
+        if not np.array_equal(columns["row_id"], row_ids):
+            raise ValueError(f"{path} is of other rows than the lists beside it; run the evaluate stage again")
         return cls(*(np.array(columns[name], dtype=bool) for name in ("is_top", "is_found", "violates")))
 
     def summary(self) -> dict[str, Any]:
@@ -99,7 +105,8 @@ def most_probable(model: NextItemModel, histories: Sequence[np.ndarray], num_ite
     with more beams, in the end with as many as there are items.
     """
     found: list[list[int]] = [[] for _ in histories]
-    rows, width = list(range(len(histories))), FIRST_WIDTH * num_items
+    rows, most = list(range(len(histories))), len(model.rows.index)
+    width = min(FIRST_WIDTH * num_items, most)
     while rows:
         of_width = model.by_beams([histories[row] for row in rows], num_items, width, max(1, BATCH_BEAMS // width))
         again = []
@@ -109,7 +116,7 @@ def most_probable(model: NextItemModel, histories: Sequence[np.ndarray], num_ite
             found[row] = items
             if dropped > -np.inf and not (len(items) == num_items and dropped < logps[-1]):
                 again.append(row)
-        rows, width = again, min(width * WIDENING, len(model.rows.index))
+        rows, width = again, min(width * WIDENING, most)
     return found
 
 
