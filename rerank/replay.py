@@ -148,19 +148,12 @@ def _differ(frame: pd.DataFrame, outcomes: np.ndarray | None) -> pd.Series:
 
 
 def score(table: pa.Table, rewards: Sequence[plugins.Reward]) -> dict[str, np.ndarray]:
-    """Of each reward the value of every rollout, NaN where it does not apply.
-
-    What a prompt brings along is the same for all members of a group, and made into Python's lists once for each.
-    """
+    """Of each reward the value of every rollout, NaN where it does not apply."""
     values: dict[str, list[float | None]] = {reward.name: [] for reward in rewards}
     for start in range(0, table.num_rows, BATCH_SIZE):
         batch = table.slice(start, BATCH_SIZE)
-        groups = batch.select(GROUP).to_pandas()
-        begins = (groups != groups.shift()).any(axis=1)
-        drawn, places = batch.filter(pa.array(begins)), (begins.cumsum() - 1).tolist()
-        of_prompts = {name: drawn[stored].to_pylist() for name, stored in (STORED | {"prompts": "prompt"}).items()}
-        columns = {name: [found[place] for place in places] for name, found in of_prompts.items()}
-        columns["completion_ids"] = batch["completion_ids"].to_pylist()
+        columns = {name: batch[stored].to_pylist() for name, stored in STORED.items()}
+        columns |= {"prompts": batch["prompt"].to_pylist(), "completion_ids": batch["completion_ids"].to_pylist()}
         completions = batch["completion"].to_pylist()
         for reward in rewards:
             values[reward.name] += reward(completions, **columns)

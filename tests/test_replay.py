@@ -119,7 +119,7 @@ def test_columns_and_scale_are_those_of_the_dapo_stage(tmp_path):
     assert config.multi_objective_aggregation == "sum_then_normalize"
 
 
-def test_scoring_in_batches_and_by_groups_is_scoring_each_rollout_alone(tmp_path, monkeypatch):
+def test_scoring_in_batches_is_scoring_each_rollout_alone(tmp_path, monkeypatch):
     """Groups of two whose targets stand at different places, one group cut by a batch, one drawn again later."""
     completions = [BEST, SAME, WORST, "junk", "<think></think> 3 2 1", BEST, SAME, WORST]
     of_groups = [{"relevance": [0.0, 1.0, 0.0]}, {"relevance": [0.0, 0.0, 1.0], "target_rank_before": 3}]
