@@ -113,7 +113,7 @@ def test_a_rate_interval_equals_a_slow_loop_over_users():
     assert found[0] == pytest.approx(events.sum() / cases.sum() - others.sum() / other_cases.sum())
     assert found[1:] == pytest.approx(
         np.percentile(rates, [2.5, 97.5]), abs=0.02
-    )  # rows drawn one by one: narrower by 0.05 and more
+    )
 
 
 def test_a_rate_interval_refuses_lists_of_different_length():
