@@ -111,9 +111,7 @@ def test_a_rate_interval_equals_a_slow_loop_over_users():
         rows = np.concatenate([np.flatnonzero(users == user) for user in rng.choice(np.unique(users), 25)])
         rates.append(events[rows].sum() / cases[rows].sum() - others[rows].sum() / other_cases[rows].sum())
     assert found[0] == pytest.approx(events.sum() / cases.sum() - others.sum() / other_cases.sum())
-    assert found[1:] == pytest.approx(
-        np.percentile(rates, [2.5, 97.5]), abs=0.02
-    )
+    assert found[1:] == pytest.approx(np.percentile(rates, [2.5, 97.5]), abs=0.02)
 
 
 def test_a_rate_interval_refuses_lists_of_different_length():
