@@ -108,8 +108,26 @@ def test_msl_equals_lml_where_every_token_is_legal():
     every = PrefixIndex.build([[token] for token in range(12)])
     inputs = dataclasses.replace(inputs, index=every, nodes=torch.zeros_like(inputs.nodes))
     for temperature in (1.0, 0.7):
-        plain = lml(inputs, temperature).double()  # TRL's kernel computes in single precision
-        assert torch.allclose(msl(inputs, temperature), plain, atol=1e-5)
+        assert torch.allclose(msl(inputs, temperature), lml(inputs, temperature), atol=1e-12)
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_logits_that_are_kept_give_what_trls_kernel_gives(softcap, monkeypatch):
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(5, 4, requires_grad=True), torch.randn(12, 4, requires_grad=True)
+    bias = torch.randn(12, requires_grad=True)
+    inputs = dataclasses.replace(
+        random_inputs(), hidden=hidden, head=Head(weight, bias, softcap), labels=torch.tensor([3, 0, 11, 7, 3])
+    )
+    chosen, found = torch.tensor([True, False, True, True, False]), []
+    for most in (5 * 12, 5 * 12 - 1):  # kept; one too many, so that the kernel makes all five
+        monkeypatch.setattr(losses, "MOST_KEPT_LOGITS", most)
+        values = inputs.label_logps(temperature=0.7)
+        found.append([values, *torch.autograd.grad(values @ torch.arange(1.0, 6), (hidden, weight, bias))])
+        assert torch.allclose(inputs.label_logps(0.7, chosen), values[chosen])
+    assert type(found[1][0].grad_fn).__name__ != type(found[0][0].grad_fn).__name__
+    for kept, made_again in zip(*found, strict=True):
+        assert torch.allclose(kept, made_again, atol=1e-5)
 
 
 def test_msl_and_bear_equal_a_slow_loop():

@@ -46,6 +46,7 @@ from rerank.prefix_index import PrefixIndex
 FOLDER = "rerank.losses"
 TASKS = ("next_item", "rerank")
 VOCABULARY_TILE = 32768  # columns that TRL's kernel scores at once
+MOST_KEPT_LOGITS = 2**24  # that a micro-batch may keep for its backward pass, 64 MB, before TRL's kernel is used
 
 
 @dataclass(frozen=True)
@@ -92,11 +93,14 @@ class LossInputs:
     def label_logps(self, temperature: float = 1.0, chosen: torch.Tensor | None = None) -> torch.Tensor:
         """Log-probability of each label over the whole vocabulary, (P,), or (M,) of the `chosen` positions (P,) bool.
 
-        By TRL's kernel, which never keeps the logits.
+        By TRL's kernel, which never keeps the logits but makes them twice; a few are kept, which is faster.
         """
         from trl.trainer.utils import _ChunkedLogProbFunction
 
         hidden, labels = (self.hidden, self.labels) if chosen is None else (self.hidden[chosen], self.labels[chosen])
+        if len(hidden) * len(self.head.weight) <= MOST_KEPT_LOGITS:
+            logits = self._logits(hidden, slice(None))
+            return -nn.functional.cross_entropy(logits / temperature, labels, reduction="none")
         return _ChunkedLogProbFunction.apply(
             hidden,
             self.head.weight,
@@ -108,6 +112,14 @@ class LossInputs:
             1.0,
             ("log_probs",),
         )[0]
+
+    def _logits(self, hidden: torch.Tensor, vocabulary: torch.Tensor | slice) -> torch.Tensor:
+        """(M, K) of the states (M, H) for the K tokens of `vocabulary`, in float32 at least."""
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        with torch.autocast(hidden.device.type, enabled=False):
+            bias = None if self.head.bias is None else self.head.bias[vocabulary].to(dtype)
+            logits = nn.functional.linear(hidden.to(dtype), self.head.weight[vocabulary].to(dtype), bias)
+        return logits if self.head.softcap is None else self.head.softcap * torch.tanh(logits / self.head.softcap)
 
     @cached_property
     def is_item(self) -> torch.Tensor:
@@ -128,13 +140,7 @@ class LossInputs:
         table = table if table.shape[1] else np.zeros((len(table), 1))  # a micro-batch may have no such position
         vocabulary = torch.from_numpy(self.index.vocabulary.astype(np.int64)).to(device)
         places, counts = torch.from_numpy(table.astype(np.int64)).to(device), torch.from_numpy(counts).to(device)
-        dtype = torch.promote_types(self.hidden.dtype, torch.float32)
-        with torch.autocast(device.type, enabled=False):
-            bias = None if self.head.bias is None else self.head.bias[vocabulary].to(dtype)
-            weight = self.head.weight[vocabulary].to(dtype)
-            logits = nn.functional.linear(self.hidden[self.is_item].to(dtype), weight, bias)
-        if self.head.softcap is not None:
-            logits = self.head.softcap * torch.tanh(logits / self.head.softcap)
+        logits = self._logits(self.hidden[self.is_item], vocabulary)
         is_none = torch.arange(places.shape[1], device=device) >= counts[:, None]
         logits = (logits.gather(1, places) / temperature).masked_fill(is_none, -math.inf)
         is_label = (vocabulary[places] == self.labels[self.is_item][:, None]) & ~is_none
