@@ -83,7 +83,10 @@ def read_scoring(path: str | Path, run_dir: str | Path) -> Scoring:
     if keys.get("invalid_reward") is not None:
         raise ValueError(f"{path}: replay knows no invalid_reward; remove it to see what the rewards alone would pay")
     outcome = keys.get("outcome", of_run.get("outcome", RANK_GAIN))
-    plugins.check_outcome(outcome, rewards)
+    try:
+        plugins.check_outcome(outcome, rewards)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     return Scoring(rewards, scale, outcome)
 
 

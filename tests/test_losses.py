@@ -7,7 +7,7 @@ import textwrap
 import pytest
 import torch
 
-from rerank import cli, losses
+from rerank import cli, loss_inputs, losses
 from rerank.losses import Extra, Head, LossInputs, load_losses
 from rerank.losses.bear import bear
 from rerank.losses.lml import lml
@@ -120,8 +120,8 @@ def test_logits_that_are_kept_give_what_trls_kernel_gives(softcap, monkeypatch):
         random_inputs(), hidden=hidden, head=Head(weight, bias, softcap), labels=torch.tensor([3, 0, 11, 7, 3])
     )
     chosen, found = torch.tensor([True, False, True, True, False]), []
-    for most in (5 * 12, 5 * 12 - 1):  # kept; one too many, so that the kernel makes all five
-        monkeypatch.setattr(losses, "MOST_KEPT_LOGITS", most)
+    for most in ((5 + 4) * 12, (5 + 4) * 12 - 1):  # five positions are kept; one number too many
+        monkeypatch.setattr(loss_inputs, "MOST_KEPT", most)
         values = inputs.label_logps(temperature=0.7)
         found.append([values, *torch.autograd.grad(values @ torch.arange(1.0, 6), (hidden, weight, bias))])
         assert torch.allclose(inputs.label_logps(0.7, chosen), values[chosen])

@@ -24,8 +24,8 @@ from rerank.losses import cllm4rec as cllm4rec_file
 from rerank.losses import iirg as iirg_file
 from rerank.losses import load_losses
 from rerank.next_items import NextItemModel
-from rerank.sft import trainer as trainer_file
-from rerank.sft.trainer import add_loss_forward
+from rerank.sft import forward as forward_file
+from rerank.sft.forward import add_loss_forward
 
 IIRG = {"name": "iirg", "kwargs": {"num_neighbours": 2, "collaborative_weight": 0.5, "semantic_weight": 2.0}}
 CLLM4REC = {"name": "cllm4rec", "kwargs": {"regularisation": 3.0}}
@@ -152,14 +152,14 @@ def test_a_target_that_is_not_in_the_catalogue_is_refused(run, tmp_path):
 
 
 def test_a_batch_of_unlike_lengths_trains_in_two_passes_as_in_one(run, tmp_path, monkeypatch):
-    passes, original = [], trainer_file.length_groups
+    passes, original = [], forward_file.length_groups
 
     def counted(lengths):
         passes.append(len(original(lengths)))
         return original(lengths)
 
-    monkeypatch.setattr(trainer_file, "length_groups", counted)
-    monkeypatch.setattr(trainer_file, "LEAST_SAVED", 0.0)
+    monkeypatch.setattr(forward_file, "length_groups", counted)
+    monkeypatch.setattr(forward_file, "LEAST_SAVED", 0.0)
     options = {"num_rows": 8, "per_device_train_batch_size": 24}
     two, one = (make_trainer(run, tmp_path / name, MIXES["iirg"], **options) for name in ("two", "one"))
     two.train()

@@ -188,7 +188,7 @@ def test_groups_are_kept_by_the_outcome_that_a_file_names(tmp_path):
     found = replayed(tmp_path, length)
     assert found["stored/useful"].tolist() == found["new/useful"].tolist() == [True] * 2 + [False] * 4 + [True] * 2
     assert replayed(tmp_path, length, outcome="novelty")["new/useful"].tolist() == [False] * 4 + [True] * 4
-    with pytest.raises(ValueError, match="outcome is 'auc', but the recipe's rewards report only rank_gain, novelty"):
+    with pytest.raises(ValueError, match="other.yaml: outcome is 'auc', .* report only rank_gain, novelty"):
         replayed(tmp_path, length, outcome="auc")
 
 

@@ -12,7 +12,8 @@ from trl import ModelConfig, SFTConfig, SFTTrainer
 from rerank import run_dir, sft
 from rerank.catalogue import Catalogue
 from rerank.losses import load_losses
-from rerank.sft.trainer import LEAST_SAVED, LossTrainer, length_groups, states_by_length
+from rerank.sft.forward import LEAST_SAVED, length_groups, states_by_length
+from rerank.sft.trainer import LossTrainer
 
 THINK_END = 9
 # A prompt of unequal length, a trace up to and with token 9, a ranking.

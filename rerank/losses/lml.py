@@ -5,8 +5,8 @@ import torch
 from rerank.losses import LossInputs
 
 TASKS = ("next_item",)
-NEEDS = "logits of the whole vocabulary at labelled positions, never kept"
-COSTS = "TRL's own loss"
+NEEDS = "logits of the whole vocabulary at labelled positions, 64 MB of them kept at most"
+COSTS = "at most what TRL's own loss does"
 
 
 def lml(inputs: LossInputs, temperature: float = 1.0) -> torch.Tensor:
