@@ -10,6 +10,8 @@ import pytest
 from filelock import FileLock
 from toy_recipe import TOY, environment, write_toy_data
 
+LONGEST, NEXT_LONGEST = "test_distributed.py", "test_resume.py"  # both need the toy run
+
 
 def pytest_addoption(parser):
     """Rewards and conditions of a user's own that test_rewards.py holds to the contract too."""
@@ -17,6 +19,12 @@ def pytest_addoption(parser):
         parser.addoption(
             f"--{name}", action="append", default=[], metavar="FILE.py:FUNCTION", help=f"also check this {name}"
         )
+
+
+def pytest_collection_modifyitems(items):
+    """The longest file first, which makes the toy run; others need it when it is there: no worker waits."""
+    need_it = {item.path for item in items if "toy_run" in item.fixturenames}
+    items.sort(key=lambda item: (item.path.name != LONGEST, item.path in need_it, item.path.name != NEXT_LONGEST))
 
 
 @dataclass(frozen=True)

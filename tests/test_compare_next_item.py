@@ -106,6 +106,17 @@ def test_each_variant_is_compared_with_every_one_before_it(runs_of, tmp_path):
     assert table["plain", "msl"][0].startswith("-0.7500 [") and table["plain", "msl"][2:] == ["–", "–"]
 
 
+def test_heads_are_compared_with_heads(tmp_path):
+    places = {"one": {"sft": [1, 0, 0, 0]}, "two": {"sft": [1, 0, 0, 0], "sft_head": [1, 1, 0, 0]}}
+    places["three"] = {"sft": [0, 0, 0, 0], "sft_head": [1, 1, 1, 0]}
+    runs = {name: [write_evaluation(tmp_path / name, BASELINES | of)] for name, of in places.items()}
+    lines = next_item_table.table_lines(runs)
+    begin = lines.index("Differences between variants, sft_head, all rows:")
+    table = cells("\n".join(lines[begin:]))
+    assert [*table] == [("three", "two")] and table["three", "two"][0].startswith("+0.2500 [")
+    assert len(cells("\n".join(lines[lines.index("Differences between variants, sft, all rows:") : begin]))) == 3
+
+
 def test_pruning_is_told_of_the_variants_where_it_was_measured(runs_of, tmp_path):
     run = write_evaluation(tmp_path / "iirg", BASELINES | {"sft": [1, 0, 0, 0]})
     lines = next_item_table.table_lines({**runs_of, "iirg": [run]})

@@ -23,7 +23,8 @@ logger = logging.getLogger(__name__)
 
 BASELINES = ("popularity", "transitions")
 COMPARED = ("R@10", "N@10")
-MODELS = ("sft", "sft_head", "sft_both")
+SEARCH = "sft"  # beam search; pruning is of it
+MODELS = (SEARCH, "sft_head", "sft_both")
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def rows_of(results: Mapping[str, Any]) -> str:
 
 
 def table_lines(runs_of: dict[str, list[Path]]) -> list[str]:
-    """A table for each group of rows, with differences to the first variant; what is pruned; differences of all pairs.
+    """A table for each group of rows, with differences to the first variant; what is pruned; each pair's differences.
 
     Raises:
         ValueError: When two runs were evaluated on other rows.
@@ -95,7 +96,10 @@ def table_lines(runs_of: dict[str, list[Path]]) -> list[str]:
         for name, found in read.items()
         if all(lists.pruning is not None for lists in found)
     }
-    return [*lines[1:], *_pruning_lines(measured), *(_pair_lines(read, measured) if len(read) > 1 else [])]
+    lines += _pruning_lines(measured)
+    for ranker in MODELS:
+        lines += _pair_lines(read, ranker, measured if ranker == SEARCH and len(measured) > 1 else {})
+    return lines[1:]
 
 
 def _group_lines(read: Mapping[str, Sequence[RunLists]], chosen: np.ndarray) -> list[str]:
@@ -105,7 +109,7 @@ def _group_lines(read: Mapping[str, Sequence[RunLists]], chosen: np.ndarray) -> 
     heads = [*METRICS, "spread of R@10", *(f"{m} - {other}" for other in ("transitions", first) for m in COMPARED)]
     lines = [f"| variant | ranker | seeds | {' | '.join(heads)} |", f"|---|---|{'---:|' * (len(heads) + 1)}"]
     transitions = {metric: reference.values["transitions"][metric][chosen] for metric in COMPARED}
-    base = _means(read[first], "sft", chosen)
+    base = _means(read[first], SEARCH, chosen)
     for ranker in BASELINES:
         values = {metric: reference.values[ranker][metric][chosen] for metric in METRICS}
         cells = [number(values[metric].mean()) for metric in METRICS] + [NO_VALUE]
@@ -122,7 +126,7 @@ def _group_lines(read: Mapping[str, Sequence[RunLists]], chosen: np.ndarray) -> 
             cells = [number(means[metric].mean()) for metric in METRICS]
             cells.append(NO_VALUE if len(seeds) < 2 else number(float(np.std(seeds, ddof=1))))
             cells += [difference(means[metric], transitions[metric], sampling) for metric in COMPARED]
-            is_base = (name, ranker) == (first, "sft")
+            is_base = (name, ranker) == (first, SEARCH)
             cells += [
                 NO_VALUE if is_base else difference(means[metric], base[metric], sampling) for metric in COMPARED
             ]
@@ -164,17 +168,21 @@ def _pruning_lines(measured: Mapping[str, Sequence[Pruning]]) -> list[str]:
     return lines
 
 
-def _pair_lines(read: Mapping[str, Sequence[RunLists]], measured: Mapping[str, Sequence[Pruning]]) -> list[str]:
-    """Each variant's beams against those of every variant before it."""
+def _pair_lines(
+    read: Mapping[str, Sequence[RunLists]], ranker: str, measured: Mapping[str, Sequence[Pruning]]
+) -> list[str]:
+    """Each variant's ranker against that of every variant before it; nothing unless two variants have it."""
+    asked = [name for name, found in read.items() if ranker in found[0].values]
+    if len(asked) < 2:
+        return []
     users = next(iter(read.values()))[0].users
     sampling = Sampling(users, 2000, 0)
     everything = np.ones(len(users), dtype=bool)
     heads = [*COMPARED, *(["pruned, points", "violation, points"] if measured else [])]
-    lines = ["", "Differences between variants, sft, all rows:", ""]
+    lines = ["", f"Differences between variants, {ranker}, all rows:", ""]
     lines += [f"| variant | minus | {' | '.join(heads)} |", f"|---|---|{'---:|' * len(heads)}"]
-    asked = [name for name, found in read.items() if "sft" in found[0].values]
     for other, name in itertools.combinations(asked, 2):
-        means, others = (_means(read[variant], "sft", everything) for variant in (name, other))
+        means, others = (_means(read[variant], ranker, everything) for variant in (name, other))
         cells = [difference(means[metric], others[metric], sampling) for metric in COMPARED]
         if name in measured and other in measured:
             cells += _pruning_differences(measured[name], measured[other], users)
