@@ -45,7 +45,8 @@ def read_steps(recipe_dir: str | Path, out: str | None, overrides: Sequence[str]
 
     Raises:
         FileNotFoundError: When the folder is not there or holds no such file.
-        ValueError: On two recipes of one stage, or an override without a stage or of a stage that is not there.
+        ValueError: On two recipes of one stage, an override without a stage or of a stage that is not there, or stages
+            of several runs.
     """
     folder = Path(recipe_dir)
     if not folder.is_dir():
@@ -68,6 +69,12 @@ def read_steps(recipe_dir: str | Path, out: str | None, overrides: Sequence[str]
         if not keys.get("run_dir"):
             raise ValueError(f"{found[stage]}: run_dir is missing; add it, or give --out")
         steps.append(Step(stage, found[stage], {**keys, "run_dir": str(keys["run_dir"])}, changed))
+    for step in steps[1:]:
+        if step.run_dir != steps[0].run_dir:
+            raise ValueError(
+                f"{step.path}: run_dir is {step.run_dir} but {steps[0].run_dir} in {steps[0].path.name}; give --out, "
+                "which holds for all stages"
+            )
     return steps
 
 

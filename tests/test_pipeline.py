@@ -84,6 +84,14 @@ def test_a_folder_that_is_no_recipe_folder_is_refused(tmp_path, folder):
         pipeline.read_steps(folder, "run", [])
 
 
+def test_stages_of_several_runs_are_refused_unless_one_is_given_for_all(folder):
+    path = folder / "1_data.yaml"
+    path.write_text(path.read_text().replace("runs/toy", "runs/mine"))
+    with pytest.raises(ValueError, match="2_semantic_ids.yaml: run_dir is runs/toy but runs/mine in 1_data.yaml; g"):
+        pipeline.read_steps(folder, None, [])
+    assert {step.run_dir for step in pipeline.read_steps(folder, "elsewhere", [])} == {"elsewhere"}
+
+
 def test_stages_are_selected_by_their_names(folder):
     steps = pipeline.read_steps(folder, None, [])
     assert pipeline.select(steps, None, None, None) == steps

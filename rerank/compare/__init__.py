@@ -96,6 +96,19 @@ def check_same_data(variants: Sequence[Sequence[pipeline.Step]]) -> None:
             raise ValueError(f"{steps[0].path} asks for other data than {reference.path}: {changed}; make them equal")
 
 
+def check_task(steps: Sequence[pipeline.Step]) -> None:
+    """Refuse a task that there is no table for.
+
+    Raises:
+        ValueError: Naming the recipe.
+    """
+    if steps[-1].keys.get("task") == "held_out_sets":
+        raise ValueError(
+            f"{steps[-1].path}: task is held_out_sets, which compare has no table for; run each variant with "
+            "`rerank run` and read its evaluate/results.md"
+        )
+
+
 def report(
     variants: Sequence[Variant], runs_of: dict[str, list[Path]], minutes_per_run: float | None, target: Path
 ) -> str:
@@ -136,7 +149,7 @@ def compare(
     """Run every variant and seed, then write the table; returns the exit code of the first run that fails, or 0.
 
     Raises:
-        ValueError: On variants of different data, or numbers out of range.
+        ValueError: On variants of different data, a task without a table, or numbers out of range.
     """
     if num_seeds < 1 or (minutes_per_run is not None and minutes_per_run <= 0):
         raise ValueError(f"--seeds is {num_seeds} and --minutes_per_run {minutes_per_run}; both must be above 0")
@@ -148,6 +161,7 @@ def compare(
     }
     check_same_data(list(steps_of.values()))
     for variant in variants:  # a misspelt key of the last one should not show after hours of the others
+        check_task(steps_of[folders[variant.name][0]])
         pipeline.check_steps(steps_of[folders[variant.name][0]])
     earlier: dict[Path, Sequence[pipeline.Step]] = {}
     for run, steps in steps_of.items():
