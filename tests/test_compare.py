@@ -230,14 +230,6 @@ def test_a_mistake_in_the_last_variant_shows_before_the_first_one_runs(tmp_path,
     assert not (tmp_path / "out").exists()
 
 
-def test_a_task_without_a_table_is_refused_before_anything_runs(tmp_path):
-    folder = write_recipes(tmp_path / "a", {"1_data": {"interactions": "toy.csv"}, "8_evaluate": {}})
-    variants = compare.read_variants([str(folder)], [["one"], ["two", "evaluate.task=held_out_sets"]])
-    with pytest.raises(ValueError, match="8_evaluate.yaml: task is held_out_sets, which compare has no table for"):
-        compare.check_task(compare.variant_steps(variants[1], tmp_path / "out", 0, None))
-    compare.check_task(compare.variant_steps(variants[0], tmp_path / "out", 0, None))
-
-
 @pytest.mark.parametrize(("seeds", "minutes"), [(0, None), (1, 0.0), (1, -1.0)])
 def test_seeds_and_minutes_must_be_above_zero(tmp_path, seeds, minutes):
     folder = write_recipes(tmp_path / "a")

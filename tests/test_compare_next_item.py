@@ -10,7 +10,8 @@ import pytest
 from test_compare import cells, write_recipes
 
 from rerank import compare, pipeline, run_dir
-from rerank.compare import next_item_table
+from rerank.compare import held_out_sets_table, next_item_table
+from rerank.evaluate.held_out_sets import LISTS as SETS
 from rerank.evaluate.next_item import LISTS
 from rerank.evaluate.pruning import FILE as PRUNING_FILE
 from rerank.evaluate.pruning import Pruning
@@ -171,3 +172,66 @@ def test_variants_of_one_recipe_share_the_stages_before_they_differ(tmp_path):
     assert sorted(path.name for path in (tmp_path / "bear-0").iterdir()) == ["data", "midtrain", "semantic_ids"]
     assert all(path.is_symlink() for path in (tmp_path / "bear-0").iterdir())
     assert json.loads((tmp_path / "bear-0/midtrain/stage.json").read_text())["given"]["seed"] == 0
+
+
+def write_sets(run: Path, places: dict[str, list[int]], first_user: int = 0) -> Path:
+    """An evaluate folder in which a ranker finds user u's first target at 1-based place places[ranker][u]; 0: never.
+
+    The first user has one target, the second has two, of which none finds the other.
+    """
+    folder = run / "evaluate"
+    folder.mkdir(parents=True)
+    lines = [
+        {"user": first_user + user, "targets": [999, 998][: user + 1], "ranker": ranker,
+         "items": [999 if place == at + 1 else at for at in range(100)]}
+        for ranker, of_users in places.items() for user, place in enumerate(of_users)
+    ]  # fmt: skip
+    pq.write_table(pa.Table.from_pylist(lines[::-1], schema=SETS), folder / "lists.parquet")
+    run_dir.write_json(folder / "results.json", {"task": "held_out_sets", "split": "valid", "n": 2})
+    (run / "data").mkdir()
+    run_dir.write_json(run / "data/metrics.json", {"sources": {"toy.csv": "0" * 64}})
+    return run
+
+
+@pytest.fixture
+def sets_of(tmp_path):
+    """`plain` with two seeds, `head` finds more."""
+    baselines = {"popularity": [0, 0], "transitions": [30, 0]}
+    return {
+        "plain": [write_sets(tmp_path / f"p{n}", baselines | {"sft": [place, 1]}) for n, place in enumerate((1, 30))],
+        "head": [write_sets(tmp_path / f"h{n}", baselines | {"sft_head": [1, 1]}) for n in (0, 1)],
+    }
+
+
+def test_sets_have_a_table_of_means_over_seeds(sets_of):
+    table = cells("\n".join(held_out_sets_table.table_lines(sets_of)))
+    # one of one or of two targets within twenty: (1 + 1/2) / 2 with the first seed, (0 + 1/2) / 2 with the second
+    assert table["plain", "sft"][:3] == ["2", "0.5000", "0.7500"] and table["plain", "sft"][-3:] == ["–"] * 3
+    # the spread of R@20: .75 and .25, 0.5 / sqrt 2
+    assert table["plain", "sft"][4] == "0.3536"
+    assert table["head", "sft_head"][:3] == ["2", "0.7500", "0.7500"]
+    assert table["head", "sft_head"][5].startswith("+0.7500 [")  # transitions finds nothing within twenty
+    assert table["head", "sft_head"][8].startswith("+0.2500 [")
+    assert table["–", "transitions"][1:3] == ["0.0000", "0.5000"]
+    # 1/log2(31) of an ideal of 1; of the second user's ideal of two nothing
+    assert table["–", "transitions"][3] == f"{1 / np.log2(31) / 2:.4f}"
+
+
+def test_rankers_of_sets_are_compared_where_two_variants_have_them(sets_of, tmp_path):
+    assert not any("Differences" in line for line in held_out_sets_table.table_lines(sets_of))
+    other = write_sets(tmp_path / "other", {"popularity": [0, 0], "transitions": [30, 0], "sft_head": [1, 0]})
+    lines = held_out_sets_table.table_lines({**sets_of, "other": [other]})
+    table = cells("\n".join(lines[lines.index("Differences between variants, sft_head, all rows:") :]))
+    assert table["other", "head"][0].startswith("-0.2500 [")  # half a target of one of two users
+
+
+def test_sets_of_other_users_are_refused(sets_of, tmp_path):
+    wrong = write_sets(tmp_path / "wrong", {"popularity": [0, 0], "transitions": [0, 0], "sft": [1, 1]}, 1)
+    with pytest.raises(ValueError, match="variant wrong, seed 0, was evaluated on other users than plain"):
+        held_out_sets_table.table_lines({**sets_of, "wrong": [wrong]})
+
+
+def test_the_report_picks_the_table_of_the_task(runs_of, sets_of, tmp_path):
+    for runs, word in ((runs_of, "all items ranked, 10 beams"), (sets_of, "found from the training items")):
+        variants = [compare.Variant(name, "recipes/mine") for name in runs]
+        assert word in compare.report(variants, runs, None, tmp_path / "RESULTS.md")

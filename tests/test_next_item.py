@@ -16,6 +16,7 @@ from trl import ModelConfig, SFTConfig
 from rerank import base_model, run_dir, sft
 from rerank.candidates import training_sequences
 from rerank.catalogue import Catalogue
+from rerank.compare import held_out_sets_table
 from rerank.evaluate import EvaluateArguments, full_catalogue, held_out_sets, pruning, refuse_ranker
 from rerank.evaluate import main as evaluate
 from rerank.item_head import ItemHead
@@ -693,4 +694,10 @@ def test_held_out_sets_are_ranked_from_training_items_alone(trained, tmp_path):
     hits = [len(set(items) & set(t.tolist())) / len(t) for items, t in zip(lists, found.targets, strict=True)]
     assert metrics["rows"]["sft_head"]["R@20"] == pytest.approx(np.mean(hits))
     assert "30 users, valid" in (tmp_path / "results.md").read_text()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/evaluate").symlink_to(tmp_path)
+    users, values = held_out_sets_table.load(tmp_path / "run")
+    assert users.tolist() == found.users.tolist()
+    for name, row in metrics["rows"].items():  # the lists that were written have the same worth
+        assert values[name]["N@100"].mean() == pytest.approx(row["N@100"])
     assert len(load_held_out(trained, 5).users) == 5

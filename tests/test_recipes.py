@@ -72,6 +72,7 @@ def test_an_accelerate_file_parses_and_its_keys_are_known(path):
     options = {action.dest for action in launch_command_parser()._actions}
     for section in (config.deepspeed_config, config.fsdp_config):
         assert set(section or {}) <= options
+    assert config.use_cpu == path.stem.startswith("cpu"), "a recipe leaves the device to this file"
 
 
 @pytest.fixture

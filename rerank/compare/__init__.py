@@ -14,12 +14,13 @@ from pathlib import Path
 
 from rerank import pipeline
 from rerank import run_dir as runs
-from rerank.compare import next_item_table, rankings_table, rollout_curves
+from rerank.compare import held_out_sets_table, next_item_table, rankings_table, rollout_curves
 from rerank.evaluate import tables
 
 logger = logging.getLogger(__name__)
 
 SEEDED_STAGES = ("midtrain", "traces", "sft", "dapo")
+TABLES = {"rerank": rankings_table, "next_item": next_item_table, "held_out_sets": held_out_sets_table}  # by task
 
 
 @dataclass(frozen=True)
@@ -96,19 +97,6 @@ def check_same_data(variants: Sequence[Sequence[pipeline.Step]]) -> None:
             raise ValueError(f"{steps[0].path} asks for other data than {reference.path}: {changed}; make them equal")
 
 
-def check_task(steps: Sequence[pipeline.Step]) -> None:
-    """Refuse a task that there is no table for.
-
-    Raises:
-        ValueError: Naming the recipe.
-    """
-    if steps[-1].keys.get("task") == "held_out_sets":
-        raise ValueError(
-            f"{steps[-1].path}: task is held_out_sets, which compare has no table for; run each variant with "
-            "`rerank run` and read its evaluate/results.md"
-        )
-
-
 def report(
     variants: Sequence[Variant], runs_of: dict[str, list[Path]], minutes_per_run: float | None, target: Path
 ) -> str:
@@ -117,7 +105,7 @@ def report(
     data = runs.read_metrics(some_run, "data")
     results = json.loads((runs.stage_dir(some_run, "evaluate") / "results.json").read_text())
     budget = f", at most {minutes_per_run:g} training minutes a run" if minutes_per_run is not None else ""
-    table = next_item_table if results.get("task") == "next_item" else rankings_table
+    table = TABLES[results.get("task", "rerank")]
     num_seeds = len(next(iter(runs_of.values())))
     with_curves = table is rankings_table and rollout_curves.has_dapo(runs_of)
     lines = [
@@ -149,7 +137,7 @@ def compare(
     """Run every variant and seed, then write the table; returns the exit code of the first run that fails, or 0.
 
     Raises:
-        ValueError: On variants of different data, a task without a table, or numbers out of range.
+        ValueError: On variants of different data, or numbers out of range.
     """
     if num_seeds < 1 or (minutes_per_run is not None and minutes_per_run <= 0):
         raise ValueError(f"--seeds is {num_seeds} and --minutes_per_run {minutes_per_run}; both must be above 0")
@@ -161,7 +149,6 @@ def compare(
     }
     check_same_data(list(steps_of.values()))
     for variant in variants:  # a misspelt key of the last one should not show after hours of the others
-        check_task(steps_of[folders[variant.name][0]])
         pipeline.check_steps(steps_of[folders[variant.name][0]])
     earlier: dict[Path, Sequence[pipeline.Step]] = {}
     for run, steps in steps_of.items():

@@ -1,6 +1,6 @@
 """The table of runs that rank the whole catalogue."""
 
-import itertools
+import functools
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,20 +11,17 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from rerank import run_dir as runs
-from rerank.compare.rankings_table import difference
+from rerank.compare.values_table import MODELS, SEARCH, group_lines, pair_lines
 from rerank.evaluate.full_catalogue import GROUPS, LIST_LENGTH, METRICS, filled, metrics_of_lists
 from rerank.evaluate.pruning import FILE as PRUNING_FILE
 from rerank.evaluate.pruning import Pruning
-from rerank.evaluate.results import Sampling
-from rerank.evaluate.tables import NO_VALUE, number
+from rerank.evaluate.tables import NO_VALUE
 from rerank.metrics import paired_interval, paired_rate_interval
 
 logger = logging.getLogger(__name__)
 
-BASELINES = ("popularity", "transitions")
 COMPARED = ("R@10", "N@10")
-SEARCH = "sft"  # beam search; pruning is of it
-MODELS = (SEARCH, "sft_head", "sft_both")
+PRUNING_HEADS = ("pruned, points", "violation, points")
 
 
 @dataclass(frozen=True)
@@ -85,12 +82,14 @@ def table_lines(runs_of: dict[str, list[Path]]) -> list[str]:
                 raise ValueError(
                     f"variant {name}, seed {seed}, was evaluated on other rows than {first}; use one split"
                 )
+    variants = {name: [lists.values for lists in found] for name, found in read.items()}
     groups = {"all": np.ones(len(reference.users), dtype=bool), "one_hop": reference.one_hop}
     groups["rest"] = ~reference.one_hop
     lines: list[str] = []
     for group, chosen in groups.items():
         if chosen.any():
-            lines += ["", f"{GROUPS[group]}, {int(chosen.sum())} rows:", "", *_group_lines(read, chosen)]
+            table = group_lines(variants, reference.users, METRICS, COMPARED, chosen)
+            lines += ["", f"{GROUPS[group]}, {int(chosen.sum())} rows:", "", *table]
     measured = {
         name: [lists.pruning for lists in found]
         for name, found in read.items()
@@ -98,45 +97,11 @@ def table_lines(runs_of: dict[str, list[Path]]) -> list[str]:
     }
     lines += _pruning_lines(measured)
     for ranker in MODELS:
-        lines += _pair_lines(read, ranker, measured if ranker == SEARCH and len(measured) > 1 else {})
+        with_pruning = ranker == SEARCH and len(measured) > 1  # it is of the search by beams
+        heads = PRUNING_HEADS if with_pruning else ()
+        more = functools.partial(_pruning_differences, measured if with_pruning else {}, reference.users)
+        lines += pair_lines(variants, reference.users, COMPARED, ranker, heads, more)
     return lines[1:]
-
-
-def _group_lines(read: Mapping[str, Sequence[RunLists]], chosen: np.ndarray) -> list[str]:
-    first = next(iter(read))
-    reference = read[first][0]
-    sampling = Sampling(reference.users[chosen], 2000, 0)
-    heads = [*METRICS, "spread of R@10", *(f"{m} - {other}" for other in ("transitions", first) for m in COMPARED)]
-    lines = [f"| variant | ranker | seeds | {' | '.join(heads)} |", f"|---|---|{'---:|' * (len(heads) + 1)}"]
-    transitions = {metric: reference.values["transitions"][metric][chosen] for metric in COMPARED}
-    base = _means(read[first], SEARCH, chosen)
-    for ranker in BASELINES:
-        values = {metric: reference.values[ranker][metric][chosen] for metric in METRICS}
-        cells = [number(values[metric].mean()) for metric in METRICS] + [NO_VALUE]
-        cells += [
-            difference(values[m], transitions[m], sampling) if ranker != "transitions" else NO_VALUE for m in COMPARED
-        ]
-        lines.append(f"| {NO_VALUE} | {ranker} | 1 | {' | '.join([*cells, *[NO_VALUE] * len(COMPARED)])} |")
-    for name, found in read.items():
-        for ranker in MODELS:
-            if ranker not in found[0].values:
-                continue
-            means = _means(found, ranker, chosen)
-            seeds = [lists.values[ranker]["R@10"][chosen].mean() for lists in found]
-            cells = [number(means[metric].mean()) for metric in METRICS]
-            cells.append(NO_VALUE if len(seeds) < 2 else number(float(np.std(seeds, ddof=1))))
-            cells += [difference(means[metric], transitions[metric], sampling) for metric in COMPARED]
-            is_base = (name, ranker) == (first, SEARCH)
-            cells += [
-                NO_VALUE if is_base else difference(means[metric], base[metric], sampling) for metric in COMPARED
-            ]
-            lines.append(f"| {name} | {ranker} | {len(found)} | {' | '.join(cells)} |")
-    return lines
-
-
-def _means(found: Sequence[RunLists], ranker: str, chosen: np.ndarray) -> dict[str, np.ndarray]:
-    """Each metric on the chosen rows, a row's value its mean over seeds."""
-    return {metric: np.mean([lists.values[ranker][metric][chosen] for lists in found], axis=0) for metric in METRICS}
 
 
 def _pruning_lines(measured: Mapping[str, Sequence[Pruning]]) -> list[str]:
@@ -168,32 +133,14 @@ def _pruning_lines(measured: Mapping[str, Sequence[Pruning]]) -> list[str]:
     return lines
 
 
-def _pair_lines(
-    read: Mapping[str, Sequence[RunLists]], ranker: str, measured: Mapping[str, Sequence[Pruning]]
+def _pruning_differences(
+    measured: Mapping[str, Sequence[Pruning]], users: np.ndarray, name: str, other: str
 ) -> list[str]:
-    """Each variant's ranker against that of every variant before it; nothing unless two variants have it."""
-    asked = [name for name, found in read.items() if ranker in found[0].values]
-    if len(asked) < 2:
+    """Of the pruned share and of the share of violated targets, with intervals; nothing where not measured in both."""
+    if name not in measured or other not in measured:
         return []
-    users = next(iter(read.values()))[0].users
-    sampling = Sampling(users, 2000, 0)
-    everything = np.ones(len(users), dtype=bool)
-    heads = [*COMPARED, *(["pruned, points", "violation, points"] if measured else [])]
-    lines = ["", f"Differences between variants, {ranker}, all rows:", ""]
-    lines += [f"| variant | minus | {' | '.join(heads)} |", f"|---|---|{'---:|' * len(heads)}"]
-    for other, name in itertools.combinations(asked, 2):
-        means, others = (_means(read[variant], ranker, everything) for variant in (name, other))
-        cells = [difference(means[metric], others[metric], sampling) for metric in COMPARED]
-        if name in measured and other in measured:
-            cells += _pruning_differences(measured[name], measured[other], users)
-        cells += [NO_VALUE] * (len(heads) - len(cells))
-        lines.append(f"| {name} | {other} | {' | '.join(cells)} |")
-    return lines
-
-
-def _pruning_differences(each: Sequence[Pruning], others: Sequence[Pruning], users: np.ndarray) -> list[str]:
-    """Of the pruned share and of the share of violated targets, with intervals."""
-    counts = [_over_seeds(of, name) for of in (each, others) for name in ("is_pruned", "is_top")]
+    each, others = measured[name], measured[other]
+    counts = [_over_seeds(of, share) for of in (each, others) for share in ("is_pruned", "is_top")]
     pairs = paired_rate_interval(*counts, users), paired_interval(_violated(each), _violated(others), users)
     return [NO_VALUE if np.isnan(pair).any() else _points(*pair) for pair in pairs]
 

@@ -5,12 +5,13 @@ Every user counts once, whatever the order in which items were taken; it cannot 
 Letters of shapes: U users, N items of a list.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rerank import run_dir
@@ -24,6 +25,14 @@ from rerank.next_items import NextItemModel
 
 METRICS = ("R@20", "R@40", "N@100")
 LIST_LENGTH = 100
+LISTS = pa.schema(
+    [
+        ("user", pa.int64()),
+        ("targets", pa.list_(pa.int64())),
+        ("ranker", pa.string()),
+        ("items", pa.list_(pa.int64())),  # best first
+    ]
+)
 
 
 @dataclass(frozen=True)
@@ -74,16 +83,14 @@ def metrics_of_sets(lists: np.ndarray, targets: Sequence[np.ndarray]) -> dict[st
     return {name: np.array(of_users) for name, of_users in values.items()}
 
 
-def evaluate_sets(
-    run: Path, split: str, num_beams: int, max_users: int, num_samples: int, seed: int
-) -> dict[str, Any]:
-    """Metrics of the baselines and of the sft stage's model: by its item head if it has one, else by beams.
+def ranked_sets(run: Path, found: HeldOut, num_beams: int) -> dict[str, np.ndarray]:
+    """(U, N) items of the baselines and of the sft stage's model: by its item head if it has one, else by beams.
 
     Training items are left out of every list; validation items are not, as in the released code.
     """
-    data_dir, catalogue = run_dir.stage_dir(run, "data"), Catalogue.load(run)
-    sequences = training_sequences(data_dir)
-    found, counts = HeldOut.load(data_dir, sequences, split, max_users, seed), Counts.fit(sequences, len(catalogue))
+    catalogue = Catalogue.load(run)
+    sequences = training_sequences(run_dir.stage_dir(run, "data"))
+    counts = Counts.fit(sequences, len(catalogue))
     length = min(LIST_LENGTH, len(catalogue))
     fewest_free = len(catalogue) - max(len(np.unique(history)) for history in found.histories)
     model = NextItemModel.load(run_dir.stage_dir(run, "sft") / "model")
@@ -91,29 +98,47 @@ def evaluate_sets(
         name, lists = "sft", model.by_beams(found.histories, length, max(num_beams, length)).items
     else:
         name, lists = "sft_head", model.by_head(found.histories, length).items
-    ranked = {
+    return {
         "popularity": popular_lists(counts.popularity, found.histories, length),
         REFERENCE: filled(counts.top_rows(found.histories, min(length, fewest_free))[0].tolist(), length),
         name: filled(lists, length),
     }
-    values = {name: metrics_of_sets(items, found.targets) for name, items in ranked.items()}
-    sampling = Sampling(found.users, num_samples, seed)
-    rows = {}
+
+
+def summarise(found: HeldOut, ranked: Mapping[str, np.ndarray], sampling: Sampling) -> dict[str, dict[str, Any]]:
+    """Of each ranker the metrics' means, and their differences to transitions with intervals."""
+    values = {name: metrics_of_sets(lists, found.targets) for name, lists in ranked.items()}
+    rows: dict[str, dict[str, Any]] = {}
     for name, of_users in values.items():
         rows[name] = {metric: float(of_users[metric].mean()) for metric in METRICS}
         for metric in METRICS:
             pair = sampling.difference(of_users[metric], values[REFERENCE][metric])
             rows[name][f"{metric}_minus_{REFERENCE}"], rows[name][f"{metric}_interval"] = pair
-    return {"task": "held_out_sets", "split": split, "n": len(found.users), "rows": rows}
+    return rows
 
 
 def evaluate(args: Any, out_dir: Path) -> dict[str, Any]:
-    """Write results.json and results.md of the stage; returns the split, n and each ranker's metrics."""
+    """Write results.json, results.md and lists.parquet; returns the split, n and each ranker's metrics."""
     run = Path(args.run_dir)
-    results = evaluate_sets(run, args.split, args.num_beams, args.max_rows, args.num_bootstrap, args.seed)
+    data_dir = run_dir.stage_dir(run, "data")
+    found = HeldOut.load(data_dir, training_sequences(data_dir), args.split, args.max_rows, args.seed)
+    ranked = ranked_sets(run, found, args.num_beams)
+    rows = summarise(found, ranked, Sampling(found.users, args.num_bootstrap, args.seed))
+    results = {"task": "held_out_sets", "split": args.split, "n": len(found.users), "rows": rows}
     run_dir.write_json(out_dir / "results.json", results)
     (out_dir / "results.md").write_text(markdown(results), encoding="utf-8")
-    return {"split": args.split, "n": results["n"], "rows": results["rows"]}
+    write_lists(found, ranked, out_dir / "lists.parquet")
+    return {"split": args.split, "n": results["n"], "rows": rows}
+
+
+def write_lists(found: HeldOut, ranked: Mapping[str, np.ndarray], path: Path) -> None:
+    """One line a user and ranker, so that anybody can compute the numbers again."""
+    lines = [
+        {"user": int(user), "targets": targets, "ranker": name, "items": items[items >= 0]}
+        for name, lists in ranked.items()
+        for user, targets, items in zip(found.users, found.targets, lists, strict=True)
+    ]
+    pq.write_table(pa.Table.from_pylist(lines, schema=LISTS), path)
 
 
 def markdown(results: dict[str, Any]) -> str:
