@@ -203,6 +203,16 @@ def test_weights_of_iirg_are_those_of_the_tasks_means(run, tmp_path):
     assert logged["loss"] == pytest.approx(wanted, rel=1e-4)
 
 
+def test_the_content_weight_is_that_of_the_mean_of_texts(run, tmp_path):
+    specs = [{"name": "nll"}, {"name": "cllm4rec", "kwargs": {"head_weight": 0, "content_weight": 0.25}}]
+    trainer = make_trainer(run, tmp_path, specs, num_rows=8, per_device_train_batch_size=24)
+    trainer.train()
+    logged = trainer.state.log_history[0]
+    wanted = logged["loss_next_item"] + 0.25 * logged["loss_content"] + logged["loss_mutual_regularisation"]
+    assert logged["loss"] == pytest.approx(wanted, rel=1e-4)
+    assert logged["loss_content"] != pytest.approx(logged["loss_next_item"])
+
+
 def test_weights_by_tokens_are_divided_by_all_of_them(run, tmp_path):
     specs = [{"name": "nll"}, {"name": "iirg", "kwargs": {**IIRG["kwargs"], "divide_by": "tokens"}}]
     trainer = make_trainer(run, tmp_path, specs, num_rows=8, per_device_train_batch_size=24)

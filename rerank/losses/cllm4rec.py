@@ -37,6 +37,8 @@ class cllm4rec(Extra):
     Args:
         head_weight: Of the head's loss; 0 leaves the head out.
         regularisation: lambda_c; 0 leaves content rows and second embeddings out.
+        content_weight: Of the content rows' mean token loss, beside that of the histories. The paper's steps take
+            turns, which is near to 1; a small model has little room for texts.
         shuffle_history: Whether the items of a next-item row are put into another random order each epoch, as the
             paper does where recommendations do not follow an order. Off, since next items do. A row of two stays as
             it is: the second may be the one that is to be found.
@@ -55,12 +57,14 @@ class cllm4rec(Extra):
         self,
         head_weight: float = 1.0,
         regularisation: float = 1.0,
+        content_weight: float = 1.0,
         shuffle_history: bool = False,
         mask_share: float = 0.0,
         target: str = "held_out",
         read_items: bool = True,
     ) -> None:
-        for name, value in (("head_weight", head_weight), ("regularisation", regularisation)):
+        weights = {"head_weight": head_weight, "regularisation": regularisation, "content_weight": content_weight}
+        for name, value in weights.items():
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"loss cllm4rec: {name} is {value} but must not be negative")
         if not head_weight and not regularisation:
@@ -71,12 +75,15 @@ class cllm4rec(Extra):
             raise ValueError("loss cllm4rec: mask_share is for the head, whose head_weight is 0; set one of them anew")
         if target not in TARGETS:
             raise ValueError(f"loss cllm4rec: target is {target!r}; use one of {', '.join(TARGETS)}")
-        self.head_weight, self.regularisation = head_weight, regularisation
+        self.head_weight, self.regularisation, self.content_weight = weights.values()
         self.shuffle_history, self.mask_share, self.target = shuffle_history, mask_share, target
         self.read_items = read_items
         self.redraws = shuffle_history or mask_share > 0
         self.divides_by_task = regularisation > 0  # a text is longer than a history; the paper takes them in turn
         self.module: nn.Module | None = None
+
+    def task_weights(self) -> dict[str, float]:
+        return {CONTENT: self.content_weight} if self.regularisation else {}
 
     def rows(self, maker: Any) -> dict[str, list[dict[str, Any]]]:
         """Content rows, and a masked prompt of each user with two training items or more."""
