@@ -16,7 +16,9 @@ from torch import nn
 from rerank.prefix_index import PrefixIndex
 
 VOCABULARY_TILE = 32768  # columns that TRL's kernel scores at once
-MOST_KEPT = 2**24  # logits and weights of the head, 64 MB, kept for a backward pass; beyond it, TRL's kernel
+MOST_KEPT = (
+    2**24
+)  # logits and weights of the head, 64 MB of each copy, kept for a backward pass; beyond it, TRL's kernel
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,8 @@ class LossInputs:
     def label_logps(self, temperature: float = 1.0, chosen: torch.Tensor | None = None) -> torch.Tensor:
         """Log-probability of each label over the whole vocabulary, (P,), or (M,) of the `chosen` positions (P,) bool.
 
-        By TRL's kernel, which makes the logits twice and keeps none; few enough are kept, which is faster.
+        By TRL's kernel, which makes the logits twice and keeps none; few enough are kept, which is faster. Those are
+        in float32 under autocast too, where the kernel's are products of rounded states.
         """
         from trl.trainer.utils import _ChunkedLogProbFunction
 

@@ -144,8 +144,10 @@ def run_step(step: Step, accelerate: str) -> int:
     Returns:
         The exit code of the launch; 130 when it was interrupted.
     """
-    threads = max(1, (os.cpu_count() or 1) // (recipe.load(accelerate).get("num_processes") or 1))
+    where = recipe.load(accelerate)
+    threads = max(1, (os.cpu_count() or 1) // (where.get("num_processes") or 1))
     environment = {"OMP_NUM_THREADS": str(threads), **recipe.ENVIRONMENT, **os.environ, "PYTHONPATH": _python_path()}
+    environment["ACCELERATE_USE_CPU"] = str(where.get("use_cpu", False))  # its launcher forgets it for two processes
     child = subprocess.Popen(
         [sys.executable, "-m", "accelerate.commands.launch", "--quiet", *launch_words(step, accelerate)],
         env=environment,

@@ -187,8 +187,9 @@ def resolve(stage: str, keys: dict[str, Any], source: str) -> tuple[Any, ...]:
     typed = {key: _typed(key, value, hints[key], source) for key, value in keys.items()}
     if "output_dir" in hints:
         typed["output_dir"] = str(runs.partial_dir(typed["run_dir"], stage) / "checkpoints")
-    if "use_cpu" in hints and "use_cpu" not in typed and not torch.accelerator.is_available():
-        logger.info("%s: there is no GPU here, so the CPU trains", source)
+    asked_for_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"  # by the accelerate file
+    if "use_cpu" in hints and "use_cpu" not in typed and (asked_for_cpu or not torch.accelerator.is_available()):
+        logger.info("%s: %s, so the CPU trains", source, "asked for" if asked_for_cpu else "there is no GPU here")
         typed["use_cpu"] = True  # else a recipe with bf16, which a CPU has too, could not even be looked at
     try:
         parsed = TrlParser(arguments).parse_dict(typed)

@@ -36,9 +36,9 @@ PACKAGES = (
 )
 
 # Keys that may differ between the recipe that made a folder and the one that skips it: they change what is shown,
-# or asked beforehand.
+# or asked beforehand, or where it runs, which is the accelerate file's to say and is not compared.
 PRESENTATION_KEYS = frozenset(
-    {"run_dir", "report_to", "logging_steps", "disable_tqdm", "run_name", "log_level", "probe"}
+    {"run_dir", "report_to", "logging_steps", "disable_tqdm", "run_name", "log_level", "probe", "use_cpu"}
 )
 
 

@@ -174,7 +174,7 @@ def test_variants_of_one_recipe_share_the_stages_before_they_differ(tmp_path):
     assert json.loads((tmp_path / "bear-0/midtrain/stage.json").read_text())["given"]["seed"] == 0
 
 
-def write_sets(run: Path, places: dict[str, list[int]], first_user: int = 0) -> Path:
+def write_sets(run: Path, places: dict[str, list[int]], first_user: int = 0, second: int = 998) -> Path:
     """An evaluate folder in which a ranker finds user u's first target at 1-based place places[ranker][u]; 0: never.
 
     The first user has one target, the second has two, of which none finds the other.
@@ -182,7 +182,7 @@ def write_sets(run: Path, places: dict[str, list[int]], first_user: int = 0) -> 
     folder = run / "evaluate"
     folder.mkdir(parents=True)
     lines = [
-        {"user": first_user + user, "targets": [999, 998][: user + 1], "ranker": ranker,
+        {"user": first_user + user, "targets": [999, second][: user + 1], "ranker": ranker,
          "items": [999 if place == at + 1 else at for at in range(100)]}
         for ranker, of_users in places.items() for user, place in enumerate(of_users)
     ]  # fmt: skip
@@ -225,10 +225,17 @@ def test_rankers_of_sets_are_compared_where_two_variants_have_them(sets_of, tmp_
     assert table["other", "head"][0].startswith("-0.2500 [")  # half a target of one of two users
 
 
-def test_sets_of_other_users_are_refused(sets_of, tmp_path):
-    wrong = write_sets(tmp_path / "wrong", {"popularity": [0, 0], "transitions": [0, 0], "sft": [1, 1]}, 1)
-    with pytest.raises(ValueError, match="variant wrong, seed 0, was evaluated on other users than plain"):
+@pytest.mark.parametrize("change", [{"first_user": 1}, {"second": 997}])
+def test_sets_of_other_users_or_of_another_split_are_refused(sets_of, tmp_path, change):
+    wrong = write_sets(tmp_path / "wrong", {"popularity": [0, 0], "transitions": [0, 0], "sft": [1, 1]}, **change)
+    with pytest.raises(ValueError, match="variant wrong, seed 0, was evaluated on other users or items than plain"):
         held_out_sets_table.table_lines({**sets_of, "wrong": [wrong]})
+
+
+def test_a_variant_whose_model_was_not_evaluated_is_refused(runs_of, tmp_path):
+    runs_of["bear"] = [write_evaluation(tmp_path / "bare", BASELINES | {"midtrained": [1, 0, 0, 0]})]
+    with pytest.raises(ValueError, match="variant bear was evaluated without its sft model; let evaluate.models hold"):
+        next_item_table.table_lines(runs_of)
 
 
 def test_the_report_picks_the_table_of_the_task(runs_of, sets_of, tmp_path):

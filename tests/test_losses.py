@@ -249,6 +249,7 @@ BAD_KWARGS = [
     ("cllm4rec", {"head_weight": -1}, "loss cllm4rec: head_weight is -1 but must not be negative"),
     ("cllm4rec", {"regularisation": -1}, "loss cllm4rec: regularisation is -1 but must not be negative"),
     ("cllm4rec", {"content_weight": -1}, "loss cllm4rec: content_weight is -1 but must not be negative"),
+    ("cllm4rec", {"content_weight": 0.1, "regularisation": 0}, "content_weight is 0.1, but regularisation is 0"),
     ("cllm4rec", {"head_weight": 0, "regularisation": 0}, "head_weight and regularisation are 0"),
     ("cllm4rec", {"mask_share": 1}, "loss cllm4rec: mask_share is 1 but must be at least 0 and below 1"),
     ("cllm4rec", {"mask_share": 0.2, "head_weight": 0}, "mask_share is for the head, whose head_weight is 0"),

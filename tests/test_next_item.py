@@ -706,8 +706,8 @@ def test_held_out_sets_are_ranked_from_training_items_alone(trained, tmp_path):
     assert "30 users, valid" in (tmp_path / "results.md").read_text()
     (tmp_path / "run").mkdir()
     (tmp_path / "run/evaluate").symlink_to(tmp_path)
-    users, values = held_out_sets_table.load(tmp_path / "run")
-    assert users.tolist() == found.users.tolist()
+    held_out, values = held_out_sets_table.load(tmp_path / "run")
+    assert held_out == [(user, items.tolist()) for user, items in zip(found.users, found.targets, strict=True)]
     for name, row in metrics["rows"].items():  # the lists that were written have the same worth
         assert values[name]["N@100"].mean() == pytest.approx(row["N@100"])
     assert len(load_held_out(trained, 5).users) == 5

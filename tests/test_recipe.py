@@ -140,6 +140,14 @@ def test_a_machine_without_a_gpu_trains_on_its_cpu():
         recipe.resolve("sft", {**keys, "use_cpu": False}, "6.yaml")
 
 
+def test_an_accelerate_file_for_the_cpu_holds_beside_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    keys = {"run_dir": "run", "bf16": False}
+    assert not recipe.resolve("sft", keys, "6.yaml")[1].use_cpu
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "True")  # as accelerate launch and `rerank run` set it
+    assert recipe.resolve("sft", keys, "6.yaml")[1].use_cpu
+
+
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="there is a GPU here")
 @pytest.mark.parametrize(("capability", "bf16", "warns"), [("AVX2", True, 1), ("AVX2", False, 0), ("AVX512", True, 0)])
 def test_a_cpu_that_is_slow_in_bfloat16_is_told_of(monkeypatch, caplog, capability, bf16, warns):

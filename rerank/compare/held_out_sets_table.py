@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from rerank import run_dir as runs
+from rerank.compare.rankings_table import refuse_other
 from rerank.compare.values_table import MODELS, Values, group_lines, pair_lines
 from rerank.evaluate.full_catalogue import filled
 from rerank.evaluate.held_out_sets import LIST_LENGTH, METRICS, metrics_of_sets
@@ -22,32 +23,27 @@ def rows_of(results: Mapping[str, Any]) -> str:
     )
 
 
-def load(run: Path) -> tuple[np.ndarray, Values]:
-    """Users (U,) and what each ranker is worth for them, of a run with a finished evaluate stage."""
+def load(run: Path) -> tuple[list[tuple[int, list[int]]], Values]:
+    """The users, each with what was held out, and what each ranker is worth for them; evaluate must be finished."""
     table = pq.read_table(runs.stage_dir(run, "evaluate") / "lists.parquet").to_pandas()
     of_rankers = {name: lines.sort_values("user") for name, lines in table.groupby("ranker", sort=False)}
     values = {
         name: metrics_of_sets(filled(lines["items"].tolist(), LIST_LENGTH), lines["targets"].tolist())
         for name, lines in of_rankers.items()
     }
-    return next(iter(of_rankers.values()))["user"].to_numpy(), values
+    first = next(iter(of_rankers.values()))
+    return [(user, targets.tolist()) for user, targets in zip(first["user"], first["targets"], strict=True)], values
 
 
 def table_lines(runs_of: dict[str, list[Path]]) -> list[str]:
     """Every ranker with differences to transitions and to the first variant; then each pair's differences.
 
     Raises:
-        ValueError: When two runs were evaluated on other users.
+        ValueError: When two runs were evaluated on other users or other items of theirs.
     """
     read = {name: [load(run) for run in folders] for name, folders in runs_of.items()}
-    first = next(iter(read))
-    users = read[first][0][0]
-    for name, found in read.items():
-        for seed, (others, _) in enumerate(found):
-            if not np.array_equal(others, users):
-                raise ValueError(
-                    f"variant {name}, seed {seed}, was evaluated on other users than {first}; use one split"
-                )
+    refuse_other("users or items", {name: [held_out for held_out, _ in found] for name, found in read.items()})
+    users = np.array([user for user, _ in next(iter(read.values()))[0][0]])
     variants = {name: [values for _, values in found] for name, found in read.items()}
     lines = group_lines(variants, users, METRICS, METRICS, np.ones(len(users), dtype=bool))
     for ranker in MODELS:

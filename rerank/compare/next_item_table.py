@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from rerank import run_dir as runs
+from rerank.compare.rankings_table import refuse_other
 from rerank.compare.values_table import MODELS, SEARCH, group_lines, pair_lines
 from rerank.evaluate.full_catalogue import GROUPS, LIST_LENGTH, METRICS, filled, metrics_of_lists
 from rerank.evaluate.pruning import FILE as PRUNING_FILE
@@ -74,14 +75,8 @@ def table_lines(runs_of: dict[str, list[Path]]) -> list[str]:
         ValueError: When two runs were evaluated on other rows.
     """
     read = {name: [RunLists.load(run) for run in folders] for name, folders in runs_of.items()}
-    first = next(iter(read))
-    reference = read[first][0]
-    for name, found in read.items():
-        for seed, lists in enumerate(found):
-            if not np.array_equal(lists.row_ids, reference.row_ids):
-                raise ValueError(
-                    f"variant {name}, seed {seed}, was evaluated on other rows than {first}; use one split"
-                )
+    refuse_other("rows", {name: [lists.row_ids.tolist() for lists in found] for name, found in read.items()})
+    reference = next(iter(read.values()))[0]
     variants = {name: [lists.values for lists in found] for name, found in read.items()}
     groups = {"all": np.ones(len(reference.users), dtype=bool), "one_hop": reference.one_hop}
     groups["rest"] = ~reference.one_hop

@@ -81,12 +81,7 @@ def table_lines(runs_of: dict[str, list[Path]]) -> list[str]:
     read = {name: [RunRankings.load(run) for run in folders] for name, folders in runs_of.items()}
     first = next(iter(read))
     reference = read[first][0]
-    for name, found in read.items():
-        for seed, rankings in enumerate(found):
-            if rankings.row_ids != reference.row_ids:
-                raise ValueError(
-                    f"variant {name}, seed {seed}, was evaluated on other rows than {first}; use one split"
-                )
+    refuse_other("rows", {name: [rankings.row_ids for rankings in found] for name, found in read.items()})
     rankers = [(first, name) for name in BASELINES if name in reference.values]
     rankers += [
         (variant, name)
@@ -155,6 +150,25 @@ def _difference_lines(
 def _mean(found: Sequence[RunRankings], ranker: str, metric: str) -> np.ndarray:
     """(R,) a row's metric, the mean over seeds."""
     return np.mean([rankings.values[ranker][metric] for rankings in found], axis=0)
+
+
+def refuse_other(what: str, evaluated: Mapping[str, Sequence[list]]) -> None:
+    """Refuse runs that were not evaluated on the same.
+
+    Args:
+        what: Rows or users, as the message calls them.
+        evaluated: Variant to what each of its seeds was evaluated on.
+
+    Raises:
+        ValueError: Naming the first variant and seed that differ.
+    """
+    first = next(iter(evaluated))
+    for name, of_seeds in evaluated.items():
+        for seed, found in enumerate(of_seeds):
+            if found != evaluated[first][0]:
+                raise ValueError(
+                    f"variant {name}, seed {seed}, was evaluated on other {what} than {first}; use one split"
+                )
 
 
 def difference(values: np.ndarray, reference: np.ndarray, sampling: Sampling) -> str:

@@ -40,34 +40,48 @@ def group_lines(
         chosen: (R,) bool.
     """
     first = next(iter(variants))
+    refuse_without_model(variants)
     base = next(ranker for ranker in MODELS if ranker in variants[first][0])
     sampling = Sampling(users[chosen], 2000, 0)
-    heads = [
-        *metrics,
-        f"spread of {compared[0]}",
-        *(f"{m} - {other}" for other in ("transitions", first) for m in compared),
-    ]
+    spread = f"spread of {compared[0]}"
+    heads = [*metrics, spread, *(f"{metric} - {other}" for other in ("transitions", first) for metric in compared)]
     lines = [f"| variant | ranker | seeds | {' | '.join(heads)} |", f"|---|---|{'---:|' * (len(heads) + 1)}"]
 
-    def differences(seeds: Sequence[Values], ranker: str, others: Sequence[Values], other: str) -> list[str]:
-        if seeds is others and ranker == other:
-            return [NO_VALUE] * len(compared)
-        pairs = [(means(seeds, ranker, metric), means(others, other, metric)) for metric in compared]
-        return [difference(values[chosen], reference[chosen], sampling) for values, reference in pairs]
+    def cells(seeds: Sequence[Values], ranker: str, references: Sequence[tuple[Sequence[Values], str]]) -> list[str]:
+        found = [number(means(seeds, ranker, metric)[chosen].mean()) for metric in metrics]
+        of_seeds = [values[ranker][compared[0]][chosen].mean() for values in seeds]
+        found.append(number(float(np.std(of_seeds, ddof=1))) if len(seeds) > 1 else NO_VALUE)
+        for others, other in references:
+            for metric in compared:
+                pair = means(seeds, ranker, metric)[chosen], means(others, other, metric)[chosen]
+                is_same = seeds is others and ranker == other
+                found.append(NO_VALUE if is_same else difference(*pair, sampling))
+        return found + [NO_VALUE] * (len(heads) - len(found))
 
-    baselines = variants[first][:1]
-    for name, seeds in {NO_VALUE: baselines, **variants}.items():
-        for ranker in BASELINES if name == NO_VALUE else MODELS:
-            if ranker not in seeds[0]:
-                continue
-            cells = [number(means(seeds, ranker, metric)[chosen].mean()) for metric in metrics]
-            of_seeds = [values[ranker][compared[0]][chosen].mean() for values in seeds]
-            cells.append(number(float(np.std(of_seeds, ddof=1))) if len(seeds) > 1 else NO_VALUE)
-            cells += differences(seeds, ranker, baselines, "transitions")
-            to_first = differences(seeds, ranker, variants[first], base)
-            cells += [NO_VALUE] * len(compared) if name == NO_VALUE else to_first
-            lines.append(f"| {name} | {ranker} | {len(seeds)} | {' | '.join(cells)} |")
+    baselines = variants[first][:1]  # the same in all runs
+    for ranker in BASELINES:
+        lines.append(_line(NO_VALUE, ranker, 1, cells(baselines, ranker, [(baselines, "transitions")])))
+    references = [(baselines, "transitions"), (variants[first], base)]
+    for name, seeds in variants.items():
+        for ranker in MODELS:
+            if ranker in seeds[0]:
+                lines.append(_line(name, ranker, len(seeds), cells(seeds, ranker, references)))
     return lines
+
+
+def _line(name: str, ranker: str, num_seeds: int, cells: Sequence[str]) -> str:
+    return f"| {name} | {ranker} | {num_seeds} | {' | '.join(cells)} |"
+
+
+def refuse_without_model(variants: Variants) -> None:
+    """Refuse a variant whose sft model was not evaluated.
+
+    Raises:
+        ValueError: Naming the variant.
+    """
+    for name, seeds in variants.items():
+        if not any(ranker in seeds[0] for ranker in MODELS):
+            raise ValueError(f"variant {name} was evaluated without its sft model; let evaluate.models hold sft")
 
 
 def pair_lines(

@@ -2,8 +2,8 @@ r"""Stage 8: rank held-out rows with every ranker and say what each is worth.
 
 In: the folders of all stages before it. Out: `results.json`, `results.md`, `rankings.parquet` (every order and every
 completion, so that anybody can compute the numbers again) and `report.html`, one page that opens from disk. With the
-task next_item the whole catalogue is ranked: `results.json`, `results.md`, `lists.parquet`, and `pruning.parquet`
-where that is asked for.
+tasks next_item and held_out_sets the whole catalogue is ranked: `results.json`, `results.md`, `lists.parquet`, and
+with next_item `pruning.parquet` where that is asked for.
 
     accelerate launch --config_file recipes/accelerate/cpu.yaml -m rerank.evaluate \
         --config recipes/ml100k/8_evaluate.yaml

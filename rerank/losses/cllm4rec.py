@@ -38,7 +38,7 @@ class cllm4rec(Extra):
         head_weight: Of the head's loss; 0 leaves the head out.
         regularisation: lambda_c; 0 leaves content rows and second embeddings out.
         content_weight: Of the content rows' mean token loss, beside that of the histories. The paper's steps take
-            turns, which is near to 1; a small model has little room for texts.
+            turns, which is near to 1; a small model has little room for texts. For regularisation only.
         shuffle_history: Whether the items of a next-item row are put into another random order each epoch, as the
             paper does where recommendations do not follow an order. Off, since next items do. A row of two stays as
             it is: the second may be the one that is to be found.
@@ -71,6 +71,11 @@ class cllm4rec(Extra):
             raise ValueError("loss cllm4rec: head_weight and regularisation are 0; set one above 0 or take it out")
         if not 0 <= mask_share < 1:
             raise ValueError(f"loss cllm4rec: mask_share is {mask_share} but must be at least 0 and below 1")
+        if content_weight != 1.0 and not regularisation:
+            raise ValueError(
+                f"loss cllm4rec: content_weight is {content_weight}, but regularisation is 0, which leaves content "
+                "rows out; set one of them anew"
+            )
         if mask_share and not head_weight:
             raise ValueError("loss cllm4rec: mask_share is for the head, whose head_weight is 0; set one of them anew")
         if target not in TARGETS:

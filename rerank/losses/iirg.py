@@ -22,11 +22,11 @@ class iirg(Extra):
 
     L = L_next + collaborative_weight L_collab + semantic_weight L_sem, all three over one shuffled mixture. With
     `divide_by: task` each L is the mean over the optimizer step's tokens of its task, so that weights mean what they
-    say; with `tokens`, and weights of 1 as in the released code, weighted tokens are divided by the count of all of
-    them, and the real proportion follows token counts: about 1 to 0.4 to 0.4 on Amazon Beauty, which is the default of
-    the weights here (the paper's are not known). Sample rows at random: batches grouped by length hold one task at a time, and a
-    weight then is that of its steps. Relations are mined from training interactions only; the released code still sees
-    the validation item.
+    say. With `tokens` weighted tokens are divided by the count of all of them, and the real proportion follows token
+    counts: the released code does so, with both weights 1, which comes to 1 : 0.4 : 0.4 on Amazon Beauty. Hence the
+    weights' default here; the paper's are not known. Sample rows at random: batches grouped by length hold one task
+    at a time, and a weight then is that of its steps. Relations are mined from training interactions only; the
+    released code still sees the validation item.
 
     Args:
         window: Positions of a user's sequence within which two items are taken together.

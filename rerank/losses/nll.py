@@ -5,7 +5,7 @@ import torch
 from rerank.losses import LossInputs
 
 TASKS = ("next_item", "rerank")
-NEEDS = "logits of the whole vocabulary at labelled positions, 64 MB of them kept at most"
+NEEDS = "logits of the whole vocabulary at labelled positions, about 64 MB of them kept"
 COSTS = "at most what TRL's own loss does"
 
 
