@@ -43,7 +43,7 @@ class Beams:
     Attributes:
         nodes: Node of the prefix index; where a row has fewer than K, its last node, which leads nowhere.
         logps: Log-probability of the tokens so far; -inf where a row has fewer than K.
-        parents: The column of the open beam of the step before that it continues.
+        parents: The column of the open beam of the step before that it continues; 0 where a row has fewer than K.
         is_open: Whether it goes on; else the items that end at its node are its result.
     """
 
@@ -74,7 +74,7 @@ class Beams:
         order = np.lexsort((self.nodes, ~chosen))[:, : chosen.sum(axis=1).max()]
         taken, is_there = self._taken(order), np.take_along_axis(chosen, order, axis=1)
         nodes, logps = np.where(is_there, taken.nodes, last_node), np.where(is_there, taken.logps, -np.inf)
-        return Beams(nodes, logps, taken.parents, taken.is_open)
+        return Beams(nodes, logps, np.where(is_there, taken.parents, 0), taken.is_open)  # a finished beam's is of old
 
     def _taken(self, order: np.ndarray) -> "Beams":
         return Beams(*(np.take_along_axis(array, order, axis=1) for array in vars(self).values()))

@@ -132,19 +132,63 @@ class NextItemModel:
             ValueError: When the model has no head.
         """
         pool = self.by_head(histories, num_pooled, batch_size)
-        others = [np.setdiff1d(self.rows.index.items, items) for items in pool.items]
+        found = BeamResult([[]] * len(histories), [[]] * len(histories))
         prompts = self.prompts(histories)
-        of_tokens = beam_search(
-            self.model, prompts, self.rows.index, num_pooled, None, others, None, batch_size, self.mask_first
-        )
-        found = BeamResult([], [])
-        for row, items in enumerate(pool.items):
-            by_tokens = dict(zip(of_tokens.items[row], of_tokens.logps[row], strict=True))
-            both = {item: logp + by_tokens[item] for item, logp in zip(items, pool.logps[row], strict=True)}
-            best = sorted(both, key=both.__getitem__, reverse=True)[:num_items]
-            found.items.append(best)
-            found.logps.append([both[item] for item in best])
+        by_length = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))  # little padding
+        for start in range(0, len(by_length), batch_size):
+            batch = by_length[start : start + batch_size]
+            of_tokens = self.token_logps([prompts[row] for row in batch], [pool.items[row] for row in batch])
+            for row, by_tokens in zip(batch, of_tokens, strict=True):
+                both = np.array(pool.logps[row]) + by_tokens
+                best = np.argsort(-both, kind="stable")[:num_items]
+                found.items[row] = [pool.items[row][place] for place in best]
+                found.logps[row] = both[best].tolist()
         return found
+
+    def token_logps(self, prompts: Sequence[Sequence[int]], items: Sequence[Sequence[int]]) -> list[np.ndarray]:
+        """Of each prompt's items the log-probability of their tokens, exactly; a prompt is read once for all of them.
+
+        Args:
+            prompts: Tokens.
+            items: Of each prompt, any number from 1 on.
+        """
+        import torch
+
+        from rerank.beam_decoder import BeamDecoder, why_copied
+
+        # letters of shapes: B prompts, K items, L tokens of an item, V vocabulary, W children of a node
+        shape = len(items), max(map(len, items)), max(map(len, self.rows.tokens))
+        tokens, is_there = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=bool)
+        nodes = np.full(shape, self.rows.index.root)
+        for row, of_row in enumerate(items):
+            for column, item in enumerate(of_row):
+                length = len(self.rows.tokens[item])
+                tokens[row, column, :length], is_there[row, column, :length] = self.rows.tokens[item], True
+                nodes[row, column, :length] = self.rows.paths[item]
+        total = np.zeros(shape[:2])
+        with torch.inference_mode():
+            decoder = BeamDecoder(self.model, prompts, shared=why_copied(self.model) is None)
+            logits = decoder.logits.expand(-1, shape[1], -1)  # (B, K, V)
+            for step in range(shape[2]):
+                own = logits.gather(2, torch.from_numpy(tokens[:, :, step : step + 1]).to(logits.device))[:, :, 0]
+                logps = own.double() - self._competing(logits, nodes[:, :, step]).double()
+                total += np.where(is_there[:, :, step], logps.cpu().numpy(), 0.0)
+                if step + 1 < shape[2]:
+                    parents = np.broadcast_to(np.arange(shape[1]) if step else 0, shape[:2]).copy()
+                    logits = decoder.step(parents, tokens[:, :, step])
+        return [total[row, : len(of_row)] for row, of_row in enumerate(items)]
+
+    def _competing(self, logits: Any, nodes: np.ndarray) -> Any:
+        """(B, K) log of the sum that a token's probability is a share of, after the nodes (B, K)."""
+        import torch
+
+        if not self.mask_first:
+            return logits.float().logsumexp(dim=2)
+        _, counts, table = self.rows.index.child_table(nodes.ravel())
+        legal = torch.from_numpy(self.rows.index.vocabulary[table].astype(np.int64)).to(logits.device)
+        scores = logits.gather(2, legal.view(*nodes.shape, -1)).float()
+        is_none = torch.from_numpy(np.arange(table.shape[1]) >= counts[:, None]).to(logits.device)
+        return scores.masked_fill(is_none.view(scores.shape), -np.inf).logsumexp(dim=2)
 
     def _last_states(self, prompts: Sequence[list[int]]) -> Any:
         """(M, H) hidden states at the end of each prompt."""

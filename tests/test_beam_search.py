@@ -163,6 +163,17 @@ def test_few_beams_equal_a_slow_loop_for_sequences_of_unequal_length(model, num_
         assert max(sequence_logp(model, history, s) for s in lost) <= result.best_dropped[row] + 1e-4
 
 
+@pytest.mark.parametrize("num_beams", [3, 8])
+def test_rows_whose_beams_have_ended_do_not_disturb_longer_ones(model, num_beams):
+    rng = np.random.default_rng(4)
+    lengths = rng.integers(1, 7, 40)
+    index = PrefixIndex.build([rng.integers(10, 14, length).tolist() for length in lengths])
+    histories = rng.integers(1, 10, (60, 3)).tolist()
+    together = beam_search(model, histories, index, num_beams)
+    alone = [beam_search(model, [history], index, num_beams) for history in histories]
+    assert together.items == [found.items[0] for found in alone]
+
+
 def test_a_model_in_bfloat16_scores_every_item_as_one_forward_does():
     model = make_model("qwen3", initializer_range=0.1).to(torch.bfloat16)
     sequences = catalogue()

@@ -518,8 +518,9 @@ def test_whether_items_are_read_is_an_option_and_not_for_titles(run, tmp_path):
         assert len(model.get_input_embeddings()._forward_hooks) == is_read
 
 
-def test_both_add_the_heads_and_the_tokens_log_probability_of_each_item(trained):
-    model = NextItemModel.load(trained / "sft/model")
+@pytest.mark.parametrize("mask_first", [True, False])
+def test_both_add_the_heads_and_the_tokens_log_probability_of_each_item(trained, mask_first):
+    model = dataclasses.replace(NextItemModel.load(trained / "sft/model"), mask_first=mask_first)
     histories = [np.array([1, 2, 3]), np.array([5]), np.array([0, 1, 2, 3, 4, 5, 6])]
     found = model.by_both(histories, 3, num_pooled=5)
     head, tokens = model.by_head(histories, NUM_ITEMS), model.by_beams(histories, NUM_ITEMS, NUM_ITEMS)
@@ -530,6 +531,23 @@ def test_both_add_the_heads_and_the_tokens_log_probability_of_each_item(trained)
         best = sorted(both, key=both.get, reverse=True)[:3]
         assert found.items[row] == best
         assert found.logps[row] == pytest.approx([both[item] for item in best], rel=1e-4)
+
+
+@pytest.mark.parametrize("mask_first", [True, False])
+@pytest.mark.parametrize("item_text", ["semantic_id", "title"])
+def test_log_probabilities_of_given_items_are_those_of_an_exact_search(trained, item_text, mask_first):
+    model = dataclasses.replace(NextItemModel.load(trained / "sft/model"), mask_first=mask_first)
+    rows = dataclasses.replace(model.rows, item_text=item_text)  # titles are of unlike lengths
+    model = dataclasses.replace(model, rows=rows)
+    histories = [np.array([1, 2, 3]), np.array([5]), np.array([0, 1, 2, 3, 4, 5, 6])]
+    asked = [[7, 0, 11], [4], [8, 9]]
+    tokens = model.by_beams(histories, NUM_ITEMS, NUM_ITEMS)
+    found = model.token_logps(model.prompts(histories), asked)
+    for row, (items, logps) in enumerate(zip(asked, found, strict=True)):
+        exact = dict(zip(tokens.items[row], tokens.logps[row], strict=True))
+        assert logps.tolist() == pytest.approx([exact[item] for item in items], abs=1e-4)
+    num_lengths = len({len(model.rows.tokens[item]) for items in asked for item in items})
+    assert (num_lengths > 1) == (item_text == "title")
 
 
 def test_evaluation_writes_metrics_lists_and_pruning(trained, tmp_path):
