@@ -111,7 +111,7 @@ def report(
     lines = [
         f"# Comparison of {', '.join(runs_of)}",
         "",
-        f"{len(runs_of)} variants, {tables.counted(num_seeds, 'seed')}{budget}. {table.rows_of(results)}",
+        f"{tables.counted(len(runs_of), 'variant')}, {tables.counted(num_seeds, 'seed')}{budget}. {table.rows_of(results)}",
         "",
         *(f"- data: {name}, sha256 {digest}" for name, digest in data["sources"].items()),
         "",
