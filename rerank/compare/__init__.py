@@ -15,7 +15,7 @@ from pathlib import Path
 from rerank import pipeline
 from rerank import run_dir as runs
 from rerank.compare import held_out_sets_table, next_item_table, rankings_table, rollout_curves
-from rerank.evaluate import tables
+from rerank.evaluate.tables import counted
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +111,7 @@ def report(
     lines = [
         f"# Comparison of {', '.join(runs_of)}",
         "",
-        f"{tables.counted(len(runs_of), 'variant')}, {tables.counted(num_seeds, 'seed')}{budget}. {table.rows_of(results)}",
+        f"{counted(len(runs_of), 'variant')}, {counted(num_seeds, 'seed')}{budget}. {table.rows_of(results)}",
         "",
         *(f"- data: {name}, sha256 {digest}" for name, digest in data["sources"].items()),
         "",
