@@ -150,7 +150,7 @@ class NextItemModel:
 
         Args:
             prompts: Tokens.
-            items: Of each prompt, any number from 1 on.
+            items: Of each prompt, any number.
         """
         import torch
 
@@ -158,6 +158,8 @@ class NextItemModel:
 
         # letters of shapes: B prompts, K items, L tokens of an item, V vocabulary, W children of a node
         shape = len(items), max(map(len, items)), max(map(len, self.rows.tokens))
+        if not shape[1]:  # the histories hold every item
+            return [np.zeros(0) for _ in items]
         tokens, is_there = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=bool)
         nodes = np.full(shape, self.rows.index.root)
         for row, of_row in enumerate(items):

@@ -533,6 +533,13 @@ def test_both_add_the_heads_and_the_tokens_log_probability_of_each_item(trained,
         assert found.logps[row] == pytest.approx([both[item] for item in best], rel=1e-4)
 
 
+def test_both_find_nothing_after_a_history_of_every_item(trained):
+    model = NextItemModel.load(trained / "sft/model")
+    for others in ([], [np.array([5])]):  # a batch of its own, and beside another row
+        found = model.by_both([np.arange(NUM_ITEMS), *others], 3)
+        assert found.items[0] == found.logps[0] == [] and all(len(items) == 3 for items in found.items[1:])
+
+
 @pytest.mark.parametrize("mask_first", [True, False])
 @pytest.mark.parametrize("item_text", ["semantic_id", "title"])
 def test_log_probabilities_of_given_items_are_those_of_an_exact_search(trained, item_text, mask_first):
