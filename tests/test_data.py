@@ -10,6 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from rerank import data, recipe
+from rerank.baselines import FEATURES
+from rerank.candidates import fit_counts
 from rerank.data.prepare import prepare
 from rerank.data.ready_rows import merge_rows
 
@@ -74,6 +76,24 @@ def test_tables_have_the_documented_columns(tmp_path, toy_csv):
     assert tables["rows"]["row_id"].to_pylist() == list(range(6))
     assert tables["rows"].schema.field("history").type == pa.list_(pa.int64())
     assert tables["items"]["item"].to_pylist() == list(range(8))
+
+
+def test_item_columns_that_the_recipe_names_are_kept_so_that_a_shared_brand_is_a_fact(tmp_path, toy_csv):
+    items = [{"item": i, "maker": "BA"[i in "abc"], "size": n, "id": 1} for n, i in enumerate("abcdefgh")]
+    (tmp_path / "items.jsonl").write_text("\n".join(map(json.dumps, items)))
+    columns = {"item_columns": {"brand": "maker"}, "text_columns": ["brand", "size"]}
+    tables = run(tmp_path, toy_csv, items=str(tmp_path / "items.jsonl"), **columns)["tables"]
+    names = ["item", "item_id", "title", "category", "text", "source_row", "brand", "size"]
+    assert sorted(tables["items"].column_names) == sorted(names)  # not `id`, which nobody named
+    assert tables["items"].select(["item_id", "brand", "size"]).to_pylist()[2] == {
+        "item_id": "c",
+        "brand": "A",
+        "size": "2",
+    }
+    np.save(tmp_path / "embeddings.npy", np.zeros((8, 2)))
+    counts = fit_counts(tmp_path, tmp_path / "embeddings.npy", {0: np.array([0, 1, 2])})
+    same_brand = counts.features([0], [1, 3], [1.0, 0.5])[:, FEATURES.index("same_brand")]
+    assert same_brand.tolist() == [1.0, 0.0]  # a and b are both of A, d is of B
 
 
 def test_num_rerank_all_makes_every_training_target_a_row_and_says_that_midtraining_has_seen_it(tmp_path, toy_csv):

@@ -40,7 +40,8 @@ class DataArguments(recipe.StageArguments):
         },
     )
     item_columns: dict[str, str] | None = field(
-        default=None, metadata={"help": "Columns of items, {item: ..., title: ..., category: ...}, likewise."}
+        default=None,
+        metadata={"help": "Columns of items, {item: ..., title: ..., category: ..., brand: ...}, likewise."},
     )
     text_columns: list[str] | None = field(
         default=None,

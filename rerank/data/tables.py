@@ -9,6 +9,7 @@ from ibis.expr.types import Column, Table
 
 from rerank.data.readers import Source, as_seconds, as_text, pick_columns, require_column, unreadable
 
+ITEM_COLUMNS = ("item", "item_id", "title", "category", "text", "source_row")
 SPLITS = {
     "train": "train",
     "history": "train",
@@ -58,19 +59,22 @@ def read_items(
     text_columns: list[str] | None,
     category_separator: str | None,
 ) -> Table:
-    """Items in file order: source_row, item_id, title, category, text.
+    """Items in file order: source_row, item_id, title, category, text, then the other columns that the recipe names.
 
     Raises:
         ValueError: On a missing column, an empty id, or an id that stands twice.
     """
-    names = pick_columns(source, item_columns, "item_columns", ("item", "title", "category"))
+    names = pick_columns(source, item_columns, "item_columns", ("item", "title", "category", "brand"))
     require_column(source, "item", names.get("item", "item"), "item_columns")
     columns = {name: as_text(source.table[column]) for name, column in names.items()}
     if category_separator and "category" in columns:
         columns["category"] = columns["category"].replace(category_separator, ", ")
     title, category = (columns.get(name, ibis.literal("")) for name in ("title", "category"))
     text = _encoder_text(source, columns, text_columns)
-    raw = source.table.select("source_row", item_id=columns["item"], title=title, category=category, text=text)
+    named = {name: as_text(source.table[name]) for name in text_columns or () if name not in columns} | columns
+    others = {name: column for name, column in named.items() if name not in ITEM_COLUMNS}
+    ours = {"item_id": columns["item"], "title": title, "category": category, "text": text}
+    raw = source.table.select("source_row", **ours, **others)
     items = materialise(con, raw, source)
     _refuse_empty_id(items, source, "item_id", names["item"])
     twice = items.group_by("item_id").agg(source_row=_.source_row.max(), first_at=_.source_row.min())
@@ -211,9 +215,9 @@ def number_users(table: Table) -> Table:
 
 
 def number_items(items: Table) -> Table:
-    """item, item_id, title, category, text, source_row, in the order of the items file."""
+    """ITEM_COLUMNS, then the other columns that the recipe names, in the order of the items file."""
     numbered = _number(items, "item", ["source_row", "item_id"])
-    return numbered.select("item", "item_id", "title", "category", "text", "source_row")
+    return numbered.select(*ITEM_COLUMNS, *(name for name in items.columns if name not in ITEM_COLUMNS))
 
 
 def _number(table: Table, name: str, order: list[str]) -> Table:
