@@ -1,4 +1,4 @@
-# demo: the pipeline on MovieLens-100K. test: lint and tests. setup: what both need, in .venv, installed once.
+# demo: the pipeline on MovieLens-100K. test: lint and tests. setup: the environment of both, in .venv, installed once.
 SHELL := /bin/bash
 PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python3)
 VENV := .venv
@@ -26,6 +26,9 @@ test: lint
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/deptry .
+	$(BIN)/mypy
 
 # What pip cannot bring. vLLM and DeepSpeed compile small extensions when they first run: a compiler and Python.h.
 define missing_of_python

@@ -1,15 +1,35 @@
-"""The items as prompts and reports show them: original id, semantic id, title, category, in item order."""
+"""The items in prompts and reports: original id, semantic id, title and category, in item order."""
 
 import re
+import string
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 COLUMNS = ("item_id", "semantic_id", "title", "category")
+MAX_LEVELS = len(string.ascii_lowercase)  # of a semantic id: a letter each
+
+
+def id_token(level: int, code: int) -> str:
+    """The token of a code on a level (0 is the first): code 12 is `<s_a_12>` on level 0, `<s_b_12>` on level 1."""
+    return f"<s_{string.ascii_lowercase[level]}_{code}>"
+
+
+def id_tokens(levels: int, codebook_size: int) -> list[str]:
+    """All tokens of ids of this shape, level by level, used or not: what a model's vocabulary needs."""
+    return [id_token(level, code) for level in range(levels) for code in range(codebook_size)]
+
+
+def semantic_id_text(codes: Sequence[int]) -> str:
+    """An id as prompts show it, such as `<s_a_12><s_b_3><s_c_44>`."""
+    return "".join(id_token(level, code) for level, code in enumerate(codes))
 
 
 @dataclass
@@ -54,16 +74,13 @@ class Catalogue:
         pq.write_table(pa.table(dict(zip(COLUMNS, columns, strict=True))), path)
 
 
-def check_vocabulary(tokenizer: Any, semantic_ids: Sequence[str], where: str | Path) -> None:
+def check_vocabulary(tokenizer: "PreTrainedTokenizerBase", semantic_ids: Sequence[str], where: str | Path) -> None:
     """Refuse a model that does not know the catalogue's semantic ids, each id token as one ordinary token.
 
     Args:
         tokenizer: The model's.
         semantic_ids: Of the catalogue.
-        where: What to call the model in the message.
-
-    Raises:
-        ValueError: Naming the first id token that is missing, special or split.
+        where: The model's folder, for the message.
     """
     vocabulary = tokenizer.get_vocab()
     special = {str(added) for added in tokenizer.added_tokens_decoder.values() if added.special}

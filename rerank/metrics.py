@@ -1,4 +1,4 @@
-"""Ranking metrics and intervals: pure functions of numbers, used by rewards and by the evaluation alike.
+"""Ranking metrics: pure functions of numbers, used by rewards and by the evaluation alike.
 
 `gains` always means the relevance of each item of one ranking, best-ranked first. A ranking without a relevant item
 has no metric (None): whether it is left out (hit-only) or counts as zero (end-to-end) is for the caller to say.
@@ -6,16 +6,20 @@ has no metric (None): whether it is left out (hit-only) or counts as zero (end-t
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from functools import cache
 from math import comb
-from typing import Any
 
 import numpy as np
 
 METRICS = ("R@1", "R@5", "N@5", "N@10", "MRR")
 ZERO_METRICS = dict.fromkeys(METRICS, 0.0)  # what a parse failure earns, and a missed list end to end
+
+
+def best_first(scores: Sequence[float] | np.ndarray) -> list[int]:
+    """Positions by falling score; ties keep their order."""
+    order: list[int] = np.argsort(-np.asarray(scores), kind="stable").tolist()
+    return order
 
 
 @cache
@@ -99,81 +103,6 @@ def mean_random_metrics(gains: Sequence[float]) -> dict[str, float] | None:
     first = [comb(num_items - rank, num_relevant - 1) / rank for rank in range(1, num_items + 1)]
     recalls = [min(k, num_items) / num_items for k in (1, 5)]
     return dict(zip(METRICS, (*recalls, *ndcg, sum(first) / comb(num_items, num_relevant)), strict=True))
-
-
-def paired_interval(
-    values: Sequence[float],
-    baseline: Sequence[float],
-    users: Sequence[int],
-    num_samples: int = 2000,
-    seed: int = 0,
-) -> tuple[float, float, float]:
-    """Mean difference over rows with its 95 % bootstrap interval, whole users drawn with replacement.
-
-    Args:
-        values: One value a row.
-        baseline: The same rows' values under the other ranker.
-        users: The row's user. Rows of one user depend on each other, so they are drawn together.
-        num_samples: Bootstrap samples.
-        seed: Of the draws.
-
-    Returns:
-        (mean difference, lower bound, upper bound), percentiles 2.5 and 97.5.
-    """
-    if not len(values) == len(baseline) == len(users) or not len(values):
-        sizes = f"{len(values)} values, {len(baseline)} baseline values and {len(users)} users"
-        raise ValueError(f"{sizes}: a paired interval needs the same number of each, at least 1.")
-    differences = np.asarray(values, dtype=float) - np.asarray(baseline, dtype=float)
-    _, cluster = np.unique(np.asarray(users), return_inverse=True)
-    sums, counts = np.bincount(cluster, weights=differences), np.bincount(cluster)
-    rng = np.random.default_rng(seed)
-    draws = (rng.integers(len(sums), size=len(sums)) for _ in range(num_samples))
-    means = [sums[drawn].sum() / counts[drawn].sum() for drawn in draws]
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(differences.mean()), float(low), float(high)
-
-
-def paired_rate_interval(
-    events: Sequence[float],
-    cases: Sequence[float],
-    other_events: Sequence[float],
-    other_cases: Sequence[float],
-    users: Sequence[int],
-) -> tuple[float, float, float]:
-    """Difference of two rates, each its events over its cases, with its 95 % interval; whole users drawn, 2,000 times.
-
-    Unlike in `paired_interval` the two may have different cases, such as targets that only one model ranks high.
-
-    Args:
-        events, cases: How many of each a row has; no more events than cases.
-        other_events, other_cases: The same rows' under the other ranker.
-        users: As of `paired_interval`.
-
-    Returns:
-        (difference, lower bound, upper bound); NaN where too few users have cases to draw from.
-    """
-    from scipy.stats import DegenerateDataWarning, bootstrap
-
-    lengths = {"events": events, "cases": cases, "other events": other_events, "other cases": other_cases}
-    if {len(values) for values in lengths.values()} != {len(users)}:
-        sizes = ", ".join(f"{len(values)} {name}" for name, values in lengths.items())
-        raise ValueError(f"{sizes} and {len(users)} users: a rate's interval needs the same number of each.")
-    _, cluster = np.unique(np.asarray(users), return_inverse=True)
-    sums = [np.bincount(cluster, weights=values) for values in (events, cases, other_events, other_cases)]
-    has_case = (sums[1] > 0) | (sums[3] > 0)  # the others change neither rate
-    sums = [values[has_case] for values in sums]
-
-    def difference(first: np.ndarray, of: np.ndarray, second: np.ndarray, of_second: np.ndarray, axis: int) -> Any:
-        return first.sum(axis) / of.sum(axis) - second.sum(axis) / of_second.sum(axis)
-
-    with np.errstate(invalid="ignore"), warnings.catch_warnings():  # a draw without cases has no rate: NaN
-        warnings.simplefilter("ignore", DegenerateDataWarning)
-        found = float(difference(*sums, axis=0))
-        if len(sums[0]) < 2:
-            return found, float("nan"), float("nan")
-        drawn = bootstrap(sums, difference, n_resamples=2000, batch=100, paired=True, method="percentile", rng=0)
-    low, high = drawn.confidence_interval
-    return found, float(low), float(high)
 
 
 def kendall_tau(order: Sequence[int]) -> float:

@@ -10,9 +10,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from rerank.catalogue import Catalogue
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 THINK, THINK_END = "<think>", "</think>"
 FAILURES = ("no_trace_end", "empty", "junk", "foreign_item", "duplicate", "too_few", "too_many")
@@ -55,11 +58,11 @@ _NUMBER = re.compile("[0-9]+")
 
 @dataclass
 class PromptSettings:
-    """What a prompt shows and which labels a completion writes; saved as prompt.json beside every trained model."""
+    """Fields of a prompt and labels of a completion; saved as prompt.json beside every trained model."""
 
     item_fields: list[str] = field(
         default_factory=lambda: list(ITEM_FIELDS),
-        metadata={"help": "What stands on an item line: semantic_id (always), title, category."},
+        metadata={"help": "Fields on an item line: semantic_id (needed where completions write it), title, category."},
     )
     evidence: str = field(
         default="none", metadata={"help": "Facts on candidate lines: none, codes (bucketed words) or words (phrases)."}
@@ -80,8 +83,10 @@ class PromptSettings:
         _check_choice("task", self.task, ("full", "short"))
         _check_names("item_fields", self.item_fields, ITEM_FIELDS)
         _check_names("evidence_names", self.evidence_names, tuple(FACTS))
-        if "semantic_id" not in self.item_fields:
-            raise ValueError(f"item_fields is {self.item_fields} but must hold semantic_id; add it.")
+        if "semantic_id" not in self.item_fields and self.ranking == "semantic_id":
+            raise ValueError(
+                f"item_fields is {self.item_fields} but must hold semantic_id; add it, or rank by number."
+            )
         if self.evidence != "none" and not self.evidence_names:
             raise ValueError(f"evidence_names is empty but evidence is {self.evidence}; name facts or use none.")
         if type(self.max_history) is not int or self.max_history < 1:
@@ -102,7 +107,7 @@ class PromptSettings:
 
 @dataclass(frozen=True)
 class Parsed:
-    """What a completion says: exactly one of `order` (positions into the labels, best first) and `failure`.
+    """A parsed completion: exactly one of `order` (positions into the labels, best first) and `failure`.
 
     `trace` is the text between the tags, None where they are not in place.
     """
@@ -113,44 +118,31 @@ class Parsed:
 
 
 def rerank_prompt(
-    row: Mapping[str, Any],
+    history: Sequence[int],
+    candidates: Sequence[int],
+    facts: Sequence[str],
     catalogue: Catalogue,
     settings: PromptSettings,
-    edges: Mapping[str, Sequence[float]] | None = None,
-    feature_names: Sequence[str] = (),
 ) -> str:
     """The user message for one row.
 
     Args:
-        row: `history` and `candidates` (in the order shown); with evidence also `features`, one list per candidate.
-        edges: Nine ascending bucket edges for each fact, needed when `settings.evidence` is "codes".
-        feature_names: Names of the columns of `features`.
+        history: Items, oldest first.
+        candidates: Items in the order shown.
+        facts: What stands behind each candidate's item (`grading.Facts.lines`).
     """
-    candidates = row["candidates"]
-    lines = [
-        _task_line(len(candidates), settings),
-        *_history_lines(row["history"], catalogue, settings),
-        "Candidates:",
-    ]
-    facts = _evidence(row, settings, edges or {}, feature_names)
+    lines = [_task_line(len(candidates), settings), *_history_lines(history, catalogue, settings), "Candidates:"]
     for number, (item, fact) in enumerate(zip(candidates, facts, strict=True), start=1):
         prefix = f" {number}." if settings.ranking == "number" else ""
         lines.append(prefix + _item_line(item, catalogue, settings) + fact)
     return "\n".join(lines)
 
 
-def evidence_words(settings: PromptSettings) -> list[str]:
-    """Every word that "codes" can put on a line, without its space: a small tokenizer can make each one token."""
-    if settings.evidence != "codes":
-        return []
-    return [f"{FACTS[name][0]}:{bucket}" for name in settings.evidence_names for bucket in range(10)]
-
-
-def candidate_labels(row: Mapping[str, Any], catalogue: Catalogue, settings: PromptSettings) -> list[str]:
-    """What a completion must write for each candidate, in the order shown."""
+def candidate_labels(candidates: Sequence[int], catalogue: Catalogue, settings: PromptSettings) -> list[str]:
+    """The label that a completion writes for each candidate, in the order shown."""
     if settings.ranking == "number":
-        return [str(number) for number in range(1, len(row["candidates"]) + 1)]
-    return [catalogue.semantic_ids[item] for item in row["candidates"]]
+        return [str(number) for number in range(1, len(candidates) + 1)]
+    return [catalogue.semantic_ids[item] for item in candidates]
 
 
 def completion(trace: str | None, order: Sequence[int], labels: Sequence[str]) -> str:
@@ -192,21 +184,20 @@ def _parse(text: str, labels: tuple[str, ...]) -> Parsed:
         return Parsed(trace=trace, failure="empty")
     written = _split_numbers(answer) if _are_numbers(labels) else _split_ids(answer, labels[0])
     failure = "junk" if written is None else _failure(written, positions)
-    if failure is not None:
+    if written is None or failure is not None:
         return Parsed(trace=trace, failure=failure)
     return Parsed(order=[positions[label] for label in written], trace=trace)
 
 
-def render(tokenizer: Any, content: str, system: str | None = None) -> str:
+def render(tokenizer: "PreTrainedTokenizerBase", content: str) -> str:
     """The prompt string of one user message, up to where the completion starts.
 
     A beginning-of-sequence token that the tokenizer adds by itself is left out, or the model would see two.
     """
     if tokenizer.chat_template is None:
         raise ValueError(f"{tokenizer.name_or_path} has no chat template; save one as its chat_template.jinja.")
-    messages = [] if system is None else [{"role": "system", "content": system}]
-    messages.append({"role": "user", "content": content})
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    messages = [{"role": "user", "content": content}]
+    text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
     if text.rstrip().endswith(THINK):
         raise ValueError(f"the chat template of {tokenizer.name_or_path} opens {THINK} itself; end it before the tag.")
     bos = tokenizer.bos_token
@@ -226,45 +217,23 @@ def _task_line(num_candidates: int, settings: PromptSettings) -> str:
 
 def _history_lines(history: Sequence[int], catalogue: Catalogue, settings: PromptSettings) -> list[str]:
     shown = [_item_line(item, catalogue, settings) for item in history[-settings.max_history :]]
-    if len(settings.item_fields) == 1:
+    if settings.item_fields == ["semantic_id"]:
         return ["History:" + "".join(shown)]
     return ["History:", *shown]
 
 
 def _item_line(item: int, catalogue: Catalogue, settings: PromptSettings) -> str:
-    """The semantic id, then the other fields that are not empty."""
+    """The semantic id, if it is shown, then the other fields that are not empty; an item without any by its id."""
     texts = {"title": catalogue.titles[item], "category": catalogue.categories[item]}
     shown = [_clean(texts[name]) for name in settings.item_fields if name != "semantic_id" and texts[name].strip()]
-    return catalogue.semantic_ids[item] + (" " + " | ".join(shown) if shown else "")
+    if "semantic_id" in settings.item_fields:
+        return catalogue.semantic_ids[item] + (" " + " | ".join(shown) if shown else "")
+    return " " + (" | ".join(shown) or _clean(catalogue.item_ids[item]))
 
 
 def _clean(text: str) -> str:
     """`text` on one line and without anything a tokenizer could take for an id, a tag or the end of a turn."""
     return " ".join(text.split()).replace("<", "‹").replace(">", "›")
-
-
-def _evidence(
-    row: Mapping[str, Any], settings: PromptSettings, edges: Mapping, feature_names: Sequence[str]
-) -> list[str]:
-    """What follows each candidate's item line."""
-    if settings.evidence == "none":
-        return [""] * len(row["candidates"])
-    missing = [name for name in settings.evidence_names if name not in feature_names]
-    if settings.evidence == "codes":
-        missing += [name for name in settings.evidence_names if name not in edges]
-    if missing:
-        raise ValueError(f"evidence {missing[0]!r} has no feature or edges; run the candidates stage again.")
-    named = [dict(zip(feature_names, values, strict=True)) for values in row["features"]]
-    shown = [{name: facts[name] for name in settings.evidence_names} for facts in named]
-    return [_facts(facts, settings.evidence, edges) for facts in shown]
-
-
-def _facts(named: Mapping[str, float], evidence: str, edges: Mapping[str, Sequence[float]]) -> str:
-    if evidence == "words":
-        return ": " + "; ".join(FACTS[name][1].format(value) for name, value in named.items())
-    from rerank import baselines  # here, because rewards import this module and need no counts
-
-    return "".join(f" {FACTS[name][0]}:{baselines.bucket(value, edges[name])}" for name, value in named.items())
 
 
 def _are_numbers(labels: Sequence[str]) -> bool:

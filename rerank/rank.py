@@ -1,4 +1,4 @@
-"""Re-rank new rows with a trained model: what `rerank rank MODEL_DIR --rows FILE --out FILE` does.
+"""Re-rank new rows with a trained model: `rerank rank MODEL_DIR --rows FILE --out FILE`.
 
 Rows come as Parquet, JSONL or CSV with `history` (oldest first) and `candidates` (first-stage order), both of original
 item ids: lists, or in CSV ids parted by spaces. Every column is kept; `ranking` (best first, null where the completion
@@ -7,45 +7,41 @@ is no ranking), `failure` and `trace` are added.
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from rerank.evaluate.generation import Answer, RankingModel, generate_answers
+from rerank.launch.files import write_text, write_whole
+from rerank.models.ranker import Answer, RankingModel, generate_answers
+from rerank.rows import RankingRow
 
 COLUMNS = ("history", "candidates")
 ADDED = ("ranking", "failure", "trace")
 FORMATS = (".parquet", ".jsonl", ".csv")
 
+Record = Mapping[str, Any]  # a row of the user's file
 
-def rank_rows(model_dir: str | Path, rows_path: str | Path, out_path: str | Path, seed: int = 0) -> dict[str, int]:
-    """Rank the rows of a file into another one; returns how many `rows` and parse `failures` there are.
 
-    Raises:
-        FileNotFoundError: When the model folder, the rows or the folder of `out_path` are not there.
-        ValueError: Naming the row, counted from 1, and what is wrong with it.
-    """
+def rank_rows(model_dir: str | Path, rows_path: str | Path, out_path: str | Path) -> dict[str, int]:
+    """Rank the rows of a file into another one; returns the numbers of `rows` and of parse `failures`."""
     model, out_path = RankingModel.load(model_dir), Path(out_path)
     _check_format(out_path)
     if not out_path.parent.is_dir():
         raise FileNotFoundError(f"{out_path.parent} is not a folder; make it, or choose another --out.")
     records = read_records(rows_path)
     rows = encode_rows(records, model, str(rows_path))
-    answers, _ = generate_answers(model, rows, seed)
+    answers, _ = generate_answers(model, rows)
     write_records([add_answer(record, answer) for record, answer in zip(records, answers, strict=True)], out_path)
     return {"rows": len(rows), "failures": sum(answer.order is None for answer in answers)}
 
 
-def read_records(path: str | Path) -> list[dict[str, Any]]:
-    """The rows of a file, with `history` and `candidates` as lists.
-
-    Raises:
-        FileNotFoundError: When there is no such file.
-        ValueError: When it cannot be read, has no rows or lacks a column.
-    """
+def read_records(path: str | Path) -> list[Record]:
+    """The rows of a file, with `history` and `candidates` as lists."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; give a file of rows to rank.")
@@ -69,15 +65,15 @@ def _check_format(path: Path) -> str:
     return path.suffix
 
 
-def _read_parquet(path: Path) -> list[dict[str, Any]]:
+def _read_parquet(path: Path) -> list[Record]:
     try:
         return pq.read_table(path).to_pylist()
     except pa.ArrowInvalid as error:
         raise ValueError(f"{path} is not Parquet: {' '.join(str(error).split())}") from None
 
 
-def _read_jsonl(path: Path) -> list[dict[str, Any]]:
-    records = []
+def _read_jsonl(path: Path) -> list[Record]:
+    records: list[Record] = []
     for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
         if line.strip():
             try:
@@ -90,7 +86,7 @@ def _read_jsonl(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def _read_csv(path: Path) -> list[dict[str, Any]]:
+def _read_csv(path: Path) -> list[Record]:
     types = dict.fromkeys(COLUMNS, pa.string())  # a history of one item would else be read as a number
     convert = pyarrow.csv.ConvertOptions(column_types=types)
     read = pyarrow.csv.ReadOptions(use_threads=False)  # only then does an error name its row
@@ -104,33 +100,33 @@ def _read_csv(path: Path) -> list[dict[str, Any]]:
     ]
 
 
-def encode_rows(records: Sequence[Mapping[str, Any]], model: RankingModel, where: str) -> list[dict[str, Any]]:
-    """The rows as the model's prompts need them: items instead of ids, with features when the prompt shows evidence.
+def encode_rows(records: Sequence[Record], model: RankingModel, where: str) -> list[RankingRow]:
+    """Items instead of ids, numbered from 1, with features where the prompt shows evidence.
 
-    Raises:
-        ValueError: Naming the row and the id or number that does not fit.
+    Args:
+        records: The rows of a file.
+        model: That will rank them.
+        where: The file, for messages.
     """
-    items = {item_id: item for item, item_id in enumerate(model.catalogue.item_ids)}
+    items = {item_id: item for item, item_id in enumerate(model.prompter.catalogue.item_ids)}
     rows = []
     for number, record in enumerate(records, start=1):
-        row = {name: _items(record[name], items, f"{where}, row {number}: {name}") for name in COLUMNS}
-        _check_candidates(row["candidates"], record["candidates"], model, f"{where}, row {number}")
-        rows.append(row)
-    if model.settings.evidence != "none":
-        _add_features(rows, model)
-    return rows
+        history, candidates = (_items(record[name], items, f"{where}, row {number}: {name}") for name in COLUMNS)
+        _check_candidates(candidates, record["candidates"], model, f"{where}, row {number}")
+        rows.append(RankingRow(number, history, candidates))
+    return _with_features(rows, model) if model.prompter.needs_features else rows
 
 
-def _items(ids: Any, items: Mapping[str, int], where: str) -> list[int]:
+def _items(ids: object, items: Mapping[str, int], where: str) -> tuple[int, ...]:
     if not isinstance(ids, list) or not ids:
         raise ValueError(f"{where} is {ids!r} but must be a list of at least one item id.")
     for item_id in ids:
         if str(item_id) not in items:
             raise ValueError(f"{where} holds {item_id!r}, which is not in the model's catalogue; leave it out.")
-    return [items[str(item_id)] for item_id in ids]
+    return tuple(items[str(item_id)] for item_id in ids)
 
 
-def _check_candidates(candidates: Sequence[int], ids: Sequence[Any], model: RankingModel, where: str) -> None:
+def _check_candidates(candidates: Sequence[int], ids: Sequence[object], model: RankingModel, where: str) -> None:
     duplicate = next((ids[i] for i, item in enumerate(candidates) if item in candidates[:i]), None)
     if duplicate is not None:
         raise ValueError(f"{where}: candidates holds {duplicate!r} twice; give each item once.")
@@ -139,49 +135,52 @@ def _check_candidates(candidates: Sequence[int], ids: Sequence[Any], model: Rank
     if model.num_candidates not in (None, len(candidates)):
         raise ValueError(
             f"{where}: candidates has {len(candidates)} items but the model ranks lists of {model.num_candidates}; "
-            f"give as many, or train one with candidates.num_candidates={len(candidates)}."
+            f"give {model.num_candidates}, or train one with candidates.num_candidates={len(candidates)}."
         )
 
 
-def _add_features(rows: Sequence[dict[str, Any]], model: RankingModel) -> None:
-    """Facts about each candidate from the counts that the model folder carries."""
-    from rerank.baselines import Counts
+def _with_features(rows: Sequence[RankingRow], model: RankingModel) -> list[RankingRow]:
+    """The rows with facts about each candidate, from the counts in the model folder."""
+    from rerank.baselines import Counts, feature_rows
 
     path = model.folder / "evidence.npz"
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing, but the model's prompts show evidence; copy the whole folder.")
-    counts = Counts.load(path)
-    for row in rows:
-        unknown = [0.0] * len(row["candidates"])  # the first stage's scores: no prompt shows them
-        row["features"] = counts.features(row["history"], row["candidates"], unknown).tolist()
+    counts, known = Counts.load(path), list(rows)
+    for length in {len(row.candidates) for row in rows}:
+        chosen = [place for place, row in enumerate(rows) if len(row.candidates) == length]
+        candidates = np.array([rows[place].candidates for place in chosen])
+        unknown = np.zeros(candidates.shape)  # the first stage's scores: no prompt shows them
+        features = feature_rows(counts, [np.array(rows[place].history) for place in chosen], candidates, unknown, None)
+        for place, of_row in zip(chosen, features, strict=True):
+            known[place] = replace(rows[place], features=of_row)
+    return known
 
 
-def add_answer(record: Mapping[str, Any], answer: Answer) -> dict[str, Any]:
+def add_answer(record: Record, answer: Answer) -> Record:
     """The row with its ranking, in the ids that the row came with."""
     ranking = None if answer.order is None else [record["candidates"][position] for position in answer.order]
     return {**record, "ranking": ranking, "failure": answer.failure, "trace": answer.trace}
 
 
-def write_records(records: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Write rows by the file's ending, through a temporary name, so that a reader never sees half a file."""
-    temporary = path.with_name(f"{path.name}.tmp")
+def write_records(records: Sequence[Record], path: Path) -> None:
+    """Write rows in the format that the file's ending names, whole or not at all."""
     if path.suffix == ".jsonl":
-        lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        temporary.write_text("".join(lines), encoding="utf-8")
-    else:
-        if path.suffix == ".csv":
-            records = [{name: _joined(value) for name, value in record.items()} for record in records]
-        names = dict.fromkeys(name for record in records for name in record)
-        table = pa.table({name: _column(name, records) for name in names})
-        (pq.write_table if path.suffix == ".parquet" else pyarrow.csv.write_csv)(table, temporary)
-    temporary.replace(path)
+        write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+        return
+    if path.suffix == ".csv":
+        records = [{name: _joined(value) for name, value in record.items()} for record in records]
+    names = dict.fromkeys(name for record in records for name in record)
+    table = pa.table({name: _column(name, records) for name in names})
+    write = pq.write_table if path.suffix == ".parquet" else pyarrow.csv.write_csv
+    write_whole(path, lambda temporary: write(table, temporary))
 
 
-def _joined(value: Any) -> Any:
+def _joined(value: object) -> object:
     return " ".join(map(str, value)) if isinstance(value, list) else value
 
 
-def _column(name: str, records: Sequence[Mapping[str, Any]]) -> pa.Array:
+def _column(name: str, records: Sequence[Record]) -> pa.Array:
     """A column; the ones that may be null throughout keep their type."""
     values = [record.get(name) for record in records]
     column = pa.array(values)

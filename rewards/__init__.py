@@ -2,7 +2,7 @@
 
     rewards:
       - {name: ndcg, weight: 1.0, kwargs: {k: 10}}
-      - {name: well_formed, weight: 0.2, when: promoted_or_kept_first}
+      - {name: well_formed, weight: 0.2, condition: promoted_or_kept_first}
       - {name: "my_rewards:novelty", weight: 0.0}        # an outcome: logged, not trained on
 
 The folder is the registry: drop a file in, or write `module.path:function` or `path/to/file.py:function`.
@@ -16,7 +16,7 @@ The contract, each sentence a test in tests/test_rewards.py, which also checks y
 
 1. A reward takes `completions` (texts), the dataset columns it wants by name, its own parameters with defaults, and
    `**columns`; it returns `list[float | None]`.
-2. It returns as many values as completions, in their order.
+2. It returns one value for each completion, in their order.
 3. It is row-local: a value depends on its own completion and row, never on its index, its neighbours or the size of
    the group.
 4. It is pure: no global state, no randomness, no model loaded at import, a module-level function. It leaves its
@@ -26,12 +26,16 @@ The contract, each sentence a test in tests/test_rewards.py, which also checks y
    gold answer (a reward that only punishes says so: `punishes only`).
 
 Columns of every row: `row_id`, `user`, `history` (items, oldest first), `candidates` (items, in the order shown),
-`relevance` (of each shown candidate), `candidate_labels` (what a completion writes for each shown candidate),
-`first_stage_ranks` (1-based place of each shown candidate in the first stage's list) and `target_rank` (the target's
-first-stage rank: it is the most relevant candidate, of equals the one that the first stage ranks best). The trainer
-adds `prompts` (rendered texts) and `completion_ids` (tokens).
+`relevance` (of each candidate), `candidate_labels` (how a completion names each candidate), `first_stage_ranks`
+(1-based rank of each candidate in the first stage's list), `target_rank` (first-stage rank of the target: the most
+relevant candidate, of equals the one that the first stage ranks best), `fields` (further columns of the row, as a JSON
+object) and `max_completion_tokens` (token limit of the completion). `rerank.rows.REWARD_COLUMNS` defines them. The
+trainer adds `prompts` (rendered texts) and `completion_ids` (tokens).
 `rerank.prompts.parse_completion(completion, candidate_labels)` reads a ranking.
 
-`conditions/` holds the predicates of `when`, by the same contract, one bool per completion: where it is False, the
-reward counts 0.
+A reward with a `condition` counts 0 where the condition is False. `conditions/` holds them, by the same contract, one
+bool per completion.
+
+Several recipes share a list of rewards as a file with `rewards:`, such as recipes/rewards/naive.yaml; the option
+`rewards` of the dapo stage takes its path.
 """

@@ -1,13 +1,11 @@
 """AUC of the ranking a completion states: the ranking reward of GR2's technical report."""
 
-from typing import Any
-
 from rerank import metrics
 from rerank.prompts import parse_completion
 
 
 def auc(
-    completions: list[str], candidate_labels: list[list[str]], relevance: list[list[float]], **columns: Any
+    completions: list[str], candidate_labels: list[list[str]], relevance: list[list[float]], **columns: object
 ) -> list[float | None]:
     """R_AUC = 1/(|M| |N|) sum_{i in M} sum_{j in N} 1[rank(i) < rank(j)], 0 for a completion that is no ranking.
 

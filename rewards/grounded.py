@@ -2,7 +2,6 @@
 
 import re
 from functools import lru_cache
-from typing import Any
 
 from rerank.prompts import parse_completion
 
@@ -21,7 +20,7 @@ _FACTS = re.compile(rf":(?= |$)| (?={_FACT})")
 
 
 def grounded(
-    completions: list[str], prompts: list[str], candidate_labels: list[list[str]], **columns: Any
+    completions: list[str], prompts: list[str], candidate_labels: list[list[str]], **columns: object
 ) -> list[float]:
     """Share of the trace's citations that stand in the prompt; 0 where it cites nothing, and without a ranking.
 

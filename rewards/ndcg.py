@@ -1,7 +1,5 @@
 """NDCG of the ranking a completion states."""
 
-from typing import Any
-
 from rerank.metrics import ndcg_at_k
 from rerank.prompts import parse_completion
 
@@ -11,7 +9,7 @@ def ndcg(
     candidate_labels: list[list[str]],
     relevance: list[list[float]],
     k: int = 10,
-    **columns: Any,
+    **columns: object,
 ) -> list[float | None]:
     """R_NDCG@k of graded relevance, 0 for a completion that is no ranking, None for a row without a relevant item.
 

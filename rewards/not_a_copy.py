@@ -1,7 +1,5 @@
 """Whether a ranking is more than the order it was shown."""
 
-from typing import Any
-
 from rerank import metrics
 from rerank.prompts import parse_completion
 
@@ -11,7 +9,7 @@ def not_a_copy(
     candidate_labels: list[list[str]],
     relevance: list[list[float]],
     max_tau: float = 0.8,
-    **columns: Any,
+    **columns: object,
 ) -> list[float]:
     """R_copy = min(1, (1 - tau)/(1 - max_tau)), tau being Kendall's between the ranking and the order shown.
 
@@ -36,8 +34,8 @@ def _not_a_copy(completion: str, labels: list[str], relevance: list[float], max_
     order = parse_completion(completion, labels).order
     if order is None:
         return 0.0
-    shown = metrics.auc(relevance)
-    if shown in (None, 1.0) or metrics.auc([relevance[position] for position in order]) > shown:
+    shown, stated = metrics.auc(relevance), metrics.auc([relevance[position] for position in order])
+    if shown is None or stated is None or shown == 1.0 or stated > shown:
         return 1.0
     distance = 1 - metrics.kendall_tau(order)
     return min(1.0, distance / (1 - max_tau)) if max_tau < 1 else float(distance > 0)

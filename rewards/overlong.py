@@ -1,29 +1,31 @@
 """DAPO's soft punishment of overlong completions."""
 
-from typing import Any
-
-from trl.rewards import get_soft_overlong_punishment
-
 
 def overlong(
     completions: list[str],
     completion_ids: list[list[int]],
-    max_tokens: int = 20480,
+    max_completion_tokens: list[int],
     cache_tokens: int = 4096,
-    **columns: Any,
+    **columns: object,
 ) -> list[float]:
-    """0 up to max_tokens - cache_tokens, then (max_tokens - cache_tokens - |y|)/cache_tokens, -1 beyond max_tokens.
+    """0 up to L_max - L_cache tokens, then (L_max - L_cache - |y|) / L_cache, -1 beyond L_max.
 
-    |y| is the number of tokens. The option `overlong_tokens` of the dapo stage does the same with the stage's own
-    length limit; use this where the limit should be another, or the punishment have a weight or a condition.
+    |y| is the number of tokens of the completion, L_max the token limit that it was sampled with.
     Range: -1 to 0; punishes only.
 
     Args:
-        max_tokens: L_max, by default the paper's: 16,384 expected and 4,096 more.
-        cache_tokens: L_cache, the tokens below L_max over which the punishment grows, in [0, max_tokens].
+        cache_tokens: L_cache, the tokens below the limit over which the punishment grows, from 0 to L_max; by default
+            the paper's, whose L_max is 20,480.
 
     Source: DAPO, arXiv:2503.14476, eq. 13.
     """
-    if not 0 <= cache_tokens <= max_tokens:
-        raise ValueError(f"cache_tokens is {cache_tokens} but must be from 0 to max_tokens, {max_tokens}")
-    return get_soft_overlong_punishment(max_tokens, cache_tokens)(completion_ids)
+    rows = zip(completion_ids, max_completion_tokens, strict=True)
+    return [_overlong(len(ids), limit, cache_tokens) for ids, limit in rows]
+
+
+def _overlong(length: int, limit: int, cache: int) -> float:
+    if not 0 <= cache <= limit:
+        raise ValueError(f"cache_tokens is {cache} but must be from 0 to the token limit of a completion, {limit}")
+    if length <= limit - cache:
+        return 0.0
+    return (limit - cache - length) / cache if length <= limit else -1.0

@@ -1,7 +1,5 @@
 """How far a ranking moves the target up: the main reward of GR2."""
 
-from typing import Any
-
 from rerank.prompts import parse_completion
 
 
@@ -10,7 +8,7 @@ def rank_promotion(
     candidate_labels: list[list[str]],
     first_stage_ranks: list[list[int]],
     target_rank: list[int],
-    **columns: Any,
+    **columns: object,
 ) -> list[float]:
     """R_rank = (rank_D(target) - rank_o(target)) / |D|, or -1 for a completion that is no ranking.
 

@@ -1,11 +1,9 @@
 """Whether a completion keeps the format."""
 
-from typing import Any
-
 from rerank.prompts import parse_completion
 
 
-def well_formed(completions: list[str], candidate_labels: list[list[str]], **columns: Any) -> list[float]:
+def well_formed(completions: list[str], candidate_labels: list[list[str]], **columns: object) -> list[float]:
     """R_fmt = 1 when trace and ranking can be read and the ranking names each candidate once, else 0.
 
     The trace may be empty. Range: 0 to 1, nothing between.

@@ -1,14 +1,12 @@
 """Fixtures that several test modules share."""
 
-import contextlib
-import io
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from filelock import FileLock
-from toy_recipe import TOY, environment, write_toy_data
+from toy_recipe import TOY, environment, run_command
 
 LONGEST, NEXT_LONGEST = "test_distributed.py", "test_resume.py"  # both need the toy run
 
@@ -29,22 +27,10 @@ def pytest_collection_modifyitems(items):
 
 @dataclass(frozen=True)
 class ToyRun:
-    """A finished run of the toy recipe: its folder, that of its data, and what the command printed."""
+    """A finished run of the toy recipe: its folder, and what the command printed."""
 
     run: Path
-    data: Path
     printed: str
-
-
-def run_command(*words: str) -> str:
-    """What `rerank WORDS` prints; it must end well."""
-    from rerank import cli
-
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        code = cli.main(list(words))
-    assert code == 0, printed.getvalue()
-    return printed.getvalue()
 
 
 @pytest.fixture(scope="session")
@@ -55,26 +41,15 @@ def shared_dir(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def toy_data(shared_dir):
-    """The folder of the toy's data."""
-    folder = shared_dir / "toy_data"
-    with FileLock(shared_dir / "toy_data.lock"):
-        if not folder.exists():
-            folder.mkdir()
-            write_toy_data(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def toy_run(shared_dir, toy_data):
+def toy_run(shared_dir):
     """`rerank run tests/toy`, once for all tests: every stage in a process of its own, as users run it."""
     run, output = shared_dir / "toy_run", shared_dir / "toy_run.txt"
     with FileLock(shared_dir / "toy_run.lock"):
         if not output.exists():
             with pytest.MonkeyPatch.context() as patch:
-                for name, value in environment(toy_data).items():
+                for name, value in environment().items():
                     if os.environ.get(name) != value:
                         patch.setenv(name, value)
-                printed = run_command("run", str(TOY), "--out", str(run))
+                printed = run_command("run", TOY, "--out", run)
             output.write_text(printed)
-    return ToyRun(run, toy_data, output.read_text())
+    return ToyRun(run, output.read_text())

@@ -10,7 +10,9 @@ import time
 
 from trl import GRPOTrainer
 
-from rerank import dapo, recipe, rollouts
+from rerank import dapo
+from rerank.launch import recipe
+from rerank.rollouts import store as rollouts
 
 
 def replay(run: str) -> None:
@@ -22,9 +24,9 @@ def replay(run: str) -> None:
 
     def replayed(self, prompt_ids, *args, **kwargs):
         sampled, logps = sample(self, prompt_ids, *args, **kwargs)
-        if not self.sampler.requests:  # the check of consistency, which is not stored
+        if not self.prepared.requests:  # the check of consistency, which is not stored
             return sampled, logps
-        ids = {drawn.row["row_id"] for drawn, _ in self.sampler.requests}
+        ids = {prompt.asked.row.row_id for prompt in self.prepared.requests}
         rows = [row for row in stored[self.state.global_step] if row["row_id"] in ids]
         assert len(sampled) == len(rows)
         assert [self.processing_class(row["prompt"]).input_ids for row in rows] == prompt_ids, "rows in another order"

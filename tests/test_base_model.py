@@ -1,4 +1,4 @@
-"""Where a model comes from, and the id tokens that are added to it."""
+"""Models loaded, made and saved, and the id tokens that are added to them."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from tiny_model import ID_TOKENS, save_tiny_model, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 from trl import ModelConfig
 
-from rerank import base_model
+from rerank.models import base as base_model
 from rerank.prompts import render
 
 
@@ -110,21 +110,8 @@ def test_the_attention_a_recipe_names_is_used_and_quantized_weights_are_refused(
         base_model.load_pretrained(folder, ModelConfig(load_in_4bit=True))
 
 
-def test_a_model_that_is_not_there_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"nowhere is not there; give a folder with a config.json, or a hub"):
-        base_model.find_base_model(str(tmp_path / "nowhere"))
-    with pytest.raises(FileNotFoundError, match=r"has no config.json; give the folder that save_pretrained wrote"):
-        base_model.find_base_model(str(tmp_path))
-    with pytest.raises(FileNotFoundError, match=r"model package:no_such_model: that package is not installed"):
-        base_model.find_base_model("package:no_such_model")
-
-
 def test_two_packed_files_in_one_folder_are_refused(tmp_path):
     for name in ("a.gguf", "b.gguf"):
         (tmp_path / name).touch()
     with pytest.raises(ValueError, match=r"has 2 .gguf files; leave one"):
         base_model.load_pretrained(str(tmp_path))
-
-
-def test_a_hub_name_is_left_alone():
-    assert base_model.find_base_model("Qwen/Qwen3-8B") == "Qwen/Qwen3-8B"

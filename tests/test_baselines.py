@@ -9,13 +9,14 @@ from rerank.baselines import (
     FEATURES,
     Counts,
     ItemFacts,
-    bucket,
+    feature_rows,
     fit_edges,
     fit_lambdamart,
     out_of_fold_scores,
     predict_lambdamart,
     regression,
 )
+from rerank.grading import bucket
 
 TOY = {0: np.array([0, 1, 2, 3, 4]), 1: np.array([1, 2, 0]), 2: np.array([3, 0])}
 
@@ -37,6 +38,31 @@ def random_counts(random_sequences):
         [f"brand{number}" if number else "" for number in rng.integers(3, size=30)],
     )
     return Counts.fit(random_sequences, 30, facts)
+
+
+def own_of(counts, sequence):
+    """The contributions of one row's user, or none."""
+    return None if sequence is None else counts.own([0], {0: np.asarray(sequence)})
+
+
+def top(counts, history, n, own_sequence=None):
+    """`top_rows` of one row."""
+    items, scores = counts.top_rows([np.asarray(history)], n, own_of(counts, own_sequence))
+    return items[0], scores[0]
+
+
+def features_of(counts, history, candidates, scores, own_sequence=None):
+    """`feature_rows` of one row."""
+    rows = [np.asarray(history)], np.array([candidates]), np.array([scores])
+    return feature_rows(counts, *rows, own_of(counts, own_sequence))[0]
+
+
+def all_scores(counts, history, own_sequence=None):
+    """The score of every item that the history lacks, by `top_rows`; -inf for its own."""
+    scores = np.full(counts.num_items, -np.inf)
+    items, values = top(counts, history, counts.num_items - len(set(history)), own_sequence)
+    scores[items] = values
+    return scores
 
 
 def slow_transitions(sequences, num_items):
@@ -76,7 +102,7 @@ def test_direct_successors_and_popularity_by_hand():
 
 
 def test_score_divides_by_the_place_from_the_end():
-    scores = Counts.fit(TOY, 5).transition_scores([1, 2])
+    scores = all_scores(Counts.fit(TOY, 5), [1, 2])
     # last item 2: T[2->0] = 1; before it 1: T[1->0] = 1/2 + 0.3 from users 1 and 0
     assert scores[0] == pytest.approx(1 + 0.3 / 2 + (1 / 2 + 0.3) / 2)
     assert scores[1] == scores[2] == -np.inf
@@ -85,23 +111,23 @@ def test_score_divides_by_the_place_from_the_end():
 def test_scores_equal_a_slow_loop(random_sequences, random_counts):
     counts = slow_transitions(random_sequences, 30)
     for sequence in random_sequences.values():
-        np.testing.assert_allclose(random_counts.transition_scores(sequence), slow_scores(counts, sequence))
+        np.testing.assert_allclose(all_scores(random_counts, sequence), slow_scores(counts, sequence))
 
 
 def test_leaving_a_user_out_equals_refitting_without_it(random_sequences, random_counts):
     for user, sequence in random_sequences.items():
         rest = Counts.fit({other: items for other, items in random_sequences.items() if other != user}, 30)
         history = sequence[: len(sequence) // 2 + 1]
-        scores = random_counts.transition_scores(history, own_sequence=sequence)
-        assert (scores == rest.transition_scores(history)).all()  # exactly: not a crumb is left
-        items, top = random_counts.top(history, 8, own_sequence=sequence)
-        assert items.tolist() == rest.top(history, 8)[0].tolist()
-        features = random_counts.features(history, items, top, own_sequence=sequence)
+        left = all_scores(random_counts, history, sequence)
+        assert (left == all_scores(rest, history)).all()  # exactly: not a crumb is left
+        items, scores = top(random_counts, history, 8, sequence)
+        assert items.tolist() == top(rest, history, 8)[0].tolist()
+        features = features_of(random_counts, history, items, scores, sequence)
         whole = {name: getattr(random_counts, name) for name in ("popularity", "facts")}
-        wanted = replace(rest, **whole).features(history, items, top)
+        wanted = replace(rest, **whole).features(history, items, scores)
         exact = [number for number, name in enumerate(FEATURES) if name not in ("near", "fit_history", "fit_recent")]
         assert (features[:, exact] == wanted[:, exact]).all()
-        others = replace(rest, facts=random_counts.facts).features(history, items, top)
+        others = replace(rest, facts=random_counts.facts).features(history, items, scores)
         fits = [FEATURES.index(name) for name in ("near", "fit_history", "fit_recent")]
         np.testing.assert_allclose(features[:, fits], others[:, fits], rtol=1e-4, atol=1e-7)
 
@@ -112,7 +138,7 @@ def test_linear_model_by_hand():
     values = dict(zip(FEATURES, counts.features([0, 2], [1], [0.0])[0].tolist(), strict=True))
     assert values["fit_history"] == pytest.approx(1 / 301)
     assert values["fit_recent"] == pytest.approx(np.exp(-1 / 10) / 301)  # one place back
-    left_out = counts.features([0], [1], [0.0], own_sequence=[0, 1])[0]
+    left_out = features_of(counts, [0], [1], [0.0], [0, 1])[0]
     assert left_out[FEATURES.index("fit_history")] == pytest.approx(0, abs=1e-9)
 
 
@@ -130,14 +156,14 @@ def test_near_share_by_hand():
     counts = Counts.fit(sequences, 12)
     near = counts.features([0], [1, 11], [0.0, 0.0])[:, FEATURES.index("near")]
     assert near.tolist() == [pytest.approx(1 / (2 + 5)), 0]
-    assert counts.features([0], [1], [0.0], own_sequence=sequences[0])[0, FEATURES.index("near")] == 0
+    assert features_of(counts, [0], [1], [0.0], sequences[0])[0, FEATURES.index("near")] == 0
 
 
 def test_popularity_does_not_show_which_item_the_user_chose():
     # Item 1 was chosen by users 0 and 1: a candidate of either, or of anyone else, shows 2.
     counts = Counts.fit(TOY, 5)
     for own_sequence in (None, TOY[0], TOY[1], TOY[2]):
-        features = counts.features([3], [1], [0.0], own_sequence)
+        features = features_of(counts, [3], [1], [0.0], own_sequence)
         assert features[0, FEATURES.index("popularity")] == 2
 
 
@@ -146,27 +172,28 @@ def test_many_rows_at_once_equal_one_by_one(random_sequences, random_counts):
     histories = [random_sequences[user][:3] for user in users]
     own = random_counts.own([user if user % 2 else -1 for user in users], random_sequences)
     items, scores = random_counts.top_rows(histories, 6, own)
-    features = random_counts.feature_rows(histories, items, scores, own)
+    features = feature_rows(random_counts, histories, items, scores, own)
     for row, user in enumerate(users):
         left_out = random_sequences[user] if user % 2 else None
-        one_items, one_scores = random_counts.top(histories[row], 6, left_out)
+        one_items, one_scores = top(random_counts, histories[row], 6, left_out)
         assert items[row].tolist() == one_items.tolist()
         assert scores[row].tolist() == one_scores.tolist()
-        assert (features[row] == random_counts.features(histories[row], one_items, one_scores, left_out)).all()
+        one_row = features_of(random_counts, histories[row], one_items, one_scores, left_out)
+        assert (features[row] == one_row).all()
 
 
 def test_top_breaks_ties_by_popularity_then_item():
     # After 0 come 1, 2 and 3, once each; 3 is also had alone by user 9. Items 4 and 5 have score 0, 5 is had twice.
     sequences = {0: np.array([0, 1]), 1: np.array([0, 2]), 2: np.array([0, 3]), 9: np.array([3])}
     sequences |= {5: np.array([5]), 6: np.array([5])}
-    items, scores = Counts.fit(sequences, 6).top([0], 5)
+    items, scores = top(Counts.fit(sequences, 6), [0], 5)
     assert items.tolist() == [3, 1, 2, 5, 4]
     assert scores.tolist() == [1, 1, 1, 0, 0]
 
 
 def test_top_refuses_a_list_longer_than_what_is_unseen():
     with pytest.raises(ValueError, match="row 0 has seen all but 2 of 5 items, fewer than the 3 of a list"):
-        Counts.fit(TOY, 5).top([0, 1, 2], 3)
+        top(Counts.fit(TOY, 5), [0, 1, 2], 3)
 
 
 def test_features_by_hand():
@@ -211,9 +238,11 @@ def test_counts_read_back_as_saved(random_counts, random_sequences, tmp_path):
     random_counts.save(tmp_path / "evidence.npz")
     loaded = Counts.load(tmp_path / "evidence.npz")
     for history in random_sequences.values():
-        items, scores = random_counts.top(history, 5)
-        assert loaded.top(history, 5)[0].tolist() == items.tolist()
+        items, scores = top(random_counts, history, 5)
+        assert top(loaded, history, 5)[0].tolist() == items.tolist()
         assert (loaded.features(history, items, scores) == random_counts.features(history, items, scores)).all()
+
+    assert [path.name for path in tmp_path.iterdir()] == ["evidence.npz"]  # nothing temporary is left
 
 
 def test_load_names_a_missing_file(tmp_path):
@@ -249,7 +278,7 @@ def ranked_rows():
 
 def test_lambdamart_learns_a_clear_rule_and_repeats_itself(ranked_rows):
     features, relevance, _ = ranked_rows
-    halves = features[:100], relevance[:100], features[100:], relevance[100:]
+    halves = (features[:100], relevance[:100]), (features[100:], relevance[100:])
     first, again = (fit_lambdamart(*halves, seed=1, min_rows_per_leaf=5, max_rounds=60) for _ in range(2))
     scores = predict_lambdamart(first, features[100:])
     right = [row.argmax() == labels.argmax() for row, labels in zip(scores, relevance[100:], strict=True)]
@@ -261,9 +290,9 @@ def test_out_of_fold_scores_do_not_depend_on_the_users_own_rows(ranked_rows):
     features, relevance, users = ranked_rows
     valid = features[80:], relevance[80:]
     options = {"num_folds": 4, "seed": 2, "min_rows_per_leaf": 5, "max_rounds": 20}
-    scores = out_of_fold_scores(features, relevance, users, *valid, **options)
+    scores = out_of_fold_scores((features, relevance), users, valid, **options)
     changed = [labels[::-1] if user == 3 else labels for labels, user in zip(relevance, users, strict=True)]
-    other = out_of_fold_scores(features, changed, users, *valid, **options)
+    other = out_of_fold_scores((features, changed), users, valid, **options)
     same = [np.array_equal(a, b) for a, b in zip(scores, other, strict=True)]
     assert all(same[row] for row in np.flatnonzero(users == 3))
     assert not all(same)  # rows of other folds were fitted on the change
@@ -273,26 +302,25 @@ def test_out_of_fold_scores_do_not_depend_on_the_users_own_rows(ranked_rows):
 def test_lambdamart_leaves_out_rows_without_a_relevant_candidate(ranked_rows):
     features, relevance, _ = ranked_rows
     options = {"min_rows_per_leaf": 5, "max_rounds": 10}
-    plain = fit_lambdamart(features[:40], relevance[:40], features[60:], relevance[60:], **options)
-    padded = fit_lambdamart(
-        features[:40] + features[40:60], relevance[:40] + [np.zeros(5)] * 20, features[60:], relevance[60:], **options
-    )
+    valid, padded = (features[60:], relevance[60:]), relevance[:40] + [np.zeros(5)] * 20
+    plain = fit_lambdamart((features[:40], relevance[:40]), valid, **options)
+    padded = fit_lambdamart((features[:60], padded), valid, **options)
     assert plain.model_to_string() == padded.model_to_string()
 
 
 def test_lambdamart_refuses_rows_of_which_none_is_relevant(ranked_rows):
     features, relevance, _ = ranked_rows
     with pytest.raises(ValueError, match="none of the 2 validation rows has a relevant candidate"):
-        fit_lambdamart(features, relevance, features[:2], [np.zeros(5)] * 2)
+        fit_lambdamart((features, relevance), (features[:2], [np.zeros(5)] * 2))
 
 
 def test_lambdamart_refuses_broken_relevance(ranked_rows):
     features, relevance, _ = ranked_rows
     with pytest.raises(ValueError, match="relevance 0.5 in the training rows is not a whole number"):
-        fit_lambdamart(features, [row / 2 for row in relevance], features, relevance)
+        fit_lambdamart((features, [row / 2 for row in relevance]), (features, relevance))
 
 
 def test_out_of_fold_refuses_more_folds_than_users(ranked_rows):
     features, relevance, _ = ranked_rows
     with pytest.raises(ValueError, match="2 users have training rows, fewer than num_folds 5"):
-        out_of_fold_scores(features[:4], relevance[:4], [1, 1, 2, 2], features, relevance)
+        out_of_fold_scores((features[:4], relevance[:4]), [1, 1, 2, 2], (features, relevance))

@@ -5,9 +5,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from rerank.beam_decoder import BeamDecoder, why_copied
-from rerank.beam_search import beam_search
-from rerank.prefix_index import PrefixIndex
+from rerank.next_item.beam_decoder import BeamDecoder, shared_cache_obstacle
+from rerank.next_item.beam_search import beam_search
+from rerank.next_item.prefix_index import PrefixIndex
 
 VOCABULARY = 40
 HISTORIES = [[1, 2, 3, 4, 5], [6], [7, 8, 9], [1, 1]]
@@ -65,7 +65,7 @@ def sequence_logp(model, history, sequence, allowed=None) -> float:
 
 def slow_beam_search(model, history, sequences, num_beams) -> list[list[int]]:
     """Beam search in plain Python: the best distinct sequences, best first."""
-    beams = [(0.0, [], True)]  # log-probability, prefix, whether it goes on
+    beams = [(0.0, [], True)]  # log-probability, prefix, whether it continues
     while any(is_open for _, _, is_open in beams):
         grown = [beam for beam in beams if not beam[2]]
         for prefix in (prefix for _, prefix, is_open in beams if is_open):
@@ -88,26 +88,10 @@ def assert_equals_exhaustive(result, row, expected):
     np.testing.assert_allclose(result.logps[row], [logp for logp, _ in expected], atol=1e-4)
 
 
-def test_with_as_many_beams_as_items_every_item_comes_in_the_order_of_its_probability(model):
-    sequences = catalogue()
-    result = beam_search(model, HISTORIES, PrefixIndex.build(sequences), num_beams=len(sequences))
-    for row, history in enumerate(HISTORIES):
-        assert_equals_exhaustive(result, row, exhaustive(model, history, sequences))
-
-
-@pytest.mark.parametrize("num_beams", [1, 3])
-def test_few_beams_equal_a_slow_loop(model, num_beams):
-    sequences = catalogue()
-    result = beam_search(model, HISTORIES, PrefixIndex.build(sequences), num_beams=num_beams, batch_size=3)
-    for row, history in enumerate(HISTORIES):
-        best = slow_beam_search(model, history, sequences, num_beams)
-        assert result.items[row] == [item for s in best for item in range(len(sequences)) if sequences[item] == s]
-
-
-@pytest.mark.parametrize("mask_first", [False, True])
+@pytest.mark.parametrize("constrained", [False, True])
 @pytest.mark.parametrize("num_items", [None, 2])
-def test_nothing_that_the_beams_lost_is_more_probable_than_the_best_that_they_dropped(model, mask_first, num_items):
-    sequences, options = catalogue(), {"excluded": [[3, 4], [], range(10), [7]], "mask_first": mask_first}
+def test_nothing_that_the_beams_lost_is_more_probable_than_the_best_that_they_dropped(model, constrained, num_items):
+    sequences, options = catalogue(), {"excluded": [[3, 4], [], range(10), [7]], "constrained": constrained}
     index = PrefixIndex.build(sequences)
     everything = beam_search(model, HISTORIES, index, num_beams=len(sequences), **options)
     assert everything.best_dropped == [-np.inf] * len(HISTORIES)
@@ -128,12 +112,12 @@ def test_the_best_that_was_dropped_by_hand():
     torch.nn.init.zeros_(uniform.lm_head.weight)
     index = PrefixIndex.build([[10, 14], [10, 15], [11, 14], [11, 15]])
     for num_beams, logp in ((1, -np.log(2)), (2, -2 * np.log(2)), (3, -2 * np.log(2)), (4, -np.inf)):
-        found = beam_search(uniform, [[1, 2]], index, num_beams=num_beams, mask_first=True)
+        found = beam_search(uniform, [[1, 2]], index, num_beams=num_beams, constrained=True)
         assert found.best_dropped == pytest.approx([logp])
-    # two beams hold both first tokens; the first of them ends an item and goes on to another, which is one too many
+    # two beams hold both first tokens; the first of them ends an item and leads to another, which is one too many
     index = PrefixIndex.build([[10], [10, 14], [11]])
     for num_beams, logp in ((1, -np.log(2)), (2, -np.log(2)), (3, -np.inf)):
-        found = beam_search(uniform, [[1, 2]], index, num_beams=num_beams, mask_first=True)
+        found = beam_search(uniform, [[1, 2]], index, num_beams=num_beams, constrained=True)
         assert found.best_dropped == pytest.approx([logp])
 
 
@@ -141,13 +125,15 @@ def test_the_best_that_was_dropped_by_hand():
 def test_any_architecture_equals_a_slow_loop(name):
     model = make_model(name)
     sequences = catalogue()
-    for num_beams in (3, len(sequences)):
-        result = beam_search(model, HISTORIES, PrefixIndex.build(sequences), num_beams=num_beams)
+    for num_beams in (1, 3, len(sequences)):
+        result = beam_search(model, HISTORIES, PrefixIndex.build(sequences), num_beams=num_beams, batch_size=3)
         for row, history in enumerate(HISTORIES):
             best = slow_beam_search(model, history, sequences, num_beams)
             assert result.items[row] == [item for s in best for item in range(len(sequences)) if sequences[item] == s]
             expected = [sequence_logp(model, history, sequences[item]) for item in result.items[row]]
             np.testing.assert_allclose(result.logps[row], expected, atol=1e-4)
+            if num_beams == len(sequences):
+                assert_equals_exhaustive(result, row, exhaustive(model, history, sequences))
 
 
 @pytest.mark.parametrize("num_beams", [2, 4])
@@ -219,7 +205,7 @@ def test_a_history_is_copied_only_for_models_that_cannot_share_it(name, caplog):
 def test_attention_that_takes_no_mask_per_beam_is_named(model):
     model = make_model("qwen3")
     model.config._attn_implementation = "flash_attention_2"
-    assert why_copied(model).startswith("attention flash_attention_2 takes no mask per beam")
+    assert shared_cache_obstacle(model).startswith("attention flash_attention_2 takes no mask per beam")
 
 
 def test_a_model_without_keys_and_values_is_refused():
@@ -243,14 +229,14 @@ def test_sequences_of_unequal_length_are_exact_too(model):
         assert_equals_exhaustive(result, row, exhaustive(model, history, sequences))
 
 
-def test_mask_first_normalises_over_the_catalogues_continuations(model):
+def test_constrained_probabilities_are_over_the_catalogues_continuations(model):
     sequences = catalogue()
 
     def allowed(prefix: list[int]) -> list[int]:
         return sorted({s[len(prefix)] for s in sequences if s[: len(prefix)] == prefix})
 
     index = PrefixIndex.build(sequences)
-    result = beam_search(model, HISTORIES, index, num_beams=len(sequences), mask_first=True)
+    result = beam_search(model, HISTORIES, index, num_beams=len(sequences), constrained=True)
     for row, history in enumerate(HISTORIES):
         assert_equals_exhaustive(result, row, exhaustive(model, history, sequences, allowed=allowed))
         # the catalogue is all there is now: probabilities of distinct ids sum to one
@@ -276,16 +262,16 @@ def test_an_excluded_item_leaves_those_with_the_same_or_a_longer_sequence(model)
     assert result.items[1] == [] and result.logps[1] == []
 
 
-@pytest.mark.parametrize("mask_first", [False, True])
-def test_only_allowed_items_are_found_and_they_alone_take_beams(model, mask_first):
+@pytest.mark.parametrize("constrained", [False, True])
+def test_only_allowed_items_are_found_and_they_alone_take_beams(model, constrained):
     sequences = [*catalogue(), [10], [10, 14], [13, 17]]
     index = PrefixIndex.build(sequences)
     for allowed in ([3], range(0, 33, 2), list(range(32)), [1, 30, 31, 77]):
         known = [item for item in allowed if item < len(sequences)]
         only = PrefixIndex.build([sequences[item] for item in known], known)
         for num_beams in (2, 33):
-            expected = beam_search(model, HISTORIES, only, num_beams, mask_first=mask_first)
-            result = beam_search(model, HISTORIES, index, num_beams, allowed=allowed, mask_first=mask_first)
+            expected = beam_search(model, HISTORIES, only, num_beams, constrained=constrained)
+            result = beam_search(model, HISTORIES, index, num_beams, allowed=allowed, constrained=constrained)
             assert result.items == expected.items
             np.testing.assert_allclose(np.concatenate(result.logps), np.concatenate(expected.logps), atol=1e-5)
 
@@ -300,7 +286,7 @@ def test_a_beam_wider_than_the_catalogue_warns_once_and_finds_every_item(model, 
     index = PrefixIndex.build(catalogue())
     wide = beam_search(model, HISTORIES, index, num_beams=31, batch_size=2)
     assert [record.message for record in caplog.records] == [
-        "num_beams is 31 but the prefix index has 30 items; so many are enough"
+        "num_beams is 31 but the prefix index has 30 items; that many are enough"
     ]
     assert wide == beam_search(model, HISTORIES, index, num_beams=30, batch_size=2)
     assert len(caplog.records) == 1

@@ -7,52 +7,30 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from toy_run import finish, write_interactions, write_items, write_semantic_ids
 
-from rerank import base_model, candidates, midtrain, run_dir
-from rerank.baselines import FEATURES, Counts
+from rerank import candidates
+from rerank.baselines import FEATURES, Counts, feature_rows
 from rerank.candidates import CandidatesArguments
-from rerank.candidates.own_lists import read_lists
 from rerank.catalogue import Catalogue
+from rerank.launch.files import write_json
+from rerank.models import base as base_model
+from rerank.next_item.encoder import NextItemEncoder
+from rerank.rows.lists import read_lists
 
 SEQUENCES = {0: [0, 1, 2, 3, 4], 1: [1, 2, 0, 4, 3], 2: [2, 0, 1, 5, 3]}
 SPLITS = ["train", "train", "rerank", "valid", "test"]
 ITEM_IDS = [f"i{item}" for item in range(6)]
 
 
-def write_stage(run, stage, metrics, tables):
-    folder = run / stage
-    folder.mkdir(parents=True)
-    for name, columns in tables.items():
-        pq.write_table(pa.table(columns), folder / f"{name}.parquet")
-    run_dir.write_json(folder / "metrics.json", metrics)
-    run_dir.write_json(folder / "stage.json", {"id": stage, "given": {}, "inputs": {}})
-
-
 @pytest.fixture
 def run(tmp_path):
     """A run with finished data and semantic_ids stages: each user has one rerank, one valid and one test row."""
-    places = [(user, place) for user in SEQUENCES for place in range(5)]
-    interactions = {
-        "user": [user for user, _ in places],
-        "item": [SEQUENCES[user][place] for user, place in places],
-        "position": [place for _, place in places],
-        "split": [SPLITS[place] for _, place in places],
-    }
-    targets = [(user, place) for user in SEQUENCES for place in (2, 3, 4)]
-    rows = {
-        "row_id": list(range(9)),
-        "user": [user for user, _ in targets],
-        "split": [SPLITS[place] for _, place in targets],
-        "position": [place for _, place in targets],
-        "history": [SEQUENCES[user][:place] for user, place in targets],
-        "target": [SEQUENCES[user][place] for user, place in targets],
-    }
-    items = {"item": range(6), "item_id": ITEM_IDS, "title": [f"Film {i}" for i in range(6)], "category": ["a"] * 6}
-    metrics = {"midtrain_has_seen_rerank_targets": False}
-    write_stage(tmp_path, "data", metrics, {"items": items, "rows": rows, "interactions": interactions})
-    ids = {"item": range(6), "semantic_id": [f"<s_a_{item}>" for item in range(6)]}
-    write_stage(tmp_path, "semantic_ids", {}, {"semantic_ids": ids})
+    write_items(tmp_path / "data", 6, item_id=ITEM_IDS, title=[f"Film {i}" for i in range(6)], category=["a"] * 6)
+    write_interactions(tmp_path / "data", SEQUENCES, SPLITS * 3)
+    write_semantic_ids(tmp_path / "semantic_ids", np.arange(6)[:, None])
     np.save(tmp_path / "semantic_ids/embeddings.npy", np.eye(6, dtype=np.float32))
+    finish(tmp_path / "semantic_ids")
     return tmp_path
 
 
@@ -97,8 +75,9 @@ def test_features_of_a_file_are_those_of_the_saved_counts(run):
         expected = counts.features(row["history"], row["candidates"], row["first_stage_scores"])
         assert np.array_equal(np.array(row["features"], dtype=np.float32), expected)
     for row in pq.read_table(out_dir / "train.parquet").to_pylist():
-        own = SEQUENCES[row["user"]][:3]
-        expected = counts.features(row["history"], row["candidates"], row["first_stage_scores"], own)
+        own = counts.own([0], {0: np.array(SEQUENCES[row["user"]][:3])})
+        columns = [np.array([row[name]]) for name in ("history", "candidates", "first_stage_scores")]
+        expected = feature_rows(counts, *columns, own)[0]
         assert np.array_equal(np.array(row["features"], dtype=np.float32), expected)
 
 
@@ -128,20 +107,30 @@ def test_own_lists_come_in_any_order_with_or_without_scores(run):
     assert read_lists(path, np.arange(9), ITEM_IDS, 2)[1][8].tolist() == [0.5, 0.0]
 
 
-def test_lists_of_a_model_are_its_most_likely_unseen_items(run):
-    catalogue = Catalogue.load(run)
+def make_model(run, folder):
+    """A model that knows the run's ids of one token each, its tokenizer and these tokens."""
     tokenizer = base_model.train_tokenizer(["Next items: film"], 300)
     shape = base_model.SmallModelArguments(hidden_size=16, num_layers=2, num_heads=2, num_kv_heads=1)
     model = base_model.make_small_model(shape, tokenizer, seed=0)
-    ids = base_model.add_tokens(model, tokenizer, catalogue.semantic_ids, seed=0)
-    model.save_pretrained(run / "midtrain/model")
-    tokenizer.save_pretrained(run / "midtrain/model")
-    (run / "midtrain/recipe.yaml").write_text("max_items: 50\n")
-    _, out_dir = run_stage(run, source="model", num_beams=6)
+    ids = base_model.add_tokens(model, tokenizer, Catalogue.load(run).semantic_ids, seed=0)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return model, tokenizer, ids
+
+
+@pytest.mark.parametrize("is_sft_model", [False, True])
+def test_lists_of_a_model_are_its_most_likely_unseen_items(run, is_sft_model):
+    folder = run / ("other/model" if is_sft_model else "midtrain/model")
+    model, tokenizer, ids = make_model(run, folder)
+    if is_sft_model:
+        NextItemEncoder(Catalogue.load(run), tokenizer, "semantic_id", 50).save(folder)
+    else:
+        (run / "midtrain/recipe.yaml").write_text("max_items: 50\n")
+    _, out_dir = run_stage(run, source="model", num_beams=6, model_dir=str(folder) if is_sft_model else None)
     for row in pq.read_table(out_dir / "test.parquet").to_pylist():
-        prompt = midtrain.next_item_prompt(row["history"], catalogue, 20, tokenizer)
+        prompt = NextItemEncoder(Catalogue.load(run), tokenizer, "semantic_id", 50).next_item_prompt(row["history"])
         with torch.no_grad():
-            logits = model(**tokenizer(prompt, return_tensors="pt")).logits[0, -1]
+            logits = model(torch.tensor([prompt])).logits[0, -1]
         logps = torch.log_softmax(logits.float(), -1)[ids]  # ids of one token: exact scores of the whole catalogue
         logps[row["history"]] = -torch.inf
         assert row["candidates"] == logps.argsort(descending=True)[:2].tolist()
@@ -153,6 +142,20 @@ def test_lists_of_a_model_need_the_midtrain_stage(run):
         run_stage(run, source="model")
 
 
+def test_a_model_dir_that_does_not_fit_is_refused(run, tmp_path):
+    with pytest.raises(FileNotFoundError, match="has no next_item.json; train it with the sft stage, task next_item"):
+        run_stage(run, source="model", model_dir=str(tmp_path))
+    _, tokenizer, _ = make_model(run, tmp_path / "model")
+    catalogue = Catalogue.load(run)
+    NextItemEncoder(catalogue, tokenizer, "semantic_id", 50).save(tmp_path / "model")
+    arguments = {"source": "model", "model_dir": str(tmp_path / "model")}
+    with pytest.raises(FileNotFoundError, match="has no item_head.safetensors; train it with the sft stage"):
+        run_stage(run, num_beams=0, **arguments)
+    Catalogue(["other"] * 6, catalogue.semantic_ids, catalogue.titles, catalogue.categories).save(tmp_path / "model")
+    with pytest.raises(ValueError, match="knows other items or ids than .*; use runs of one data"):
+        run_stage(run, **arguments)
+
+
 def changed_list(row, value):
     """The nine lists with one exchanged, last row_id first as in the file."""
     return [value if place == row else ["i0", "i1"] for place in range(1, 10)]
@@ -162,8 +165,8 @@ def changed_list(row, value):
     ("changes", "message"),
     [
         ({"candidates": changed_list(3, ["i0", "i9"])}, "l.parquet, row 3: candidate 'i9' is not among the items"),
-        ({"candidates": changed_list(2, ["i0"])}, "l.parquet, row 2: 1 candidates but num_candidates is 2"),
-        ({"candidates": changed_list(9, None)}, "l.parquet, row 9: 0 candidates but num_candidates is 2"),
+        ({"candidates": changed_list(2, ["i0"])}, "l.parquet, row 2: 1 candidates but a list has 2"),
+        ({"candidates": changed_list(9, None)}, "l.parquet, row 9: 0 candidates but a list has 2"),
         ({"candidates": changed_list(4, ["i5", "i5"])}, "l.parquet, row 4: candidate 'i5' appears twice"),
         ({"candidates": None}, "has no column 'candidates' but row_id; rename or add it"),
         ({"candidates": ["i0"] * 9}, "column 'candidates' holds string but must hold a list a row"),
@@ -200,7 +203,7 @@ def test_check_names_a_missing_file_of_lists(run):
 
 
 def test_check_refuses_lists_of_a_model_that_has_seen_the_targets(run):
-    run_dir.write_json(run / "data/metrics.json", {"midtrain_has_seen_rerank_targets": True})
+    write_json(run / "data/metrics.json", {"midtrain_has_seen_rerank_targets": True})
     with pytest.raises(ValueError, match="num_rerank of the data stage is all, so the mid-trained model has seen"):
         candidates.check(CandidatesArguments(run_dir=str(run), source="model"))
 
@@ -217,12 +220,14 @@ def test_check_passes_before_the_data_stage_has_run(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"source": "oracle"}, "source is 'oracle'; use one of transitions, model, lists"),
+        ({"source": "oracle"}, "source is 'oracle' but must be one of transitions, model, lists"),
         ({"source": "lists"}, "source is lists and lists is None"),
         ({"lists": "l.parquet"}, "source is transitions and lists is l.parquet"),
-        ({"num_candidates": 1}, "num_candidates is 1 but a list to re-rank has at least 2"),
-        ({"source": "model", "num_beams": 5}, "num_beams is 5 but must be at least num_candidates, 10"),
+        ({"num_candidates": 1}, "num_candidates is 1 but must be at least 2"),
+        ({"source": "model", "num_beams": 5}, "num_beams is 5 but must be at least 10"),
         ({"batch_size": 0}, "batch_size is 0 but must be at least 1"),
+        ({"model_dir": "sft/model"}, "model_dir is sft/model but source is transitions; it goes with source model"),
+        ({"source": "model", "num_beams": 0}, "num_beams is 0 but a mid-trained model has no item head"),
     ],
 )
 def test_options_out_of_range_are_refused(options, message):

@@ -1,21 +1,15 @@
-import pyarrow as pa
-import pyarrow.parquet as pq
+import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
+from toy_run import write_items, write_semantic_ids
 from transformers import PreTrainedTokenizerFast
 
 from rerank.catalogue import Catalogue, check_vocabulary
 
 
 def write_run(folder, items=(0, 1)):
-    (folder / "data").mkdir()
-    (folder / "semantic_ids").mkdir()
-    table = pa.table(
-        {"item": [1, 0], "item_id": ["b", "a"], "title": ["B", "A"], "category": ["", "c"], "text": ["", ""]}
-    )
-    pq.write_table(table, folder / "data/items.parquet")
-    ids = pa.table({"item": list(items), "semantic_id": [f"<s_a_{item}>" for item in items]})
-    pq.write_table(ids, folder / "semantic_ids/semantic_ids.parquet")
+    write_items(folder / "data", 2, item=[1, 0], item_id=["b", "a"], title=["B", "A"], category=["", "c"])
+    write_semantic_ids(folder / "semantic_ids", np.array(items)[:, None])
 
 
 def test_a_catalogue_of_a_run_is_in_item_order_and_comes_back_as_saved(tmp_path):

@@ -3,72 +3,17 @@
 import json
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-import yaml
+from compare_runs import GIVEN, RIGHT, SHA256, cells, finish_run
+from toy_recipe import TOY
+from toy_run import RECIPES, write_recipes
 
-from rerank import compare, pipeline, run_dir
-from rerank.compare import rankings_table
-from rerank.evaluate import RANKINGS
+from rerank import compare
+from rerank.compare.tables import list_lines
+from rerank.launch import run_dir
+from rerank.launch.files import write_json
 
 CPU = "recipes/accelerate/cpu.yaml"
-NUM_ROWS, NUM_CANDIDATES = 4, 6
-# The relevant item stands second in every list: NDCG@5 is 1/log2(3) = 0.6309 in the given order, 1 in the right one.
-RELEVANCE = [0.0, 1.0, 0.0, 0.0, 0.0, 0.0]
-GIVEN, RIGHT = [0, 1, 2, 3, 4, 5], [1, 0, 2, 3, 4, 5]
-SHA256 = "0" * 64
-RECIPES = {
-    "1_data": {"interactions": "toy.csv"},
-    "2_semantic_ids": {"embeddings": "toy.npy"},
-    "4_candidates": {"num_candidates": NUM_CANDIDATES},
-    "8_evaluate": {},
-}
-
-
-def write_recipes(folder: Path, recipes: dict[str, dict] = RECIPES) -> Path:
-    folder.mkdir()
-    for name, keys in recipes.items():
-        (folder / f"{name}.yaml").write_text(yaml.safe_dump({"run_dir": "runs/toy", **keys}))
-    return folder
-
-
-def finish(step: pipeline.Step, inputs: tuple[str, ...], metrics: dict, **tables: pa.Table) -> None:
-    folder = run_dir.partial_dir(step.run_dir, step.stage)
-    folder.mkdir(parents=True)
-    for name, table in tables.items():
-        pq.write_table(table, folder / f"{name}.parquet")
-    if step.stage == "evaluate":
-        run_dir.write_json(folder / "results.json", {"split": "test", "n": NUM_ROWS, "n_all": 7})
-    run_dir.finish(step.run_dir, step.stage, step.keys, step.keys, inputs, metrics)
-
-
-def finish_run(recipe_dir: Path, run: Path, first: Path, orders: dict[str, list], first_row_id: int = 0) -> None:
-    """A run in which the ranker `sft` (and whichever) wrote the same order, or none, on every row."""
-    data, ids, candidates, evaluate = compare.variant_steps(compare.Variant("", str(recipe_dir)), run, 0, None)
-    if run == first:
-        sources = {"sources": {"toy.csv": SHA256}}
-        finish(data, (), sources)
-    else:
-        compare.share_stage(first, run, "data")
-    finish(ids, ("data",), {})
-    row_ids = list(range(first_row_id, first_row_id + NUM_ROWS))
-    lists = pa.table({"row_id": row_ids, "relevance": [RELEVANCE] * NUM_ROWS})
-    finish(candidates, ("data", "semantic_ids"), {}, test=lists)
-    lines = [
-        {"row_id": row_id, "user": row_id // 2, "ranker": name, "order": order}
-        for name, order in {"no_op": GIVEN, "oracle": RIGHT, **orders}.items()
-        for row_id in row_ids
-    ]
-    rankings = pa.Table.from_pylist(lines, schema=RANKINGS)
-    finish(evaluate, ("data", "semantic_ids", "candidates"), {}, rankings=rankings)
-
-
-def cells(text: str, number: int = 0) -> dict[tuple[str, str], list[str]]:
-    """The rows of one of the tables by variant and ranker."""
-    table = [block for block in text.split("\n\n") if block.startswith("|")][number]
-    rows = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in table.splitlines()]
-    return {(row[0], row[1]): row[2:] for row in rows[2:]}
 
 
 @pytest.fixture
@@ -120,7 +65,7 @@ def test_a_model_that_variants_share_stands_once_and_is_what_they_started_from(t
     finish_run(first, out / "b-seed0", out / "a-seed0", {"dapo": RIGHT})
     for run in ("a-seed0", "b-seed0"):
         (out / run / "sft").symlink_to(out / "the_sft_model")
-    text = "\n".join(rankings_table.table_lines({"a": [out / "a-seed0"], "b": [out / "b-seed0"]}))
+    text = "\n".join(list_lines({"a": [out / "a-seed0"], "b": [out / "b-seed0"]}))
     assert [key for key in cells(text) if key[1] == "sft"] == [("a", "sft")]
     gain = "+0.3691 [+0.3691, +0.3691]"
     assert cells(text, 1)["a", "dapo"][:3] == [gain, gain, "–"]
@@ -128,11 +73,11 @@ def test_a_model_that_variants_share_stands_once_and_is_what_they_started_from(t
     dapo_recipe = out / "b-seed0/dapo/recipe.yaml"
     dapo_recipe.parent.mkdir()
     dapo_recipe.write_text("without_trace: true")  # it started from a control, which nobody evaluated
-    text = "\n".join(rankings_table.table_lines({"a": [out / "a-seed0"], "b": [out / "b-seed0"]}))
+    text = "\n".join(list_lines({"a": [out / "a-seed0"], "b": [out / "b-seed0"]}))
     assert cells(text, 1)["b", "dapo"][1] == "–"
     dapo_recipe.unlink()
     (out / "b-seed0/sft").unlink()  # a model of its own, which nobody evaluated
-    text = "\n".join(rankings_table.table_lines({"a": [out / "a-seed0"], "b": [out / "b-seed0"]}))
+    text = "\n".join(list_lines({"a": [out / "a-seed0"], "b": [out / "b-seed0"]}))
     assert cells(text, 1)["b", "dapo"][:3] == [gain, "–", "+0.0000 [+0.0000, +0.0000]"]
 
 
@@ -158,7 +103,7 @@ def add_dapo(run: Path, copy_rates: list[float]) -> None:
     log.append({"step": len(log) + 1, "step_time": 6.0})
     folder = run_dir.partial_dir(run, "dapo")
     folder.mkdir(parents=True)
-    run_dir.write_json(folder / "log_history.json", [*log, {"train_loss": 0.1, "step": len(log)}])
+    write_json(folder / "log_history.json", [*log, {"train_loss": 0.1, "step": len(log)}])
     run_dir.finish(run, "dapo", {}, {}, (), {"steps": len(log), "prompts_drawn": 64})
 
 
@@ -203,7 +148,7 @@ def test_runs_on_other_rows_are_refused(runs):
     other = runs["out"] / "b-seed2"
     finish_run(runs["b"], other, runs["out"] / "a-seed0", {"sft": RIGHT}, first_row_id=10)
     with pytest.raises(ValueError, match="variant b, seed 0, was evaluated on other rows than a; use one split"):
-        rankings_table.table_lines({"a": [runs["out"] / "a-seed0"], "b": [other]})
+        list_lines({"a": [runs["out"] / "a-seed0"], "b": [other]})
 
 
 def test_variants_of_one_name_or_of_other_data_are_refused(tmp_path):
@@ -220,9 +165,9 @@ def test_variants_of_one_name_or_of_other_data_are_refused(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_mistake_in_the_last_variant_shows_before_the_first_one_runs(tmp_path, toy_data):
-    keys = {"interactions": str(toy_data / "interactions.csv"), "items": str(toy_data / "items.csv")}
-    ids = {"levels": 2, "codebook_size": 4, "embeddings": str(toy_data / "embeddings.npy")}
+def test_a_mistake_in_the_last_variant_shows_before_the_first_one_runs(tmp_path):
+    keys = {"interactions": str(TOY / "interactions.csv"), "items": str(TOY / "items.csv")}
+    ids = {"levels": 2, "codebook_size": 4, "embeddings": str(TOY / "embeddings.npy")}
     folder = write_recipes(tmp_path / "a", {"1_data": keys, "2_semantic_ids": ids})
     variants = compare.read_variants([str(folder)], [["one"], ["two", "semantic_ids.codebooksize=3"]])
     with pytest.raises(ValueError, match="unknown key 'codebooksize'; did you mean codebook_size"):
@@ -230,10 +175,16 @@ def test_a_mistake_in_the_last_variant_shows_before_the_first_one_runs(tmp_path,
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(("seeds", "minutes"), [(0, None), (1, 0.0), (1, -1.0)])
-def test_seeds_and_minutes_must_be_above_zero(tmp_path, seeds, minutes):
+@pytest.mark.parametrize(
+    ("seeds", "minutes", "message"),
+    [
+        (0, None, "--seeds is 0 but must be at least 1"),
+        (1, 0.0, "--minutes_per_run is 0.0 but must be above 0"),
+        (1, -1.0, "--minutes_per_run is -1.0 but must be above 0"),
+    ],
+)
+def test_seeds_and_minutes_must_be_above_zero(tmp_path, seeds, minutes, message):
     folder = write_recipes(tmp_path / "a")
-    message = f"--seeds is {seeds} and --minutes_per_run {minutes}; both must be above 0"
     with pytest.raises(ValueError, match=message):
         compare.compare([compare.Variant("a", str(folder))], seeds, minutes, str(tmp_path / "out"), None, CPU, print)
 

@@ -7,14 +7,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from test_compare import cells, write_recipes
+from compare_runs import SHA256, cells, finish_step
+from toy_run import write_recipes
 
-from rerank import compare, pipeline, run_dir
-from rerank.compare import held_out_sets_table, next_item_table
-from rerank.evaluate.held_out_sets import LISTS as SETS
-from rerank.evaluate.next_item import LISTS
-from rerank.evaluate.pruning import FILE as PRUNING_FILE
-from rerank.evaluate.pruning import Pruning
+from rerank import compare
+from rerank.compare.tables import next_item_lines, set_lines
+from rerank.launch import pipeline, run_dir
+from rerank.launch.files import write_json
+from rerank.next_item.held_out_sets import LISTS as SETS
+from rerank.next_item.pruning import FILE as PRUNING_FILE
+from rerank.next_item.pruning import Pruning
+from rerank.next_item.recall import LISTS
 
 NONE = [False, False]
 VIOLATES = np.array([[True, False], NONE, NONE, NONE])
@@ -43,11 +46,11 @@ def write_evaluation(
     ]  # fmt: skip
     pq.write_table(pa.Table.from_pylist(lines, schema=LISTS), folder / "lists.parquet")
     results = {"task": "next_item", "split": "valid", "n": {"all": 4}, "num_beams": 10}
-    run_dir.write_json(folder / "results.json", results)
+    write_json(folder / "results.json", results)
     if pruning is not None:
         pruning.write(folder / PRUNING_FILE, first_row + np.arange(4))
     (run / "data").mkdir()
-    run_dir.write_json(run / "data/metrics.json", {"sources": {"toy.csv": "0" * 64}})
+    write_json(run / "data/metrics.json", {"sources": {"toy.csv": SHA256}})
     return run
 
 
@@ -69,7 +72,7 @@ def runs_of(tmp_path):
 
 
 def test_the_table_holds_means_over_seeds_and_differences_to_the_first_variant(runs_of):
-    lines = next_item_table.table_lines(runs_of)
+    lines = next_item_lines(runs_of)
     table = cells("\n".join(lines[: lines.index("one hop, 1 rows:")]))
     # R@5: (1 + 0 + 0 + 0) / 4 and 0; R@10: 2/4 and 1/4, mean 3/8, spread 0.25 / sqrt 2
     assert table["nll", "sft"][:3] == ["2", "0.1250", "0.3750"]
@@ -81,14 +84,14 @@ def test_the_table_holds_means_over_seeds_and_differences_to_the_first_variant(r
 
 
 def test_rows_are_split_by_what_counting_could_have_found(runs_of):
-    lines = next_item_table.table_lines(runs_of)
+    lines = next_item_lines(runs_of)
     begin = lines.index("the rest, 3 rows:")
     rest = cells("\n".join(lines[begin : lines.index("", begin + 2)]))
     assert rest["nll", "sft"][2] == "0.3333" and rest["bear", "sft"][1] == "0.3333"
 
 
 def test_pruning_is_that_of_all_seeds(runs_of):
-    text = "\n".join(next_item_table.table_lines(runs_of))
+    text = "\n".join(next_item_lines(runs_of))
     # nll: 1 of 2 and 2 of 2 pruned, standard deviation 50 / sqrt 2; bear: 1 of 2 twice
     assert "| nll | 4 | 2.0 | 75.0% | 35.4% | 25.0% | 25.0% | 0.0% |" in text
     assert "| bear | 4 | 2.0 | 50.0% | 0.0% | 25.0% | 25.0% | 0.0% |" in text
@@ -97,7 +100,7 @@ def test_pruning_is_that_of_all_seeds(runs_of):
 def test_each_variant_is_compared_with_every_one_before_it(runs_of, tmp_path):
     msl = [write_evaluation(tmp_path / f"msl{seed}", BASELINES | {"sft": [1, 1, 1, 0]}, PRUNING) for seed in (0, 1)]
     plain = [write_evaluation(tmp_path / f"plain{seed}", BASELINES | {"sft": [0, 0, 0, 0]}) for seed in (0, 1)]
-    lines = next_item_table.table_lines({**runs_of, "msl": msl, "plain": plain})
+    lines = next_item_lines({**runs_of, "msl": msl, "plain": plain})
     table = cells("\n".join(lines[lines.index("Differences between variants, sft, all rows:") :]))
     assert [*table] == [("bear", "nll"), ("msl", "nll"), ("plain", "nll"), ("msl", "bear"), ("plain", "bear"),
                         ("plain", "msl")]  # fmt: skip
@@ -111,7 +114,7 @@ def test_heads_are_compared_with_heads(tmp_path):
     places = {"one": {"sft": [1, 0, 0, 0]}, "two": {"sft": [1, 0, 0, 0], "sft_head": [1, 1, 0, 0]}}
     places["three"] = {"sft": [0, 0, 0, 0], "sft_head": [1, 1, 1, 0]}
     runs = {name: [write_evaluation(tmp_path / name, BASELINES | of)] for name, of in places.items()}
-    lines = next_item_table.table_lines(runs)
+    lines = next_item_lines(runs)
     begin = lines.index("Differences between variants, sft_head, all rows:")
     table = cells("\n".join(lines[begin:]))
     assert [*table] == [("three", "two")] and table["three", "two"][0].startswith("+0.2500 [")
@@ -120,7 +123,7 @@ def test_heads_are_compared_with_heads(tmp_path):
 
 def test_pruning_is_told_of_the_variants_where_it_was_measured(runs_of, tmp_path):
     run = write_evaluation(tmp_path / "iirg", BASELINES | {"sft": [1, 0, 0, 0]})
-    lines = next_item_table.table_lines({**runs_of, "iirg": [run]})
+    lines = next_item_lines({**runs_of, "iirg": [run]})
     begin = lines.index(next(line for line in lines if line.startswith("Pruning")))
     pruning = lines[begin : lines.index("Differences between variants, sft, all rows:")]
     assert any(line.startswith("| bear |") for line in pruning)
@@ -129,7 +132,7 @@ def test_pruning_is_told_of_the_variants_where_it_was_measured(runs_of, tmp_path
 
 def test_without_pruning_there_is_no_such_table(tmp_path):
     runs = {"nll": [write_evaluation(tmp_path / "one", BASELINES | {"sft": [1, 0, 0, 0], "sft_head": [1, 1, 0, 0]})]}
-    lines = next_item_table.table_lines(runs)
+    lines = next_item_lines(runs)
     assert not any("Pruning" in line for line in lines)
     assert cells("\n".join(lines[:8]))["nll", "sft_head"][8].startswith("+0.2500")  # compared with its own beams
 
@@ -137,7 +140,7 @@ def test_without_pruning_there_is_no_such_table(tmp_path):
 def test_runs_on_other_rows_are_refused(runs_of, tmp_path):
     other = write_evaluation(tmp_path / "other", BASELINES | {"sft": [1, 1, 1, 1]}, PRUNING, first_row=7)
     with pytest.raises(ValueError, match="variant bear, seed 1, was evaluated on other rows than nll; use one split"):
-        next_item_table.table_lines({**runs_of, "bear": [runs_of["bear"][0], other]})
+        next_item_lines({**runs_of, "bear": [runs_of["bear"][0], other]})
 
 
 def test_the_report_names_rows_and_data(runs_of):
@@ -145,14 +148,13 @@ def test_the_report_names_rows_and_data(runs_of):
     text = compare.report(variants, runs_of, None, Path("nowhere/RESULTS.md"))
     assert "- bear: `toy` `sft.losses=[{name: bear}]`" in text
     assert "2 variants, 2 seeds. 4 valid rows, all items ranked, 10 beams." in text
-    assert f"- data: toy.csv, sha256 {'0' * 64}" in text
+    assert f"- data: toy.csv, sha256 {SHA256}" in text
 
 
 def finish_stages(steps: list[pipeline.Step], last: str) -> None:
     for step in steps:
         if not run_dir.is_finished(step.run_dir, step.stage):
-            run_dir.partial_dir(step.run_dir, step.stage).mkdir(parents=True)
-            run_dir.finish(step.run_dir, step.stage, step.keys, step.keys, (), {})
+            finish_step(step)
         if step.stage == last:
             return
 
@@ -187,9 +189,9 @@ def write_sets(run: Path, places: dict[str, list[int]], first_user: int = 0, sec
         for ranker, of_users in places.items() for user, place in enumerate(of_users)
     ]  # fmt: skip
     pq.write_table(pa.Table.from_pylist(lines[::-1], schema=SETS), folder / "lists.parquet")
-    run_dir.write_json(folder / "results.json", {"task": "held_out_sets", "split": "valid", "n": 2})
+    write_json(folder / "results.json", {"task": "held_out_sets", "split": "valid", "n": 2})
     (run / "data").mkdir()
-    run_dir.write_json(run / "data/metrics.json", {"sources": {"toy.csv": "0" * 64}})
+    write_json(run / "data/metrics.json", {"sources": {"toy.csv": SHA256}})
     return run
 
 
@@ -204,7 +206,7 @@ def sets_of(tmp_path):
 
 
 def test_sets_have_a_table_of_means_over_seeds(sets_of):
-    table = cells("\n".join(held_out_sets_table.table_lines(sets_of)))
+    table = cells("\n".join(set_lines(sets_of)))
     # one of one or of two targets within twenty: (1 + 1/2) / 2 with the first seed, (0 + 1/2) / 2 with the second
     assert table["plain", "sft"][:3] == ["2", "0.5000", "0.7500"] and table["plain", "sft"][-3:] == ["–"] * 3
     # the spread of R@20: .75 and .25, 0.5 / sqrt 2
@@ -218,9 +220,9 @@ def test_sets_have_a_table_of_means_over_seeds(sets_of):
 
 
 def test_rankers_of_sets_are_compared_where_two_variants_have_them(sets_of, tmp_path):
-    assert not any("Differences" in line for line in held_out_sets_table.table_lines(sets_of))
+    assert not any("Differences" in line for line in set_lines(sets_of))
     other = write_sets(tmp_path / "other", {"popularity": [0, 0], "transitions": [30, 0], "sft_head": [1, 0]})
-    lines = held_out_sets_table.table_lines({**sets_of, "other": [other]})
+    lines = set_lines({**sets_of, "other": [other]})
     table = cells("\n".join(lines[lines.index("Differences between variants, sft_head, all rows:") :]))
     assert table["other", "head"][0].startswith("-0.2500 [")  # half a target of one of two users
 
@@ -229,13 +231,13 @@ def test_rankers_of_sets_are_compared_where_two_variants_have_them(sets_of, tmp_
 def test_sets_of_other_users_or_of_another_split_are_refused(sets_of, tmp_path, change):
     wrong = write_sets(tmp_path / "wrong", {"popularity": [0, 0], "transitions": [0, 0], "sft": [1, 1]}, **change)
     with pytest.raises(ValueError, match="variant wrong, seed 0, was evaluated on other users or items than plain"):
-        held_out_sets_table.table_lines({**sets_of, "wrong": [wrong]})
+        set_lines({**sets_of, "wrong": [wrong]})
 
 
 def test_a_variant_whose_model_was_not_evaluated_is_refused(runs_of, tmp_path):
     runs_of["bear"] = [write_evaluation(tmp_path / "bare", BASELINES | {"midtrained": [1, 0, 0, 0]})]
     with pytest.raises(ValueError, match="variant bear was evaluated without its sft model; let evaluate.models hold"):
-        next_item_table.table_lines(runs_of)
+        next_item_lines(runs_of)
 
 
 def test_the_report_picks_the_table_of_the_task(runs_of, sets_of, tmp_path):

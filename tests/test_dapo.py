@@ -9,9 +9,12 @@ import pytest
 from toy_recipe import copy_stages
 from trl import GRPOTrainer, ModelConfig
 
-from rerank import base_model, dapo, rollouts, sft
-from rerank.dapo import groups
-from rerank.dapo.prompt_stream import prompt_row
+from rerank import dapo
+from rerank.dapo.trainer import DapoTrainer
+from rerank.launch import recipe
+from rerank.models import base as base_model
+from rerank.rollouts import store as rollouts
+from rerank.rows import Prompter, column_names, reward_columns, training_rows
 
 NDCG = [{"name": "ndcg"}]
 
@@ -40,34 +43,33 @@ def test_defaults_are_those_of_dapo(tmp_path):
     assert defaults.use_vllm and defaults.vllm_mode == "colocate" and defaults.save_total_limit == 2
 
 
-@pytest.mark.parametrize(
-    ("method", "parameters"),
-    [
-        ("_prepare_inputs", "self generation_batch"),
-        ("_generate", "self prompts"),
-        (
-            "_get_per_token_logps_and_entropies",
-            "self model input_ids attention_mask logits_to_keep batch_size "
-            "compute_entropy compute_aux_loss pixel_values image_grid_thw num_images pixel_attention_mask "
-            "spatial_shapes num_tiles image_sizes token_type_ids mm_token_type_ids image_position_ids",
-        ),
-        ("compute_loss", "self model inputs return_outputs num_items_in_batch"),
-        ("_save_checkpoint", "self model trial"),
-        ("_generate_single_turn", "self prompt_ids images multimodal_fields num_generations has_tool_images"),
-        ("_calculate_rewards", "self inputs prompts completions completion_ids_list"),
-        ("_generate_and_score_completions", "self inputs"),
-    ],
-)
-def test_an_overridden_method_is_as_the_pinned_trl_has_it(method, parameters):
-    assert list(inspect.signature(getattr(GRPOTrainer, method)).parameters) == parameters.split()
+OVERRIDDEN = {  # method of TRL -> its parameters
+    "_prepare_inputs": "self generation_batch",
+    "_generate": "self prompts",
+    "_get_per_token_logps_and_entropies": "self model input_ids attention_mask logits_to_keep batch_size "
+    "compute_entropy compute_aux_loss pixel_values image_grid_thw num_images pixel_attention_mask "
+    "spatial_shapes num_tiles image_sizes token_type_ids mm_token_type_ids image_position_ids",
+    "compute_loss": "self model inputs return_outputs num_items_in_batch",
+    "_save_checkpoint": "self model trial",
+    "_generate_single_turn": "self prompt_ids images multimodal_fields num_generations has_tool_images",
+    "_calculate_rewards": "self inputs prompts completions completion_ids_list",
+    "_generate_and_score_completions": "self inputs",
+}
+
+
+def test_overridden_methods_are_as_the_pinned_trl_has_them():
+    ours = {*vars(DapoTrainer), *vars(DapoTrainer.__base__)} - {*vars(object), "__module__", "__dict__", "train"}
+    assert {name for name in ours if name in dir(GRPOTrainer)} == {*OVERRIDDEN}
+    for method, parameters in OVERRIDDEN.items():
+        assert list(inspect.signature(getattr(GRPOTrainer, method)).parameters) == parameters.split(), method
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rows": "sft"}, r"rows is 'sft'; choose dapo or all"),
-        ({"overlong_tokens": -1}, r"overlong_tokens is -1; give 0 or more"),
-        ({"max_sampling_rounds": 0}, r"max_sampling_rounds is 0; give 1 or more"),
+        ({"rows": "sft"}, r"rows is 'sft' but must be one of dapo, all"),
+        ({"outcome": "ndgc"}, r"outcome is 'ndgc', but the recipe's rewards report only rank_gain, ndcg$"),
+        ({"max_sampling_rounds": 0}, r"max_sampling_rounds is 0 but must be at least 1"),
         ({"max_logp_gap": 0.0}, r"max_logp_gap is 0.0 but must be above 0"),
     ],
 )
@@ -77,16 +79,9 @@ def test_options_out_of_range_are_refused(options, message):
 
 
 def test_every_reward_is_called_before_a_model_is_loaded(tmp_path):
-    check([*NDCG, {"name": "rank_promotion"}, {"name": "well_formed", "when": "promoted_or_kept_first"}])
+    check([*NDCG, {"name": "rank_promotion"}, {"name": "well_formed", "condition": "promoted_or_kept_first"}])
     with pytest.raises(ValueError, match=r"novelty raised KeyError: 'title' \(row_id 0\); repair it"):
         check(plugin(tmp_path, "return [columns['title'] for _ in completions]"))
-
-
-def test_an_outcome_that_no_reward_reports_is_refused():
-    check(NDCG, outcome="ndcg")
-    message = r"outcome is 'ndgc', but the recipe's rewards report only rank_gain, ndcg$"
-    with pytest.raises(ValueError, match=message):
-        check(NDCG, outcome="ndgc")
 
 
 def test_groups_that_do_not_fit_are_refused(tmp_path):
@@ -104,27 +99,16 @@ def test_groups_that_do_not_fit_are_refused(tmp_path):
 
 
 def test_a_loss_that_would_count_masked_rows_is_refused(tmp_path):
-    message = r"loss_type grpo would count the masked rows that fill up a step; use one of dapo, cispo, vespo, or set"
+    message = r"loss_type grpo would count the masked rows of padding groups; use one of dapo, cispo, vespo, or set"
     with pytest.raises(ValueError, match=message):
         check(NDCG, config(tmp_path, loss_type="grpo"))
     check(NDCG, config(tmp_path, loss_type="grpo"), dynamic_sampling=False)
-
-
-def test_an_invalid_reward_for_completions_that_are_masked_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"invalid_reward needs mask_truncated_completions: false, else what was cut"):
-        check(NDCG, invalid_reward=-1.0)
-    check(NDCG, config(tmp_path, mask_truncated_completions=False), invalid_reward=-1.0)
 
 
 def test_a_reward_sees_a_ranking_and_junk_in_the_check(tmp_path):
     body = "raise RuntimeError(completions[0] + '|' + completions[1])"
     with pytest.raises(ValueError, match=r"<think>why</think><s_a_0><s_b_1><s_a_0><s_b_0>\|no ranking"):
         check(plugin(tmp_path, body))
-
-
-def test_a_misspelt_reward_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match=r"rewards has no 'ndgc' \(did you mean ndcg\?\); it has auc, grounded, ndcg"):
-        check([{"name": "ndgc"}])
 
 
 def test_the_gain_over_a_training_is_that_of_its_last_fifth_over_its_first():
@@ -142,9 +126,9 @@ def test_a_short_training_has_a_gain_without_an_interval():
 
 
 def write_groups(folder, *groups):
-    """Rollouts, two a group, of (step, target_rank_before, mean reward); the two lie 0.5 around the mean."""
+    """Rollouts, two a group, of (step, target_rank, mean reward); the two lie 0.5 around the mean."""
     rows = [
-        {"step": step, "group": number, "target_rank_before": rank, "reward": reward + spread}
+        {"step": step, "group": number, "target_rank": rank, "reward": reward + spread}
         for number, (step, rank, reward) in enumerate(groups)
         for spread in (-0.5, 0.5)
     ]
@@ -173,50 +157,74 @@ def test_without_two_groups_of_a_rank_in_both_fifths_there_is_no_gain_at_equal_r
     assert gain == {"reward_gain_at_equal_ranks": None, "reward_gain_at_equal_ranks_interval": None}
 
 
-def test_the_overlong_punishment_falls_before_the_limit():
-    args = dapo.DapoArguments(run_dir="run", rewards=[{"name": "ndcg", "weight": 0.7}], overlong_tokens=5)
-    functions, weights = dapo.reward_functions(args, 20, eos_token_id=0)
-    assert weights == [0.7, 1.0]
-    # eq. 13 with limit 20 and cache 5: nothing up to 15, then ((20 - 5) - length) / 5, -1 beyond 20
-    lengths = (15, 16, 20, 21)
-    assert functions[1](completion_ids=[[0] * length for length in lengths]) == [0.0, -0.2, -1.0, -1.0]
-    args.overlong_tokens = 0
-    assert len(dapo.reward_functions(args, 20, eos_token_id=0)[0]) == 1
+RECIPE = {"run_dir": "runs/toy", "use_cpu": True, "bf16": False}
 
 
-def test_the_place_of_the_target_is_that_of_the_item_whose_first_stage_rank_the_row_names():
-    row = {"first_stage_ranks": [3, 2, 1], "target_rank": 2}
-    assert groups.target_rank(row, [2, 0, 1]) == 3
-    assert groups.target_rank(row, None) is None
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (
+            {"overlong_tokens": 8},
+            r"^7.yaml: .*'overlong_tokens'.* \{name: overlong, kwargs: \{cache_tokens: N\}\}",
+        ),
+        ({"invalid_reward": -1.0}, r"^7.yaml: .*'invalid_reward'.* rank_promotion pays -1 to what is no ranking"),
+        ({"rewards": 3}, "^3 does not exist; give the path of a recipe file"),
+        ({"rewards": []}, "^7.yaml: the recipe: rewards is .* but must be a list of at least one reward"),
+        ({"rewards": [{"name": "ndgc"}]}, r"^7.yaml: rewards has no 'ndgc' \(did you mean ndcg\?\)"),
+        ({"rewards": [{"name": "ndcg", "when": "promoted"}]}, "^7.yaml: .* 'when', which is called 'condition' now"),
+    ],
+)
+def test_keys_of_rewards_are_refused_in_one_line(keys, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        recipe.resolve("dapo", {**RECIPE, "rewards": NDCG, **keys}, "7.yaml")
+
+
+@pytest.mark.parametrize("name", ["naive", "literal", "report"])
+def test_rewards_may_be_the_path_of_a_file_with_them(name):
+    given = {**RECIPE, **recipe.read_overrides([f"--rewards=recipes/rewards/{name}.yaml"])}
+    args, *_ = parsed = recipe.resolve("dapo", given, "7.yaml")
+    rank, form, overlong = args.load_rewards()
+    assert (overlong.name, overlong.weight, overlong.function.keywords) == ("overlong", 1.0, {"cache_tokens": 8})
+    assert (rank.weight, form.weight) == (1.0, 0.2)
+    conditions = [reward.condition and reward.condition.__name__ for reward in (rank, form)]
+    wanted = {"naive": [None, None], "literal": [None, "promoted_or_first"], "report": ["not_a_suboptimal_copy", None]}
+    assert conditions == wanted[name]
+    assert recipe.resolved_recipe(parsed, given)["rewards"] == args.rewards  # a finished stage holds the list itself
+
+
+def test_the_token_limit_that_overlong_starts_from_is_that_of_the_row(tmp_path):
+    check([*NDCG, {"name": "overlong"}])  # with the paper's limit, while none is known
+    with pytest.raises(
+        ValueError, match="cache_tokens is 4096 but must be from 0 to the token limit of a completion, 64"
+    ):
+        check([{"name": "overlong"}], config(tmp_path, max_completion_length=64))
 
 
 @pytest.fixture(scope="module")
-def toy_encoder(toy_run):
+def toy_prompter(toy_run):
     _, tokenizer = base_model.load_pretrained(str(toy_run.run / "sft/model"))
-    return sft.RowEncoder(str(toy_run.run), tokenizer)
+    return Prompter.of_run(toy_run.run, tokenizer)
 
 
-def test_a_training_row_has_its_prompt_and_the_columns_of_rewards(toy_run, toy_encoder, tmp_path):
+def test_a_training_prompt_is_that_of_its_row(toy_run, toy_prompter, tmp_path):
     args = dapo.DapoArguments(run_dir=str(toy_run.run), rewards=NDCG)
-    prompts = dapo.prepare(args, config(tmp_path), toy_encoder, toy_run.run / "sft/model")
-    rows = {row["row_id"]: row for row in sft.training_rows(str(toy_run.run), "dapo")}
-    assert [row["row_id"] for row in prompts.rows] == sorted(rows)
-    for drawn in prompts.draw(len(rows)):
-        made, row = drawn.row, rows.pop(drawn.row["row_id"])
-        assert set(made) == {"prompt", *dapo.REWARD_COLUMNS}
-        assert made["prompt"] == toy_encoder.prompt(row) and made["first_stage_ranks"] == [1, 2, 3, 4]
-        assert made["target_rank"] == 1 + row["relevance"].index(1.0)
-    assert not rows
+    prompts = dapo.prepare(args, config(tmp_path), toy_prompter, toy_run.run / "sft/model")
+    rows = {row.row_id: row for row in training_rows(toy_run.run, "dapo")}
+    assert [row.row_id for row in prompts.rows] == sorted(rows)
+    taken = [prompt.asked for prompt in prompts.take(0, len(rows))]
+    assert {asked.row.row_id: asked.prompt for asked in taken} == {
+        i: toy_prompter.prompt(row) for i, row in rows.items()
+    }
+    assert set(reward_columns(taken)) == {"prompts", *column_names()}
+    assert {asked.max_completion_tokens for asked in taken} == {prompts.max_completion_tokens}
 
 
-def test_a_shuffled_row_shows_its_evidence_in_the_same_order(toy_run, toy_encoder):
-    row = sft.training_rows(str(toy_run.run), "dapo")[0]
-    plain, shuffled = prompt_row(row, toy_encoder), prompt_row(row, toy_encoder, [2, 0, 3, 1])
-    labels = [plain["candidate_labels"][place] for place in (2, 0, 3, 1)]
-    assert shuffled["candidate_labels"] == labels and shuffled["first_stage_ranks"] == [3, 1, 4, 2]
-    assert shuffled["target_rank"] == plain["target_rank"]
-    lines = plain["prompt"].replace("<|assistant|>", "").splitlines()
-    shown = shuffled["prompt"].replace("<|assistant|>", "").splitlines()
+def test_a_shuffled_row_shows_its_evidence_in_the_same_order(toy_run, toy_prompter):
+    row = training_rows(toy_run.run, "dapo")[0]
+    plain, shuffled = (toy_prompter.ask(shown, 16) for shown in (row, row.shuffled([2, 0, 3, 1])))
+    assert shuffled.labels == [plain.labels[place] for place in (2, 0, 3, 1)]
+    lines = plain.prompt.replace("<|assistant|>", "").splitlines()
+    shown = shuffled.prompt.replace("<|assistant|>", "").splitlines()
     assert sorted(shown) == sorted(lines) and shown != lines
 
 
@@ -230,19 +238,19 @@ def test_training_without_traces_starts_from_the_control_of_the_sft_stage(toy_ru
         dapo.check(args, config(tmp_path), ModelConfig())
 
 
-def test_lengths_that_the_recipe_leaves_open_come_from_the_sft_stage(toy_run, toy_encoder, tmp_path):
+def test_lengths_that_the_recipe_leaves_open_come_from_the_sft_stage(toy_run, toy_prompter, tmp_path):
     options = config(tmp_path)
     args = dapo.DapoArguments(run_dir=str(toy_run.run), rewards=NDCG, rows="all")
-    prompts = dapo.prepare(args, options, toy_encoder, toy_run.run / "sft/model")
-    longest = max(len(toy_encoder.tokenizer(toy_encoder.prompt(row)).input_ids) for row in prompts.rows)
+    prompts = dapo.prepare(args, options, toy_prompter, toy_run.run / "sft/model")
+    longest = max(dapo.prompt_lengths(prompts).values())
     assert options.vllm_max_model_length == longest + options.max_completion_length
     assert options.max_completion_length > 30  # a trace of the toy
 
 
-def test_prompts_that_do_not_fit_are_counted_and_named(toy_run, toy_encoder, tmp_path):
+def test_prompts_that_do_not_fit_are_counted_and_named(toy_run, toy_prompter, tmp_path):
     args = dapo.DapoArguments(run_dir=str(toy_run.run), rewards=NDCG)
-    prompts = dapo.prepare(args, config(tmp_path), toy_encoder, toy_run.run / "sft/model")
-    lengths = {r["row_id"]: len(toy_encoder.tokenizer(toy_encoder.prompt(r)).input_ids) for r in prompts.rows}
+    prompts = dapo.prepare(args, config(tmp_path), toy_prompter, toy_run.run / "sft/model")
+    lengths = {r.row_id: len(toy_prompter.tokenizer(toy_prompter.prompt(r)).input_ids) for r in prompts.rows}
     room = max(lengths.values()) - 1
     long = [row_id for row_id, length in lengths.items() if length > room]
     options = config(tmp_path, max_completion_length=16, vllm_max_model_length=room + 16)
@@ -251,31 +259,31 @@ def test_prompts_that_do_not_fit_are_counted_and_named(toy_run, toy_encoder, tmp
         rf"^{len(long)} of {len(lengths)} prompts \(row_id {shown}[^)]*\) have more than {room} tokens, the longest"
     )
     with pytest.raises(ValueError, match=message):
-        dapo.prepare(args, options, toy_encoder, toy_run.run / "sft/model")
+        dapo.prepare(args, options, toy_prompter, toy_run.run / "sft/model")
 
 
-def test_a_split_that_leaves_no_rows_for_dapo_is_refused(toy_run, toy_encoder, tmp_path):
+def test_a_split_that_leaves_no_rows_for_dapo_is_refused(toy_run, toy_prompter, tmp_path):
     run = copy_stages(toy_run.run, tmp_path / "run", "sft")
     split = pq.read_table(run / "traces/row_split.parquet")
     everything = pa.table({"row_id": split["row_id"], "used_for": ["sft"] * len(split)})
     pq.write_table(everything, run / "traces/row_split.parquet")
     args = dapo.DapoArguments(run_dir=str(run), rewards=NDCG)
     with pytest.raises(ValueError, match=r"no training rows are left for dapo; lower rows_for_sft"):
-        dapo.prepare(args, config(tmp_path), toy_encoder, run / "sft/model")
+        dapo.prepare(args, config(tmp_path), toy_prompter, run / "sft/model")
     shutil.rmtree(run)
 
 
-def test_fewer_rows_than_a_step_has_groups_are_refused(toy_run, toy_encoder, tmp_path):
+def test_fewer_rows_than_a_step_has_groups_are_refused(toy_run, toy_prompter, tmp_path):
     args = dapo.DapoArguments(run_dir=str(toy_run.run), rewards=NDCG)
-    count = len(sft.training_rows(str(toy_run.run), "dapo"))
+    count = len(training_rows(toy_run.run, "dapo"))
     message = rf"dapo has {count} training rows but samples {count + 1} groups at a time; make per_device_train_batch"
     enough, too_many = (
         config(tmp_path, num_generations=2, per_device_train_batch_size=2 * num_groups)
         for num_groups in (count, count + 1)
     )
-    dapo.prepare(args, enough, toy_encoder, toy_run.run / "sft/model")
+    dapo.prepare(args, enough, toy_prompter, toy_run.run / "sft/model")
     with pytest.raises(ValueError, match=message):
-        dapo.prepare(args, too_many, toy_encoder, toy_run.run / "sft/model")
+        dapo.prepare(args, too_many, toy_prompter, toy_run.run / "sft/model")
 
 
 def test_the_check_refuses_a_model_of_another_catalogue(toy_run, tmp_path):

@@ -1,64 +1,52 @@
 """The trainer of the dapo stage, on completions that a script writes in place of an engine."""
 
+import inspect
 import json
+import re
 
 import numpy as np
 import pytest
 import requests
 import torch
 from datasets import Dataset
-from test_dapo_groups import Encoder, rows
+from scripted_dapo import (
+    CATALOGUE,
+    ENTRIES,
+    LIMIT,
+    REWARDS,
+    SIZE,
+    first_drawn,
+    random_tokens,
+    stream,
+    unequal,
+    useful_for,
+)
 from tiny_model import ID_TOKENS, tiny_model, tiny_tokenizer
 from transformers import ProgressCallback
 from trl import GRPOTrainer
 from trl.generation.vllm_generation import VLLMGeneration
 
-from rerank import dapo, group_forward, plugins, rollout_server, rollouts
-from rerank.dapo.consistency import ConsistencyCheck
-from rerank.dapo.prompt_stream import PromptStream
+from rerank import dapo
+from rerank.dapo.consistency import consistency
+from rerank.dapo.groups import request_seed
 from rerank.dapo.sampler import SamplingOptions
 from rerank.dapo.trainer import GAP, DapoTrainer, ShortProgress
+from rerank.models import group_attention
+from rerank.models import server as server_mode
 from rerank.prompts import completion
-
-SIZE = 4  # completions of a prompt
-
-
-def num_tokens(completions, completion_ids, **columns):
-    """The length of a completion: what groups of the scripts differ in."""
-    return [float(len(ids)) for ids in completion_ids]
-
-
-def evenness(completions, completion_ids, **columns):
-    """The share of even token ids."""
-    return [sum(token % 2 == 0 for token in ids) / len(ids) for ids in completion_ids]
-
-
-REWARDS = {"num_tokens": num_tokens, "evenness": evenness}
-
-
-def random_tokens(seed, length, eos):
-    return [*np.random.default_rng(seed).integers(10, 40, length - 1).tolist(), eos]
-
-
-def useful_for(row_ids):
-    """A script: completions of unequal length for these rows, of equal length for others."""
-
-    def lengths(drawn, member):
-        return 3 + member if drawn.row["row_id"] in row_ids else 5
-
-    return lengths
+from rerank.rollouts import store
 
 
 class Scripted(DapoTrainer):
     """Completions of scripted length, their tokens by the seeds of the requests."""
 
-    lengths = staticmethod(lambda drawn, member: 3 + member)
+    lengths = staticmethod(unequal)
     sampling_logp = None  # what the script says each token's log-probability was
 
     def _generate_single_turn(self, prompt_ids, *args, **kwargs):
-        seeds = self.sampler.request_seeds()
-        lengths = [self.lengths(drawn, member) for drawn, member in self.sampler.requests]
-        ids = [random_tokens(s, length, self.eos_token_ids[0]) for s, length in zip(seeds, lengths, strict=True)]
+        requests, eos = self.prepared.requests, self.eos_token_ids[0]
+        lengths = [self.lengths(prompt, place % SIZE) for place, prompt in enumerate(requests)]
+        ids = [random_tokens(seed, n, eos) for seed, n in zip(self.request_seeds(), lengths, strict=True)]
         return ids, None if self.sampling_logp is None else [[self.sampling_logp] * len(one) for one in ids]
 
 
@@ -79,45 +67,32 @@ def config(folder, **options):
     }
     return dapo.DapoConfig(
         output_dir=str(folder / "out"), use_cpu=True, bf16=False, report_to="none", use_vllm=False,
-        num_generations=SIZE, max_completion_length=16, gradient_checkpointing=False, lr_scheduler_type="constant",
-        optim="sgd",  # linear in the gradient: noise stays noise
+        num_generations=SIZE, max_completion_length=LIMIT, gradient_checkpointing=False,
+        lr_scheduler_type="constant", optim="sgd",  # linear in the gradient: noise stays noise
         save_strategy="steps" if "save_steps" in given else "no", **given,
     )  # fmt: skip
 
 
 def make_trainer(
-    folder,
-    script=None,
-    rounds=1,
-    count=8,
-    logp=None,
-    max_logp_gap=1.0,
-    rewards=None,
-    kind=None,
-    grouped=True,
-    **options,
+    folder, script=unequal, rounds=1, count=8, logp=None, max_logp_gap=1.0, kind=Scripted, grouped=True, **options
 ):
     words = tokenizer()
     model = tiny_model(words)
     model.resize_token_embeddings(len(words))
     if grouped:
-        group_forward.prepare_model(model)
+        group_attention.prepare_model(model)
     torch.manual_seed(0)
-    made = (kind or Scripted)(
-        model, rewards or list(REWARDS.values()), config(folder, **options),
-        Dataset.from_dict({"prompt": [""] * count}), processing_class=words,
-        prompts=PromptStream(rows(count), Encoder(), seed=0), writer=rollouts.RolloutWriter(folder / "rollouts"),
-        sampling=SamplingOptions("num_tokens", max(1, rounds), is_dynamic=rounds > 0), max_logp_gap=max_logp_gap,
-        group_forward=grouped,
+    args = dapo.DapoArguments(
+        run_dir="run", rewards=ENTRIES, outcome="num_tokens", max_sampling_rounds=max(1, rounds),
+        dynamic_sampling=rounds > 0, max_logp_gap=max_logp_gap, group_forward=grouped,
     )  # fmt: skip
-    made.sampling_logp = logp
-    if script is not None:
-        made.lengths = script
+    made = kind(args, config(folder, **options), model, stream(count, tokenizer=words), folder / "rollouts")
+    made.sampling_logp, made.lengths = logp, script
     return made
 
 
 def stored(folder):
-    return rollouts.read_rollouts(folder / "rollouts").to_pylist(maps_as_pydicts="strict")
+    return store.read_rollouts(folder / "rollouts").to_pylist(maps_as_pydicts="strict")
 
 
 def weights(trainer):
@@ -133,25 +108,42 @@ def logged(trainer, name):
     return [entry[name] for entry in trainer.state.log_history if name in entry]
 
 
-def first_drawn(count, number):
-    return [prompt.row["row_id"] for prompt in PromptStream(rows(count), Encoder(), 0).draw(number)]
+def test_the_steps_that_the_trainer_names_are_its_methods_in_that_order():
+    steps = re.findall(r"(?m)^    \d+\. `(\w+)`", DapoTrainer.__doc__)
+    lines = [inspect.getsourcelines(vars(DapoTrainer)[step])[1] for step in steps]
+    assert len(steps) == 9 and lines == sorted(lines)
 
 
-def test_groups_of_one_outcome_are_exchanged_for_others(tmp_path):
+def test_groups_that_are_not_trained_on_are_stored_and_metrics_logged(tmp_path):
     order = first_drawn(8, 8)
     trainer = make_trainer(tmp_path, useful_for(order[1:3]), rounds=3)
     trainer.train()
-    rows_of = {kept: [r["row_id"] for r in stored(tmp_path) if r["kept"] == kept] for kept in (True, False)}
-    assert sorted(rows_of[True]) == sorted([order[1], order[2]] * SIZE)
-    assert sorted(rows_of[False]) == [order[0]] * SIZE  # the first round draws two, the second one
-    assert {(r["round"], r["row_id"]) for r in stored(tmp_path)} == {(0, order[0]), (0, order[1]), (1, order[2])}
-    assert {r["discard_reason"] for r in stored(tmp_path) if not r["kept"]} == {"all_equal"}
+    found = {(r["row_id"], r["round"], r["group"], r["kept"], r["discard_reason"]) for r in stored(tmp_path)}
+    kept = {(order[1], 0, 1, True, None), (order[2], 1, 2, True, None)}
+    assert found == {*kept, (order[0], 0, 0, False, "all_equal")} and len(stored(tmp_path)) == 3 * SIZE
     for name, value in {"rounds": 2, "prompts": 3, "prompts_drawn": 3, "missing": 0, "discarded_all_equal": 1}.items():
         assert logged(trainer, f"groups/{name}") == [value], name
     assert logged(trainer, "groups/share_useful") == [pytest.approx(2 / 3)]
-    assert len({r["group"] for r in stored(tmp_path)}) == 3  # a number for each prompt of the step
     assert logged(trainer, "rollouts/no_ranking") == [1.0]  # random tokens
+    assert logged(trainer, "rollouts/kept") == [pytest.approx(2 / 3)]
     assert logged(trainer, "rollouts/reward") == [pytest.approx(np.mean([r["reward"] for r in stored(tmp_path)]))]
+
+
+def test_surplus_is_trained_on_while_the_weights_are_those_that_sampled_it_and_stale_then(tmp_path):
+    options = {"gradient_accumulation_steps": 2, "steps_per_generation": 1, "max_steps": 2}
+    trainer = make_trainer(tmp_path, count=20, **options)
+    trainer.sampler.state.share_useful = 0.6  # four prompts for two groups
+    trainer.train()
+    order = first_drawn(20, 8)
+    first = {(r["row_id"], r["discard_reason"]) for r in stored(tmp_path) if r["step"] == 0}
+    assert first == {(row_id, None) for row_id in order[:4]}  # one sampling for both generations
+    assert trainer.sampler.state.num_drawn == 8
+    alone = make_trainer(tmp_path / "alone", count=20)  # a step that samples once
+    alone.sampler.options = SamplingOptions(SIZE, "num_tokens", is_dynamic=True, keeps_surplus=True)
+    alone.sampler.state.share_useful = 0.6
+    alone.train()
+    stale = {(r["step"], r["row_id"]) for r in stored(tmp_path / "alone") if r["discard_reason"] == "stale"}
+    assert stale == {(0, order[2]), (0, order[3])}
 
 
 def test_a_short_step_trains_on_what_there_is(tmp_path, caplog):
@@ -177,54 +169,9 @@ def test_a_step_without_any_useful_group_moves_nothing_and_the_third_stops_the_r
     assert all(torch.equal(value, before[name]) for name, value in weights(trainer).items())
 
 
-def test_steps_without_a_useful_group_do_not_stop_a_run_that_had_one(tmp_path):
-    script = useful_for(first_drawn(40, 2))
-    trainer = make_trainer(tmp_path, script, count=40, max_steps=5, save_steps=1)
-    trainer.train()
-    assert logged(trainer, "groups/missing") == [0, 2, 2, 2, 2]
-    checkpoint = str(tmp_path / "out/checkpoint-5")
-    resumed = make_trainer(tmp_path, script, count=40, max_steps=8)
-    resumed.go_on_from(checkpoint)
-    resumed.train(resume_from_checkpoint=checkpoint)
-    assert resumed.state.global_step == 8
-
-
-def test_useful_groups_beyond_the_step_are_stored_as_surplus(tmp_path):
-    order = first_drawn(8, 8)
-    trainer = make_trainer(tmp_path, useful_for(order[1:]), rounds=2)
-    trainer.sampler._share_useful = 0.5  # so that four are drawn for two
-    trainer.train()
-    kept = [r["row_id"] for r in stored(tmp_path) if r["kept"]]
-    assert sorted(set(kept)) == sorted(order[1:3])
-    assert {r["row_id"] for r in stored(tmp_path) if r["discard_reason"] == "surplus"} == {order[3]}
-    assert logged(trainer, "groups/discarded_surplus") == [1]
-
-
-def test_surplus_is_used_while_the_weights_are_those_that_sampled_it(tmp_path):
-    options = {"gradient_accumulation_steps": 2, "steps_per_generation": 1, "max_steps": 2}
-    trainer = make_trainer(tmp_path, rounds=1, **options)
-    trainer.sampler._share_useful = 0.6  # four are drawn for two
-    trainer.train()
-    order = first_drawn(8, 8)
-    first_step = [r for r in stored(tmp_path) if r["step"] == 0]
-    assert {r["row_id"] for r in first_step if r["kept"]} == set(order[:4])  # one sampling for both generations
-    assert {r["discard_reason"] for r in first_step} == {None}
-    assert trainer.sampler.state["num_drawn"] == 8
-
-
-def test_surplus_of_other_weights_is_stale(tmp_path):
-    options = {"gradient_accumulation_steps": 2, "steps_per_generation": 1, "max_steps": 2}
-    trainer = make_trainer(tmp_path, rounds=1, count=20, **options)
-    trainer.sampler._num_to_draw = lambda wanted, missing: 5
-    trainer.train()
-    stale = [r for r in stored(tmp_path) if r["discard_reason"] == "stale"]
-    drawn = first_drawn(20, 10)
-    assert {(r["step"], r["row_id"]) for r in stale} == {(0, drawn[4]), (1, drawn[9])}
-
-
 @pytest.mark.parametrize("grouped", [False, True])
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_without_exchange_a_step_is_that_of_plain_trl(tmp_path, accumulation, grouped):
+def test_without_dynamic_sampling_a_step_is_that_of_plain_trl(tmp_path, accumulation, grouped):
     batch = {"per_device_train_batch_size": 2 * SIZE // accumulation, "gradient_accumulation_steps": accumulation}
     ours = make_trainer(tmp_path, rounds=0, max_steps=2, grouped=grouped, **batch)
 
@@ -233,18 +180,19 @@ def test_without_exchange_a_step_is_that_of_plain_trl(tmp_path, accumulation, gr
             texts = self.processing_class.batch_decode(prompt_ids)
             return [answers[text].pop(0) for text in texts], None
 
-    words, prompts = tokenizer(), PromptStream(rows(8), Encoder(), 0).draw(4)
+    words = tokenizer()
+    prompts = [prompt.asked for prompt in stream(8, tokenizer=words).take(0, 4)]
     answers = {}
     for prompt in prompts:
-        text = words.decode(words(prompt.row["prompt"]).input_ids)
-        seeds = [dapo.groups.request_seed(0, prompt.row["row_id"], 0, member) for member in range(SIZE)]
+        text = words.decode(words(prompt.prompt).input_ids)
+        seeds = [request_seed(0, prompt.row.row_id, 0, member) for member in range(SIZE)]
         answers[text] = [random_tokens(s, 3 + m, words.eos_token_id) for m, s in enumerate(seeds)]
     model = tiny_model(words)
     model.resize_token_embeddings(len(words))
     torch.manual_seed(0)
-    dataset = Dataset.from_dict({"prompt": [prompt.row["prompt"] for prompt in prompts]})
+    dataset = Dataset.from_dict({"prompt": [prompt.prompt for prompt in prompts]})
     plain = PlainScripted(
-        model, list(REWARDS.values()), config(tmp_path, max_steps=2, shuffle_dataset=False, **batch), dataset,
+        model, REWARDS, config(tmp_path, max_steps=2, shuffle_dataset=False, **batch), dataset,
         processing_class=words,
     )  # fmt: skip
     ours.train()
@@ -305,11 +253,11 @@ def test_resumed_equals_uninterrupted(tmp_path):
     first = make_trainer(tmp_path / "parts", script, rounds=3, max_steps=2, save_steps=2)
     first.train()
     checkpoint = tmp_path / "parts/out/checkpoint-2"
-    assert json.loads((checkpoint / "sampling.json").read_text()) == first.sampler.state
+    assert json.loads((checkpoint / "sampling.json").read_text()) == vars(first.sampler.state)
     second = make_trainer(tmp_path / "parts", script, rounds=3, max_steps=4)
-    second.go_on_from(str(checkpoint))
+    second.continue_from(str(checkpoint))
     second.train(resume_from_checkpoint=str(checkpoint))
-    assert second.prompts.num_drawn == whole.prompts.num_drawn
+    assert second.sampler.state == whole.sampler.state
     assert logged(second, "loss") == pytest.approx(logged(whole, "loss"), abs=1e-6)
     assert_same(second, whole)
     same = ("step", "round", "group", "row_id", "completion_ids", "kept", "discard_reason")
@@ -317,45 +265,16 @@ def test_resumed_equals_uninterrupted(tmp_path):
     assert sorted(parts[0], key=str) == sorted(parts[1], key=str)
 
 
-def test_an_invalid_completion_earns_the_invalid_reward_alone(tmp_path):
-    words = tokenizer()
-    args = dapo.DapoArguments(run_dir="run", rewards=[{"name": "well_formed", "weight": 3.0}], invalid_reward=-1.0)
-    functions, reward_weights = dapo.reward_functions(args, 16, words.eos_token_id)
-    assert reward_weights == [3.0, 1.0]
-    trainer = make_trainer(
-        tmp_path, rewards=[*functions, num_tokens], reward_weights=[*reward_weights, 1.0], max_logp_gap=9.0
-    )
-    trainer.train()
-    assert {r["reward"] for r in stored(tmp_path)} == {-1.0}  # random tokens are no ranking
-    assert {tuple(r["reward_components"]) for r in stored(tmp_path)} == {("invalid",)}
-
-
-def test_a_condition_that_does_not_hold_is_stored_beside_the_reward(tmp_path):
-    specs = [{"name": "well_formed", "weight": 0.2, "when": "promoted_or_kept_first"}]
-    gated = plugins.load_rewards(specs, dapo.REWARD_COLUMNS)
-    trainer = make_trainer(tmp_path, rewards=[*gated, num_tokens])
-    trainer.train()
-    assert {tuple(r["reward_gates"].items()) for r in stored(tmp_path)} == {(("well_formed", False),)}
-
-
-def test_a_condition_may_look_at_the_prompt(tmp_path):
-    (tmp_path / "plugin.py").write_text(
-        "def asks_to_rank(completions, prompts, **columns):\n    return [p.startswith('Rank') for p in prompts]\n"
-    )
-    specs = [{"name": "well_formed", "when": f"{tmp_path}/plugin.py:asks_to_rank"}]
-    make_trainer(tmp_path, rewards=[*plugins.load_rewards(specs, dapo.REWARD_COLUMNS), num_tokens]).train()
-    assert {tuple(r["reward_gates"].items()) for r in stored(tmp_path)} == {(("well_formed", True),)}
-
-
 def ranked_by(key):
     """A policy: each prompt's candidates sorted by `key` of their place and item."""
 
     def generate(prompts):
-        shown = [list(map(int, prompt.removeprefix("Rank: ").split())) for prompt in prompts]
+        listed = [re.findall(r"<s_a_(\d+)>", prompt.partition("Candidates:")[2]) for prompt in prompts]
+        shown = [[int(item) for item in items] for items in listed]
         orders = [
             sorted(range(len(items)), key=lambda place, items=items: key(place, items[place])) for items in shown
         ]
-        labels = [[f"<s_a_{item}>" for item in items] for items in shown]
+        labels = [[CATALOGUE.semantic_ids[item] for item in items] for items in shown]
         return [completion("", order, names) for order, names in zip(orders, labels, strict=True)]
 
     return generate
@@ -369,17 +288,14 @@ def ranked_by(key):
         (lambda prompts: ["junk"] * len(prompts), None, None, 0.0),
     ],
 )
-def test_rankings_of_the_same_rows_in_two_orders_are_compared(tmp_path, policy, tau, same_first, both):
-    trainer = make_trainer(tmp_path, max_steps=3, max_logp_gap=9.0)
-    trainer.consistency = ConsistencyCheck(trainer, trainer.prompts, num_rows=6, every=2)
-    trainer.generate_greedily = policy
-    trainer.train()
-    found = {name: logged(trainer, f"rollouts/consistency/{name}") for name in ("kendall_tau", "same_first")}
-    assert logged(trainer, "rollouts/consistency/both_ranked") == [both, both]  # of steps 0 and 2
+def test_rankings_of_the_same_rows_in_two_orders_are_compared(policy, tau, same_first, both):
+    found = consistency(stream(20), policy)
+    assert found["rollouts/consistency/both_ranked"] == both
     if tau is not None:
-        assert found == {"kendall_tau": [tau] * 2, "same_first": [same_first] * 2}
+        assert found["rollouts/consistency/kendall_tau"] == tau
+        assert found["rollouts/consistency/same_first"] == same_first
     elif both:
-        assert max(found["kendall_tau"]) < 0.7 and found["kendall_tau"][0] == found["kendall_tau"][1]  # the same rows
+        assert found["rollouts/consistency/kendall_tau"] < 0.7 and found == consistency(stream(20), policy)
 
 
 def test_a_step_prints_a_few_figures_and_logs_all(tmp_path, capsys):
@@ -443,7 +359,7 @@ def serve(trainer, server):
     generation.enable_sleep_mode, generation.structured_outputs_regex, generation.generation_kwargs = False, None, {}
     generation._weight_metadata, generation._iter_named_params = [], lambda: iter([])
     trainer.vllm_generation, trainer._last_loaded_step = generation, -1
-    rollout_server.make_patient(server, 0.2)
+    server_mode.add_retries(server, 0.2)
     return trainer
 
 
@@ -470,8 +386,8 @@ def test_a_server_that_stays_away_ends_the_run_with_a_checkpoint(tmp_path):
     calls = []
 
     def answer_twice(**options):
-        calls.append(1)
-        if len(calls) > 2:
+        calls.append(options["temperature"])
+        if sum(calls) > 2:  # those of the consistency check have none
             server.calls_away = 99
         return answer(**options)
 
@@ -499,13 +415,4 @@ def test_a_server_that_takes_no_weights_is_not_sampled_from(tmp_path):
 
 def test_a_checkpoint_of_another_trainer_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"sampling.json is missing: no checkpoint of this stage; delete"):
-        make_trainer(tmp_path).go_on_from(str(tmp_path))
-
-
-def test_an_invalid_completion_is_below_every_outcome_of_a_reward(tmp_path):
-    args = dapo.DapoArguments(run_dir="run", rewards=[{"name": "well_formed"}], invalid_reward=-1.0)
-    functions, reward_weights = dapo.reward_functions(args, 16, tokenizer().eos_token_id)
-    trainer = make_trainer(tmp_path, rewards=[*functions, num_tokens], reward_weights=[*reward_weights, 1.0])
-    (drawn,) = trainer.prompts.draw(1)
-    assert trainer.sampler._outcome(drawn, None, [float("nan"), -1.0, float("nan")]) == -float("inf")
-    assert trainer.sampler._outcome(drawn, [0, 1, 2, 3], [1.0, float("nan"), 4.0]) == 4.0
+        make_trainer(tmp_path).continue_from(str(tmp_path / "checkpoint-2"))

@@ -9,11 +9,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from rerank import data, recipe
+from rerank import data
 from rerank.baselines import FEATURES
 from rerank.candidates import fit_counts
 from rerank.data.prepare import prepare
 from rerank.data.ready_rows import merge_rows
+from rerank.launch import recipe
 
 # One user with eight interactions, one with six, each in order of time.
 TOY = [("u", item, time) for time, item in enumerate("abcdefgh")] + [
@@ -79,9 +80,9 @@ def test_tables_have_the_documented_columns(tmp_path, toy_csv):
 
 
 def test_item_columns_that_the_recipe_names_are_kept_so_that_a_shared_brand_is_a_fact(tmp_path, toy_csv):
-    items = [{"item": i, "maker": "BA"[i in "abc"], "size": n, "id": 1} for n, i in enumerate("abcdefgh")]
+    items = [{"item": i, "encoder": "BA"[i in "abc"], "size": n, "id": 1} for n, i in enumerate("abcdefgh")]
     (tmp_path / "items.jsonl").write_text("\n".join(map(json.dumps, items)))
-    columns = {"item_columns": {"brand": "maker"}, "text_columns": ["brand", "size"]}
+    columns = {"item_columns": {"brand": "encoder"}, "text_columns": ["brand", "size"]}
     tables = run(tmp_path, toy_csv, items=str(tmp_path / "items.jsonl"), **columns)["tables"]
     names = ["item", "item_id", "title", "category", "text", "source_row", "brand", "size"]
     assert sorted(tables["items"].column_names) == sorted(names)  # not `id`, which nobody named
@@ -125,7 +126,7 @@ def test_split_by_time_takes_the_latest_and_never_divides_one_moment(tmp_path):
     assert ("v", "test", list("edcb"), "a") in found["rows"]
 
 
-def test_k_core_goes_on_until_nothing_falls_below(tmp_path):
+def test_the_k_core_is_taken_until_nothing_falls_below(tmp_path):
     # z is bought once, so it goes; then w has two interactions left, below three, so w goes; then y, bought by w and
     # u alone, falls below two and goes too. u keeps five, v four.
     rows = [("u", item, time) for time, item in enumerate("abcydx")]
@@ -225,9 +226,9 @@ def test_s3rec_text_and_attributes(tmp_path):
     assert found["tables"]["items"]["item_id"].to_pylist() == list("54321")  # the order of the items file
 
 
-def test_items_carry_title_category_and_the_text_that_the_recipe_asks_for(tmp_path, toy_csv):
-    rows = [{"id": item, "name": f"The  {item}", "tags": ["x", "y"], "maker": None} for item in "abcdefgh"]
-    rows[0] |= {"maker": 'A "quoted", name'}
+def test_items_have_title_category_and_the_text_of_the_recipe(tmp_path, toy_csv):
+    rows = [{"id": item, "name": f"The  {item}", "tags": ["x", "y"], "encoder": None} for item in "abcdefgh"]
+    rows[0] |= {"encoder": 'A "quoted", name'}
     items = tmp_path / "items.jsonl"
     items.write_text("\n".join(map(json.dumps, rows)))
     found = run(
@@ -235,21 +236,21 @@ def test_items_carry_title_category_and_the_text_that_the_recipe_asks_for(tmp_pa
         toy_csv,
         items=str(items),
         item_columns={"item": "id", "title": "name", "category": "tags"},
-        text_columns=["title", "maker", "category"],
+        text_columns=["title", "encoder", "category"],
     )
     first, second = found["tables"]["items"].to_pylist()[:2]
-    assert first["text"] == 'The a. maker: A "quoted", name. category: x, y'
+    assert first["text"] == 'The a. encoder: A "quoted", name. category: x, y'
     assert (second["title"], second["category"]) == ("The b", "x, y")
     assert second["text"] == "The b. category: x, y"
 
 
-def test_category_separator_parts_categories(tmp_path, toy_csv):
+def test_the_category_separator_is_replaced(tmp_path, toy_csv):
     items = write_csv(tmp_path / "items.csv", [(item, "Sci-Fi|War") for item in "abcdefgh"], "item,category")
     found = run(tmp_path, toy_csv, items=str(items), category_separator="|")
     assert found["tables"]["items"]["category"][0].as_py() == "Sci-Fi, War"
 
 
-def test_ready_rows_keep_their_split_and_history_and_become_one_sequence_a_user(tmp_path):
+def test_ready_rows_keep_their_split_and_history_and_become_one_sequence_per_user(tmp_path):
     # The second row overlaps the first by two items, the test row jumps over d: d was seen, but is no target.
     rows = [
         ("train", "u", 1, "a b c"),

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from tiny_model import save_tiny_model
 from toy_recipe import copy_stages, launch
 
-from rerank import rollouts, run_dir
+from rerank.launch import run_dir
+from rerank.rollouts import store as rollouts
 
 ALONE = "recipes/accelerate/cpu.yaml"
 LAUNCHES = ["recipes/accelerate/cpu_2proc.yaml", "tests/toy/zero2_cpu.yaml"]
@@ -32,7 +33,7 @@ def midtrained_alone(toy_run, tmp_path_factory):
     base = save_tiny_model(folder / "base", tied=False, id_tokens=False)
     words = (f"--model_name_or_path={base}", "--token_learning_rate=0.01", "--max_steps=2", HALF_BATCH)
     one = copy_stages(toy_run.run, folder / "one", "semantic_ids")
-    launch(toy_run.data, ALONE, "rerank.midtrain", "midtrain", one, *words, "--gradient_accumulation_steps=2")
+    launch(ALONE, "rerank.midtrain", "midtrain", one, *words, "--gradient_accumulation_steps=2")
     return one, words
 
 
@@ -40,7 +41,7 @@ def midtrained_alone(toy_run, tmp_path_factory):
 def test_both_phases_of_midtrain_in_two_processes_train_as_in_one(toy_run, midtrained_alone, tmp_path, accelerate):
     one, words = midtrained_alone
     two = copy_stages(toy_run.run, tmp_path / "two", "semantic_ids")
-    launch(toy_run.data, accelerate, "rerank.midtrain", "midtrain", two, *words)
+    launch(accelerate, "rerank.midtrain", "midtrain", two, *words)
     for name in ("loss", "grad_norm", "loss_sequence", "tokens_sequence"):
         assert logged(two, "midtrain", name) == pytest.approx(logged(one, "midtrain", name), abs=1e-4), name
     rows = [load_file(run / "midtrain/new_rows.safetensors") for run in (one, two)]
@@ -52,7 +53,7 @@ def test_both_phases_of_midtrain_in_two_processes_train_as_in_one(toy_run, midtr
 def test_sft_in_two_processes_has_the_losses_of_one(toy_run, tmp_path, accelerate):
     run = copy_stages(toy_run.run, tmp_path / "run", "traces")
     words = (f"--max_steps={STEPS}", HALF_BATCH)
-    launch(toy_run.data, accelerate, "rerank.sft", "sft", run, *words)
+    launch(accelerate, "rerank.sft", "sft", run, *words)
     for name in ("loss", "grad_norm"):
         assert logged(run, "sft", name) == pytest.approx(logged(toy_run.run, "sft", name), abs=1e-4), name
     # 3 nats for a token of a model that knows nothing: log(500) = 6.2 at the most
@@ -61,7 +62,7 @@ def test_sft_in_two_processes_has_the_losses_of_one(toy_run, tmp_path, accelerat
 
 NEXT_ITEM = (
     "--task=next_item", "--no_trace_control=false", f"--max_steps={STEPS}", "--per_device_train_batch_size=4",
-    "--losses=[{name: bear}, {name: iirg, kwargs: {num_neighbours: 2}}, {name: cllm4rec}]",
+    "--losses=[{name: bear}, {name: iirg}, {name: cllm4rec}]",
 )  # fmt: skip
 LORA = ("--use_peft=true", "--lora_target_modules=[all-linear]", "--lora_r=4", "--lora_dropout=0")
 
@@ -73,7 +74,7 @@ def tuned_alone(toy_run, tmp_path_factory):
     @functools.cache
     def tune(words):
         one = copy_stages(toy_run.run, tmp_path_factory.mktemp("tuned") / "one", "midtrain")
-        launch(toy_run.data, ALONE, "rerank.sft", "sft", one, *NEXT_ITEM, *words, "--gradient_accumulation_steps=2")
+        launch(ALONE, "rerank.sft", "sft", one, *NEXT_ITEM, *words, "--gradient_accumulation_steps=2")
         return one
 
     return tune
@@ -84,7 +85,7 @@ def tuned_alone(toy_run, tmp_path_factory):
 )
 def test_all_losses_in_two_processes_are_those_of_one(toy_run, tuned_alone, tmp_path, accelerate, words):
     one, two = tuned_alone(words), copy_stages(toy_run.run, tmp_path / "two", "midtrain")
-    launch(toy_run.data, accelerate, "rerank.sft", "sft", two, *NEXT_ITEM, *words)
+    launch(accelerate, "rerank.sft", "sft", two, *NEXT_ITEM, *words)
     losses = ("loss_next_item", "loss_semantic", "loss_collaborative", "loss_content", "loss_item_head")
     for name in ("loss", "grad_norm", *losses, "loss_mutual_regularisation"):
         assert logged(two, "sft", name) == pytest.approx(logged(one, "sft", name), abs=2e-4), name
@@ -99,7 +100,7 @@ def test_all_losses_in_two_processes_are_those_of_one(toy_run, tuned_alone, tmp_
 def test_dapo_in_two_processes_has_the_losses_of_one(toy_run, tmp_path, accelerate, monkeypatch):
     monkeypatch.setenv("TOY_ROLLOUTS", str(toy_run.run))
     run = copy_stages(toy_run.run, tmp_path / "run", "sft")
-    launch(toy_run.data, accelerate, "tests.replay_dapo", "dapo", run, HALF_BATCH)
+    launch(accelerate, "tests.replay_dapo", "dapo", run, HALF_BATCH)
     for name in ("loss", "grad_norm", "reward"):
         assert logged(run, "dapo", name) == pytest.approx(logged(toy_run.run, "dapo", name), abs=1e-4), name
     assert min(abs(loss) for loss in logged(run, "dapo", "loss")) > 0.005  # lengths differ, so it does not vanish
@@ -120,7 +121,7 @@ def assert_same_rollouts(one, two):
 
 def test_dapo_samples_and_trains_alike_in_one_process_and_in_two(toy_run, tmp_path):
     run = copy_stages(toy_run.run, tmp_path / "run", "sft")
-    launch(toy_run.data, LAUNCHES[0], "rerank.dapo", "dapo", run, HALF_BATCH)
+    launch(LAUNCHES[0], "rerank.dapo", "dapo", run, HALF_BATCH)
     for name in ("loss", "grad_norm", "reward", "groups/prompts_drawn"):
         assert logged(run, "dapo", name) == pytest.approx(logged(toy_run.run, "dapo", name), abs=1e-4), name
     assert_same_rollouts(toy_run.run, run)
@@ -129,7 +130,7 @@ def test_dapo_samples_and_trains_alike_in_one_process_and_in_two(toy_run, tmp_pa
 def test_two_runs_of_dapo_with_lora_are_the_same(toy_run, tmp_path):
     runs = [copy_stages(toy_run.run, tmp_path / name, "sft") for name in ("one", "two")]
     for run in runs:
-        launch(toy_run.data, ALONE, "rerank.dapo", "dapo", run, *LORA, "--max_steps=2")
+        launch(ALONE, "rerank.dapo", "dapo", run, *LORA, "--max_steps=2")
     assert logged(runs[0], "dapo", "loss") == logged(runs[1], "dapo", "loss")
     models = [load_file(run / "dapo/model/model.safetensors") for run in runs]
     assert all(torch.equal(value, models[1][name]) for name, value in models[0].items())
@@ -138,5 +139,5 @@ def test_two_runs_of_dapo_with_lora_are_the_same(toy_run, tmp_path):
 
 
 def test_a_stage_of_one_process_does_not_wait_for_the_others(toy_run, tmp_path):
-    launch(toy_run.data, LAUNCHES[1], "rerank.data", "data", tmp_path / "run")
+    launch(LAUNCHES[1], "rerank.data", "data", tmp_path / "run")
     assert run_dir.is_finished(tmp_path / "run", "data")

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny_model import tiny_model, tiny_tokenizer
 
-from rerank.midtrain.dropout import residual_dropout
+from rerank.models.dropout import residual_dropout
 
 TEXT = torch.arange(12)[None] + 3
 

@@ -7,23 +7,28 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
-from toy_run import CATALOGUE, ID_TOKENS, NUM_ITEMS, SEMANTIC_IDS, toy_rows, toy_sequences, write_model, write_run
+from toy_run import CATALOGUE, ID_TOKENS, SEMANTIC_IDS, write_model, write_run
 
-from rerank import evaluate, recipe
-from rerank.baselines import FEATURES, Counts
-from rerank.evaluate import tables
-from rerank.evaluate.generation import RankingModel, read_answer
-from rerank.evaluate.likelihood import candidate_logps, likelihood_orders
-from rerank.evaluate.results import Ranking, Sampling, make_results
-from rerank.evaluate.rows import best_first, oracle_order, read_rows, transitions_order
+from rerank import evaluate
+from rerank.compare.evaluations import ListEvaluation
+from rerank.compare.tables import list_lines
+from rerank.launch import recipe
+from rerank.models.ranker import RankingModel, read_answer
+from rerank.next_item.model import NextItemModel, likelihood_orders
+from rerank.prompts import render
+from rerank.results import rankers, tables
+from rerank.results.rankers import Ranker
+from rerank.results.rankings import EvaluatedRows, Ranking, make_results
+from rerank.rows import RankingRow
 
 # Four rows of three candidates; the relevant item stands at rank 1, 2, 3, 2 of the input order.
 RELEVANCE = [[1, 0, 0], [0, 1, 0], [0, 0, 1], [0, 1, 0]]
+NUM_TEST_ROWS = 30
 LABELS = ["<s_a_0>", "<s_a_1>", "<s_a_2>"]
 SECOND = 1 / np.log2(3)  # NDCG of a relevant item at rank 2; at rank 3 it is 1 / log2(4) = 0.5
 
 
-def toy_rankings():
+def toy_rankings(rows):
     texts = [
         "<think>as given</think><s_a_0><s_a_1><s_a_2>",  # a copy, rank 1
         "<think>second first</think><s_a_1><s_a_0><s_a_2>",  # rank 1
@@ -34,14 +39,18 @@ def toy_rankings():
     return [
         Ranking("no_op", [[0, 1, 2]] * 4),
         Ranking("random", None),
-        Ranking("oracle", [oracle_order({"relevance": gains}) for gains in RELEVANCE]),
+        Ranking("oracle", rankers.oracle(None, rows)),
         Ranking.of_answers("sft", answers, seconds=2.0),
         Ranking("dapo", [[0, 1, 2], [1, 0, 2], [2, 0, 1], [0, 2, 1]], answers, seconds=2.0),
     ]
 
 
 def toy_results(users=(0, 0, 1, 1), split="test"):
-    return make_results(toy_rankings(), RELEVANCE, split, 0.25, 16, Sampling(users, num_samples=500, seed=0))
+    rows = [
+        RankingRow(number, (9,), (0, 1, 2), tuple(gains), user=user)
+        for number, (gains, user) in enumerate(zip(RELEVANCE, users, strict=True))
+    ]
+    return make_results(toy_rankings(rows), EvaluatedRows(split, rows, 0.25, 16), num_bootstrap=500)
 
 
 def test_a_parse_failure_scores_zero_and_has_the_input_order_as_its_fallback():
@@ -69,6 +78,7 @@ def test_the_baselines_have_their_hand_computed_values():
 def test_end_to_end_values_count_missed_lists_as_zero():
     results = toy_results()
     assert results["n"] == 4 and results["n_all"] == 16
+    json.dumps(results)  # nothing in it is a numpy type
     assert results["rows"]["sft"]["end_to_end"]["N@5"] == 0.5 * 4 / 16
 
 
@@ -90,11 +100,6 @@ def test_models_are_compared_in_pairs():
     assert comparisons["dapo_vs_sft"]["R@1"]["difference"] == 0.25
 
 
-def test_rows_stand_in_the_order_of_the_issue():
-    assert list(toy_results()["rows"]) == ["no_op", "random", "oracle", "sft", "dapo"]
-    json.dumps(toy_results())  # nothing in it is a numpy type
-
-
 def test_markdown_and_terminal_show_the_same_row_and_say_when_it_is_not_test():
     text = tables.markdown(toy_results())
     line = next(line for line in text.splitlines() if line.startswith("| sft |"))
@@ -107,74 +112,66 @@ def test_markdown_and_terminal_show_the_same_row_and_say_when_it_is_not_test():
     assert "NOT the test split" in shown and "50.0 %" in shown and "dapo minus sft" in shown and "…" not in shown
 
 
-def test_transitions_rank_as_the_first_stage_did_whatever_order_the_list_is_in():
-    counts = Counts.fit(toy_sequences(), NUM_ITEMS)
-    rng = np.random.default_rng(1)
-    for row in toy_rows(counts, 0):
-        shuffled = rng.permutation(row["candidates"]).tolist()
-        shown = {"candidates": shuffled, "features": counts.features(row["history"], shuffled, [0.0] * 4)}
-        order = transitions_order(shown, FEATURES)
-        assert [shuffled[position] for position in order] == row["candidates"]
-
-
-def test_ties_keep_their_place():
-    assert best_first([0.5, 1.0, 0.5, 1.0]) == [1, 3, 0, 2]
-
-
 @pytest.fixture(scope="session")
 def toy_run(tmp_path_factory):
     return write_run(tmp_path_factory.mktemp("toy") / "run")
 
 
+def test_transitions_rank_as_the_first_stage_did_whatever_order_the_list_is_in(toy_run):
+    rng = np.random.default_rng(1)
+    rows = EvaluatedRows.load(toy_run / "candidates", "test").rows
+    shown = [row.shuffled(rng.permutation(4).tolist()) for row in rows]
+    orders = rankers.transitions(toy_run / "candidates", shown)
+    for row, mixed, order in zip(rows, shown, orders, strict=True):
+        assert [mixed.candidates[position] for position in order] == list(row.candidates)
+
+
 def test_only_rows_with_a_hit_are_read_and_max_rows_draws_the_same_ones_again(toy_run):
-    evaluated = read_rows(toy_run / "candidates", "test")
-    assert all(row["hit"] for row in evaluated.rows) and 3 < len(evaluated.rows) < 30
-    assert evaluated.num_all == 30 and evaluated.hit_share == len(evaluated.rows) / 30
-    drawn = read_rows(toy_run / "candidates", "test", max_rows=3, seed=1)
+    evaluated = EvaluatedRows.load(toy_run / "candidates", "test")
+    assert all(row.is_hit for row in evaluated.rows) and 3 < len(evaluated.rows) < NUM_TEST_ROWS
+    assert evaluated.num_all == NUM_TEST_ROWS and evaluated.hit_share == len(evaluated.rows) / NUM_TEST_ROWS
+    drawn = EvaluatedRows.load(toy_run / "candidates", "test", max_rows=3)
     assert len(drawn.rows) == 3 and drawn.hit_share == evaluated.hit_share
-    assert drawn.rows == read_rows(toy_run / "candidates", "test", max_rows=3, seed=1).rows
-    assert [row["row_id"] for row in drawn.rows] == sorted(row["row_id"] for row in drawn.rows)
+    assert drawn == EvaluatedRows.load(toy_run / "candidates", "test", max_rows=3)
+    assert [row.row_id for row in drawn.rows] == sorted(row.row_id for row in drawn.rows)
 
 
 def test_a_split_without_any_hit_is_refused(toy_run, tmp_path):
     table = pq.read_table(toy_run / "candidates/test.parquet")
     missed = table.filter(pc.invert(table["hit"]))
     pq.write_table(missed, tmp_path / "test.parquet")
-    with pytest.raises(ValueError, match=r"test.parquet: none of its \d+ lists holds a relevant item"):
-        read_rows(tmp_path, "test")
+    with pytest.raises(ValueError, match=r"test.parquet: none of its \d+ rows lists a relevant item"):
+        EvaluatedRows.load(tmp_path, "test")
 
 
-def test_likelihood_equals_scoring_each_candidate_alone(toy_run):
+def test_likelihood_orders_are_those_of_scoring_each_candidate_alone_in_any_batch(toy_run):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder = toy_run / "midtrain/model"
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    prompts = [SEMANTIC_IDS[0], "".join(SEMANTIC_IDS[3:9])]  # unequal lengths, unequal lists
-    labels = [SEMANTIC_IDS[4:7], SEMANTIC_IDS[8:10]]
-    found = candidate_logps(model, tokenizer, prompts, labels)
-    for prompt, row_labels, logps in zip(prompts, labels, found, strict=True):
-        for label, logp in zip(row_labels, logps, strict=True):
-            ids = tokenizer(prompt + label, return_tensors="pt").input_ids
+    rows = EvaluatedRows.load(toy_run / "candidates", "test").rows
+    orders = [likelihood_orders(NextItemModel.load_midtrained(toy_run), rows, size) for size in (1, 7)]
+    assert orders[0] == orders[1]
+    model = AutoModelForCausalLM.from_pretrained(toy_run / "midtrain/model", dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(toy_run / "midtrain/model")
+    prompt = render(tokenizer, "Next items:")
+    for row, order in zip(rows[:5], orders[0], strict=False):
+        history = "".join(SEMANTIC_IDS[item] for item in row.history[-4:])  # documents hold five items
+        logps = []
+        for item in row.candidates:
+            ids = tokenizer(prompt + history + SEMANTIC_IDS[item], return_tensors="pt").input_ids
             with torch.no_grad():
                 steps = model(ids).logits.log_softmax(-1)[0]
-            slow = sum(steps[place - 1, ids[0, place]] for place in range(ids.shape[1] - 2, ids.shape[1]))
-            assert logp == pytest.approx(float(slow), abs=1e-5)
-
-
-def test_likelihood_orders_do_not_depend_on_the_batch(toy_run):
-    rows = read_rows(toy_run / "candidates", "test").rows
-    orders = [likelihood_orders(toy_run / "midtrain/model", rows, CATALOGUE, 4, size) for size in (1, 7)]
-    assert orders[0] == orders[1]
-    assert all(sorted(order) == [0, 1, 2, 3] for order in orders[0])
+            places = range(ids.shape[1] - 2, ids.shape[1])
+            logps.append(sum(float(steps[place - 1, ids[0, place]]) for place in places))
+        ordered = [logps[position] for position in order]
+        assert sorted(order) == [0, 1, 2, 3] and all(np.diff(ordered) < 1e-5)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"split": "train"}, r"split is 'train' but must be one of test, valid"),
-        ({"models": ["sft", "gpt"]}, r"models holds 'gpt' but knows only midtrained, sft, sft_no_trace, dapo"),
+        ({"models": ["sft", "gpt"]}, r"models is 'gpt' but must be one of midtrained, sft, sft_no_trace, dapo"),
         ({"models": ["dapo"], "task": "next_item"}, r"models holds dapo, but task next_item asks midtrained and sft"),
         ({"models": ["dapo"], "task": "held_out_sets"}, r"models holds dapo, but task held_out_sets asks sft only"),
         ({"max_rows": -1}, r"max_rows is -1 but must be at least 0"),
@@ -211,11 +208,11 @@ def test_an_id_token_that_is_special_is_refused(tmp_path):
     write_model(tmp_path / "model")
     shutil.copy(tmp_path / "model/generation.json", tmp_path / "model/features.json")
     (tmp_path / "model/features.json").write_text('{"names": [], "edges": {}}')
-    tokenizer = RankingModel.load(tmp_path / "model").tokenizer()
+    tokenizer = RankingModel.load(tmp_path / "model").with_tokenizer().prompter.tokenizer
     tokenizer.add_special_tokens({"additional_special_tokens": ID_TOKENS[:1]})
     tokenizer.save_pretrained(tmp_path / "model")
     with pytest.raises(ValueError, match=r"has as a special token, which decoding drops, <s_a_0>"):
-        RankingModel.load(tmp_path / "model").tokenizer()
+        RankingModel.load(tmp_path / "model").with_tokenizer()
 
 
 def test_the_stage_on_models_with_random_weights_counts_every_failure(toy_run, tmp_path, monkeypatch):
@@ -239,4 +236,25 @@ def test_the_stage_on_models_with_random_weights_counts_every_failure(toy_run, t
     ranked = pq.read_table(out_dir / "rankings.parquet").to_pylist()
     assert len(ranked) == 7 * results["n"]  # all but random
     assert {line["failure"] for line in ranked if line["ranker"] == "sft"} <= {"no_trace_end", "junk", "empty"}
-    assert (out_dir / "results.md").is_file() and (out_dir / "report.html").is_file()
+    assert (out_dir / "results.md").is_file()
+
+
+def test_a_ranker_is_added_in_one_place(toy_run, tmp_path, monkeypatch):
+    def reverse(candidates_dir, rows):
+        return [list(range(len(row.candidates)))[::-1] for row in rows]
+
+    more = (
+        Ranker("reverse", "input order turned round", ("rerank",), orders=reverse),
+        Ranker("grpo", "another policy", ("rerank",), "generates", stage="dapo", folder="grpo"),
+    )
+    monkeypatch.setattr(rankers, "RANKERS", (*rankers.RANKERS, *more))
+    run = shutil.copytree(toy_run, tmp_path / "run")
+    assert evaluate.EvaluateArguments(run_dir="run").models[-1] == "grpo"
+    with pytest.raises(FileNotFoundError, match=r"dapo/grpo/config.json is missing"):
+        evaluate.check(evaluate.EvaluateArguments(run_dir=str(run), models=["grpo"]))
+    (run / "evaluate").mkdir()
+    metrics = evaluate.main(evaluate.EvaluateArguments(run_dir=str(run), models=[], num_bootstrap=5), run / "evaluate")
+    assert metrics["N@5"]["reverse"] < metrics["N@5"]["oracle"]
+    assert "\n| reverse | " in (run / "evaluate/results.md").read_text()
+    assert "| – | reverse | 1 |" in "\n".join(list_lines({"a": [run]}))
+    assert ListEvaluation.load(run).folders["grpo"] == (run / "dapo").resolve()

@@ -9,32 +9,21 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from toy_run import NUM_ITEMS, finish, write_interactions, write_semantic_ids
+from toy_run import toy_codes, write_run
 
-from rerank import cli, run_dir
-from rerank.semantic_ids import SemanticIds, Tokenizer, id_report, quality
+from rerank import cli
+from rerank.launch import run_dir
+from rerank.report import semantic_ids as id_report
+from rerank.semantic_ids import SemanticIds, Tokenizer, quality
 from rerank.semantic_ids.assignment import ASSIGNED_CODES, assign_codes
 from rerank.semantic_ids.co_engagement import co_engaged_pairs
 from rerank.semantic_ids.embeddings import load_id_embeddings
-
-TITLES = ["<b>Zero</b>", *(f"Title {item}" for item in range(1, NUM_ITEMS))]
 
 
 @pytest.fixture
 def run(tmp_path):
     """A run up to its semantic ids, twelve items on a line: 0 to 3, 10 to 13 and 20 to 23."""
-    for stage in ("data", "semantic_ids"):
-        (tmp_path / stage).mkdir()
-    write_items(tmp_path)
-    write_interactions(tmp_path / "data")
-    write_semantic_ids(tmp_path / "semantic_ids")
-    finish(tmp_path / "semantic_ids", {})
-    return tmp_path
-
-
-def write_items(folder):
-    items = {"item": range(NUM_ITEMS), "item_id": [f"m{item}" for item in range(NUM_ITEMS)], "title": TITLES}
-    pq.write_table(pa.table(items), folder / "data/items.parquet")
+    return write_run(tmp_path, "semantic_ids")
 
 
 def move(run, item: int, place: float) -> None:
@@ -95,10 +84,10 @@ def test_colliding_items_are_named_and_fail_the_bar(run, capsys):
     out, error = capsys.readouterr()
     # four of twelve items share; of the ten whose embedding nobody shares, two do
     assert re.search(r"as assigned +0\.6667", out) and re.search(r"embedding of their own +0\.8000", out)
-    assert "<s_b_1> (one embedding: no rule can part them): <b>Zero</b> | Title 5" in out
+    assert "<s_b_1> (one embedding: no rule can part them): <script>alert(1)</script> | Title 5" in out
     assert "<s_a_2><s_b_1>: Title 8 | Title 9" in out
     assert error == "rerank: uniqueness 0.6667 is below 0.99\n"
-    assert "&lt;b&gt;Zero&lt;/b&gt; | Title 5" in (run / "ids.html").read_text()
+    assert "&lt;script&gt;alert(1)&lt;/script&gt; | Title 5" in (run / "ids.html").read_text()
     assert cli.main(["ids", str(run)]) == 0  # without a bar it only reports
 
 
@@ -107,11 +96,13 @@ def test_copies_among_other_colliding_items_are_named_too(run, capsys):
         move(run, item, 11.0)  # where item 5 is
     move(run, 2, 11.1)
     cli.main(["ids", str(run)])
-    assert "(3 of one embedding: no rule can part them): <b>Zero</b> | Title 1 | Title 2" in capsys.readouterr().out
+    assert (
+        "(3 of one embedding: no rule can part them): <script>alert(1)</script> | Title 1 |" in capsys.readouterr().out
+    )
 
 
 def test_ids_that_collide_in_the_stored_table_fail_the_bar_too(run, capsys):
-    codes = np.stack([np.arange(NUM_ITEMS) // 4, np.arange(NUM_ITEMS) % 4], axis=1)
+    codes = toy_codes()
     codes[1] = codes[0]
     SemanticIds(codes, codebook_size=4).save(run / "semantic_ids")
     assert cli.main(["ids", str(run), "--min-uniqueness", "0.99"]) == 1

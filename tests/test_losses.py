@@ -2,18 +2,22 @@
 
 import dataclasses
 import math
+import re
+import sys
 import textwrap
 
 import pytest
 import torch
 
-from rerank import cli, loss_inputs, losses
-from rerank.losses import Extra, Head, LossInputs, load_losses
+from rerank import cli, losses
+from rerank.losses import AuxiliaryLoss, Head, LossInputs, load_losses
+from rerank.losses import _inputs as loss_inputs
+from rerank.losses import bear as bear_file
 from rerank.losses.bear import bear
 from rerank.losses.lml import lml
 from rerank.losses.msl import msl
 from rerank.losses.nll import nll
-from rerank.prefix_index import PrefixIndex
+from rerank.next_item.prefix_index import PrefixIndex
 
 # Five items over tokens a = 0 .. 5: first tokens 0 (three items), 1 and 2; below 0 come 3, 4, 5.
 ITEMS = [[0, 3], [0, 4], [0, 5], [1, 3], [2, 4]]
@@ -62,7 +66,7 @@ def random_inputs(num=40, num_items=30, vocabulary=12, seed=0):
     )
 
 
-def legal_tokens(index, node):
+def valid_tokens(index, node):
     return index.children(torch.tensor([node]).numpy())[1].tolist()
 
 
@@ -87,11 +91,11 @@ def test_nll_weighs_what_comes_before_the_end_of_the_trace():
 
 def test_msl_is_over_the_tokens_that_continue_to_an_item():
     values = msl(inputs_of([FIRST, SECOND], [1, 4], [[], [0]]))
-    # at the root 0, 1, 2 are legal: .25 / (.5 + .25 + .125); below 0 it is 3, 4, 5: .0625 / (.125 + .0625 + .0625)
+    # at the root 0, 1, 2 are valid: .25 / (.5 + .25 + .125); below 0 it is 3, 4, 5: .0625 / (.125 + .0625 + .0625)
     assert values.tolist() == pytest.approx([-math.log(2 / 7), -math.log(1 / 4)])
 
 
-def test_msl_at_a_position_with_one_legal_token_is_zero_and_so_is_its_gradient():
+def test_msl_at_a_position_with_one_valid_token_is_zero_and_so_is_its_gradient():
     inputs = inputs_of([SECOND], [3], [[1]])
     value = msl(inputs)
     value.sum().backward()
@@ -103,7 +107,7 @@ def test_nll_of_next_items_is_lml():
     assert torch.equal(nll(inputs), lml(inputs))
 
 
-def test_msl_equals_lml_where_every_token_is_legal():
+def test_msl_equals_lml_where_every_token_is_valid():
     inputs = random_inputs()
     every = PrefixIndex.build([[token] for token in range(12)])
     inputs = dataclasses.replace(inputs, index=every, nodes=torch.zeros_like(inputs.nodes))
@@ -130,24 +134,32 @@ def test_logits_that_are_kept_give_what_trls_kernel_gives(softcap, monkeypatch):
         assert torch.allclose(kept, made_again, atol=1e-5)
 
 
-def test_msl_and_bear_equal_a_slow_loop():
+@pytest.fixture
+def xi(monkeypatch):
+    """Sets the temperature of BEAR's sigmoid, for arithmetic by hand."""
+    return lambda value: monkeypatch.setattr(bear_file, "XI", value)
+
+
+def test_msl_and_bear_equal_a_slow_loop(xi):
     inputs = random_inputs()
-    masked, weighted = msl(inputs, temperature=1.5).tolist(), bear(inputs, 2, xi=0.8, lambda_c=0.6).tolist()
+    xi(0.8)
+    masked, weighted = msl(inputs, temperature=1.5).tolist(), bear(inputs, 2, lambda_c=0.6).tolist()
     logits = inputs.hidden @ inputs.head.weight.T
     for position in range(len(inputs.labels)):
-        legal = legal_tokens(inputs.index, int(inputs.nodes[position]))
-        place = legal.index(int(inputs.labels[position]))
+        valid = valid_tokens(inputs.index, int(inputs.nodes[position]))
+        place = valid.index(int(inputs.labels[position]))
         assert masked[position] == pytest.approx(
-            -torch.log_softmax(logits[position, legal] / 1.5, 0)[place].item(), abs=1e-12
+            -torch.log_softmax(logits[position, valid] / 1.5, 0)[place].item(), abs=1e-12
         )
-        logps = torch.log_softmax(logits[position, legal], 0)
-        beta = sorted(logps.tolist(), reverse=True)[1] if len(legal) > 1 else logps.min().item()
+        logps = torch.log_softmax(logits[position, valid], 0)
+        beta = sorted(logps.tolist(), reverse=True)[1] if len(valid) > 1 else logps.min().item()
         weight = 1 + 0.6 / (1 + math.exp(-(logps[place].item() - beta) / 0.8))
         assert weighted[position] == pytest.approx(-weight * logps[place].item(), abs=1e-12)
 
 
-def test_bear_by_hand():
-    values = bear(inputs_of([FIRST, SECOND], [1, 3], [[], [0]]), num_beams=1, xi=2.0, lambda_c=0.5)
+def test_bear_by_hand(xi):
+    xi(2.0)
+    values = bear(inputs_of([FIRST, SECOND], [1, 3], [[], [0]]), num_beams=1, lambda_c=0.5)
     # root: P = 4/7, 2/7, 1/7 and beta = 4/7; label 1: sigmoid(log(1/2) / 2) = 1 / (1 + sqrt 2)
     first = (1 + 0.5 / (1 + math.sqrt(2))) * math.log(7 / 2)
     # below 0: P = 1/2, 1/4, 1/4 and beta = 1/2, the label itself: sigmoid(0) = 1/2
@@ -155,13 +167,14 @@ def test_bear_by_hand():
     assert values.tolist() == pytest.approx([first, second])
 
 
-def test_bear_with_fewer_legal_tokens_than_beams_takes_the_smallest():
-    values = bear(inputs_of([SECOND, SECOND], [3, 4], [[0], [0]]), num_beams=10, xi=1.0, lambda_c=0.5)
+def test_bear_with_fewer_valid_tokens_than_beams_takes_the_smallest(xi):
+    xi(1.0)
+    values = bear(inputs_of([SECOND, SECOND], [3, 4], [[0], [0]]), num_beams=10, lambda_c=0.5)
     # P = 1/2, 1/4, 1/4, beta = 1/4: sigmoid(log 2) = 2/3 for label 3, sigmoid(0) = 1/2 for label 4
     assert values.tolist() == pytest.approx([(1 + 0.5 * 2 / 3) * math.log(2), 1.25 * math.log(4)])
 
 
-def test_bear_with_one_legal_token_costs_nothing():
+def test_bear_with_one_valid_token_costs_nothing():
     assert bear(inputs_of([SECOND], [3], [[1]]), lambda_c=3.0).tolist() == [0.0]
 
 
@@ -172,32 +185,19 @@ def test_bear_without_weight_is_msl():
 
 
 def test_bear_has_the_gradient_of_the_papers_formula():
-    num_beams, xi, weight = 3, 0.7, 0.9  # lambda of the paper
+    num_beams, weight = 3, 0.9  # lambda of the paper, which is xi lambda_c
     ours, paper = random_inputs(), random_inputs()
-    bear(ours, num_beams, xi=xi, lambda_paper=weight).sum().backward()
+    bear(ours, num_beams, weight / bear_file.XI).sum().backward()
     logits, total = paper.hidden @ paper.head.weight.T, 0.0
     for position in range(len(paper.labels)):
-        legal = legal_tokens(paper.index, int(paper.nodes[position]))
-        logps = torch.log_softmax(logits[position, legal], 0)
-        logp = logps[legal.index(int(paper.labels[position]))]
-        log_beta = logps.detach().sort(descending=True).values[min(num_beams, len(legal)) - 1]
+        valid = valid_tokens(paper.index, int(paper.nodes[position]))
+        logps = torch.log_softmax(logits[position, valid], 0)
+        logp = logps[valid.index(int(paper.labels[position]))]
+        log_beta = logps.detach().sort(descending=True).values[min(num_beams, len(valid)) - 1]
         # L_SFT + lambda L_reg, L_reg = log sigmoid_xi(Delta), Delta = log beta - log P
-        total = total - logp + weight * torch.nn.functional.logsigmoid((log_beta - logp) / xi)
+        total = total - logp + weight * torch.nn.functional.logsigmoid((log_beta - logp) / bear_file.XI)
     total.backward()
     assert torch.allclose(ours.hidden.grad, paper.hidden.grad, atol=1e-12)
-
-
-def test_bears_two_weights_differ_by_xi():
-    inputs = random_inputs()
-    assert torch.equal(bear(inputs, xi=2.0, lambda_paper=0.5), bear(inputs, xi=2.0, lambda_c=0.25))
-    assert torch.equal(bear(inputs), bear(inputs, lambda_c=0.25))
-
-
-def test_bears_released_normaliser_is_the_weighted_mean_of_the_micro_batch():
-    inputs = random_inputs()
-    plain, released = bear(inputs, lambda_c=2.0), bear(inputs, lambda_c=2.0, normalise="weights")
-    weights = (plain / msl(inputs)).nan_to_num(1 + 2 * 0.5)  # one legal token: no loss, and beta is the label's own
-    assert released.mean().item() == pytest.approx((plain.sum() / weights.sum()).item())
 
 
 def test_where_a_label_is_no_token_of_an_item_the_loss_is_plain():
@@ -214,9 +214,9 @@ def test_a_models_cap_on_logits_is_applied():
     bounded = 1.0 * torch.tanh(inputs.hidden @ inputs.head.weight.T)
     rows = torch.arange(len(inputs.labels))
     assert torch.allclose(lml(capped).double(), -bounded.log_softmax(1)[rows, inputs.labels], atol=1e-5)
-    legal = legal_tokens(inputs.index, int(inputs.nodes[0]))
-    place = legal.index(int(inputs.labels[0]))
-    assert msl(capped)[0].item() == pytest.approx(-bounded[0, legal].log_softmax(0)[place].item())
+    valid = valid_tokens(inputs.index, int(inputs.nodes[0]))
+    place = valid.index(int(inputs.labels[0]))
+    assert msl(capped)[0].item() == pytest.approx(-bounded[0, valid].log_softmax(0)[place].item())
 
 
 BAD = [
@@ -232,28 +232,24 @@ BAD = [
 ]
 BAD_KWARGS = [
     ("bear", {"num_beams": 0}, "loss bear: num_beams is 0 but must be a whole number of at least 1"),
-    ("bear", {"lambda_c": -0.5}, "loss bear: lambda_c is -0.5 but must not be negative"),
-    ("bear", {"lambda_paper": -1}, "loss bear: lambda_paper is -1 but must not be negative"),
-    ("bear", {"lambda_c": 0.1, "lambda_paper": 0.2}, "lambda_c is 0.1 and lambda_paper 0.2; give one"),
-    ("bear", {"xi": 0}, "loss bear: xi is 0 but must be above 0"),
+    ("bear", {"lambda_c": -0.5}, "loss bear: lambda_c is -0.5 but must be at least 0"),
+    ("bear", {"lambda_c": "much"}, "loss bear: must be real number, not str"),
     ("bear", {"temperature": 0}, "loss bear: temperature is 0 but must be above 0"),
-    ("bear", {"normalise": "rows"}, "loss bear: normalise is 'rows'; use one of positions, weights"),
     ("bear", {"num_beam": 3}, r"bear has no parameter 'num_beam' \(did you mean num_beams\?\)"),
     ("msl", {"temperature": -1}, "loss msl: temperature is -1 but must be above 0"),
-    ("lml", {"temperature": 0}, "loss lml: temperature is 0 but must be above 0"),
-    ("iirg", {"collaborative_weight": -1}, "loss iirg: collaborative_weight is -1 but must not be negative"),
+    ("lml", {"temperature": math.nan}, "loss lml: temperature is nan but must be above 0"),
+    ("iirg", {"collaborative_weight": -1}, "loss iirg: collaborative_weight is -1 but must be at least 0"),
+    ("iirg", {"semantic_weight": math.inf}, "loss iirg: semantic_weight is inf but must be at least 0"),
     ("iirg", {"collaborative_weight": 0, "semantic_weight": 0}, "loss iirg: both weights are 0"),
     ("iirg", {"window": 0}, "loss iirg: window is 0 but must be a whole number of at least 1"),
-    ("iirg", {"divide_by": "rows"}, "loss iirg: divide_by is 'rows'; use one of task, tokens"),
-    ("iirg", {"neighbours": "near"}, "loss iirg: neighbours is 'near'; use one of mined, random, next_item"),
-    ("cllm4rec", {"head_weight": -1}, "loss cllm4rec: head_weight is -1 but must not be negative"),
-    ("cllm4rec", {"regularisation": -1}, "loss cllm4rec: regularisation is -1 but must not be negative"),
-    ("cllm4rec", {"content_weight": -1}, "loss cllm4rec: content_weight is -1 but must not be negative"),
+    ("iirg", {"neighbours": "near"}, "loss iirg: neighbours is 'near' but must be one of mined, random, next_item"),
+    ("cllm4rec", {"regularisation": -1}, "loss cllm4rec: regularisation is -1 but must be at least 0"),
+    ("cllm4rec", {"content_weight": -1}, "loss cllm4rec: content_weight is -1 but must be at least 0"),
     ("cllm4rec", {"content_weight": 0.1, "regularisation": 0}, "content_weight is 0.1, but regularisation is 0"),
-    ("cllm4rec", {"head_weight": 0, "regularisation": 0}, "head_weight and regularisation are 0"),
     ("cllm4rec", {"mask_share": 1}, "loss cllm4rec: mask_share is 1 but must be at least 0 and below 1"),
-    ("cllm4rec", {"mask_share": 0.2, "head_weight": 0}, "mask_share is for the head, whose head_weight is 0"),
-    ("cllm4rec", {"target": "some"}, "loss cllm4rec: target is 'some'; use one of held_out, all"),
+    ("nll", {"reasoning_weight": -0.5}, "reasoning_weight is -0.5 and ranking_weight 1.0; neither may be negative"),
+    ("nll", {"ranking_weight": -1.0}, "loss nll: reasoning_weight is 0.5 and ranking_weight -1.0; neither may be"),
+    ("nll", {"ranking_weight": 0.0}, "loss nll: reasoning_weight is 0.5 and ranking_weight 0.0; neither may be neg"),
 ]
 
 
@@ -270,53 +266,58 @@ def test_bad_losses_are_refused_in_one_line(message, specs):
         load_losses(specs, "next_item")
 
 
-@pytest.mark.parametrize("name", ["lml", "msl", "bear"])
+@pytest.mark.parametrize("name", ["lml", "msl", "bear", "iirg", "cllm4rec"])
 def test_a_loss_for_the_other_task_is_refused(name):
     with pytest.raises(ValueError, match=f"loss {name} is for the task next_item, not for rerank; take it out"):
         load_losses([{"name": name}], "rerank")
 
 
-def test_losses_that_weigh_their_tasks_differently_are_refused():
-    by_tokens = {"name": "iirg", "kwargs": {"divide_by": "tokens"}}
-    message = "loss iirg weighs tokens, but cllm4rec the means of tasks; set divide_by to task"
-    with pytest.raises(ValueError, match=message):
-        losses.load_losses([{"name": "nll"}, by_tokens, {"name": "cllm4rec"}], "next_item")
-    head = {"name": "cllm4rec", "kwargs": {"regularisation": 0}}  # has no task of its own
-    assert not any(extra.divides_by_task for extra in
-                   losses.load_losses([{"name": "nll"}, by_tokens, head], "next_item").extras.values())  # fmt: skip
-
-
 def test_a_loss_that_brings_rows_is_refused_for_the_task_that_takes_none(tmp_path):
-    text = "from rerank.losses import Extra\n\nclass more(Extra):\n    def rows(self, maker):\n        return {}\n"
-    (tmp_path / "more.py").write_text(text)
-    with pytest.raises(ValueError, match="loss more brings rows, which the task rerank takes none of"):
-        losses.load_losses([{"name": "nll"}, {"name": f"{tmp_path}/more.py:more"}], "rerank")
+    path = write(tmp_path, "class more(AuxiliaryLoss):\n    def rows(self, encoder):\n        return {}\n")
+    with pytest.raises(ValueError, match="loss more brings rows, which the task rerank takes none of; say INFO = Los"):
+        load_losses([{"name": "nll"}, {"name": f"{path}:more"}], "rerank")
 
 
-@pytest.mark.parametrize("name", ["iirg", "cllm4rec"])
-def test_an_extra_for_the_other_task_is_refused(name):
-    with pytest.raises(ValueError, match=f"loss {name} is for the task next_item, not for rerank; take it out"):
-        load_losses([{"name": "nll"}, {"name": name}], "rerank")
+def test_a_users_file_may_declare_its_losses(tmp_path):
+    path = write(tmp_path, """
+        from rerank.losses import LossInfo
+        INFO = LossInfo(tasks=("next_item",), constrained=True)
+        def mine(inputs):
+            return -inputs.label_logps()
+    """)  # fmt: skip
+    assert load_losses([{"name": f"{path}:mine"}], "next_item").constrained
+    with pytest.raises(ValueError, match="loss mine is for the task next_item, not for rerank; take it out"):
+        load_losses([{"name": f"{path}:mine"}], "rerank")
+    path.write_text(path.read_text().replace("INFO = LossInfo", "INFO = dict"))
+    sys.modules.pop(next(name for name in sys.modules if name.endswith(re.sub(r"\W", "_", str(tmp_path / "mine")))))
+    with pytest.raises(ValueError, match=r"INFO of loss mine is {.*}; write it as LossInfo\(tasks="):
+        load_losses([{"name": f"{path}:mine"}], "next_item")
 
 
 def test_the_command_lists_every_loss_of_the_folder(capsys):
     assert cli.main(["losses"]) == 0
     printed = capsys.readouterr().out
-    assert [entry.name for entry in losses.list_losses()] == ["bear", "cllm4rec", "iirg", "lml", "msl", "nll"]
-    assert all(
-        name in printed
-        for name in ("bear", "cllm4rec", "iirg", "lml", "msl", "nll: token loss, for next_item and rerank")
-    )
+    assert [name for name, _, _ in losses.list_losses()] == ["bear", "cllm4rec", "iirg", "lml", "msl", "nll"]
+    heads = [line for line in printed.splitlines() if not line.startswith(" ")]
+    assert heads == [
+        "bear: token loss, for next_item",
+        "cllm4rec: beside a token loss, for next_item",
+        "iirg: beside a token loss, for next_item",
+        "lml: token loss, for next_item",
+        "msl: token loss, for next_item",
+        "nll: token loss, for next_item and rerank",
+    ]
+    assert printed.count("    needs ") == printed.count("    costs ") == 6 and "does not say" not in printed
 
 
-def test_only_losses_over_legal_tokens_mask_first():
-    found = {name: load_losses([{"name": name}], "next_item").masks_first for name in losses.token_losses()}
+def test_only_losses_over_valid_tokens_are_constrained():
+    found = {name: load_losses([{"name": name}], "next_item").constrained for name in losses.token_losses()}
     assert found == {"bear": True, "lml": False, "msl": True, "nll": False}
 
 
 def write(folder, text):
     path = folder / "mine.py"
-    path.write_text("import torch\nfrom rerank.losses import Extra\n" + textwrap.dedent(text))
+    path.write_text("import torch\nfrom rerank.losses import AuxiliaryLoss\n" + textwrap.dedent(text))
     return path
 
 
@@ -344,8 +345,8 @@ def test_a_users_broken_loss_is_refused_before_a_model_is_loaded(tmp_path, body,
         load_losses([{"name": f"{path}:own"}], "next_item")
 
 
-def test_a_class_that_is_no_extra_is_refused(tmp_path):
-    path = write(tmp_path, "class Other:\n    tasks = ('next_item',)\n")
-    with pytest.raises(ValueError, match="loss Other is a class but no subclass of rerank.losses.Extra"):
+def test_a_class_that_is_no_auxiliary_loss_is_refused(tmp_path):
+    path = write(tmp_path, "class Other:\n    pass\n")
+    with pytest.raises(ValueError, match="loss Other is a class but no subclass of rerank.losses.AuxiliaryLoss"):
         load_losses([{"name": "nll"}, {"name": f"{path}:Other"}], "next_item")
-    assert issubclass(load_losses([{"name": "nll"}, {"name": "iirg"}], "next_item").extras["iirg"].__class__, Extra)
+    assert isinstance(load_losses([{"name": "nll"}, {"name": "iirg"}], "next_item").auxiliary["iirg"], AuxiliaryLoss)

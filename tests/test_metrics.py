@@ -5,20 +5,20 @@ import math
 
 import numpy as np
 import pytest
-from scipy.stats import kendalltau
+from scipy.stats import bootstrap, kendalltau
 
 from rerank.metrics import (
     METRICS,
     auc,
+    best_first,
     kendall_tau,
     mean_random_metrics,
     ndcg_at_k,
-    paired_interval,
-    paired_rate_interval,
     ranking_metrics,
     recall_at_k,
     reciprocal_rank,
 )
+from rerank.results.intervals import Sampling
 
 
 def test_ndcg_of_one_hit_is_its_discount():
@@ -66,68 +66,71 @@ def test_random_metrics_equal_the_mean_over_all_orders(gains):
 
 
 def test_interval_of_a_constant_difference_is_that_difference():
-    assert paired_interval([3, 4, 5], [1, 2, 3], [0, 0, 1]) == (2.0, 2.0, 2.0)
+    assert Sampling([0, 0, 1]).difference([3, 4, 5], [1, 2, 3]) == (2.0, [2.0, 2.0])
 
 
 def test_interval_draws_whole_users():
     # User 0 has 100 rows with difference 1, user 1 has 100 with 0: a draw of two users gives 0, 1/2 or 1,
     # the outer ones with chance 1/4 each. Rows drawn one by one would give 0.5 +- 0.07.
-    users = [0] * 100 + [1] * 100
     values = [1.0] * 100 + [0.0] * 100
-    assert paired_interval(values, [0.0] * 200, users) == (0.5, 0.0, 1.0)
+    assert Sampling([0] * 100 + [1] * 100).difference(values, [0.0] * 200) == (0.5, [0.0, 1.0])
 
 
 def test_interval_weighs_users_by_their_rows():
     # Three rows of user 7 with difference 1, one of user 9 with -1: the mean over rows is (3 - 1) / 4.
-    mean, low, high = paired_interval([1, 1, 1, -1], [0, 0, 0, 0], [7, 7, 7, 9])
-    assert (mean, low, high) == (0.5, -1.0, 1.0)
+    assert Sampling([7, 7, 7, 9]).difference([1, 1, 1, -1], [0, 0, 0, 0]) == (0.5, [-1.0, 1.0])
 
 
 def test_interval_is_the_same_for_the_same_seed():
     rng = np.random.default_rng(0)
     values, users = rng.random(50), rng.integers(20, size=50)
-    first = paired_interval(values, np.zeros(50), users, seed=3)
-    assert first == paired_interval(values, np.zeros(50), users, seed=3)
-    assert first != paired_interval(values, np.zeros(50), users, seed=4)
+    first, again, other = (Sampling(users, seed=seed).difference(values, np.zeros(50)) for seed in (3, 3, 4))
+    assert first == again != other
 
 
 def test_a_rate_interval_draws_users_whose_cases_differ():
     # User 0: 3 of 4 against 1 of 2; user 1: 0 of 1 against 1 of 1; user 2 has no case and changes nothing.
     events, cases = [1, 2, 0, 0], [2, 2, 1, 0]
     others, other_cases = [1, 0, 1, 0], [1, 1, 1, 0]
-    found, low, high = paired_rate_interval(events, cases, others, other_cases, [0, 0, 1, 2])
+    found, bounds = Sampling([0, 0, 1, 2]).rate_difference(events, cases, others, other_cases)
     assert found == pytest.approx(3 / 5 - 2 / 3)
-    assert (low, high) == pytest.approx((0 / 1 - 1 / 1, 3 / 4 - 1 / 2))  # each outer draw has chance 1/4
+    assert bounds == pytest.approx([0 / 1 - 1 / 1, 3 / 4 - 1 / 2])  # each outer draw has chance 1/4
 
 
-def test_a_rate_interval_equals_a_slow_loop_over_users():
+def test_a_rate_interval_is_that_of_scipy():
     rng = np.random.default_rng(1)
-    cases, other_cases, users = rng.integers(0, 3, 80), rng.integers(0, 3, 80), rng.integers(25, size=80)
-    rates = rng.integers(0, 2, 25)[users]  # all of a user's rows or none of them
-    events, others = cases * rates, rng.binomial(other_cases, 0.3)
-    found = paired_rate_interval(events, cases, others, other_cases, users)
-    rates = []
-    for _ in range(4000):
-        rows = np.concatenate([np.flatnonzero(users == user) for user in rng.choice(np.unique(users), 25)])
-        rates.append(events[rows].sum() / cases[rows].sum() - others[rows].sum() / other_cases[rows].sum())
-    assert found[0] == pytest.approx(events.sum() / cases.sum() - others.sum() / other_cases.sum())
-    assert found[1:] == pytest.approx(np.percentile(rates, [2.5, 97.5]), abs=0.02)
+    cases, other_cases, users = rng.integers(1, 3, 80), rng.integers(1, 3, 80), rng.integers(25, size=80)
+    events, others = rng.binomial(cases, 0.6), rng.binomial(other_cases, 0.3)
+    sums = [np.bincount(users, weights=column) for column in (events, cases, others, other_cases)]
 
+    def difference(a, of, b, of_b, axis):
+        return a.sum(axis) / of.sum(axis) - b.sum(axis) / of_b.sum(axis)
 
-def test_a_rate_interval_refuses_lists_of_different_length():
-    with pytest.raises(ValueError, match="1 events, 2 cases, 2 other events, 2 other cases and 2 users"):
-        paired_rate_interval([1], [1, 1], [0, 0], [1, 1], [0, 1])
+    drawn = bootstrap(sums, difference, n_resamples=2000, batch=100, paired=True, method="percentile", rng=0)
+    found = Sampling(users).rate_difference(events, cases, others, other_cases)
+    assert found[0] == pytest.approx(difference(*sums, axis=0))
+    assert found[1] == pytest.approx([*drawn.confidence_interval])
 
 
 def test_a_rate_interval_of_too_few_cases_is_nan():
-    assert np.isnan(paired_rate_interval([0, 0], [0, 0], [1, 0], [1, 1], [0, 1])).all()
-    found, low, high = paired_rate_interval([1, 0], [1, 0], [0, 0], [1, 0], [0, 1])
-    assert found == 1 and np.isnan([low, high]).all()
+    sampling = Sampling([0, 1])
+    found, bounds = sampling.rate_difference([0, 0], [0, 0], [1, 0], [1, 1])
+    assert np.isnan([found, *bounds]).all()
+    found, bounds = sampling.rate_difference([1, 0], [1, 0], [0, 0], [1, 0])
+    assert found == 1 and np.isnan(bounds).all()
 
 
-def test_interval_refuses_lists_of_different_length():
-    with pytest.raises(ValueError, match="2 values, 1 baseline values and 2 users"):
-        paired_interval([1, 2], [1], [0, 1])
+def test_intervals_refuse_columns_of_different_length():
+    with pytest.raises(ValueError, match=r"\[2, 1\] values for 2 users; an interval needs as many, at least 1"):
+        Sampling([0, 1]).difference([1, 2], [1])
+    with pytest.raises(ValueError, match=r"\[1, 2, 2, 2\] values for 2 users"):
+        Sampling([0, 1]).rate_difference([1], [1, 1], [0, 0], [1, 1])
+    with pytest.raises(ValueError, match=r"\[0, 0\] values for 0 users"):
+        Sampling([]).difference([], [])
+
+
+def test_best_first_keeps_ties_in_their_order():
+    assert best_first([0.5, 1.0, 0.5, 1.0]) == [1, 3, 0, 2]
 
 
 def test_kendall_tau_counts_ordered_pairs():

@@ -16,12 +16,16 @@ from toy_recipe import copy_stages
 from transformers import AutoModelForCausalLM
 from trl import ModelConfig, SFTConfig
 
-from rerank import base_model, midtrain, run_dir
+from rerank import midtrain
 from rerank.catalogue import Catalogue
-from rerank.evaluate import full_catalogue
+from rerank.grading import GRADES
+from rerank.launch import run_dir
+from rerank.launch.files import write_json
 from rerank.midtrain import documents
+from rerank.models import base as base_model
+from rerank.next_item import recall as full_catalogue
+from rerank.next_item.encoder import NextItemEncoder
 from rerank.prompts import parse_completion
-from rerank.traces.evidence import GRADES
 
 NUM_ITEMS = 12
 KINDS = ("drama", "comedy, crime", "crime", "")
@@ -180,7 +184,7 @@ def test_documents_are_repeated_evenly_where_there_are_too_few():
 @pytest.mark.parametrize(("has_seen", "items"), [(False, [[3, 1], [2]]), (True, [[3, 1, 4], [2]])])
 def test_targets_of_the_reranker_are_read_only_when_the_summary_says_so(tmp_path, has_seen, items):
     (tmp_path / "data").mkdir()
-    run_dir.write_json(tmp_path / "data/metrics.json", {"midtrain_has_seen_rerank_targets": has_seen})
+    write_json(tmp_path / "data/metrics.json", {"midtrain_has_seen_rerank_targets": has_seen})
     table = {
         "user": [1, 0, 0, 0, 0, 0],
         "item": [2, 1, 3, 4, 5, 6],
@@ -210,8 +214,10 @@ def test_only_the_answer_of_a_document_has_loss():
 
 def test_the_prompt_of_the_next_item_is_how_a_sequence_begins():
     tokenizer = tokenizer_with_ids()
-    text = midtrain.next_item_prompt([9, 1, 4], CATALOGUE, 2, tokenizer)
-    assert text == "<|user|>Next items:<|assistant|><s_a_0><s_b_1><s_a_1><s_b_0>"
+    prompt = NextItemEncoder(CATALOGUE, tokenizer, "semantic_id", 2).next_item_prompt([1, 4])
+    document = documents.Document("sequence", "Next items:", "<s_a_0><s_b_1><s_a_1><s_b_0>", ends=False)
+    assert prompt == documents.encode(document, tokenizer, None)["input_ids"]
+    assert tokenizer.decode(prompt) == "<|user|>Next items:<|assistant|><s_a_0><s_b_1><s_a_1><s_b_0>"
 
 
 def sft_config(folder, **options):
@@ -405,5 +411,5 @@ def test_what_is_not_there_is_refused_before_the_stage_starts(tmp_path):
     config = sft_config(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"general_text nowhere.txt is not there; give a text file"):
         midtrain.check(arguments(general_text="nowhere.txt"), config, ModelConfig())
-    with pytest.raises(FileNotFoundError, match=r"model folder \./nowhere is not there"):
+    with pytest.raises(FileNotFoundError, match=r"\./nowhere is not there"):
         midtrain.check(arguments(), config, ModelConfig(model_name_or_path="./nowhere"))

@@ -1,11 +1,12 @@
 """The card of a trained model."""
 
-from rerank import model_card, run_dir
+from rerank.launch import model_card
+from rerank.launch.files import write_json
 
 
 def test_a_card_says_so_when_the_terms_are_not_stated(tmp_path):
     (tmp_path / "data").mkdir()
-    run_dir.write_json(tmp_path / "data/metrics.json", {"items": 3, "users": 2, "interactions": 9, "terms": ""})
+    write_json(tmp_path / "data/metrics.json", {"items": 3, "users": 2, "interactions": 9, "terms": ""})
     what = model_card.ranker(num_candidates=10, trace=True)
     model_card.write(tmp_path, tmp_path, "dapo", what, base="Qwen/Qwen3-8B")
     card = (tmp_path / "README.md").read_text()

@@ -8,8 +8,8 @@ import torch.multiprocessing
 from tiny_model import ID_TOKENS, tiny_model, tiny_tokenizer
 from trl.trainer.utils import add_fused_lm_head
 
-from rerank import base_model
 from rerank.midtrain import new_rows
+from rerank.models import base as base_model
 
 
 def made_model(tied):

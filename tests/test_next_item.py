@@ -1,34 +1,27 @@
-"""The sft stage on its task next_item: rows, losses however a step is cut, what is saved, and who reads it."""
+"""The sft stage on its task next_item: rows, and losses however a step is cut."""
 
 import dataclasses
-import json
-import shutil
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from toy_run import CATALOGUE, NUM_ITEMS, toy_sequences, write_run
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from next_item_run import load, make_encoder, write_next_item_run
+from toy_run import CATALOGUE, NUM_ITEMS
 from trl import ModelConfig, SFTConfig
 
-from rerank import base_model, run_dir, sft
-from rerank.candidates import training_sequences
+from rerank import sft
 from rerank.catalogue import Catalogue
-from rerank.compare import held_out_sets_table
-from rerank.evaluate import EvaluateArguments, full_catalogue, held_out_sets, pruning, refuse_ranker
-from rerank.evaluate import main as evaluate
-from rerank.item_head import ItemHead
-from rerank.item_rows import ItemRows
 from rerank.losses import cllm4rec as cllm4rec_file
 from rerank.losses import iirg as iirg_file
 from rerank.losses import load_losses
-from rerank.next_items import NextItemModel
+from rerank.next_item.encoder import NextItemEncoder
+from rerank.next_item.item_head import ItemHead
+from rerank.rows import by_user
 from rerank.sft import forward as forward_file
 from rerank.sft.forward import add_loss_forward
 
-IIRG = {"name": "iirg", "kwargs": {"num_neighbours": 2, "collaborative_weight": 0.5, "semantic_weight": 2.0}}
+IIRG = {"name": "iirg", "kwargs": {"collaborative_weight": 0.5, "semantic_weight": 2.0}}
 CLLM4REC = {"name": "cllm4rec", "kwargs": {"regularisation": 3.0}}
 MASKED = {"name": "cllm4rec", "kwargs": {"mask_share": 0.3, "regularisation": 0.5}}
 MIXES = {
@@ -37,7 +30,7 @@ MIXES = {
     "msl": [{"name": "msl"}],
     "bear": [{"name": "bear", "kwargs": {"num_beams": 2}}],
     "iirg": [{"name": "nll"}, IIRG],
-    "iirg by tokens": [{"name": "bear"}, {"name": "iirg", "kwargs": {**IIRG["kwargs"], "divide_by": "tokens"}}],
+    "bear and iirg": [{"name": "bear"}, IIRG],
     "cllm4rec": [{"name": "nll"}, CLLM4REC],
     "masked": [{"name": "msl"}, MASKED],
     "all": [{"name": "bear"}, IIRG, CLLM4REC],
@@ -46,35 +39,7 @@ MIXES = {
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run with finished data, ids and a mid-trained model; each user's last two items are held out."""
-    run = write_run(tmp_path_factory.mktemp("next") / "run")
-    interactions, rows = [], []
-    for user, walk in toy_sequences().items():
-        walk = list(dict.fromkeys(walk.tolist()))
-        splits = ["train"] * (len(walk) - 3) + ["rerank", "valid", "test"]
-        for place, (item, split) in enumerate(zip(walk, splits, strict=True)):
-            interactions.append({"user": user, "item": item, "position": place, "split": split})
-            if split != "train":
-                rows.append(
-                    {"row_id": len(rows), "user": user, "split": split, "history": walk[:place], "target": item}
-                )
-    pq.write_table(pa.Table.from_pylist(interactions), run / "data/interactions.parquet")
-    pq.write_table(pa.Table.from_pylist(rows), run / "data/rows.parquet")
-    angles = 2 * np.pi * np.arange(NUM_ITEMS) / NUM_ITEMS  # items lie on a circle
-    np.save(run / "semantic_ids/embeddings.npy", np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32))
-    counts = {"items": NUM_ITEMS, "users": 30, "interactions": len(interactions)}
-    run_dir.write_json(run / "data/metrics.json", {"midtrain_has_seen_rerank_targets": False, **counts})
-    return run
-
-
-def load(run):
-    return base_model.load_pretrained(str(run / "midtrain/model"))
-
-
-def make_rows(run, **options):
-    _, tokenizer = load(run)
-    settings = {"catalogue": CATALOGUE, "item_text": "semantic_id", "max_items": 5, "run": str(run), **options}
-    return ItemRows(tokenizer=tokenizer, **settings)
+    return write_next_item_run(tmp_path_factory.mktemp("next") / "run")
 
 
 def make_trainer(run, folder, specs, num_rows=None, change=None, **options):
@@ -88,16 +53,16 @@ def make_trainer(run, folder, specs, num_rows=None, change=None, **options):
     model, tokenizer = load(run)
     if change is not None:
         change(model)
-    maker = ItemRows(CATALOGUE, tokenizer, "semantic_id", 5, losses.masks_first, str(run), max_length=64)
-    rows = {"next_item": maker.next_item_rows("all")}
-    for extra in losses.extras.values():
-        rows |= extra.rows(maker)
+    encoder = NextItemEncoder(CATALOGUE, tokenizer, "semantic_id", 5, losses.constrained, str(run), max_length=64)
+    rows = {"next_item": encoder.next_item_rows("all")}
+    for extra in losses.auxiliary.values():
+        rows |= extra.rows(encoder)
     rows = {task: of_task[: num_rows or len(of_task)] for task, of_task in rows.items()}
-    return sft.make_trainer(config, ModelConfig(), model, tokenizer, rows, losses, maker=maker)
+    return sft.make_trainer(config, ModelConfig(), model, tokenizer, rows, losses, encoder=encoder)
 
 
 def test_a_row_of_a_window_has_its_items_nodes_and_first_tokens(run):
-    rows = make_rows(run)
+    rows = make_encoder(run)
     row = rows.row("Next items:", [3, 4, 7], num_given=1)
     prompt = rows.prompt("Next items:")
     names = ["<s_a_0>", "<s_b_3>", "<s_a_1>", "<s_b_0>", "<s_a_1>", "<s_b_3>"]
@@ -109,10 +74,10 @@ def test_a_row_of_a_window_has_its_items_nodes_and_first_tokens(run):
     assert row["items"] == [-1] * (len(prompt) + 2) + [4, -1, 7, -1]
 
 
-def test_labels_without_an_alternative_are_dropped_where_the_loss_masks_first(run):
+def test_labels_without_an_alternative_are_dropped_where_the_loss_is_constrained(run):
     tokens = [CATALOGUE.semantic_ids[item] for item in (0, 4, 5)]
     few = Catalogue(["a", "b", "c"], tokens, ["", "", ""], ["", "", ""])
-    rows = make_rows(run, catalogue=few, drops_forced=True)
+    rows = make_encoder(run, catalogue=few, constrained=True)
     labels = rows.row("Next items:", [2, 0, 1], num_given=1)["labels"][-4:]
     first, _, third, fourth = (rows.tokens[0] + rows.tokens[1])[:1] + [0] + rows.tokens[1]
     assert labels == [first, -100, third, fourth]  # below <s_a_0> there is item 0 alone
@@ -121,14 +86,15 @@ def test_labels_without_an_alternative_are_dropped_where_the_loss_masks_first(ru
 def test_titles_are_lines_of_tokens_and_share_a_path_where_they_are_equal(run):
     titles = ["Same title", "Same  title", ""]
     titled = Catalogue(["m0", "m1", "m2"], CATALOGUE.semantic_ids[:3], titles, [""] * 3)
-    rows = make_rows(run, catalogue=titled, item_text="title")
+    rows = make_encoder(run, catalogue=titled, item_text="title")
     assert rows.tokens[0] == rows.tokens[1]
     assert rows.tokenizer.decode(rows.tokens[2]) == "m2\n"
-    assert rows.index.items_at(np.array([rows.index.find(rows.tokens[0])]))[1].tolist() == [0, 1]
+    _, places = rows.index.places_at(np.array([rows.index.find(rows.tokens[0])]))
+    assert rows.index.items[places].tolist() == [0, 1]
 
 
 def test_next_item_rows_know_training_interactions_only(run):
-    rows = make_rows(run)
+    rows = make_encoder(run)
     held_out = pq.read_table(run / "data/rows.parquet").to_pylist()
     for user, window in zip(*rows.training_interactions(), strict=True):
         targets = [row["target"] for row in held_out if row["user"] == user and row["split"] in ("valid", "test")]
@@ -137,19 +103,23 @@ def test_next_item_rows_know_training_interactions_only(run):
     wanted = [row for row in held_out if row["split"] == "rerank"]
     assert [row["sequence"] for row in last] == [[*row["history"][-4:], row["target"]] for row in wanted]
     assert all(sum(label != -100 for label in row["labels"]) == 2 for row in last)
-    windows = [row["sequence"] for row in rows.next_item_rows("all")]
-    assert all(2 <= len(window) <= 5 for window in windows)
-    assert {tuple(w) for w in windows} == {tuple(w.tolist()) for w in rows.windows()}
+    windows = [
+        history[start : start + 5]
+        for history in (items.tolist() for items in by_user(*rows.training_interactions()))
+        for start in range(0, len(history), 2)  # half of five items on
+        if start == 0 or len(history) - start > 2  # what is left is not all in the window before
+    ]
+    assert [row["sequence"] for row in rows.next_item_rows("all")] == [w for w in windows if len(w) > 1]
 
 
 def test_a_target_that_is_not_in_the_catalogue_is_refused(run, tmp_path):
     few = Catalogue(*(column[:9] for column in vars(CATALOGUE).values()))
     message = r"rows.parquet, row \d+ of the split rerank: item \d+ is not in the catalogue of 9"
     with pytest.raises(ValueError, match=message):
-        make_rows(run, catalogue=few).next_item_rows("last")
+        make_encoder(run, catalogue=few).next_item_rows("last")
     message = r"interactions.parquet, user \d+: item \d+ is not in the catalogue of 9 items; run the data and"
     with pytest.raises(ValueError, match=message):
-        make_rows(run, catalogue=few).next_item_rows("all")
+        make_encoder(run, catalogue=few).next_item_rows("all")
 
 
 def test_a_batch_of_unlike_lengths_trains_in_two_passes_as_in_one(run, tmp_path, monkeypatch):
@@ -204,40 +174,29 @@ def test_weights_of_iirg_are_those_of_the_tasks_means(run, tmp_path):
 
 
 def test_the_content_weight_is_that_of_the_mean_of_texts(run, tmp_path):
-    specs = [{"name": "nll"}, {"name": "cllm4rec", "kwargs": {"head_weight": 0, "content_weight": 0.25}}]
+    specs = [{"name": "nll"}, {"name": "cllm4rec", "kwargs": {"content_weight": 0.25}}]
     trainer = make_trainer(run, tmp_path, specs, num_rows=8, per_device_train_batch_size=24)
     trainer.train()
     logged = trainer.state.log_history[0]
-    wanted = logged["loss_next_item"] + 0.25 * logged["loss_content"] + logged["loss_mutual_regularisation"]
+    wanted = logged["loss_next_item"] + 0.25 * logged["loss_content"]
+    wanted += logged["loss_item_head"] + logged["loss_mutual_regularisation"]
     assert logged["loss"] == pytest.approx(wanted, rel=1e-4)
     assert logged["loss_content"] != pytest.approx(logged["loss_next_item"])
 
 
-def test_weights_by_tokens_are_divided_by_all_of_them(run, tmp_path):
-    specs = [{"name": "nll"}, {"name": "iirg", "kwargs": {**IIRG["kwargs"], "divide_by": "tokens"}}]
-    trainer = make_trainer(run, tmp_path, specs, num_rows=8, per_device_train_batch_size=24)
-    trainer.train()
-    logged, counts = trainer.state.log_history[0], trainer.step_counts
-    weights = {"next_item": 1.0, "collaborative": 0.5, "semantic": 2.0}
-    total = sum(weight * counts[task] * logged[f"loss_{task}"] for task, weight in weights.items())
-    assert logged["loss"] == pytest.approx(total / sum(counts.values()), rel=1e-4)
-
-
 def test_relation_rows_ask_for_the_neighbours_of_every_item(run):
-    extra, rows = iirg_file.iirg(num_neighbours=3), make_rows(run)
+    extra, rows = iirg_file.iirg(), make_encoder(run)
     found = extra.rows(rows)
     assert set(found) == {"collaborative", "semantic"} and len(found["semantic"]) == NUM_ITEMS
     for item, row in enumerate(found["collaborative"]):
-        assert row["sequence"][0] == item and row["num_given"] == 1 and len(set(row["sequence"])) == 4
+        assert row["sequence"][0] == item and row["num_given"] == 1 and len(set(row["sequence"])) == 6
     # on a circle the two beside an item are nearest
     assert set(found["semantic"][4]["sequence"][1:3]) == {3, 5}
 
 
 def test_the_controls_replace_neighbours_or_add_as_many_tokens(run):
-    rows = make_rows(run)
-    mined, random, more = (
-        iirg_file.iirg(num_neighbours=3, neighbours=kind).rows(rows) for kind in ("mined", "random", "next_item")
-    )
+    rows = make_encoder(run)
+    mined, random, more = (iirg_file.iirg(neighbours=kind).rows(rows) for kind in ("mined", "random", "next_item"))
     count = {name: sum(iirg_file._num_labels(r) for r in found.values()) for name, found in
              {"mined": mined, "random": random, "more": more}.items()}  # fmt: skip
     assert count["random"] == count["mined"]
@@ -247,25 +206,25 @@ def test_the_controls_replace_neighbours_or_add_as_many_tokens(run):
 
 
 def test_mining_that_leaves_an_item_without_neighbours_is_refused(run, tmp_path):
-    rows = make_rows(run)
+    rows = make_encoder(run)
     lonely = np.array([0, 1, 2]), np.array([0, 1, 2])  # nobody took two items
     object.__setattr__(rows, "training_interactions", lambda: lonely)
     with pytest.raises(ValueError, match="12 of 12 items have no neighbour, the first is m0"):
-        iirg_file.iirg(num_neighbours=1).rows(rows)
+        iirg_file.iirg().rows(rows)
 
 
 def test_the_regulariser_of_two_items_by_hand(run, tmp_path):
     trainer = make_trainer(run, tmp_path, [{"name": "nll"}, CLLM4REC])
-    extra, maker = trainer.losses.extras["cllm4rec"], trainer.data_collator.maker
+    extra, encoder = trainer.losses.auxiliary["cllm4rec"], trainer.data_collator.encoder
     embedding = trainer.model.get_input_embeddings()
-    ids = maker.index.vocabulary.tolist()
+    ids = encoder.index.vocabulary.tolist()
     with torch.no_grad():  # the first table holds 1 everywhere, the second 3, but 4 for the last token
         embedding.weight[ids] = 1.0
         extra.module.content.fill_(3.0)
         extra.module.content[-1] = 4.0
-    history = maker.row("Next items:", [0, 1], num_given=1) | {"task": 0}
+    history = encoder.row("Next items:", [0, 1], num_given=1) | {"task": 0}
     # item 11 ends in the last token of the catalogue
-    text = maker.text_row("Describe:", 11, "drama") | {"task": trainer.tasks.index("content")}
+    text = encoder.text_row("Describe:", 11, "drama") | {"task": trainer.tasks.index("content")}
     batch = trainer.data_collator([history | {"number": 0}, text | {"number": 1}])
     inputs = trainer._inputs(batch, trainer._counts(batch), torch.zeros(2, batch["input_ids"].shape[1], 32), None)
     assert inputs.counts["history_ids"] == 4 and inputs.counts["content_ids"] == 2
@@ -284,12 +243,12 @@ def test_the_regulariser_of_two_items_by_hand(run, tmp_path):
 
 def test_second_embeddings_are_scaled_as_the_model_scales_its_own(run, tmp_path):
     trainer = make_trainer(run, tmp_path, [{"name": "nll"}, CLLM4REC])
-    extra, maker, embedding = (
-        trainer.losses.extras["cllm4rec"],
-        trainer.data_collator.maker,
+    extra, encoder, embedding = (
+        trainer.losses.auxiliary["cllm4rec"],
+        trainer.data_collator.encoder,
         torch.nn.Embedding(999, 32),
     )
-    text = maker.text_row("Describe:", 11, "drama") | {"task": trainer.tasks.index("content"), "number": 0}
+    text = encoder.text_row("Describe:", 11, "drama") | {"task": trainer.tasks.index("content"), "number": 0}
     batch = trainer.data_collator([text])
     plain = extra.embed(embedding, batch)
     is_second = (plain != embedding(batch["input_ids"])).any(dim=2)
@@ -322,7 +281,7 @@ def without_head_targets(inputs):
 def test_the_heads_loss_is_cross_entropy_over_all_items(run, tmp_path):
     specs = [{"name": "nll"}, {"name": "cllm4rec", "kwargs": {"regularisation": 0}}]
     trainer = make_trainer(run, tmp_path, specs, num_rows=4)
-    extra, maker = trainer.losses.extras["cllm4rec"], trainer.data_collator.maker
+    extra, encoder = trainer.losses.auxiliary["cllm4rec"], trainer.data_collator.encoder
     with torch.no_grad():
         extra.module.head.own.normal_()
     rows = [row for row in trainer.train_dataset]
@@ -335,7 +294,7 @@ def test_the_heads_loss_is_cross_entropy_over_all_items(run, tmp_path):
         for place, item in enumerate(line["items"]):
             if item >= 0:
                 own = extra.module.head.own
-                vectors = torch.stack([weights[maker.tokens[j]].mean(0) + own[j] for j in range(NUM_ITEMS)])
+                vectors = torch.stack([weights[encoder.tokens[j]].mean(0) + own[j] for j in range(NUM_ITEMS)])
                 total -= torch.log_softmax(vectors @ states[row, place - 1], 0)[item].item()
                 count += 1
     inputs = trainer._inputs(batch, trainer._counts(batch), states, None)
@@ -356,18 +315,13 @@ def test_a_masked_prompt_hides_a_share_and_is_drawn_anew_each_epoch(run, tmp_pat
         hidden = {item for item in first["targets"][place].tolist() if item >= 0}
         assert len(hidden) == max(1, round(0.4 * len(row["sequence"]))) and hidden < set(row["sequence"])
         shown = set(row["sequence"]) - hidden
-        text = collator.maker.tokenizer.decode(first["input_ids"][place])
-        assert all(CATALOGUE.semantic_ids[item] in text for item in shown) or len(shown) > 5
-        assert not any(CATALOGUE.semantic_ids[item] in text for item in hidden)
-
-
-def test_all_items_can_be_the_target_of_a_masked_prompt(run):
-    row = cllm4rec_file.masked_prompt([3, 1, 2], 0.3, "all", np.random.default_rng(0), make_rows(run))
-    assert row["targets"] == [1, 2, 3]
+        text = collator.encoder.tokenizer.decode(first["input_ids"][place])
+        read = {item for item, semantic_id in enumerate(CATALOGUE.semantic_ids) if semantic_id in text}
+        assert read <= shown and len(read) == min(5, len(shown))  # a prompt has five items
 
 
 def test_histories_are_shuffled_where_that_is_asked_for(run):
-    rng, rows = np.random.default_rng(1), make_rows(run)
+    rng, rows = np.random.default_rng(1), make_encoder(run)
     extra = cllm4rec_file.cllm4rec(shuffle_history=True)
     whole = rows.row("Next items:", [0, 1, 2, 3, 4], num_given=1)
     drawn = [extra.redraw("next_item", whole, rng, rows)["sequence"] for _ in range(4)]
@@ -378,17 +332,17 @@ def test_histories_are_shuffled_where_that_is_asked_for(run):
 
 
 def test_a_row_of_one_item_and_a_target_is_not_shuffled(run):
-    rows = make_rows(run)
+    rows = make_encoder(run)
     row = rows.row("Next items:", [0, 1], num_given=1)
     extra, rng = cllm4rec_file.cllm4rec(shuffle_history=True), np.random.default_rng(0)
     assert all(extra.redraw("next_item", row, rng, rows)["sequence"] == [0, 1] for _ in range(8))
 
 
 def test_a_masked_prompt_shows_no_item_that_it_hides(run):
-    maker = make_rows(run)
+    encoder = make_encoder(run)
     for seed in range(8):
-        row = cllm4rec_file.masked_prompt([3, 3, 3, 1, 2], 0.4, "held_out", np.random.default_rng(seed), maker)
-        text = maker.tokenizer.decode(row["input_ids"])
+        row = cllm4rec_file.masked_prompt([3, 3, 3, 1, 2], 0.4, np.random.default_rng(seed), encoder)
+        text = encoder.tokenizer.decode(row["input_ids"])
         assert len(row["targets"]) == 1 and CATALOGUE.semantic_ids[row["targets"][0]] not in text
 
 
@@ -406,263 +360,23 @@ def test_training_resumes_with_the_losses_own_parameters(run, tmp_path):
         assert torch.allclose(one, other, atol=1e-5), key
 
 
-@pytest.fixture(scope="module")
-def trained(run, tmp_path_factory):
-    """The run with a model that the stage trained: bear, iirg and cllm4rec together."""
-    folder = run_dir.partial_dir(run, "sft")
-    args = sft.SftArguments(run_dir=str(run), task="next_item", losses=MIXES["all"], max_items=5)
-    config = SFTConfig(
-        output_dir=str(folder / "checkpoints"), use_cpu=True, bf16=False, report_to="none", disable_tqdm=True,
-        max_steps=80, learning_rate=5e-3, per_device_train_batch_size=16, gradient_checkpointing=False, max_length=64,
-        logging_steps=20, save_strategy="no", seed=0,
-    )  # fmt: skip
-    folder.mkdir(exist_ok=True)
-    shutil.rmtree(run / "sft")
-    metrics = sft.main(args, config, ModelConfig(), folder)
-    folder.rename(run / "sft")
-    run_dir.write_json(run / "sft/metrics.json", metrics)
-    return run
-
-
-def test_the_trained_folder_is_a_plain_model_with_settings_and_head(trained):
-    folder = trained / "sft/model"
-    assert json.loads((folder / "next_item.json").read_text()) == {
-        "item_text": "semantic_id", "max_items": 5, "mask_first": True,
-    }  # fmt: skip
-    _, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
-    assert not info["unexpected_keys"] and not info["missing_keys"]
-    assert AutoTokenizer.from_pretrained(folder).convert_tokens_to_ids("<s_a_0>") > 0
-    assert (folder / "item_head.safetensors").is_file() and not (folder / "loss_parameters.pt").exists()
-    assert "model of next items" in (folder / "README.md").read_text()
-    history = json.loads((trained / "sft/log_history.json").read_text())
-    first, last = history[0], [entry for entry in history if "loss" in entry][-1]
-    assert {"loss_next_item", "loss_content", "loss_semantic", "loss_item_head"} <= set(first)
-    assert last["loss_next_item"] < first["loss_next_item"] and last["loss_item_head"] < first["loss_item_head"]
-
-
-def test_the_head_ranks_the_catalogue_as_scoring_every_item_does(trained):
-    model = NextItemModel.load(trained / "sft/model")
-    histories = [np.array([1, 2, 3]), np.array([5]), np.array([0, 1, 2, 3, 4, 5, 6])]
-    found = model.by_head(histories, 4)
-    head, weights = ItemHead.load(trained / "sft/model"), model.model.get_input_embeddings().weight
-    for history, items, logps in zip(histories, found.items, found.logps, strict=True):
-        prompt = torch.tensor([model.rows.next_item_prompt(history[-4:].tolist())])
-        with torch.no_grad():
-            state = model.model.base_model(prompt).last_hidden_state[0, -1]
-            scores = [(weights[model.rows.tokens[j]].mean(0) + head.own[j]) @ state for j in range(NUM_ITEMS)]
-        expected = torch.log_softmax(torch.stack(scores), 0)
-        order = [j for j in expected.argsort(descending=True).tolist() if j not in history][:4]
-        assert items == order and logps == pytest.approx([expected[j].item() for j in order], rel=1e-4)
-
-
-def test_an_item_is_read_at_its_last_token_wherever_a_slow_loop_finds_it():
-    rng = np.random.default_rng(0)
-    ids = [[3, 10, 21], [3, 11, 20], [4, 10, 20], [4, 10, 21], [5, 12, 22]]
-    head = ItemHead(ids, 2, is_read=True)
-    tokens = torch.tensor(rng.choice([0, 3, 4, 5, 10, 11, 12, 20, 21, 22, 99], (50, 12)))
-    tokens[:, 2:5] = torch.tensor(ids)[rng.integers(0, 5, 50)]
-    slow = [
-        [ids.index(row[end - 2 : end + 1]) if row[end - 2 : end + 1] in ids else -1 for end in range(12)]
-        for row in tokens.tolist()
-    ]
-    assert head.items_read(tokens).tolist() == slow and {0, 1, 2, 3, 4} <= set(sum(slow, []))
-    assert head.items_read(tokens[:, :2]).tolist() == [[-1, -1]] * 50
-
-
-@pytest.mark.parametrize(
-    ("ids", "message"),
-    [([[1, 2], [1]], "ids of one length; set read_items: false"), ([[1, 2], [1, 2]], "two items have one id")],
-)
-def test_ids_that_cannot_be_told_apart_are_not_read(ids, message):
-    with pytest.raises(ValueError, match=message):
-        ItemHead(ids, 2, is_read=True)
-    ItemHead(ids, 2)
-
-
-def test_a_trained_model_reads_the_items_own_vectors(trained):
-    model = NextItemModel.load(trained / "sft/model")
-    prompt = torch.tensor([model.rows.next_item_prompt([3, 1])])
-    end = len(model.rows.prompt("Next items:"))
-    plain = torch.nn.functional.embedding(prompt, model.model.get_input_embeddings().weight)
-    read = (model.model.get_input_embeddings()(prompt) - plain)[0].detach()
-    num_tokens = len(model.rows.tokens[3])
-    expected = torch.zeros_like(read)
-    expected[end + num_tokens - 1], expected[end + 2 * num_tokens - 1] = model.head.own.detach()[[3, 1]]
-    assert model.head.own.abs().sum() > 0 and torch.allclose(read, expected, atol=1e-6)
-
-
-def test_beams_of_a_model_that_reads_items_find_every_item_in_its_order(trained):
-    model = NextItemModel.load(trained / "sft/model")
-    histories = [np.array([1, 2, 3]), np.array([5]), np.array([0, 1, 2, 3, 4, 5, 6])]
-    found = model.by_beams(histories, NUM_ITEMS, NUM_ITEMS)
-    for history, items, logps in zip(histories, found.items, found.logps, strict=True):
-        slow = item_logps(model, history)
-        order = [item for item in sorted(range(NUM_ITEMS), key=lambda j: -slow[j]) if item not in history]
-        assert items == order and logps == pytest.approx([slow[item] for item in order], abs=1e-4)
-
-
-def test_whether_items_are_read_is_an_option_and_not_for_titles(run, tmp_path):
-    for name, kwargs, item_text, is_read in (
-        ("on", {}, "semantic_id", True),
-        ("off", {"read_items": False}, "semantic_id", False),
-        ("titles", {}, "title", False),
-    ):
-        extra = cllm4rec_file.cllm4rec(regularisation=0, **kwargs)
+def test_items_are_read_where_they_are_written_as_semantic_ids(run, tmp_path):
+    for item_text, is_read in (("semantic_id", True), ("title", False)):
+        extra = cllm4rec_file.cllm4rec(regularisation=0)
         model, _ = load(run)
-        rows = dataclasses.replace(make_rows(run), item_text=item_text)
+        rows = dataclasses.replace(make_encoder(run), item_text=item_text)
         extra.parameters(model, rows)
-        folder = tmp_path / name
+        folder = tmp_path / item_text
         folder.mkdir()
         extra.save(folder)
         assert bool(ItemHead.load(folder).is_read) == is_read
         assert len(model.get_input_embeddings()._forward_hooks) == is_read
 
 
-@pytest.mark.parametrize("mask_first", [True, False])
-def test_both_add_the_heads_and_the_tokens_log_probability_of_each_item(trained, mask_first):
-    model = dataclasses.replace(NextItemModel.load(trained / "sft/model"), mask_first=mask_first)
-    histories = [np.array([1, 2, 3]), np.array([5]), np.array([0, 1, 2, 3, 4, 5, 6])]
-    found = model.by_both(histories, 3, num_pooled=5)
-    head, tokens = model.by_head(histories, NUM_ITEMS), model.by_beams(histories, NUM_ITEMS, NUM_ITEMS)
-    for row in range(len(histories)):
-        by_tokens = dict(zip(tokens.items[row], tokens.logps[row], strict=True))
-        pool = zip(head.items[row][:5], head.logps[row][:5], strict=True)
-        both = {item: logp + by_tokens[item] for item, logp in pool}
-        best = sorted(both, key=both.get, reverse=True)[:3]
-        assert found.items[row] == best
-        assert found.logps[row] == pytest.approx([both[item] for item in best], rel=1e-4)
-
-
-def test_both_find_nothing_after_a_history_of_every_item(trained):
-    model = NextItemModel.load(trained / "sft/model")
-    for others in ([], [np.array([5])]):  # a batch of its own, and beside another row
-        found = model.by_both([np.arange(NUM_ITEMS), *others], 3)
-        assert found.items[0] == found.logps[0] == [] and all(len(items) == 3 for items in found.items[1:])
-
-
-@pytest.mark.parametrize("mask_first", [True, False])
-@pytest.mark.parametrize("item_text", ["semantic_id", "title"])
-def test_log_probabilities_of_given_items_are_those_of_an_exact_search(trained, item_text, mask_first):
-    model = dataclasses.replace(NextItemModel.load(trained / "sft/model"), mask_first=mask_first)
-    rows = dataclasses.replace(model.rows, item_text=item_text)  # titles are of unlike lengths
-    model = dataclasses.replace(model, rows=rows)
-    histories = [np.array([1, 2, 3]), np.array([5]), np.array([0, 1, 2, 3, 4, 5, 6])]
-    asked = [[7, 0, 11], [4], [8, 9]]
-    tokens = model.by_beams(histories, NUM_ITEMS, NUM_ITEMS)
-    found = model.token_logps(model.prompts(histories), asked)
-    for row, (items, logps) in enumerate(zip(asked, found, strict=True)):
-        exact = dict(zip(tokens.items[row], tokens.logps[row], strict=True))
-        assert logps.tolist() == pytest.approx([exact[item] for item in items], abs=1e-4)
-    num_lengths = len({len(model.rows.tokens[item]) for items in asked for item in items})
-    assert (num_lengths > 1) == (item_text == "title")
-
-
-def test_evaluation_writes_metrics_lists_and_pruning(trained, tmp_path):
-    args = EvaluateArguments(
-        run_dir=str(trained), task="next_item", split="valid", num_beams=3, pruning=True, num_bootstrap=20
-    )
-    metrics = evaluate(args, tmp_path)
-    results = json.loads((tmp_path / "results.json").read_text())
-    assert set(results["rows"]) == {"popularity", "transitions", "midtrained", "sft", "sft_head", "sft_both"}
-    assert metrics["n"] == 30 and metrics["R@10"]["sft"] == results["rows"]["sft"]["all"]["R@10"]
-    lines = pq.read_table(tmp_path / "lists.parquet").to_pylist()
-    hits = [line["target"] in line["items"][:5] for line in lines if line["ranker"] == "sft"]
-    assert results["rows"]["sft"]["all"]["R@5"] == pytest.approx(np.mean(hits))
-    assert results["pruning"]["n"] == 30 and "Pruning, 30 rows, 3 beams" in (tmp_path / "results.md").read_text()
-    ids = [line["row_id"] for line in lines if line["ranker"] == "sft"]
-    assert pruning.Pruning.read(tmp_path / pruning.FILE, ids).summary() == results["pruning"]
-    with pytest.raises(ValueError, match="pruning.parquet is of other rows than the lists beside it"):
-        pruning.Pruning.read(tmp_path / pruning.FILE, ids[::-1])
-
-
-def test_models_that_a_recipe_leaves_out_are_not_asked(trained):
-    found = full_catalogue.find_lists([trained], "valid", {}, num_beams=4, models=["sft"])
-    assert [*found.lists] == ["popularity", "transitions", "sft", "sft_head", "sft_both"]
-    assert [*full_catalogue.find_lists([trained], "valid", {}, models=["midtrained"]).lists][2:] == ["midtrained"]
-
-
-@pytest.mark.parametrize(("first_width", "batch_beams"), [(1, 64), (100, 8192)], ids=["widened", "wide at once"])
-def test_pruning_equals_a_slow_search_for_the_target(trained, monkeypatch, caplog, first_width, batch_beams):
-    monkeypatch.setattr(pruning, "FIRST_WIDTH", first_width)
-    monkeypatch.setattr(pruning, "BATCH_BEAMS", batch_beams)
-    most_probable, searched = pruning.most_probable, []
-
-    def counted(model, histories, num_items):
-        searched.append(len(histories))
-        return most_probable(model, histories, num_items)
-
-    monkeypatch.setattr(pruning, "most_probable", counted)
-    model, beams = NextItemModel.load(trained / "sft/model"), 2
-    with torch.no_grad():  # peaked at random, so that beams differ from an exact search
-        model.model.get_output_embeddings().weight.normal_(std=0.5, generator=torch.Generator().manual_seed(0))
-    rows = pq.read_table(trained / "data/rows.parquet", filters=[("split", "==", "valid")]).to_pylist()
-    histories, targets = [np.array(row["history"]) for row in rows], np.array([row["target"] for row in rows])
-    found = pruning.measure_pruning(model, histories, targets, beams)
-    assert 0 < searched[0] < len(rows)  # some rows are settled without a wide search
-    exact, by_beams = most_probable(model, histories, beams), model.by_beams(histories, beams, beams).items
-    assert exact != by_beams
-    for row, (history, target) in enumerate(zip(histories, targets, strict=True)):
-        logps = item_logps(model, history)
-        order = [item for item in sorted(range(NUM_ITEMS), key=lambda j: -logps[j]) if item not in history]
-        assert exact[row] == order[:beams] and found.is_top[row] == (target in order[:beams])
-        assert found.is_found[row] == (target in by_beams[row])
-        assert found.violates[row].tolist() == step_violations(model, history, target, beams)
-    assert not caplog.records  # no search with more beams than there are items
-    assert 0 < found.is_top.sum() < len(rows)
-    summary = found.summary()
-    assert summary["pruning_rate"] == pytest.approx((found.is_top & ~found.is_found).sum() / found.is_top.sum())
-    assert sum(summary["first_violations_by_step"]) == pytest.approx(summary["violation_rate"])
-
-
-def item_logps(model, history):
-    """Log-probability of every item after a history, over legal tokens, one at a time."""
-    total = []
-    for item in range(NUM_ITEMS):
-        logp = 0.0
-        for scores, legal, token in steps(model, history, item):
-            logp += (scores[token] - torch.logsumexp(scores[legal], 0)).item()
-        total.append(logp)
-    return total
-
-
-def step_violations(model, history, target, beams):
-    found = steps(model, history, target)
-    return [sum(scores[other] > scores[token] for other in legal) >= beams for scores, legal, token in found]
-
-
-def steps(model, history, item):
-    """At each token of an item: all scores, the legal tokens, the token."""
-    prompt = model.rows.next_item_prompt(history[-4:].tolist())
-    for place, token in enumerate(model.rows.tokens[item]):
-        prefix = model.rows.tokens[item][:place]
-        with torch.no_grad():
-            scores = model.model(torch.tensor([prompt + prefix])).logits[0, -1]
-        legal = model.rows.index.children(np.array([model.rows.index.find(prefix)]))[1].tolist()
-        yield scores, legal, token
-
-
-def test_a_summary_without_a_reachable_target_has_no_pruning_rate():
-    none = np.zeros(3, dtype=bool)
-    summary = pruning.Pruning(none, none, np.array([[False, True], [True, True], [False, False]])).summary()
-    assert summary["pruning_rate"] is None and summary["violation_rate"] == pytest.approx(2 / 3)
-    assert summary["violations_by_step"] == pytest.approx([1 / 3, 2 / 3])
-    assert summary["first_violations_by_step"] == pytest.approx([1 / 3, 1 / 3])
-
-
-def test_a_model_of_the_other_task_is_refused(tmp_path):
-    run = write_run(tmp_path / "run")
-    with pytest.raises(FileNotFoundError, match="sft/model has no next_item.json; train it with task next_item"):
-        refuse_ranker(run / "sft/model")
-    with pytest.raises(FileNotFoundError, match="has no next_item.json; give a model of the sft stage"):
-        NextItemModel.load(run / "sft/model")
-    with pytest.raises(ValueError, match="the model has no item head; train it with the loss cllm4rec"):
-        NextItemModel.load_midtrained(run).by_head([np.array([1])], 2)
-
-
 @pytest.mark.parametrize(("keys", "message"), [
-    ({"task": "rank"}, "task is 'rank'; choose rerank or next_item"),
-    ({"task": "next_item", "item_text": "name"}, "item_text is 'name'; choose semantic_id or title"),
-    ({"task": "next_item", "targets": "first"}, "targets is 'first'; choose all or last"),
+    ({"task": "rank"}, "task is 'rank' but must be one of rerank, next_item"),
+    ({"task": "next_item", "item_text": "name"}, "item_text is 'name' but must be one of semantic_id, title"),
+    ({"task": "next_item", "targets": "first"}, "targets is 'first' but must be one of all, last"),
     ({"task": "next_item", "max_items": 1}, "max_items is 1 but must be at least 2"),
     ({"task": "next_item", "dropout": 1.0}, "dropout is 1.0 but must be at least 0 and below 1"),
     ({"task": "next_item", "no_trace_control": True}, "no_trace_control is for the task rerank"),
@@ -688,51 +402,3 @@ def test_models_that_balance_experts_are_refused(run, tmp_path):
         ValueError, match="losses leave out the load balancing of experts; set router_aux_loss_coef to 0"
     ):
         make_trainer(run, tmp_path, [{"name": "nll"}], change=balance)
-
-
-def test_metrics_of_sets_by_hand():
-    lists = np.full((2, 100), -1)
-    lists[0, :3], lists[1, [0, 1, 2, 25]] = [7, 8, 9], [1, 2, 3, 4]
-    values = held_out_sets.metrics_of_sets(lists, [np.array([8]), np.array([1, 4, 5])])
-    # the first user's one item is second: 1 / log2(3); the second finds two of three, at places 1 and 26
-    assert values["R@20"].tolist() == pytest.approx([1, 1 / 3]) and values["R@40"].tolist() == pytest.approx(
-        [1, 2 / 3]
-    )
-    ideal = 1 + 1 / np.log2(3) + 1 / np.log2(4)
-    assert values["N@100"].tolist() == pytest.approx([1 / np.log2(3), (1 + 1 / np.log2(27)) / ideal])
-
-
-def test_recall_of_many_targets_is_bounded_by_the_cut():
-    lists = np.arange(100)[None]
-    values = held_out_sets.metrics_of_sets(lists, [np.arange(30)])
-    # 20 of the first 20 are among 30 targets: 20 / min(20, 30)
-    assert [values[name].tolist() for name in ("R@20", "R@40", "N@100")] == [[1.0], [1.0], [pytest.approx(1.0)]]
-
-
-def load_held_out(run, max_users=0):
-    data_dir = run / "data"
-    return held_out_sets.HeldOut.load(data_dir, training_sequences(data_dir), "valid", max_users)
-
-
-def test_held_out_sets_are_ranked_from_training_items_alone(trained, tmp_path):
-    found = load_held_out(trained)
-    table = pq.read_table(trained / "data/interactions.parquet").to_pandas()
-    for user, history, targets in zip(found.users, found.histories, found.targets, strict=True):
-        own = table[table["user"] == user]
-        assert history.tolist() == own[own["split"].isin(["train", "rerank"])]["item"].tolist()
-        assert targets.tolist() == own[own["split"] == "valid"]["item"].tolist()
-    args = EvaluateArguments(run_dir=str(trained), task="held_out_sets", split="valid", num_bootstrap=20)
-    metrics = evaluate(args, tmp_path)
-    assert metrics["n"] == len(found.users) == 30
-    assert set(metrics["rows"]) == {"popularity", "transitions", "sft_head"}
-    lists = NextItemModel.load(trained / "sft/model").by_head(found.histories, 20).items
-    hits = [len(set(items) & set(t.tolist())) / len(t) for items, t in zip(lists, found.targets, strict=True)]
-    assert metrics["rows"]["sft_head"]["R@20"] == pytest.approx(np.mean(hits))
-    assert "30 users, valid" in (tmp_path / "results.md").read_text()
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run/evaluate").symlink_to(tmp_path)
-    held_out, values = held_out_sets_table.load(tmp_path / "run")
-    assert held_out == [(user, items.tolist()) for user, items in zip(found.users, found.targets, strict=True)]
-    for name, row in metrics["rows"].items():  # the lists that were written have the same worth
-        assert values[name]["N@100"].mean() == pytest.approx(row["N@100"])
-    assert len(load_held_out(trained, 5).users) == 5

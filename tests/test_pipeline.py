@@ -7,29 +7,39 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
+from toy_run import RECIPES, finish, write_recipes
 
-from rerank import pipeline, run_dir
+from rerank.launch import pipeline, run_dir
+from rerank.launch.stages import STAGES
 
 CPU = "recipes/accelerate/cpu.yaml"
-RECIPES = {
-    "1_data": {"interactions": "toy.csv"},
-    "2_semantic_ids": {"embeddings": "toy.npy"},
-    "4_candidates": {"num_candidates": 4},
-    "8_evaluate": {},
-}
+
+NINTH = """
+from dataclasses import dataclass
+
+from rerank.launch import recipe
+from rerank.launch.stages import STAGES, Stage
 
 
-def write_recipes(folder: Path, recipes: dict[str, dict] = RECIPES, **shared) -> Path:
-    folder.mkdir()
-    for name, keys in recipes.items():
-        (folder / f"{name}.yaml").write_text(yaml.safe_dump({"run_dir": "runs/toy", **keys, **shared}))
-    return folder
+@dataclass
+class PruneArguments(recipe.StageArguments):
+    share: float = 0.5
 
 
-def finish(run: Path, stage: str, given: dict, inputs: tuple[str, ...] = ()) -> None:
-    run_dir.partial_dir(run, stage).mkdir(parents=True)
-    run_dir.finish(run, stage, given, given, inputs, {})
+def check(args):
+    recipe.check_range("share", args.share, above=0, most=1)
+
+
+def main(args, out_dir):
+    (out_dir / "pruned.txt").write_text(str(args.share))
+    return {"share": args.share}
+
+
+STAGE = Stage("prune", (PruneArguments,), main, check, inputs=("data",), renamed_keys={"part": "write `share`"})
+if __name__ == "__main__":
+    STAGES["prune"] = "ninth"
+    recipe.launch("prune")
+"""
 
 
 def stages(steps: list[pipeline.Step]) -> list[str]:
@@ -108,8 +118,8 @@ def test_stages_are_selected_by_their_names(folder):
 def test_finished_stages_are_not_checked_again_but_must_be_of_this_recipe(tmp_path, folder):
     run = tmp_path / "run"
     steps = pipeline.select(pipeline.read_steps(folder, str(run), []), None, "semantic_ids", None)
-    finish(run, "data", steps[0].keys)
-    finish(run, "semantic_ids", steps[1].keys, ("data",))
+    finish(run / "data", given=steps[0].keys)
+    finish(run / "semantic_ids", given=steps[1].keys, inputs=("data",))
     assert pipeline.check_steps(steps) == []  # toy.csv is not there, and nobody looks for it
     changed = pipeline.read_steps(folder, str(run), ["data.num_test=2"])[:2]
     with pytest.raises(ValueError, match="run/data was made by another recipe: num_test is its default there and 2"):
@@ -118,7 +128,7 @@ def test_finished_stages_are_not_checked_again_but_must_be_of_this_recipe(tmp_pa
 
 def test_a_misspelt_key_is_named_also_where_the_stage_is_finished(tmp_path, folder):
     run = tmp_path / "run"
-    finish(run, "data", pipeline.read_steps(folder, str(run), [])[0].keys)
+    finish(run / "data", given=pipeline.read_steps(folder, str(run), [])[0].keys)
     with pytest.raises(ValueError, match=r"num_tset.*num_test"):
         pipeline.check_steps(pipeline.read_steps(folder, str(run), ["data.num_tset=2"])[:1])
 
@@ -126,8 +136,8 @@ def test_a_misspelt_key_is_named_also_where_the_stage_is_finished(tmp_path, fold
 def test_a_stage_whose_input_is_made_anew_is_refused(tmp_path, folder):
     run = tmp_path / "run"
     steps = pipeline.select(pipeline.read_steps(folder, str(run), []), None, "semantic_ids", None)
-    finish(run, "data", steps[0].keys)
-    finish(run, "semantic_ids", steps[1].keys, ("data",))
+    finish(run / "data", given=steps[0].keys)
+    finish(run / "semantic_ids", given=steps[1].keys, inputs=("data",))
     (run / "data").rename(run / "old")
     with pytest.raises(ValueError, match="run/semantic_ids was made from another data folder than the run's; delete"):
         pipeline.check_steps(steps)
@@ -142,7 +152,7 @@ def test_a_stage_whose_input_nobody_makes_is_refused(tmp_path, folder):
 def test_a_finished_run_is_only_reported(tmp_path, folder):
     run, said = tmp_path / "run", []
     steps = pipeline.select(pipeline.read_steps(folder, str(run), []), None, None, "data")
-    finish(run, "data", steps[0].keys)
+    finish(run / "data", given=steps[0].keys)
     assert pipeline.run(steps, CPU, said.append) == 0
     assert said == ["[1/1] data: finished already"]
     with pytest.raises(FileNotFoundError, match="accelerate file nowhere.yaml is not there; recipes/accelerate hol"):
@@ -152,7 +162,7 @@ def test_a_finished_run_is_only_reported(tmp_path, folder):
 def test_the_dry_run_prints_a_launch_line_a_stage(tmp_path, folder):
     run = tmp_path / "a run"
     steps = pipeline.read_steps(folder, str(run), [])
-    finish(run, "data", steps[0].keys)
+    finish(run / "data", given=steps[0].keys)
     lines = pipeline.describe(steps, CPU)
     assert len(lines) == 4
     assert lines[0].startswith(f"# finished: accelerate launch --config_file {CPU} -m rerank.data --config ")
@@ -180,7 +190,7 @@ def test_a_failing_stage_ends_the_run_with_its_exit_code(tmp_path, folder):
     (tmp_path / "bad.yaml").write_text("no_such_key: 1\n")
     steps = pipeline.read_steps(folder, str(run), [f"data.interactions={tmp_path / 'toy.csv'}"])[:1]
     assert pipeline.run(steps, str(tmp_path / "bad.yaml"), said.append) == 1
-    assert said == ["[1/1] data ...", "[1/1] data failed with exit code 1; the same command goes on from here"]
+    assert said == ["[1/1] data ...", "[1/1] data failed with exit code 1; the same command continues from here"]
     assert not run_dir.is_finished(run, "data")
 
 
@@ -200,3 +210,58 @@ def test_a_signal_reaches_the_stage_and_not_its_launcher(tmp_path):
     pipeline._signal_tree(launcher.pid, 2, lambda line: not pipeline._is_launcher(line))
     assert launcher.stdout.read() == "asked\n"
     assert launcher.wait(30) == 7
+
+
+@pytest.fixture
+def ninth_stage(tmp_path, monkeypatch):
+    """A stage `prune` between data and semantic_ids, in a module of its own; traces and dapo are left out."""
+    (tmp_path / "ninth.py").write_text(NINTH)
+    monkeypatch.syspath_prepend(tmp_path)
+    before = dict(STAGES)
+    kept = {name: module for name, module in before.items() if name not in ("traces", "dapo")}
+    STAGES.clear()
+    STAGES.update({"data": kept.pop("data"), "prune": "ninth", **kept})
+    yield
+    STAGES.clear()
+    STAGES.update(before)
+    sys.modules.pop("ninth", None)
+
+
+def test_a_ninth_stage_and_two_left_out_follow_from_the_list_of_stages(tmp_path, monkeypatch, ninth_stage):
+    recipes = {**RECIPES, "5_traces": {}, "7_dapo": {}, "2_prune": {"share": 0.25}}
+    folder = write_recipes(tmp_path / "toy", recipes)
+    run, said, cpu = tmp_path / "run", [], str(Path(CPU).resolve())
+    steps = pipeline.read_steps(folder, str(run), [])
+    assert stages(steps) == ["data", "prune", "semantic_ids", "candidates", "evaluate"]
+    with pytest.raises(ValueError, match="2_prune.yaml: the key 'part' is gone; write `share`"):
+        pipeline.check_steps(pipeline.read_steps(folder, str(run), ["prune.part=1"])[1:2])
+    with pytest.raises(
+        FileNotFoundError, match="prune needs .*run/data, which is not there; run the stage data first"
+    ):
+        pipeline.check_steps(steps[1:2])
+    finish(run / "data", given=steps[0].keys)
+    with pytest.raises(ValueError, match="share is 2 but must be above 0 and at most 1"):
+        pipeline.check_steps(pipeline.read_steps(folder, str(run), ["prune.share=2"])[:2])
+    monkeypatch.chdir(tmp_path)  # where the launched process finds the module
+    assert pipeline.run(steps[:2], cpu, said.append) == 0
+    assert [line.partition(":")[0] for line in said] == ["[1/2] data", "[2/2] prune ...", "[2/2] prune"]
+    assert (run / "prune/pruned.txt").read_text() == "0.25"
+    assert run_dir.read_record(run, "prune").inputs == {"data": run_dir.read_record(run, "data").id}
+    assert f"-m ninth --config {folder}/2_prune.yaml" in pipeline.describe(steps, CPU)[1]
+
+
+def test_an_evaluated_run_gets_its_page_once_and_the_whole_catalogue_has_none(tmp_path):
+    folder = write_recipes(tmp_path / "toy", {"8_evaluate": {}})
+    run, said = tmp_path / "run", []
+    steps = pipeline.read_steps(folder, str(run), [])
+    finish(run / "data", given={})
+    finish(run / "evaluate", given=steps[0].keys, inputs=("data",))
+    assert pipeline.run(steps, CPU, said.append) == 0 and said == ["[1/1] evaluate: finished already"]
+    page = run / "evaluate/report.html"
+    assert "There is no evaluation of this run yet" in page.read_text()
+    page.write_text("kept")
+    assert pipeline.run(steps, CPU, said.append) == 0 and page.read_text() == "kept"
+    other = pipeline.read_steps(folder, str(tmp_path / "other"), ["evaluate.task=next_item"])
+    finish(tmp_path / "other" / "evaluate", given=other[0].keys)
+    assert pipeline.run(other, CPU, said.append) == 0
+    assert not (tmp_path / "other/evaluate/report.html").exists()

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rerank.prefix_index import PrefixIndex
+from rerank.next_item.prefix_index import ARRAYS, PrefixIndex
 
 # Three tokens each; items 2 and 3 collide.
 SEQUENCES = [[7, 20, 31], [5, 20, 30], [5, 21, 30], [5, 21, 30]]
@@ -15,11 +15,11 @@ def below(index: PrefixIndex, prefix: list[int]) -> list[int]:
 
 
 def items_of(index: PrefixIndex, sequence: list[int]) -> list[int]:
-    return index.items_at(np.array([index.find(sequence)]))[1].tolist()
+    return index.items[index.places_at(np.array([index.find(sequence)]))[1]].tolist()
 
 
 def without(index: PrefixIndex, items: list[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Of a single row, number 0, whose keys are nodes."""
+    """`index.without` of a single row, number 0, whose keys are nodes."""
     places = index.places_of(np.array(items, dtype=np.int64))
     places = places[places >= 0]
     return index.without(np.zeros(len(places), dtype=np.int64), places)
@@ -113,7 +113,8 @@ def test_the_index_of_some_items_is_the_one_built_from_their_sequences(sequences
         for own, other in (
             *zip(index.children(nodes)[::2], built.children(nodes)[::2], strict=True),
             (index.children(nodes)[1], built.children(nodes)[1]),
-            *zip(index.items_at(nodes), built.items_at(nodes), strict=True),
+            (index.places_at(nodes)[0], built.places_at(nodes)[0]),
+            (index.items[index.places_at(nodes)[1]], built.items[built.places_at(nodes)[1]]),
         ):
             assert own.tolist() == other.tolist()
         assert index.num_items_below(nodes).tolist() == built.num_items_below(nodes).tolist()
@@ -155,21 +156,24 @@ def test_an_index_survives_saving(tmp_path):
     assert without(loaded, [0])[0].tolist() == without(index, [0])[0].tolist()
 
 
-def test_an_index_for_other_id_tokens_is_refused(tmp_path):
-    PrefixIndex.build(SEQUENCES).save(tmp_path)
-    assert len(PrefixIndex.load(tmp_path, id_tokens=np.arange(5, 32))) == 4
-    message = (
-        "has token 5, but the model's id tokens are 6 to 31; build the index again with the model's own tokenizer"
-    )
-    with pytest.raises(ValueError, match=message):
-        PrefixIndex.load(tmp_path, id_tokens=np.arange(6, 32))
+def test_an_index_knows_its_own_sequences():
+    unequal = [[1, 2, 3], [1], [2, 9], [1, 2], [1, 2]]
+    for sequences in (SEQUENCES, unequal):
+        index = PrefixIndex.build(sequences)
+        assert index.has(sequences)
+        assert not index.has(sequences[:-1]) and not index.has([*sequences, [7]])
+        assert not index.has(sequences[::-1]) and not index.has([[99], *sequences[1:]])
+        assert not PrefixIndex.build(sequences, range(1, len(sequences) + 1)).has(sequences)
+    assert not PrefixIndex.build(unequal).has(
+        [[1, 2], [3, 1], [2, 9], [1, 2], [1, 2]]
+    )  # the same tokens, cut otherwise
 
 
 def test_four_levels_cost_at_most_16_bytes_an_item():
     rng = np.random.default_rng(0)
     codes = np.unique(rng.integers(0, 256, (200_000, 4)), axis=0) + 151_000 + 256 * np.arange(4)
     index = PrefixIndex.build(codes)
-    assert index.num_bytes / len(index) <= 16
+    assert sum(getattr(index, name).nbytes for name in ARRAYS) / len(index) <= 16
     assert items_of(index, codes[777].tolist()) == [777]
 
 

@@ -10,49 +10,45 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from toy_run import SETTINGS, finish, write_run
+from toy_recipe import refusal, run_command
+from toy_run import finish, rollout, write_items, write_rollouts, write_run, write_traces
 
-from rerank import cli, pipeline, probe, prompts, recipe, run_dir
-from rerank.probe import policies, table
-from rerank.probe.rows import read_rows, reward_columns
+from rerank import cli, probe, prompts
+from rerank.launch import pipeline, recipe, run_dir
+from rerank.probe import policies
+from rerank.probe.rows import NO_LIMIT, SEED, read_rows, reward_columns
 from rerank.prompts import PromptSettings, parse_completion
+from rerank.rows import PromptedRow, Prompter, column_names, shuffle, training_rows
+from rerank.scoring import TRAINER_COLUMNS
 
 CPU = "recipes/accelerate/cpu.yaml"
 NAMES = [policy.__name__ for policy in policies.POLICIES]
 NO_RANKING = ["duplicate", "omission", "foreign_item", "truncated", "empty", "junk", "junk_with_target"]
 RANK, FORM = {"name": "rank_promotion"}, {"name": "well_formed", "weight": 0.2}
 NAIVE = [RANK, FORM]
-CONDITIONAL = [RANK, {**FORM, "when": "promoted_or_kept_first"}]
-LITERAL = [RANK, {**FORM, "when": "promoted_or_first"}]
-REPORT = [{"name": "auc", "when": "not_a_suboptimal_copy"}, FORM]
+CONDITIONAL = [RANK, {**FORM, "condition": "promoted_or_kept_first"}]
+LITERAL = [RANK, {**FORM, "condition": "promoted_or_first"}]
+REPORT = [{"name": "auc", "condition": "not_a_suboptimal_copy"}, FORM]
 TARGET_RANKS = {0: 1, 1: 2, 2: 3, 3: 5, 4: 4}  # by row_id; row 4 is for sft
-COLUMNS = (
-    *("row_id", "user", "history", "candidates", "relevance"),
-    *("candidate_labels", "first_stage_ranks", "target_rank"),
-)
 
 
 def make_run(run: Path) -> Path:
     """Candidates 2 to 6 of eight items in five rows; the higher its number, the more often an item was taken."""
-    for stage in ("data", "semantic_ids", "candidates", "traces"):
-        (run / stage).mkdir(parents=True)
-        finish(run / stage, {})
-    items = {"item": range(8), "item_id": [f"m{n}" for n in range(8)], "title": ["T"] * 8, "category": [""] * 8}
-    pq.write_table(pa.table(items), run / "data/items.parquet")
+    write_items(run / "data", 8)
     taken = [item for item in range(8) for _ in range(item)]
     users = {"user": range(len(taken)), "item": taken, "position": [0] * len(taken), "split": ["train"] * len(taken)}
-    pq.write_table(pa.table(users), run / "data/interactions.parquet")
+    finish(run / "data", interactions=pa.table(users))
     ids = {"item": range(8), "semantic_id": [f"<s_a_{n}><s_b_0>" for n in range(8)]}
-    pq.write_table(pa.table(ids), run / "semantic_ids/semantic_ids.parquet")
+    finish(run / "semantic_ids", semantic_ids=pa.table(ids))
     rows = [
         {"row_id": row, "user": row, "history": [0, 1], "candidates": [2, 3, 4, 5, 6], "hit": True}
         | {"relevance": [float(place == rank) for place in range(1, 6)]}
         for row, rank in TARGET_RANKS.items()
     ]
-    pq.write_table(pa.Table.from_pylist(rows), run / "candidates/train.parquet")
-    uses = {"row_id": list(TARGET_RANKS), "used_for": ["dapo"] * 4 + ["sft"]}
-    pq.write_table(pa.table(uses), run / "traces/row_split.parquet")
-    PromptSettings(ranking="number", item_fields=["semantic_id"], task="short").save(run / "traces")
+    finish(run / "candidates", train=pa.Table.from_pylist(rows))
+    settings = PromptSettings(ranking="number", item_fields=["semantic_id"], task="short")
+    write_traces(run / "traces", dict(zip(TARGET_RANKS, ["dapo"] * 4 + ["sft"], strict=True)), settings)
+    finish(run / "traces")
     return run
 
 
@@ -121,7 +117,7 @@ def test_the_naive_sum_fails_since_copies_live_off_the_format(run):
     assert found.sentence == (
         "input_order wins the target no place and yet earns 30 % of the oracle's reward (0.200 of 0.667, the bar is "
         "25 %), all of it from well_formed; pay it only where the ranking helped, such as "
-        "`when: promoted_or_kept_first`"
+        "`condition: promoted_or_kept_first`"
     )
     assert probe.probe({"run_dir": run, "rewards": NAIVE}, max_share=0.31).passed
 
@@ -147,7 +143,7 @@ def test_rewards_that_pay_nobody_for_ranking_better_fail(run):
     found = probe.probe({"run_dir": run, "rewards": [{"name": "rank_promotion", "weight": -1.0}]})
     assert found.sentence.startswith("the oracle earns -0.467, so that these rewards pay nobody")
     assert not found.passed and found.share(found.worst) is None
-    assert table.table(found).row_count == len(NAMES)
+    assert probe.table(found).row_count == len(NAMES)
 
 
 def test_every_policy_writes_what_its_name_says(run):
@@ -177,7 +173,7 @@ def test_every_policy_writes_what_its_name_says(run):
 
 
 def test_rows_are_those_of_the_recipe_and_without_traces_all_by_id(run):
-    assert [row.columns["row_id"] for row in read_rows({"run_dir": run}, 0)[0]] == [0, 1, 2, 3]
+    assert [row.row.row_id for row in read_rows({"run_dir": run}, 0)[0]] == [0, 1, 2, 3]
     assert len(read_rows({"run_dir": run, "rows": "all"}, 0)[0]) == 5
     assert len(read_rows({"run_dir": run, "rows": "all"}, 3)[0]) == 3
     with pytest.raises(ValueError, match="rows is 'some'; choose dapo or all"):
@@ -185,33 +181,45 @@ def test_rows_are_those_of_the_recipe_and_without_traces_all_by_id(run):
     (run / "traces/stage.json").unlink()
     rows, what = read_rows({"run_dir": run}, 0)
     assert len(rows) == 5 and what == "rows (no traces yet)"
-    assert rows[0].labels[0] == "<s_a_2><s_b_0>" and rows[0].foreign_label == "<s_a_999999><s_b_999999>"
+    assert rows[0].labels[0] == "<s_a_2><s_b_0>"
+    assert policies.foreign_item(rows[0], policies.random.Random(0)).endswith("<s_a_999999><s_b_999999>")
 
 
-def test_shuffled_candidates_keep_their_first_stage_ranks(run):
+def test_candidates_are_shuffled_as_in_the_first_epoch_of_dapo(run):
     plain = read_rows({"run_dir": run}, 0)[0]
-    shuffled = read_rows({"run_dir": run, "shuffle_candidates": True}, 0)[0]
-    assert any(row.columns["first_stage_ranks"] != [1, 2, 3, 4, 5] for row in shuffled)
-    for before, after in zip(plain, shuffled, strict=True):
-        columns = after.columns
-        ranked = zip(columns["first_stage_ranks"], columns["candidates"], columns["relevance"], strict=True)
-        assert sorted(ranked) == list(
-            zip([1, 2, 3, 4, 5], before.columns["candidates"], before.relevance, strict=True)
-        )
-        assert after.target_rank == before.target_rank
-        assert after.labels == ["1", "2", "3", "4", "5"]  # they number what is shown
+    for keys, seed in (({}, SEED), ({"seed": 7}, 7)):
+        shuffled = read_rows({"run_dir": run, "shuffle_candidates": True, **keys}, 0)[0]
+        assert [row.row for row in shuffled] == [shuffle(row.row, seed, epoch=0) for row in plain]
+        assert any(row.row.ranks != (1, 2, 3, 4, 5) for row in shuffled)
+        for before, after in zip(plain, shuffled, strict=True):
+            assert after.row.target_rank == before.row.target_rank
+            assert after.labels == ["1", "2", "3", "4", "5"]  # they number what is shown
+            assert after.popularity == list(after.row.candidates)  # item n was taken n times
 
 
 def test_rewards_get_all_that_the_trainer_gives_them(run):
-    from rerank.plugins import TRAINER_COLUMNS
-
     rows, _ = read_rows({"run_dir": run}, 0)
     columns = reward_columns(rows, ["<think>a b</think> 1 2", "", "a", "a a"])
-    assert set(columns) == {*COLUMNS, *TRAINER_COLUMNS} - {"completions", "environments"}
+    assert set(columns) == {*column_names(), *TRAINER_COLUMNS} - {"completions", "environments"}
     # <think> a b </think> 1 2 and the end; the end; two words; the same word twice has the same id
     assert [len(ids) for ids in columns["completion_ids"]] == [7, 1, 2, 3]
     assert columns["completion_ids"][3][0] == columns["completion_ids"][3][1] == columns["completion_ids"][2][0]
     assert "Candidates:\n 1.<s_a_2><s_b_0>" in columns["prompts"][0]
+
+
+def test_the_token_limit_is_that_of_the_recipe_or_of_the_sft_stage(run):
+    def limit(**keys):
+        return read_rows({"run_dir": run, **keys}, 1)[0][0].max_completion_tokens
+
+    assert limit() == limit(max_completion_length=None) == NO_LIMIT
+    for folder, tokens in (("model", 20), ("model_no_trace", 9)):
+        (run / "sft" / folder).mkdir(parents=True)
+        (run / "sft" / folder / "generation.json").write_text(json.dumps({"max_completion_tokens": tokens}))
+    assert (limit(), limit(without_trace=True), limit(max_completion_length=50)) == (20, 9, 50)
+    # an answer of the oracle has 10 words, signs and tags, so that of 10 tokens it lacks none and of 9 one
+    overlong = {"name": "overlong", "kwargs": {"cache_tokens": 1}}
+    assert outcomes(run, [RANK, overlong], max_completion_length=11)["oracle"].parts["overlong"] == 0
+    assert outcomes(run, [RANK, overlong], max_completion_length=9)["oracle"].parts["overlong"] == -1
 
 
 @pytest.fixture(scope="module")
@@ -220,30 +228,23 @@ def toy(tmp_path_factory):
     run = write_run(tmp_path_factory.mktemp("probe") / "run")
     rows = pq.read_table(run / "candidates/train.parquet", columns=["row_id", "hit"]).to_pylist()
     hits = [row["row_id"] for row in rows if row["hit"]]
-    uses = {"row_id": hits, "used_for": ["dapo" if n % 2 else "sft" for n in range(len(hits))]}
-    (run / "traces").mkdir()
-    pq.write_table(pa.table(uses), run / "traces/row_split.parquet")
-    SETTINGS.save(run / "traces")
-    finish(run / "traces", {})
+    write_traces(run / "traces", {row: "dapo" if n % 2 else "sft" for n, row in enumerate(hits)})
+    finish(run / "traces")
     (run / "dapo").rename(run / "old")
     return run
 
 
 def test_rows_are_those_of_the_dapo_stage(toy):
-    from transformers import AutoTokenizer
-
-    from rerank import sft
-    from rerank.dapo.prompt_stream import REWARD_COLUMNS, prompt_row
-
-    encoder = sft.RowEncoder(str(toy), AutoTokenizer.from_pretrained(toy / "sft/model"))
-    rows = sft.training_rows(str(toy), "dapo")
-    wanted = {row["row_id"]: prompt_row(row, encoder) for row in rows}
+    prompter = Prompter.of_run(toy)
+    wanted = [prompter.ask(row, 16) for row in training_rows(toy, "dapo", needs_features=True)]
     rows, _ = read_rows({"run_dir": str(toy)}, 0)
-    assert len(rows) == len(wanted) > 3
-    for row in rows:
-        expected = wanted[row.columns["row_id"]]
-        assert row.prompt in expected.pop("prompt")
-        assert row.columns == expected and tuple(row.columns) == REWARD_COLUMNS
+    assert len(rows) > 3
+    assert [PromptedRow(row.row, row.prompt, row.labels, row.max_completion_tokens) for row in rows] == wanted
+
+
+def test_rows_and_groups_of_a_recipe_without_seed_or_size_are_those_of_the_dapo_stage(tmp_path):
+    (_, config, *_) = recipe.resolve("dapo", {"run_dir": str(tmp_path), "rewards": NAIVE}, "r.yaml")
+    assert (config.seed, config.num_generations) == (SEED, probe.GROUP_SIZE)
 
 
 def write_recipe(folder: Path, run: Path, rewards: list[dict], **keys) -> Path:
@@ -299,41 +300,82 @@ def test_the_command_needs_no_model_library(run, tmp_path):
     assert done.returncode == 0 and done.stdout.splitlines()[-1] == "[]", done.stdout + done.stderr
 
 
-def refusal(capsys, *words) -> str:
-    """The one line with which the command refuses."""
-    capsys.readouterr()
-    assert cli.main(["probe", *map(str, words)]) == 2
-    captured = capsys.readouterr()
-    assert captured.out == "" and captured.err.count("\n") == 1 and captured.err.startswith("rerank: "), captured.err
-    return captured.err
+def test_a_file_of_rewards_is_probed_on_a_run_and_with_the_keys_of_its_dapo_recipe(run, tmp_path, capsys):
+    path = tmp_path / "naive.yaml"
+    path.write_text(yaml.safe_dump({"rewards": NAIVE}))
+    assert "naive.yaml: run_dir is missing; add it, or give --run-dir" in refusal(capsys, "probe", path)
+    assert "3 of 4 training rows of dapo" in run_command("probe", path, "--run-dir", run, "--max-share", 0.5)
+    (run / "dapo").mkdir()
+    keys = {"run_dir": "elsewhere", "rows": "all", "rewards": CONDITIONAL, "overlong_tokens": 8}
+    (run / "dapo/recipe.yaml").write_text(yaml.safe_dump(keys))
+    assert "4 of 5 training rows of dapo" in run_command("probe", path, "--run-dir", run, "--max-share", 0.5)
+    of_path = write_recipe(tmp_path, run, str(path))  # a recipe may name the file in place of the list
+    assert cli.main(["probe", str(of_path)]) == 1
+    assert "all of it from well_formed" in capsys.readouterr().err
+
+
+NEW_COLUMN = """
+import sys
+import pyarrow as pa
+from rerank.rows import prompter
+
+prompter.REWARD_COLUMNS += (prompter.RewardColumn("num_shown", pa.int64(), lambda asked: len(asked.labels)),)
+from rerank import cli
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+def test_a_new_reward_column_of_one_line_reaches_probe_and_rescoring(run, tmp_path):
+    (tmp_path / "my.py").write_text(
+        "def f(completions, num_shown, **columns):\n    return [n / 10 for n in num_shown]"
+    )
+    path = write_recipe(tmp_path, run, [{"name": f"{tmp_path}/my.py:f"}])
+    write_rollouts(tmp_path / "rollouts", rollout())
+    (part,) = (tmp_path / "rollouts").iterdir()
+    pq.write_table((table := pq.read_table(part)).append_column("num_shown", pa.array([3])), part)
+    pq.write_table(table, tmp_path / "rollouts/part-00000001-0.parquet")
+
+    def run_with_column(*words):
+        line = [sys.executable, "-c", NEW_COLUMN, *map(str, words)]
+        return subprocess.run(line, capture_output=True, text=True)
+
+    probed = run_with_column("probe", path, "--max-share", 1)
+    assert probed.returncode == 0 and re.search(r"oracle\s+\+2\.33\s+0\.500", probed.stdout), probed
+    words = ("replay", tmp_path, "--rewards", path, "--out", tmp_path / "out.parquet")
+    assert "needs the column num_shown" in run_with_column(*words).stderr  # one part is older
+    (tmp_path / "rollouts/part-00000001-0.parquet").unlink()
+    assert run_with_column(*words).returncode == 0
+    assert pq.read_table(tmp_path / "out.parquet")["new/f"].to_pylist() == [0.3]
 
 
 def test_a_missing_stage_is_named_with_the_command_that_runs_it(run, tmp_path, capsys):
     path = write_recipe(tmp_path, run, NAIVE)
     (run / "candidates/stage.json").unlink()
-    line = refusal(capsys, path)
+    line = refusal(capsys, "probe", path)
     assert (
         f"the probe needs {run}/candidates, which is not there; run the stage candidates first (`rerank run " in line
     )
     assert f"run the stage data first (`rerank run RECIPE_DIR --out {tmp_path}" in refusal(
-        capsys, path, "--run-dir", tmp_path
+        capsys, "probe", path, "--run-dir", tmp_path
     )
 
 
 def test_what_the_recipe_lacks_or_the_command_cannot_use_is_named(run, tmp_path, capsys):
     path = write_recipe(tmp_path, run, NAIVE, num_generations=1)
-    assert "num_generations is 1 but must be an integer of at least 2" in refusal(capsys, path)
+    assert "num_generations is 1 but must be an integer of at least 2" in refusal(capsys, "probe", path)
     write_recipe(tmp_path, run, [])
-    assert "rewards is [] but must be a list of at least one reward" in refusal(capsys, path)
+    assert "rewards is [] but must be a list of at least one reward" in refusal(capsys, "probe", path)
     write_recipe(tmp_path, run, NAIVE)
-    assert "rows is -1 but must be at least 1, or 0 for all" in refusal(capsys, path, "--rows", "-1")
-    assert "max-share is 25.0 but must be from 0 to 1, such as 0.25" in refusal(capsys, path, "--max-share", "25")
-    assert "does not exist; give the path of a recipe file" in refusal(capsys, tmp_path / "none.yaml")
+    assert "rows is -1 but must be at least 1, or 0 for all" in refusal(capsys, "probe", path, "--rows", "-1")
+    assert "max-share is 25.0 but must be from 0 to 1, such as 0.25" in refusal(
+        capsys, "probe", path, "--max-share", "25"
+    )
+    assert "does not exist; give the path of a recipe file" in refusal(capsys, "probe", tmp_path / "none.yaml")
     path.write_text(json.dumps({"rewards": NAIVE}))
-    assert "7_dapo.yaml: run_dir is missing; add it, or give --run-dir" in refusal(capsys, path)
+    assert "7_dapo.yaml: run_dir is missing; add it, or give --run-dir" in refusal(capsys, "probe", path)
     split = {"row_id": list(TARGET_RANKS), "used_for": ["dapo", "sft", "sft", "sft", "sft"]}
     pq.write_table(pa.table(split), run / "traces/row_split.parquet")
-    line = refusal(capsys, path, "--run-dir", run)
+    line = refusal(capsys, "probe", path, "--run-dir", run)
     assert "the target of all 1 rows is first already, so there is nothing to gain; add rows" in line
 
 
@@ -353,7 +395,9 @@ BROKEN = {
 def test_a_broken_reward_of_a_user_is_one_line_with_its_name_and_row(run, tmp_path, capsys, body):
     (tmp_path / "my.py").write_text(f"def f(completions, **columns):\n    {body}\n")
     path = write_recipe(tmp_path, run, [{"name": f"{tmp_path}/my.py:f"}])
-    assert re.search(BROKEN[body].replace("my:f", "f").replace("my.py", f"{tmp_path}/my.py"), refusal(capsys, path))
+    assert re.search(
+        BROKEN[body].replace("my:f", "f").replace("my.py", f"{tmp_path}/my.py"), refusal(capsys, "probe", path)
+    )
 
 
 CONDITIONS = {
@@ -372,5 +416,5 @@ def test_a_predicate_that_is_none_is_one_line_with_its_name_and_row(run, tmp_pat
         "def one(completions, **columns):\n    return [True]\n"
     )
     name_there = name.replace("my.py", f"{tmp_path}/my.py")
-    path = write_recipe(tmp_path, run, [RANK, {**FORM, "when": name_there}])
-    assert re.search(CONDITIONS[name], refusal(capsys, path))
+    path = write_recipe(tmp_path, run, [RANK, {**FORM, "condition": name_there}])
+    assert re.search(CONDITIONS[name], refusal(capsys, "probe", path))

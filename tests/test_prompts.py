@@ -1,5 +1,6 @@
 import re
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -9,10 +10,11 @@ from transformers import PreTrainedTokenizerFast
 from rerank import baselines, prompts
 from rerank.catalogue import Catalogue
 from rerank.prompts import FAILURES, Parsed, PromptSettings, candidate_labels, completion, parse_completion
+from rerank.rows import Prompter, RankingRow
 
 LABELS = ["<s_a_1><s_b_2>", "<s_a_1><s_b_3>", "<s_a_12><s_b_3>"]
 NUMBERS = [str(number) for number in range(1, 11)]
-ROW = {"history": [3, 0], "candidates": [1, 2], "features": [[1.0, 12.0, 0.25], [2.0, 0.0, 0.531]]}
+ROW = RankingRow(0, (3, 0), (1, 2), features=np.array([[1.0, 12.0, 0.25], [2.0, 0.0, 0.531]], dtype=np.float32))
 FEATURE_NAMES = ["place", "direct_last", "cosine_last"]
 EDGES = {"direct_last": [1, 2, 3, 4, 5, 6, 7, 10, 20], "cosine_last": [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]}
 
@@ -25,8 +27,12 @@ def catalogue():
     )
 
 
+def message(catalogue, shown):
+    return Prompter(catalogue, shown, FEATURE_NAMES, EDGES).message(ROW)
+
+
 def test_a_full_prompt_shows_history_and_candidates_with_titles_and_categories(catalogue):
-    lines = prompts.rerank_prompt(ROW, catalogue, PromptSettings()).split("\n")
+    lines = message(catalogue, PromptSettings()).split("\n")
     assert "re-ranker" in lines[0] and "2 candidates" in lines[0] and "write the ids" in lines[0]
     assert lines[1:] == [
         "History:",
@@ -42,7 +48,7 @@ def test_a_short_prompt_of_ids_and_codes_has_its_history_on_one_line(catalogue):
     shown = PromptSettings(
         item_fields=["semantic_id"], evidence="codes", evidence_names=["direct_last", "cosine_last"], task="short"
     )
-    assert prompts.rerank_prompt(ROW, catalogue, shown, EDGES, FEATURE_NAMES) == (
+    assert message(catalogue, shown) == (
         "Rank:\nHistory:<s_a_7><s_b_8><s_a_1><s_b_2>\nCandidates:\n"
         "<s_a_1><s_b_3> next:8 like:2\n"  # 12 has 8 of the edges at or below it, 0.25 has 2
         "<s_a_12><s_b_3> next:0 like:5"
@@ -51,7 +57,7 @@ def test_a_short_prompt_of_ids_and_codes_has_its_history_on_one_line(catalogue):
 
 def test_evidence_in_words_gives_the_raw_values(catalogue):
     shown = PromptSettings(evidence="words", evidence_names=["direct_last", "cosine_last"])
-    lines = prompts.rerank_prompt(ROW, catalogue, shown, {}, FEATURE_NAMES).split("\n")
+    lines = message(catalogue, shown).split("\n")
     assert lines[-2] == (
         "<s_a_1><s_b_3> Alien: chosen next by 12 others after the last item; similarity 0.25 to the last item"
     )
@@ -60,38 +66,32 @@ def test_evidence_in_words_gives_the_raw_values(catalogue):
 
 def test_numbered_candidates_are_ranked_by_number(catalogue):
     shown = PromptSettings(ranking="number", item_fields=["semantic_id"])
-    lines = prompts.rerank_prompt(ROW, catalogue, shown).split("\n")
+    lines = message(catalogue, shown).split("\n")
     assert lines[-2:] == [" 1.<s_a_1><s_b_3>", " 2.<s_a_12><s_b_3>"]
     assert "write the numbers" in lines[0]
-    assert candidate_labels(ROW, catalogue, shown) == ["1", "2"]
-    assert candidate_labels(ROW, catalogue, PromptSettings()) == ["<s_a_1><s_b_3>", "<s_a_12><s_b_3>"]
+    assert candidate_labels(ROW.candidates, catalogue, shown) == ["1", "2"]
+    assert candidate_labels(ROW.candidates, catalogue, PromptSettings()) == ["<s_a_1><s_b_3>", "<s_a_12><s_b_3>"]
 
 
 def test_only_the_latest_history_is_shown(catalogue):
-    text = prompts.rerank_prompt(ROW, catalogue, PromptSettings(max_history=1))
+    text = message(catalogue, PromptSettings(max_history=1))
     assert "Dune" in text and "Heat" not in text
 
 
 def test_knowledge_priming_is_one_sentence_that_can_be_left_out(catalogue):
-    texts = [prompts.rerank_prompt(ROW, catalogue, PromptSettings(knowledge_priming=on)) for on in (False, True)]
+    texts = [message(catalogue, PromptSettings(knowledge_priming=on)) for on in (False, True)]
     assert ["conditioner" in text for text in texts] == [False, True]
 
 
 @pytest.mark.parametrize("ranking", ["semantic_id", "number"])
 def test_no_space_stands_before_an_id_token(catalogue, ranking):
     shown = PromptSettings(ranking=ranking, evidence="codes", evidence_names=["direct_last"])
-    assert not re.search(r"[ \t]<s_", prompts.rerank_prompt(ROW, catalogue, shown, EDGES, FEATURE_NAMES))
+    assert not re.search(r"[ \t]<s_", message(catalogue, shown))
 
 
-def test_every_fact_of_the_baselines_has_words():
-    assert tuple(prompts.FACTS) == baselines.EVIDENCE
+def test_every_fact_is_a_feature_and_has_a_short_word_of_its_own():
+    assert set(prompts.FACTS) <= set(baselines.FEATURES)
     assert len({short for short, _ in prompts.FACTS.values()}) == len(prompts.FACTS)
-
-
-def test_evidence_words_are_all_that_codes_can_write():
-    words = prompts.evidence_words(PromptSettings(evidence="codes", evidence_names=["direct_last", "lift"]))
-    assert words == [f"next:{n}" for n in range(10)] + [f"lift:{n}" for n in range(10)]
-    assert prompts.evidence_words(PromptSettings()) == []
 
 
 def test_settings_come_back_as_saved(tmp_path):
@@ -126,7 +126,7 @@ def test_settings_refuse_what_they_do_not_know(options, message):
 def test_missing_facts_are_named(catalogue):
     shown = PromptSettings(evidence="codes", evidence_names=["lift"])
     with pytest.raises(ValueError, match="evidence 'lift' has no feature or edges; run the candidates stage again"):
-        prompts.rerank_prompt(ROW, catalogue, shown, EDGES, FEATURE_NAMES)
+        message(catalogue, shown)
 
 
 @pytest.mark.parametrize("labels", [LABELS, NUMBERS])
@@ -287,8 +287,6 @@ TEMPLATE = (
 
 def test_render_ends_where_the_completion_starts():
     assert prompts.render(chat_tokenizer(TEMPLATE), "hello") == "<bos>user: hello\nassistant: "
-    with_system = prompts.render(chat_tokenizer(TEMPLATE), "hello", system="be brief")
-    assert with_system == "<bos>system: be brief\nuser: hello\nassistant: "
 
 
 def test_render_leaves_out_a_bos_that_the_tokenizer_adds():

@@ -1,15 +1,17 @@
 import json
 import shutil
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 from toy_run import CATALOGUE, NUM_ITEMS, toy_sequences, write_run
 
-from rerank import rank, recipe
-from rerank.baselines import Counts
-from rerank.evaluate.generation import Answer, RankingModel
+from rerank import rank
+from rerank.baselines import Counts, feature_rows
+from rerank.launch import recipe
+from rerank.models.ranker import Answer, RankingModel
 
 ROWS = [
     {"row_id": 5, "history": ["m0", "m1"], "candidates": ["m2", "m3", "m4", "m5"]},
@@ -42,18 +44,21 @@ def test_rows_read_alike_from_every_format(tmp_path, suffix):
 def test_encoded_rows_hold_items_and_the_features_of_the_saved_counts(model_dir):
     model = RankingModel.load(model_dir)
     first, second = rank.encode_rows(ROWS, model, "rows")
-    assert first["history"] == [0, 1] and second["candidates"] == [8, 9, 1, 0]
+    assert first.history == (0, 1) and second.candidates == (8, 9, 1, 0) and second.row_id == 2
     counts = Counts.fit(toy_sequences(), NUM_ITEMS)
-    assert first["features"] == counts.features([0, 1], [2, 3, 4, 5], [0.0] * 4).tolist()
-    prompts = model.prompts([first, second], model.tokenizer())
-    assert CATALOGUE.semantic_ids[5] + " Title 5 | drama next:" in prompts[0]
+    alone = feature_rows(counts, [np.array([0, 1])], np.array([[2, 3, 4, 5]]), np.zeros((1, 4)), None)
+    assert np.array_equal(first.features, alone[0])
+    shorter = rank.encode_rows([ROWS[1], {**ROWS[0], "candidates": ["m2", "m3"]}, ROWS[0]], model, "rows")
+    assert shorter[1].features.shape == (2, len(first.features[0]))
+    assert np.array_equal(shorter[2].features, alone[0])  # whatever the lists beside it
+    assert CATALOGUE.semantic_ids[5] + " Title 5 | drama next:" in model.with_tokenizer().prompter.prompt(first)
 
 
 def test_ids_that_are_numbers_are_found_and_written_back_as_numbers(model_dir, tmp_path):
     model = RankingModel.load(model_dir)
-    model.catalogue.item_ids[:] = [str(item) for item in range(NUM_ITEMS)]
+    model.prompter.catalogue.item_ids[:] = [str(item) for item in range(NUM_ITEMS)]
     record = {"history": [3], "candidates": [4, 5]}
-    assert rank.encode_rows([record], model, "rows")[0]["candidates"] == [4, 5]
+    assert rank.encode_rows([record], model, "rows")[0].candidates == (4, 5)
     assert rank.add_answer(record, Answer([1, 0], None, "why", "", 3, False))["ranking"] == [5, 4]
 
 

@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from rerank import recipe, run_dir
+from rerank.launch import recipe, run_dir
+from rerank.launch.files import write_json
+from rerank.launch.recipe import check_choice, check_range
 
 # Three launches of one stage in one process, each as `python -m rerank.data` would be.
 LAUNCH = """
 import sys
-from rerank import recipe
+from rerank.launch import recipe
 for words in (sys.argv[1:], sys.argv[1:], [*sys.argv[1:], "--num_test=2"]):
     sys.argv[1:] = words
     try:
@@ -62,37 +64,48 @@ def test_numbers_that_yaml_reads_as_text_become_numbers():
     assert training_args.output_dir == "runs/ml100k/sft.partial/checkpoints"
 
 
-def test_a_value_of_the_wrong_type_is_refused_with_the_type_it_should_have():
-    with pytest.raises(ValueError, match="4.yaml: num_candidates is 3.7 but must be int"):
-        recipe.resolve("candidates", {"run_dir": "run", "num_candidates": 3.7}, "4.yaml")
-    with pytest.raises(ValueError, match="4.yaml: num_candidates is True but must be int"):
-        recipe.resolve("candidates", {"run_dir": "run", "num_candidates": True}, "4.yaml")
-    with pytest.raises(ValueError, match=r"5.yaml: item_fields is 'title' but must be list\[str\]"):
-        recipe.resolve("traces", {"run_dir": "run", "teacher": "evidence", "item_fields": "title"}, "5.yaml")
-    with pytest.raises(ValueError, match="6.yaml: learning_rate is 'fast' but must be float"):
-        recipe.resolve("sft", {"run_dir": "run", "learning_rate": "fast"}, "6.yaml")
-
-
 def test_a_number_is_text_where_text_is_wanted():
     (args,) = recipe.resolve("data", {"run_dir": 7, "interactions": "x.csv"}, "1.yaml")
     assert args.run_dir == "7"
 
 
-def test_an_unknown_key_is_refused_with_the_nearest_known_ones():
-    keys = {"run_dir": "run", "num_candidate": 5}
-    with pytest.raises(ValueError, match="4.yaml: unknown key 'num_candidate'; did you mean num_candidates"):
-        recipe.resolve("candidates", keys, "4.yaml")
-    with pytest.raises(ValueError, match="4.yaml: unknown key 'xyzzy'; `--help` of the stage lists its keys"):
-        recipe.resolve("candidates", {"run_dir": "run", "xyzzy": 5}, "4.yaml")
+REFUSED = [
+    ("candidates", {"num_candidates": 3.7}, "num_candidates is 3.7 but must be int"),
+    ("candidates", {"num_candidates": True}, "num_candidates is True but must be int"),
+    ("traces", {"teacher": "evidence", "item_fields": "title"}, "item_fields is 'title' but must be list\\[str\\]"),
+    ("sft", {"learning_rate": "fast"}, "learning_rate is 'fast' but must be float"),
+    ("sft", {"max_minutes": []}, "max_minutes is \\[\\] but must be float | None"),
+    ("candidates", {"num_candidate": 5}, "unknown key 'num_candidate'; did you mean num_candidates"),
+    ("candidates", {"xyzzy": 5}, "unknown key 'xyzzy'; `--help` of the stage lists its keys"),
+    ("dapo", {"overlong_tokens": 8}, "the key 'overlong_tokens' is gone; .*overlong"),
+    ("data", {}, "interactions is missing; add it to the recipe or give --interactions"),
+    ("candidates", {"run_dir": ""}, "run_dir is empty; name the folder of the run"),
+    ("candidates", {"num_candidates": 1}, "num_candidates is 1 but must be at least 2"),
+]
 
 
-def test_a_missing_key_and_a_value_out_of_range_name_the_recipe():
-    with pytest.raises(ValueError, match="1.yaml: interactions is missing; add it to the recipe or give --inter"):
-        recipe.resolve("data", {"run_dir": "run"}, "1.yaml")
-    with pytest.raises(ValueError, match="4.yaml: run_dir is empty; name the folder of the run"):
-        recipe.resolve("candidates", {"run_dir": ""}, "4.yaml")
-    with pytest.raises(ValueError, match="4.yaml: num_candidates is 1 but a list to re-rank has at least 2"):
-        recipe.resolve("candidates", {"run_dir": "run", "num_candidates": 1}, "4.yaml")
+@pytest.mark.parametrize(("stage", "keys", "message"), REFUSED)
+def test_a_key_or_value_that_does_not_fit_is_refused_with_the_recipes_name(stage, keys, message):
+    with pytest.raises(ValueError, match=f"^9.yaml: {message}"):
+        recipe.resolve(stage, {"run_dir": "run"} | keys, "9.yaml")
+
+
+def test_a_choice_and_a_range_name_what_is_allowed():
+    check_choice("split", "test", ("test", "valid"))
+    with pytest.raises(ValueError, match="^split is 'train' but must be one of test, valid$"):
+        check_choice("split", "train", ("test", "valid"))
+    for value, bounds in ((1, {"least": 1}), (1, {"most": 1}), (0.5, {"above": 0, "below": 1})):
+        check_range("share", value, **bounds)
+    for value, bounds, words in (
+        (0, {"least": 1}, "at least 1"),
+        (2, {"least": 0, "most": 1}, "at least 0 and at most 1"),
+        (0, {"above": 0, "most": 1}, "above 0 and at most 1"),
+        (1, {"least": 0, "below": 1}, "at least 0 and below 1"),
+        (float("nan"), {"above": 0}, "above 0"),
+        (float("inf"), {"least": 0}, "at least 0"),
+    ):
+        with pytest.raises(ValueError, match=f"^share is {value} but must be {words}$"):
+            check_range("share", value, **bounds)
 
 
 def test_the_resolved_recipe_has_the_defaults_of_the_stage_and_what_was_given_to_the_trainer():
@@ -108,7 +121,7 @@ def test_an_input_is_there_or_made_before(tmp_path):
     with pytest.raises(FileNotFoundError, match="semantic_ids needs .*data, which is not there; run the stage data"):
         recipe.check_inputs("semantic_ids", args)
     (tmp_path / "data").mkdir()
-    run_dir.write_json(tmp_path / "data/stage.json", {})
+    write_json(tmp_path / "data/stage.json", {})
     recipe.check_inputs("semantic_ids", args)
 
 

@@ -9,50 +9,39 @@ import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 
-from rerank import cli, pipeline, plugins, recipe, run_dir
+from rerank import cli, scoring
+from rerank.launch import pipeline, recipe
+from rerank.launch.stages import STAGES
+from rerank.losses import load_losses
 
 ACCELERATE = sorted(Path("recipes/accelerate").glob("*.yaml"))
-RECIPES = sorted(path for path in Path("recipes").glob("*/*.y*ml") if path not in ACCELERATE)
+REWARDS = sorted(Path("recipes/rewards").glob("*.yaml"))
+RECIPES = sorted({*Path("recipes").glob("*/*.y*ml")} - {*ACCELERATE, *REWARDS})
 FOLDERS = sorted({path.parent for path in RECIPES})
-STAGES = "|".join(sorted(run_dir.STAGES, key=len, reverse=True))
-NAME = re.compile(rf"(\d+)_({STAGES})(_\w+)?\.yaml")  # 7_dapo.yaml, and variants such as 7_dapo_naive.yaml
+NAME = re.compile(rf"(\d+)_({'|'.join(sorted(STAGES, key=len, reverse=True))})(_\w+)?\.yaml")  # a variant has a suffix
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=str)
 def test_a_recipe_is_named_after_its_stage_and_resolves(path):
     match = NAME.fullmatch(path.name)
     assert match, f"{path} is not named as <number>_<stage>[_<variant>].yaml"
-    assert int(match[1]) == run_dir.STAGES.index(match[2]) + 1
+    assert int(match[1]) == list(STAGES).index(match[2]) + 1
     arguments = recipe.resolve(match[2], recipe.load(path), str(path))
     if match[2] == "dapo":
-        from rerank.dapo import REWARD_COLUMNS
-
-        assert plugins.load_rewards(arguments[0].rewards, REWARD_COLUMNS)
+        assert scoring.load_rewards(arguments[0].rewards)
     if match[2] == "sft":
-        from rerank.losses import load_losses
-
         assert load_losses(arguments[0].losses, arguments[0].task)
+    if match[3]:  # which `rerank run` leaves alone
+        assert path not in [step.path for step in pipeline.read_steps(path.parent, None, [])]
 
 
-RANK, FORM = {"name": "rank_promotion", "weight": 1.0}, {"name": "well_formed", "weight": 0.2}
-DAPO_VARIANTS = {
-    "naive": {"rewards": [RANK, FORM]},
-    "conditional_literal": {"rewards": [RANK, {**FORM, "when": "promoted_or_first"}]},
-    "report": {"rewards": [{"name": "auc", "weight": 1.0, "when": "not_a_suboptimal_copy"}, FORM]},
-    "shuffled": {"shuffle_candidates": True},
-}
-
-
-@pytest.mark.parametrize("name", DAPO_VARIANTS)
-@pytest.mark.parametrize("folder", ["ml100k", "beauty_tiny"])
-def test_a_variant_of_dapo_differs_in_what_it_is_named_after_alone(folder, name):
-    main, path = Path(f"recipes/{folder}/7_dapo.yaml"), Path(f"recipes/{folder}/7_dapo_{name}.yaml")
-    assert recipe.load(main)["rewards"] == [RANK, {**FORM, "when": "promoted_or_kept_first"}]
-    assert recipe.load(path) == {**recipe.load(main), **DAPO_VARIANTS[name]}
-    comment = path.read_text().partition("run_dir:")[0]
-    assert comment.startswith("# A variant that `rerank run` leaves alone: ")
-    assert "R = " in comment and "arXiv:" in comment
-    assert path.name not in {step.path.name for step in pipeline.read_steps(path.parent, None, [])}
+def test_reward_files_hold_the_published_rewards_with_their_sources():
+    assert [path.stem for path in REWARDS] == ["literal", "naive", "report"]
+    for path in REWARDS:
+        keys = recipe.load(path)
+        assert list(keys) == ["rewards"] and scoring.load_rewards(keys["rewards"])
+        comment = path.read_text().partition("rewards:")[0]
+        assert "R = " in comment and "arXiv:" in comment
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=str)
@@ -63,7 +52,8 @@ def test_the_recipes_of_a_folder_share_a_run_of_its_name(folder):
 def test_every_place_to_run_has_its_file():
     names = "cpu cpu_2proc one_gpu ddp fsdp2 zero2 zero3 multi_node"
     assert sorted(path.stem for path in ACCELERATE) == sorted(names.split())
-    assert Path(pipeline.DEFAULT_ACCELERATE) in ACCELERATE
+    for command in ("run", "compare"):
+        assert Path(cli._parser().parse_args([command, "recipes/ml100k"]).accelerate) in ACCELERATE
 
 
 @pytest.mark.parametrize("path", ACCELERATE, ids=str)
@@ -104,7 +94,7 @@ def test_a_recipe_folder_passes_its_dry_run(folder, data_dirs, tmp_path, capsys)
     assert cli.main(["run", str(folder), "--out", str(tmp_path / "run"), "--dry-run"]) == 0
     lines = capsys.readouterr().out.splitlines()
     launched = [line.split()[5] for line in lines if line.startswith("accelerate launch ")]
-    stages = [stage for stage in run_dir.STAGES if list(folder.glob(f"*_{stage}.yaml"))]
+    stages = [stage for stage in STAGES if list(folder.glob(f"*_{stage}.yaml"))]
     assert launched == [f"rerank.{stage}" for stage in stages] and len(stages) == (
         5 if folder.name.endswith(("_next", "_sets")) else 8
     )

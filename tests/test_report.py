@@ -9,21 +9,19 @@ from pathlib import Path
 
 import pytest
 from playwright.sync_api import sync_playwright
-from test_rollouts import cut_off, damage_inside, make_rollout
-from test_rollouts import write as write_rollouts
-from toy_run import finish, write_run
+from toy_run import cut_off, damage_inside, finish, rollout, write_rollouts, write_run
 
-from rerank import cli, report, run_dir
-from rerank import page as page_parts
+from rerank import cli, report
 from rerank.catalogue import Catalogue
 from rerank.evaluate import write_rankings
-from rerank.evaluate.generation import read_answer
-from rerank.evaluate.results import Ranking, Sampling, make_results
-from rerank.evaluate.rows import read_rows
-from rerank.page import json_text
+from rerank.launch.files import write_json
+from rerank.models.ranker import read_answer
 from rerank.report import cheating, rollouts
+from rerank.report import page as page_parts
+from rerank.report.page import json_text
 from rerank.report.rows import read_ranked_rows, sample_rows
-from rerank.rollout_groups import RolloutGroups
+from rerank.results.rankings import EvaluatedRows, Ranking, make_results
+from rerank.rollouts.groups import RolloutGroups
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 ATTACK = "</pre></script><script>alert(2)</script>"
@@ -33,20 +31,15 @@ def toy_rollouts() -> list[dict]:
     """Two groups of each of two steps; one completion attacks the page, of another the bytes are no UTF-8."""
     prompt = "Candidates:<s_a_0><s_b_0><s_a_0><s_b_1><s_a_0><s_b_2>"
     lost = {"order": None, "failure": "no_trace_end", "target_rank_after": None, "reward": -1.0, "truncated": True}
-    equal = {
-        "kept": False,
-        "discard_reason": "all_equal",
-        "advantage": 0.0,
-        "target_rank_after": 2,
-        "order": [0, 1, 2],
-    }
+    equal = {"kept": False, "discard_reason": "all_equal", "advantage": 0.0, "reward": 0.0}
+    equal |= {"target_rank_after": 2, "order": [0, 1, 2]}
     rollouts = []
     for step in range(2):
         rollouts += [
-            make_rollout(step, prompt=prompt),
-            make_rollout(step, prompt=prompt, completion=ATTACK + "<!-- \x1b[2J & \udcff", **lost),
-            make_rollout(step, 1, prompt=prompt, completion="<think></think>1,2,3", reward=0.0, **equal),
-            make_rollout(step, 1, prompt=prompt, completion="<think>same</think>1,2,3", reward=0.0, **equal),
+            rollout(step, prompt=prompt),
+            rollout(step, prompt=prompt, completion=ATTACK + "<!-- \x1b[2J & \udcff", **lost),
+            rollout(step, 1, prompt=prompt, completion="<think></think>1,2,3", **equal),
+            rollout(step, 1, prompt=prompt, completion="<think>same</think>1,2,3", **equal),
         ]
     return rollouts
 
@@ -55,7 +48,7 @@ def toy_rollouts() -> list[dict]:
 def run(tmp_path_factory) -> Path:
     """A run whose sft model moves the first candidate to the end, and writes no ranking on the last row."""
     folder = write_run(tmp_path_factory.mktemp("report") / "run <b>")
-    evaluated = read_rows(folder / "candidates", "test")
+    evaluated = EvaluatedRows.load(folder / "candidates", "test")
     orders = [[1, 2, 3, 0] for _ in evaluated.rows]
     labels = ["<s_a_0>", "<s_a_1>", "<s_a_2>", "<s_a_3>"]
     texts = [f"<think>{ATTACK}</think>" + "".join(labels[position] for position in order) for order in orders]
@@ -66,18 +59,17 @@ def run(tmp_path_factory) -> Path:
         Ranking("random", None),
         Ranking.of_answers("sft", answers, 1.0),
     ]
-    sampling = Sampling(evaluated.users, 50, 0)
-    results = make_results(rankings, evaluated.relevance, "test", evaluated.hit_share, evaluated.num_all, sampling)
+    results = make_results(rankings, evaluated, 50)
     write_rollouts(folder / "dapo/rollouts", *toy_rollouts())
     (folder / "evaluate").mkdir()
-    run_dir.write_json(folder / "evaluate/results.json", results)
+    write_json(folder / "evaluate/results.json", results)
     write_rankings(rankings, evaluated.rows, folder / "evaluate/rankings.parquet")
     report.write_report(folder, folder / "evaluate", folder / "evaluate/report.html")
     return folder
 
 
 def test_the_page_has_the_section_on_semantic_ids(run, page):
-    from rerank.semantic_ids import id_report
+    from rerank.report import semantic_ids as id_report
 
     assert '<h2 id="ids">Semantic ids</h2>' in page
     for name, value in id_report.facts(id_report.read_quality(run)):
@@ -150,14 +142,10 @@ def test_the_page_carries_every_rollout_of_a_small_run_and_nothing_ends_its_scri
     assert "All 8 rollouts of the run." in page and data["num_rollouts"] == 8
     rollout = dict(zip(data["rollout_fields"], data["rollouts"][1], strict=True))
     assert rollout["completion"] == ATTACK + "<!-- \\x1b[2J & ?"  # bytes that were no UTF-8 were stored as ?
-    assert (rollout["failure"], rollout["truncated"], rollout["tokens"], rollout["reward"]) == (
-        "no_trace_end",
-        1,
-        2,
-        -1,
-    )
+    values = [rollout[name] for name in ("failure", "truncated", "tokens", "reward")]
+    assert values == ["no_trace_end", 1, 2, -1]
     assert data["rewards"] == ["rank_promotion", "well_formed"]
-    assert rollout["reward_components"] == [0.3333, None] and rollout["reward_gates"] == [1]
+    assert rollout["reward_components"] == [0.3333, None] and rollout["conditions"] == [1]
     group = dict(zip(data["group_fields"], data["groups"][rollout["group"]], strict=True))
     assert [data["items"][item] for item in group["candidates"]] == [
         ["<script>alert(1)</script>", "<s_a_0><s_b_0>"],
@@ -170,25 +158,19 @@ def test_the_page_carries_every_rollout_of_a_small_run_and_nothing_ends_its_scri
 
 def test_the_page_holds_the_signs_of_cheating(page):
     # per step: one ranking of three copies nothing, two copy; one completion of four is no ranking
-    for fact in (
-        "rankings that copy the input order</th><td>0.667<",
-        "completions that are no ranking</th><td>0.250<",
-    ):
-        assert fact in page
+    assert "rankings that copy the input order</th><td>0.667<" in page
+    assert "completions that are no ranking</th><td>0.250<" in page
     charts = {chart["title"]: chart for chart in charts_of(page)}
     origins = charts["Where the item ranked first came from, share of rankings"]["data"][0]
     assert (origins["x"], origins["y"]) == ([1, 2, 3], [0.6667, 0.3333, 0])
     failures = charts["Completions that are no ranking, by kind"]["data"]
-    assert [(line["name"], line["y"]) for line in failures] == [
-        ("no_trace_end", [0.25, 0.25]),
-        ("truncated", [0.25, 0.25]),
-    ]
+    assert {line["name"]: line["y"] for line in failures} == dict.fromkeys(("no_trace_end", "truncated"), [0.25, 0.25])
 
 
 def test_of_a_big_run_groups_of_every_step_and_outcome_are_drawn_within_the_limit(tmp_path):
     equal = {"kept": False, "discard_reason": "all_equal"}
-    records = [make_rollout(step, group, completion="x" * 500) for step in range(3) for group in range(20)]
-    records += [make_rollout(step, 20, completion="y\x1b" * 250, **equal) for step in range(3)]
+    records = [rollout(step, group, completion="x" * 500) for step in range(3) for group in range(20)]
+    records += [rollout(step, 20, completion="y\x1b" * 250, **equal) for step in range(3)]
     write_rollouts(tmp_path, *records)
     drawn = rollouts.sample(RolloutGroups(tmp_path), max_bytes=12_000)
     assert len(json_text(drawn)) <= 12_000 and drawn["num_rollouts"] == 63
@@ -199,22 +181,26 @@ def test_of_a_big_run_groups_of_every_step_and_outcome_are_drawn_within_the_limi
 
 
 def test_numbers_of_many_rollouts_are_read_in_parts(tmp_path, monkeypatch):
-    records = [make_rollout(step, reward=step / 10) for step in range(5) for _ in range(3)]
+    records = [rollout(step, reward=step / 10) for step in range(5) for _ in range(3)]
     write_rollouts(tmp_path, *records)
-    whole = cheating.numbers_by_step(tmp_path, None)
+    groups = RolloutGroups(tmp_path)
+    whole = cheating.by_step(groups)
     monkeypatch.setattr(cheating, "ROLLOUTS_AT_ONCE", 7)
-    assert whole.equals(cheating.numbers_by_step(tmp_path, None))
+    assert whole.equals(cheating.by_step(groups))
     assert whole["reward"].tolist() == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4])
 
 
-@pytest.mark.parametrize("damage", [cut_off, damage_inside])
-def test_a_page_of_a_damaged_run_says_what_is_lost(tmp_path, damage):
-    write_rollouts(tmp_path / "dapo/rollouts", *(make_rollout(step) for step in range(4)))
-    damage(tmp_path / "dapo/rollouts/part-00000002-0.parquet")
+def test_a_page_of_a_damaged_run_says_what_is_lost(tmp_path):
+    write_rollouts(tmp_path / "dapo/rollouts", *(rollout(step) for step in range(4)))
+    finish(tmp_path / "data")
+    cut_off(tmp_path / "dapo/rollouts/part-00000002-0.parquet")
     report.write_report(tmp_path, tmp_path / "evaluate", tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
     assert "1 file of rollouts cut off or damaged and left out" in page
     assert "3 of 3 readable rollouts" in page and "All 3 rollouts" not in page
+    damage_inside(tmp_path / "dapo/rollouts/part-00000001-0.parquet")
+    report.write_report(tmp_path, tmp_path / "evaluate", tmp_path / "report.html")
+    assert "part-00000001-0.parquet is damaged; delete it." in (tmp_path / "report.html").read_text()
 
 
 def test_long_lines_are_thinned_to_points_that_end_where_they_did():
@@ -349,7 +335,7 @@ def test_a_run_so_far_says_what_is_missing(tmp_path, capsys):
 
 
 def test_rollouts_alone_are_reported(tmp_path):
-    write_rollouts(tmp_path / "rollouts", make_rollout())
+    write_rollouts(tmp_path / "rollouts", rollout())
     report.write_report(tmp_path / "rollouts", tmp_path / "evaluate", tmp_path / "page.html")
     data = rollouts_of((tmp_path / "page.html").read_text())
     assert len(data["rollouts"]) == 1 and ["1", ""] in data["items"]  # no catalogue: items by number
@@ -359,7 +345,7 @@ def test_an_evaluation_of_another_task_is_named(tmp_path):
     for stage in ("data", "evaluate"):
         (tmp_path / stage).mkdir()
         finish(tmp_path / stage, {})
-    run_dir.write_json(tmp_path / "evaluate/results.json", {"task": "next_item"})
+    write_json(tmp_path / "evaluate/results.json", {"task": "next_item"})
     report.write_report(tmp_path, tmp_path / "evaluate", tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
     assert "The evaluation is of the task next_item; its table is evaluate/results.md." in page

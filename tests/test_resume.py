@@ -1,4 +1,4 @@
-"""Killed at any moment, the same command goes on from the last checkpoint; nothing of a killed run stays behind."""
+"""Killed at any moment, the same command resumes from the last checkpoint; nothing of a killed run stays behind."""
 
 import json
 import os
@@ -11,7 +11,9 @@ import pytest
 from toy_recipe import TOY, copy_stages, environment, run_words
 from transformers import AutoModelForCausalLM
 
-from rerank import cli, rollouts, run_dir, stopping
+from rerank import cli
+from rerank.launch import run_dir, stopping
+from rerank.rollouts import store as rollouts
 
 PATIENCE = 300  # seconds for a launch, which takes 15 on a quiet machine
 BATCH = 8
@@ -22,12 +24,12 @@ STAGES = {"midtrain": ("semantic_ids", 300, 20), "dapo": ("sft", 14, 2)}
 class Launched:
     """A `rerank run` of one stage in the background, its output in a file."""
 
-    def __init__(self, toy_run, run, stage, words, log):
+    def __init__(self, run, stage, words, log):
         self.run, self.stage, self.log = run, stage, log
         with log.open("w") as output:
             self.process = subprocess.Popen(
                 run_words(run, "--only", stage, *words),
-                env=environment(toy_run.data), stdout=output, stderr=subprocess.STDOUT,
+                env=environment(), stdout=output, stderr=subprocess.STDOUT,
                 preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job ignores it
             )  # fmt: skip
 
@@ -81,17 +83,17 @@ def kill_trainer(launched):
     os.kill(launched.trainer(), signal.SIGKILL)
     assert launched.end() == 1
     assert_gone(processes)
-    assert f"[1/1] {launched.stage} failed with exit code 1; the same command goes on" in launched.log.read_text()
+    assert f"[1/1] {launched.stage} failed with exit code 1; the same command continues" in launched.log.read_text()
 
 
 @pytest.fixture
-def launch(toy_run, tmp_path):
+def launch(tmp_path):
     """Start runs; whatever is left of them at the end is killed."""
     started = []
 
     def start(run, stage, *words):
         log = tmp_path / f"log-{len(started)}"
-        started.append(Launched(toy_run, run, stage, words, log))
+        started.append(Launched(run, stage, words, log))
         return started[-1]
 
     yield start
@@ -102,7 +104,7 @@ def launch(toy_run, tmp_path):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_killed_stage_goes_on_from_its_last_checkpoint(toy_run, tmp_path, launch, stage):
+def test_a_killed_stage_resumes_from_its_last_checkpoint(toy_run, tmp_path, launch, stage):
     before, steps, save_steps = STAGES[stage]
     run = copy_stages(toy_run.run, tmp_path / "run", before)
     words = (f"{stage}.max_steps={steps}", f"{stage}.save_steps={save_steps}")
@@ -158,4 +160,4 @@ def test_a_second_run_names_the_first_and_ctrl_c_leaves_a_checkpoint(toy_run, tm
     assert first.end() == 130
     assert_gone(processes)
     assert first.last_step() > 0
-    assert "[1/1] midtrain was stopped; the same command goes on from here" in first.log.read_text()
+    assert "[1/1] midtrain was stopped; the same command continues from here" in first.log.read_text()

@@ -17,8 +17,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rerank.plugins import TRAINER_COLUMNS, known_names, load_function
+from rerank.plugins import known_names, load_function
 from rerank.prompts import completion
+from rerank.rows import PromptedRow, RankingRow, reward_columns
+from rerank.scoring import TRAINER_COLUMNS
 from rewards.auc import auc
 from rewards.conditions.not_a_suboptimal_copy import not_a_suboptimal_copy
 from rewards.conditions.promoted_or_first import promoted_or_first
@@ -50,18 +52,14 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("plugin", pairs, ids=[name for name, _ in pairs])
 
 
+LIMIT = 4100  # tokens of a completion: the punishment of the paper's 4,096 last ones begins after four
+
+
 def make_row(row_id, relevance, first_stage_ranks):
-    most = [rank for rank, gain in zip(first_stage_ranks, relevance, strict=True) if gain == max(relevance)]
-    return {
-        "row_id": row_id,
-        "user": row_id // 2,
-        "history": [9, 8],
-        "candidates": [10 + n for n in range(len(LABELS))],
-        "relevance": relevance,
-        "candidate_labels": LABELS,
-        "first_stage_ranks": first_stage_ranks,
-        "target_rank": min(most),
-    }
+    """The columns of a row over five candidates."""
+    candidates = tuple(10 + n for n in range(len(LABELS)))
+    row = RankingRow(row_id, (9, 8), candidates, tuple(relevance), row_id // 2, tuple(first_stage_ranks))
+    return {name: values[0] for name, values in reward_columns([PromptedRow(row, PROMPT, LABELS, LIMIT)]).items()}
 
 
 ROWS = [
@@ -94,7 +92,6 @@ def score(function, pairs):
     columns = {key: [copy.deepcopy(row[key]) for row, _ in pairs] for key in ROWS[0]}
     texts = [text for _, text in pairs]
     trainer = {
-        "prompts": [PROMPT] * len(texts),
         "completion_ids": [list(map(ord, text)) for text in texts],
         "trainer_state": None,
         "log_extra": None,
@@ -365,13 +362,20 @@ def test_grounded_reads_numbers_and_facts_of_numbered_candidates():
 
 
 def test_overlong_follows_the_cases_of_its_equation():
-    function = load_function("overlong", "rewards", max_tokens=100, cache_tokens=20)
-    ids = [[7] * length for length in (0, 80, 85, 90, 100, 101)]
-    # (80 - 85) / 20, (80 - 90) / 20, (80 - 100) / 20
-    assert function([""] * 6, completion_ids=ids) == [0.0, 0.0, -0.25, -0.5, -1.0, -1.0]
-    assert overlong([""], completion_ids=[[7] * 16384]) == [0.0]
-    with pytest.raises(ValueError, match="cache_tokens is 30 but must be from 0 to max_tokens, 20"):
-        overlong([""], completion_ids=[[7]], max_tokens=20, cache_tokens=30)
+    function = load_function("overlong", "rewards", cache_tokens=20)
+    ids = [[7] * length for length in (0, 80, 85, 90, 100, 101, 45)]
+    limits = [100] * 6 + [50]  # each row by its own
+    # (80 - 85) / 20, (80 - 90) / 20, (80 - 100) / 20, and (30 - 45) / 20
+    values = function([""] * 7, completion_ids=ids, max_completion_tokens=limits)
+    assert values == [0.0, 0.0, -0.25, -0.5, -1.0, -1.0, -0.75]
+    assert overlong([""] * 2, [[7] * 16384, [7] * 18432], max_completion_tokens=[20480] * 2) == [
+        0.0,
+        -0.5,
+    ]  # the paper's
+    with pytest.raises(
+        ValueError, match="cache_tokens is 30 but must be from 0 to the token limit of a completion, 20"
+    ):
+        overlong([""], completion_ids=[[7]], max_completion_tokens=[20], cache_tokens=30)
 
 
 def test_promoted_or_first_pays_whatever_becomes_of_a_first_target():

@@ -3,13 +3,15 @@ import io
 
 import pytest
 from rich.console import Console
-from test_rollouts import damage_inside, make_rollout, write
 from textual.widgets import DataTable, Input, Static
+from toy_run import damage_inside, rollout
+from toy_run import write_rollouts as write
 
-from rerank import cli, rollout_browser
+from rerank import cli
 from rerank.catalogue import Catalogue
-from rerank.rollout_browser import GroupList, GroupScreen, RolloutBrowser
-from rerank.rollout_groups import RolloutGroups
+from rerank.rollouts import browser as rollout_browser
+from rerank.rollouts.browser import GroupList, GroupScreen, RolloutBrowser
+from rerank.rollouts.groups import RolloutGroups
 
 ATTACK = "[red]oops[/red]\x1b[2J[@click=app.quit]x[/] \u202eback"
 
@@ -56,10 +58,10 @@ def status(app):
 
 
 def test_printing_shows_a_group_once_and_each_rollout(tmp_path):
-    lost = make_rollout(
-        completion=ATTACK, failure="no_trace_end", order=None, target_rank_after=None, truncated=True, reward_gates={}
+    lost = rollout(
+        completion=ATTACK, failure="no_trace_end", order=None, target_rank_after=None, truncated=True, conditions={}
     )
-    write_run(tmp_path, make_rollout(), {**lost, "kept": False, "discard_reason": "all_equal"})
+    write_run(tmp_path, rollout(), {**lost, "kept": False, "discard_reason": "all_equal"})
     text = printed(tmp_path)
     assert text.count("History") == 1
     assert "step 0, group 0, row 40, user 7: 2 rollouts" in text
@@ -75,13 +77,13 @@ def test_printing_shows_a_group_once_and_each_rollout(tmp_path):
 
 
 def test_printing_shows_the_incoming_order_of_shuffled_candidates(tmp_path):
-    write(tmp_path, make_rollout(first_stage_ranks=[3, 1, 2], candidates=[30, 10, 20], order=[2, 0, 1]))
+    write(tmp_path, rollout(first_stage_ranks=[3, 1, 2], candidates=[30, 10, 20], order=[2, 0, 1]))
     rows = [[c.strip() for c in line.split("│")[1:-1]] for line in printed(tmp_path).splitlines() if "│" in line]
     assert rows == [["1", "* 10", "20", "2"], ["2", "20", "30", "3"], ["3", "30", "* 10", "1"]]
 
 
 def test_printing_chooses_the_latest_groups_or_those_asked_for(tmp_path):
-    write(tmp_path, *(make_rollout(step=step, group=group) for step in range(3) for group in range(2)))
+    write(tmp_path, *(rollout(step=step, group=group) for step in range(3) for group in range(2)))
     headings = [line[2:17] for line in printed(tmp_path, limit=3).splitlines() if line.startswith("step")]
     assert headings == ["ep 2, group 0, ", "ep 2, group 1, ", "ep 1, group 0, "]
     for options in (
@@ -94,15 +96,15 @@ def test_printing_chooses_the_latest_groups_or_those_asked_for(tmp_path):
 
 
 def test_printing_against_another_run_shows_both_groups(tmp_path):
-    write(tmp_path / "a", make_rollout(completion="first"))
-    write(tmp_path / "b", make_rollout(completion="second", step=8))
+    write(tmp_path / "a", rollout(completion="first"))
+    write(tmp_path / "b", rollout(completion="second", step=8))
     text = printed(tmp_path / "a", against=tmp_path / "b")
     assert text.index("step 0") < text.index("first") < text.index("against") < text.index("step 8")
     assert text.index("step 8") < text.index("second")
 
 
 def test_what_is_not_there_is_refused(tmp_path, capsys):
-    write(tmp_path, make_rollout(step=3))
+    write(tmp_path, rollout(step=3))
     with pytest.raises(ValueError, match="against_step is 2 but there is no other run; give one with --against"):
         printed(tmp_path, against_step=2)
     with pytest.raises(ValueError, match="has no rollout with step = 9 and row_id = 1; its steps are 3 to 3"):
@@ -118,14 +120,14 @@ def test_what_is_not_there_is_refused(tmp_path, capsys):
 
 
 def test_the_command_prints_where_there_is_no_terminal(tmp_path, capsys):
-    write(tmp_path, make_rollout(), make_rollout(group=1))
+    write(tmp_path, rollout(), rollout(group=1))
     assert cli.main(["inspect", str(tmp_path), "--limit", "1"]) == 0
     assert capsys.readouterr().out.count("rollouts ─") == 1
 
 
 def test_the_browser_lists_groups_sorts_and_pages(tmp_path, monkeypatch):
     monkeypatch.setattr(rollout_browser, "PAGE_SIZE", 2)
-    write(tmp_path, *(make_rollout(group=group, reward=reward) for group, reward in enumerate([0.3, 0.9, 0.1])))
+    write(tmp_path, *(rollout(group=group, reward=reward) for group, reward in enumerate([0.3, 0.9, 0.1])))
 
     async def check(app, pilot):
         best = app.groups.columns.index("best")
@@ -144,7 +146,7 @@ def test_the_browser_lists_groups_sorts_and_pages(tmp_path, monkeypatch):
 
 
 def test_the_browser_filters_and_shows_what_is_no_filter(tmp_path):
-    write(tmp_path, make_rollout(), make_rollout(group=1, kept=False))
+    write(tmp_path, rollout(), rollout(group=1, kept=False))
 
     async def check(app, pilot):
         await pilot.press("slash")
@@ -165,9 +167,9 @@ def test_the_browser_filters_and_shows_what_is_no_filter(tmp_path):
 
 def test_a_group_opens_with_titles_orders_and_rewards_and_nothing_in_it_runs(tmp_path):
     prompt = "Candidates:<s_a_0><s_b_0><s_a_0><s_b_1><s_a_1><s_a_9>"
-    lost = make_rollout(completion=ATTACK, prompt=prompt, order=None, failure="junk", target_rank_after=None)
+    lost = rollout(completion=ATTACK, prompt=prompt, order=None, failure="junk", target_rank_after=None)
     discarded = {"kept": False, "discard_reason": "all_equal", "advantage": None}
-    write_run(tmp_path, make_rollout(prompt=prompt), {**lost, **discarded})
+    write_run(tmp_path, rollout(prompt=prompt), {**lost, **discarded})
 
     async def check(app, pilot):
         await pilot.press("enter")
@@ -191,18 +193,18 @@ def test_a_group_opens_with_titles_orders_and_rewards_and_nothing_in_it_runs(tmp
 
 
 def test_a_group_whose_file_is_damaged_is_named_and_the_list_stays(tmp_path):
-    write(tmp_path, make_rollout(step=0), make_rollout(step=1))
+    write(tmp_path, rollout(step=0), rollout(step=1))
 
     async def check(app, pilot):
         damage_inside(max(tmp_path.glob("part-*")))
         await pilot.press("enter")
-        assert isinstance(app.screen, GroupList) and "has a damaged file; delete it" in status(app)
+        assert isinstance(app.screen, GroupList) and "part-00000001-0.parquet is damaged; delete it" in status(app)
 
     browse(RolloutGroups(tmp_path), check)
 
 
 def test_a_narrow_terminal_scrolls_to_the_last_completion(tmp_path):
-    write(tmp_path, *(make_rollout(completion=f"text {number}") for number in range(8)))
+    write(tmp_path, *(rollout(completion=f"text {number}") for number in range(8)))
 
     async def check(app, pilot):
         await pilot.press("enter")
@@ -219,8 +221,8 @@ def test_a_narrow_terminal_scrolls_to_the_last_completion(tmp_path):
 
 
 def test_two_runs_stand_beside_each_other(tmp_path):
-    write(tmp_path / "a", make_rollout(completion="ours"))
-    write(tmp_path / "b", make_rollout(completion="theirs", step=8))
+    write(tmp_path / "a", rollout(completion="ours"))
+    write(tmp_path / "b", rollout(completion="theirs", step=8))
 
     async def check(app, pilot):
         assert "other best after" in shown(app) and "against" in status(app)

@@ -1,18 +1,19 @@
 import pyarrow.parquet as pq
 import pytest
-from test_rollouts import cut_off, damage_inside, make_rollout, write
+from toy_run import cut_off, damage_inside, rollout
+from toy_run import write_rollouts as write
 
 from rerank.catalogue import Catalogue
-from rerank.rollout_groups import RolloutGroups, find_catalogue
-from rerank.rollouts import SCHEMA
+from rerank.rollouts.groups import RolloutGroups, find_catalogue
+from rerank.rollouts.schema import SCHEMA
 
 
 def test_a_line_counts_what_the_group_holds(tmp_path):
     write(
         tmp_path,
-        make_rollout(reward=0.5, target_rank_after=3),
-        make_rollout(reward=1.5, target_rank_after=1, kept=False, discard_reason="stale"),
-        make_rollout(reward=-1.0, order=None, failure="junk", target_rank_after=None),
+        rollout(reward=0.5, target_rank_after=3),
+        rollout(reward=1.5, target_rank_after=1, kept=False, discard_reason="stale"),
+        rollout(reward=-1.0, order=None, failure="junk", target_rank_after=None),
     )
     (line,) = RolloutGroups(tmp_path).page()
     assert line == {
@@ -23,7 +24,7 @@ def test_a_line_counts_what_the_group_holds(tmp_path):
 
 def test_groups_come_latest_step_first_or_by_any_column_in_pages(tmp_path):
     rewards = {(0, 0): 0.3, (0, 1): 0.9, (1, 0): 0.1, (1, 1): 0.5}
-    write(tmp_path, *(make_rollout(step=step, group=group, reward=r) for (step, group), r in rewards.items()))
+    write(tmp_path, *(rollout(step=step, group=group, reward=r) for (step, group), r in rewards.items()))
     groups = RolloutGroups(tmp_path)
 
     def keys(**options):
@@ -35,7 +36,7 @@ def test_groups_come_latest_step_first_or_by_any_column_in_pages(tmp_path):
 
 
 def test_two_sampling_rounds_of_a_step_are_two_groups(tmp_path):
-    write(tmp_path, make_rollout(round=0), make_rollout(round=1, completion="again"))
+    write(tmp_path, rollout(round=0), rollout(round=1, completion="again"))
     groups = RolloutGroups(tmp_path)
     assert [line["round"] for line in groups.page()] == [1, 0]
     assert [rollout["completion"] for rollout in groups.read(groups.page()[0])] == ["again"]
@@ -43,9 +44,9 @@ def test_two_sampling_rounds_of_a_step_are_two_groups(tmp_path):
 
 def test_a_filter_keeps_groups_with_a_rollout_that_meets_it_and_marks_those(tmp_path):
     lost = {"kept": False, "target_rank_after": 3}
-    write(tmp_path, make_rollout(), make_rollout(**lost), make_rollout(group=1), make_rollout(group=1))
+    write(tmp_path, rollout(), rollout(**lost), rollout(group=1), rollout(group=1))
     groups = RolloutGroups(tmp_path)
-    groups.filter("kept = false and target_rank_after > target_rank_before -- worse than before")
+    groups.filter("kept = false and target_rank_after > target_rank -- worse than before")
     assert groups.num_groups == 1
     (line,) = groups.page()
     assert (line["group"], line["rollouts"], line["matching"]) == (0, 2, 1)
@@ -72,7 +73,7 @@ def test_a_filter_keeps_groups_with_a_rollout_that_meets_it_and_marks_those(tmp_
     ],
 )
 def test_what_is_no_condition_is_refused_in_one_line_and_the_list_stays(tmp_path, where, reason):
-    write(tmp_path, make_rollout(completion="\x1b[2J"))
+    write(tmp_path, rollout(completion="\x1b[2J"))
     groups = RolloutGroups(tmp_path)
     with pytest.raises(ValueError, match=reason) as caught:
         groups.filter(where)
@@ -82,8 +83,8 @@ def test_what_is_no_condition_is_refused_in_one_line_and_the_list_stays(tmp_path
 
 
 def test_another_runs_latest_group_of_a_row_stands_beside_it(tmp_path):
-    write(tmp_path / "a", make_rollout(reward=1.0), make_rollout(group=1), make_rollout(group=2))
-    write(tmp_path / "b", make_rollout(step=4, reward=2.0), make_rollout(step=5, reward=3.0), make_rollout(group=1))
+    write(tmp_path / "a", rollout(reward=1.0), rollout(group=1), rollout(group=2))
+    write(tmp_path / "b", rollout(step=4, reward=2.0), rollout(step=5, reward=3.0), rollout(group=1))
     groups = RolloutGroups(tmp_path / "a", tmp_path / "b")
     lines = groups.page()
     assert [(line["row_id"], line["best"], line["other_step"], line["other_best"]) for line in lines] == [
@@ -97,13 +98,13 @@ def test_another_runs_latest_group_of_a_row_stands_beside_it(tmp_path):
 
 
 def test_a_run_against_itself_shows_each_row_beside_its_last_visit(tmp_path):
-    write(tmp_path, make_rollout(step=0), make_rollout(step=1, group=1), make_rollout(step=2, reward=2.0))
+    write(tmp_path, rollout(step=0), rollout(step=1, group=1), rollout(step=2, reward=2.0))
     lines = RolloutGroups(tmp_path, tmp_path).page()
     assert [(line["step"], line["row_id"], line["other_step"]) for line in lines] == [(0, 40, 2)]
 
 
 def test_an_earlier_policy_of_the_other_run_can_be_asked_for(tmp_path):
-    write(tmp_path, *(make_rollout(step=step, reward=float(step)) for step in (0, 2, 4, 6)))
+    write(tmp_path, *(rollout(step=step, reward=float(step)) for step in (0, 2, 4, 6)))
     lines = RolloutGroups(tmp_path, tmp_path, against_step=3).page()
     assert [(line["step"], line["other_step"]) for line in lines] == [(6, 2), (4, 2), (0, 2)]
     with pytest.raises(ValueError, match="has no row that .* met up to step -1; give a later step"):
@@ -111,32 +112,31 @@ def test_an_earlier_policy_of_the_other_run_can_be_asked_for(tmp_path):
 
 
 def test_runs_without_a_common_row_are_refused(tmp_path):
-    write(tmp_path / "a", make_rollout())
-    write(tmp_path / "b", make_rollout(group=1))
+    write(tmp_path / "a", rollout())
+    write(tmp_path / "b", rollout(group=1))
     with pytest.raises(ValueError, match="a and .*b have no row in common"):
         RolloutGroups(tmp_path / "a", tmp_path / "b")
 
 
-@pytest.mark.parametrize("damage", [cut_off, damage_inside])
-def test_a_damaged_part_is_left_out_and_a_folder_of_them_refused(tmp_path, damage):
-    write(tmp_path, make_rollout(step=0), make_rollout(step=1))
+def test_a_part_that_is_cut_off_is_left_out_and_a_folder_of_them_refused(tmp_path):
+    write(tmp_path, rollout(step=0), rollout(step=1))
     parts = sorted(tmp_path.glob("part-*"))
-    damage(parts[1])
+    cut_off(parts[1])
     assert [line["step"] for line in RolloutGroups(tmp_path).page()] == [0]
-    damage(parts[0])
+    cut_off(parts[0])
     with pytest.raises(ValueError, match="holds no readable rollouts; run the dapo stage"):
         RolloutGroups(tmp_path)
 
 
-def test_damage_that_shows_when_a_group_is_opened_takes_its_file_out_of_the_list(tmp_path):
-    write(tmp_path, make_rollout(step=0), make_rollout(step=1))
+def test_a_part_that_is_damaged_inside_is_named_when_the_list_or_its_group_is_read(tmp_path):
+    write(tmp_path, rollout(step=0), rollout(step=1))
     groups = RolloutGroups(tmp_path)
     lines = groups.page()
     damage_inside(max(tmp_path.glob("part-*")))
-    with pytest.raises(ValueError, match="step 1 of .* has a damaged file; delete it"):
-        groups.read(lines[0])
-    assert [line["step"] for line in groups.page()] == [0] and groups.num_groups == 1
-    assert len(groups.read(lines[1])) == 1
+    for read in (lambda: groups.read(lines[0]), lambda: groups.filter("step > 0"), lambda: RolloutGroups(tmp_path)):
+        with pytest.raises(ValueError, match="part-00000001-0.parquet is damaged; delete it"):
+            read()
+    assert groups.page() == lines and len(groups.read(lines[1])) == 1
 
 
 def test_a_store_without_a_rollout_is_refused(tmp_path):
@@ -148,7 +148,7 @@ def test_a_store_without_a_rollout_is_refused(tmp_path):
 @pytest.mark.parametrize("given", ["run", "run/dapo", "run/dapo/rollouts"])
 def test_titles_are_found_from_any_folder_of_the_run(tmp_path, given):
     (tmp_path / "run/dapo/model").mkdir(parents=True)
-    write(tmp_path / "run/dapo/rollouts", make_rollout())
+    write(tmp_path / "run/dapo/rollouts", rollout())
     Catalogue(["a"], ["<s_a_1>"], ["Alien"], [""]).save(tmp_path / "run/dapo/model")
     catalogue = find_catalogue(tmp_path / given)
     assert catalogue is not None and catalogue.titles == ["Alien"]

@@ -1,4 +1,4 @@
-"""The numbers of the cheating dashboard, by hand and against loops."""
+"""Reward-hacking metrics, by hand and against loops."""
 
 import json
 import math
@@ -8,27 +8,28 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_rollouts import make_rollout, write
+from toy_run import rollout
+from toy_run import write_rollouts as write
 
-from rerank import rollout_metrics as metrics
-from rerank import rollouts
 from rerank.catalogue import Catalogue
 from rerank.metrics import kendall_tau
+from rerank.rollouts import metrics
+from rerank.rollouts.store import read_rollouts, to_table
 
 WEIGHTS = {"rank_promotion": 1.0, "well_formed": 0.2}
 
 
 def ranked(order, place, group=0, **changes):
     """A rollout of three candidates, the target second of them."""
-    return make_rollout(group=group, order=order, target_rank_after=place, **changes)
+    return rollout(group=group, order=order, target_rank_after=place, **changes)
 
 
 def unranked(failure="junk", **changes):
-    return make_rollout(order=None, target_rank_after=None, failure=failure, **changes)
+    return rollout(order=None, target_rank_after=None, failure=failure, **changes)
 
 
 def overall(*records, **options):
-    return metrics.overall(rollouts.to_table(records), **options)
+    return metrics.overall(to_table(records), **options)
 
 
 def test_copies_and_distance_to_the_first_stage_are_those_of_the_rankings():
@@ -38,10 +39,10 @@ def test_copies_and_distance_to_the_first_stage_are_those_of_the_rankings():
     assert [found[f"first_from/{rank}"] for rank in (1, 2, 3)] == pytest.approx([1 / 3] * 3)
 
 
-def test_gates_that_were_open_are_counted():
-    shut, open_ = ({"reward_gates": {"rank_promotion": True, "well_formed": held}} for held in (False, True))
-    found = overall(make_rollout(**shut), make_rollout(**shut), make_rollout(**open_))
-    assert found["gate/well_formed"] == pytest.approx(1 / 3) and found["gate/rank_promotion"] == 1
+def test_conditions_that_held_are_counted():
+    unmet, met = ({"conditions": {"rank_promotion": True, "well_formed": held}} for held in (False, True))
+    found = overall(rollout(**unmet), rollout(**unmet), rollout(**met))
+    assert found["condition/well_formed"] == pytest.approx(1 / 3) and found["condition/rank_promotion"] == 1
 
 
 def test_shuffled_candidates_part_the_order_shown_from_the_first_stages():
@@ -97,12 +98,10 @@ def test_each_reward_and_its_share_of_the_total():
     assert found["reward_share/well_formed"] == pytest.approx(2 / 3)
 
 
-def test_without_weights_there_is_no_share_and_a_reward_without_one_is_refused():
-    assert not [name for name in overall(make_rollout()) if name.startswith("reward_share")]
-    with pytest.raises(
-        ValueError, match=r"rewards \['well_formed'\] of the rollouts have no weight; .*rank_promotion"
-    ):
-        overall(make_rollout(), weights={"rank_promotion": 1.0})
+@pytest.mark.parametrize("weights", [None, {"rank_promotion": 1.0}])
+def test_without_the_weight_of_every_reward_there_is_no_share(weights):
+    found = overall(rollout(reward_components={"rank_promotion": 0.5, "well_formed": 1.0}), weights=weights)
+    assert found["reward/well_formed"] == 1 and not [name for name in found if name.startswith("reward_share")]
 
 
 @pytest.mark.parametrize(
@@ -122,7 +121,7 @@ def test_without_weights_there_is_no_share_and_a_reward_without_one_is_refused()
 def test_a_trace_cites_the_target_by_label_id_or_title(trace, is_cited):
     ids = ["<s_a_1><s_b_0>", "<s_a_1><s_b_1>", "<s_a_1><s_b_2>"]
     catalogue = Catalogue(["a", "b", "c"], ids, ["", "Brazil (1985)", ""], [""] * 3)
-    found = overall(make_rollout(completion=f"<think>{trace}</think> 2 1 3"), catalogue=catalogue)
+    found = overall(rollout(completion=f"<think>{trace}</think> 2 1 3"), catalogue=catalogue)
     assert found["target_cited"] == is_cited
 
 
@@ -157,7 +156,7 @@ def test_every_step_has_its_own_numbers_and_all_together_are_their_mean_over_rol
         ranked([0, 1, 2], 2, step=5, reward=0.0),
         unranked(step=7),
     ]
-    steps = metrics.by_step(rollouts.to_table(records), WEIGHTS)
+    steps = metrics.by_step(to_table(records), WEIGHTS)
     assert steps.index.tolist() == [3, 5, 7] and steps.index.name == "step"
     assert steps["copy_rate"].tolist()[:2] == [1.0, 0.5] and math.isnan(steps["copy_rate"][7])
     assert steps["groups/same_reward"].tolist() == [1.0, 0.0, 1.0]
@@ -182,20 +181,22 @@ def test_agreement_of_rankings_made_from_two_orders_of_the_candidates():
 @pytest.mark.parametrize("is_finished", [True, False])
 def test_weights_come_from_the_recipe_of_the_run(tmp_path, is_finished):
     assert metrics.reward_weights(tmp_path) is None
-    rewards = [{"name": "ndcg"}, {"name": "my/rewards.py:novelty", "weight": 0.5, "when": "promoted_or_kept_first"}]
-    keys = {"rewards": rewards, "overlong_tokens": 8, "invalid_reward": 0.0}
+    rewards = [
+        {"name": "ndcg"},
+        {"name": "my/rewards.py:novelty", "weight": 0.5, "condition": "promoted_or_kept_first"},
+    ]
+    keys = {"rewards": rewards, "max_steps": 3}
     folder = tmp_path / ("dapo" if is_finished else "dapo.partial")
     folder.mkdir()
     if is_finished:
         (folder / "recipe.yaml").write_text(yaml.safe_dump(keys))
     else:
         (folder / "begun.json").write_text(json.dumps({"given": keys, "inputs": {}}))
-    from_options = {"soft_overlong_punishment_reward": 1.0, "invalid": 1.0}
-    assert metrics.reward_weights(tmp_path) == {"ndcg": 1.0, "novelty": 0.5, **from_options}
+    assert metrics.reward_weights(tmp_path) == {"ndcg": 1.0, "novelty": 0.5}
 
 
 def test_stored_rollouts_have_the_columns_that_the_numbers_need(tmp_path):
-    records = [make_rollout(), unranked(group=1), ranked([0, 1, 2], 2, group=1)]
+    records = [rollout(), unranked(group=1), ranked([0, 1, 2], 2, group=1)]
     write(tmp_path, *records)
-    stored = rollouts.read_rollouts(tmp_path, metrics.COLUMNS)
+    stored = read_rollouts(tmp_path, metrics.COLUMNS)
     assert metrics.overall(stored, {"rank_promotion": 1.0, "well_formed": 0.2}) == overall(*records, weights=WEIGHTS)

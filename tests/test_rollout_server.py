@@ -1,4 +1,4 @@
-"""Everything of server mode but the weight transfer, against a small server on loopback."""
+"""Server mode without the weight transfer, against a small server on loopback."""
 
 import json
 import shlex
@@ -12,7 +12,7 @@ import pytest
 import requests
 from tiny_model import ID_TOKENS, tiny_tokenizer
 
-from rerank import rollout_server
+from rerank.models import server as rollout_server
 
 SEMANTIC_IDS = ["<s_a_0><s_b_0>", "<s_a_1><s_b_1>"]
 
@@ -130,7 +130,7 @@ def test_a_server_of_another_vocabulary_is_refused_naming_the_token(serve, token
         rollout_server.check_vocabulary(config(url), tokenizer, SEMANTIC_IDS)
 
 
-def test_a_call_is_tried_at_most_so_often():
+def test_a_call_is_tried_a_limited_number_of_times():
     tries = []
 
     def call():

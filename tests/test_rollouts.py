@@ -8,49 +8,11 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from toy_run import cut_off, damage_inside, rollout
+from toy_run import write_rollouts as write
 
-from rerank import rollouts
-from rerank.rollouts import RolloutWriter, open_rollouts, read_rollouts
-
-
-def make_rollout(step=0, group=0, **changes):
-    rollout = {
-        "step": step,
-        "run": "toy",
-        "round": 0,
-        "group": group,
-        "row_id": 40 + group,
-        "user": 7,
-        "target": 1,
-        "history": [3, 4],
-        "prompt": "Rank:\nHistory",
-        "completion": "<think>it fits</think>2,1,3",
-        "completion_ids": [5, 6],
-        "policy_logps": [-0.5, -0.25],
-        "sampling_logps": [-0.5, -0.125],
-        "reward_components": {"rank_promotion": 1 / 3, "well_formed": None},
-        "reward_gates": {"rank_promotion": True, "well_formed": False},
-        "reward": 0.5,
-        "advantage": 1.25,
-        "truncated": False,
-        "failure": None,
-        "order": [1, 0, 2],
-        "candidates": [0, 1, 2],
-        "candidate_labels": ["1", "2", "3"],
-        "relevance": [0.0, 1.0, 0.0],
-        "first_stage_ranks": [1, 2, 3],
-        "target_rank_before": 2,
-        "target_rank_after": 1,
-        "kept": True,
-        "discard_reason": None,
-    }
-    return {**rollout, **changes}
-
-
-def write(folder, *records, rank=0):
-    writer = RolloutWriter(folder, rank)
-    writer.add(records)
-    writer.close()
+from rerank.rollouts.schema import RENAMED, SCHEMA
+from rerank.rollouts.store import RolloutWriter, open_rollouts, read_rollouts
 
 
 def names_in(folder):
@@ -58,24 +20,24 @@ def names_in(folder):
 
 
 def test_what_is_written_is_read(tmp_path):
-    records = [make_rollout(), make_rollout(group=1, order=None, failure="junk", target_rank_after=None)]
+    records = [rollout(), rollout(group=1, order=None, failure="junk", target_rank_after=None)]
     write(tmp_path, *records)
     assert read_rollouts(tmp_path).to_pylist(maps_as_pydicts="strict") == records
     schema = read_rollouts(tmp_path).schema
-    assert schema == rollouts.SCHEMA and schema.metadata == {b"schema_version": b"2"}
+    assert schema == SCHEMA and schema.metadata == {b"schema_version": b"3"}
 
 
 def test_one_part_a_step_and_process_in_step_order(tmp_path):
-    write(tmp_path, make_rollout(step=10), make_rollout(step=9), make_rollout(step=9))
+    write(tmp_path, rollout(step=10), rollout(step=9), rollout(step=9))
     assert names_in(tmp_path) == ["part-00000009-0.parquet", "part-00000010-0.parquet"]
-    write(tmp_path, make_rollout(step=9), rank=1)
+    write(tmp_path, rollout(step=9), rank=1)
     assert read_rollouts(tmp_path)["step"].to_pylist() == [9, 9, 9, 10]
 
 
 def test_the_flushes_of_one_step_are_all_kept_in_their_order(tmp_path):
     writer = RolloutWriter(tmp_path)
     for group in range(12):
-        writer.add([make_rollout(group=group)])
+        writer.add([rollout(group=group)])
         writer.flush()
     writer.close()
     assert len(names_in(tmp_path)) == 12
@@ -83,9 +45,9 @@ def test_the_flushes_of_one_step_are_all_kept_in_their_order(tmp_path):
 
 
 def test_a_resumed_run_replaces_the_steps_it_repeats(tmp_path):
-    write(tmp_path, *(make_rollout(step=step, reward=1.0) for step in range(4)))
-    write(tmp_path, make_rollout(step=3), rank=10)
-    (tmp_path / "part-00000001-0.tmp").write_bytes(b"PAR1")
+    write(tmp_path, *(rollout(step=step, reward=1.0) for step in range(4)))
+    write(tmp_path, rollout(step=3), rank=10)
+    (tmp_path / "part-00000001-0.parquet.tmp").write_bytes(b"PAR1")
     writer = RolloutWriter(tmp_path)
     writer.discard_from(2)
     assert names_in(tmp_path) == [
@@ -93,33 +55,33 @@ def test_a_resumed_run_replaces_the_steps_it_repeats(tmp_path):
         "part-00000001-0.parquet",
         "part-00000003-10.parquet",  # another process's, not ours to delete
     ]
-    writer.add([make_rollout(step=1, reward=2.0)])
+    writer.add([rollout(step=1, reward=2.0)])
     writer.flush(wait=True)
     assert read_rollouts(tmp_path, ["reward"])["reward"].to_pylist() == [1.0, 2.0, 0.5]
 
 
 def test_a_run_resumed_with_fewer_processes_discards_the_parts_of_the_others(tmp_path):
     for rank in (0, 1, 2, 3):
-        write(tmp_path, make_rollout(step=1), make_rollout(step=2), rank=rank)
+        write(tmp_path, rollout(step=1), rollout(step=2), rank=rank)
     for rank in (0, 1):
         RolloutWriter(tmp_path, rank).discard_from(2, num_processes=2)
     assert names_in(tmp_path) == [f"part-00000001-{rank}.parquet" for rank in range(4)]
 
 
 def test_text_that_is_no_utf8_is_stored(tmp_path):
-    write(tmp_path, make_rollout(completion="a\udcffb"))
+    write(tmp_path, rollout(completion="a\udcffb"))
     assert read_rollouts(tmp_path)["completion"].to_pylist() == ["a?b"]
 
 
 @pytest.mark.parametrize("folder", ["dapo/rollouts", "dapo.partial/rollouts"])
 def test_a_run_is_read_while_and_after_it_trains(tmp_path, folder):
-    write(tmp_path / folder, make_rollout())
+    write(tmp_path / folder, rollout())
     assert read_rollouts(tmp_path).num_rows == 1
     assert read_rollouts((tmp_path / folder).parent).num_rows == 1
 
 
 def test_a_record_must_have_the_columns_of_the_schema(tmp_path):
-    record = make_rollout(rewards=3)
+    record = rollout(rewards=3)
     del record["kept"]
     with pytest.raises(ValueError, match=r"missing \['kept'\], unknown \['rewards'\]"):
         RolloutWriter(tmp_path).add([record])
@@ -129,7 +91,7 @@ def test_a_record_must_have_the_columns_of_the_schema(tmp_path):
 def test_what_goes_wrong_in_the_background_is_raised_by_the_next_call(tmp_path, call):
     writer = RolloutWriter(tmp_path / "rollouts")
     shutil.rmtree(tmp_path / "rollouts")
-    writer.add([make_rollout()])
+    writer.add([rollout()])
     with pytest.raises(FileNotFoundError, match="part-00000000-0"):
         writer.flush()
         while True:  # an add or flush that comes too early passes
@@ -139,7 +101,7 @@ def test_what_goes_wrong_in_the_background_is_raised_by_the_next_call(tmp_path, 
 
 def test_a_value_of_another_type_is_refused(tmp_path):
     writer = RolloutWriter(tmp_path)
-    writer.add([make_rollout(reward="high")])
+    writer.add([rollout(reward="high")])
     with pytest.raises(ValueError, match="high"):
         writer.flush(wait=True)
     writer.close()
@@ -148,12 +110,12 @@ def test_a_value_of_another_type_is_refused(tmp_path):
 
 WRITE_FOREVER = """
 import sys
-from test_rollouts import make_rollout
-from rerank.rollouts import RolloutWriter
+from toy_run import rollout
+from rerank.rollouts.store import RolloutWriter
 
 writer = RolloutWriter(sys.argv[1])
 for step in range(10**6):
-    writer.add([make_rollout(step=step, completion="x" * 10**5)] * 8)
+    writer.add([rollout(step=step, completion="x" * 10**5)] * 8)
     writer.flush(wait=step % 2 == 0)
     print(step, flush=True)
 """
@@ -171,16 +133,6 @@ def test_what_was_flushed_survives_a_kill(tmp_path):
     assert steps == [step for step in range(max(steps) + 1) for _ in range(8)] and max(steps) >= 20
 
 
-def cut_off(path):
-    path.write_bytes(path.read_bytes()[:-200])
-
-
-def damage_inside(path):
-    data = bytearray(path.read_bytes())
-    data[4:600] = bytes(596)
-    path.write_bytes(data)
-
-
 def damage_footer(path):
     data = bytearray(path.read_bytes())
     start = len(data) - 8 - int.from_bytes(data[-8:-4], "little")
@@ -188,12 +140,14 @@ def damage_footer(path):
     path.write_bytes(data)
 
 
-@pytest.mark.parametrize("damage", [cut_off, damage_inside, damage_footer, Path.unlink])
+@pytest.mark.parametrize("damage", [cut_off, damage_footer, Path.unlink])
 def test_damaged_files_are_skipped_and_counted_with_their_steps(tmp_path, caplog, damage):
-    write(tmp_path, *(make_rollout(step=step) for step in range(4)))
+    write(tmp_path, *(rollout(step=step) for step in range(4)))
     for name in ("part-00000001-0.parquet", "part-00000003-0.parquet"):
         damage(tmp_path / name)
-    (tmp_path / "part-00000004-0.tmp").write_bytes(b"PAR1")  # what a crash cut off: nothing was lost that had a name
+    (tmp_path / "part-00000004-0.parquet.tmp").write_bytes(
+        b"PAR1"
+    )  # what a crash cut off: nothing was lost that had a name
     with caplog.at_level(logging.WARNING):
         assert read_rollouts(tmp_path)["step"].to_pylist() == [0, 2]
     if damage is Path.unlink:
@@ -203,8 +157,18 @@ def test_damaged_files_are_skipped_and_counted_with_their_steps(tmp_path, caplog
         assert len(caplog.records) == 1 and "part-00000001-0.parquet; delete what is damaged" in caplog.text
 
 
+def test_a_file_that_is_damaged_inside_is_refused_by_its_name(tmp_path):
+    write(tmp_path, rollout(step=0), rollout(step=1))
+    damage_inside(tmp_path / "part-00000001-0.parquet")
+    opened = open_rollouts(tmp_path)
+    for read in (opened.read, lambda: opened.read(["step"], "step > 0"), lambda: opened.query("FROM rollouts")):
+        with pytest.raises(ValueError, match=r"part-00000001-0.parquet is damaged; delete it$"):
+            read()
+    assert opened.read(["reward"], "step = 0").num_rows == 1
+
+
 def test_of_many_damaged_files_the_first_steps_are_named(tmp_path, caplog):
-    write(tmp_path, *(make_rollout(step=step) for step in range(15)))
+    write(tmp_path, *(rollout(step=step) for step in range(15)))
     for path in sorted(tmp_path.iterdir())[1:]:
         cut_off(path)
     read_rollouts(tmp_path)
@@ -213,7 +177,7 @@ def test_of_many_damaged_files_the_first_steps_are_named(tmp_path, caplog):
 
 def test_open_rollouts_gives_a_view_of_what_can_be_read(tmp_path):
     folder = tmp_path / "run [a]*?/rollouts"  # DuckDB would take it for a pattern
-    write(folder, make_rollout(step=0), make_rollout(step=1, reward=2.5), make_rollout(step=2))
+    write(folder, rollout(step=0), rollout(step=1, reward=2.5), rollout(step=2))
     cut_off(folder / "part-00000002-0.parquet")
     opened = open_rollouts(folder.parent)
     assert opened.connection.sql("select step, reward from rollouts").fetchall() == [(0, 0.5), (1, 2.5)]
@@ -223,13 +187,11 @@ def test_open_rollouts_gives_a_view_of_what_can_be_read(tmp_path):
 
 def test_where_chooses_rollouts(tmp_path):
     lost = {"kept": False, "target_rank_after": None, "order": None}
-    write(
-        tmp_path, make_rollout(), make_rollout(group=1, kept=False, target_rank_after=3), make_rollout(group=2, **lost)
-    )
-    where = "kept = false and target_rank_after > target_rank_before"
+    write(tmp_path, rollout(), rollout(group=1, kept=False, target_rank_after=3), rollout(group=2, **lost))
+    where = "kept = false and target_rank_after > target_rank"
     assert read_rollouts(tmp_path, ["group", "order"], where).to_pylist() == [{"group": 1, "order": [1, 0, 2]}]
-    assert read_rollouts(tmp_path, ["row_id"], "reward_gates['well_formed'] or \"order\" is null").num_rows == 1
-    assert read_rollouts(tmp_path, where="false").schema == rollouts.SCHEMA
+    assert read_rollouts(tmp_path, ["row_id"], "conditions['well_formed'] or \"order\" is null").num_rows == 1
+    assert read_rollouts(tmp_path, where="false").schema == SCHEMA
 
 
 @pytest.mark.parametrize(
@@ -243,7 +205,7 @@ def test_where_chooses_rollouts(tmp_path):
     ],
 )
 def test_a_where_that_is_no_condition_is_refused_in_one_line(tmp_path, where, reason):
-    write(tmp_path, make_rollout())
+    write(tmp_path, rollout())
     with pytest.raises(ValueError, match="is no SQL condition over the columns of rollouts") as refused:
         read_rollouts(tmp_path, where=where)
     message = str(refused.value)
@@ -266,16 +228,30 @@ def test_folders_without_rollouts_say_what_to_run(tmp_path):
 def test_another_schema_version_is_refused(tmp_path, metadata, version):
     pq.write_table(pa.table({"x": [1]}).replace_schema_metadata(metadata), tmp_path / "part-00000001-0.parquet")
     with pytest.raises(
-        ValueError, match=f"part-00000001-0.parquet has rollout schema version {version} but .* reads 2"
+        ValueError,
+        match=f"part-00000001-0.parquet has rollout schema version {version} but .* reads 2 and 3; read it with",
     ):
         read_rollouts(tmp_path, ["step"])
 
 
+def test_a_store_of_version_two_is_read_under_the_new_names_without_what_it_lacks(tmp_path):
+    old_names, absent = {name: old for old, name in RENAMED.items()}, ["fields", "max_completion_tokens"]
+    write(tmp_path, rollout())
+    (path,) = tmp_path.iterdir()
+    table = pq.read_table(path).drop_columns(absent)
+    old = table.rename_columns([old_names.get(name, name) for name in table.column_names])
+    pq.write_table(old.replace_schema_metadata({"schema_version": "2"}), path)
+    opened = open_rollouts(tmp_path)
+    (found,) = opened.read().to_pylist(maps_as_pydicts="strict")
+    assert opened.absent == absent and found == {**rollout(), **dict.fromkeys(absent)}
+    assert opened.read(["step"], "target_rank = 2 and conditions['rank_promotion']").num_rows == 1
+
+
 def test_two_schema_versions_in_one_folder_are_refused_with_a_file_of_each(tmp_path):
-    write(tmp_path, make_rollout(step=0), make_rollout(step=1))
+    write(tmp_path, rollout(step=0), rollout(step=1))
     old = pa.table({"x": [1]}).replace_schema_metadata({"schema_version": "1"})
     for step in (2, 3):
         pq.write_table(old, tmp_path / f"part-0000000{step}-0.parquet")
-    message = r"part-00000000-0.parquet has rollout schema version 2 but \S*part-00000002-0.parquet has 1; move the"
+    message = r"part-00000000-0.parquet has rollout schema version 3 but \S*part-00000002-0.parquet has 1; move the"
     with pytest.raises(ValueError, match=message):
         open_rollouts(tmp_path)

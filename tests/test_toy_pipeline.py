@@ -2,15 +2,15 @@
 
 import json
 import math
-import time
 
 import pytest
 import torch
-from conftest import run_command
-from toy_recipe import TOY, environment, launch
+from toy_recipe import TOY, environment, launch, run_command
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rerank import rollouts, run_dir
+from rerank.launch import run_dir
+from rerank.launch.stages import STAGES, load_stage
+from rerank.rollouts import store as rollouts
 
 ROWS = "no_op random oracle transitions lambdamart midtrained sft sft_no_trace dapo".split()
 STEPS, BATCH = 3, 8  # of the dapo recipe
@@ -25,20 +25,20 @@ def log_history(run, stage):
 
 
 @pytest.fixture
-def toy_environment(toy_data, monkeypatch):
-    for name, value in environment(toy_data).items():
+def toy_environment(monkeypatch):
+    for name, value in environment().items():
         monkeypatch.setenv(name, value)
 
 
 def test_every_stage_leaves_its_artifact_recipe_versions_and_metrics(toy_run):
-    for stage in run_dir.STAGES:
+    for stage in STAGES:
         assert run_dir.is_finished(toy_run.run, stage)
         for name in ("recipe.yaml", "versions.json", "metrics.json"):
             assert (toy_run.run / stage / name).is_file(), f"{stage}/{name}"
     assert not list(toy_run.run.glob("*.partial"))
 
 
-@pytest.mark.parametrize("stage", run_dir.TRAINING_STAGES)
+@pytest.mark.parametrize("stage", [name for name in STAGES if load_stage(name).trains])
 def test_the_loss_of_every_step_is_finite(toy_run, stage):
     losses = [entry["loss"] for entry in log_history(toy_run.run, stage) if "loss" in entry]
     assert len(losses) == run_dir.read_metrics(toy_run.run, stage)["steps"] > 0
@@ -63,7 +63,7 @@ def test_the_sft_loss_falls(toy_run):
 def test_every_reward_is_logged_at_every_step(toy_run):
     steps = [entry for entry in log_history(toy_run.run, "dapo") if "reward" in entry]
     assert [entry["step"] for entry in steps] == [1, 2, 3]
-    for name in ("ndcg", "well_formed", "share_of_ids", "soft_overlong_punishment_reward"):
+    for name in ("ndcg", "well_formed", "share_of_ids", "overlong"):
         assert all(math.isfinite(entry[f"rewards/{name}/mean"]) for entry in steps)
 
 
@@ -91,15 +91,13 @@ def test_results_name_every_ranker_and_the_rollout_engine(toy_run):
 
 
 def test_a_second_run_skips_everything_and_prints_the_table(toy_run, toy_environment):
-    began = time.monotonic()
-    printed = run_command("run", str(TOY), "--out", str(toy_run.run))
-    assert time.monotonic() - began < 15
+    printed = run_command("run", TOY, "--out", toy_run.run)
     assert printed.count("finished already") == 8
     assert "sft_no_trace" in printed and "report.html" in printed
 
 
 def test_inspect_prints_rollouts_with_titles_and_rewards(toy_run):
-    printed = run_command("inspect", str(toy_run.run), "--limit", "1")
+    printed = run_command("inspect", toy_run.run, "--limit", 1)
     assert "The title" in printed and "share_of_ids" in printed
 
 
@@ -108,8 +106,9 @@ def test_rank_reranks_new_rows_with_the_trained_model(toy_run, toy_environment, 
         {"history": ["i0", "i1"], "candidates": [f"i{k}" for k in range(first, first + 4)]} for first in (2, 9, 15)
     ]
     (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
-    run_command("rank", str(toy_run.run / "dapo/model"), "--rows", str(tmp_path / "rows.jsonl"), "--out",
-                str(tmp_path / "ranked.jsonl"))  # fmt: skip
+    run_command(
+        "rank", toy_run.run / "dapo/model", "--rows", tmp_path / "rows.jsonl", "--out", tmp_path / "ranked.jsonl"
+    )
     ranked = [json.loads(line) for line in (tmp_path / "ranked.jsonl").read_text().splitlines()]
     assert [row["candidates"] for row in ranked] == [row["candidates"] for row in rows]
     for row in ranked:
@@ -141,5 +140,5 @@ def test_a_trained_folder_has_a_card_with_the_terms_of_its_data(toy_run, folder,
 
 
 def test_a_stage_runs_alone_and_is_skipped_when_finished(toy_run):
-    launch(toy_run.data, "recipes/accelerate/cpu.yaml", "rerank.data", "data", toy_run.run)
+    launch("recipes/accelerate/cpu.yaml", "rerank.data", "data", toy_run.run)
     assert run_dir.is_finished(toy_run.run, "data")

@@ -1,9 +1,12 @@
 """The traces stage without vLLM: what it cites is true, what it keeps is right, what it drops is counted."""
 
+import contextlib
 import json
 import math
 import re
 import threading
+import time
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -11,15 +14,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from toy_run import NUM_CANDIDATES, NUM_ITEMS, finish, write_candidates, write_items, write_semantic_ids
 
-from rerank import prompts, recipe, traces
-from rerank.baselines import EVIDENCE, FEATURES
+from rerank import grading, prompts, traces
+from rerank.baselines import FEATURES
 from rerank.catalogue import Catalogue
-from rerank.prompts import PromptSettings
-from rerank.traces import attempts, evidence, rows, teachers
+from rerank.launch import recipe
+from rerank.prompts import FACTS, PromptSettings
+from rerank.rows import Prompter, RankingRow, read_rows
+from rerank.traces import attempts, evidence, split, teachers
 
 GENRES = ["Drama", "Comedy, Drama", "Sci-Fi", "", "Crime, Drama", "War"]
-NUM_ITEMS, NUM_CANDIDATES = 12, 4
 EDGES = {name: [0.5 + step for step in range(9)] for name in FEATURES}  # bucket = value rounded, at most 9
 SHORT = {"task": "short", "evidence": "codes", "item_fields": ["semantic_id"]}
 ID = r"<s_a_\d+><s_b_\d+>"
@@ -48,33 +53,31 @@ def toy_rows(seed: int, num_rows: int, first_user: int) -> list[dict]:
     return made
 
 
-def write_candidates(folder: Path, name: str, table_rows: list[dict]) -> None:
-    missed = {**table_rows[0], "row_id": 9999, "relevance": [0.0] * NUM_CANDIDATES, "hit": False}
-    pq.write_table(pa.Table.from_pylist([*table_rows, missed]), folder / f"{name}.parquet")
+def with_a_miss(table_rows: list[dict]) -> list[dict]:
+    """The rows and one whose list holds no relevant item."""
+    return [*table_rows, {**table_rows[0], "row_id": 9999, "relevance": [0.0] * NUM_CANDIDATES, "hit": False}]
 
 
 @pytest.fixture
 def run_path(tmp_path: Path) -> Path:
     """A run whose first four stages are done, with 30 hit training rows of 10 users."""
+    write_items(tmp_path / "data", title=[f"Film {item}" for item in range(NUM_ITEMS)], category=GENRES * 2)
+    write_semantic_ids(tmp_path / "semantic_ids")
+    splits = {"train": with_a_miss(toy_rows(0, 30, 1)), "valid": with_a_miss(toy_rows(1, 12, 50))}
+    write_candidates(tmp_path / "candidates", EDGES, **splits)
     for stage in ("data", "semantic_ids", "candidates"):
-        (tmp_path / stage).mkdir()
-        (tmp_path / stage / "stage.json").write_text(json.dumps({"id": stage, "given": {}, "inputs": {}}))
-    items = {"item": range(NUM_ITEMS), "item_id": [f"m{i}" for i in range(NUM_ITEMS)]}
-    items |= {"title": [f"Film {i}" for i in range(NUM_ITEMS)], "category": GENRES * 2}
-    pq.write_table(pa.table({k: list(v) for k, v in items.items()}), tmp_path / "data/items.parquet")
-    ids = [f"<s_a_{i // 4}><s_b_{i % 4}>" for i in range(NUM_ITEMS)]
-    ids_table = pa.table({"item": list(range(NUM_ITEMS)), "semantic_id": ids})
-    pq.write_table(ids_table, tmp_path / "semantic_ids/semantic_ids.parquet")
-    write_candidates(tmp_path / "candidates", "train", toy_rows(0, 30, 1))
-    write_candidates(tmp_path / "candidates", "valid", toy_rows(1, 12, 50))
-    stored = {"names": list(FEATURES), "edges": EDGES}
-    (tmp_path / "candidates/features.json").write_text(json.dumps(stored))
+        finish(tmp_path / stage)
     return tmp_path
 
 
+def ranking_rows(seed: int, num_rows: int, **changes: object) -> list[RankingRow]:
+    return [RankingRow.of({**row, **changes}) for row in toy_rows(seed, num_rows, 1)]
+
+
 @pytest.fixture
-def catalogue(run_path: Path) -> Catalogue:
-    return Catalogue.load(run_path)
+def prompter(run_path: Path):
+    """From prompt settings to a `Prompter` of the run."""
+    return lambda **settings: Prompter.of_run(run_path, settings=PromptSettings(**settings))
 
 
 def run_stage(run_path: Path, settings: dict, out: str = "out", **options) -> tuple[dict, Path]:
@@ -94,46 +97,41 @@ def read(path: Path) -> list[dict]:
 
 
 @pytest.mark.parametrize("ranking", ["semantic_id", "number"])
-def test_a_short_trace_grades_every_candidate_and_cites_true_facts_of_the_best(
-    catalogue: Catalogue, ranking: str
-) -> None:
-    words = {prompts.FACTS[name][0]: FEATURES.index(name) for name in EVIDENCE}
-    settings, rng, cited = PromptSettings(**SHORT, ranking=ranking), np.random.default_rng(3), []
-    known = {*evidence.EVIDENCE_WORDS, *prompts.evidence_words(settings)}
-    for row in toy_rows(5, 40, 1):
-        facts = evidence.Facts.of(row, settings, EDGES, FEATURES)
-        labels = prompts.candidate_labels(row, catalogue, settings)
-        grades = rng.integers(0, len(evidence.GRADES), NUM_CANDIDATES)
-        trace = evidence.word_short(labels, grades, facts)
+def test_a_short_trace_grades_every_candidate_and_cites_true_facts_of_the_best(prompter, ranking: str) -> None:
+    words = {FACTS[name][0]: FEATURES.index(name) for name in FACTS}
+    asked, rng, cited = prompter(**SHORT, ranking=ranking), np.random.default_rng(3), []
+    known = {*grading.EVIDENCE_WORDS, *(f"{word}:{bucket}" for word in words for bucket in range(10))}
+    for row in ranking_rows(5, 40):
+        labels = asked.labels(row)
+        grades = rng.integers(0, len(grading.GRADES), NUM_CANDIDATES)
+        trace = grading.word_short(labels, grades, asked.facts(row))
         graded, best, codes = re.fullmatch(r"(.*) best ?(\S+?) (\w+:\d \w+:\d)", trace).groups()
         found = re.findall(rf"({ID}| \d+) (\w+)", graded)
         assert "".join(" ".join(pair) for pair in found) == graded
         assert [label.strip() for label, _ in found] == labels
-        assert [evidence.GRADES.index(word) for _, word in found] == grades.tolist()
+        assert [grading.GRADES.index(word) for _, word in found] == grades.tolist()
         place = labels.index(best)
         assert grades[place] == max(grades) and max(grades[:place], default=-1) < max(grades)
         for word, digit in (code.split(":") for code in codes.split()):  # nine edges at 0.5, 1.5 .. 8.5
-            assert int(digit) == min(round(row["features"][place][words[word]]), 9)
+            assert int(digit) == min(round(row.features[place][words[word]]), 9)
         assert set(re.sub(ID, " ", trace).split()) <= known
         cited.append(codes)
     assert len(set(cited)) > 30
 
 
 def test_a_ranking_goes_by_grade_and_then_by_the_order_shown() -> None:
-    assert evidence.by_grade([2, 6, 2, 0, 6]) == [1, 4, 0, 2, 3]
+    assert grading.by_grade([2, 6, 2, 0, 6]) == [1, 4, 0, 2, 3]
 
 
 @pytest.mark.parametrize("level", ["words", "codes"])
-def test_every_fact_of_a_full_trace_stands_on_its_line_of_the_prompt(catalogue: Catalogue, level: str) -> None:
-    settings = PromptSettings(evidence=level, max_history=3)
-    for row in toy_rows(6, 20, 1):
-        prompt = prompts.rerank_prompt(row, catalogue, settings, EDGES, FEATURES)
-        shown = dict(re.findall(rf"^({ID})(.*)$", prompt.partition("Candidates:")[2], re.MULTILINE))
-        facts = evidence.Facts.of(row, settings, EDGES, FEATURES)
-        trace = evidence.word_full(row, [1, 0, 3, 2], facts, catalogue, settings)
+def test_every_fact_of_a_full_trace_stands_on_its_line_of_the_prompt(prompter, level: str) -> None:
+    asked = prompter(evidence=level, max_history=3)
+    for row in ranking_rows(6, 20):
+        shown = dict(re.findall(rf"^({ID})(.*)$", asked.message(row).partition("Candidates:")[2], re.MULTILINE))
+        trace = evidence.word_full(row, [1, 0, 3, 2], asked.facts(row), asked)
         sentences = re.findall(rf"(Best match|Second|Third|Last): ({ID}) \((Film \d+)\); (.*?)\.(?= |$)", trace)
-        assert [catalogue.semantic_ids.index(label) for _, label, _, _ in sentences] == [
-            row["candidates"][place] for place in (1, 0, 3, 2)
+        assert [asked.catalogue.semantic_ids.index(label) for _, label, _, _ in sentences] == [
+            row.candidates[place] for place in (1, 0, 3, 2)
         ]
         for _, label, title, listed in sentences:
             assert title in shown[label]
@@ -143,29 +141,28 @@ def test_every_fact_of_a_full_trace_stands_on_its_line_of_the_prompt(catalogue: 
         assert any(highest in line for line in shown.values())
 
 
-def test_pattern_and_complement_are_counted_from_the_categories_shown(catalogue: Catalogue) -> None:
-    row = {**toy_rows(0, 1, 1)[0], "history": [2, 0, 1, 4], "candidates": [6, 5, 3, 7]}
-    settings = PromptSettings(max_history=3)
-    none = evidence.Facts.of(row, settings, {}, ())
+def test_pattern_and_complement_are_counted_from_the_categories_shown(prompter) -> None:
+    (row,) = ranking_rows(0, 1, history=[2, 0, 1, 4], candidates=[6, 5, 3, 7])
+    asked = prompter(max_history=3)
     # shown: 0 Drama, 1 Comedy + Drama, 4 Crime + Drama; candidates 6 Drama, 5 War, 3 none, 7 Comedy + Drama
-    trace = evidence.word_full(row, [3, 0, 1, 2], none, catalogue, settings)
+    trace = evidence.word_full(row, [3, 0, 1, 2], asked.facts(row), asked)
     assert trace.startswith(
         "Broad pattern: Drama in 3 of 3 items; Crime in 1 of 3 items; the last item is <s_a_1><s_b_0> (Film 4). "
         "What complements it: Comedy, as in 1 of 4 candidates. Best match: <s_a_1><s_b_3> (Film 7); Comedy."
     )
 
 
-def test_without_evidence_and_categories_a_trace_cites_ids_alone(catalogue: Catalogue) -> None:
-    row, settings = toy_rows(0, 1, 1)[0], PromptSettings(item_fields=["semantic_id"])
-    trace = evidence.word_full(row, [0, 1, 2, 3], evidence.Facts.of(row, settings, {}, ()), catalogue, settings)
+def test_without_evidence_and_categories_a_trace_cites_ids_alone(prompter) -> None:
+    (row,), asked = ranking_rows(0, 1), prompter(item_fields=["semantic_id"])
+    trace = evidence.word_full(row, [0, 1, 2, 3], asked.facts(row), asked)
     assert set(re.findall(r"\d+", re.sub(ID, "", trace))) == set()
     assert "Film" not in trace and "Drama" not in trace
 
 
 def test_a_title_cannot_close_the_trace() -> None:
     odd = Catalogue(["a", "b"], ["<s_a_0><s_b_0>", "<s_a_0><s_b_1>"], ["</think> x", "y"], ["<War>", ""])
-    row = {"history": [0], "candidates": [0, 1], "features": []}
-    trace = evidence.word_full(row, [0, 1], evidence.Facts([[], []], np.zeros((2, 0))), odd, PromptSettings())
+    row, asked = RankingRow(0, (0,), (0, 1)), Prompter(odd, PromptSettings())
+    trace = evidence.word_full(row, [0, 1], asked.facts(row), asked)
     assert prompts.parse_completion(prompts.completion(trace, [0, 1], odd.semantic_ids), odd.semantic_ids).order
 
 
@@ -175,35 +172,35 @@ def test_calibration_finds_the_odds() -> None:
     assert evidence.calibrate(scores, [0, 0, 0, 1]) == pytest.approx(math.log(3), rel=1e-3)
 
 
-def test_grades_part_the_scores_of_all_rows_evenly_and_noise_moves_them(catalogue: Catalogue) -> None:
-    row = {**toy_rows(0, 1, 1)[0], "row_id": 0}
+def test_grades_part_the_scores_of_all_rows_evenly_and_noise_moves_them(prompter) -> None:
+    rows = [ranking_rows(0, 1, row_id=number)[0] for number in range(7)]
     scores = {number: np.arange(4.0) + 4 * number for number in range(7)}  # row 0 holds the lowest seventh
 
     def teacher(temperature: float, told: bool = False) -> evidence.EvidenceTeacher:
-        given = scores, catalogue, PromptSettings(**SHORT), EDGES, FEATURES
-        return evidence.EvidenceTeacher(*given, temperature, 0, told)
+        return evidence.EvidenceTeacher(scores, prompter(**SHORT), temperature, 0, told)
 
-    grades = [teacher(0.0)._grades({**row, "row_id": number}, 1).tolist() for number in range(7)]
+    grades = [teacher(0.0)._grades(row, 1).tolist() for row in rows]
     assert grades == [[number] * 4 for number in range(7)]
     # Gumbel noise of scale 4 lifts the score 3, 0.86 below the first edge, over it when it exceeds 0.86 / 4: 55 %.
-    lifted = [teacher(4.0)._grades(row, attempt)[3] > 0 for attempt in range(2000)]
+    noisy = teacher(4.0)
+    lifted = [noisy._grades(rows[0], attempt)[3] > 0 for attempt in range(2000)]
     assert np.mean(lifted) == pytest.approx(1 - math.exp(-math.exp(-0.857 / 4)), abs=0.04)
-    assert teacher(4.0)._grades(row, 3).tolist() == teacher(4.0)._grades(row, 3).tolist()
-    told = teacher(0.0, told=True)._grades({**row, "row_id": 6}, 1)
-    assert [grade == 6 for grade in told] == [value > 0 for value in row["relevance"]]
+    assert noisy._grades(rows[0], 3).tolist() == teacher(4.0)._grades(rows[0], 3).tolist()
+    told = teacher(0.0, told=True)._grades(rows[6], 1)
+    assert [grade == 6 for grade in told] == [value > 0 for value in rows[6].relevance]
 
 
 def test_out_of_fold_scores_of_the_stage_beat_chance(run_path: Path) -> None:
-    train = rows.read_hit_rows(run_path / "candidates/train.parquet", with_features=True)
+    train = read_rows(run_path / "candidates/train.parquet", needs_features=True)
     scores = evidence.fit_scores(train, run_path / "candidates/valid.parquet", seed=0)
-    hits = [np.argmax(scores[row["row_id"]]) == rows.best_position(row) for row in train]
+    hits = [np.argmax(scores[row.row_id]) == row.target for row in train]
     assert np.mean(hits) > 1 / NUM_CANDIDATES
 
 
 # ---- judging and reporting
 
 LABELS = ["<s_a_0><s_b_0>", "<s_a_0><s_b_1>", "<s_a_0><s_b_2>"]
-ROW = {"row_id": 1, "user": 2, "candidates": [0, 1, 2], "relevance": [0.0, 2.0, 1.0]}
+ROW = RankingRow(1, (), (0, 1, 2), relevance=(0.0, 2.0, 1.0), user=2)
 
 
 @pytest.mark.parametrize(
@@ -227,7 +224,7 @@ def test_a_draft_is_accepted_only_with_a_trace_and_a_valid_ranking_led_by_the_mo
 
 
 def test_of_two_equally_relevant_items_either_may_come_first() -> None:
-    row = {**ROW, "relevance": [1.0, 0.0, 1.0]}
+    row = replace(ROW, relevance=(1.0, 0.0, 1.0))
     for first in (0, 2):
         order = [first, *({0, 1, 2} - {first})]
         draft = attempts.Draft(prompts.completion("why", order, LABELS))
@@ -306,46 +303,46 @@ def test_the_stage_keeps_the_first_accepted_draft_of_each_row(run_path: Path) ->
     assert 0 < metrics["accepted"] == len(kept) and metrics["teacher_is_language_model"] is False
     assert metrics["attempts"] == len(table) and metrics["distinct_trace_share"] > 0.9
     assert PromptSettings.load(out_dir) == PromptSettings(**SHORT)
-    assert json.loads((out_dir / "features.json").read_text())["names"] == list(FEATURES)
     split = {line["row_id"]: line["used_for"] for line in read(out_dir / "row_split.parquet")}
     assert set(by_row) == {row_id for row_id, use in split.items() if use == "sft"}
     assert sorted(path.name for path in out_dir.iterdir()) == [
         "accepted.parquet",
         "attempts.parquet",
-        "features.json",
         "prompt.json",
         "row_split.parquet",
     ]
 
 
 def test_rows_for_sft_and_dapo_share_no_user_and_leave_out_none(run_path: Path) -> None:
-    train = rows.read_hit_rows(run_path / "candidates/train.parquet", with_features=False)
-    users = [row["user"] for row in train]
-    chosen = rows.users_for_sft(users, 0.5, seed=0)
+    train = read_rows(run_path / "candidates/train.parquet")
+    users = [row.user for row in train]
+    chosen = split.users_for_sft(users, 0.5, seed=0)
     assert len(chosen) == 5  # ten users of three rows: 15 of 30
-    assert rows.users_for_sft(users, 1.0, seed=0) == set(users)
-    assert len(rows.users_for_sft(users, 0.01, seed=0)) == 1
-    assert rows.users_for_sft(users, 0.5, seed=1) != chosen
-    rows.write_split(run_path / "split.parquet", train, chosen)
+    assert split.users_for_sft(users, 1.0, seed=0) == set(users)
+    assert len(split.users_for_sft(users, 0.01, seed=0)) == 1
+    assert split.users_for_sft(users, 0.5, seed=1) != chosen
+    split.write_split(run_path / "split.parquet", train, chosen)
     used = {line["row_id"]: line["used_for"] for line in read(run_path / "split.parquet")}
-    assert all(used[row["row_id"]] == ("sft" if row["user"] in chosen else "dapo") for row in train)
+    assert all(used[row.row_id] == ("sft" if row.user in chosen else "dapo") for row in train)
     assert 9999 not in used  # its list does not hold the target
 
 
-def test_max_rows_draws_a_seeded_choice(run_path: Path) -> None:
-    train = rows.read_hit_rows(run_path / "candidates/train.parquet", with_features=False)
-    assert rows.choose(train, 0, 0) == train
-    assert rows.choose(train, 5, 0) == rows.choose(train, 5, 0) != rows.choose(train, 5, 1)
-    assert len(rows.choose(train, 5, 0)) == 5
+def test_max_rows_limits_the_rows_that_are_written_for(run_path: Path) -> None:
+    chosen = []
+    for number, seed in enumerate((0, 0, 1)):
+        metrics, out_dir = run_stage(run_path, SHORT, f"out{number}", max_rows=5, seed=seed)
+        assert (metrics["rows"], metrics["sft_rows"]) == (5, 30)
+        chosen.append({line["row_id"] for line in read(out_dir / "attempts.parquet")})
+    assert chosen[0] == chosen[1] != chosen[2]
 
 
-def test_a_stopped_stage_goes_on_without_repeating_a_draw(run_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stopped_stage_continues_without_repeating_a_draw(run_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = {"batch_size": 4, "max_attempts": 3}
     whole, whole_dir = run_stage(run_path, SHORT, "whole", **options)
     draft, calls, deadly = evidence.EvidenceTeacher._draft, [], [True]
 
     def stop_after_30(self, row, attempt):  # noqa: ANN001, ANN202
-        calls.append((row["row_id"], attempt))
+        calls.append((row.row_id, attempt))
         if deadly and len(calls) == 30:
             raise RuntimeError("killed")
         return draft(self, row, attempt)
@@ -381,14 +378,13 @@ def test_targeted_evidence_accepts_every_row_in_one_draw_and_gives_nothing_away(
 # ---- teachers that are language models
 
 
-def test_a_teacher_reads_the_full_task_what_codes_mean_and_what_it_is_told(catalogue: Catalogue) -> None:
-    row = {**toy_rows(0, 1, 1)[0], "relevance": [0.0, 0.0, 1.0, 0.0]}
-    settings = PromptSettings(**SHORT, knowledge_priming=True)
-    hidden = teachers.PromptWriter(catalogue, settings, EDGES, FEATURES, told=False)(row)
-    told = teachers.PromptWriter(catalogue, settings, EDGES, FEATURES, told=True)(row)
+def test_a_teacher_reads_the_full_task_what_codes_mean_and_what_it_is_told(prompter) -> None:
+    (row,) = ranking_rows(0, 1, relevance=[0.0, 0.0, 1.0, 0.0])
+    asked = prompter(**SHORT, knowledge_priming=True)
+    hidden, told = (teachers.PromptWriter(asked, told)(row) for told in (False, True))
     assert "You are an expert" in hidden and "shampoo" in hidden
     assert "next (chosen next by N others after the last item)" in hidden
-    label = catalogue.semantic_ids[row["candidates"][2]]
+    label = asked.labels(row)[2]
     assert told.startswith(hidden) and f"The item taken next is {label}." in told.removeprefix(hidden)
 
 
@@ -396,14 +392,25 @@ class Server(BaseHTTPRequestHandler):
     """A chat completions server whose answer depends on the first candidate's place in the catalogue."""
 
     requests: list[dict] = []
-    paths: list[str] = []
-    busy = 0
+    busy = 0  # requests that are refused before one is answered
+    open, most_open = 0, 0
+    lock = threading.Lock()
 
     def do_GET(self) -> None:
         self.answer(200, {"object": "list", "data": [{"id": "toy", "object": "model", "created": 0, "owned_by": "x"}]})
 
     def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with Server.lock:
+            Server.open += 1
+            Server.most_open = max(Server.open, Server.most_open)
+        time.sleep(0.005)
+        try:
+            self.complete(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+        finally:
+            with Server.lock:
+                Server.open -= 1
+
+    def complete(self, body: dict) -> None:
         if Server.busy > 0:
             Server.busy -= 1
             return self.answer(503, {"error": {"message": "busy"}})
@@ -449,7 +456,7 @@ CHAT = {"id": "1", "object": "chat.completion", "created": 0, "model": "toy"}
 @pytest.fixture
 def base_url(monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    Server.requests, Server.busy = [], 0
+    Server.requests, Server.busy, Server.most_open = [], 0, 0
     server = ThreadingHTTPServer(("127.0.0.1", 0), Server)
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     yield f"http://127.0.0.1:{server.server_address[1]}/v1"
@@ -476,6 +483,24 @@ def test_the_openai_teacher_keeps_some_refuses_some_and_says_why(run_path: Path,
         (r["model"], r["temperature"], r["max_completion_tokens"], r["key"]) == ("toy", 0.7, 50, "Bearer none")
         for r in Server.requests
     )
+
+
+@pytest.mark.parametrize("most", [1, 3])
+def test_the_openai_teacher_sends_max_concurrency_requests_at_a_time(run_path: Path, base_url: str, most: int) -> None:
+    options = {"teacher": "openai", "teacher_model": "toy", "base_url": base_url, "max_concurrency": most}
+    run_stage(run_path, {}, max_attempts=1, **options)
+    assert Server.most_open == most
+
+
+@pytest.mark.parametrize("max_retries", [0, 1])
+def test_a_failed_request_is_sent_again_max_retries_times(run_path: Path, base_url: str, max_retries: int) -> None:
+    from openai import InternalServerError
+
+    Server.busy = 1
+    options = {"teacher": "openai", "teacher_model": "toy", "base_url": base_url, "max_concurrency": 1}
+    with contextlib.nullcontext() if max_retries else pytest.raises(InternalServerError, match="busy"):
+        run_stage(run_path, {}, strategy="targeted", max_rows=2, max_retries=max_retries, **options)
+    assert len(Server.requests) == 1 + max_retries  # of two rows, what the server did not refuse
 
 
 def test_the_share_of_targeted_traces_that_give_the_answer_away(run_path: Path, base_url: str) -> None:
@@ -519,7 +544,7 @@ def check(run_path: Path, settings: dict | None = None, **options) -> None:
 
 
 def test_a_model_folder_that_is_not_there_is_refused(run_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"teacher_model \./nowhere is no model folder"):
+    with pytest.raises(FileNotFoundError, match=r"\./nowhere is not there; give a"):
         check(run_path, teacher="vllm", teacher_model="./nowhere")
     check(run_path, teacher="vllm", teacher_model="Qwen/Qwen3-8B")  # a hub name
 
@@ -565,14 +590,14 @@ def test_candidates_without_a_hit_are_refused(run_path: Path) -> None:
 
 
 def test_training_rows_of_one_user_cannot_be_scored_out_of_fold(run_path: Path) -> None:
-    write_candidates(run_path / "candidates", "train", toy_rows(0, 3, 1))
+    write_candidates(run_path / "candidates", train=with_a_miss(toy_rows(0, 3, 1)))
     with pytest.raises(ValueError, match="all 3 training rows are of one user"):
         run_stage(run_path, SHORT)
 
 
 def test_a_teacher_that_never_ranks_the_target_first_is_refused(run_path: Path, base_url: str) -> None:
     last = [{**row, "relevance": [0.0, 0.0, 0.0, 1.0]} for row in toy_rows(0, 6, 1)]
-    write_candidates(run_path / "candidates", "train", last)
+    write_candidates(run_path / "candidates", train=with_a_miss(last))
     options = {"teacher": "openai", "teacher_model": "toy", "base_url": base_url, "max_attempts": 1}
     with pytest.raises(ValueError, match=r"none of 6 attempts on 6 rows was accepted \(.*target_not_first"):
         run_stage(run_path, {}, **options)

@@ -13,15 +13,17 @@ from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from toy_run import NUM_ITEMS, write_candidates, write_items, write_semantic_ids
 
-from rerank import prompts, recipe, traces
+from rerank import prompts, traces
 from rerank.catalogue import Catalogue
+from rerank.launch import recipe
 from rerank.prompts import PromptSettings
+from rerank.rows import Prompter, RankingRow
 
-NUM_ITEMS, NUM_CANDIDATES = 12, 3
+NUM_CANDIDATES = 3
 SETTINGS = {"item_fields": ["semantic_id"], "task": "short"}
 MAX_LENGTH = 256
 TEMPLATE = "{{ messages[0]['content'] }}\n{% if add_generation_prompt %}Answer:{% endif %}"
@@ -52,8 +54,8 @@ def train(rows: list[dict], catalogue: Catalogue, folder: Path) -> None:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-    write_prompt = traces.teachers.PromptWriter(catalogue, PromptSettings(**SETTINGS), {}, (), told=False)
-    texts = [write_prompt(row) for row in rows]
+    write_prompt = traces.teachers.PromptWriter(Prompter(catalogue, PromptSettings(**SETTINGS)), told=False)
+    texts = [write_prompt(RankingRow.of(row)) for row in rows]
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -105,14 +107,9 @@ def run_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, value in recipe.ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     path = tmp_path_factory.mktemp("run")
-    for stage in ("data", "semantic_ids", "candidates"):
-        (path / stage).mkdir()
-    ids = [f"<s_a_{item // 4}><s_b_{item % 4}>" for item in range(NUM_ITEMS)]
-    blank, numbers = [""] * NUM_ITEMS, list(range(NUM_ITEMS))
-    items = {"item": numbers, "item_id": [str(item) for item in numbers], "title": blank, "category": blank}
-    pq.write_table(pa.table(items), path / "data/items.parquet")
-    pq.write_table(pa.table({"item": numbers, "semantic_id": ids}), path / "semantic_ids/semantic_ids.parquet")
-    pq.write_table(pa.Table.from_pylist(toy_rows()), path / "candidates/train.parquet")
+    write_items(path / "data", title=[""] * NUM_ITEMS, category=[""] * NUM_ITEMS)
+    write_semantic_ids(path / "semantic_ids")
+    write_candidates(path / "candidates", train=toy_rows())
     train(toy_rows(), Catalogue.load(path), path / "teacher")
     return path
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from transformers import Qwen3ForCausalLM
 
-from rerank import base_model
+from rerank.models import base as base_model
 from rerank.prompts import THINK, THINK_END
 
 SHAPE = base_model.SmallModelArguments(hidden_size=32, num_layers=2, num_heads=1, num_kv_heads=1, context_length=256)

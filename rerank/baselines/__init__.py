@@ -1,22 +1,21 @@
-"""transitions and LambdaMART: the rows every results table carries, and the evidence they rest on.
+"""The baselines of every results table, transitions and LambdaMART, and the evidence they rest on.
 
-`pairs` counts who follows whom, `regression` fits which items go together, `counts` scores and stores it all,
-`features` turns it into numbers and buckets, `lambdamart` ranks by them.
+`pairs` counts which item follows which, `regression` fits which items go together, `counts` scores and stores it all,
+`features` turns it into numbers and bucket edges, `lambdamart` ranks by them.
 """
 
 from rerank.baselines.counts import Counts
-from rerank.baselines.features import EVIDENCE, FEATURES, NUM_BUCKETS, ItemFacts, bucket, fit_edges
+from rerank.baselines.features import FEATURES, NUM_BUCKETS, ItemFacts, feature_rows, fit_edges
 from rerank.baselines.lambdamart import fit_lambdamart, out_of_fold_scores, predict_lambdamart
-from rerank.baselines.pairs import OwnCounts
+from rerank.baselines.pairs import UserContributions
 
 __all__ = [
-    "EVIDENCE",
     "FEATURES",
     "NUM_BUCKETS",
     "Counts",
     "ItemFacts",
-    "OwnCounts",
-    "bucket",
+    "UserContributions",
+    "feature_rows",
     "fit_edges",
     "fit_lambdamart",
     "out_of_fold_scores",

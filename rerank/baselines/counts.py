@@ -15,19 +15,21 @@ import numpy as np
 from scipy.sparse import csr_array
 
 from rerank.baselines.features import ItemFacts, feature_rows, recent_items
-from rerank.baselines.pairs import ALL_PAIRS, UNIT, OwnCounts, Sequences, flatten, matrix_of
+from rerank.baselines.pairs import ALL_WEIGHTS, UNIT, Sequences, UserContributions, flatten, matrix_of, weighted_pairs
 from rerank.baselines.regression import ItemRegression
+from rerank.launch.files import write_whole
 
 RECENCY = (60, 30, 20, 15, 12)  # 1 / m in sixtieths
 SCORE_UNIT = UNIT * 60
 CHUNK = 1024
 MATRICES = ("transitions", "successors", "near")
 FACT_MATRICES = ("categories", "words")
+PARTS = ("data", "indices", "indptr")  # of a sparse matrix
 
 
 @dataclass(frozen=True)
 class Counts:
-    """Counts of training sequences, and what is known about the items."""
+    """Counts of training sequences, and facts about the items."""
 
     transitions: csr_array  # (items, items), sixtieths
     successors: csr_array  # (items, items)
@@ -43,30 +45,31 @@ class Counts:
         Args:
             sequences: User to items, oldest first.
             num_items: Size of the catalogue.
-            facts: What is known about the items beside the sequences.
+            facts: About the items, beside the sequences.
         """
         owners, items = flatten(sequences)
         matrices = []
-        for pairs in ALL_PAIRS:
-            _, first, second, weight = pairs(owners, items)
+        for weights in ALL_WEIGHTS:
+            _, first, second, weight = weighted_pairs(owners, items, *weights)
             matrices.append(matrix_of(first, second, weight, (num_items, num_items)))
         popularity, regression = np.bincount(items, minlength=num_items), ItemRegression.fit(owners, items, num_items)
         return cls(*matrices, popularity, regression, facts or ItemFacts.of(num_items))
 
     @property
     def num_items(self) -> int:
+        """Size of the catalogue."""
         return len(self.popularity)
 
     def save(self, path: str | Path) -> None:
-        """Write everything to one npz file."""
+        """Write everything to one npz file, whole or not at all."""
         arrays = {"popularity": self.popularity, "embeddings": self.facts.embeddings, "brands": self.facts.brands}
         arrays |= {"inverse": self.regression.inverse, "places": self.regression.places}
         matrices = {name: getattr(self, name) for name in MATRICES}
         matrices |= {name: getattr(self.facts, name) for name in FACT_MATRICES}
         for name, matrix in matrices.items():
-            arrays |= {f"{name}_{part}": getattr(matrix, part) for part in ("data", "indices", "indptr")}
+            arrays |= {f"{name}_{part}": getattr(matrix, part) for part in PARTS}
             arrays[f"{name}_shape"] = np.array(matrix.shape)
-        np.savez(path, **arrays)
+        write_whole(path, lambda temporary: _write_npz(temporary, arrays))
 
     @classmethod
     def load(cls, path: str | Path) -> Counts:
@@ -74,23 +77,22 @@ class Counts:
         if not Path(path).is_file():
             raise FileNotFoundError(f"{path} does not exist; run the candidates stage first.")
         with np.load(path) as arrays:
-            matrices = {}
-            for name in (*MATRICES, *FACT_MATRICES):
-                parts = tuple(arrays[f"{name}_{part}"] for part in ("data", "indices", "indptr"))
-                matrices[name] = csr_array(parts, shape=tuple(arrays[f"{name}_shape"]))
-            facts = {name: matrices.pop(name) for name in FACT_MATRICES}
-            item_facts = ItemFacts(embeddings=arrays["embeddings"], brands=arrays["brands"], **facts)
+
+            def matrix(name: str) -> csr_array:
+                parts = tuple(arrays[f"{name}_{part}"] for part in PARTS)
+                return csr_array(parts, shape=tuple(arrays[f"{name}_shape"]))
+
+            facts = ItemFacts(arrays["embeddings"], *map(matrix, FACT_MATRICES), arrays["brands"])
             regression = ItemRegression(arrays["inverse"], arrays["places"])
-            return cls(**matrices, popularity=arrays["popularity"], regression=regression, facts=item_facts)
+            return cls(*map(matrix, MATRICES), arrays["popularity"], regression, facts)
 
-    def own(self, users: Sequence[int], sequences: Sequences) -> OwnCounts:
-        """What the user of each row put into these counts, for `top_rows` and `feature_rows`."""
-        return OwnCounts.of(users, sequences, self.num_items)
+    def own(self, users: Sequence[int] | np.ndarray, sequences: Sequences) -> UserContributions:
+        """The contributions of each row's user to these counts, for `top_rows` and `feature_rows`."""
+        return UserContributions.of(users, sequences, self.num_items)
 
-    def _own_of_one(self, own_sequence: Sequence[int] | None) -> OwnCounts | None:
-        return None if own_sequence is None else self.own([0], {0: np.asarray(own_sequence)})
-
-    def _score_matrix(self, histories: Sequence[np.ndarray], rows: np.ndarray, own: OwnCounts | None) -> csr_array:
+    def _score_matrix(
+        self, histories: Sequence[np.ndarray], rows: np.ndarray, own: UserContributions | None
+    ) -> csr_array:
         """Scores of the rows in 1/3600, (len(rows), items), nothing where the history has the item."""
         chunk = [np.asarray(histories[row], dtype=np.int64) for row in rows]
         recent = recent_items(chunk, len(RECENCY))
@@ -105,32 +107,15 @@ class Counts:
         scores.sort_indices()
         return scores
 
-    def transition_scores(self, history: Sequence[int], own_sequence: Sequence[int] | None = None) -> np.ndarray:
-        """Score of every item after a history, (items,); -inf for the items of the history.
+    def top_rows(
+        self, histories: Sequence[np.ndarray], n: int, own: UserContributions | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The n best items after each history with their scores, (R, n) each; ties by popularity, then by item.
 
         Args:
-            history: Items, oldest first.
-            own_sequence: This user's part of the fitted sequences, to be subtracted.
-        """
-        own = self._own_of_one(own_sequence)
-        scores = self._score_matrix([np.asarray(history)], np.array([0]), own).toarray()[0] / SCORE_UNIT
-        scores[np.asarray(history, dtype=np.int64)] = -np.inf
-        return scores
-
-    def top(
-        self, history: Sequence[int], n: int, own_sequence: Sequence[int] | None = None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """The n best items after a history with their scores; ties by popularity, then by item."""
-        items, scores = self.top_rows([np.asarray(history)], n, self._own_of_one(own_sequence))
-        return items[0], scores[0]
-
-    def top_rows(
-        self, histories: Sequence[np.ndarray], n: int, own: OwnCounts | None = None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """`top` of many rows at once: (R, n) items and (R, n) scores.
-
-        Raises:
-            ValueError: When a row has fewer than n items that it has not seen.
+            histories: R lists of items, oldest first; their items are left out.
+            n: Length of a list; no row may have fewer items that it has not seen.
+            own: To be subtracted from the counts; None for rows that were not counted.
         """
         items = np.zeros((len(histories), n), dtype=np.int64)
         scores = np.zeros((len(histories), n), dtype=np.int64)
@@ -150,10 +135,12 @@ class Counts:
                 items[row, number:] = self._popular(row, histories[row], items[row, :number], n - number, own)
         return items, scores / SCORE_UNIT
 
-    def _popularity(self, rows: np.ndarray, items: np.ndarray, own: OwnCounts | None) -> np.ndarray:
+    def _popularity(self, rows: np.ndarray, items: np.ndarray, own: UserContributions | None) -> np.ndarray:
         return self.popularity[items] - (own.popularity_of(rows, items) if own is not None else 0)
 
-    def _popular(self, row: int, history: np.ndarray, found: np.ndarray, n: int, own: OwnCounts | None) -> np.ndarray:
+    def _popular(
+        self, row: int, history: np.ndarray, found: np.ndarray, n: int, own: UserContributions | None
+    ) -> np.ndarray:
         """The n most popular items that are neither in the history nor found already: all have score 0."""
         free = np.ones(self.num_items, dtype=bool)
         free[np.asarray(history, dtype=np.int64)] = free[found] = False
@@ -166,33 +153,14 @@ class Counts:
         popularity = self._popularity(np.full(len(items), row), items, own)
         return items[np.lexsort((items, -popularity))[:n]]
 
-    def feature_rows(
-        self,
-        histories: Sequence[np.ndarray],
-        candidates: np.ndarray,
-        scores: np.ndarray,
-        own: OwnCounts | None = None,
-    ) -> np.ndarray:
-        """`features` of many rows at once, (R, N, F) float32."""
-        return feature_rows(self, histories, candidates, scores, own)
+    def features(self, history: Sequence[int], candidates: Sequence[int], scores: Sequence[float]) -> np.ndarray:
+        """`feature_rows` of one row that was not counted, (N, F)."""
+        return feature_rows(self, [np.asarray(history)], np.array([candidates]), np.array([scores]), None)[0]
 
-    def features(
-        self,
-        history: Sequence[int],
-        candidates: Sequence[int],
-        scores: Sequence[float],
-        own_sequence: Sequence[int] | None = None,
-    ) -> np.ndarray:
-        """What is known about each candidate, (N, F) float32, columns as in FEATURES.
 
-        Args:
-            history: Items, oldest first.
-            candidates: Items in first-stage order.
-            scores: Their first-stage scores.
-            own_sequence: This user's part of the fitted sequences, to be subtracted.
-        """
-        own = self._own_of_one(own_sequence)
-        return feature_rows(self, [np.asarray(history)], np.array([candidates]), np.array([scores]), own)[0]
+def _write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    with path.open("wb") as file:  # given a path, numpy would add a suffix
+        np.savez(file, **arrays)
 
 
 def _recency_weights(columns: np.ndarray, width: int) -> csr_array:

@@ -1,4 +1,4 @@
-"""What is known about a candidate (counts, text, catalogue): numbers for trees, buckets for prompts."""
+"""Facts about a candidate (counts, text, catalogue): numbers for trees, edges of buckets for prompts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from scipy.sparse import csr_array
 
-from rerank.baselines.pairs import UNIT, OwnCounts, lookup
+from rerank.baselines.pairs import UNIT, UserContributions, lookup
 
 if TYPE_CHECKING:
     from rerank.baselines.counts import Counts
@@ -44,19 +44,6 @@ FEATURES = (
     "title_words",  # shared with the last item's title
     "history_length",
 )
-EVIDENCE = (  # the facts a prompt can carry
-    "direct_last",
-    "direct_second",
-    "from_last",
-    "sum_counts",
-    "popularity",
-    "cosine_last",
-    "cosine_max",
-    "lift",
-    "near",
-    "fit_history",
-    "fit_recent",
-)
 NUM_BUCKETS = 10
 SMOOTHING = 5  # users added to those who had an item, so that a share of few is small
 CHUNK = 1024
@@ -64,7 +51,7 @@ CHUNK = 1024
 
 @dataclass(frozen=True)
 class ItemFacts:
-    """What is known about items beside who chose them."""
+    """Facts about items beside who chose them."""
 
     embeddings: np.ndarray  # (items, d) float16, L2-normalised; a zero row says nothing is known
     categories: csr_array  # (items, categories) 0/1
@@ -124,21 +111,34 @@ def feature_rows(
     histories: Sequence[np.ndarray],
     candidates: np.ndarray,
     scores: np.ndarray,
-    own: OwnCounts | None,
+    own: UserContributions | None,
 ) -> np.ndarray:
-    """Features of every row's candidates, (R, N, F) float32, each row's own transitions subtracted."""
+    """Facts about each candidate of many rows, (R, N, F) float32, columns as in FEATURES.
+
+    Args:
+        counts: Of the training sequences.
+        histories: R lists of items, oldest first.
+        candidates: (R, N) items in first-stage order.
+        scores: (R, N) their first-stage scores.
+        own: To be subtracted from the counts; None for rows that were not counted.
+    """
     candidates = np.asarray(candidates, dtype=np.int64)
     features = np.zeros((*candidates.shape, len(FEATURES)), dtype=np.float32)
     recent = recent_items(histories, DEPTH)
     lengths = np.array([len(history) for history in histories], dtype=np.float32)
     for start in range(0, len(candidates), CHUNK):
         rows = np.arange(start, min(start + CHUNK, len(candidates)))
+        left_out = None if own is None else own.items_of(rows)
+        fit, recent_fit = counts.regression.scores(
+            [histories[row] for row in rows.tolist()], candidates[rows], left_out
+        )
         columns = {
             "place": np.arange(1, candidates.shape[1] + 1),
             "first_stage_score": scores[rows],
             "history_length": lengths[rows][:, None],
             **_count_facts(counts, rows, recent[rows], candidates[rows], own),
-            **_fit_facts(counts, rows, histories, candidates[rows], own),
+            "fit_history": fit,
+            "fit_recent": recent_fit,
             **_text_facts(counts.facts, recent[rows], candidates[rows]),
         }
         for number, name in enumerate(FEATURES):
@@ -147,7 +147,7 @@ def feature_rows(
 
 
 def _count_facts(
-    counts: Counts, rows: np.ndarray, recent: np.ndarray, candidates: np.ndarray, own: OwnCounts | None
+    counts: Counts, rows: np.ndarray, recent: np.ndarray, candidates: np.ndarray, own: UserContributions | None
 ) -> dict[str, np.ndarray]:
     """The features that rest on who chose what; R rows, H recent items, N candidates.
 
@@ -177,15 +177,6 @@ def _count_facts(
         "lift": total / np.sqrt(popularity + 1),
         "near": (shares / np.arange(1, recent.shape[1] + 1)[:, None]).sum(axis=1),
     }
-
-
-def _fit_facts(
-    counts: Counts, rows: np.ndarray, histories: Sequence[np.ndarray], candidates: np.ndarray, own: OwnCounts | None
-) -> dict[str, np.ndarray]:
-    """The features of the linear model, the row's user left out."""
-    left_out = None if own is None else own.items_of(rows)
-    whole, recent = counts.regression.scores([histories[row] for row in rows], candidates, left_out)
-    return {"fit_history": whole, "fit_recent": recent}
 
 
 def _text_facts(facts: ItemFacts, recent: np.ndarray, candidates: np.ndarray) -> dict[str, np.ndarray]:
@@ -251,8 +242,3 @@ def fit_edges(values: np.ndarray) -> list[float]:
             rest = positive[np.searchsorted(positive, edges[-1]) :]
             edges.append(float(max(rest[len(rest) // (left + 1)], larger[0])))
     return edges
-
-
-def bucket(value: float, edges: Sequence[float]) -> int:
-    """Number of edges at or below the value: 0 to 9, 0 for what is not positive."""
-    return int(np.searchsorted(edges, value, side="right"))

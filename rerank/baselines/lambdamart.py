@@ -13,33 +13,27 @@ from rerank.baselines.features import FEATURES
 if TYPE_CHECKING:
     import lightgbm
 
+PATIENCE = 50  # trees without a better validation value before it stops
+
+Lists = tuple[Sequence[np.ndarray], Sequence[Sequence[float]]]  # (N, F) features and (N,) relevance of each row
+
 
 def fit_lambdamart(
-    features: Sequence[np.ndarray],
-    relevance: Sequence[Sequence[float]],
-    valid_features: Sequence[np.ndarray],
-    valid_relevance: Sequence[Sequence[float]],
-    seed: int = 0,
-    min_rows_per_leaf: int = 200,
-    max_rounds: int = 1000,
-    patience: int = 50,
+    train: Lists, valid: Lists, seed: int = 0, min_rows_per_leaf: int = 200, max_rounds: int = 1000
 ) -> lightgbm.Booster:
     """A LightGBM ranker stopped at its best validation NDCG@5; the same seed gives the same trees.
 
     Args:
-        features: (N, F) a row.
-        relevance: Whole numbers, (N,) a row. Rows without a relevant item teach nothing and are left out.
-        valid_features: The same for the rows that decide when to stop.
-        valid_relevance: See `relevance`.
+        train: Relevance in whole numbers. Rows without a relevant item teach nothing and are left out.
+        valid: The rows that decide when to stop.
         seed: Of the feature and row samples.
         min_rows_per_leaf: Candidates in a leaf at least; lower it for toy data.
         max_rounds: Trees at most.
-        patience: Trees without a better validation value before it stops.
     """
     import lightgbm
 
-    train = _dataset("training", features, relevance)
-    valid = _dataset("validation", valid_features, valid_relevance, reference=train)
+    dataset = _dataset("training", train)
+    valid_dataset = _dataset("validation", valid, reference=dataset)
     parameters = {
         "objective": "lambdarank",
         "metric": "ndcg",
@@ -56,18 +50,14 @@ def fit_lambdamart(
         "num_threads": int(os.environ.get("OMP_NUM_THREADS", "2")),
         "verbosity": -1,
     }
-    stop = lightgbm.early_stopping(patience, verbose=False)
-    return lightgbm.train(parameters, train, max_rounds, valid_sets=[valid], callbacks=[stop])
+    stop = lightgbm.early_stopping(PATIENCE, verbose=False)
+    return lightgbm.train(parameters, dataset, max_rounds, valid_sets=[valid_dataset], callbacks=[stop])
 
 
-def _dataset(
-    name: str,
-    features: Sequence[np.ndarray],
-    relevance: Sequence[Sequence[float]],
-    reference: lightgbm.Dataset | None = None,
-) -> lightgbm.Dataset:
+def _dataset(name: str, lists: Lists, reference: lightgbm.Dataset | None = None) -> lightgbm.Dataset:
     import lightgbm
 
+    features, relevance = lists
     kept = [row for row, values in enumerate(relevance) if max(values) > 0]
     if not kept:
         raise ValueError(f"none of the {len(relevance)} {name} rows has a relevant candidate; use longer lists.")
@@ -93,30 +83,19 @@ def predict_lambdamart(booster: lightgbm.Booster, features: Sequence[np.ndarray]
 
 
 def out_of_fold_scores(
-    features: Sequence[np.ndarray],
-    relevance: Sequence[Sequence[float]],
-    users: Sequence[int],
-    valid_features: Sequence[np.ndarray],
-    valid_relevance: Sequence[Sequence[float]],
-    num_folds: int = 5,
-    seed: int = 0,
-    **options: int,
+    train: Lists, users: Sequence[int], valid: Lists, num_folds: int = 5, seed: int = 0, **options: int
 ) -> list[np.ndarray]:
     """Scores of each training row by a LambdaMART fitted on other users' rows.
 
     Args:
-        features: (N, F) a row.
-        relevance: (N,) a row.
-        users: The row's user. All rows of a user are in one fold.
-        valid_features: Of the validation rows, which decide when each fold's fit stops.
-        valid_relevance: See `valid_features`.
+        train: The rows to score.
+        users: The row's user. All rows of a user are in one fold; there is at least one user for each fold.
+        valid: The rows that decide when each fold's fit stops.
         num_folds: Parts into which the users are cut.
         seed: Of the cut and of the fits.
         **options: Handed to `fit_lambdamart`.
-
-    Raises:
-        ValueError: When there are fewer users than folds.
     """
+    features, relevance = train
     names, number = np.unique(np.asarray(users), return_inverse=True)
     if len(names) < num_folds:
         raise ValueError(f"{len(names)} users have training rows, fewer than num_folds {num_folds}; use fewer folds.")
@@ -124,8 +103,8 @@ def out_of_fold_scores(
     scores: list[np.ndarray] = [np.empty(0)] * len(users)
     for fold in range(num_folds):
         others, held = np.flatnonzero(folds != fold), np.flatnonzero(folds == fold)
-        train = [features[row] for row in others], [relevance[row] for row in others]
-        booster = fit_lambdamart(*train, valid_features, valid_relevance, seed=seed, **options)
+        rest = [features[row] for row in others], [relevance[row] for row in others]
+        booster = fit_lambdamart(rest, valid, seed=seed, **options)
         for row, row_scores in zip(held, predict_lambdamart(booster, [features[row] for row in held]), strict=True):
             scores[row] = row_scores
     return scores

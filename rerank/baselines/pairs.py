@@ -39,38 +39,28 @@ def flatten(sequences: Sequences) -> tuple[np.ndarray, np.ndarray]:
     return np.repeat(np.arange(len(arrays)), lengths), items
 
 
-def weighted_pairs(owners: np.ndarray, items: np.ndarray) -> tuple[np.ndarray, ...]:
-    """(owner, from, to, weight in sixtieths) of every two interactions of one owner at most three apart."""
+def weighted_pairs(
+    owners: np.ndarray, items: np.ndarray, forward: Sequence[int] = FORWARD, backward: Sequence[int] = BACKWARD
+) -> tuple[np.ndarray, ...]:
+    """(owner, from, to, weight) of every two interactions of one owner, weighted by the distance, both ways.
+
+    Args:
+        owners: Of each interaction, those of one owner together and oldest first.
+        items: Of each interaction.
+        forward: Weights from the earlier to the later one, at distance 1, 2, ...; by default in sixtieths.
+        backward: Weights from the later to the earlier one.
+    """
     parts: list[tuple[np.ndarray, ...]] = []
-    for distance, (forward, backward) in enumerate(zip(FORWARD, BACKWARD, strict=True), start=1):
-        owner, first, second = _neighbours(owners, items, distance)
-        parts.append((owner, first, second, np.full(len(owner), forward)))
-        parts.append((owner, second, first, np.full(len(owner), backward)))
+    for weights, is_forward in ((forward, True), (backward, False)):
+        for distance, weight in enumerate(weights, start=1):
+            same = owners[:-distance] == owners[distance:]
+            pair = items[:-distance][same], items[distance:][same]
+            parts.append((owners[:-distance][same], *pair[:: 1 if is_forward else -1], np.full(same.sum(), weight)))
     return tuple(np.concatenate(columns) for columns in zip(*parts, strict=True))
 
 
-def direct_pairs(owners: np.ndarray, items: np.ndarray) -> tuple[np.ndarray, ...]:
-    """(owner, from, to, 1) of every two successive interactions of one owner."""
-    owner, first, second = _neighbours(owners, items, 1)
-    return owner, first, second, np.ones(len(owner), dtype=np.int64)
-
-
-def near_pairs(owners: np.ndarray, items: np.ndarray) -> tuple[np.ndarray, ...]:
-    """(owner, from, to, 1) of every two interactions of one owner at most ten apart, both ways."""
-    parts: list[tuple[np.ndarray, ...]] = []
-    for distance in range(1, NEAR + 1):
-        owner, first, second = _neighbours(owners, items, distance)
-        parts += [(owner, first, second), (owner, second, first)]
-    owner, first, second = (np.concatenate(columns) for columns in zip(*parts, strict=True))
-    return owner, first, second, np.ones(len(owner), dtype=np.int64)
-
-
-ALL_PAIRS = (weighted_pairs, direct_pairs, near_pairs)  # of the matrices transitions, successors, near
-
-
-def _neighbours(owners: np.ndarray, items: np.ndarray, distance: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    same = owners[:-distance] == owners[distance:]
-    return owners[:-distance][same], items[:-distance][same], items[distance:][same]
+# (forward, backward) weights of the matrices transitions, successors, near
+ALL_WEIGHTS = ((FORWARD, BACKWARD), ((1,), ()), ((1,) * NEAR, (1,) * NEAR))
 
 
 def matrix_of(rows: np.ndarray, columns: np.ndarray, values: np.ndarray, shape: tuple[int, int]) -> csr_array:
@@ -81,8 +71,8 @@ def matrix_of(rows: np.ndarray, columns: np.ndarray, values: np.ndarray, shape: 
 
 
 @dataclass(frozen=True)
-class OwnCounts:
-    """What each row's user put into the counts, for exact leave-one-user-out.
+class UserContributions:
+    """The contributions of each row's user to the counts, for exact leave-one-user-out.
 
     A matrix row stands for one (user, item) of `keys`, so that the counts of all users fit into one sparse matrix.
     """
@@ -96,12 +86,12 @@ class OwnCounts:
     popularity: csr_array  # (users, items)
 
     @classmethod
-    def of(cls, users: Sequence[int], sequences: Sequences, num_items: int) -> OwnCounts:
+    def of(cls, users: Sequence[int] | np.ndarray, sequences: Sequences, num_items: int) -> UserContributions:
         """The own counts of rows.
 
         Args:
             users: The user of each row.
-            sequences: What the counts were fitted on. A user not in it has nothing to subtract.
+            sequences: Those that the counts were fitted on. A user not in it has nothing to subtract.
             num_items: Size of the catalogue.
         """
         present = {user: sequences[user] for user in dict.fromkeys(map(int, users)) if user in sequences}
@@ -109,8 +99,8 @@ class OwnCounts:
         owners, items = flatten(present)
         keys = np.unique(owners * num_items + items)
         matrices = []
-        for pairs in ALL_PAIRS:
-            owner, first, second, weight = pairs(owners, items)
+        for weights in ALL_WEIGHTS:
+            owner, first, second, weight = weighted_pairs(owners, items, *weights)
             numbers = np.searchsorted(keys, owner * num_items + first)
             matrices.append(matrix_of(numbers, second, weight, (len(keys), num_items)))
         popularity = matrix_of(owners, items, np.ones(len(items)), (len(present), num_items))
@@ -127,11 +117,11 @@ class OwnCounts:
         return np.where((owners >= 0) & (items >= 0) & (self.keys[found] == wanted), found, -1)
 
     def popularity_of(self, rows: np.ndarray, items: np.ndarray) -> np.ndarray:
-        """How often the row's user had each item, elementwise."""
+        """Number of times that the row's user had each item, elementwise."""
         return lookup(self.popularity, np.broadcast_to(self.owners[rows], items.shape), items)
 
     def items_of(self, rows: np.ndarray) -> csr_array:
-        """(len(rows), items) how often the row's user had each item, nothing where the owner is -1."""
+        """(len(rows), items) number of times that the row's user had each item, nothing where the owner is -1."""
         owned = np.flatnonzero(self.owners[rows] >= 0)
         picks = csr_array(
             (np.ones(len(owned), dtype=np.int64), (owned, self.owners[rows][owned])),

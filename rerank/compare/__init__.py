@@ -1,26 +1,26 @@
 """`rerank compare`: variants of a recipe, several seeds each, on one split, into one table.
 
 Each variant is a recipe folder, or one recipe folder with overrides. A run of a variant and seed is an ordinary run in
-`OUT/<variant>-seed<k>`, made by the same launcher as `rerank run`, so what was finished is skipped and what was
-interrupted goes on. All variants must ask for the same data. A stage up to which two runs have the same recipes, data
-always, is made once and shared.
+`OUT/<variant>-seed<k>`, made by the same launcher as `rerank run`, so finished stages are skipped and interrupted ones
+continue. All variants must ask for the same data. A stage up to which two runs have the same recipes, data always, is
+made once and shared.
 """
 
 import json
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rerank import pipeline
-from rerank import run_dir as runs
-from rerank.compare import held_out_sets_table, next_item_table, rankings_table, rollout_curves
-from rerank.evaluate.tables import counted
-
-logger = logging.getLogger(__name__)
+from rerank.compare import curves, tables
+from rerank.compare.evaluations import RunsOf
+from rerank.launch import pipeline
+from rerank.launch import run_dir as runs
+from rerank.launch.files import write_text
+from rerank.launch.recipe import check_range
+from rerank.launch.stages import load_stage
+from rerank.results.tables import counted
 
 SEEDED_STAGES = ("midtrain", "traces", "sft", "dapo")
-TABLES = {"rerank": rankings_table, "next_item": next_item_table, "held_out_sets": held_out_sets_table}  # by task
 
 
 @dataclass(frozen=True)
@@ -38,11 +38,7 @@ class Variant:
 
 
 def read_variants(recipe_dirs: Sequence[str], words: Sequence[Sequence[str]] | None) -> list[Variant]:
-    """The variants of a command line: recipe folders, or one folder and for each variant its name and overrides.
-
-    Raises:
-        ValueError: On two variants of one name, or overrides for several folders.
-    """
+    """The variants of a command line: recipe folders, or one folder and for each variant its name and overrides."""
     if words and len(recipe_dirs) != 1:
         raise ValueError(f"--variant overrides one recipe folder, but {len(recipe_dirs)} are given; give one")
     if words:
@@ -61,7 +57,7 @@ def variant_steps(variant: Variant, out: str | Path, seed: int, minutes_per_run:
     stages = [step.stage for step in plain]
     overrides = [*variant.overrides, *(f"{stage}.seed={seed}" for stage in stages if stage in SEEDED_STAGES)]
     if minutes_per_run is not None:
-        trained = [stage for stage in stages if stage in runs.TRAINING_STAGES]
+        trained = [stage for stage in stages if load_stage(stage).trains]
         overrides += [f"{stage}.max_minutes={minutes_per_run / len(trained):.3f}" for stage in trained]
     return pipeline.read_steps(variant.recipe_dir, str(out), overrides)
 
@@ -86,42 +82,34 @@ def share_stages(run: Path, steps: Sequence[pipeline.Step], earlier: Mapping[Pat
 
 
 def check_same_data(variants: Sequence[Sequence[pipeline.Step]]) -> None:
-    """Refuse variants whose data recipes differ.
-
-    Raises:
-        ValueError: Naming both recipes and the key.
-    """
+    """Refuse variants whose data recipes differ."""
     reference = variants[0][0]
     for steps in variants[1:]:
         if changed := runs.difference(reference.stage, reference.keys, steps[0].keys):
             raise ValueError(f"{steps[0].path} asks for other data than {reference.path}: {changed}; make them equal")
 
 
-def report(
-    variants: Sequence[Variant], runs_of: dict[str, list[Path]], minutes_per_run: float | None, target: Path
-) -> str:
-    """The results file: what was compared, on which data, and the tables; a picture is drawn beside it."""
+def report(variants: Sequence[Variant], runs_of: RunsOf, minutes_per_run: float | None, target: Path) -> str:
+    """The text of the results file: variants, data and tables; a picture is drawn beside it."""
     some_run = next(iter(runs_of.values()))[0]
     data = runs.read_metrics(some_run, "data")
     results = json.loads((runs.stage_dir(some_run, "evaluate") / "results.json").read_text())
     budget = f", at most {minutes_per_run:g} training minutes a run" if minutes_per_run is not None else ""
-    table = TABLES[results.get("task", "rerank")]
-    num_seeds = len(next(iter(runs_of.values())))
-    with_curves = table is rankings_table and rollout_curves.has_dapo(runs_of)
+    task, num_seeds = results.get("task", "rerank"), len(next(iter(runs_of.values())))
     lines = [
         f"# Comparison of {', '.join(runs_of)}",
         "",
-        f"{counted(len(runs_of), 'variant')}, {counted(num_seeds, 'seed')}{budget}. {table.rows_of(results)}",
+        f"{counted(len(runs_of), 'variant')}, {counted(num_seeds, 'seed')}{budget}. {tables.rows_of(results)}",
         "",
         *(f"- data: {name}, sha256 {digest}" for name, digest in data["sources"].items()),
         "",
         *(f"- {variant.name}: {' '.join(f'`{word}`' for word in variant.words)}" for variant in variants),
         "",
-        *table.table_lines(runs_of),
+        *tables.LINES[task](runs_of),
     ]
-    if with_curves:
-        rollout_curves.draw(runs_of, target.with_suffix(".png"))
-        lines += ["", *rollout_curves.table_lines(runs_of), "", f"![curves]({target.stem}.png)"]
+    if task == "rerank" and curves.has_dapo(runs_of):
+        curves.draw(runs_of, target.with_suffix(".png"))
+        lines += ["", *curves.table_lines(runs_of), "", f"![curves]({target.stem}.png)"]
     return "\n".join(lines) + "\n"
 
 
@@ -134,13 +122,10 @@ def compare(
     accelerate: str,
     say: Callable[[str], None],
 ) -> int:
-    """Run every variant and seed, then write the table; returns the exit code of the first run that fails, or 0.
-
-    Raises:
-        ValueError: On variants of different data, or numbers out of range.
-    """
-    if num_seeds < 1 or (minutes_per_run is not None and minutes_per_run <= 0):
-        raise ValueError(f"--seeds is {num_seeds} and --minutes_per_run {minutes_per_run}; both must be above 0")
+    """Run every variant and seed, then write the table; returns the exit code of the first run that fails, or 0."""
+    check_range("--seeds", num_seeds, least=1)
+    if minutes_per_run is not None:
+        check_range("--minutes_per_run", minutes_per_run, above=0)
     folders = {v.name: [Path(out) / f"{v.name}-seed{seed}" for seed in range(num_seeds)] for v in variants}
     steps_of = {
         run: variant_steps(variant, run, seed, minutes_per_run)
@@ -159,6 +144,6 @@ def compare(
             return code
     target = Path(results) if results else Path(out) / "RESULTS.md"
     text = report(variants, folders, minutes_per_run, target)
-    target.write_text(text, encoding="utf-8")
+    write_text(target, text)
     say(f"{text}\nwritten to {target}")
     return 0

@@ -1,4 +1,4 @@
-from rerank import recipe
+from rerank.launch import recipe
 
 if __name__ == "__main__":
     recipe.launch("dapo")

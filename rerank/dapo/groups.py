@@ -6,116 +6,129 @@ which is hardly ever zero for a sum of shaped rewards.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-from rerank.dapo.prompt_stream import DrawnPrompt
+from rerank.dapo.prompt_stream import TrainingPrompt
+from rerank.rows import RankingRow, reward_columns
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A sampled completion.
+
+    Attributes:
+        prompt_ids: Tokens of its prompt.
+        ids: Its tokens.
+        text: Its text without special tokens.
+        sampling_logps: Log-probability of each token by the engine that sampled it; None where it tells none.
+        truncated: Whether the token limit cut it off.
+    """
+
+    prompt_ids: list[int]
+    ids: list[int]
+    text: str
+    sampling_logps: list[float] | None
+    truncated: bool
 
 
 @dataclass
 class Rollout:
-    """One sampled completion of a prompt.
+    """A completion, its ranking and its scores.
 
     Attributes:
-        sampling_logps: Log-probability of each token by the engine that sampled it; None where it tells none.
-        rewards: Value of each reward, nan where it does not apply.
-        gates: Whether the condition of each reward held.
-        order: The ranking it states, as positions into the shown candidates; None for no ranking.
+        rewards: Value of each reward that applies.
+        conditions: Whether the condition of each reward holds.
+        total: Weighted sum of the rewards.
+        order: The ranking it states, as positions into the candidates shown; None for no ranking.
         failure: Why it is no ranking; None for one.
-        truncated: Whether the length limit cut it off.
-        outcome: What members of a group must differ in; None where it does not apply.
+        outcome: Members of a useful group differ in it; None where it does not apply.
+        advantage: Once computed, of one that is trained on.
+        policy_logps: Log-probability of each token by the model in training, alike.
     """
 
-    prompt_ids: list[int]
-    completion_ids: list[int]
-    completion: str
-    sampling_logps: list[float] | None
-    rewards: list[float]
-    gates: dict[str, bool]
+    completion: Completion
+    rewards: dict[str, float]
+    conditions: dict[str, bool]
+    total: float
     order: list[int] | None
     failure: str | None
-    truncated: bool
-    outcome: float | None = None
+    outcome: float | None
+    advantage: float | None = None
+    policy_logps: list[float] | None = None
 
 
 @dataclass
 class Group:
-    """The completions of one drawn prompt.
+    """The completions of one prompt.
 
     Attributes:
-        number: Which of the prompts drawn for the step it is, from 0.
-        round: The sampling round of the step in which it was sampled, from 0.
+        step: Optimizer step that it was sampled for.
+        round: Sampling round of the step, from 0.
+        number: Of its prompt within the step, from 0.
+        discard_reason: Why it is not trained on; None where it is.
     """
 
-    drawn: DrawnPrompt
+    prompt: TrainingPrompt
     rollouts: list[Rollout]
-    number: int
+    step: int
     round: int
+    number: int
+    discard_reason: str | None = None
 
     def is_useful(self) -> bool:
         """Whether members differ in their outcome."""
         return len({rollout.outcome for rollout in self.rollouts} - {None}) > 1
 
 
-def target_rank(row: Mapping[str, Any], order: Sequence[int] | None) -> int | None:
-    """1-based place that a ranking gives the row's target, None without a ranking."""
-    return None if order is None else order.index(row["first_stage_ranks"].index(row["target_rank"])) + 1
+def rank_gain(row: RankingRow, order: Sequence[int] | None) -> float:
+    """Places that a ranking moves the target up; below every rank for a completion that is no ranking."""
+    place = row.place_of_target(order)
+    return -math.inf if place is None or row.target_rank is None else float(row.target_rank - place)
 
 
-def rank_gain(drawn: DrawnPrompt, order: Sequence[int] | None) -> float:
-    """Places that the target moved up; below every rank for a completion that is no ranking."""
-    place = target_rank(drawn.row, order)
-    return -math.inf if place is None else float(drawn.row["target_rank"] - place)
-
-
-def split(groups: Sequence[Group], wanted: int) -> tuple[list[Group], list[Group], list[Group]]:
-    """Useful groups that are wanted, those beyond, and the rest, each in the order sampled."""
-    useful = [group for group in groups if group.is_useful()]
-    return useful[:wanted], useful[wanted:], [group for group in groups if not group.is_useful()]
-
-
-def prompts_to_draw(missing: int, share_useful: float, num_groups: int) -> int:
-    """How many prompts should bring `missing` useful groups of the `num_groups` of a step; at most twice a step's.
+def num_prompts(missing: int, share_useful: float, num_groups: int) -> int:
+    """Number of prompts that should bring `missing` useful groups of the `num_groups` of a step; at most twice those.
 
     Args:
+        missing: At least 1.
         share_useful: Of the groups sampled lately.
+        num_groups: Of a step.
     """
     return min(2 * num_groups, math.ceil(missing / max(share_useful, missing / (2 * num_groups))))
 
 
-def request_seed(seed: int, row_id: int, draw: int, member: int) -> int:
+def request_seed(seed: int, row_id: int, epoch: int, member: int) -> int:
     """The seed of one completion: members of a group differ, and a second run samples the same."""
-    return int(np.random.SeedSequence([seed, row_id, draw, member]).generate_state(1)[0])
+    return int(np.random.SeedSequence([seed, row_id, epoch, member]).generate_state(1)[0])
 
 
-def record(group: Group, member: int, run: str, step: int, components: Sequence[str], total: float) -> dict[str, Any]:
-    """A rollout as the store takes it; `policy_logps`, `advantage` and `kept` are for the trainer to set."""
-    row, rollout = group.drawn.row, group.rollouts[member]
-    named = zip(components, rollout.rewards, strict=True)
+def record(group: Group, rollout: Rollout, run: str) -> dict[str, object]:
+    """A rollout of the group as the store takes it; `run` is the name of the run's folder."""
+    columns = {name: values[0] for name, values in reward_columns([group.prompt.asked]).items()}
+    row, completion = group.prompt.asked.row, rollout.completion
     return {
-        **{name: row[name] for name in ("row_id", "user", "history", "prompt", "relevance", "first_stage_ranks")},
-        **{name: row[name] for name in ("candidates", "candidate_labels")},
+        "prompt": columns.pop("prompts"),
+        **columns,
+        "step": group.step,
         "run": run,
-        "step": step,
         "round": group.round,
         "group": group.number,
-        "target": row["candidates"][row["first_stage_ranks"].index(row["target_rank"])],
-        "completion": rollout.completion,
-        "completion_ids": rollout.completion_ids,
-        "policy_logps": None,
-        "sampling_logps": rollout.sampling_logps,
-        "reward_components": {name: value for name, value in named if not math.isnan(value)},
-        "reward_gates": rollout.gates,
-        "reward": total,
-        "advantage": None,
-        "truncated": rollout.truncated,
+        "target": None if row.target is None else row.candidates[row.target],
+        "completion": completion.text,
+        "completion_ids": completion.ids,
+        "policy_logps": rollout.policy_logps,
+        "sampling_logps": completion.sampling_logps,
+        "reward_components": rollout.rewards,
+        "conditions": rollout.conditions,
+        "reward": rollout.total,
+        "advantage": rollout.advantage,
+        "truncated": completion.truncated,
         "failure": rollout.failure,
         "order": rollout.order,
-        "target_rank_before": row["target_rank"],
-        "target_rank_after": target_rank(row, rollout.order),
-        "kept": True,
-        "discard_reason": None,
+        "target_rank_after": row.place_of_target(rollout.order),
+        "kept": group.discard_reason is None,
+        "discard_reason": group.discard_reason,
     }

@@ -1,266 +1,222 @@
-"""The groups of a step: prompts are drawn, completed and scored until enough groups are useful."""
+"""The groups of a step: prompts are sampled and scored until enough groups are useful."""
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 
-import numpy as np
-import torch
+from accelerate import PartialState
 from accelerate.utils import gather_object
-from trl import GRPOTrainer
 
-from rerank import plugins, rollout_metrics
-from rerank.dapo import INVALID
-from rerank.dapo import groups as grouping
-from rerank.dapo.groups import Group, Rollout
-from rerank.dapo.prompt_stream import DrawnPrompt, PromptStream
-from rerank.plugins import RANK_GAIN
+from rerank.dapo.groups import Completion, Group, Rollout, num_prompts, rank_gain
+from rerank.dapo.prompt_stream import PromptStream, TrainingPrompt
 from rerank.prompts import parse_completion
-from rerank.rollouts import RolloutWriter
+from rerank.rows import PromptedRow, reward_columns
+from rerank.scoring import RANK_GAIN, Scores
 
 logger = logging.getLogger(__name__)
 
-FRUITLESS_STEPS = 3  # so many first steps without one useful group stop the run: nothing would ever be learned
+T = TypeVar("T")
+U = TypeVar("U")
+Generate = Callable[[Sequence[TrainingPrompt]], Sequence[Completion]]
+Score = Callable[[Sequence[str], Mapping[str, object]], Scores]
+FRUITLESS_STEPS = 3  # first steps without one useful group that stop the run: nothing would ever be learned
 
 
 @dataclass(frozen=True)
 class SamplingOptions:
     """How a step gets its groups.
 
-    Args:
-        outcome: What members of a useful group differ in: a reward's name, or `rank_gain`.
-        max_rounds: Sampling rounds of a step at most; 1, and all groups count as useful, without dynamic sampling.
-        is_dynamic: Whether groups of one outcome are exchanged.
+    Attributes:
+        num_generations: Completions of a prompt.
+        outcome: Members of a useful group differ in it: a reward's name, or `rank_gain`.
+        max_rounds: Sampling rounds of a step at most.
+        is_dynamic: Whether groups whose completions all have one outcome are dropped, and new prompts sampled;
+            otherwise all groups count as useful.
+        keeps_surplus: Whether useful groups beyond a call of `collect` are for the next one, if of the same step.
     """
 
+    num_generations: int
     outcome: str = RANK_GAIN
     max_rounds: int = 1
     is_dynamic: bool = False
+    keeps_surplus: bool = False
+
+
+@dataclass
+class SamplerState:
+    """The state of a sampler that a resumed run needs.
+
+    Attributes:
+        num_drawn: Prompts sampled so far.
+        share_useful: Of the groups sampled lately.
+        has_found_useful: Whether any group was useful.
+    """
+
+    num_drawn: int = 0
+    share_useful: float = 1.0
+    has_found_useful: bool = False
+
+
+@dataclass(frozen=True)
+class StepGroups:
+    """The outcome of one call of `GroupSampler.collect`.
+
+    Attributes:
+        kept: Useful groups to train on, at most those asked for.
+        sampled: All groups sampled in the call.
+        discarded: Groups not to be trained on, of this step or left over from the one before.
+    """
+
+    kept: list[Group]
+    sampled: list[Group]
+    discarded: list[Group]
+
+    @property
+    def padding(self) -> list[Group]:
+        """Padding groups for a step that is short of useful ones."""
+        return [*(group for group in self.discarded if group.discard_reason == "all_equal"), *self.kept]
 
 
 class GroupSampler:
-    """Samples for a trainer of TRL, whose generation and rewards it calls.
+    """Samples groups of completions; every process of a launch gets the same.
 
     Args:
-        trainer: Completes and scores; its metrics take what is logged.
+        generate: Completes prompts, each of which comes `num_generations` times in a row; a process's share of them.
+        score: Scores completions, given as texts and columns.
         prompts: Where prompts come from.
-        writer: Takes the groups that are not trained on.
+        options: How a step gets its groups.
 
     Attributes:
-        requests: The prompt and the number within its group of each completion that is being sampled.
+        state: What a resumed run needs.
     """
 
-    def __init__(self, trainer: GRPOTrainer, prompts: PromptStream, writer: RolloutWriter, options: SamplingOptions):
-        self.trainer, self.prompts, self.writer, self.options = trainer, prompts, writer, options
-        self.requests: list[tuple[DrawnPrompt, int]] = []
+    def __init__(self, generate: Generate, score: Score, prompts: PromptStream, options: SamplingOptions) -> None:
+        self.generate, self.score, self.prompts, self.options = generate, score, prompts, options
+        self.state = SamplerState()
         self._surplus: list[Group] = []
-        self._step, self._num_prompts = -1, 0
-        self._share_useful, self._has_found_useful, self._fruitless_steps = 1.0, False, 0
+        self._step, self._num_prompts, self._num_collected = -1, 0, 0
 
-    @property
-    def state(self) -> dict[str, Any]:
-        """What a resumed run must know."""
-        return {
-            "num_drawn": self.prompts.num_drawn,
-            "share_useful": self._share_useful,
-            "has_found_useful": self._has_found_useful,
-        }
+    def collect(self, step: int, wanted: int) -> tuple[StepGroups, dict[str, float]]:
+        """Groups of an optimizer step, and metrics of sampling them.
 
-    @state.setter
-    def state(self, state: dict[str, Any]) -> None:
-        self.prompts.num_drawn, self._share_useful = state["num_drawn"], state["share_useful"]
-        self._has_found_useful = state["has_found_useful"]
-
-    def request_seeds(self) -> list[int]:
-        """A seed for each completion that is being sampled."""
-        return [
-            grouping.request_seed(self.prompts.seed, drawn.row["row_id"], drawn.draw, member)
-            for drawn, member in self.requests
-        ]
-
-    def collect(self, wanted: int) -> tuple[list[Group], list[Group]]:
-        """Useful groups, at most `wanted`, and others of this step to fill up with; the same in all processes.
+        Args:
+            step: The optimizer step; groups left over from an earlier one are stale.
+            wanted: Useful groups to find.
 
         Raises:
             ValueError: When the first steps had no useful group at all.
         """
-        step = self.trainer.state.global_step
-        if self._step != step:
-            self.discard_stale()
+        metrics: dict[str, float] = {}
+        stale: list[Group] = []
+        if step != self._step:
+            stale = self.drop_stale()
+            metrics["groups/discarded_stale"] = len(stale)
             self._step, self._num_prompts = step, 0
-        useful, self._surplus = self._surplus[:wanted], self._surplus[wanted:]
-        rest: list[Group] = []
-        sampled: list[Group] = []
-        num_rounds = 0
+        useful, sampled, num_rounds = self._surplus, list[Group](), 0
         while len(useful) < wanted and num_rounds < self.options.max_rounds:
-            found = self._sample_everywhere(self._num_to_draw(wanted, wanted - len(useful)), num_rounds)
+            found = self._sample_round(wanted, wanted - len(useful), num_rounds)
+            useful = [*useful, *filter(self.is_kept, found)]
             sampled, num_rounds = [*sampled, *found], num_rounds + 1
-            more, self._surplus, others = self._split(found, wanted - len(useful))
-            useful, rest = [*useful, *more], [*rest, *others]
+        kept, self._surplus = useful[:wanted], useful[wanted:]
         if sampled:
-            self._log(sampled, num_rounds, wanted - len(useful))
-        if not self._reuses_surplus():
-            self._discard(self._surplus, "surplus", step)
-            self._surplus = []
-        self._discard(rest, "all_equal", step)
-        return useful, rest
+            metrics |= self._measure(sampled, num_rounds, wanted - len(kept))
+        discarded = [*stale]
+        if not self.options.keeps_surplus:
+            discarded += _discard(self._surplus, "surplus")
+            metrics["groups/discarded_surplus"], self._surplus = len(self._surplus), []
+        all_equal = _discard([group for group in sampled if not self.is_kept(group)], "all_equal")
+        metrics["groups/discarded_all_equal"] = len(all_equal)
+        return StepGroups(kept, sampled, [*discarded, *all_equal]), metrics
 
-    def discard_stale(self) -> None:
-        """Store useful groups that were left over when the weights changed."""
-        self._discard(self._surplus, "stale", self._step)
-        self._surplus = []
+    def drop_stale(self) -> list[Group]:
+        """The useful groups left over, for weights that have changed since."""
+        stale, self._surplus = _discard(self._surplus, "stale"), []
+        return stale
 
-    def _num_to_draw(self, wanted: int, missing: int) -> int:
-        return grouping.prompts_to_draw(missing, self._share_useful, wanted) if self.options.is_dynamic else wanted
+    def is_kept(self, group: Group) -> bool:
+        """Whether a group counts as useful: all do without dynamic sampling."""
+        return not self.options.is_dynamic or group.is_useful()
 
-    def _split(self, found: list[Group], missing: int) -> tuple[list[Group], list[Group], list[Group]]:
-        return grouping.split(found, missing) if self.options.is_dynamic else (found, [], [])
-
-    def _reuses_surplus(self) -> bool:
-        """Whether an optimizer step samples more than once, all of it with the same weights."""
-        args = self.trainer.args
-        return args.steps_per_generation * self.trainer.num_iterations < args.gradient_accumulation_steps
-
-    def _sample_everywhere(self, count: int, round: int) -> list[Group]:
-        """Groups of the next `count` prompts, in the order drawn, an equal share sampled by each process; what is
-        short of equal shares repeats the last prompt and is dropped."""
-        accelerator = self.trainer.accelerator
-        drawn, share = self.prompts.draw(count), -(-count // accelerator.num_processes)
-        first = accelerator.process_index * share
-        shares = [*drawn, *[drawn[-1]] * (share * accelerator.num_processes - count)]
-        groups = self._sample(shares[first : first + share], self._num_prompts + first, round)
+    def _sample_round(self, wanted: int, missing: int, round: int) -> list[Group]:
+        """Groups of the next prompts, in their order."""
+        count = num_prompts(missing, self.state.share_useful, wanted) if self.options.is_dynamic else wanted
+        prompts = self.prompts.take(self.state.num_drawn, count)
+        numbered = list(enumerate(prompts, start=self._num_prompts))
         self._num_prompts += count
-        return gather_object(groups)[:count]
+        self.state.num_drawn += count
+        return in_shares(lambda share: self._sample(share, round), numbered)
 
-    def _sample(self, drawn: Sequence[DrawnPrompt], first_number: int, round: int) -> list[Group]:
-        """A group of completions of each of this process's prompts, scored."""
-        trainer, size = self.trainer, self.trainer.num_generations
-        self.requests = [(prompt, member) for prompt in drawn for member in range(size)]
-        rows = [prompt.row for prompt, _ in self.requests]
-        prompts = [row["prompt"] for row in rows]
-        prompt_ids, completion_ids, _, completions, logps, *_ = trainer._generate(prompts)
-        rewards = trainer._calculate_rewards(rows, prompts, completions, completion_ids)  # of all processes
-        first = trainer.accelerator.process_index * len(rows)
-        rewards = self._alone_where_invalid(rewards[first : first + len(rows)].cpu()).tolist()
-        gates = self._gates(rows, prompts, completions, completion_ids)
-        rollouts = [
-            self._rollout(
-                prompt, prompt_ids[i], completion_ids[i], completions[i], logps and logps[i], rewards[i], gates[i]
-            )
-            for i, (prompt, _) in enumerate(self.requests)
-        ]
+    def _sample(self, numbered: Sequence[tuple[int, TrainingPrompt]], round: int) -> list[Group]:
+        """A scored group of completions of each prompt."""
+        size = self.options.num_generations
+        prompts = [prompt for _, prompt in numbered for _ in range(size)]
+        completions = self.generate(prompts)
+        asked = [prompt.asked for prompt in prompts]
+        columns = {**reward_columns(asked), "completion_ids": [completion.ids for completion in completions]}
+        scores = self.score([completion.text for completion in completions], columns)
+        rollouts = [self._rollout(*pair, scores, i) for i, pair in enumerate(zip(asked, completions, strict=True))]
         return [
-            Group(prompt, rollouts[i * size : (i + 1) * size], first_number + i, round)
-            for i, prompt in enumerate(drawn)
+            Group(prompt, rollouts[i * size : (i + 1) * size], self._step, round, number)
+            for i, (number, prompt) in enumerate(numbered)
         ]
 
-    def _rollout(
-        self,
-        drawn: DrawnPrompt,
-        prompt_ids: Sequence[int],
-        completion_ids: Sequence[int],
-        completion: str,
-        logps: Sequence[float] | None,
-        rewards: list[float],
-        gates: dict[str, bool],
-    ) -> Rollout:
-        parsed = parse_completion(completion, drawn.row["candidate_labels"])
-        ends = (*self.trainer.eos_token_ids, self.trainer._tokenizer.pad_token_id)
+    def _rollout(self, asked: PromptedRow, completion: Completion, scores: Scores, i: int) -> Rollout:
+        """Completion number `i` of a batch with its scores."""
+        parsed, paid = parse_completion(completion.text, asked.labels), scores.totals[i].item()
+        values = dict(zip(scores.names, scores.values[i].tolist(), strict=True))
+        rewards = {name: value for name, value in values.items() if not math.isnan(value)}
+        by_rank = self.options.outcome == RANK_GAIN
         return Rollout(
-            prompt_ids=list(prompt_ids),
-            completion_ids=list(completion_ids),
-            completion=completion,
-            sampling_logps=None if logps is None else list(logps),
-            rewards=rewards,
-            gates=gates,
-            order=parsed.order,
-            failure=parsed.failure,
-            truncated=completion_ids[-1] not in ends,
-            outcome=self._outcome(drawn, parsed.order, rewards),
+            completion,
+            rewards,
+            dict(zip(scores.names, scores.conditions[i].tolist(), strict=True)),
+            0.0 if math.isnan(paid) else paid,
+            parsed.order,
+            parsed.failure,
+            rank_gain(asked.row, parsed.order) if by_rank else rewards.get(self.options.outcome),
         )
 
-    def _alone_where_invalid(self, rewards: torch.Tensor) -> torch.Tensor:
-        """(completions, rewards) without the other rewards where `invalid_reward` holds."""
-        names = self.trainer.reward_func_names
-        if INVALID in names:
-            others = torch.arange(len(names)) != names.index(INVALID)
-            rewards[(~rewards[:, names.index(INVALID)].isnan())[:, None] & others] = float("nan")
-        return rewards
-
-    def _gates(
-        self, rows: Sequence[Any], prompts: list[str], completions: list[str], completion_ids: list
-    ) -> list[dict[str, bool]]:
-        """Of each completion, whether the conditions of the recipe's rewards hold."""
-        columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
-        columns |= {"prompts": prompts, "completion_ids": completion_ids}
-        rewards = [reward for reward in self.trainer.reward_funcs if isinstance(reward, plugins.Reward)]
-        gates = {reward.name: reward.gates(completions, **columns) for reward in rewards}
-        return [{name: held[i] for name, held in gates.items()} for i in range(len(rows))]
-
-    def _outcome(self, drawn: DrawnPrompt, order: list[int] | None, rewards: Sequence[float]) -> float | None:
-        if self.options.outcome == RANK_GAIN:
-            return grouping.rank_gain(drawn, order)
-        names = self.trainer.reward_func_names
-        if INVALID in names and not np.isnan(rewards[names.index(INVALID)]):
-            return -math.inf
-        value = rewards[names.index(self.options.outcome)]
-        return None if np.isnan(value) else value
-
-    def _log(self, sampled: Sequence[Group], num_rounds: int, num_missing: int) -> None:
-        num_useful = sum(group.is_useful() for group in sampled)
-        self._share_useful = 0.9 * self._share_useful + 0.1 * num_useful / len(sampled)
-        logged = {
+    def _measure(self, sampled: Sequence[Group], num_rounds: int, num_missing: int) -> dict[str, float]:
+        """Metrics of the groups sampled in a call; they enter the state."""
+        state, num_useful = self.state, sum(group.is_useful() for group in sampled)
+        state.share_useful = 0.9 * state.share_useful + 0.1 * num_useful / len(sampled)
+        state.has_found_useful = state.has_found_useful or num_useful > 0
+        if num_missing:
+            logger.warning("step %d lacks %d groups after %d rounds", self._step, num_missing, num_rounds)
+        self._refuse_fruitless(sampled[-1].rollouts[0])
+        return {
             "groups/share_useful": num_useful / len(sampled),
             "groups/rounds": num_rounds,
             "groups/prompts": len(sampled),
-            "groups/prompts_drawn": self.prompts.num_drawn,
+            "groups/prompts_drawn": state.num_drawn,
             "groups/missing": num_missing,
         }
-        if self.trainer.accelerator.is_main_process:  # whose metrics are logged
-            logged |= self._rollout_metrics(sampled)
-        for name, value in logged.items():
-            self.trainer._metrics["train"][name].append(float(value))
-        if num_missing:
-            logger.warning("step %d lacks %d groups after %d rounds", self._step, num_missing, num_rounds)
-        self._refuse_fruitless(sampled[-1].rollouts[0], num_useful)
 
-    def _refuse_fruitless(self, example: Rollout, num_useful: int) -> None:
+    def _refuse_fruitless(self, example: Rollout) -> None:
         """Stop when no group was useful yet; later a step without one is bad luck, or the policy has learned."""
-        self._has_found_useful = self._has_found_useful or num_useful > 0
-        self._fruitless_steps += 1
-        is_hopeless = not self._has_found_useful and self._fruitless_steps >= FRUITLESS_STEPS
+        self._num_collected += 1
+        is_hopeless = not self.state.has_found_useful and self._num_collected >= FRUITLESS_STEPS
         if self.options.is_dynamic and is_hopeless:
             raise ValueError(
                 f"in {FRUITLESS_STEPS} steps no group differed in the outcome {self.options.outcome!r} "
-                f"(the last is {example.outcome} for {example.completion[:80]!r}): look at the rollouts with "
+                f"(the last is {example.outcome} for {example.completion.text[:80]!r}): look at the rollouts with "
                 "`rerank inspect`, then train the sft stage longer, raise temperature, or name another outcome"
             )
 
-    def _rollout_metrics(self, sampled: Sequence[Group]) -> dict[str, float]:
-        """The signs of cheating in all that was sampled, kept or not."""
-        records = [
-            {**self.record(group, member, self._step), "kept": not self.options.is_dynamic or group.is_useful()}
-            for group in sampled
-            for member in range(len(group.rollouts))
-        ]
-        weights = dict(zip(self.trainer.reward_func_names, self.trainer.reward_weights.tolist(), strict=True))
-        return rollout_metrics.to_log(records, weights, self.prompts.encoder.catalogue)
 
-    def _total(self, rollout: Rollout) -> float:
-        return float(np.nansum(np.asarray(rollout.rewards) * self.trainer.reward_weights.cpu().numpy()))
+def _discard(groups: Sequence[Group], reason: str) -> list[Group]:
+    for group in groups:
+        group.discard_reason = reason
+    return list(groups)
 
-    def record(self, group: Group, member: int, step: int) -> dict[str, Any]:
-        """A rollout as the store takes it; `policy_logps`, `advantage` and `kept` are for the trainer to set."""
-        names = self.trainer.reward_func_names
-        run = self.writer.folder.resolve().parents[1].name  # RUN_DIR/dapo.partial/rollouts
-        return grouping.record(group, member, run, step, names, self._total(group.rollouts[member]))
 
-    def _discard(self, groups: Sequence[Group], reason: str, step: int) -> None:
-        """Store groups that are not trained on, each by one process."""
-        accelerator = self.trainer.accelerator
-        self.trainer._metrics["train"][f"groups/discarded_{reason}"].append(float(len(groups)))
-        for group in groups[accelerator.process_index :: accelerator.num_processes]:
-            records = [self.record(group, member, step) for member in range(len(group.rollouts))]
-            self.writer.add({**record, "kept": False, "discard_reason": reason} for record in records)
+def in_shares(work: Callable[[Sequence[T]], list[U]], items: Sequence[T]) -> list[U]:
+    """`work` of all items, in their order, an equal share by each process; a short share repeats the last item."""
+    processes = PartialState()
+    share = -(-len(items) // processes.num_processes)
+    first = processes.process_index * share
+    filled = [*items, *[items[-1]] * (share * processes.num_processes - len(items))]
+    done: list[U] = gather_object(work(filled[first : first + share]))
+    return done[: len(items)]

@@ -1,27 +1,30 @@
 """DAPO on TRL's GRPOTrainer: dynamic sampling, whole groups, rollouts stored and held to be on-policy."""
 
 import json
-import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import ProgressCallback
+from datasets import Dataset
+from transformers import PreTrainedModel, ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from trl import GRPOTrainer
 from trl.trainer.utils import split_tensor_dict
 
-from rerank import rollout_server
-from rerank.dapo.consistency import ConsistencyCheck
-from rerank.dapo.groups import Group, Rollout
+from rerank import scoring
+from rerank.dapo.consistency import EVERY, consistency
+from rerank.dapo.groups import Group, Rollout, record
+from rerank.dapo.prepared import Prepared, PreparedTrainer
 from rerank.dapo.prompt_stream import PromptStream
-from rerank.dapo.sampler import GroupSampler, SamplingOptions
-from rerank.group_forward import group_logps_and_entropies
-from rerank.rollouts import RolloutWriter
+from rerank.dapo.sampler import GroupSampler, SamplerState, SamplingOptions, StepGroups
+from rerank.rollouts import metrics as rollout_metrics
+from rerank.rollouts.store import RolloutWriter
 
-logger = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+    from rerank.dapo import DapoArguments, DapoConfig
 
 GAP = "sampling/sampling_logp_difference/mean"
 LARGEST_GAP = "sampling/sampling_logp_difference/max"
@@ -35,278 +38,234 @@ SHOWN = (  # of all that is logged, what a step prints beside its progress bar
 class ShortProgress(ProgressCallback):
     """The progress bar of transformers, which prints a few figures of a step in place of a hundred."""
 
-    def on_log(self, args, state, control, logs=None, **kwargs):  # noqa: ANN001, ANN003, ANN201
+    def on_log(self, args, state, control, logs=None, **kwargs):
         shown = {name.rpartition("sampling/")[2]: logs[name] for name in SHOWN if name in logs}
         super().on_log(args, state, control, logs=shown or logs, **kwargs)
 
 
-@dataclass
-class Gap:
-    """|log-probability at sampling - in training| over the tokens of a step: sum, count, largest."""
-
-    total: float = 0.0
-    count: int = 0
-    largest: float = 0.0
-
-    def add(self, differences: torch.Tensor) -> None:
-        if differences.numel():
-            self.total, self.count = self.total + differences.sum().item(), self.count + differences.numel()
-            self.largest = max(self.largest, differences.max().item())
-
-
-class DapoTrainer(GRPOTrainer):
+class DapoTrainer(PreparedTrainer):
     """TRL's GRPOTrainer whose steps hold useful groups only, sampled on-policy from a stream of prompts.
 
-    Prompts come from `prompts`, not from TRL's sampler: a step draws more of them until it has as many useful groups
-    as it has room for. The dataset that TRL is given says only how many steps an epoch has.
+    An optimizer step, in order; each is a method of this name:
 
-    Overrides of TRL, most of which call TRL's own:
-        `_prepare_inputs`: keeps the completions of a prompt in one micro-batch, where TRL shuffles them.
-        `_generate_and_score_completions`: samples by rounds, then hands TRL the groups that are kept.
-        `_generate`, `_calculate_rewards`: give TRL the kept groups' answers and rewards without a second call.
-        `_generate_single_turn`: a seed for every request; a server that is away is waited for.
-        `_get_per_token_logps_and_entropies`: by the group forward, where it is on; remembers log-probabilities.
-        `compute_loss`: measures the gap from them, and completes the stored rollouts.
-        `_save_checkpoint`: with how far sampling has come, after the rollouts until there; `train`: after the last.
+    1. `check_consistency`: every few steps, rank the same rows in two orders of their candidates.
+    2. `sample_groups`: sample groups of completions until enough are useful (`GroupSampler`), by `generate` and
+       `score`; store those that are not.
+    3. `choose_groups`: take this process's share of the useful groups, and padding where they are too few.
+    4. `compute_advantages`: hand the completions and rewards to TRL, which computes advantages and pads tensors.
+    5. `mask_padding`: leave padding groups out of the loss.
+    6. `compute_loss`: forward pass and loss of a micro-batch, by TRL.
+    7. `measure_gap`: compare its log-probabilities with those at sampling.
+    8. `store_rollouts`: store what was trained on, after the last micro-batch.
+    9. `log_gap`: log the mean gap, and stop the run when rollouts are off-policy.
+
+    Steps 1 to 5 make a generation batch, in `_generate_and_score_completions`; the others follow its micro-batches.
+    They hand each other `prepared` and nothing else.
+
+    Args:
+        args: Options of the stage.
+        config: TRL's options.
+        model: The policy.
+        prompts: Where prompts come from, in place of TRL's dataset.
+        rollout_dir: Where rollouts are stored.
+        peft_config: For LoRA.
     """
 
     def __init__(
         self,
-        *args: Any,
+        args: "DapoArguments",
+        config: "DapoConfig",
+        model: PreTrainedModel,
         prompts: PromptStream,
-        writer: RolloutWriter,
-        sampling: SamplingOptions,
-        max_logp_gap: float,
-        group_forward: bool,
-        **kwargs: Any,
+        rollout_dir: Path,
+        peft_config: "PeftConfig | None" = None,
     ) -> None:
-        super().__init__(*args, **kwargs)
-        self.group_forward = group_forward
-        self.consistency: ConsistencyCheck | None = None  # for the owner to set
-        self.prompts, self.writer, self.max_logp_gap = prompts, writer, max_logp_gap
-        self.sampler = GroupSampler(self, prompts, writer, sampling)
-        self._ready: list[Rollout] | None = None
-        self._ready_rewards: torch.Tensor | None = None
-        self._records: list[dict[str, Any] | None] = []
-        self._micro_batches_left, self._gap, self._last_logps = 0, Gap(), torch.empty(0)
-        self._sampling_done = self.sampler.state
-        if self._asks_server():
-            if self.accelerator.is_main_process:
-                rollout_server.make_patient(self.vllm_generation.vllm_client, self.args.vllm_server_timeout)
-        elif self.use_vllm:
-            self._seed_requests(self.vllm_generation.llm)
-
-    # Sampling
-
-    def _seed_requests(self, engine: Any) -> None:
-        """Make the engine sample each request with a seed of its own."""
-        generate, generation = engine.generate, self.vllm_generation
-
-        def seeded(prompts: Sequence[Any], sampling_params: Any, **kwargs: Any) -> Any:
-            seeds = self.sampler.request_seeds()
-            if not seeds:
-                return generate(prompts, sampling_params=sampling_params, **kwargs)
-            if generation.tensor_parallel_size > 1:  # TRL has gathered the prompts of the engine's processes
-                parts = [None] * generation.tensor_parallel_size
-                torch.distributed.all_gather_object(parts, seeds, group=generation.tp_group)
-                seeds = [seed for part in parts for seed in part]
-            params = []
-            for seed in seeds:
-                params.append(sampling_params.clone())
-                params[-1].seed = seed
-            return generate(prompts, sampling_params=params, **kwargs)
-
-        engine.generate = seeded
-
-    def _generate_single_turn(self, prompt_ids, *args, **kwargs):  # noqa: ANN001, ANN002, ANN003, ANN202
-        if not self._asks_server():
-            return super()._generate_single_turn(prompt_ids, *args, **kwargs)
-        options, seeds = self.vllm_generation.generation_kwargs, self.sampler.request_seeds()
-        if seeds:
-            self.vllm_generation.generation_kwargs = {**options, "seed": seeds[0]}  # vLLM adds the member's number
-        answers = super()._generate_single_turn(prompt_ids, *args, **kwargs)
-        self.vllm_generation.generation_kwargs = options
-        if not answers[0]:
-            self._stop_without_server()
-        return answers
-
-    def _asks_server(self) -> bool:
-        return self.use_vllm and self.args.vllm_mode == "server"
-
-    def _stop_without_server(self) -> None:
-        if self.state.global_step:
-            self._save_checkpoint(self.model, trial=None)
-        raise ValueError(
-            f"the vLLM server at {rollout_server.base_url(self.args)} is gone; start it again, then the same command "
-            f"goes on from step {self.state.global_step}"
+        self.rewards, self.prompts, self.max_logp_gap = args.load_rewards(), prompts, args.max_logp_gap
+        config.reward_weights = [reward.weight for reward in self.rewards]
+        dataset = Dataset.from_dict({"prompt": [str(row.row_id) for row in prompts.rows]})  # only its length counts
+        own = {"seed": prompts.seed, "group_forward": args.group_forward}
+        trls = {"processing_class": prompts.prompter.tokenizer, "peft_config": peft_config}
+        super().__init__(model, [*self.rewards], config, dataset, **trls, **own)
+        self.writer = RolloutWriter(rollout_dir, self.accelerator.process_index)
+        # an optimizer step samples more than once, all of it with the same weights
+        keeps_surplus = config.steps_per_generation * self.num_iterations < config.gradient_accumulation_steps
+        rounds = args.max_sampling_rounds if args.dynamic_sampling else 1
+        sampling = SamplingOptions(
+            self.num_generations, args.outcome, rounds, args.dynamic_sampling, keeps_surplus=keeps_surplus
         )
+        self.sampler = GroupSampler(self.generate, self.score, prompts, sampling)
 
-    def generate_greedily(self, prompts: Sequence[str]) -> list[str]:
-        """The engine's most probable completion of each prompt, by the present weights, none of it trained on."""
-        prompt_ids, *_ = self._tokenize_prompts(prompts)
-        generation, self.sampler.requests = self.vllm_generation, []
-        temperature, generation.temperature = generation.temperature, 0.0
-        completion_ids, _ = self._generate_single_turn(prompt_ids, None, {}, 1)  # vLLM refuses more without sampling
-        generation.temperature = temperature
-        return self.processing_class.batch_decode(completion_ids, skip_special_tokens=True)
+    # The steps, in order
 
-    def _generate(self, prompts):  # noqa: ANN001, ANN202
-        if self._ready is None:
-            return super()._generate(prompts)
-        ready = self._ready
-        logps = None if ready[0].sampling_logps is None else [rollout.sampling_logps for rollout in ready]
-        ids = [rollout.prompt_ids for rollout in ready], [rollout.completion_ids for rollout in ready]
-        return *ids, None, [rollout.completion for rollout in ready], logps, {}, None, []
-
-    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):  # noqa: ANN001, ANN202
-        if self._ready is None:
-            return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        return self._ready_rewards
-
-    # What TRL trains on
-
-    def _prepare_inputs(self, generation_batch):  # noqa: ANN001, ANN202
-        if not self.model.training:
-            return super()._prepare_inputs(generation_batch)
+    def _prepare_inputs(self, generation_batch):
+        """Keeps the completions of a prompt in one micro-batch, where TRL shuffles them."""
         per_generation = self.args.steps_per_generation
         if self._step % (per_generation * self.num_iterations) == 0 or self._buffered_inputs is None:
-            self._buffered_inputs = split_tensor_dict(
-                self._generate_and_score_completions(generation_batch), per_generation
-            )
+            batch = self._generate_and_score_completions(generation_batch)
+            self._buffered_inputs = split_tensor_dict(batch, per_generation)
         return self._buffered_inputs[self._step % per_generation]
 
-    def _generate_and_score_completions(self, inputs):  # noqa: ANN001, ANN202
-        if not self.model.training:
-            return super()._generate_and_score_completions(inputs)
-        processes, size = self.accelerator.num_processes, self.num_generations
-        wanted = len(inputs) * processes // size
-        if self.consistency is not None:
-            self.consistency.log(self.state.global_step)
-        useful, rest = self.sampler.collect(wanted)
-        fill = [*rest, *useful][: wanted - len(useful)]
-        share, first = wanted // processes, self.accelerator.process_index * (wanted // processes)
-        chosen = [(group, True) for group in useful] + [(group, False) for group in fill]
-        self._ready_rewards = self._rewards_of(chosen)
-        chosen = chosen[first : first + share]
-        self._ready = [rollout for group, _ in chosen for rollout in group.rollouts]
-        try:
-            output = super()._generate_and_score_completions(
-                [group.drawn.row for group, _ in chosen for _ in range(size)]
-            )
-        finally:
-            self._ready = None
-        self._mask_fill(output, torch.tensor([trained for _, trained in chosen]).repeat_interleave(size))
-        self._records = self._new_records(chosen, output["advantages"].tolist())
-        self._micro_batches_left, self._gap = self.args.steps_per_generation, Gap()
-        output["rollout"] = torch.arange(len(self._records))
+    def _generate_and_score_completions(self, inputs):
+        num_groups = len(inputs) * self.accelerator.num_processes // self.num_generations
+        self.prepared = Prepared(self.prepared.resume_from, self.args.steps_per_generation)
+        self.check_consistency()
+        sampled = self.sample_groups(num_groups)
+        self.choose_groups(sampled, num_groups)
+        output = self.compute_advantages()
+        self.mask_padding(output)
+        output["rollout"] = torch.arange(len(self.prepared.rollouts))
         return output
 
-    def _rewards_of(self, chosen: Sequence[tuple[Group, bool]]) -> torch.Tensor:
-        """(all completions, rewards) of the step; nan, which TRL leaves out of every mean, for what only fills up."""
-        missing = [float("nan")] * len(self.reward_funcs)
-        rewards = [rollout.rewards if trained else missing for group, trained in chosen for rollout in group.rollouts]
-        return torch.tensor(rewards, device=self.accelerator.device)
+    def check_consistency(self) -> None:
+        """In the steps that are due, log how alike the policy ranks rows in two orders."""
+        if self.use_vllm and self.state.global_step % EVERY == 0:
+            self._log_means(consistency(self.prompts, self.generate_greedily))
 
-    def _mask_fill(self, output: dict[str, torch.Tensor], is_trained: torch.Tensor) -> None:
-        mask = output["completion_mask"]
-        mask[~is_trained.to(mask.device)] = 0
-        output["num_items_in_batch"] = self.accelerator.gather(mask.sum()).sum()
-
-    # Rollouts and the proof that they are on-policy
-
-    def _new_records(
-        self, chosen: Sequence[tuple[Group, bool]], advantages: Sequence[float]
-    ) -> list[dict[str, Any] | None]:
-        """A record for each completion trained on, None for one that fills up."""
-        records: list[dict[str, Any] | None] = []
-        for group, trained in chosen:
-            for member in range(len(group.rollouts)):
-                made = self.sampler.record(group, member, self.state.global_step) if trained else None
-                records.append(made and {**made, "advantage": advantages[len(records)]})
-        return records
-
-    def _get_per_token_logps_and_entropies(  # noqa: ANN202
-        self,
-        model,
-        input_ids,
-        attention_mask,
-        logits_to_keep,
-        batch_size=None,
-        compute_entropy=False,
-        **kwargs,  # noqa: ANN001, ANN003
-    ):
-        inputs = (model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy)
-        if self.group_forward and not kwargs.get("compute_aux_loss"):
-            with self.accelerator.autocast():
-                found = *group_logps_and_entropies(*inputs), None
-        else:
-            found = super()._get_per_token_logps_and_entropies(*inputs, **kwargs)
-        self._last_logps = found[0].detach()
+    def sample_groups(self, num_groups: int) -> StepGroups:
+        """Sample until `num_groups` groups are useful or rounds are used up; log metrics, store what is discarded."""
+        found, metrics = self.sampler.collect(self.state.global_step, num_groups)
+        if found.sampled and self.accelerator.is_main_process:  # whose metrics are logged
+            metrics |= self._rollout_metrics(found.sampled)
+        self._log_means(metrics)
+        self._store_discarded(found.discarded)
         return found
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):  # noqa: ANN001, ANN201
+    def choose_groups(self, found: StepGroups, num_groups: int) -> None:
+        """Take this process's share of the useful groups, filled up by padding, and the rewards of all processes."""
+        kept = len(found.kept)
+        chosen = [*found.kept, *found.padding[: num_groups - kept]]
+        share = num_groups // self.accelerator.num_processes
+        first, names = self.accelerator.process_index * share, self.reward_func_names
+        self.prepared.groups = chosen[first : first + share]
+        self.prepared.num_trained = min(max(kept - first, 0), share)
+        nan = float("nan")
+        rewards = [
+            [rollout.rewards.get(name, nan) if number < kept else nan for name in names]  # TRL's means leave nan out
+            for number, group in enumerate(chosen)
+            for rollout in group.rollouts
+        ]
+        self.prepared.rewards = torch.tensor(rewards, device=self.accelerator.device)
+
+    def compute_advantages(self) -> dict[str, torch.Tensor]:
+        """TRL's tensors of the chosen completions; the advantage of each is noted."""
+        prompts = [group.prompt.asked.prompt for group in self.prepared.groups for _ in group.rollouts]
+        output = super()._generate_and_score_completions([{"prompt": prompt} for prompt in prompts])
+        advantages = output["advantages"].tolist()
+        for rollout, advantage in zip(self.prepared.trained, advantages, strict=False):
+            rollout.advantage = advantage
+        return output
+
+    def mask_padding(self, output: dict[str, torch.Tensor]) -> None:
+        """Leave padding groups out of the loss and out of the count of its tokens."""
+        mask = output["completion_mask"]
+        mask[len(self.prepared.trained) :] = 0
+        output["num_items_in_batch"] = self.accelerator.gather(mask.sum()).sum()
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        if self.model.training and self._micro_batches_left:
-            self._micro_batches_left -= 1
-            self._note_logps(inputs, inputs.get("old_per_token_logps", self._last_logps).float())
-            if not self._micro_batches_left:
-                self._finish_rollouts()
+        if self.prepared.micro_batches_left:
+            self.prepared.micro_batches_left -= 1
+            self.measure_gap(inputs)
+            if not self.prepared.micro_batches_left:
+                self.store_rollouts()
+                self.log_gap()
         return loss
 
-    def _note_logps(self, inputs: dict[str, torch.Tensor], logps: torch.Tensor) -> None:
-        """Take a micro-batch's log-probabilities, by the weights that sampled it, into the gap and the records."""
+    def measure_gap(self, inputs: dict[str, torch.Tensor]) -> None:
+        """Take a micro-batch's log-probabilities, by the weights that sampled it, into the gap and the rollouts."""
+        logps = inputs.get("old_per_token_logps", self.prepared.logps).float()
         mask, sampled = inputs["completion_mask"].bool(), inputs.get("sampling_per_token_logps")
         if sampled is not None:
             known = mask & ~sampled.isnan()  # the engine may not tell; a model that says nan is no small gap
-            self._gap.add((logps - sampled).abs()[known])
+            self.prepared.gaps.append((logps - sampled).abs()[known])
+        trained = self.prepared.trained
         for place, index in enumerate(inputs["rollout"].tolist()):
-            record = self._records[index]
-            if record is not None and mask[place].any():
-                record["policy_logps"] = logps[place, : len(record["completion_ids"])].tolist()
+            if index < len(trained) and mask[place].any():
+                trained[index].policy_logps = logps[place, : len(trained[index].completion.ids)].tolist()
 
-    def _finish_rollouts(self) -> None:
-        """Store what was trained on, log the gap, and stop the run when it is too large."""
-        self.writer.add(record for record in self._records if record is not None)
+    def store_rollouts(self) -> None:
+        """Store what was trained on; a run resumed from now on continues with other prompts."""
+        groups = self.prepared.groups[: self.prepared.num_trained]
+        self.writer.add(self._record(group, rollout) for group in groups for rollout in group.rollouts)
         self.writer.flush()
-        self._sampling_done = self.sampler.state
-        sums = torch.tensor([self._gap.total, self._gap.count], dtype=torch.float64, device=self.accelerator.device)
+        self.prepared.resume_from = replace(self.sampler.state)
+
+    def log_gap(self) -> None:
+        """Log the gap over all processes, and stop the run when it is too large."""
+        gaps = torch.cat([*self.prepared.gaps, torch.empty(0, device=self.accelerator.device)])
+        sums = torch.stack([gaps.double().sum(), torch.ones_like(gaps, dtype=torch.double).sum()])
         total, count = self.accelerator.reduce(sums, reduction="sum").tolist()
         if not count:
             return
-        gap = total / count
+        mean = total / count
         if not self.vllm_importance_sampling_correction:  # TRL logs it otherwise
-            largest = torch.tensor([self._gap.largest], device=self.accelerator.device)
-            self._metrics["train"][GAP].append(gap)
-            self._metrics["train"][LARGEST_GAP].append(self.accelerator.gather(largest).max().item())
-        if not gap <= self.max_logp_gap:  # nan neither
+            largest = self.accelerator.gather(gaps.max() if len(gaps) else gaps.sum()).max().item()
+            self._log_means({GAP: mean, LARGEST_GAP: largest})
+        if not mean <= self.max_logp_gap:  # nan neither
             raise ValueError(
-                f"step {self.state.global_step}: sampling and training log-probabilities differ by {gap:.4f} a token "
+                f"step {self.state.global_step}: sampling and training log-probabilities differ by {mean:.4f} a token "
                 f"on average, more than max_logp_gap {self.max_logp_gap}: the engine samples from other "
                 "weights or another number format than the model in training; set rollout_dtype to that of training, "
                 "or raise max_logp_gap if you accept off-policy rollouts"
             )
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
+    # Their parts
+
+    def score(self, completions: Sequence[str], columns: Mapping[str, object]) -> scoring.Scores:
+        """Rewards of completions, which may log as in TRL."""
+        own = {"trainer_state": self.state, "log_extra": self._log_completion_extra, "log_metric": self._log_metric}
+        return scoring.score(self.rewards, completions, {**columns, **own})
+
+    def _log_means(self, metrics: Mapping[str, float]) -> None:
+        """Let TRL log the mean of each metric over the calls until it logs."""
+        for name, value in metrics.items():
+            self._metrics["train"][name].append(float(value))
+
+    def _record(self, group: Group, rollout: Rollout) -> dict[str, object]:
+        return record(group, rollout, self.writer.folder.resolve().parents[1].name)  # RUN_DIR/dapo.partial/rollouts
+
+    def _rollout_metrics(self, sampled: Sequence[Group]) -> dict[str, float]:
+        """Reward-hacking metrics of all groups that were sampled, discarded or not."""
+        records = [
+            {**self._record(group, rollout), "kept": self.sampler.is_kept(group)}
+            for group in sampled
+            for rollout in group.rollouts
+        ]
+        weights = {reward.name: reward.weight for reward in self.rewards}
+        return rollout_metrics.to_log(records, weights, self.prompts.prompter.catalogue)
+
+    def _store_discarded(self, groups: Sequence[Group]) -> None:
+        """Store groups that are not trained on, each by one process."""
+        for group in groups[self.accelerator.process_index :: self.accelerator.num_processes]:
+            self.writer.add(self._record(group, rollout) for rollout in group.rollouts)
+
+    # Checkpoints
+
+    def train(self, *args, **kwargs):
+        """Train; returns what transformers does. All rollouts are on disk then."""
         try:
             result = super().train(*args, **kwargs)
-            self.sampler.discard_stale()
+            self._store_discarded(self.sampler.drop_stale())
             return result
         finally:
             self.writer.close()
 
-    def _save_checkpoint(self, model, trial):  # noqa: ANN001, ANN202
-        self.writer.flush(wait=True)  # a run that goes on from this checkpoint does not sample these again
+    def _save_checkpoint(self, model, trial):
+        self.writer.flush(wait=True)  # a run that continues from this checkpoint does not sample these again
         if self.args.should_save:
             folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / SAMPLING_FILE).write_text(json.dumps(self._sampling_done))
+            (folder / SAMPLING_FILE).write_text(json.dumps(asdict(self.prepared.resume_from)))
         super()._save_checkpoint(model, trial)
 
-    def go_on_from(self, checkpoint: str | None) -> None:
-        """Draw prompts from where a checkpoint left off; nothing to do without one."""
+    def continue_from(self, checkpoint: str | None) -> None:
+        """Continue sampling where a checkpoint left off, or start without one; delete rollouts of later steps."""
+        step = 0
         if checkpoint is not None:
             path = Path(checkpoint) / SAMPLING_FILE
             if not path.is_file():
                 raise FileNotFoundError(f"{path} is missing: no checkpoint of this stage; delete {checkpoint}")
-            self.sampler.state = json.loads(path.read_text())
-            self._sampling_done = self.sampler.state
+            self.sampler.state = SamplerState(**json.loads(path.read_text()))
+            self.prepared = Prepared(replace(self.sampler.state))
+            step = int(checkpoint.rpartition("-")[2])
+        self.writer.discard_from(step, self.accelerator.num_processes)

@@ -1,6 +1,6 @@
 """`python -m rerank.data` runs the stage."""
 
-from rerank import recipe
+from rerank.launch import recipe
 
 if __name__ == "__main__":
     recipe.launch("data")

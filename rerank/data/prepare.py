@@ -1,23 +1,26 @@
-"""The whole path from sources to tables in memory: read, check, clean, number, split."""
+"""From sources to tables in memory: read, check, clean, number, split."""
 
 import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 
 import ibis
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 from ibis import _
 from ibis.expr.types import Table
 
 from rerank.data import DataArguments, ready_rows, splits, tables
 from rerank.data.readers import Source, read_source
+from rerank.launch.files import fingerprint
 
 ROW_SPLITS = ("rerank", "valid", "test")
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What the stage writes; `targets` are the indices of the interactions that are a row's target."""
+    """The tables of the stage; `targets` are the indices of the interactions that are a row's target."""
 
     items: pa.Table
     users: pa.Table
@@ -27,40 +30,22 @@ class Prepared:
     num_duplicates: int
     sources: list[str]
 
+    def write(self, out_dir: Path) -> None:
+        """Write the four tables as Parquet files."""
+        pq.write_table(self.items, out_dir / "items.parquet")
+        pq.write_table(self.users, out_dir / "users.parquet")
+        pq.write_table(self.interactions.drop_columns("available"), out_dir / "interactions.parquet")
+        splits.write_rows(out_dir / "rows.parquet", self.interactions, self.targets)
 
-@dataclass(frozen=True)
-class _Catalogue:
-    """The items as read, or None, and the source to name when an interaction's item is not among them."""
-
-    items: Table | None
-    source: Source | None
-
-    def known(self, table: Table, source: Source) -> Table:
-        """The items, every one of the table's among them; without a catalogue, the table's own."""
-        if self.items is None:
-            return tables.items_of(table)
-        tables.refuse_unknown_items(table, self.items, source, self.source)
-        return self.items
-
-
-@dataclass(frozen=True)
-class _Sequences:
-    """Expressions of everything but the rows."""
-
-    items: Table
-    users: Table
-    interactions: Table
-    num_read: int
-    num_duplicates: int = 0
+    def count(self, is_row: bool) -> dict[str, int]:
+        """Number of interactions, or of rows, by split."""
+        split = self.interactions["split"]
+        counts = (split.take(pa.array(self.targets)) if is_row else split).value_counts()
+        return {entry["values"]: entry["counts"] for entry in counts.to_pylist()}
 
 
 def prepare(args: DataArguments) -> Prepared:
-    """Tables and split of a recipe, by Ibis expressions on an embedded DuckDB.
-
-    Raises:
-        FileNotFoundError: When an input is not there.
-        ValueError: When an input is empty, lacks a column, has a bad row, or leaves a split without rows.
-    """
+    """Tables and split of a recipe, by Ibis expressions on an embedded DuckDB; refuses what `check` does."""
     with tempfile.TemporaryDirectory() as spill_dir:  # else DuckDB spills into the working folder
         con = ibis.duckdb.connect(temp_directory=spill_dir)
         try:
@@ -71,41 +56,28 @@ def prepare(args: DataArguments) -> Prepared:
 
 def _prepare(con: ibis.BaseBackend, args: DataArguments) -> Prepared:
     source = read_source(con, args.interactions, args.format, "interactions")
-    catalogue = _read_catalogue(con, args)
     is_rows = args.split == "given" and ready_rows.is_ready_rows(source, args.columns)
-    made = (_from_ready_rows if is_rows else _from_interactions)(con, args, source, catalogue)
-    sequences = splits.mark_rerank(made.interactions, args.num_rerank, args.min_history)
-    interactions = sequences.order_by(["user", "position"]).to_pyarrow()
-    prepared = Prepared(
-        items=made.items.order_by("item").to_pyarrow(),
-        users=made.users.order_by("user").to_pyarrow(),
-        interactions=interactions,
-        targets=splits.targets(interactions, args.min_history),
-        num_read=made.num_read,
-        num_duplicates=made.num_duplicates,
-        sources=[s.name for s in (source, catalogue.source) if s],
-    )
+    prepared = (_from_ready_rows if is_rows else _from_interactions)(con, args, source)
     _refuse_empty_splits(args, prepared)
     return prepared
 
 
-def _read_catalogue(con: ibis.BaseBackend, args: DataArguments) -> _Catalogue:
-    if args.items:
-        source = read_source(con, args.items, args.items_format, "items")
-        items = tables.read_items(con, source, args.item_columns, args.text_columns, args.category_separator)
-        return _Catalogue(items, source)
-    for name in ("item_columns", "text_columns", "category_separator"):
-        if getattr(args, name):
-            raise ValueError(f"{name} is {getattr(args, name)} but items is not set; name the table of items")
-    return _Catalogue(None, None)
+def _read_items(con: ibis.BaseBackend, args: DataArguments, used: Table, source: Source) -> tuple[Table, list[str]]:
+    """The items, which must hold every used one, and the names of all sources; without a catalogue the used items."""
+    if not args.items:
+        return tables.items_of(used), [source.name]
+    catalogue = read_source(con, args.items, args.items_format, "items")
+    items = tables.read_items(con, catalogue, args.item_columns, args.text_columns, args.category_separator)
+    if row := tables.first_row(used.anti_join(items, "item_id"), source):
+        problem = f"item {row['item_id']!r} is not in {catalogue.name}"
+        raise ValueError(f"{row['place']}: {problem}; add it there or remove the interaction")
+    return items, [source.name, catalogue.name]
 
 
-def _from_interactions(
-    con: ibis.BaseBackend, args: DataArguments, source: Source, catalogue: _Catalogue
-) -> _Sequences:
+def _from_interactions(con: ibis.BaseBackend, args: DataArguments, source: Source) -> Prepared:
     read = tables.read_interactions(con, source, args.columns)
     _check_split_columns(args, read)
-    items = catalogue.known(read.table, source)
+    items, sources = _read_items(con, args, read.table, source)
     unique = tables.drop_duplicates(con, read)
     core = tables.k_core(con, unique, args.min_user_interactions, args.min_item_interactions)
     if args.min_item_interactions:
@@ -114,8 +86,28 @@ def _from_interactions(
     numbered = core.join(users, "user_id").join(items.select("item", "item_id"), "item_id")
     order = ["time", "position", "source_row"] if args.split == "by_time" else ["position", "time", "source_row"]
     sequences = _split(args, splits.number_positions(numbered, order))
-    num_read = read.table.count().to_pyarrow().as_py()
-    return _Sequences(items, users, sequences, num_read, num_read - unique.count().to_pyarrow().as_py())
+    num_read = tables.count(read.table)
+    return _computed(args, items, users, sequences, num_read, num_read - tables.count(unique), sources)
+
+
+def _from_ready_rows(con: ibis.BaseBackend, args: DataArguments, source: Source) -> Prepared:
+    rows = ready_rows.read_ready_rows(con, source, args.columns)
+    items, sources = _read_items(con, args, ready_rows.explode(rows), source)
+    users, items = tables.number_users(rows), tables.number_items(items)
+    held_out = splits.hold_out_latest(rows, args.valid_fraction)
+    sequences = ready_rows.sequences_of(con, held_out, items, users)
+    return _computed(args, items, users, sequences, tables.count(rows), 0, sources)
+
+
+def _computed(
+    args: DataArguments, items: Table, users: Table, sequences: Table, num_read: int, twice: int, sources: list[str]
+) -> Prepared:
+    """The expressions of the tables as tables, with the re-ranker's training targets marked."""
+    marked = splits.mark_rerank(sequences, args.num_rerank, args.min_history)
+    interactions = marked.order_by(["user", "position"]).to_pyarrow()
+    targets = splits.targets(interactions, args.min_history)
+    by_number = (items.order_by("item").to_pyarrow(), users.order_by("user").to_pyarrow())
+    return Prepared(*by_number, interactions, targets, num_read, twice, sources)
 
 
 def _check_split_columns(args: DataArguments, read: tables.Interactions) -> None:
@@ -126,9 +118,8 @@ def _check_split_columns(args: DataArguments, read: tables.Interactions) -> None
     if args.split == "by_time":
         if not read.has_time:
             raise ValueError(f"split is by_time but {name} has no column 'time'; map it in columns: {{time: COLUMN}}")
-        if bad := tables.first_row(read.table.filter(_.time.isnull())):
-            place = read.source.place(bad["source_row"])
-            raise ValueError(f"{place}: the time is empty but split is by_time; fill it or remove the row")
+        if row := tables.first_row(read.table.filter(_.time.isnull()), read.source):
+            raise ValueError(f"{row['place']}: the time is empty but split is by_time; fill it or remove the row")
 
 
 def _split(args: DataArguments, sequences: Table) -> Table:
@@ -141,17 +132,8 @@ def _split(args: DataArguments, sequences: Table) -> Table:
     return splits.hold_out_latest(sequences, args.valid_fraction)
 
 
-def _from_ready_rows(con: ibis.BaseBackend, args: DataArguments, source: Source, catalogue: _Catalogue) -> _Sequences:
-    rows = ready_rows.read_ready_rows(con, source, args.columns)
-    items = tables.number_items(catalogue.known(ready_rows.explode(rows), source))
-    users = tables.number_users(rows)
-    held_out = splits.hold_out_latest(rows, args.valid_fraction)
-    sequences = ready_rows.sequences_of(con, held_out, items, users)
-    return _Sequences(items, users, sequences, rows.count().to_pyarrow().as_py())
-
-
 def _refuse_empty_splits(args: DataArguments, prepared: Prepared) -> None:
-    rows = _counts(prepared.interactions["split"].take(pa.array(prepared.targets)))
+    rows = prepared.count(is_row=True)
     cure = {
         "per_user": "give longer sequences, or lower min_history, num_test, num_valid or num_rerank",
         "by_time": "give longer sequences, lower min_history, or change valid_fraction and test_fraction",
@@ -166,14 +148,10 @@ def _refuse_empty_splits(args: DataArguments, prepared: Prepared) -> None:
             )
 
 
-def _counts(column: pa.ChunkedArray) -> dict[str, int]:
-    return {entry["values"]: entry["counts"] for entry in column.value_counts().to_pylist()}
-
-
-def summary(args: DataArguments, prepared: Prepared) -> dict:
-    """Counts of what was read, kept and split."""
+def summary(args: DataArguments, prepared: Prepared) -> dict[str, object]:
+    """Counts of what was read, kept and split; terms and fingerprints of the sources."""
     users, times = prepared.interactions["user"].to_numpy(), prepared.interactions["time"].to_numpy()
-    rows = _counts(prepared.interactions["split"].take(pa.array(prepared.targets)))
+    rows = prepared.count(is_row=True)
     same_user = users[1:] == users[:-1]
     ties = same_user & (times[1:] == times[:-1])
     lengths = np.bincount(users)
@@ -183,11 +161,13 @@ def summary(args: DataArguments, prepared: Prepared) -> dict:
         "interactions": len(users),
         "interactions_read": prepared.num_read,
         "duplicates_removed": prepared.num_duplicates,
-        "interactions_of_split": _counts(prepared.interactions["split"]),
+        "interactions_of_split": prepared.count(is_row=False),
         "rows": {split: rows[split] for split in ROW_SPLITS},
         "sequence_length": {"least": int(lengths.min()), "mean": float(lengths.mean()), "most": int(lengths.max())},
         # Where this is high, the file's order decides what a target is, and directed counts see that order.
         "share_of_time_ties": float(ties.sum() / max(1, same_user.sum())),
         "items_without_text": int(np.sum(prepared.items["text"].to_numpy(zero_copy_only=False) == "")),
         "midtrain_has_seen_rerank_targets": args.num_rerank == "all",
+        "terms": args.terms,
+        "sources": {Path(p).name: fingerprint(p) if Path(p).exists() else None for p in prepared.sources},
     }

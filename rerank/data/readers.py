@@ -2,11 +2,9 @@
 
 import csv
 import gzip
-import importlib.util
 import io
 import json
-import os
-import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,18 +16,10 @@ import pyarrow.parquet as pq
 from ibis.expr.types import Column, Table
 
 from rerank.data import FORMATS
+from rerank.models import names
 
-_FORMAT_OF_SUFFIX = {
-    ".csv": "csv",
-    ".tsv": "tsv",
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".parquet": "parquet",
-    ".inter": "recbole",
-    ".item": "recbole",
-    ".txt": "s3rec",  # sequences
-    ".json": "s3rec",  # item attributes
-}
+_FORMAT_OF_SUFFIX = dict(csv="csv", tsv="tsv", jsonl="jsonl", ndjson="jsonl", parquet="parquet")
+_FORMAT_OF_SUFFIX |= dict(inter="recbole", item="recbole", txt="s3rec", json="s3rec")  # s3rec: sequences, attributes
 _DELIMITERS = {"csv": ",", "tsv": "\t", "recbole": "\t"}
 
 
@@ -47,51 +37,21 @@ class Source:
         return f"{self.name} {self.row_word} {source_row + self.first_row}"
 
 
-def locate(value: str, key: str) -> str:
-    """A recipe's path with its environment variables and its `package:NAME/...` form resolved.
-
-    Raises:
-        ValueError: When an environment variable is not set.
-        FileNotFoundError: When the package is not installed.
-    """
-    path = os.path.expanduser(os.path.expandvars(value))
-    if unset := re.search(r"\$\{?(\w+)", path):
-        raise ValueError(f"{key} is {value} but {unset[1]} is not set; `export {unset[1]}=...` first")
-    if not path.startswith("package:"):
-        return path
-    package, _, inner = path.removeprefix("package:").partition("/")
-    spec = importlib.util.find_spec(package)  # finds the folder without running the package's code
-    if spec is None or not spec.submodule_search_locations:
-        raise FileNotFoundError(
-            f"{key} is {value} but the package {package} is not installed; `pip install {package}`"
-        )
-    return str(Path(spec.submodule_search_locations[0]) / inner)
-
-
 def format_of(path: str, given: str, key: str) -> str:
-    """The format of a source: the one given, or what the suffix says (`.gz` aside) when that is `auto`.
-
-    Raises:
-        ValueError: When the suffix tells nothing.
-    """
+    """The format of a source: the given one, or for `auto` that of the suffix (`.gz` aside)."""
     if given != "auto":
         return given
     if Path(path).is_dir():
         return "datasets"
-    suffix = Path(path.removesuffix(".gz")).suffix
+    suffix = Path(path.removesuffix(".gz")).suffix.removeprefix(".")
     if suffix not in _FORMAT_OF_SUFFIX:
         raise ValueError(f"{key} is {path}, whose suffix tells no format; set the format: one of {', '.join(FORMATS)}")
     return _FORMAT_OF_SUFFIX[suffix]
 
 
 def read_source(con: ibis.BaseBackend, value: str, given_format: str, key: str) -> Source:
-    """The table that a recipe's `interactions` or `items` names, not yet computed.
-
-    Raises:
-        FileNotFoundError: When it does not exist.
-        ValueError: When it is empty or its format is unknown.
-    """
-    path = locate(value, key)
+    """The table that a recipe's `interactions` or `items` names, not yet computed."""
+    path = names.locate(value, key)
     form = format_of(path, given_format, key)
     if form == "datasets":
         return Source(path, _number_rows(_read_dataset(con, path, key)), "row")
@@ -104,7 +64,7 @@ def read_source(con: ibis.BaseBackend, value: str, given_format: str, key: str) 
 
 
 def unreadable(name: str, error: duckdb.Error) -> ValueError:
-    """What to raise for a row or file that DuckDB cannot read."""
+    """The error for a row or file that DuckDB cannot read."""
     # The first line says what and where; the others are hints about DuckDB's own options.
     return ValueError(f"{name} cannot be read: {str(error).splitlines()[0]}; correct the row or the format")
 
@@ -146,18 +106,11 @@ def _read_delimited(con: ibis.BaseBackend, path: str, form: str) -> Table:
     _refuse_empty(path)
     with _open(path) as file:
         header = next(csv.reader(file, delimiter=delimiter, quoting=csv.QUOTE_MINIMAL if quote else csv.QUOTE_NONE))
-    names = [name.split(":")[0] for name in header] if form == "recbole" else header
-    if len(set(names)) < len(names):
-        raise ValueError(f"{path} names a column twice in its header ({', '.join(names)}); rename one")
-    return con.read_csv(
-        path,
-        columns=dict.fromkeys(names, "string"),
-        auto_detect=False,
-        header=True,
-        delim=delimiter,
-        quote=quote,
-        escape=quote,
-    )
+    columns = [name.split(":")[0] for name in header] if form == "recbole" else header
+    if len(set(columns)) < len(columns):
+        raise ValueError(f"{path} names a column twice in its header ({', '.join(columns)}); rename one")
+    types, form_options = dict.fromkeys(columns, "string"), {"delim": delimiter, "quote": quote, "escape": quote}
+    return con.read_csv(path, columns=types, auto_detect=False, header=True, **form_options)
 
 
 def _read_parquet(con: ibis.BaseBackend, path: str) -> Table:
@@ -218,26 +171,18 @@ def _read_dataset(con: ibis.BaseBackend, path: str, key: str) -> Table:
     return ibis.memtable(loaded.with_format("arrow")[:])
 
 
-def pick_columns(source: Source, given: dict[str, str] | None, key: str, names: tuple[str, ...]) -> dict[str, str]:
-    """Our column names to the file's: as the recipe maps them, else by the same name where the file has it.
-
-    Raises:
-        ValueError: When a mapped column is missing, or a key of the map is none of ours.
-    """
+def pick_columns(source: Source, given: dict[str, str] | None, key: str, known: Sequence[str]) -> dict[str, str]:
+    """Our column names to the file's: as the recipe maps them, else by the same name where the file has it."""
     given = given or {}
     for name, column in given.items():
-        if name not in names:
-            raise ValueError(f"{key} has the unknown key {name!r}; known: {', '.join(names)}")
+        if name not in known:
+            raise ValueError(f"{key} has the unknown key {name!r}; known: {', '.join(known)}")
         require_column(source, name, column, key)
-    return {name: name for name in names if name in source.table.columns} | given
+    return {name: name for name in known if name in source.table.columns} | given
 
 
 def require_column(source: Source, name: str, column: str, key: str) -> None:
-    """Refuse a source without the column.
-
-    Raises:
-        ValueError: Listing the columns that are there.
-    """
+    """Refuse a source without the column, listing the columns that are there."""
     if column not in source.table.columns:
         there = ", ".join(c for c in source.table.columns if c != "source_row")
         raise ValueError(f"{source.name} has no column {column!r} for {name}; it has {there}; correct {key}")

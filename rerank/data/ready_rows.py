@@ -1,4 +1,4 @@
-"""Ready rows (history and target, already split) put back into one sequence a user.
+"""Ready rows (history and target, already split) put back into one sequence per user.
 
 Consecutive rows of a user overlap: each history is the tail of what came before it. Laid over each other they give the
 user's sequence; a row's own history is then the last `available` items before its target, exactly as the file has it.
@@ -13,23 +13,18 @@ from ibis import _
 from ibis.expr.types import ArrayColumn, Column, Table
 
 from rerank.data.readers import Source, as_seconds, as_text, pick_columns, require_column
-from rerank.data.tables import first_row, materialise, refuse_bad_values, split_name
+from rerank.data.tables import materialise, refuse_bad_values, refuse_empty, split_name
 
 COLUMNS = ("user", "time", "split", "items", "history", "item")
 
 
 def is_ready_rows(source: Source, columns: dict[str, str] | None) -> bool:
     """Whether a source holds whole rows (an `items` or a `history` column) and not single interactions."""
-    mapped = {"items", "history"} & set(columns or {})
-    return bool(mapped or {"items", "history"} & set(source.table.columns))
+    return bool({"items", "history"} & {*(columns or {}), *source.table.columns})
 
 
 def read_ready_rows(con: ibis.BaseBackend, source: Source, columns: dict[str, str] | None) -> Table:
-    """Rows in file order: source_row, user_id, time, split, item_ids (the history, then the target).
-
-    Raises:
-        ValueError: On a missing column, an empty row, or a time or split that is none.
-    """
+    """Rows in file order, every field checked: source_row, user_id, time, split, item_ids (history, then target)."""
     names = pick_columns(source, columns, "columns", COLUMNS)
     for name in ("user", "split") if "items" in names else ("user", "split", "history", "item"):
         require_column(source, name, names.get(name, name), "columns")
@@ -50,9 +45,8 @@ def read_ready_rows(con: ibis.BaseBackend, source: Source, columns: dict[str, st
     rows = materialise(con, rows, source)
     refuse_bad_values(rows, source, {name: names[name] for name in raw})
     empty = (_.item_ids.length() == 0) | _.item_ids.contains("")
-    for name, bad in {"user": _.user_id == "", names.get("items", "item"): empty}.items():
-        if row := first_row(rows.filter(bad)):
-            raise ValueError(f"{source.place(row['source_row'])}: {name} is empty; fill it or remove the row")
+    refuse_empty(rows.filter(_.user_id == ""), source, "user")
+    refuse_empty(rows.filter(empty), source, names.get("items", "item"))
     return rows
 
 
@@ -65,14 +59,14 @@ def _ids(column: Column) -> ArrayColumn:
 
 
 def explode(rows: Table) -> Table:
-    """One line an item of a row: source_row, place, item_id."""
+    """One line per item of a row: source_row, place, item_id."""
     return rows.select("source_row", item_ids=_.item_ids).unnest("item_ids", offset="place").rename(item_id="item_ids")
 
 
 def sequences_of(con: ibis.BaseBackend, rows: Table, items: Table, users: Table) -> Table:
     """Interactions of every user from ready rows: user, item, position, time, split, available.
 
-    What a row's history brings along takes the row's split, so nothing of a held-out row is trained on.
+    Items that only a row's history brings take the row's split, so nothing of a held-out row is trained on.
     """
     order = ["user", "time", "source_row"]
     rows = rows.join(users, "user_id").select(*order, "split", "item_ids")
@@ -108,6 +102,6 @@ def merge_rows(
 
 
 def _overlap(sequence: list[int], history: list[int]) -> int:
-    """How many items at the end of the sequence are the beginning of the history."""
+    """Length of the longest end of the sequence that is a beginning of the history."""
     longest = min(len(sequence), len(history))
     return next(n for n in range(longest, -1, -1) if sequence[len(sequence) - n :] == history[:n])

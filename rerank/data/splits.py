@@ -1,7 +1,7 @@
-"""Who is trained on and who is held out: splits of interactions, and the rows that follow from them.
+"""Splits of interactions into training and held-out parts, and the rows that follow from them.
 
-A table here has user, item, position (0-based in the user's sequence), time, split and available: how many items of
-history stand before the interaction when it is a target.
+A table here has user, item, position (0-based in the user's sequence), time, split and available: the number of items
+of history before the interaction when it is a target.
 """
 
 from pathlib import Path
@@ -12,6 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from ibis import _
 from ibis.expr.types import Table
+
+from rerank.data.tables import count
 
 ROWS = pa.schema(
     {
@@ -27,16 +29,15 @@ _ROWS_A_BLOCK = 65_536  # bounds the memory that histories take while they are w
 
 
 def number_positions(table: Table, order: list[str]) -> Table:
-    """Positions 0, 1, ... of each user in the given order, and as many items of history."""
+    """Positions 0, 1, ... of each user in the given order; the items before are all available as history."""
     window = ibis.window(group_by="user", order_by=order)
-    position = ibis.row_number().over(window).cast("int64")
-    table = table.mutate(position=position)
+    table = table.mutate(position=ibis.row_number().over(window).cast("int64"))
     return table.select("user", "item", "position", "time", "split", available=_.position)
 
 
 def split_per_user(table: Table, num_test: int, num_valid: int) -> Table:
     """The last `num_test` interactions of a user are test, the `num_valid` before them validation."""
-    from_end = ibis._.count().over(ibis.window(group_by="user")) - 1 - table.position
+    from_end = _.count().over(ibis.window(group_by="user")) - 1 - table.position
     table = table.mutate(from_end=from_end)
     split = ibis.cases((_.from_end < num_test, "test"), (_.from_end < num_test + num_valid, "valid"), else_="train")
     return table.mutate(split=split).drop("from_end")
@@ -75,11 +76,7 @@ def _at_least_one(number: ibis.Value) -> ibis.Value:
 
 
 def hold_out_latest(table: Table, valid_fraction: float) -> Table:
-    """Where a given split has no validation part, the latest share of its training part becomes one.
-
-    Raises:
-        ValueError: When no time says which rows are the latest.
-    """
+    """Where a given split has no validation part, the latest share of its training part becomes one."""
     present = set(table.select("split").distinct().to_pyarrow()["split"].to_pylist())
     if "valid" in present or "train" not in present:
         return table
@@ -95,8 +92,8 @@ def hold_out_latest(table: Table, valid_fraction: float) -> Table:
 
 def _time_at(table: Table, share: float) -> float:
     """The time of the interaction before which the given share of all lies."""
-    count = table.count().to_pyarrow().as_py()
-    place = min(count - 1, round(count * share))
+    size = count(table)
+    place = min(size - 1, round(size * share))
     return table.order_by("time").select("time").limit(1, offset=place).to_pyarrow()["time"][0].as_py()
 
 

@@ -10,14 +10,7 @@ from ibis.expr.types import Column, Table
 from rerank.data.readers import Source, as_seconds, as_text, pick_columns, require_column, unreadable
 
 ITEM_COLUMNS = ("item", "item_id", "title", "category", "text", "source_row")
-SPLITS = {
-    "train": "train",
-    "history": "train",
-    "valid": "valid",
-    "validation": "valid",
-    "dev": "valid",
-    "test": "test",
-}
+SPLITS = dict(train="train", history="train", valid="valid", validation="valid", dev="valid", test="test")
 
 
 @dataclass(frozen=True)
@@ -31,25 +24,32 @@ class Interactions:
     has_split: bool
 
 
-def materialise(con: ibis.BaseBackend, table: Table, source: Source, columns: list[str] | None = None) -> Table:
-    """The table computed once and kept, so that a file is read a single time.
-
-    Raises:
-        ValueError: Naming the source, when a row of it cannot be read, or when it holds none.
-    """
+def materialise(con: ibis.BaseBackend, table: Table, source: Source) -> Table:
+    """The table computed once and kept, so that a file is read a single time; refuses an unreadable or empty one."""
     try:
         made = con.create_table(ibis.util.gen_name("table"), table, temp=True)
     except duckdb.Error as error:
         raise unreadable(source.name, error) from None
-    if made.count().to_pyarrow().as_py() == 0:
+    if count(made) == 0:
         raise ValueError(f"{source.name} is empty; give a file with at least one row")
     return made
 
 
-def first_row(table: Table) -> dict | None:
-    """The row that comes first in the input, or None when there is none."""
-    rows = table.order_by("source_row").limit(1).to_pyarrow().to_pylist()
-    return rows[0] if rows else None
+def count(table: Table) -> int:
+    """Number of rows."""
+    return table.count().to_pyarrow().as_py()
+
+
+def first_row(bad: Table, source: Source) -> dict | None:
+    """The first of some bad rows, with its `place` in the source, or None when there is none."""
+    rows = bad.order_by("source_row").limit(1).to_pyarrow().to_pylist()
+    return {**rows[0], "place": source.place(rows[0]["source_row"])} if rows else None
+
+
+def refuse_empty(empty: Table, source: Source, column: str) -> None:
+    """Refuse the rows in which a column is empty."""
+    if row := first_row(empty, source):
+        raise ValueError(f"{row['place']}: {column} is empty; fill it or remove the row")
 
 
 def read_items(
@@ -59,11 +59,7 @@ def read_items(
     text_columns: list[str] | None,
     category_separator: str | None,
 ) -> Table:
-    """Items in file order: source_row, item_id, title, category, text, then the other columns that the recipe names.
-
-    Raises:
-        ValueError: On a missing column, an empty id, or an id that stands twice.
-    """
+    """Items in file order: source_row, item_id, title, category, text, then the other columns of the recipe."""
     names = pick_columns(source, item_columns, "item_columns", ("item", "title", "category", "brand"))
     require_column(source, "item", names.get("item", "item"), "item_columns")
     columns = {name: as_text(source.table[column]) for name, column in names.items()}
@@ -76,13 +72,11 @@ def read_items(
     ours = {"item_id": columns["item"], "title": title, "category": category, "text": text}
     raw = source.table.select("source_row", **ours, **others)
     items = materialise(con, raw, source)
-    _refuse_empty_id(items, source, "item_id", names["item"])
+    refuse_empty(items.filter(_.item_id == ""), source, names["item"])
     twice = items.group_by("item_id").agg(source_row=_.source_row.max(), first_at=_.source_row.min())
-    if bad := first_row(twice.filter(_.source_row > _.first_at)):
-        raise ValueError(
-            f"{source.place(bad['source_row'])}: item {bad['item_id']!r} stands there again "
-            f"(first: {source.row_word} {bad['first_at'] + source.first_row}); keep one row an item"
-        )
+    if row := first_row(twice.filter(_.source_row > _.first_at), source):
+        first = source.place(row["first_at"])
+        raise ValueError(f"{row['place']}: item {row['item_id']!r} repeats {first}; keep one row per item")
     return items
 
 
@@ -100,17 +94,8 @@ def _encoder_text(source: Source, columns: dict[str, Column], text_columns: list
     return text
 
 
-def _refuse_empty_id(table: Table, source: Source, name: str, column: str) -> None:
-    if bad := first_row(table.filter(_[name] == "")):
-        raise ValueError(f"{source.place(bad['source_row'])}: {column} is empty; fill it or remove the row")
-
-
 def read_interactions(con: ibis.BaseBackend, source: Source, columns: dict[str, str] | None) -> Interactions:
-    """Interactions in file order, every field checked.
-
-    Raises:
-        ValueError: On a missing column, an empty id, or a time, position or split that is none.
-    """
+    """Interactions in file order, every field checked."""
     names = pick_columns(source, columns, "columns", ("user", "item", "time", "position", "split"))
     for name in ("user", "item"):
         require_column(source, name, names.get(name, name), "columns")
@@ -126,49 +111,30 @@ def read_interactions(con: ibis.BaseBackend, source: Source, columns: dict[str, 
     )
     table = materialise(con, table, source)
     for name in ("user", "item"):
-        _refuse_empty_id(table, source, f"{name}_id", names[name])
+        refuse_empty(table.filter(_[f"{name}_id"] == ""), source, names[name])
     refuse_bad_values(table, source, names)
     return Interactions(table, source, *(name in names for name in ("time", "position", "split")))
 
 
 def split_name(text: Column) -> Column:
-    """train, valid or test from the words in use for them; null for any other word."""
+    """train, valid or test from any of SPLITS; null for other words."""
     return text.lower().cases(*SPLITS.items(), else_=ibis.null("string"))
 
 
 def refuse_bad_values(table: Table, source: Source, names: dict[str, str]) -> None:
-    """Refuse text where a time, a position or a split should be (`raw_NAME` holds what the file says).
+    """Refuse text where a time, a position or a split should be (`raw_NAME` holds the file's text).
 
-    Raises:
-        ValueError: Naming the first such row. A missing time is allowed where a position gives the order.
+    A missing time is allowed where a position gives the order.
     """
-    wanted = {
-        "time": "a number of seconds or a date",
-        "position": "a whole number",
-        "split": f"a split ({', '.join(SPLITS)})",
-    }
+    wanted = {"time": "a number of seconds or a date", "position": "a whole number"}
+    wanted["split"] = f"a split ({', '.join(SPLITS)})"
     for name in [name for name in wanted if name in names]:
         bad = table.filter(_[name].isnull())
         if name == "time" and "position" in names:
             bad = bad.filter(_.raw_time != "")
-        if row := first_row(bad):
-            raise ValueError(
-                f"{source.place(row['source_row'])}: {names[name]} is {row[f'raw_{name}']!r}, not {wanted[name]}; "
-                "correct the row or map another column"
-            )
-
-
-def refuse_unknown_items(table: Table, items: Table, source: Source, items_source: Source) -> None:
-    """Refuse interactions with items that the catalogue lacks.
-
-    Raises:
-        ValueError: Naming the first such row.
-    """
-    if row := first_row(table.anti_join(items, "item_id")):
-        raise ValueError(
-            f"{source.place(row['source_row'])}: item {row['item_id']!r} is not in {items_source.name}; "
-            "add it there or remove the interaction"
-        )
+        if row := first_row(bad, source):
+            problem = f"{names[name]} is {row[f'raw_{name}']!r}, not {wanted[name]}"
+            raise ValueError(f"{row['place']}: {problem}; correct the row or map another column")
 
 
 def drop_duplicates(con: ibis.BaseBackend, interactions: Interactions) -> Table:
@@ -186,20 +152,16 @@ def drop_duplicates(con: ibis.BaseBackend, interactions: Interactions) -> Table:
 
 
 def k_core(con: ibis.BaseBackend, table: Table, min_user: int, min_item: int) -> Table:
-    """The largest part in which every user and every item keeps its minimum of interactions.
-
-    Raises:
-        ValueError: When nothing is left.
-    """
+    """The largest part in which every user and every item keeps its minimum of interactions."""
     if max(min_user, min_item) <= 1:
         return table
-    size = table.count().to_pyarrow().as_py()
+    size = count(table)
     while True:
         users = table.group_by("user_id").agg(n=_.count()).filter(_.n >= min_user)
         items = table.group_by("item_id").agg(n=_.count()).filter(_.n >= min_item)
         kept = table.semi_join(users, "user_id").semi_join(items, "item_id")
         table = con.create_table(ibis.util.gen_name("core"), kept, temp=True)
-        before, size = size, table.count().to_pyarrow().as_py()
+        before, size = size, count(table)
         if size == 0:
             raise ValueError(
                 f"min_user_interactions {min_user} and min_item_interactions {min_item} leave no user; lower them"

@@ -2,23 +2,20 @@
 
 import torch
 
-from rerank.losses import LossInputs
+from rerank.launch.recipe import check_range
+from rerank.losses import LossInfo, LossInputs
 
-TASKS = ("next_item",)
-NEEDS = "logits of the whole vocabulary at labelled positions, about 64 MB of them kept"
-COSTS = "at most what TRL's own loss does"
+INFO = LossInfo(
+    tasks=("next_item",),
+    needs="logits of the whole vocabulary at labelled positions, about 64 MB of them kept",
+    costs="at most what TRL's own loss does",
+)
 
 
 def lml(inputs: LossInputs, temperature: float = 1.0) -> torch.Tensor:
-    """-log softmax(logits / temperature)[label] over the whole vocabulary, (P,).
-
-    At temperature 1 it is TRL's loss.
-
-    Raises:
-        ValueError: When the temperature is not above 0.
+    """-log softmax(logits / temperature)[label] over the whole vocabulary, (P,); at temperature 1 TRL's loss.
 
     Source: the sibling loss LML of BEAR's code (arXiv:2601.22925; SFT in its section 3).
     """
-    if not temperature > 0:
-        raise ValueError(f"temperature is {temperature} but must be above 0")
+    check_range("temperature", temperature, above=0)
     return -inputs.label_logps(temperature)

@@ -2,27 +2,26 @@
 
 import torch
 
-from rerank.losses import LossInputs
+from rerank.launch.recipe import check_range
+from rerank.losses import LossInfo, LossInputs
 
-TASKS = ("next_item",)
-REACHES = "legal"
-NEEDS = "logits of the catalogue's tokens at positions with a choice; each position's node of the prefix index"
-COSTS = "less than TRL's loss where the vocabulary is larger than the catalogue's part of it"
+INFO = LossInfo(
+    tasks=("next_item",),
+    constrained=True,
+    needs="logits of the catalogue's tokens at positions with a choice; each position's node of the prefix index",
+    costs="less than TRL's loss where the vocabulary is larger than the catalogue's part of it",
+)
 
 
 def msl(inputs: LossInputs, temperature: float = 1.0) -> torch.Tensor:
-    """-log softmax(legal logits / temperature)[label], (P,); the plain loss where the label is no token of an item.
+    """-log softmax(valid logits / temperature)[label], (P,); the plain loss where the label is no token of an item.
 
-    Legal are the tokens that continue the gold prefix to some item. Where every token is legal it is `lml`.
-
-    Raises:
-        ValueError: When the temperature is not above 0.
+    Valid are the tokens that continue the gold prefix to some item. Where every token is valid it is `lml`.
 
     Source: arXiv:2504.04178; fixed temperature (its adaptive one is not built).
     """
-    if not temperature > 0:
-        raise ValueError(f"temperature is {temperature} but must be above 0")
-    logps, _, places = inputs.legal_logps(temperature)
+    check_range("temperature", temperature, above=0)
+    logps, _, places = inputs.constrained_logps(temperature)
     return with_plain(inputs, -logps.gather(1, places[:, None])[:, 0])
 
 

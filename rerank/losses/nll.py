@@ -2,20 +2,18 @@
 
 import torch
 
-from rerank.losses import LossInputs
+from rerank.losses import LossInfo, LossInputs
 
-TASKS = ("next_item", "rerank")
-NEEDS = "logits of the whole vocabulary at labelled positions, about 64 MB of them kept"
-COSTS = "at most what TRL's own loss does"
+INFO = LossInfo(
+    needs="logits of the whole vocabulary at labelled positions, about 64 MB of them kept",
+    costs="at most what TRL's own loss does",
+)
 
 
 def nll(inputs: LossInputs, reasoning_weight: float = 0.5, ranking_weight: float = 1.0) -> torch.Tensor:
     """-log p(label), (P,): tokens of the trace weigh `reasoning_weight`, all others `ranking_weight`.
 
     At weights of 1 it is TRL's loss. Neither weight is published; that the first is the smaller one is.
-
-    Raises:
-        ValueError: When a weight is negative or that of the ranking zero.
 
     Source: arXiv:2606.31984, eq. 3 (lambda_r, lambda_o).
     """

@@ -1,26 +1,28 @@
-"""What a model reads in mid-training: the four families of GR2 and OneRec-Think, and lists to rank."""
+"""Documents of mid-training: the four families of GR2 and OneRec-Think, and lists to rank."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from rerank.catalogue import Catalogue
+from rerank.grading import GRADES, Facts, by_grade, word_grades, word_short
+from rerank.next_item.encoder import NEXT_ITEMS
 from rerank.prompts import FACTS, THINK, completion, render
-from rerank.sequences import windows
-from rerank.traces.evidence import GRADES, Facts, by_grade, word_grades, word_short
+from rerank.rows import windows
 
 if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
     from trl import SFTConfig
 
     from rerank.midtrain import MidtrainArguments
 
 TASKS = ("sequence", "persona", "caption", "text", "lists")
-NEXT_ITEMS = "Next items:"
 # Fixed words of the documents and of short prompts; a small tokenizer makes each one token.
 PROMPT_WORDS = ("Rank:", "History:", "Candidates:", "Next", "items:", "Describe:", "Which", "item:", "User:", "likes")
 LONGEST_LIST = 10
@@ -62,7 +64,7 @@ def caption_documents(catalogue: Catalogue) -> Iterator[Document]:
 def persona_documents(
     histories: Sequence[np.ndarray], catalogue: Catalogue, rng: np.random.Generator
 ) -> Iterator[Document]:
-    """A stretch of a history told in words and ids: what it leans to, which items show it, and the latest by title."""
+    """A stretch of a history in words and ids: its categories by frequency with their items, and the latest title."""
     for history in histories:
         start = int(rng.integers(0, max(1, len(history) - 8)))
         items = history[start : start + 8]
@@ -81,7 +83,7 @@ def persona_documents(
 def list_documents(
     num: int, facts: Sequence[str], labels: str, catalogue: Catalogue, rng: np.random.Generator
 ) -> Iterator[Document]:
-    """Exercises in what every re-ranking needs, on made-up lists: find a candidate's facts, grade them, sort by grade.
+    """Exercises for re-ranking on made-up lists: find a candidate's facts, grade them, sort by grade.
 
     Lists grow from at most two to at most ten candidates in the first half: read in this order, short ones
     teach to read long ones. Most lists show facts in random buckets, and the grade is that of their mean; the others
@@ -115,7 +117,7 @@ def list_documents(
         # the mean of n uniform buckets in units of its standard deviation: each grade about equally frequent
         grades = np.searchsorted(NORMAL_EDGES, (buckets.mean(axis=1) - 4.5) * np.sqrt(len(shown) / 8.25))
         lines = [" ".join([head, *line]) for head, line in zip(heads, texts, strict=True)]
-        trace = word_short(label_texts, grades, Facts(texts, buckets.astype(float)))
+        trace = word_short(label_texts, grades, Facts(texts, buckets.astype(float), lines))
         prompt = "\n".join(["Rank:", "History:", "Candidates:", *lines])
         yield Document("lists", prompt, completion(trace, by_grade(grades), label_texts))
 
@@ -139,15 +141,9 @@ def text_documents(source: str, length: int = 400) -> Iterator[Document]:
 
 
 def mixed_documents(
-    histories: Sequence[np.ndarray],
-    catalogue: Catalogue,
-    args: "MidtrainArguments",
-    seed: int,
+    histories: Sequence[np.ndarray], catalogue: Catalogue, args: "MidtrainArguments", seed: int
 ) -> list[Document]:
-    """Documents of each task by its share, `num_documents` in all, each source's as often as any other of it.
-
-    In random order, but for the lists, which grow.
-    """
+    """Documents of each task by its share, `num_documents` in all, in random order but for the lists, which grow."""
     rng = np.random.default_rng(seed)
     sequence = list(sequence_documents(histories, catalogue, args.max_items))
     shares = sum(args.mixture.values())
@@ -173,22 +169,19 @@ def _draw(documents: Sequence[Document], num: int, rng: np.random.Generator) -> 
     return [documents[i] for order in rounds for i in order][:num]
 
 
-def encode(document: Document, tokenizer: Any, max_length: int | None) -> dict[str, list[int]]:
+def encode(document: Document, tokenizer: "PreTrainedTokenizerBase", max_length: int | None) -> dict[str, list[int]]:
     """Token ids and labels; -100 where there is no loss."""
-    prompt = (
-        tokenizer(render(tokenizer, document.prompt), add_special_tokens=False).input_ids if document.prompt else []
-    )
-    prompt += tokenizer(document.given, add_special_tokens=False).input_ids if document.given else []
-    answer = tokenizer(document.answer, add_special_tokens=False).input_ids
-    answer += [tokenizer.eos_token_id] if document.ends else []
+    texts = [render(tokenizer, document.prompt) if document.prompt else "", document.given, document.answer]
+    prompt, given, answer = (tokenizer(text, add_special_tokens=False).input_ids if text else [] for text in texts)
+    prompt, answer = prompt + given, answer + ([tokenizer.eos_token_id] if document.ends else [])
     ids, labels = prompt + answer, [-100] * len(prompt) + answer
     return {"input_ids": ids[:max_length], "labels": labels[:max_length]}
 
 
 def in_batches(lengths: Sequence[int], batch_size: int, rng: np.random.Generator) -> list[int]:
-    """An order of the documents in which those of a batch are of like length: less padding.
+    """An order of the documents in which those of a batch are of like length, for less padding.
 
-    Documents move by at most WINDOW batches, so that what grows still grows.
+    Documents move by at most WINDOW batches, so that lists still grow.
     """
     order: list[int] = []
     for start in range(0, len(lengths), WINDOW * batch_size):
@@ -200,12 +193,15 @@ def in_batches(lengths: Sequence[int], batch_size: int, rng: np.random.Generator
     return order
 
 
-def encoded_dataset(documents: Sequence[Document], tokenizer: Any, config: "SFTConfig") -> tuple[Any, dict[str, int]]:
-    """The documents as token ids, labels and numbers of tasks, packed if the recipe says so; tokens under loss."""
+def encoded_dataset(
+    documents: Sequence[Document], tokenizer: "PreTrainedTokenizerBase", config: "SFTConfig"
+) -> "tuple[Dataset, dict[str, int]]":
+    """The documents as token ids, labels and numbers of tasks, packed if the recipe says so; tokens under loss per
+    task."""
     from datasets import Dataset
     from trl import pack_dataset
 
-    rows, token_counts = [], Counter()
+    rows, token_counts = [], Counter[str]()
     for document in documents:
         row, task = encode(document, tokenizer, config.max_length), TASKS.index(document.task)
         token_counts[document.task] += sum(label != -100 for label in row["labels"][1:])

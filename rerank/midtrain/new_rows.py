@@ -1,4 +1,4 @@
-"""Phase one: the rows of the new tokens are parameters of their own, and nothing else is trained.
+"""Phase one trains only the added tokens' embedding (and head) rows.
 
 Gradient hooks on a whole table would leave the optimizer with two numbers of state for each of its weights. Here the
 table is frozen and the new rows are a small parameter beside it; the two are put together once in every forward pass,
@@ -9,13 +9,19 @@ V vocabulary, H hidden size, N new tokens.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from rerank.base_model import whole
+from rerank.launch.files import write_whole
+from rerank.models.base import gathered_parameters
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from trl import SFTTrainer
 
 INPUT_ROWS, OUTPUT_ROWS = "rows", "head_rows"
 
@@ -72,14 +78,14 @@ def _mark_as_gathered(weight: torch.Tensor) -> None:
     weight.ds_status = ZeroParamStatus.AVAILABLE
 
 
-def train_only_rows(model: Any, ids: Sequence[int]) -> None:
-    """Turn a model into one of which nothing but these rows of the embedding and of its head can be trained.
+def train_only_rows(model: "PreTrainedModel", ids: Sequence[int]) -> None:
+    """Turn a model into one of which only these rows of the embedding and of its head can be trained.
 
     There is no way back: save the rows with `save_rows` and put them into a fresh model with `load_rows`.
     """
     model.requires_grad_(False)
     head = model.get_output_embeddings()
-    with whole(model.get_input_embeddings().weight, head.weight):
+    with gathered_parameters(model.get_input_embeddings().weight, head.weight):
         embedding = NewRowsEmbedding(model.get_input_embeddings(), head, ids)
     model.set_output_embeddings(NewRowsHead(head, embedding))
     model.set_input_embeddings(embedding)
@@ -87,7 +93,7 @@ def train_only_rows(model: Any, ids: Sequence[int]) -> None:
     model.all_tied_weights_keys = {}
 
 
-def save_rows(trainer: Any, path: Path) -> None:
+def save_rows(trainer: "SFTTrainer", path: Path) -> None:
     """Write the trained rows to a safetensors file. Every process calls it: a sharded model is gathered on the way."""
     from safetensors.torch import save_file
 
@@ -95,18 +101,16 @@ def save_rows(trainer: Any, path: Path) -> None:
     if trainer.accelerator.is_main_process:
         found = {name.rsplit(".", 1)[-1]: value for name, value in state.items()}
         rows = {name: found[name].contiguous().cpu() for name in (INPUT_ROWS, OUTPUT_ROWS) if name in found}
-        temporary = path.with_suffix(".partial")
-        save_file(rows, temporary)
-        temporary.replace(path)
+        write_whole(path, partial(save_file, rows))
     trainer.accelerator.wait_for_everyone()
 
 
-def load_rows(model: Any, ids: Sequence[int], path: Path) -> None:
+def load_rows(model: "PreTrainedModel", ids: Sequence[int], path: Path) -> None:
     """Put saved rows into a model's embedding, and into its head where that is not tied."""
     from safetensors.torch import load_file
 
     saved = load_file(path)
     tables = {INPUT_ROWS: model.get_input_embeddings(), OUTPUT_ROWS: model.get_output_embeddings()}
     for name, rows in saved.items():
-        with torch.no_grad(), whole(tables[name].weight):
+        with torch.no_grad(), gathered_parameters(tables[name].weight):
             tables[name].weight[list(ids)] = rows.to(tables[name].weight)

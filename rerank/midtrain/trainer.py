@@ -8,12 +8,16 @@ from typing import Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from rerank.midtrain.documents import TASKS
+from rerank.models.logged_means import LoggedMeans
 
-Batch = dict[str, Any]
+Row = dict[str, list[int]]
+Batch = dict[str, torch.Tensor]
 
 
 class PackedCollator:
@@ -26,7 +30,7 @@ class PackedCollator:
     def __init__(self, pad_token_id: int) -> None:
         self.collate = DataCollatorForLanguageModeling(pad_token_id, return_position_ids=True)
 
-    def __call__(self, rows: Sequence[Batch]) -> Batch:
+    def __call__(self, rows: Sequence[Row]) -> Batch:
         batch = self.collate(rows)
         del batch["attention_mask"]
         batch["labels"][batch["position_ids"] == 0] = -100  # a first token does not follow the document before
@@ -36,10 +40,10 @@ class PackedCollator:
 class TaskCollator:
     """Another collator's batches with the tasks: one number a row, or one a token where rows are packed."""
 
-    def __init__(self, collate: Callable[[Sequence[Batch]], Batch], flattens: bool) -> None:
+    def __init__(self, collate: Callable[[Sequence[Row]], Batch], flattens: bool) -> None:
         self.collate, self.flattens = collate, flattens
 
-    def __call__(self, rows: Sequence[Batch]) -> Batch:
+    def __call__(self, rows: Sequence[Row]) -> Batch:
         tasks = [torch.tensor(row["task"]) for row in rows]
         batch = self.collate(rows)
         batch["task"] = torch.cat(tasks)[None] if self.flattens else pad_sequence(tasks, batch_first=True)
@@ -65,7 +69,11 @@ class MidtrainTrainer(SFTTrainer):
     """
 
     def __init__(
-        self, model: Any, args: SFTConfig, recall: Callable[[Any], dict[str, float]] | None = None, **kwargs: Any
+        self,
+        model: PreTrainedModel,
+        args: SFTConfig,
+        recall: Callable[[PreTrainedModel], dict[str, float]] | None = None,
+        **kwargs: Any,
     ) -> None:
         if args.packing and attends_by_mask(model.config._attn_implementation):
             args.packing = False  # TRL's packing flattens a batch into one row, on which a mask is quadratic
@@ -73,7 +81,7 @@ class MidtrainTrainer(SFTTrainer):
         super().__init__(model, args, **kwargs)
         self.data_collator = TaskCollator(self.data_collator, self.padding_free)
         self.recall = recall
-        self.task_sums = torch.zeros(2, len(TASKS), device=self.args.device)  # loss, tokens since the last log
+        self.means = LoggedMeans()
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -83,24 +91,20 @@ class MidtrainTrainer(SFTTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):  # noqa: ANN001
         tasks, kept = inputs.pop("task"), []
 
-        def keep(**forward_inputs: Any) -> Any:
+        def keep(**forward_inputs: Any) -> ModelOutput:
             kept.append(model(**forward_inputs))
             return kept[-1]
 
         loss = super().compute_loss(keep, inputs, return_outputs, num_items_in_batch)
         log_probs, mask = kept[0].log_probs.detach(), kept[0].label_mask  # (B, T-1); zero where there is no label
-        tasks = (tasks[:, 1:] if tasks.shape[1] > 1 else tasks).expand_as(mask).reshape(-1)
-        parts = torch.stack([-log_probs.float().reshape(-1), mask.reshape(-1).float()])
-        self.task_sums.index_add_(1, tasks, parts)
+        tasks = tasks[:, 1:] if tasks.shape[1] > 1 else tasks
+        self.means.add_tasks(TASKS, torch.where(mask.bool(), tasks, -1), -log_probs.float())
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.model.training:  # every process logs
-            losses, tokens = self.accelerator.reduce(self.task_sums, "sum").tolist()
-            self.task_sums.zero_()
-            for task, loss, count in zip(TASKS, losses, tokens, strict=True):
-                if count:
-                    logs |= {f"loss_{task}": loss / count, f"tokens_{task}": int(count)}
+            for name, (mean, count) in self.means.take().items():
+                logs |= {name: mean, name.replace("loss_", "tokens_"): int(count)}
         super().log(logs, start_time)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):  # noqa: ANN001

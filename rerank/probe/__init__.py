@@ -1,50 +1,77 @@
 """Would a lazy policy out-earn an honest one? `rerank probe RECIPE.yaml` asks a recipe's rewards, before training.
 
-No model is needed: policies that copy, shuffle, cut off or write junk (`policies.py`) answer the dapo stage's own
-training rows (`rows.py`) and are paid by the recipe's own rewards, conditions and weights. The verdict falls on the
+No model is needed: policies that copy, shuffle, cut off or write junk (`policies`) answer the dapo stage's own
+training rows (`rows`) and are paid by the recipe's own rewards, conditions and weights. The verdict falls on the
 rows whose target is not first already: there a policy without rank gain should earn little of what the oracle earns.
-DAPO's soft punishment of overlong completions (`overlong_tokens`) is left out; so short completions have none.
+
+D draws, N rows, R rewards.
 """
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rerank.plugins import RANK_GAIN, Reward, check_outcome, load_rewards
+from rerank import scoring
+from rerank.launch import recipe
 from rerank.probe.policies import POLICIES, RANDOM, Policy, input_order, random_order
 from rerank.probe.rows import ProbeRow, read_rows, reward_columns
 from rerank.prompts import parse_completion
+from rerank.results.tables import NO_VALUE, number, percent
+from rerank.rollouts.metrics import dapo_keys
+from rerank.scoring import RANK_GAIN, Reward
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 NUM_ROWS, MAX_SHARE = 500, 0.25
 GROUP_SIZE = 8  # TRL's num_generations
 SAME = 1e-9  # rewards that differ by less are equal
+REWARD_FILE_KEYS = {"rewards", "outcome"}  # a file with no other keys is no recipe of a run
+COLUMNS = ("rank\ngain", "reward", "spread", "of the\noracle", "above\nno-op", "useful\nno-op", "useful\nrandom")
+CAPTION = (
+    "Rank gain: mean places by which the target rises, – for no ranking. Above no-op: rows in which it earns more "
+    "than the input order. Useful: groups, half from the policy and half from the input order or random orders, that "
+    "differ in the recipe's outcome; others are discarded. If first: its reward where the target is first already."
+)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one policy earns. Means are over rows whose target is not first, but for `reward_if_first`."""
+    """The earnings of one policy. Means are over rows whose target is not first, but for `reward_if_first`.
+
+    Attributes:
+        rank_gain: Mean places by which the target rises; None for what is no ranking.
+        spread: Standard deviation of its reward over rows.
+        above_no_op: Share of rows in which it earns more than the input order.
+        useful_with_no_op: Share of groups, half from it and half from the input order, whose outcomes differ.
+        useful_with_random: The same with random orders as the other half.
+        reward_if_first: Its reward where the target is first already; None without such rows.
+        parts: Mean of each reward after its condition and weight.
+    """
 
     policy: str
-    rank_gain: float | None  # mean places by which the target rises; None for what is no ranking
+    rank_gain: float | None
     reward: float
-    spread: float  # standard deviation over rows
-    above_no_op: float  # share of rows in which it earns more than the input order
-    useful_with_no_op: float  # share of groups, half from it and half from the input order, whose outcomes differ
-    useful_with_random: float  # the same with random orders as the other half
-    reward_if_first: float | None  # where the target is first already; None without such rows
-    parts: dict[str, float]  # mean of each reward after its condition and weight
+    spread: float
+    above_no_op: float
+    useful_with_no_op: float
+    useful_with_random: float
+    reward_if_first: float | None
+    parts: dict[str, float]
 
     @property
     def has_rank_gain(self) -> bool:
+        """Whether the target rises on average."""
         return self.rank_gain is not None and self.rank_gain > 0
 
 
 @dataclass(frozen=True)
 class Probe:
-    """What every policy earns, the oracle last, and the verdict."""
+    """The earnings of every policy, the oracle last, and the verdict."""
 
     outcomes: list[Outcome]
     rows: str  # which rows were used, in words
@@ -52,6 +79,7 @@ class Probe:
 
     @property
     def oracle(self) -> Outcome:
+        """The earnings of the best order."""
         return self.outcomes[-1]
 
     def share(self, outcome: Outcome) -> float | None:
@@ -65,6 +93,7 @@ class Probe:
 
     @property
     def passed(self) -> bool:
+        """Whether no policy without rank gain earns too much."""
         share = self.share(self.worst)
         return share is not None and share <= self.max_share
 
@@ -76,34 +105,44 @@ class Probe:
             return f"the oracle earns {self.oracle.reward:.3f}, so that these rewards pay nobody for ranking better"
         if self.passed:
             return (
-                f"no policy without rank gain earns more than {percent(self.max_share)} of the oracle's reward; "
-                f"the most is {percent(share)} ({worst.policy})"
+                f"no policy without rank gain earns more than {percent(self.max_share, 0)} of the oracle's reward; "
+                f"the most is {percent(share, 0)} ({worst.policy})"
             )
         return (
-            f"{worst.policy} {_movement(worst)} and yet earns {percent(share)} of the oracle's reward "
-            f"({worst.reward:.3f} of {self.oracle.reward:.3f}, the bar is {percent(self.max_share)}), "
-            f"{_source(worst)}; pay it only where the ranking helped, such as `when: promoted_or_kept_first`"
+            f"{worst.policy} {_movement(worst)} and yet earns {percent(share, 0)} of the oracle's reward "
+            f"({worst.reward:.3f} of {self.oracle.reward:.3f}, the bar is {percent(self.max_share, 0)}), "
+            f"{_source(worst)}; pay it only where the ranking helped, such as `condition: promoted_or_kept_first`"
         )
 
 
-def percent(share: float) -> str:
-    """A share for a sentence or a table cell."""
-    return f"{100 * share:.0f} %"
-
-
 def _movement(outcome: Outcome) -> str:
-    """What a policy does to the target."""
+    """The movement of the target, in words."""
     if outcome.rank_gain is None:
         return "is no ranking"
     return f"moves the target by {outcome.rank_gain:+.2f} places" if outcome.rank_gain else "wins the target no place"
 
 
 def _source(outcome: Outcome) -> str:
-    """Which reward pays a policy most."""
+    """The reward that pays a policy most."""
     paid = {name: value for name, value in outcome.parts.items() if value > 0}
     name = max(paid, key=paid.__getitem__)
     share = paid[name] / sum(paid.values())
-    return f"all of it from {name}" if share == 1 else f"{percent(share)} of it from {name}"
+    return f"all of it from {name}" if share == 1 else f"{percent(share, 0)} of it from {name}"
+
+
+def read_keys(path: str | Path, run: str | None) -> dict[str, Any]:
+    """The keys to probe: a dapo recipe's, or of a file of rewards and of the run's own dapo recipe, if it has one.
+
+    Args:
+        run: Folder of the run, in place of the recipe's `run_dir`.
+    """
+    keys = recipe.load(path) | {"rewards": scoring.read_rewards(str(path), str(path))}
+    if run and set(keys) <= REWARD_FILE_KEYS:
+        keys = dapo_keys(run) | keys
+    keys |= {"run_dir": run} if run else {}
+    if not keys.get("run_dir"):
+        raise ValueError(f"{path}: run_dir is missing; add it, or give --run-dir")
+    return keys
 
 
 def probe(keys: Mapping[str, Any], num_rows: int = NUM_ROWS, max_share: float = MAX_SHARE) -> Probe:
@@ -111,7 +150,7 @@ def probe(keys: Mapping[str, Any], num_rows: int = NUM_ROWS, max_share: float = 
 
     Args:
         keys: The recipe's.
-        num_rows: How many rows, drawn at random; 0 for all.
+        num_rows: Number of rows, drawn at random; 0 for all.
         max_share: The part of the oracle's reward that a policy without rank gain may earn, in [0, 1].
 
     Raises:
@@ -126,14 +165,14 @@ def probe(keys: Mapping[str, Any], num_rows: int = NUM_ROWS, max_share: float = 
     if type(group_size) is not int or group_size < 2:
         raise ValueError(f"num_generations is {group_size!r} but must be an integer of at least 2")
     rows, what = read_rows(keys, num_rows)
-    rewards = load_rewards(keys.get("rewards") or [], tuple(rows[0].columns))
-    open_rows = [row for row in rows if row.target_rank > 1]
-    first_rows = [row for row in rows if row.target_rank == 1]
+    rewards = scoring.load_rewards(scoring.read_rewards(keys.get("rewards"), "the dapo recipe"))
+    outcome = keys.get("outcome", RANK_GAIN)
+    scoring.check_outcome(outcome, rewards)
+    open_rows = [row for row in rows if row.row.target_rank != 1]
+    first_rows = [row for row in rows if row.row.target_rank == 1]
     if not open_rows:
         raise ValueError(f"the target of all {len(rows)} rows is first already, so there is nothing to gain; add rows")
-    outcome = keys.get("outcome", RANK_GAIN)
-    check_outcome(outcome, rewards)
-    outcomes = _outcomes(open_rows, first_rows, rewards, group_size, outcome)
+    outcomes = _outcomes(open_rows, first_rows, Scorer(rewards, outcome, max(1, group_size // 2)))
     return Probe(outcomes, f"{len(open_rows)} of {len(rows)} {what}, their target not first", max_share)
 
 
@@ -145,74 +184,91 @@ def problem(keys: Mapping[str, Any]) -> str | None:
     return None if found.passed else found.sentence
 
 
-def _outcomes(
-    open_rows: Sequence[ProbeRow],
-    first_rows: Sequence[ProbeRow],
-    rewards: Sequence[Reward],
-    group_size: int,
-    outcome: str,
-) -> list[Outcome]:
-    num_draws = max(1, group_size // 2)
-    weights = {reward.name: reward.weight for reward in rewards}
-    no_op = _draws(input_order, open_rows, rewards, num_draws)
-    no_op_total = sum(_paid(no_op, weights).values())
-    others = _draws(random_order, open_rows, rewards, num_draws, first_seed=num_draws)
-    outcomes = []
+@dataclass(frozen=True)
+class Draws:
+    """The scores of one policy.
+
+    Attributes:
+        parts: (D, N, R) pay of each reward after condition and weight, 0 where it does not apply.
+        outcomes: (D, N) what members of a useful group differ in, nan where it does not apply.
+        gains: (D, N) places by which the target rises, below every number for no ranking.
+    """
+
+    parts: np.ndarray
+    outcomes: np.ndarray
+    gains: np.ndarray
+
+    @property
+    def totals(self) -> np.ndarray:
+        """(D, N) sums of what is paid."""
+        return np.asarray(self.parts.sum(axis=2))
+
+    def useful_share(self, others: "Draws") -> float:
+        """The share of rows in which the outcomes of a group of both halves differ."""
+        members = np.concatenate([self.outcomes, others.outcomes])
+        return float((np.fmax.reduce(members) > np.fmin.reduce(members)).mean())
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """Draws of policies, scored by the rewards of a recipe and its outcome."""
+
+    rewards: list[Reward]
+    outcome: str
+    num_draws: int
+
+    def draw(self, policy: Policy, rows: Sequence[ProbeRow], first_seed: int = 0) -> Draws:
+        """Completions of every row; one draw of a policy that is not random, which writes the same in each."""
+        values, gains = [], []
+        for seed in range(first_seed, first_seed + (self.num_draws if policy in RANDOM else 1)):
+            texts = [policy(row, random.Random(f"{seed} {row.row.row_id}")) for row in rows]
+            values.append(scoring.score(self.rewards, texts, reward_columns(rows, texts)).values)
+            orders = [parse_completion(text, row.labels).order for row, text in zip(rows, texts, strict=True)]
+            gains.append([row.row.rank_gain(order) for row, order in zip(rows, orders, strict=True)])
+        paid = np.nan_to_num(values) * [reward.weight for reward in self.rewards]
+        names = [RANK_GAIN, *(reward.name for reward in self.rewards)]
+        outcomes = [gains, *np.moveaxis(np.array(values), -1, 0)][names.index(self.outcome)]
+        return Draws(paid, np.array(outcomes), np.array(gains))
+
+
+def _outcomes(open_rows: Sequence[ProbeRow], first_rows: Sequence[ProbeRow], scorer: Scorer) -> list[Outcome]:
+    no_op, others = scorer.draw(input_order, open_rows), scorer.draw(random_order, open_rows, scorer.num_draws)
+    alone, outcomes = replace(scorer, num_draws=1), []
     for policy in POLICIES:
-        values = _draws(policy, open_rows, rewards, num_draws)
-        parts, gains = _paid(values, weights), values[RANK_GAIN]
-        totals = sum(parts.values())
-        if_first = sum(_paid(_draws(policy, first_rows, rewards, 1), weights).values()).mean() if first_rows else None
+        drawn = scorer.draw(policy, open_rows)
+        means = drawn.parts.mean(axis=(0, 1)).tolist()
         outcomes.append(
             Outcome(
                 policy=policy.__name__,
-                rank_gain=float(gains.mean()) if np.isfinite(gains).all() else None,
-                reward=float(totals.mean()),
-                spread=float(totals.std()),
-                above_no_op=float((totals > no_op_total + SAME).mean()),
-                useful_with_no_op=_useful_share(values[outcome], no_op[outcome]),
-                useful_with_random=_useful_share(values[outcome], others[outcome]),
-                reward_if_first=None if if_first is None else float(if_first),
-                parts={name: float(values.mean()) for name, values in parts.items()},
+                rank_gain=float(drawn.gains.mean()) if np.isfinite(drawn.gains).all() else None,
+                reward=float(drawn.totals.mean()),
+                spread=float(drawn.totals.std()),
+                above_no_op=float((drawn.totals > no_op.totals + SAME).mean()),
+                useful_with_no_op=drawn.useful_share(no_op),
+                useful_with_random=drawn.useful_share(others),
+                reward_if_first=float(alone.draw(policy, first_rows).totals.mean()) if first_rows else None,
+                parts={reward.name: mean for reward, mean in zip(scorer.rewards, means, strict=True)},
             )
         )
     return outcomes
 
 
-def _draws(
-    policy: Policy, rows: Sequence[ProbeRow], rewards: Sequence[Reward], num_draws: int, first_seed: int = 0
-) -> dict[str, np.ndarray]:
-    """Of each reward its values (nan where it does not apply), and rank_gain; each (draws, rows).
+def table(found: Probe) -> "Table":
+    """One line for each policy, for a terminal of 80 columns."""
+    from rich import box
+    from rich.table import Table
 
-    A policy that is not random writes the same in each draw, so that one is enough.
-    """
-    seeds = range(first_seed, first_seed + (num_draws if policy in RANDOM else 1))
-    parts: dict[str, list[np.ndarray]] = {reward.name: [] for reward in rewards}
-    gains = []
-    for seed in seeds:
-        completions = [policy(row, random.Random(f"{seed} {row.columns['row_id']}")) for row in rows]
-        columns = reward_columns(rows, completions)
-        for reward in rewards:
-            parts[reward.name].append(np.array(reward(completions=completions, **columns), dtype=float))
-        gains.append([_places_won(row, text) for row, text in zip(rows, completions, strict=True)])
-    return {RANK_GAIN: np.array(gains), **{name: np.stack(values) for name, values in parts.items()}}
-
-
-def _paid(values: Mapping[str, np.ndarray], weights: Mapping[str, float]) -> dict[str, np.ndarray]:
-    """What each reward pays; where it does not apply, TRL leaves it out of the sum."""
-    return {name: weight * np.nan_to_num(values[name]) for name, weight in weights.items()}
-
-
-def _places_won(row: ProbeRow, text: str) -> float:
-    """Places by which the target rises, below every rank for what is no ranking."""
-    order = parse_completion(text, row.labels).order
-    if order is None:
-        return -np.inf
-    target = row.columns["first_stage_ranks"].index(row.target_rank)
-    return row.target_rank - (order.index(target) + 1)
-
-
-def _useful_share(outcomes: np.ndarray, others: np.ndarray) -> float:
-    """The share of rows in which the outcomes of a group of both halves, (draws, rows) each, differ."""
-    members = np.concatenate([outcomes, others])
-    return float((np.fmax.reduce(members) > np.fmin.reduce(members)).mean())
+    shown = Table(title=found.rows, caption=CAPTION, caption_justify="left", box=box.SIMPLE, padding=0)
+    shown.add_column("policy", no_wrap=True)
+    for column in (*COLUMNS, "if\nfirst"):
+        shown.add_column(column, justify="right", no_wrap=True)
+    for outcome in found.outcomes:
+        shares = (found.share(outcome), outcome.above_no_op, outcome.useful_with_no_op, outcome.useful_with_random)
+        shown.add_row(
+            outcome.policy,
+            NO_VALUE if outcome.rank_gain is None else f"{outcome.rank_gain:+.2f}",
+            *(number(value, 3) for value in (outcome.reward, outcome.spread)),
+            *(percent(share, 0) for share in shares),
+            number(outcome.reward_if_first, 3),
+        )
+    return shown

@@ -1,11 +1,13 @@
-"""What is probed: completions that lazy policies would write for a row, and an honest one.
+"""The policies that are probed: completions that lazy ones would write for a row, and an honest one.
 
-A row is one of `rerank.probe.rows.ProbeRow`; positions are those of the candidates as shown.
+Positions are those of the candidates as shown.
 """
 
 import random
+import re
 from collections.abc import Callable, Sequence
 
+from rerank.metrics import best_first
 from rerank.probe.rows import ProbeRow
 from rerank.prompts import THINK, THINK_END, completion, spaced
 
@@ -26,12 +28,8 @@ def _shown(row: ProbeRow) -> list[int]:
     return list(range(len(row.labels)))
 
 
-def _best_first(scores: Sequence[float]) -> list[int]:
-    return sorted(range(len(scores)), key=lambda position: -scores[position])
-
-
 def _oracle_labels(row: ProbeRow) -> list[str]:
-    return [row.labels[position] for position in _best_first(row.relevance)]
+    return [row.labels[position] for position in best_first(row.row.relevance)]
 
 
 def input_order(row: ProbeRow, rng: random.Random) -> str:
@@ -46,7 +44,7 @@ def no_trace(row: ProbeRow, rng: random.Random) -> str:
 
 def swap_neighbours(row: ProbeRow, rng: random.Random) -> str:
     """A near-copy: two neighbours change places, neither of them relevant, so that nothing is won or lost."""
-    order, gains = _shown(row), row.relevance
+    order, gains = _shown(row), row.row.relevance
     places = [place for place in order[1:] if gains[place] == gains[place - 1] == 0]
     if places:
         place = rng.choice(places)
@@ -71,8 +69,8 @@ def last_to_first(row: ProbeRow, rng: random.Random) -> str:
 
 
 def by_popularity(row: ProbeRow, rng: random.Random) -> str:
-    """What most users took first; what ties stays as shown."""
-    return _answer(row, _best_first(row.popularity))
+    """The candidate that most users took first; ties stay as shown."""
+    return _answer(row, best_first(row.popularity))
 
 
 def duplicate(row: ProbeRow, rng: random.Random) -> str:
@@ -88,7 +86,9 @@ def omission(row: ProbeRow, rng: random.Random) -> str:
 
 def foreign_item(row: ProbeRow, rng: random.Random) -> str:
     """The oracle's ranking with an item that is no candidate in place of the last."""
-    return _list(row, [*_oracle_labels(row)[:-1], row.foreign_label])
+    labels = _oracle_labels(row)
+    foreign = str(len(labels) + 1) if labels[0].isdecimal() else re.sub("[0-9]+", "999999", row.labels[0])
+    return _list(row, [*labels[:-1], foreign])
 
 
 def truncated(row: ProbeRow, rng: random.Random) -> str:
@@ -114,7 +114,7 @@ def junk_with_target(row: ProbeRow, rng: random.Random) -> str:
 
 def oracle(row: ProbeRow, rng: random.Random) -> str:
     """The best order there is."""
-    return _answer(row, _best_first(row.relevance))
+    return _answer(row, best_first(row.row.relevance))
 
 
 # In the order of the table; the first is the one that others are compared with, the last is the measure of all.

@@ -1,7 +1,7 @@
 """One HTML page of a run that opens from disk: results, training curves, signs of cheating, rollouts, ids, each stage.
 
-`rerank report RUN_DIR` writes it of whatever a run has so far, and the evaluate stage leaves it beside its results.
-What is not there is named on the page.
+`rerank report RUN_DIR` writes it of what a run has so far, and `rerank run` leaves it beside the results. The page
+names the parts that are missing.
 """
 
 import json
@@ -10,16 +10,16 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from rerank import page
-from rerank import run_dir as runs
 from rerank.catalogue import Catalogue
-from rerank.evaluate import tables
-from rerank.evaluate.results import RANKERS
-from rerank.report import charts, cheating, rollouts
-from rerank.report.rows import GENERATING, read_ranked_rows, sample_rows
-from rerank.rollout_groups import RolloutGroups
-from rerank.semantic_ids import id_report
+from rerank.launch import run_dir as runs
+from rerank.launch.stages import STAGES
+from rerank.report import charts, cheating, page, rollouts, semantic_ids
+from rerank.report.rows import read_ranked_rows, sample_rows
+from rerank.results import tables
+from rerank.results.rankers import GENERATING, RANKERS
+from rerank.rollouts.groups import RolloutGroups
 
+Section = dict[str, Any]  # what a template shows of a part
 MISSING = {
     "results": "There is no evaluation of this run yet; run the evaluate stage.",
     "training": "No training stage has logged yet; run midtrain, sft or dapo.",
@@ -43,42 +43,34 @@ def write_report(run_dir: str | Path, evaluate_dir: str | Path, path: str | Path
     found = _rollouts(run_dir, missing)
     if not stages and not found:
         raise ValueError(f"{run_dir} holds neither a finished stage nor rollouts; give the folder of a run")
-    ids = id_report.section(id_report.read_quality(run_dir)) if runs.is_finished(run_dir, "semantic_ids") else None
-    parts = {
-        "results": results["charts"] if results else [],
-        "training": charts.training_charts(run_dir),
-        "cheating": found["cheating"]["charts"] if found else [],
-        "ids": ids["charts"] if ids else [],
-    }
+    has_ids = runs.is_finished(run_dir, "semantic_ids")
+    ids = semantic_ids.section(semantic_ids.read_quality(run_dir)) if has_ids else None
+    training = {"charts": charts.training_charts(run_dir)}
+    parts: dict[str, Section | None]
+    parts = {"results": results, "training": training, "cheating": found.get("cheating"), "ids": ids}
+    first: dict[str, int] = {}  # place of the first chart of each part among all
+    shown: list[page.Chart] = []
+    for name, part in parts.items():
+        first[name] = len(shown)
+        shown += part["charts"] if part else []
     page.write(
         path,
         "report.html.j2",
-        charts=[chart for part in parts.values() for chart in part],
-        extra_script=files("rerank").joinpath("rollouts.js").read_text(encoding="utf-8") if found else None,
-        first=_first_places(parts),
+        charts=shown,
+        extra_script=files("rerank.report").joinpath("rollouts.js").read_text(encoding="utf-8") if found else None,
+        first=first,
         name=run_dir.resolve().name,
         columns=tables.COLUMNS,
-        rankers=RANKERS,
-        results=results,
-        training=parts["training"],
-        cheating=found.get("cheating"),
+        rankers={ranker.name: ranker.description for ranker in RANKERS},
         rollouts=found.get("sample"),
-        ids=ids,
         stages=stages,
         missing=missing,
+        **parts,
     )
 
 
-def _first_places(parts: Mapping[str, list]) -> dict[str, int]:
-    """Where the charts of each part begin among all."""
-    places, first = {}, 0
-    for name, part in parts.items():
-        places[name], first = first, first + len(part)
-    return places
-
-
-def _results(run_dir: Path, evaluate_dir: Path, missing: dict[str, str]) -> dict[str, Any] | None:
-    """What the page shows of an evaluation, None without one of re-ranking, which `missing` then says."""
+def _results(run_dir: Path, evaluate_dir: Path, missing: dict[str, str]) -> Section | None:
+    """The evaluation, None without one of re-ranking, which `missing` then says."""
     path = evaluate_dir / "results.json"
     if not path.is_file():
         return None
@@ -99,20 +91,19 @@ def _results(run_dir: Path, evaluate_dir: Path, missing: dict[str, str]) -> dict
     }
 
 
-def _rollouts(run_dir: Path, missing: dict[str, str]) -> dict[str, Any]:
+def _rollouts(run_dir: Path, missing: dict[str, str]) -> dict[str, Section]:
     """The dashboard and the sample of a run's rollouts, empty without readable ones, which `missing` then says."""
     try:
         groups = RolloutGroups(run_dir)
+        drawn = rollouts.sample(groups)
+        steps = cheating.by_step(groups)
     except ValueError as error:
         missing["rollouts"] = f"{error}."
         return {}
-    drawn = rollouts.sample(groups)
-    shown, num_rollouts = len(drawn["rollouts"]), drawn["num_rollouts"]
-    numbers = cheating.numbers_by_step(run_dir, groups.catalogue)
-    num_damaged = len(groups.damaged)
+    shown, num_rollouts, num_damaged = len(drawn["rollouts"]), drawn["num_rollouts"], len(groups.rollouts.damaged)
     sample = {"shown": f"{shown:,}", "all": f"{num_rollouts:,}", "is_all": shown == num_rollouts and not num_damaged}
     sample["damaged"] = tables.counted(num_damaged, "file") if num_damaged else ""
-    return {"cheating": cheating.section(numbers), "sample": {**sample, "data": page.json_text(drawn)}}
+    return {"cheating": cheating.section(steps), "sample": {**sample, "data": page.json_text(drawn)}}
 
 
 def headline(results: Mapping[str, Any]) -> str:
@@ -132,21 +123,19 @@ def headline(results: Mapping[str, Any]) -> str:
 
 def stage_facts(run_dir: str | Path) -> dict[str, list[tuple[str, str]]]:
     """The metrics of each finished stage, as names and printed values."""
-    finished = [stage for stage in runs.STAGES if stage != "evaluate" and runs.is_finished(run_dir, stage)]
+    finished = [stage for stage in STAGES if stage != "evaluate" and runs.is_finished(run_dir, stage)]
     return {stage: _facts(runs.read_metrics(run_dir, stage)) for stage in finished}
 
 
-def _facts(metrics: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+def _facts(metrics: Mapping[str, object], prefix: str = "") -> list[tuple[str, str]]:
     """Plain values first, then those of nested mappings; lists longer than three are left to metrics.json."""
-    plain = [(prefix + name, value) for name, value in metrics.items() if not isinstance(value, dict)]
-    facts = [(name, _printed(value)) for name, value in plain if not isinstance(value, list) or len(value) <= 3]
-    for name, value in metrics.items():
-        if isinstance(value, dict):
-            facts += _facts(value, f"{prefix}{name} / ")
-    return facts
+    nested = {name: value for name, value in metrics.items() if isinstance(value, dict)}
+    plain = ((name, value) for name, value in metrics.items() if name not in nested)
+    facts = [(prefix + name, _printed(v)) for name, v in plain if not isinstance(v, list) or len(v) <= 3]
+    return facts + [fact for name, value in nested.items() for fact in _facts(value, f"{prefix}{name} / ")]
 
 
-def _printed(value: Any) -> str:
+def _printed(value: object) -> str:
     if isinstance(value, list):
         return ", ".join(_printed(part) for part in value)
     if isinstance(value, bool) or value is None:

@@ -9,32 +9,27 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from rerank import page
-from rerank.report.rows import GENERATING, RankedRow
+from rerank.report.page import FROM_ZERO, STEPS, Chart, chart
+from rerank.report.rows import RankedRow
+from rerank.results.rankers import GENERATING
 
-CURVES = (  # title, log of which stage, keys or patterns of them
-    ("Mid-training loss", "midtrain/log_history.json", ("loss", "loss_*")),
-    ("Mid-training: the next item on validation rows", "midtrain/log_history.json", ("eval_R@10", "eval_N@10")),
-    ("SFT loss", "sft/log_history.json", ("loss", "eval_loss")),
+MIDTRAIN, SFT, DAPO = (f"{stage}/log_history.json" for stage in ("midtrain", "sft", "dapo"))
+AGREEMENT = ("rollouts/consistency/kendall_tau", "rollouts/consistency/same_first")
+CURVES = (  # title, log, keys of it or patterns of them
+    ("Mid-training loss", MIDTRAIN, ("loss", "loss_*")),
+    ("Mid-training: the next item on validation rows", MIDTRAIN, ("eval_R@10", "eval_N@10")),
+    ("SFT loss", SFT, ("loss", "eval_loss")),
     ("SFT without trace: loss", "sft/log_history_no_trace.json", ("loss", "eval_loss")),
-    ("DAPO reward", "dapo/log_history.json", ("reward",)),
-    ("DAPO reward of all groups sampled, kept or not", "dapo/log_history.json", ("rollouts/reward",)),
-    ("DAPO groups that differ in outcome, share of those sampled", "dapo/log_history.json", ("groups/share_useful",)),
-    (
-        "DAPO agreement of rankings of the same rows shown in two orders",
-        "dapo/log_history.json",
-        ("rollouts/consistency/kendall_tau", "rollouts/consistency/same_first"),
-    ),
-    ("DAPO completion length, tokens", "dapo/log_history.json", ("completions/mean_length",)),
-    (
-        "DAPO gap between sampling and training log-probabilities",
-        "dapo/log_history.json",
-        ("sampling/sampling_logp_difference/mean",),
-    ),
+    ("DAPO reward", DAPO, ("reward",)),
+    ("DAPO reward of all groups sampled, kept or not", DAPO, ("rollouts/reward",)),
+    ("DAPO groups that differ in outcome, share of those sampled", DAPO, ("groups/share_useful",)),
+    ("DAPO agreement of rankings of the same rows shown in two orders", DAPO, AGREEMENT),
+    ("DAPO completion length, tokens", DAPO, ("completions/mean_length",)),
+    ("DAPO gap between sampling and training log-probabilities", DAPO, ("sampling/sampling_logp_difference/mean",)),
 )
 
 
-def gain_chart(results: Mapping[str, Any]) -> dict[str, Any]:
+def gain_chart(results: Mapping[str, Any]) -> Chart:
     """NDCG@5 of each ranker minus that of the input order, with intervals."""
     import plotly.graph_objects as go
 
@@ -45,26 +40,24 @@ def gain_chart(results: Mapping[str, Any]) -> dict[str, Any]:
     below = [gain - row["N@5_interval"][0] for row, gain in zip(rows, gains, strict=True)]
     error = {"type": "data", "array": above, "arrayminus": below, "thickness": 2, "width": 6}
     points = go.Scatter(x=gains, y=names, mode="markers", error_x=error, marker={"size": 10})
-    return page.chart(
-        go.Figure(points), "NDCG@5 minus that of the input order, 95 % intervals", xaxis={"tickformat": "+"}
-    )
+    return chart(go.Figure(points), "NDCG@5 minus that of the input order, 95 % intervals", xaxis={"tickformat": "+"})
 
 
-def place_chart(rows: Sequence[RankedRow], results: Mapping[str, Any]) -> dict[str, Any]:
-    """Where each ranker puts the relevant item: share of rows at each rank."""
+def place_chart(rows: Sequence[RankedRow], results: Mapping[str, Any]) -> Chart:
+    """The place that each ranker gives the relevant item: share of rows at each rank."""
     import plotly.graph_objects as go
 
-    last = max(len(ranked.row["candidates"]) for ranked in rows)
+    last = max(len(ranked.row.candidates) for ranked in rows)
     figure = go.Figure()
     for name in (name for name in ("no_op", "lambdamart", *GENERATING[::-1]) if name in results["rows"]):
         places = [place for ranked in rows if (place := ranked.place(name)) is not None]
         shares = np.bincount(places, minlength=last + 1)[1:] / len(rows)
         figure.add_scatter(x=list(range(1, last + 1)), y=shares.tolist(), mode="lines+markers", name=name)
-    axes = {"xaxis": {"title": {"text": "rank"}, "dtick": 1}, "yaxis": {"tickformat": ".0%", "rangemode": "tozero"}}
-    return page.chart(figure, "Rank of the relevant item, share of rows", **axes)
+    axes = {"xaxis": {"title": {"text": "rank"}, "dtick": 1}, "yaxis": {"tickformat": ".0%", **FROM_ZERO}}
+    return chart(figure, "Rank of the relevant item, share of rows", **axes)
 
 
-def training_charts(run_dir: Path) -> list[dict[str, Any]]:
+def training_charts(run_dir: Path) -> list[Chart]:
     """The curves of CURVES whose log is there and holds them."""
     import plotly.graph_objects as go
 
@@ -83,5 +76,5 @@ def training_charts(run_dir: Path) -> list[dict[str, Any]]:
                 mean = pd.Series(values).rolling(len(values) // 10, min_periods=1).mean()
                 figure.add_scatter(x=steps, y=mean.tolist(), name=f"{label}, moving mean")
         if figure.data:
-            charts.append(page.chart(figure, title, xaxis={"title": {"text": "step"}}))
+            charts.append(chart(figure, title, xaxis=STEPS))
     return charts

@@ -8,83 +8,77 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from rerank import run_dir as runs
 from rerank.catalogue import Catalogue
-from rerank.evaluate import tables
+from rerank.launch import run_dir as runs
+from rerank.results import tables
+from rerank.results.rankers import GENERATING
+from rerank.rows import RankingRow, read_rows
 
-GENERATING = ("dapo", "sft", "sft_no_trace")  # the sample shows the first of them that is there
+OUTCOMES = ("moved up", "stayed", "moved down", "no ranking")
 SAMPLES_PER_OUTCOME = 4
 SHOWN_HISTORY = 5
 
 
 @dataclass(frozen=True)
 class RankedRow:
-    """A row of the candidates stage with what each ranker made of it."""
+    """A row and the line of rankings.parquet of each ranker."""
 
-    row: Mapping[str, Any]
-    rankings: Mapping[str, Mapping[str, Any]]  # ranker -> its line of rankings.parquet
+    row: RankingRow
+    rankings: Mapping[str, Mapping[str, Any]]
 
     def place(self, ranker: str) -> int | None:
         """Rank of the best-placed relevant item, from 1; None where the ranker gave no order."""
         order = self.rankings[ranker]["order"]
-        gains = None if order is None else [self.row["relevance"][position] for position in order]
-        return None if gains is None else next(rank for rank, gain in enumerate(gains, start=1) if gain > 0)
+        places = (place for place, shown in enumerate(order or [], start=1) if self.row.relevance[shown] > 0)
+        return next(places, None)
+
+    def outcome(self, ranker: str) -> str:
+        """One of OUTCOMES."""
+        before, after = self.place("no_op"), self.place(ranker)
+        if before is None or after is None:
+            return "no ranking"
+        return "stayed" if after == before else "moved up" if after < before else "moved down"
 
 
 def read_ranked_rows(run_dir: Path, evaluate_dir: Path, split: str) -> list[RankedRow]:
-    """Every evaluated row, in the order of the candidates file."""
-    rankings: dict[int, dict] = {}
+    """Every evaluated row, by row_id."""
+    rankings: dict[int, dict[str, Mapping[str, Any]]] = {}
     for line in pq.read_table(evaluate_dir / "rankings.parquet").to_pylist():
         rankings.setdefault(line["row_id"], {})[line["ranker"]] = line
-    path = runs.stage_dir(run_dir, "candidates") / f"{split}.parquet"
-    rows = pq.read_table(path, columns=["row_id", "history", "candidates", "relevance"]).to_pylist()
-    return [RankedRow(row, rankings[row["row_id"]]) for row in rows if row["row_id"] in rankings]
+    rows = read_rows(runs.stage_dir(run_dir, "candidates") / f"{split}.parquet")
+    return [RankedRow(row, rankings[row.row_id]) for row in rows if row.row_id in rankings]
 
 
 def sample_rows(
     rows: Sequence[RankedRow], results: Mapping[str, Any], catalogue: Catalogue
 ) -> tuple[str | None, list[dict[str, Any]]]:
     """A few rows of each outcome, spread over the split, and the ranker they show; (None, []) without one."""
-    name = next((name for name in GENERATING if name in results["rows"]), None)
+    name = next((name for name in GENERATING if name in results["rows"]), None)  # the last stage's
     if name is None:
         return None, []
-    by_outcome: dict[str, list[RankedRow]] = {"moved up": [], "stayed": [], "moved down": [], "no ranking": []}
-    for ranked in rows:
-        by_outcome[_outcome(ranked.place("no_op"), ranked.place(name))].append(ranked)
     samples = []
-    for outcome, found in by_outcome.items():
+    for outcome in OUTCOMES:
+        found = [ranked for ranked in rows if ranked.outcome(name) == outcome]
+        shown = {"outcome": outcome, "share": tables.percent(len(found) / len(rows))}
         for index in np.linspace(0, len(found) - 1, min(SAMPLES_PER_OUTCOME, len(found))).round().astype(int):
-            samples.append(_sample(found[index], name, outcome, len(found) / len(rows), catalogue))
+            samples.append(shown | _sample(found[index], name, catalogue))
     return name, samples
 
 
-def _outcome(before: int, after: int | None) -> str:
-    if after is None:
-        return "no ranking"
-    return "stayed" if after == before else "moved up" if after < before else "moved down"
-
-
-def _sample(ranked: RankedRow, name: str, outcome: str, share: float, catalogue: Catalogue) -> dict[str, Any]:
-    """What the page shows of one row."""
-    line, candidates = ranked.rankings[name], ranked.row["candidates"]
+def _sample(ranked: RankedRow, name: str, catalogue: Catalogue) -> dict[str, Any]:
+    """A row as the page shows it."""
+    row, line = ranked.row, ranked.rankings[name]
+    titles = {item: catalogue.titles[item] or catalogue.item_ids[item] for item in (*row.history, *row.candidates)}
     shown = [
-        {
-            "title": catalogue.titles[item] or catalogue.item_ids[item],
-            "semantic_id": catalogue.semantic_ids[item],
-            "category": catalogue.categories[item],
-            "relevant": gain > 0,
-            "before": place,
-        }
-        for place, (item, gain) in enumerate(zip(candidates, ranked.row["relevance"], strict=True), start=1)
+        {"title": titles[item], "semantic_id": catalogue.semantic_ids[item], "category": catalogue.categories[item]}
+        | {"relevant": gain > 0, "before": place}
+        for place, (item, gain) in enumerate(zip(row.candidates, row.relevance, strict=True), start=1)
     ]
-    history = ranked.row["history"]
     return {
-        "row_id": ranked.row["row_id"],
-        "outcome": outcome,
-        "share": tables.percent(share),
+        "row_id": row.row_id,
         "places": (ranked.place("no_op"), ranked.place(name)),
-        "history": [catalogue.titles[item] or catalogue.item_ids[item] for item in history[-SHOWN_HISTORY:]],
-        "older": max(0, len(history) - SHOWN_HISTORY),
+        "history": [titles[item] for item in row.history[-SHOWN_HISTORY:]],
+        "older": max(0, len(row.history) - SHOWN_HISTORY),
         "incoming": shown,
         "outgoing": None if line["order"] is None else [shown[position] for position in line["order"]],
         "failure": line["failure"],

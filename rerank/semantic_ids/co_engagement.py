@@ -1,4 +1,4 @@
-"""Which items users take together. Letters of shapes: N items, P pairs."""
+"""Co-engagement of items: pairs, vectors and partners. Letters of shapes: N items, P pairs, E columns."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 from scipy.sparse import csr_array
 
-from rerank import run_dir
 from rerank.baselines.pairs import matrix_of, weighted_pairs
-from rerank.sequences import training_items
+from rerank.launch import run_dir
+from rerank.rows import training_items
 
 COLUMNS = 128
 TINY = 1e-6
@@ -19,29 +19,26 @@ def co_engaged_pairs(data_dir: Path) -> np.ndarray:
 
     Held-out interactions are left out: ids must not know them. GR2's definition of co-engaged items is UNKNOWN.
     """
-    users, items = _training_items(data_dir)
+    users, items = _known_items(data_dir)
     follows = (users[1:] == users[:-1]) & (items[1:] != items[:-1])
     return np.stack([items[:-1], items[1:]], axis=1)[follows]
 
 
-def _training_items(data_dir: Path) -> tuple[np.ndarray, np.ndarray]:
+def _known_items(data_dir: Path) -> tuple[np.ndarray, np.ndarray]:
     """User and item of every interaction that ids may know, in order."""
     return training_items(data_dir, run_dir.midtrain_splits(data_dir.parent))
 
 
 def co_engagement_vectors(data_dir: Path, num_items: int, seed: int) -> np.ndarray:
-    """What each item is taken with, (N, at most COLUMNS) float32: rows of length one, zeros where nothing is known.
+    """Co-engagement of each item, (N, E) float32, E at most COLUMNS: rows of length one, zeros where unknown.
 
     Positive pointwise mutual information of items at most three places apart in training sequences (near ones count
     more, as in `transitions`), factorized, each side with the root of the singular values: Levy and Goldberg 2014,
-    "Neural word embedding as implicit matrix factorization", sections 3.3 and 4. Items of like company come out alike.
-
-    Raises:
-        ValueError: When no two items are ever taken together.
+    "Neural word embedding as implicit matrix factorization", sections 3.3 and 4.
     """
     from sklearn.utils.extmath import randomized_svd
 
-    _, first, second, weight = weighted_pairs(*_training_items(data_dir))
+    _, first, second, weight = weighted_pairs(*_known_items(data_dir))
     pairs = matrix_of(first, second, weight, (num_items, num_items))
     together = (pairs + pairs.T).tocoo()
     sums = np.asarray(together.sum(axis=1), dtype=np.float64).ravel()
@@ -59,20 +56,20 @@ def co_engagement_vectors(data_dir: Path, num_items: int, seed: int) -> np.ndarr
 
 @dataclass(frozen=True)
 class Partners:
-    """For each item the items co-engaged with it, those of item k at starts[k] to starts[k + 1]."""
+    """The items co-engaged with each item, those of item k at starts[k] to starts[k + 1]."""
 
     starts: np.ndarray
     items: np.ndarray
 
     @classmethod
     def of(cls, pairs: np.ndarray, num_items: int) -> "Partners":
-        """From pairs (P, 2), in both directions; an item has a partner as often as they meet."""
+        """From pairs (P, 2), in both directions; a pair that occurs twice counts twice."""
         both = np.concatenate([pairs, pairs[:, ::-1]])
         order = np.argsort(both[:, 0], kind="stable")
         return cls(np.searchsorted(both[order, 0], np.arange(num_items + 1)), both[order, 1])
 
     def draw(self, items: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """Which of the items have a partner (mask), and one drawn partner of each of those."""
+        """The mask of items that have a partner, and a random partner of each of those."""
         counts = self.starts[items + 1] - self.starts[items]
         has_partner = counts > 0
         return has_partner, self.items[self.starts[items[has_partner]] + rng.integers(counts[has_partner])]

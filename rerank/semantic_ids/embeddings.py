@@ -1,64 +1,56 @@
 """Item embeddings: from a sentence encoder or a file, checked, of length one.
 
-Letters of shapes: N items, D embedding columns.
+Letters of shapes: N items, D embedding columns, E co-engagement columns.
 """
 
-import importlib.util
 import logging
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 
+from rerank.launch import run_dir
+from rerank.models import names
+from rerank.semantic_ids.arguments import SemanticIdsArguments
+from rerank.semantic_ids.co_engagement import co_engagement_vectors
 from rerank.semantic_ids.tokenizer import blocks
 
 logger = logging.getLogger(__name__)
 
-PACKAGE = "package:"
 ID_EMBEDDINGS = "id_embeddings.npy"  # beside embeddings.npy where ids know more than the text
-HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+def embed(args: SemanticIdsArguments, out_dir: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Embeddings of the items' text and those to make ids from, both float32, saved and memory-mapped.
+
+    They are the same without co-engagement, whose columns follow those of the text.
+    """
+    item_ids, texts = read_items(args.run_dir)
+    if args.embeddings is not None:
+        found = read_embeddings(args.embeddings, item_ids)
+    else:
+        assert args.encoder is not None, "one of the two is given"
+        found = encode(texts, args.encoder, args.encoder_batch_size)
+    check_embeddings(found, item_ids, args.source)
+    of_text = save_normalised(found, out_dir / "embeddings.npy")
+    del found  # pages that were read of a memory map count as memory until it is closed
+    if not args.co_engagement_weight:
+        return of_text, of_text
+    vectors = co_engagement_vectors(run_dir.stage_dir(args.run_dir, "data"), len(item_ids), args.seed)
+    return of_text, save_with_co_engagement(of_text, vectors, args.co_engagement_weight, out_dir / ID_EMBEDDINGS)
+
+
+def read_items(run: str | Path) -> tuple[list[str], list[str]]:
+    """Original ids and texts of a run's catalogue, in item order."""
+    path = run_dir.stage_dir(run, "data") / "items.parquet"
+    table = pq.read_table(path, columns=["item", "item_id", "text"]).sort_by("item")
+    return table["item_id"].to_pylist(), table["text"].to_pylist()
 
 
 def find_encoder(encoder: str) -> str:
-    """The folder or hub name to load a sentence encoder from.
-
-    Args:
-        encoder: A folder, a hub name, or `package:NAME` for a model inside an installed Python package.
-
-    Raises:
-        FileNotFoundError: When the folder, the package or its model is not there.
-    """
-    if encoder.startswith(PACKAGE):
-        return str(_model_inside_package(encoder.removeprefix(PACKAGE)))
-    folder = Path(encoder).expanduser()
-    if encoder and folder.is_dir():
-        if not any((folder / name).is_file() for name in ("modules.json", "config.json")):
-            raise FileNotFoundError(f"encoder {encoder} holds no modules.json or config.json; give a model's folder")
-        return str(folder)
-    # `models/minilm` beside an existing folder `models` is a misspelt path, not a hub name
-    if (
-        HUB_NAME.fullmatch(encoder)
-        and encoder[0] != "."
-        and (folder.parent == Path(".") or not folder.parent.is_dir())
-    ):
-        return encoder
-    raise FileNotFoundError(
-        f"encoder {encoder} is not there; give a sentence-transformers folder, a hub name, or package:NAME"
-    )
-
-
-def _model_inside_package(package: str) -> Path:
-    spec = importlib.util.find_spec(package) if package.isidentifier() else None
-    if spec is None or not spec.submodule_search_locations:
-        raise FileNotFoundError(f"encoder {PACKAGE}{package}: no such package is installed; pip install it first")
-    root = Path(spec.submodule_search_locations[0])
-    for name in ("modules.json", "config.json"):
-        found = sorted(root.rglob(name), key=lambda path: (len(path.parts), str(path)))
-        if found:
-            return found[0].parent
-    raise FileNotFoundError(f"encoder {PACKAGE}{package}: {root} holds no modules.json or config.json, so no model")
+    """The folder or hub name of a sentence encoder."""
+    return names.resolve(encoder, "encoder", files=("modules.json", "config.json"))
 
 
 def encode(texts: Sequence[str], encoder: str, batch_size: int) -> np.ndarray:
@@ -72,21 +64,24 @@ def encode(texts: Sequence[str], encoder: str, batch_size: int) -> np.ndarray:
     return model.encode(list(texts), batch_size=batch_size, show_progress_bar=True)
 
 
-def read_embeddings(path: str | Path, item_ids: Sequence[str]) -> np.ndarray:
+def find_embeddings(path: str) -> Path:
+    """The file of given embeddings, as .npy or .parquet."""
+    found = Path(names.locate(path, "embeddings"))
+    if not found.is_file():
+        raise FileNotFoundError(f"embeddings {found} does not exist; give a .npy or .parquet file")
+    if found.suffix not in (".npy", ".parquet"):
+        raise ValueError(f"embeddings {found} ends in {found.suffix or 'nothing'}; give a .npy or .parquet file")
+    return found
+
+
+def read_embeddings(path: str, item_ids: Sequence[str]) -> np.ndarray:
     """Given embeddings (N, D) in item order, memory-mapped when the file is .npy.
 
     Raises:
-        FileNotFoundError: When the file is not there.
-        ValueError: When it is of another kind, or does not fit the catalogue.
+        ValueError: When they do not fit the catalogue.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"embeddings {path} does not exist; give a .npy or .parquet file")
-    if path.suffix == ".npy":
-        return _read_npy(path, len(item_ids))
-    if path.suffix == ".parquet":
-        return _read_parquet(path, item_ids)
-    raise ValueError(f"embeddings {path} ends in {path.suffix or 'nothing'}; give a .npy or .parquet file")
+    found = find_embeddings(path)
+    return _read_npy(found, len(item_ids)) if found.suffix == ".npy" else _read_parquet(found, item_ids)
 
 
 def _read_npy(path: Path, num_items: int) -> np.ndarray:
@@ -127,11 +122,7 @@ def _read_parquet(path: Path, item_ids: Sequence[str]) -> np.ndarray:
 
 
 def check_embeddings(embeddings: np.ndarray, item_ids: Sequence[str], source: str) -> None:
-    """Refuse rows without a direction.
-
-    Raises:
-        ValueError: Naming the first rows that hold NaN, infinity, or nothing but zeros.
-    """
+    """Refuse rows without a direction: NaN, infinity, or nothing but zeros."""
     bad: list[int] = []
     for block in blocks(len(embeddings)):
         norms = np.linalg.norm(np.asarray(embeddings[block], dtype=np.float64), axis=1)
@@ -154,16 +145,6 @@ def save_normalised(embeddings: np.ndarray, path: Path) -> np.ndarray:
     return _save_blocks(embeddings.shape, normalised, path)
 
 
-def _save_blocks(shape: tuple[int, int], rows_of: Callable[[slice], np.ndarray], path: Path) -> np.ndarray:
-    """Write a float32 .npy file; through a file, since pages written through a memory map would stay in memory."""
-    with path.open("wb") as file:
-        about = {"descr": "<f4", "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_1_0(file, about)
-        for block in blocks(shape[0]):
-            file.write(np.ascontiguousarray(rows_of(block), dtype="<f4").tobytes())
-    return np.load(path, mmap_mode="r")
-
-
 def save_with_co_engagement(embeddings: np.ndarray, vectors: np.ndarray, weight: float, path: Path) -> np.ndarray:
     """Write embeddings (N, D) with weighted co-engagement vectors (N, E) beside them; the result is memory-mapped."""
 
@@ -173,8 +154,18 @@ def save_with_co_engagement(embeddings: np.ndarray, vectors: np.ndarray, weight:
     return _save_blocks((len(embeddings), embeddings.shape[1] + vectors.shape[1]), beside, path)
 
 
+def _save_blocks(shape: tuple[int, ...], rows_of: Callable[[slice], np.ndarray], path: Path) -> np.ndarray:
+    """Write a float32 .npy file; through a file, since pages written through a memory map would stay in memory."""
+    with path.open("wb") as file:
+        about = {"descr": "<f4", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, about)
+        for block in blocks(shape[0]):
+            file.write(np.ascontiguousarray(rows_of(block), dtype="<f4").tobytes())
+    return np.load(path, mmap_mode="r")
+
+
 def load_id_embeddings(folder: Path) -> np.ndarray:
-    """What the ids of a semantic_ids folder were made from, memory-mapped."""
+    """The embeddings that the ids of a semantic_ids folder were made from, memory-mapped."""
     with_co_engagement = folder / ID_EMBEDDINGS
     path = with_co_engagement if with_co_engagement.is_file() else folder / "embeddings.npy"
     return np.load(path, mmap_mode="r")

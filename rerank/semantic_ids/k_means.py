@@ -1,13 +1,15 @@
-"""k-means on residuals, level by level: a tokenizer of its own, and where the codebooks of an RQ-VAE start."""
+"""k-means on residuals, level by level: a tokenizer of its own, and the initial codebooks of an RQ-VAE.
+
+Letters of shapes: N items, D embedding columns, d latent columns, L levels.
+"""
 
 import numpy as np
 
-from rerank.semantic_ids.distances import nearest
-from rerank.semantic_ids.tokenizer import Tokenizer
+from rerank.semantic_ids.tokenizer import Tokenizer, nearest
 
 SAMPLES_PER_CODE = 256  # more changes the centres little and costs time and memory
 NUM_ITERATIONS = 25
-FIT_SAMPLE = 65_536  # items that the mean, the scale and k-means look at
+FIT_SAMPLE = 65_536  # items that the mean, the scale and k-means are fitted on
 
 
 def draw_sample(embeddings: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -18,7 +20,7 @@ def draw_sample(embeddings: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def centre_and_scale(sample: np.ndarray) -> tuple[np.ndarray, float]:
-    """The mean row, and one over the typical size of a column around it."""
+    """The mean row, and one over the standard deviation of all columns together."""
     mean = sample.mean(axis=0)
     return mean, float(1 / max(np.sqrt(((sample - mean) ** 2).mean()), 1e-8))
 
@@ -38,11 +40,11 @@ def fit_k_means(vectors: np.ndarray, num_codes: int, seed: int) -> np.ndarray:
         vectors.shape[1], num_codes, niter=NUM_ITERATIONS, seed=seed + 1, min_points_per_centroid=1, verbose=False
     )
     k_means.train(vectors, init_centroids=start)
-    return k_means.centroids
+    return np.asarray(k_means.centroids)
 
 
 def fit_residual_k_means(vectors: np.ndarray, levels: int, num_codes: int, seed: int) -> np.ndarray:
-    """Codebooks (L, num_codes, d), each fitted on what the levels before it leave unexplained.
+    """Codebooks (L, num_codes, d), each fitted on the residuals of the levels before it.
 
     Source: GR2 (arXiv:2602.07774) section 2.3, initialisation by k-means++ on the residuals.
     """

@@ -1,22 +1,20 @@
-"""How good a catalogue's ids are, in numbers. Letters of shapes: N items, D embedding columns, L levels, P pairs."""
-
-from typing import Any
+"""Quality of a catalogue's ids. Letters of shapes: N items, D embedding columns, L levels, P pairs."""
 
 import numpy as np
 
-from rerank.semantic_ids.prefixes import members, number_prefixes
-from rerank.semantic_ids.tokenizer import Tokenizer, blocks, reconstruction_error
+from rerank.semantic_ids.tokenizer import Tokenizer, blocks, members, number_prefixes, reconstruction_error
 
 
 def ids_metrics(
     tokenizer: Tokenizer, embeddings: np.ndarray, copies: np.ndarray, before: np.ndarray, after: np.ndarray
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """The metrics of the stage: ids (N, L) before and after collisions were resolved.
 
     Args:
-        copies: How many items have each item's embedding, from `embedding_copies`.
+        copies: Number of items with each item's embedding, from `embedding_copies`.
     """
     unique_before, unique_after = uniqueness(before), uniqueness(after)
+    errors = [reconstruction_error(tokenizer, embeddings, codes) for codes in (before, after)]
     return {
         "num_items": len(after),
         "levels": tokenizer.levels,
@@ -31,16 +29,6 @@ def ids_metrics(
         "num_moved": int((before != after).any(axis=1).sum()),
         "code_use": code_use(before, tokenizer.codebook_size),
         "perplexity": perplexity(before, tokenizer.codebook_size),
-        **reconstruction(tokenizer, embeddings, before, after),
-    }
-
-
-def reconstruction(
-    tokenizer: Tokenizer, embeddings: np.ndarray, before: np.ndarray, after: np.ndarray
-) -> dict[str, float]:
-    """Mean squared error of what the ids stand for, and the first one's share of the embeddings' variance."""
-    errors = [reconstruction_error(tokenizer, embeddings, codes) for codes in (before, after)]
-    return {
         "reconstruction_error_before": errors[0],
         "reconstruction_error_after": errors[1],
         "unexplained_variance": errors[0] / _variance(embeddings),
@@ -48,12 +36,17 @@ def reconstruction(
 
 
 def _variance(embeddings: np.ndarray) -> float:
-    """Of all columns together, E||x||² - ||E x||², block by block."""
+    """Variance of all columns together, E||x||² - ||E x||², block by block."""
     squares, total = 0.0, np.zeros(embeddings.shape[1])
     for block in blocks(len(embeddings)):
         rows = np.asarray(embeddings[block], dtype=np.float64)
         squares, total = squares + (rows**2).sum(), total + rows.sum(axis=0)
     return float(squares / len(embeddings) - ((total / len(embeddings)) ** 2).sum())
+
+
+def _is_alone(codes: np.ndarray) -> np.ndarray:
+    numbers = number_prefixes(codes, codes.shape[1])
+    return np.bincount(numbers)[numbers] == 1
 
 
 def uniqueness(codes: np.ndarray) -> dict[str, float]:
@@ -63,16 +56,13 @@ def uniqueness(codes: np.ndarray) -> dict[str, float]:
         `distinct`: distinct ids / items. `alone`: share of items whose id nobody shares; a pair that shares one id
         counts half in the first and not at all in the second.
     """
-    numbers = number_prefixes(codes, codes.shape[1])
-    counts = np.bincount(numbers)
-    return {"distinct": len(counts) / len(codes), "alone": float((counts[numbers] == 1).mean())}
+    num_distinct = number_prefixes(codes, codes.shape[1]).max() + 1
+    return {"distinct": float(num_distinct / len(codes)), "alone": float(_is_alone(codes).mean())}
 
 
 def uniqueness_where(codes: np.ndarray, counted: np.ndarray) -> float | None:
     """Share of the counted items (mask) whose id no item shares; None when none is counted."""
-    numbers = number_prefixes(codes, codes.shape[1])
-    alone = np.bincount(numbers)[numbers] == 1
-    return float(alone[counted].mean()) if counted.any() else None
+    return float(_is_alone(codes)[counted].mean()) if counted.any() else None
 
 
 def code_use(codes: np.ndarray, codebook_size: int) -> list[float]:
@@ -81,7 +71,7 @@ def code_use(codes: np.ndarray, codebook_size: int) -> list[float]:
 
 
 def perplexity(codes: np.ndarray, codebook_size: int) -> list[float]:
-    """exp(entropy) of each level's codes: as many equally used codes would be as unpredictable."""
+    """exp(entropy) of each level's codes."""
     values = []
     for level in codes.T:
         shares = np.bincount(level, minlength=codebook_size) / len(level)
@@ -91,9 +81,9 @@ def perplexity(codes: np.ndarray, codebook_size: int) -> list[float]:
 
 
 def embedding_copies(embeddings: np.ndarray) -> np.ndarray:
-    """How many rows (itself included) have each row's embedding, to five digits.
+    """Number of rows (itself included) that have each row's embedding, to five digits.
 
-    No deterministic rule can part equal embeddings. The encoder's last digits depend on what else was in the batch.
+    No deterministic rule can part equal embeddings. The encoder's last digits depend on the rest of its batch.
     """
     keys = np.empty(len(embeddings), dtype=np.int64)
     for block in blocks(len(embeddings)):
@@ -104,7 +94,7 @@ def embedding_copies(embeddings: np.ndarray) -> np.ndarray:
 
 
 def items_per_prefix(codes: np.ndarray) -> list[np.ndarray]:
-    """For each depth 1..L, how many items each prefix in use holds, most first."""
+    """Number of items of each prefix in use, most first, for each depth 1..L."""
     return [np.sort(np.bincount(number_prefixes(codes, depth)))[::-1] for depth in range(1, codes.shape[1] + 1)]
 
 
@@ -115,10 +105,10 @@ def collisions(codes: np.ndarray) -> list[np.ndarray]:
 
 
 def prefix_lift(codes: np.ndarray, pairs: np.ndarray) -> list[float | None]:
-    """How many times as often as by chance the items of pairs (P, 2) share a prefix, for each depth 1..L.
+    """Share of pairs (P, 2) whose items have one prefix, over the share expected by chance, for each depth 1..L.
 
     Chance is the pairs' first and second items shuffled against each other, so that popular items are as frequent;
-    what pairs an item with itself is left out. None where chance never shares a prefix.
+    pairs of an item with itself are left out. None where chance never shares a prefix.
     """
     first, second = (np.bincount(column, minlength=len(codes)) / max(len(pairs), 1) for column in pairs.T)
     same_item = float((first * second).sum())

@@ -10,8 +10,6 @@ from pathlib import Path
 
 import numpy as np
 
-from rerank.semantic_ids.distances import nearest
-
 BLOCK = 16_384  # items worked on at once: memory does not grow with the catalogue
 
 # attributes of a tokenizer that are one number
@@ -27,14 +25,13 @@ class Tokenizer:
     Attributes:
         codebooks: (L, C, d).
         mean: (D,) subtracted from an embedding first.
-        scale: Multiplies what is left; embeddings of length one have tiny columns.
-        encoder: Linear layers with a ReLU between them; none means that latents are the scaled embeddings.
+        scale: Multiplies the difference; embeddings of length one have tiny columns.
+        encoder: Linear layers with a ReLU between them; without any, latents are the scaled embeddings.
         decoder: The same, back to scaled embeddings.
-        balanced_levels: How many last levels are assigned by `balance.balance`.
-        random_levels: How many last levels get random codes.
-        seed: Of those.
-        co_engagement_columns: How many last columns of an embedding tell what the item is taken with; zeros for a new
-            item, of which that is not known.
+        balanced_levels: Number of last levels whose codes `assignment.balance` assigns.
+        random_levels: Number of last levels with random codes.
+        seed: Seed of those.
+        co_engagement_columns: Number of last embedding columns that hold co-engagement; zeros for a new item.
     """
 
     codebooks: np.ndarray
@@ -60,11 +57,11 @@ class Tokenizer:
         return len(self.mean)
 
     def latents(self, embeddings: np.ndarray) -> np.ndarray:
-        """What is quantized (N, d), for embeddings (N, D)."""
+        """Vectors to quantize (N, d) for embeddings (N, D)."""
         return _apply(self.encoder, ((embeddings - self.mean) * self.scale).astype(np.float32))
 
     def reconstruct(self, codes: np.ndarray) -> np.ndarray:
-        """The embeddings (N, D) that codes (N, L) stand for."""
+        """Embeddings (N, D) that codes (N, L) stand for."""
         latents = sum(self.codebooks[level][codes[:, level]] for level in range(self.levels))
         return _apply(self.decoder, latents) / self.scale + self.mean
 
@@ -77,22 +74,18 @@ class Tokenizer:
             for kind, array in zip(("weight", "bias"), layer, strict=True)
         }
         plain = {name: np.asarray(getattr(self, name)) for name in PLAIN}
-        np.savez(path, codebooks=self.codebooks, mean=self.mean, **plain, **layers)
+        np.savez(path, codebooks=self.codebooks, mean=self.mean, **plain, **layers)  # type: ignore[arg-type]
 
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
-        """The tokenizer of a file, or of a finished semantic_ids folder.
-
-        Raises:
-            FileNotFoundError: When there is none.
-        """
+        """The tokenizer of a file, or of a finished semantic_ids folder."""
         path = Path(path) / "tokenizer.npz" if Path(path).is_dir() else Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"{path} does not exist; give the folder of a finished semantic_ids stage")
         with np.load(path) as saved:
-            stacks = {part: _read_layers(saved, part) for part in ("encoder", "decoder")}
+            encoder, decoder = (_read_layers(saved, part) for part in ("encoder", "decoder"))
             plain = {name: saved[name].item() for name in PLAIN if name in saved}
-            return cls(saved["codebooks"], saved["mean"], **plain, **stacks)
+            return cls(saved["codebooks"], saved["mean"], encoder=encoder, decoder=decoder, **plain)
 
 
 def _read_layers(saved: np.lib.npyio.NpzFile, part: str) -> list[Layer]:
@@ -113,8 +106,19 @@ def blocks(num_items: int) -> Iterator[slice]:
     return (slice(start, min(start + BLOCK, num_items)) for start in range(0, num_items, BLOCK))
 
 
+def nearest(vectors: np.ndarray, codebook: np.ndarray) -> np.ndarray:
+    """Index of the nearest row of `codebook` for each vector; the lower index on ties."""
+    # ||v - e||² without ||v||², which is the same for every code
+    return ((codebook**2).sum(axis=1) - 2 * vectors @ codebook.T).argmin(axis=1)
+
+
+def squared_distances(vectors: np.ndarray, codebook: np.ndarray) -> np.ndarray:
+    """||v - e||² for every vector and code."""
+    return (vectors**2).sum(axis=1, keepdims=True) + (codebook**2).sum(axis=1) - 2 * vectors @ codebook.T
+
+
 def quantize(latents: np.ndarray, codebooks: np.ndarray) -> np.ndarray:
-    """Codes (N, L) of latents (N, d): on each level the code nearest to what the levels before left over.
+    """Codes (N, L) of latents (N, d): on each level the code nearest to the residual of the levels before.
 
     Source: GR2 (arXiv:2602.07774) section 2, r_{k+1} = r_k - e_{z_k}.
     """
@@ -128,7 +132,7 @@ def quantize(latents: np.ndarray, codebooks: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Latents:
-    """The latents of embeddings (N, D), worked out for the rows that are asked for."""
+    """Latents of embeddings (N, D), computed for the rows that are asked for."""
 
     tokenizer: Tokenizer
     embeddings: np.ndarray
@@ -140,7 +144,7 @@ class Latents:
 def residuals(
     latents: np.ndarray | Latents, codes: np.ndarray, codebooks: np.ndarray, items: np.ndarray, level: int
 ) -> np.ndarray:
-    """What the codes above `level` leave of the latents of `items`."""
+    """Latents of `items` minus their codes above `level`."""
     rest = latents[items].astype(np.float32)
     for above in range(level):
         rest -= codebooks[above][codes[items, above]]
@@ -156,8 +160,27 @@ def nearest_codes(tokenizer: Tokenizer, embeddings: np.ndarray) -> np.ndarray:
 
 
 def reconstruction_error(tokenizer: Tokenizer, embeddings: np.ndarray, codes: np.ndarray) -> float:
-    """Mean squared distance between embeddings and what their codes stand for."""
+    """Mean squared distance between embeddings (N, D) and their reconstruction from codes (N, L)."""
     total = 0.0
     for block in blocks(len(embeddings)):
         total += float(((embeddings[block] - tokenizer.reconstruct(codes[block])) ** 2).sum(dtype=np.float64))
     return total / len(embeddings)
+
+
+def number_prefixes(codes: np.ndarray, depth: int) -> np.ndarray:
+    """A number (N,) from 0 on that rows of codes (N, L) share when their first `depth` codes are equal.
+
+    Numbers follow the order of the prefixes.
+    """
+    numbers = np.zeros(len(codes), dtype=np.int64)
+    for level in codes[:, :depth].T:  # level by level: C^L may overflow, N times C does not
+        numbers = np.unique(numbers * (level.max(initial=0) + 1) + level, return_inverse=True)[1].ravel()
+    return numbers
+
+
+def members(numbers: np.ndarray, wanted: np.ndarray) -> list[np.ndarray]:
+    """The rows that bear each wanted number, ascending."""
+    order = np.argsort(numbers, kind="stable")
+    starts = np.searchsorted(numbers[order], wanted)
+    ends = np.searchsorted(numbers[order], wanted, side="right")
+    return [order[start:end] for start, end in zip(starts, ends, strict=True)]

@@ -1,38 +1,46 @@
 """Stage 6: fine-tune the mid-trained model on accepted traces, or on next items.
 
 Task `rerank`. In: midtrain, candidates and traces. Out: `model/`, and with `no_trace_control` also `model_no_trace/`,
-trained for as many steps on the same rows with an empty trace: what the reasoning is worth is the difference.
+trained for the same number of steps on the same rows with an empty trace: the difference is the worth of reasoning.
 Task `next_item`. In: midtrain. Out: `model/`, which writes the item that follows a history.
 
-What is minimised is a list of named losses, by default `nll` with GR2's weights (arXiv:2606.31984 eq. 3);
-`rerank losses` lists them all.
+A list of named losses is minimised, by default `nll` with GR2's weights (arXiv:2606.31984 eq. 3); `rerank losses`
+lists them all.
 
     accelerate launch --config_file recipes/accelerate/cpu.yaml -m rerank.sft --config recipes/ml100k/6_sft.yaml
 """
 
 import copy
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import yaml
+import pyarrow.parquet as pq
 from trl import ModelConfig, SFTConfig, get_peft_config
 
-from rerank import base_model, model_card, recipe, run_dir, stopping
-from rerank.catalogue import Catalogue, check_vocabulary
-from rerank.item_rows import ITEM_TEXTS, SETTINGS, ItemRows
-from rerank.losses import Losses, load_losses
-from rerank.midtrain.dropout import residual_dropout
+from rerank.catalogue import Catalogue
+from rerank.launch import model_card, recipe, run_dir, stopping
+from rerank.launch.files import write_json
+from rerank.launch.recipe import check_choice, check_range
+from rerank.launch.stages import Stage
+from rerank.losses import Losses, Row, load_losses
+from rerank.models import base as base_model
+from rerank.models.dropout import residual_dropout
+from rerank.models.saving import check_model, save_ranker, write_card
+from rerank.next_item.encoder import ITEM_TEXTS, NextItemEncoder
 from rerank.prompts import THINK_END
-from rerank.sft.rerank_rows import RowEncoder, examples, save_ranker, training_rows
+from rerank.rows import Prompter, training_rows
 
-__all__ = ["RowEncoder", "check_model", "save_ranker", "training_rows"]
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from rerank.sft.trainer import LossTrainer
 
 logger = logging.getLogger(__name__)
 
-INPUTS = ("data", "semantic_ids", "midtrain")
 TASKS = ("rerank", "next_item")
 TARGETS = ("all", "last")
 
@@ -43,51 +51,39 @@ class SftArguments(recipe.StageArguments):
 
     task: str = field(
         default="rerank",
-        metadata={"help": "rerank: history and candidates to trace and ranking; next_item: history to next item."},
+        metadata={"help": "rerank: candidates to trace and ranking; next_item: history to next item."},
     )
     losses: list[dict[str, Any]] = field(
         default_factory=lambda: [{"name": "nll"}],
-        metadata={"help": "What is minimised: one token loss and what goes with it, each {name: ..., kwargs: {...}}."},
+        metadata={"help": "One token loss and auxiliary losses beside it, each {name: ..., kwargs: {...}}."},
     )
     no_trace_control: bool = field(
-        default=False, metadata={"help": "rerank: also train a model without traces, for equally many steps."}
+        default=False, metadata={"help": "rerank: also train a model without traces, for the same number of steps."}
     )
-    item_text: str = field(
-        default="semantic_id", metadata={"help": f"next_item: how an item is written: {' or '.join(ITEM_TEXTS)}."}
-    )
+    item_text: str = field(default="semantic_id", metadata={"help": f"next_item: {' or '.join(ITEM_TEXTS)}."})
     targets: str = field(
-        default="all",
-        metadata={
-            "help": "next_item: all: every item of the users' training sequences is a target; last: those of the "
-            "split rerank, one a row."
-        },
+        default="all", metadata={"help": "next_item: all items of training sequences, or last: the split rerank's."}
     )
     max_items: int = field(default=20, metadata={"help": "next_item: items of a row, its target included."})
     dropout: float = field(
-        default=0.0,
-        metadata={"help": "Share dropped of what the embedding and each branch of a layer give, as in midtrain."},
+        default=0.0, metadata={"help": "Share dropped of the outputs of the embedding and of each branch of a layer."}
     )
     max_minutes: float | None = field(default=None, metadata={"help": "End each training after this many minutes."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, known in (("task", TASKS), ("item_text", ITEM_TEXTS), ("targets", TARGETS)):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; choose {' or '.join(known)}")
-        if self.max_items < 2:
-            raise ValueError(f"max_items is {self.max_items} but must be at least 2: a history and its next item")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout is {self.dropout} but must be at least 0 and below 1")
+        check_choice("task", self.task, TASKS)
+        check_choice("item_text", self.item_text, ITEM_TEXTS)
+        check_choice("targets", self.targets, TARGETS)
+        check_range("max_items", self.max_items, least=2)  # a history and its next item
+        check_range("dropout", self.dropout, least=0, below=1)
         if self.no_trace_control and self.task == "next_item":
             raise ValueError("no_trace_control is for the task rerank; next_item has no traces, so take it out")
         load_losses(self.losses, self.task)
 
 
-ARGUMENTS = (SftArguments, SFTConfig, ModelConfig)
-
-
-def extra_inputs(args: SftArguments) -> tuple[str, ...]:
-    """Stages that are read only for a task."""
+def optional_inputs(args: SftArguments) -> tuple[str, ...]:
+    """Stages that only the task rerank reads."""
     return ("candidates", "traces") if args.task == "rerank" else ()
 
 
@@ -98,42 +94,41 @@ def check(args: SftArguments, training_args: SFTConfig, model_args: ModelConfig)
     if training_args.loss_type not in ("nll", "chunked_nll") or training_args.label_smoothing_factor:
         raise ValueError("loss_type and label_smoothing_factor are TRL's; the recipe's losses: say what is minimised")
     if run_dir.is_finished(args.run_dir, "midtrain") and run_dir.is_finished(args.run_dir, "semantic_ids"):
-        check_model(run_dir.stage_dir(args.run_dir, "midtrain") / "model", Catalogue.load(args.run_dir))
+        check_model(start_dir(args), Catalogue.load(args.run_dir))
 
 
-def check_model(model_dir: str | Path, catalogue: Catalogue) -> None:
-    """Refuse a model folder that is not there or that speaks other semantic ids than the catalogue's.
-
-    Raises:
-        FileNotFoundError: When the folder is not there.
-        ValueError: Naming the first id token that the tokenizer lacks.
-    """
-    from transformers import AutoTokenizer
-
-    folder = base_model.find_base_model(str(model_dir))
-    check_vocabulary(AutoTokenizer.from_pretrained(folder), catalogue.semantic_ids, str(model_dir))
+def examples(prompter: Prompter, run: str, with_trace: bool) -> list[dict[str, list[int]]]:
+    """The accepted attempts of the sft rows, encoded."""
+    accepted = pq.read_table(run_dir.stage_dir(run, "traces") / "accepted.parquet").to_pylist()
+    rows = {row.row_id: row for row in training_rows(run, "sft")}
+    return [
+        prompter.example(rows[attempt["row_id"]], attempt["trace"] if with_trace else None, attempt["order"])
+        for attempt in accepted
+        if attempt["row_id"] in rows
+    ]
 
 
-def check_lengths(rows: list[Mapping[str, Any]], max_length: int | None) -> None:
-    """Refuse rows that would be cut.
-
-    Raises:
-        ValueError: Saying how many.
-    """
+def check_lengths(rows: Sequence[Row], max_length: int | None) -> None:
+    """Refuse rows that would be cut, with their number."""
     too_long = sum(len(row["input_ids"]) > (max_length or 1 << 30) for row in rows)
     if too_long:
         raise ValueError(f"{too_long} of {len(rows)} rows are longer than max_length {max_length}; raise it")
 
 
+def num_labels(rows: Sequence[Row]) -> list[int]:
+    """Tokens under loss of each row."""
+    return [sum(label != -100 for label in row["labels"]) for row in rows]
+
+
 def make_trainer(
     config: SFTConfig,
     model_args: ModelConfig,
-    model: Any,
-    tokenizer: Any,
-    rows: dict[str, list[dict[str, Any]]],
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    rows: Mapping[str, Sequence[Row]],
     losses: Losses,
     **options: Any,
-) -> Any:
+) -> "LossTrainer":
     """The trainer of rows of several tasks, in random order; a row gets the number of its task and its own."""
     from datasets import Dataset
     from transformers import set_seed
@@ -155,79 +150,85 @@ def make_trainer(
     )
 
 
-def train_and_save(args: SftArguments, trainer: Any, tokenizer: Any, base_dir: Path, folder: Path) -> dict:
-    """Train from the last checkpoint on, write the model folder and the log, and let go; returns the metrics."""
+def train_and_save(
+    args: SftArguments,
+    trainer: "LossTrainer",
+    tokenizer: "PreTrainedTokenizerBase",
+    folder: Path,
+    save: Callable[[], object],
+) -> dict[str, Any]:
+    """Train from the last checkpoint on and write the model folder and the log; returns the metrics.
+
+    Args:
+        args: Of the stage.
+        trainer: Made by `make_trainer`; its memory is released at the end.
+        tokenizer: Of the model.
+        folder: Of the model.
+        save: Called by the main process, writes what asking the model needs into `folder`.
+    """
     from rerank.sft.trainer import PARAMETERS_FILE
 
     with residual_dropout(trainer.model, args.dropout):
         stopping.train(trainer, args.max_minutes)
-    base_model.save_trained(trainer, tokenizer, base_dir, folder)
-    (folder / PARAMETERS_FILE).unlink(missing_ok=True)  # for checkpoints; what a loss leaves, it saves itself
+    base_model.save_trained(trainer, tokenizer, start_dir(args), folder)
+    (folder / PARAMETERS_FILE).unlink(missing_ok=True)  # for checkpoints; a loss saves what is to stay
     if trainer.accelerator.is_main_process:
         name = f"log_history{folder.name.removeprefix('model')}.json"
-        run_dir.write_json(folder.parent / name, trainer.state.log_history)
-        for extra in trainer.losses.extras.values():
-            extra.save(folder)
+        write_json(folder.parent / name, trainer.state.log_history)
+        for loss in trainer.losses.auxiliary.values():
+            loss.save(folder)
+        save()
     stopping.release(trainer)
     return {"steps": trainer.state.global_step, "train_loss": trainer.state.log_history[-1].get("train_loss")}
 
 
-def fit(args: SftArguments, config: SFTConfig, model_args: ModelConfig, folder: Path, with_trace: bool) -> dict:
+def start_dir(args: SftArguments) -> Path:
+    """The mid-trained model to start from."""
+    return run_dir.stage_dir(args.run_dir, "midtrain") / "model"
+
+
+def fit(
+    args: SftArguments, config: SFTConfig, model_args: ModelConfig, folder: Path, with_trace: bool
+) -> dict[str, Any]:
     """Train one re-ranker into `folder`; returns its metrics."""
-    base_dir = run_dir.stage_dir(args.run_dir, "midtrain") / "model"
-    model, tokenizer = base_model.load_pretrained(str(base_dir), model_args)
-    encoder = RowEncoder(args.run_dir, tokenizer)
-    encoded = examples(encoder, args.run_dir, with_trace)
-    lengths = [sum(label != -100 for label in row["labels"]) for row in encoded]
+    model, tokenizer = base_model.load_pretrained(str(start_dir(args)), model_args)
+    prompter = Prompter.of_run(args.run_dir, tokenizer)
+    encoded = examples(prompter, args.run_dir, with_trace)
+    lengths = num_labels(encoded)
     trace_end = tokenizer.convert_tokens_to_ids(THINK_END) if with_trace else None
     losses = load_losses(args.losses, args.task)
     trainer = make_trainer(config, model_args, model, tokenizer, {"rerank": encoded}, losses, trace_end=trace_end)
-    is_main = trainer.accelerator.is_main_process
-    metrics = train_and_save(args, trainer, tokenizer, base_dir, folder)
-    if is_main:
-        # room for traces somewhat longer than any seen
-        save_ranker(args.run_dir, encoder, folder, with_trace, max(lengths) + max(lengths) // 4)
-    return {
-        "rows": len(encoded),
-        **metrics,
-        "mean_completion_tokens": sum(lengths) / len(lengths),
-        "max_completion_tokens": max(lengths),
-    }
+    limit = max(lengths) + max(lengths) // 4  # room for traces somewhat longer than any seen
+    save = partial(save_ranker, args.run_dir, prompter, folder, with_trace, limit)
+    metrics = train_and_save(args, trainer, tokenizer, folder, save)
+    tokens = {"mean_completion_tokens": sum(lengths) / len(lengths), "max_completion_tokens": max(lengths)}
+    return {"rows": len(encoded), **metrics, **tokens}
 
 
-def fit_next_item(args: SftArguments, config: SFTConfig, model_args: ModelConfig, folder: Path) -> dict:
+def fit_next_item(args: SftArguments, config: SFTConfig, model_args: ModelConfig, folder: Path) -> dict[str, Any]:
     """Train a model of next items into `folder`; returns its metrics."""
     losses = load_losses(args.losses, "next_item")
-    base_dir = run_dir.stage_dir(args.run_dir, "midtrain") / "model"
-    model, tokenizer = base_model.load_pretrained(str(base_dir), model_args)
-    maker = ItemRows(
-        Catalogue.load(args.run_dir),
-        tokenizer,
-        args.item_text,
-        args.max_items,
-        drops_forced=losses.masks_first,
-        run=args.run_dir,
-        seed=config.seed,
-        max_length=config.max_length,
-    )
-    rows = {"next_item": maker.next_item_rows(args.targets)}
-    for extra in losses.extras.values():
-        for task, added in extra.rows(maker).items():
+    model, tokenizer = base_model.load_pretrained(str(start_dir(args)), model_args)
+    source = (args.run_dir, config.seed, config.max_length)
+    shape = (args.item_text, args.max_items, losses.constrained)
+    encoder = NextItemEncoder(Catalogue.load(args.run_dir), tokenizer, *shape, *source)
+    rows = {"next_item": encoder.next_item_rows(args.targets)}
+    for loss in losses.auxiliary.values():
+        for task, added in loss.rows(encoder).items():
             rows[task] = rows.get(task, []) + added
-    tokens = {task: sum(label != -100 for row in of_task for label in row["labels"]) for task, of_task in rows.items()}
-    logger.info("rows: %s, tokens under loss: %s", {task: len(added) for task, added in rows.items()}, tokens)
-    trainer = make_trainer(config, model_args, model, tokenizer, rows, losses, maker=maker)
-    is_main = trainer.accelerator.is_main_process
-    metrics = train_and_save(args, trainer, tokenizer, base_dir, folder)
-    if is_main:
-        maker.catalogue.save(folder)
-        run_dir.write_json(folder / SETTINGS, maker.settings(losses.masks_first))
-        midtrain = yaml.safe_load((run_dir.stage_dir(args.run_dir, "midtrain") / "recipe.yaml").read_text())
-        model_card.write(folder, args.run_dir, "sft", model_card.NEXT_ITEM, midtrain.get("model_name_or_path"))
-    return {"rows": {task: len(added) for task, added in rows.items()}, "tokens_under_loss": tokens, **metrics}
+    numbers = {task: len(of_task) for task, of_task in rows.items()}
+    tokens = {task: sum(num_labels(of_task)) for task, of_task in rows.items()}
+    logger.info("rows: %s, tokens under loss: %s", numbers, tokens)
+    trainer = make_trainer(config, model_args, model, tokenizer, rows, losses, encoder=encoder)
+
+    def save() -> None:
+        encoder.save(folder)
+        write_card(args.run_dir, folder, "sft", model_card.NEXT_ITEM)
+
+    return {"rows": numbers, "tokens_under_loss": tokens, **train_and_save(args, trainer, tokenizer, folder, save)}
 
 
-def main(args: SftArguments, training_args: SFTConfig, model_args: ModelConfig, out_dir: Path) -> dict:
+def main(args: SftArguments, training_args: SFTConfig, model_args: ModelConfig, out_dir: Path) -> dict[str, Any]:
     """Train the model of the task; with traces, then the control without; returns the metrics."""
     training_args.dataset_kwargs = {"skip_prepare_dataset": True}
     if args.task == "next_item":
@@ -239,3 +240,14 @@ def main(args: SftArguments, training_args: SFTConfig, model_args: ModelConfig, 
         control.max_steps = metrics["steps"]
         metrics["no_trace"] = fit(args, control, model_args, out_dir / "model_no_trace", with_trace=False)
     return metrics
+
+
+STAGE = Stage(
+    name="sft",
+    arguments=(SftArguments, SFTConfig, ModelConfig),
+    main=main,
+    check=check,
+    inputs=("data", "semantic_ids", "midtrain"),
+    optional_inputs=optional_inputs,
+    trains=True,
+)

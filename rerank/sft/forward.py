@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
-from rerank.loss_inputs import Head
+from rerank.losses._inputs import Head
 
 SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
 LEAST_SAVED = 0.2  # share of a batch's tokens, padding with them, that two forward passes must save to be made
@@ -21,8 +23,8 @@ LEAST_SAVED = 0.2  # share of a batch's tokens, padding with them, that two forw
 def length_groups(lengths: torch.Tensor) -> list[torch.Tensor]:
     """Rows (B,) in the two groups that pad least when each is padded to its own longest row.
 
-    All in one where that is not worth it. A batch that mixes tasks, such as histories and iirg's relation rows, is
-    padding for the most part.
+    In one group where that is not worth it. A batch that mixes tasks, such as histories and iirg's relation rows, is
+    mostly padding.
 
     Args:
         lengths: (B,) tokens of each row.
@@ -55,13 +57,11 @@ def states_by_length(base: nn.Module, attention_mask: torch.Tensor, **inputs: to
     return torch.cat(parts)[torch.cat(groups).argsort()]
 
 
-def add_loss_forward(model: Any) -> None:
-    """Let `model(..., compute=f)` return f(states (B, T, H), head) in place of logits; `embed` may replace embeddings.
+def add_loss_forward(model: PreTrainedModel) -> None:
+    """Let `model(..., compute=f)` return f(states (B, T, H), head, embedding) in place of logits.
 
-    With `by_length` the states come from `states_by_length`.
-
-    Raises:
-        ValueError: When the model scales its logits, which the losses would have to repeat.
+    `embed` may replace embeddings. With `by_length` the states come from `states_by_length`. A model that scales its
+    logits, which the losses would have to repeat, is refused.
     """
     config = model.config.get_text_config()
     scaled = [name for name in SCALES if getattr(config, name, None) not in (None, 1, 1.0)]
@@ -94,11 +94,11 @@ def add_loss_forward(model: Any) -> None:
         head = self.get_output_embeddings()
         softcap = getattr(config, "final_logit_softcapping", None)
         with maybe_gather_lm_head_ctx(head.weight, head.bias):  # ZeRO-3 has it in parts
-            return compute(states, Head(_whole(head.weight), _whole(head.bias), softcap), embedding)
+            return compute(states, Head(_gathered(head.weight), _gathered(head.bias), softcap), embedding)
 
     model.forward = types.MethodType(forward, model)
 
 
-def _whole(tensor: torch.Tensor | None) -> torch.Tensor | None:
+def _gathered(tensor: torch.Tensor | None) -> torch.Tensor | None:
     """FSDP2 shows its parameters in parts."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

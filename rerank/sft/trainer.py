@@ -9,18 +9,23 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from accelerate.utils import gather_object
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from rerank.losses import Extra, Head, Losses, LossInputs
+from rerank.losses import Batch, Head, Losses, LossInputs, Row
+from rerank.models.logged_means import LoggedMeans
 from rerank.sft.forward import add_loss_forward
+
+if TYPE_CHECKING:
+    from rerank.next_item.encoder import NextItemEncoder
 
 logger = logging.getLogger(__name__)
 
@@ -28,45 +33,44 @@ COLUMNS = ("nodes", "items")  # of a row, beside input_ids and labels; -1 where 
 PARAMETERS_FILE = "loss_parameters.pt"
 PREFIX = "loss_parameters"
 
-Batch = dict[str, Any]
-
 
 class RowCollator:
-    """Batches of rows; rows of losses that redraw theirs are drawn anew, the same way for the same seed and epoch.
+    """Batches of rows; losses that redraw theirs do so anew each epoch, alike for the same seed and epoch.
 
     Attributes:
         epoch: A number in shared memory, so that workers of a data loader see it change.
     """
 
-    def __init__(self, pad_token_id: int, tasks: Sequence[str], losses: Losses, maker: Any, seed: int) -> None:
+    def __init__(
+        self, pad_token_id: int, tasks: Sequence[str], losses: Losses, encoder: "NextItemEncoder | None", seed: int
+    ) -> None:
         self.collate = DataCollatorForLanguageModeling(pad_token_id)
-        self.redrawing = [extra for extra in losses.extras.values() if extra.redraws]
-        self.tasks, self.maker, self.seed = tuple(tasks), maker, seed
+        self.redrawing = [loss for loss in losses.auxiliary.values() if loss.redraws]
+        self.tasks, self.encoder, self.seed = tuple(tasks), encoder, seed
         self.epoch = torch.zeros(1, dtype=torch.long).share_memory_()
 
-    def __call__(self, rows: Sequence[Batch]) -> Batch:
-        for extra in self.redrawing:
-            rows = [self._redrawn(extra, row) for row in rows]
+    def __call__(self, rows: Sequence[Row]) -> Batch:
+        for loss in self.redrawing:
+            rows = [row | loss.redraw(self.tasks[row["task"]], row, self._rng(row), self.encoder) for row in rows]
         batch = self.collate([{name: row[name] for name in ("input_ids", "labels")} for row in rows])
         for name in COLUMNS:
             columns = [torch.tensor(row.get(name) or [-1] * len(row["input_ids"])) for row in rows]
             batch[name] = pad_sequence(columns, batch_first=True, padding_value=-1)
         batch["task"] = torch.tensor([row["task"] for row in rows])
-        if any(row.get("targets") for row in rows):  # items that the row's last state is to predict
+        if any(row.get("targets") for row in rows):  # items that a row's last state is to predict
             targets = [torch.tensor(row.get("targets") or [], dtype=torch.long) for row in rows]
             batch["targets"] = pad_sequence(targets, batch_first=True, padding_value=-1)
         return batch
 
-    def _redrawn(self, extra: Extra, row: Batch) -> Batch:
-        rng = np.random.default_rng((self.seed, int(self.epoch), row["number"]))
-        return row | extra.redraw(self.tasks[row["task"]], row, rng, self.maker)
+    def _rng(self, row: Row) -> np.random.Generator:
+        return np.random.default_rng((self.seed, int(self.epoch), row["number"]))
 
 
 class LossTrainer(SFTTrainer):
     """TRL's SFTTrainer on named losses and rows of several tasks.
 
-    Overrides `compute_loss`, for the losses; `get_batch_samples`, to count before a step's first forward what its
-    losses divide by; `log`, to report each task's and each term's part; and `_save` and `_load_from_checkpoint`, for
+    Overrides `compute_loss`, for the losses; `get_batch_samples`, to count the divisors of an optimizer step before
+    its first forward; `log`, to report each task's and each term's part; and `_save` and `_load_from_checkpoint`, for
     parameters that a loss brings along.
 
     Args:
@@ -75,36 +79,36 @@ class LossTrainer(SFTTrainer):
         losses: By `rerank.losses.load_losses`.
         tasks: Names of the tasks; a row's `task` is a place in it.
         trace_end: Token that ends a trace; None where there is none, so that everything is ranking.
-        maker: `ItemRows` with the task next_item.
+        encoder: With the task next_item.
     """
 
     def __init__(
         self,
-        model: Any,
+        model: PreTrainedModel,
         args: SFTConfig,
         losses: Losses,
         tasks: Sequence[str],
         trace_end: int | None = None,
-        maker: Any = None,
+        encoder: "NextItemEncoder | None" = None,
         **kwargs: Any,
     ) -> None:
         self.losses, self.tasks, self.trace_end = losses, tuple(tasks), trace_end
-        self.index = None if maker is None else maker.index
+        self.index = None if encoder is None else encoder.index
         add_loss_forward(model)
         args.remove_unused_columns = False
-        collator = RowCollator(kwargs["processing_class"].pad_token_id, tasks, losses, maker, args.seed)
-        for extra in losses.extras.values():
-            extra.task_numbers = {name: number for number, name in enumerate(tasks)}
-        modules = {name: extra.parameters(model, maker) for name, extra in losses.extras.items()}
+        collator = RowCollator(kwargs["processing_class"].pad_token_id, tasks, losses, encoder, args.seed)
+        for loss in losses.auxiliary.values():
+            loss.task_numbers = {name: number for number, name in enumerate(tasks)}
+        modules = {name: loss.parameters(model, encoder) for name, loss in losses.auxiliary.items()}
         super().__init__(model, args, data_collator=collator, **kwargs)
         self.loss_parameters = nn.ModuleDict({name: module for name, module in modules.items() if module is not None})
         if self.aux_loss_enabled:
             raise ValueError("losses leave out the load balancing of experts; set router_aux_loss_coef to 0")
         if len(self.loss_parameters):
             self._attach_parameters()
-        self.add_callback(_epoch_callback(collator))
+        self.add_callback(TellEpoch(collator))
         self.step_counts: dict[str, float] = {}
-        self.sums: dict[str, torch.Tensor] = {}  # name -> sum and count since the last log
+        self.means = LoggedMeans()
 
     @property
     def _has_cut_parameters(self) -> bool:
@@ -127,7 +131,7 @@ class LossTrainer(SFTTrainer):
                 f"loss {names} has parameters of its own, which FSDP and ZeRO-3 would cut; use zero2.yaml"
             )
         embedding = self.model.get_input_embeddings()
-        if hasattr(embedding, "base_layer"):
+        if isinstance(embedding, BaseTunerLayer):
             raise ValueError("losses with parameters read the embedding itself; leave it out of lora_target_modules")
         if not embedding.weight.requires_grad:
             logger.warning(
@@ -151,55 +155,60 @@ class LossTrainer(SFTTrainer):
         return batches, num_items
 
     def _counts(self, batch: Batch) -> dict[str, int]:
-        """Supervised positions of each task, and what the extras count, in a micro-batch."""
+        """Supervised positions per task, and the counts of auxiliary losses, in a micro-batch."""
         per_row = (batch["labels"][:, 1:] != -100).sum(dim=1)
         counts = {name: int(per_row[batch["task"] == number].sum()) for number, name in enumerate(self.tasks)}
-        for extra in self.losses.extras.values():
-            counts |= extra.counts(batch)
+        for loss in self.losses.auxiliary.values():
+            counts |= loss.counts(batch)
         return counts
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):  # noqa: ANN001
         counts = self.step_counts if num_items_in_batch is not None else self._counts(inputs)
-        extras = self.losses.extras.values()
+        auxiliary = self.losses.auxiliary.values()
 
-        def embed(embedding: nn.Module) -> torch.Tensor | None:
-            found = [made for extra in extras if (made := extra.embed(embedding, inputs)) is not None]
+        def embed(embedding: nn.Embedding) -> torch.Tensor | None:
+            found = [made for loss in auxiliary if (made := loss.embed(embedding, inputs)) is not None]
             return found[0] if found else None
 
-        sums = model(
+        loss = model(
             input_ids=inputs["input_ids"],
             attention_mask=inputs["attention_mask"],
-            compute=functools.partial(self._sums, inputs, counts),
-            embed=embed if self.losses.extras else None,
+            compute=functools.partial(self._loss, inputs, counts),
+            embed=embed if self.losses.auxiliary else None,
             by_length=not (self._has_cut_parameters or self._checkpoints_by_reentry),
         )
-        if self.model.training:
-            self._add(sums["means"], sums["terms"])
-        loss = sums["loss"]
         if num_items_in_batch is not None:  # DDP averages over processes what is divided by counts of all of them
             loss = loss * self.accelerator.num_processes
-        return (loss, sums) if return_outputs else loss
+        return (loss, {"loss": loss}) if return_outputs else loss
 
-    def _sums(
-        self, batch: Batch, counts: Mapping[str, float], states: torch.Tensor, head: Head, embedding: nn.Module
-    ) -> dict[str, Any]:
-        """The loss of a micro-batch, already divided by the step's counts, and sums to log."""
+    def _loss(
+        self, batch: Batch, counts: Mapping[str, float], states: torch.Tensor, head: Head, embedding: nn.Embedding
+    ) -> torch.Tensor:
+        """The loss of a micro-batch, already divided by the step's counts; its parts are kept for the next log."""
         inputs = self._inputs(batch, counts, states, head)
         values = self.losses.token(inputs).float()
-        weights = self._weights(counts).to(values)
-        loss = (values * weights[inputs.tasks]).sum() + 0.0 * states.sum()  # connected, without a label too
-        means, terms = dict(inputs.logged), {}
-        if len(self.tasks) > 1 or self.losses.extras:  # else it is the loss
-            for number, name in enumerate(self.tasks):
-                chosen = inputs.tasks == number
-                means[f"loss_{name}"] = (values.detach() * chosen).sum(), chosen.sum()
-        for name, extra in self.losses.extras.items():
-            for term, value in extra.terms(inputs, embedding).items():
-                loss = loss + value
-                terms[f"loss_{term}"] = value.detach()
-            if name in self.loss_parameters:  # DDP wants a gradient for each parameter in each step
-                loss = loss + 0.0 * sum(p.float().sum() for p in self.loss_parameters[name].parameters())
-        return {"loss": loss, "means": means, "terms": terms}
+        # the factor of a value: its task's weight over the task's number of positions in the optimizer step
+        weights = [self.losses.task_weights.get(name, 1.0) / max(counts[name], 1) for name in self.tasks]
+        loss = (values * torch.tensor(weights).to(values)[inputs.tasks]).sum()
+        loss = loss + 0.0 * states.sum()  # connected, without a label too
+        terms: dict[str, torch.Tensor] = {}
+        for auxiliary in self.losses.auxiliary.values():
+            terms |= auxiliary.terms(inputs, embedding)
+        for parameter in self.loss_parameters.parameters():  # DDP wants a gradient for each in each step
+            loss = loss + 0.0 * parameter.float().sum()
+        if self.model.training:
+            self._note(inputs, values, terms)
+        return sum(terms.values(), loss)
+
+    def _note(self, inputs: LossInputs, values: torch.Tensor, terms: Mapping[str, torch.Tensor]) -> None:
+        """Keep a micro-batch's part of what is logged."""
+        for name, pair in inputs.logged.items():
+            self.means.add(name, *pair)
+        if len(self.tasks) > 1 or self.losses.auxiliary:  # else it is the loss
+            self.means.add_tasks(self.tasks, inputs.tasks, values.detach())
+        share = 1 / (self.current_gradient_accumulation_steps * self.accelerator.num_processes)
+        for name, value in terms.items():
+            self.means.add(f"loss_{name}", value, share)
 
     def _inputs(self, batch: Batch, counts: Mapping[str, float], states: torch.Tensor, head: Head) -> LossInputs:
         labels = batch["labels"][:, 1:]
@@ -223,31 +232,9 @@ class LossTrainer(SFTTrainer):
             counts=counts,
         )
 
-    def _weights(self, counts: Mapping[str, float]) -> torch.Tensor:
-        """What a value of each task is multiplied with: the task's weight over a count of the step."""
-        weights = self.losses.task_weights
-        by_task = any(extra.divides_by_task for extra in self.losses.extras.values())
-        total = sum(counts[name] for name in self.tasks)
-        divisors = [counts[name] if by_task else total for name in self.tasks]
-        return torch.tensor(
-            [weights.get(name, 1.0) / max(count, 1) for name, count in zip(self.tasks, divisors, strict=True)]
-        )
-
-    def _add(self, means: Mapping[str, tuple[Any, Any]], terms: Mapping[str, torch.Tensor]) -> None:
-        """Keep sums and counts of a micro-batch for the next log."""
-        share = 1 / (self.current_gradient_accumulation_steps * self.accelerator.num_processes)
-        for name, pair in (means | {name: (value, share) for name, value in terms.items()}).items():
-            now = torch.stack([torch.as_tensor(part).detach().double().cpu() for part in pair])
-            self.sums[name] = self.sums.get(name, 0.0) + now
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.model.training:  # every process logs
-            totals: dict[str, torch.Tensor] = {}
-            for sums in gather_object([self.sums]):
-                for name, pair in sums.items():
-                    totals[name] = totals.get(name, 0.0) + pair
-            self.sums = {}
-            logs |= {name: float(pair[0] / pair[1]) for name, pair in totals.items() if pair[1]}
+            logs |= {name: mean for name, (mean, _) in self.means.take().items()}
         super().log(logs, start_time)
 
     def _save(self, output_dir=None, state_dict=None):  # noqa: ANN001
@@ -261,16 +248,16 @@ class LossTrainer(SFTTrainer):
         if len(self.loss_parameters):
             if not file.is_file():
                 raise FileNotFoundError(
-                    f"{file} is missing; delete {resume_from_checkpoint} to go on from the one before"
+                    f"{file} is missing; delete {resume_from_checkpoint} to continue from the one before"
                 )
             self.loss_parameters.load_state_dict(torch.load(file, weights_only=True))
 
 
-def _epoch_callback(collator: RowCollator) -> Any:
-    from transformers import TrainerCallback
+class TellEpoch(TrainerCallback):
+    """Tells a collator the epoch."""
 
-    class TellEpoch(TrainerCallback):
-        def on_epoch_begin(self, args, state, control, **kwargs):  # noqa: ANN001, ANN003
-            collator.epoch[0] = math.floor((state.epoch or 0) + 1e-6)  # resumed in its middle it is a fraction
+    def __init__(self, collator: RowCollator) -> None:
+        self.collator = collator
 
-    return TellEpoch()
+    def on_epoch_begin(self, args, state, control, **kwargs):  # noqa: ANN001, ANN003
+        self.collator.epoch[0] = math.floor((state.epoch or 0) + 1e-6)  # resumed in its middle it is a fraction

@@ -1,6 +1,6 @@
-"""What a teacher wrote, why it was kept or not, and what that says about the rows that are left.
+"""Attempts: drafts of a teacher, why each was kept or not, and their statistics.
 
-Attempts are stored batch by batch as they come, so that a stage that was stopped goes on where it was.
+They are stored batch by batch as they come, so that a stage that was stopped continues where it was.
 """
 
 import re
@@ -8,14 +8,19 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rerank import prompts
-from rerank.traces.rows import Row, best_position
+from rerank.launch.files import write_whole
+from rerank.rows import RankingRow
+
+if TYPE_CHECKING:
+    from rerank.traces import TracesArguments
 
 SCHEMA = pa.schema(
     {
@@ -46,13 +51,13 @@ _GIVE_AWAY = re.compile(
 
 @dataclass(frozen=True)
 class Draft:
-    """What a teacher wrote for one row, and whether its length limit cut it off."""
+    """A completion that a teacher wrote for one row, and whether its length limit cut it off."""
 
     text: str
     truncated: bool = False
 
 
-Teacher = Callable[[Sequence[Row], int, int], list[Draft]]  # (rows, attempt from 1, seed of the batch)
+Teacher = Callable[[Sequence[RankingRow], int, int], list[Draft]]  # (rows, attempt from 1, seed of the batch)
 
 
 def gives_answer_away(trace: str, label: str) -> bool:
@@ -69,24 +74,26 @@ def gives_answer_away(trace: str, label: str) -> bool:
     return label in trace and re.search(near, trace, re.IGNORECASE) is not None
 
 
-def judge(row: Row, labels: Sequence[str], attempt: int, draft: Draft) -> dict[str, Any]:
+def judge(row: RankingRow, labels: Sequence[str], attempt: int, draft: Draft) -> dict[str, object]:
     """A draft as a line of attempts.parquet: accepted when it holds a trace and a valid ranking with a most relevant
     candidate first.
 
     Args:
+        row: With a relevant candidate.
         labels: As `prompts.candidate_labels` gives them for the row.
         attempt: Number of the draw, from 1.
+        draft: For this row.
     """
-    parsed, best = prompts.parse_completion(draft.text, labels), best_position(row)
+    parsed = prompts.parse_completion(draft.text, labels)
     reason = parsed.failure
-    if parsed.order is not None and not (parsed.trace or "").strip():
-        reason = "empty_trace"
-    elif parsed.order is not None:
-        first = row["relevance"][parsed.order[0]]
-        reason = "accepted" if first == row["relevance"][best] else "target_not_first"
+    if parsed.order is not None:
+        is_best = row.relevance[parsed.order[0]] == max(row.relevance)
+        reason = "accepted" if is_best else "target_not_first"
+        if not (parsed.trace or "").strip():
+            reason = "empty_trace"
     return {
-        "row_id": row["row_id"],
-        "user": row["user"],
+        "row_id": row.row_id,
+        "user": row.user,
         "attempt": attempt,
         "completion": draft.text,
         "trace": parsed.trace,
@@ -94,9 +101,9 @@ def judge(row: Row, labels: Sequence[str], attempt: int, draft: Draft) -> dict[s
         "failure": parsed.failure,
         "accepted": reason == "accepted",
         "reason": reason,
-        "target_rank_in": best + 1,
+        "target_rank_in": row.target_rank,
         "truncated": draft.truncated,
-        "gives_answer_away": parsed.trace is not None and gives_answer_away(parsed.trace, labels[best]),
+        "gives_answer_away": parsed.trace is not None and gives_answer_away(parsed.trace, labels[row.target]),
     }
 
 
@@ -121,76 +128,65 @@ class AttemptStore:
         table = pa.concat_tables([SCHEMA.empty_table(), *parts])
         return table.sort_by([("row_id", "ascending"), ("attempt", "ascending")])
 
-    def add(self, attempts: Sequence[Mapping[str, Any]]) -> None:
+    def add(self, attempts: Sequence[Mapping[str, object]]) -> None:
         """Store a batch as one part."""
-        path = self.parts / f"part-{self.num_parts:06d}.parquet"
-        _write_whole(pa.Table.from_pylist(list(attempts), schema=SCHEMA), path)
+        table = pa.Table.from_pylist(list(attempts), schema=SCHEMA)
+        write_whole(self.parts / f"part-{self.num_parts:06d}.parquet", partial(pq.write_table, table))
         self.num_parts += 1
 
     def merge(self) -> None:
         """Make attempts.parquet of the parts."""
-        _write_whole(self.read(), self.merged)
+        write_whole(self.merged, partial(pq.write_table, self.read()))
         shutil.rmtree(self.parts)
 
 
-def _write_whole(table: pa.Table, path: Path) -> None:
-    temporary = path.with_suffix(".tmp")
-    pq.write_table(table, temporary)
-    temporary.replace(path)
-
-
 def attempts_made(table: pa.Table) -> tuple[Counter[int], Counter[int]]:
-    """How many attempts each row has had, and how many of them were accepted."""
-    row_ids = table["row_id"].to_pylist()
-    accepted = (row for row, kept in zip(row_ids, table["accepted"].to_pylist(), strict=True) if kept)
-    return Counter(row_ids), Counter(accepted)
+    """Number of attempts per row, and of those accepted."""
+    return Counter(table["row_id"].to_pylist()), Counter(table.filter(table["accepted"])["row_id"].to_pylist())
 
 
 def collect(
-    rows: Sequence[Row],
+    rows: Sequence[RankingRow],
     labels: Sequence[Sequence[str]],
     open_teacher: Callable[[], Teacher],
     store: AttemptStore,
-    max_attempts: int,
-    batch_size: int,
-    seed: int,
-    traces_per_row: int = 1,
+    args: "TracesArguments",
 ) -> None:
-    """Ask the teacher for each row until `traces_per_row` drafts are accepted or `max_attempts` are made, one draw of
+    """Ask the teacher for each row until `traces_per_row` drafts are accepted or `draws_per_row` are made, one draw of
     every open row at a time; draws already stored are not repeated.
 
     Args:
-        labels: Of each row's candidates.
+        rows: Each with a relevant candidate.
+        labels: The candidates' labels per row.
         open_teacher: Called once, and only when a row is open.
-        seed: Draws of different attempts never share a seed.
+        store: Where attempts are kept, `batch_size` of them at a time.
+        args: Limits, and the seed; draws of different attempts never share one.
     """
     from tqdm.auto import tqdm
 
     made, accepted = attempts_made(store.read())
-    open_rows = [
-        i
-        for i, row in enumerate(rows)
-        if accepted[row["row_id"]] < traces_per_row and made[row["row_id"]] < max_attempts
-    ]
-    if not open_rows:
+
+    def is_open(i: int) -> bool:
+        return accepted[rows[i].row_id] < args.traces_per_row and made[rows[i].row_id] < args.draws_per_row
+
+    num_open = sum(map(is_open, range(len(rows))))
+    if not num_open:
         return
     teacher = open_teacher()
-    with tqdm(total=len(rows), initial=len(rows) - len(open_rows), desc="traces", unit="row") as bar:
-        for attempt in range(1, max_attempts + 1):
-            drawn = [i for i in open_rows if made[rows[i]["row_id"]] == attempt - 1]
-            for start in range(0, len(drawn), batch_size):
-                batch = drawn[start : start + batch_size]
-                drafts = teacher([rows[i] for i in batch], attempt, seed + attempt * len(rows) + batch[0])
+    with tqdm(total=len(rows), initial=len(rows) - num_open, desc="traces", unit="row") as bar:
+        for attempt in range(1, args.draws_per_row + 1):
+            drawn = [i for i, row in enumerate(rows) if is_open(i) and made[row.row_id] == attempt - 1]
+            for start in range(0, len(drawn), args.batch_size):
+                batch = drawn[start : start + args.batch_size]
+                drafts = teacher([rows[i] for i in batch], attempt, args.seed + attempt * len(rows) + batch[0])
                 judged = [judge(rows[i], labels[i], attempt, draft) for i, draft in zip(batch, drafts, strict=True)]
                 store.add(judged)
-                made.update(rows[i]["row_id"] for i in batch)
-                accepted.update(line["row_id"] for line in judged if line["accepted"])
-                full = {i for i in batch if accepted[rows[i]["row_id"]] >= traces_per_row}
-                open_rows = [i for i in open_rows if i not in full]
-                bar.update(len(batch) if attempt == max_attempts else len(full))
+                made.update(rows[i].row_id for i in batch)
+                accepted.update(rows[i].row_id for i, line in zip(batch, judged, strict=True) if line["accepted"])
+                bar.update(sum(not is_open(i) for i in batch))
 
 
-def summarize(table: pa.Table) -> dict[str, Any]:
+def summarize(table: pa.Table) -> dict[str, object]:
     """Share of rows with an accepted trace (yield), overall and by the first-stage rank of the target; attempts per
     row, why drafts were refused, how many of the accepted traces are distinct and how many give the answer away."""
     made, accepted = attempts_made(table)

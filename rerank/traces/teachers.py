@@ -2,17 +2,22 @@
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from rerank import prompts
-from rerank.catalogue import Catalogue
 from rerank.prompts import PromptSettings
+from rerank.rows import Prompter, RankingRow
 from rerank.traces.attempts import Draft
-from rerank.traces.rows import Row, best_position
+
+if TYPE_CHECKING:
+    from openai import OpenAI
+    from openai.types.chat import ChatCompletionMessage
+
+    from rerank.traces import TracesArguments
 
 _TOLD = (
     "The item taken next is {label}. Put it first and explain from the history and the candidates why it fits best, "
@@ -24,70 +29,48 @@ class PromptWriter:
     """Rows to a teacher's user messages.
 
     A teacher reads the student's prompt with the full task text, also where the student's is short, and with the
-    meaning of code words; `told` adds the most relevant candidate.
+    meaning of code words; `told` adds the target.
     """
 
-    def __init__(
-        self,
-        catalogue: Catalogue,
-        settings: PromptSettings,
-        edges: Mapping[str, Sequence[float]],
-        feature_names: Sequence[str],
-        told: bool,
-    ) -> None:
-        self.catalogue, self.settings = catalogue, replace(settings, task="full")
-        self.edges, self.feature_names, self.told = edges, feature_names, told
+    def __init__(self, prompter: Prompter, told: bool) -> None:
+        self.prompter, self.told = replace(prompter, settings=replace(prompter.settings, task="full")), told
 
-    def __call__(self, row: Row) -> str:
-        settings = self.settings
-        parts = [prompts.rerank_prompt(row, self.catalogue, settings, self.edges, self.feature_names)]
-        if settings.evidence == "codes":
-            parts.append(explain_codes(settings))
-        if self.told:
-            label = prompts.candidate_labels(row, self.catalogue, settings)[best_position(row)]
-            parts.append(_TOLD.format(label=label))
+    def __call__(self, row: RankingRow) -> str:
+        parts = [self.prompter.message(row)]
+        if self.prompter.settings.evidence == "codes":
+            parts.append(explain_codes(self.prompter.settings))
+        if self.told and row.target is not None:
+            parts.append(_TOLD.format(label=self.prompter.labels(row)[row.target]))
         return "\n".join(parts)
 
 
 def explain_codes(settings: PromptSettings) -> str:
-    """What the words of `evidence: codes` mean."""
-    meanings = []
-    for name in settings.evidence_names:
-        word, phrase = prompts.FACTS[name]
-        meanings.append(f"{word} ({re.sub('{[^}]*}', 'N', phrase)})")
-    return f"Words such as {word}:7 are facts in ten steps from 0, the least, to 9: {', '.join(meanings)}."
+    """A sentence on the meaning of the words of `evidence: codes`."""
+    facts = [prompts.FACTS[name] for name in settings.evidence_names]
+    meanings = ", ".join(f"{word} ({re.sub('{[^}]*}', 'N', phrase)})" for word, phrase in facts)
+    return f"Words such as {facts[-1][0]}:7 are facts in ten steps from 0, the least, to 9: {meanings}."
 
 
 class VllmTeacher:
     """Drafts by an offline engine; with a seed a batch can be repeated."""
 
-    def __init__(
-        self,
-        model: str,
-        write_prompt: PromptWriter,
-        temperature: float,
-        max_completion_tokens: int,
-        max_length: int | None,
-        dtype: str,
-        seed: int,
-    ) -> None:
-        from rerank import vllm_cpu
+    def __init__(self, args: "TracesArguments", write_prompt: PromptWriter) -> None:
+        from rerank.models import engine
 
-        self.engine = vllm_cpu.open_engine(model, max_length, seed, dtype)
-        self.write_prompt, self.temperature, self.max_tokens = write_prompt, temperature, max_completion_tokens
+        model = find_model(str(args.teacher_model))
+        self.engine = engine.open_engine(model, args.teacher_max_length, args.seed, args.teacher_dtype)
+        self.args, self.write_prompt = args, write_prompt
 
-    def __call__(self, rows: Sequence[Row], attempt: int, batch_seed: int) -> list[Draft]:
-        from rerank import vllm_cpu
+    def __call__(self, rows: Sequence[RankingRow], attempt: int, batch_seed: int) -> list[Draft]:
+        from rerank.models import engine
 
-        tokenizer = self.engine.get_tokenizer()
-        texts = [prompts.render(tokenizer, self.write_prompt(row)) for row in rows]
-        outputs = vllm_cpu.generate(
-            self.engine, texts, self.max_tokens, self.temperature, seed=batch_seed, progress=False
-        )
+        texts = [prompts.render(self.engine.get_tokenizer(), self.write_prompt(row)) for row in rows]
+        limits = self.args.max_completion_tokens, self.args.temperature
+        outputs = engine.generate(self.engine, texts, *limits, seed=batch_seed, progress=False)
         return [Draft(completion.text, completion.truncated) for (completion,) in outputs]
 
 
-def open_client(base_url: str, max_retries: int) -> Any:
+def open_client(base_url: str, max_retries: int) -> "OpenAI":
     """OpenAI's client for a server; the key is OPENAI_API_KEY, or "none" for servers that want none."""
     from openai import OpenAI
 
@@ -95,11 +78,7 @@ def open_client(base_url: str, max_retries: int) -> Any:
 
 
 def check_server(base_url: str, model: str) -> None:
-    """Refuse a server that cannot be reached or does not list the model.
-
-    Raises:
-        ValueError: Naming the address, the model and what to start or write.
-    """
+    """Refuse a server that cannot be reached or does not list the model."""
     from openai import APIConnectionError, APIStatusError
 
     try:
@@ -120,60 +99,50 @@ def check_server(base_url: str, model: str) -> None:
 
 
 class OpenaiTeacher:
-    """Drafts by a chat completions server, several requests at a time; the server applies its own chat template."""
+    """Drafts by a chat completions server, `max_concurrency` requests at a time; the server applies its own chat
+    template."""
 
-    def __init__(
-        self,
-        model: str,
-        base_url: str,
-        write_prompt: PromptWriter,
-        temperature: float,
-        max_completion_tokens: int,
-        max_concurrency: int,
-        max_retries: int,
-    ) -> None:
-        self.client, self.model, self.write_prompt = open_client(base_url, max_retries), model, write_prompt
-        self.options = {"temperature": temperature, "max_completion_tokens": max_completion_tokens}
-        self.max_concurrency = max_concurrency
+    def __init__(self, args: "TracesArguments", write_prompt: PromptWriter) -> None:
+        self.client = open_client(args.base_url, args.max_retries)
+        self.args, self.write_prompt = args, write_prompt
 
-    def __call__(self, rows: Sequence[Row], attempt: int, batch_seed: int) -> list[Draft]:
+    def __call__(self, rows: Sequence[RankingRow], attempt: int, batch_seed: int) -> list[Draft]:
         seeds = range(batch_seed, batch_seed + len(rows))
-        with ThreadPoolExecutor(self.max_concurrency) as pool:
+        with ThreadPoolExecutor(self.args.max_concurrency) as pool:
             return list(pool.map(self._draft, rows, seeds))
 
-    def _draft(self, row: Row, seed: int) -> Draft:
+    def _draft(self, row: RankingRow, seed: int) -> Draft:
         from openai import BadRequestError
 
-        messages = [{"role": "user", "content": self.write_prompt(row)}]
         try:
             answer = self.client.chat.completions.create(
-                model=self.model, messages=messages, seed=seed, **self.options
+                model=str(self.args.teacher_model),
+                messages=[{"role": "user", "content": self.write_prompt(row)}],
+                seed=seed,
+                temperature=self.args.temperature,
+                max_completion_tokens=self.args.max_completion_tokens,
             )
         except BadRequestError as error:
             raise ValueError(
-                f"the server refuses the prompt of row_id {row['row_id']}: {error.message}; "
+                f"the server refuses the prompt of row_id {row.row_id}: {error.message}; "
                 "lower max_history or max_completion_tokens, or serve the model with a larger --max-model-len."
             ) from None
         choice = answer.choices[0]
         return Draft(_with_reasoning(choice.message), choice.finish_reason == "length")
 
 
-def _with_reasoning(message: Any) -> str:
+def _with_reasoning(message: "ChatCompletionMessage") -> str:
     """The message's text; reasoning that the server has parted from it stands between the tags again."""
     extra, text = message.model_extra or {}, message.content or ""
     reasoning = extra.get("reasoning_content") or extra.get("reasoning")
     return f"{prompts.THINK}{reasoning}{prompts.THINK_END}{text}" if reasoning else text
 
 
-def check_model_folder(model: str) -> None:
-    """Refuse a teacher_model that is written like a folder and is none.
+def find_model(model: str) -> str:
+    """The hub name or folder of a vLLM teacher; a folder without config.json is refused."""
+    from rerank.models import names
 
-    Raises:
-        FileNotFoundError: Naming it.
-    """
-    is_path = model.startswith((".", "/", "~")) or model.count("/") > 1 or Path(model).is_dir()
-    if is_path and not (Path(model) / "config.json").is_file():
-        raise FileNotFoundError(
-            f"teacher_model {model} is no model folder (it has no config.json); give a folder saved by "
-            "save_pretrained, or a model's name on the hub."
-        )
+    folder = Path(found := names.resolve(model, "teacher_model"))
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"teacher_model {model} has no config.json; give a folder made by save_pretrained")
+    return found

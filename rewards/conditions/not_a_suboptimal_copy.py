@@ -1,18 +1,16 @@
 """The condition on the ranking reward of GR2's technical report: its identity check."""
 
-from typing import Any
-
 from rerank import metrics
 from rerank.prompts import parse_completion
 
 
 def not_a_suboptimal_copy(
-    completions: list[str], candidate_labels: list[list[str]], relevance: list[list[float]], **columns: Any
+    completions: list[str], candidate_labels: list[list[str]], relevance: list[list[float]], **columns: object
 ) -> list[bool]:
     """False for a completion that is no ranking, and for the order shown where its AUC is below 1.
 
     R = alpha R_fmt if pi = [1..K] and R_AUC([1..K]) < 1, else R = R_rank + alpha R_fmt; and R_rank only for a valid
-    permutation. So it stands as `when` of the ranking reward. It fires on the exact copy alone: one swap passes.
+    permutation: the condition of the ranking reward. It is False for the exact copy alone: one swap passes.
 
     Source: GR2 technical report, arXiv:2606.31984, section 4 (eq. 5 to 7).
     """

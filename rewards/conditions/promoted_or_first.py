@@ -1,7 +1,5 @@
 """The condition of GR2's conditional reward, as its equation is printed."""
 
-from typing import Any
-
 from rerank.prompts import parse_completion
 
 
@@ -10,7 +8,7 @@ def promoted_or_first(
     candidate_labels: list[list[str]],
     first_stage_ranks: list[list[int]],
     target_rank: list[int],
-    **columns: Any,
+    **columns: object,
 ) -> list[bool]:
     """True when R_rank > 0 or rank_D(target) = 1: the target moves up, or the first stage had it first.
 

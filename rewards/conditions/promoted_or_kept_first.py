@@ -1,7 +1,5 @@
 """The condition of GR2's conditional reward, in its safe reading."""
 
-from typing import Any
-
 from rerank.prompts import parse_completion
 
 
@@ -10,7 +8,7 @@ def promoted_or_kept_first(
     candidate_labels: list[list[str]],
     first_stage_ranks: list[list[int]],
     target_rank: list[int],
-    **columns: Any,
+    **columns: object,
 ) -> list[bool]:
     """True when the target's rank falls below its first-stage rank, or is 1 in both.
 

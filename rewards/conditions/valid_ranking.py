@@ -1,11 +1,9 @@
-"""A gate for rewards that should pay only a ranking."""
-
-from typing import Any
+"""The condition of rewards that should pay only a ranking."""
 
 from rerank.prompts import parse_completion
 
 
-def valid_ranking(completions: list[str], candidate_labels: list[list[str]], **columns: Any) -> list[bool]:
+def valid_ranking(completions: list[str], candidate_labels: list[list[str]], **columns: object) -> list[bool]:
     """True when the completion names each candidate once, after a trace that may be empty.
 
     R = R_rank only when Omega(o) = 1: an invalid list earns no credit for the part that can be read.

@@ -28,11 +28,11 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from rerank import recipe
-from rerank.beam_decoder import BeamDecoder
-from rerank.beam_search import beam_search
-from rerank.prefix_index import PrefixIndex
-from rerank.semantic_ids.id_tokens import tokens
+from rerank.catalogue import id_tokens
+from rerank.launch import recipe
+from rerank.next_item.beam_decoder import BeamDecoder
+from rerank.next_item.beam_search import beam_search
+from rerank.next_item.prefix_index import ARRAYS, PrefixIndex
 
 LEVELS, CODES, NUM_WORDS = 4, 256, 100
 NUM_ITEMS = 12_000
@@ -177,9 +177,9 @@ def against_vllm(model: Any, prompts: list[list[int]], index: PrefixIndex, repea
     """Seconds of vLLM's beam search and of ours for a few users; its engine is up before the clock starts."""
     from vllm.sampling_params import BeamSearchParams
 
-    from rerank.vllm_cpu import open_engine
+    from rerank.models.engine import open_engine
 
-    names = [*(f"w{number}" for number in range(NUM_WORDS)), *tokens(LEVELS, CODES)]
+    names = [*(f"w{number}" for number in range(NUM_WORDS)), *id_tokens(LEVELS, CODES)]
     words = Tokenizer(models.WordLevel({name: number for number, name in enumerate(names)}, unk_token="w0"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     with tempfile.TemporaryDirectory() as folder:
@@ -214,7 +214,8 @@ def against_size(model: Any, prompts: list[list[int]], sequences: np.ndarray, ar
             },
             args.repeats,
         )
-    return {"step": steps, "bytes_per_item": large.num_bytes / len(large), "build": build}
+    num_bytes = sum(getattr(large, name).nbytes for name in ARRAYS)
+    return {"step": steps, "bytes_per_item": num_bytes / len(large), "build": build}
 
 
 def main(words: Sequence[str] | None = None) -> None:

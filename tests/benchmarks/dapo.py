@@ -9,9 +9,9 @@ completions of 110 with 1M parameters, in micro-batches too.
 Both sides run in float32 weights under bfloat16 autocast, the faster numerics on a CPU, or without with --float32.
 TRL's method may choose: after one round that does not count, its fastest of eager and sdpa attention with 1, 2, 4 or
 8 rows a micro-batch is the one that is timed, as TRL is installed and with the trainers' patch, which leaves tokens
-without a label out of the loss (`rerank.trl_cpu`); the figure is against the faster. Completions are equally long,
-which suits TRL: without padding its attention needs no mask. Times are medians of --repeats rounds in one process,
-the methods taking turns, ratios those to the group forward. On a quiet machine:
+without a label out of the loss (`rerank.models.engine`); the figure is against the faster. Completions are equally
+long, which suits TRL: without padding its attention needs no mask. Times are medians of --repeats rounds in one
+process, the methods taking turns, ratios those to the group forward. On a quiet machine:
 
     python -m tests.benchmarks.dapo --run runs/ml100k
 
@@ -83,7 +83,8 @@ def update(model: Any, method: Method, prompt_tokens: int, completion_tokens: in
     from trl.kernels import chunked_logprob
     from trl.trainer import utils
 
-    from rerank import group_forward, trl_cpu
+    from rerank.models import engine
+    from rerank.models import group_attention as group_forward
 
     torch.manual_seed(0)
     prompt = torch.randint(VOCABULARY, (1, prompt_tokens)).expand(G, -1)
@@ -96,7 +97,7 @@ def update(model: Any, method: Method, prompt_tokens: int, completion_tokens: in
         group_forward.prepare_model(model)
     utils._use_triton = chunked_logprob._use_triton
     if method.group or method.patched:
-        trl_cpu.score_labelled_tokens_only()
+        engine.score_labelled_tokens_only()
     begin = time.perf_counter()
     for rows in torch.arange(G).split(method.rows):
         inputs = (model, ids[rows], torch.ones_like(ids[rows]), completion_tokens)
@@ -136,7 +137,7 @@ def peak_bytes(shape: str, group: bool, float32: bool) -> int:
     """Most memory of this process in two updates of all rows at once, beyond what it had before the model."""
     from trl import GRPOTrainer  # noqa: F401  (imports are no part of an update)
 
-    import rerank.group_forward  # noqa: F401
+    from rerank.models import group_attention  # noqa: F401
 
     before = _status("VmRSS")
     model = make_model(shape)

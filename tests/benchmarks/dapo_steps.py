@@ -47,7 +47,7 @@ def step_figures(run: str, recipe_file: str, steps: int, show: Callable[[Any], N
 
 def arguments(run: str, recipe_file: str, steps: int, out: str) -> tuple:
     """Of the dapo stage, by the recipe, for a few steps and nothing saved."""
-    from rerank import recipe
+    from rerank.launch import recipe
 
     keys = {**recipe.load(recipe_file), "run_dir": run, "max_steps": steps + 1, "save_strategy": "no"}
     keys |= {"disable_tqdm": True, "output_dir": out}
@@ -56,16 +56,19 @@ def arguments(run: str, recipe_file: str, steps: int, out: str) -> tuple:
 
 def run_dapo(run: str, recipe_file: str, steps: int, out: str) -> dict[str, float]:
     """Steps of the dapo stage, then their bare parts."""
-    from rerank import base_model, dapo, run_dir, trl_cpu
-    from rerank.sft import RowEncoder
+    from rerank import dapo
+    from rerank.launch import run_dir
+    from rerank.models import base as base_model
+    from rerank.models import engine
+    from rerank.rows import Prompter
 
     args, config, model_args = arguments(run, recipe_file, steps, out)
     base = run_dir.stage_dir(run, "sft") / "model"
     model, tokenizer = base_model.load_pretrained(str(base), model_args)
     tokenizer.padding_side = "left"
-    prompts = dapo.prepare(args, config, RowEncoder(run, tokenizer), base)
+    prompts = dapo.prepare(args, config, Prompter.of_run(run, tokenizer), base)
     trainer = dapo.make_trainer(args, config, model_args, prompts, model, Path(out))
-    trl_cpu.score_labelled_tokens_only()
+    engine.score_labelled_tokens_only()
     generate, sampled, batches = trainer.vllm_generation.llm.generate, [], []
 
     def note_prompts(prompts: Any, sampling_params: Any, **kwargs: Any) -> Any:
@@ -138,18 +141,20 @@ def run_trl(run: str, recipe_file: str, steps: int, out: str) -> dict[str, float
     from datasets import Dataset
     from trl import GRPOTrainer
 
-    from rerank import base_model, dapo, run_dir, vllm_cpu
+    from rerank import dapo
     from rerank.dapo.groups import rank_gain
-    from rerank.dapo.prompt_stream import DrawnPrompt
+    from rerank.launch import run_dir
+    from rerank.models import base as base_model
+    from rerank.models import engine as vllm_cpu
     from rerank.prompts import parse_completion
-    from rerank.sft import RowEncoder
+    from rerank.rows import Prompter, reward_columns
 
     class Counting(GRPOTrainer):
         useful: list[list[bool]] = []
 
         def _calculate_rewards(self, inputs, prompts, completions, ids):  # noqa: ANN001, ANN202
             gains = [
-                rank_gain(DrawnPrompt(row, 0), parse_completion(text, row["candidate_labels"]).order)
+                rank_gain(rows[row["row_id"]], parse_completion(text, row["candidate_labels"]).order)
                 for row, text in zip(inputs, completions, strict=True)
             ]
             size = self.num_generations
@@ -161,14 +166,15 @@ def run_trl(run: str, recipe_file: str, steps: int, out: str) -> dict[str, float
     base = run_dir.stage_dir(run, "sft") / "model"
     model, tokenizer = base_model.load_pretrained(str(base), model_args)
     tokenizer.padding_side = "left"
-    prompts = dapo.prepare(args, config, RowEncoder(run, tokenizer), base)
-    functions, config.reward_weights = dapo.reward_functions(
-        args, config.max_completion_length, tokenizer.eos_token_id
-    )
-    rows = [drawn.row for drawn in prompts.draw(len(prompts.rows))]
+    prompts = dapo.prepare(args, config, Prompter.of_run(run, tokenizer), base)
+    rewards = args.load_rewards()
+    config.reward_weights = [reward.weight for reward in rewards]
+    asked = [prompt.asked for prompt in prompts.take(0, len(prompts.rows))]
+    rows, columns = {each.row.row_id: each.row for each in asked}, reward_columns(asked)
+    dataset = Dataset.from_dict({"prompt": columns.pop("prompts"), **columns})
     vllm_cpu.keep_weights_live()
     with vllm_cpu.trl_engine_options(dtype=vllm_cpu.engine_dtype(args.rollout_dtype), **vllm_cpu.engine_options()):
-        trainer = Counting(model, functions, config, Dataset.from_list(rows), processing_class=tokenizer)
+        trainer = Counting(model, rewards, config, dataset, processing_class=tokenizer)
     trainer.train()
     seconds = [entry["step_time"] for entry in trainer.state.log_history if "step_time" in entry][1:]
     useful = [value for step in trainer.useful[1:] for value in step]
@@ -202,7 +208,7 @@ def time_rollouts(size: str, repeats: int, folder: str) -> tuple[float, float]:
     from transformers import Qwen3Config, Qwen3ForCausalLM
     from vllm import LLM, SamplingParams
 
-    from rerank import vllm_cpu
+    from rerank.models import engine as vllm_cpu
 
     hidden, intermediate, layers, heads = SIZES[size]
     torch.manual_seed(0)
@@ -244,7 +250,7 @@ def time_rollouts(size: str, repeats: int, folder: str) -> tuple[float, float]:
 
 def main() -> None:
     """One part in a process of its own: its figures are the last line of standard output."""
-    from rerank import recipe
+    from rerank.launch import recipe
 
     recipe.set_environment()
     part, *words = sys.argv[1:]

@@ -48,14 +48,12 @@ def make(method: str, vocabulary: int, num_rows: int, folder: str) -> tuple[Any,
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
-    from rerank import base_model, relations
-    from rerank.catalogue import Catalogue
-    from rerank.item_rows import ItemRows
+    from rerank.catalogue import Catalogue, id_tokens, semantic_id_text
+    from rerank.losses import _relations as relations
     from rerank.losses import load_losses
     from rerank.losses.iirg import PROMPTS, relation_rows
-    from rerank.midtrain.documents import NEXT_ITEMS
-    from rerank.semantic_ids import tokens
-    from rerank.semantic_ids.id_tokens import semantic_id_text
+    from rerank.models import base as base_model
+    from rerank.next_item.encoder import NEXT_ITEMS, NextItemEncoder
     from rerank.sft.trainer import LossTrainer
 
     rng = np.random.default_rng(0)
@@ -63,24 +61,24 @@ def make(method: str, vocabulary: int, num_rows: int, folder: str) -> tuple[Any,
     texts = ["Next items: a title of some words", *PROMPTS.values()]  # whose words are single tokens, as in a real one
     tokenizer = base_model.train_tokenizer(texts, 400)
     model = base_model.make_small_model(base_model.SmallModelArguments(**SHAPE), tokenizer, seed=0)
-    base_model.add_tokens(model, tokenizer, tokens(LEVELS, CODES), seed=0)
+    base_model.add_tokens(model, tokenizer, id_tokens(LEVELS, CODES), seed=0)
     model.resize_token_embeddings(vocabulary, mean_resizing=False)
     texts = ["a title of some words"] * NUM_ITEMS
     catalogue = Catalogue([str(i) for i in range(NUM_ITEMS)], [semantic_id_text(c) for c in codes], texts, texts)
     losses = None if METHODS[method] is None else load_losses(METHODS[method], "next_item")
-    maker = ItemRows(catalogue, tokenizer, "semantic_id", HISTORY, losses is not None and losses.masks_first)
+    encoder = NextItemEncoder(catalogue, tokenizer, "semantic_id", HISTORY, losses is not None and losses.constrained)
 
     def histories(num: int) -> list[dict[str, Any]]:
-        return [maker.row(NEXT_ITEMS, rng.integers(0, NUM_ITEMS, HISTORY).tolist(), 1) for _ in range(num)]
+        return [encoder.row(NEXT_ITEMS, rng.integers(0, NUM_ITEMS, HISTORY).tolist(), 1) for _ in range(num)]
 
     tasks = {"next_item": histories(num_rows)}
     if method == "iirg":
         related = relations.random_neighbours(NUM_ITEMS, 5, seed=0)
         tasks["next_item"] = tasks["next_item"][: num_rows // 2]
         for name, prompt in PROMPTS.items():
-            tasks[name] = relation_rows(maker, prompt, related)[: num_rows // 4]
+            tasks[name] = relation_rows(encoder, prompt, related)[: num_rows // 4]
     if method == "cllm4rec with content":
-        tasks["content"] = [maker.text_row("Describe:", item, texts[item]) for item in range(num_rows)]
+        tasks["content"] = [encoder.text_row("Describe:", item, texts[item]) for item in range(num_rows)]
     rows = [row | {"task": n} for n, of_task in enumerate(tasks.values()) for row in of_task]
     rows = [row | {"number": number} for number, row in enumerate(rows)]
     config = SFTConfig(
@@ -92,7 +90,7 @@ def make(method: str, vocabulary: int, num_rows: int, folder: str) -> tuple[Any,
         rows = [{name: row[name] for name in ("input_ids", "labels")} for row in rows]
         trainer = SFTTrainer(model, config, **options)
     else:
-        trainer = LossTrainer(model, config, losses, list(tasks), maker=maker, **options)
+        trainer = LossTrainer(model, config, losses, list(tasks), encoder=encoder, **options)
     trainer.create_optimizer()
     torch.manual_seed(0)
     return trainer, rows

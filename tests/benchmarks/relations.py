@@ -1,6 +1,6 @@
 """Time and memory of mining co-occurrence neighbours, against the double loop over each user's sequence.
 
-    python tests/benchmarks/relations.py [--interactions 10000000] [--num_items 200000]
+    python -m tests.benchmarks.relations [--interactions 10000000] [--num_items 200000]
 
 Interactions are synthetic: users with ten on average (geometric), items with a Zipf popularity. Seconds are the
 median of --repeats rounds: in the first, a virtual machine may still have to find the memory. The loop runs once, on
@@ -20,7 +20,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from rerank.relations import co_occurrence_neighbours
+from rerank.losses._relations import co_occurrence_neighbours
 
 MEAN_LENGTH = 10
 WINDOW, NUM_NEIGHBOURS = 5, 10

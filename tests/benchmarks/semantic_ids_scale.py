@@ -1,6 +1,6 @@
 """The semantic_ids stage on a large synthetic catalogue: memory, and time per item in assignment.
 
-    python tests/benchmarks/semantic_ids_scale.py [--num_items 1000000] [--method residual_k_means]
+    python -m tests.benchmarks.semantic_ids_scale [--num_items 1000000] [--method residual_k_means]
 
 Embeddings are memory-mapped noise around random centres. The stage runs as a process of its own; its peak includes the
 mapped pages that it touches. Assignment is then timed alone on the first 10,000 items, ten times as many, and so on.
@@ -20,7 +20,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rerank import run_dir
+from rerank.launch import run_dir
+from rerank.launch.files import write_json
 from rerank.semantic_ids import Tokenizer
 from rerank.semantic_ids.assignment import assign_codes
 
@@ -34,7 +35,7 @@ def write_catalogue(folder: Path, num_items: int) -> None:
     data.mkdir()
     ids = [str(item) for item in range(num_items)]
     pq.write_table(pa.table({"item": range(num_items), "item_id": ids, "text": ids}), data / "items.parquet")
-    run_dir.write_json(data / "stage.json", {"id": "synthetic", "given": {}, "inputs": {}})
+    write_json(data / "stage.json", {"id": "synthetic", "given": {}, "inputs": {}})
     rng = np.random.default_rng(0)
     centres = rng.standard_normal((1000, COLUMNS), dtype=np.float32)
     shape = (num_items, COLUMNS)

@@ -10,10 +10,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rerank.catalogue import Catalogue
+from rerank.catalogue import Catalogue, semantic_id_text
 from rerank.prompts import completion
-from rerank.rollouts import SCHEMA
-from rerank.semantic_ids.id_tokens import semantic_id_text
+from rerank.rollouts.schema import SCHEMA
 
 NUM_ITEMS, NUM_CANDIDATES, GROUP_SIZE = 12_000, 10, 16
 GROUPS_A_PART = 160  # 2,560 completions: 1M rollouts are 391 parts
@@ -63,7 +62,7 @@ def _records(rng: np.random.Generator, items: Catalogue) -> list[dict]:
             "run": "synthetic", "round": 0, "group": group, "row_id": int(rng.integers(GROUPS_A_PART)), "user": group,
             "prompt": "\n".join(["Rank:", f"History:{''.join(items.semantic_ids[i] for i in history)}", *lines]),
             "target": candidates[target], "history": history, "candidates": candidates, "candidate_labels": LABELS,
-            "target_rank_before": target + 1,
+            "target_rank": target + 1, "fields": "{}", "max_completion_tokens": 64,
             "relevance": [float(place == target) for place in range(NUM_CANDIDATES)],
             "first_stage_ranks": list(range(1, NUM_CANDIDATES + 1)),
         }  # fmt: skip
@@ -86,19 +85,19 @@ def _answer(rng: np.random.Generator, row: dict) -> dict:
     order = np.argsort(np.arange(NUM_CANDIDATES) + rng.normal(0, 2.0, NUM_CANDIDATES)).tolist()
     is_short = bool(rng.random() < 0.05)
     trace = " ".join(f" {label} {WORDS[rng.integers(5)]}" for label in LABELS)
-    before = row["target_rank_before"]
+    before = row["target_rank"]
     after = None if is_short else order.index(before - 1) + 1
     promotion = -1.0 if after is None else (before - after) / NUM_CANDIDATES
-    is_open = after is not None and (after < before or after == 1)
+    is_met = after is not None and (after < before or after == 1)
     logps = -rng.exponential(0.5, 37).astype(np.float32)
     return {
         "completion": completion(trace, order[:-1] if is_short else order, LABELS),
         "completion_ids": rng.integers(0, 500, len(logps)).tolist(),
         "policy_logps": logps.tolist(),
         "sampling_logps": (logps + rng.normal(0, 0.01, len(logps)).astype(np.float32)).tolist(),
-        "reward_components": [("rank_promotion", promotion), ("well_formed", float(is_open))],
-        "reward_gates": [("rank_promotion", True), ("well_formed", is_open)],
-        "reward": promotion + 0.2 * is_open,
+        "reward_components": [("rank_promotion", promotion), ("well_formed", float(is_met))],
+        "conditions": [("rank_promotion", True), ("well_formed", is_met)],
+        "reward": promotion + 0.2 * is_met,
         "truncated": False,
         "failure": "too_few" if is_short else None,
         "order": None if is_short else order,

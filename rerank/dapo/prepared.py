@@ -1,0 +1,171 @@
+"""TRL's GRPOTrainer on completions that are prepared for it, each sampled with a seed of its own."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NoReturn
+
+import torch
+from trl import GRPOTrainer
+
+from rerank.dapo.groups import Completion, Group, Rollout, request_seed
+from rerank.dapo.prompt_stream import TrainingPrompt
+from rerank.dapo.sampler import SamplerState
+from rerank.models import server
+from rerank.models.group_attention import group_logps_and_entropies
+
+if TYPE_CHECKING:
+    from vllm import LLM
+
+
+@dataclass
+class Prepared:
+    """A generation batch on its way through the overridden methods of TRL: all that one leaves for another.
+
+    Attributes:
+        resume_from: State of the sampler when rollouts were last stored, for checkpoints.
+        micro_batches_left: Those whose loss is still to be computed for the first time.
+        requests: Prompts of the completions that are being sampled; empty for greedy decoding.
+        groups: This process's groups of completions, once chosen.
+        num_trained: How many of them, the first, are trained on; the others are padding.
+        rewards: (completions of all processes, rewards), nan for padding.
+        logps: (B, T) log-probabilities of the last forward pass, B rows of T completion tokens.
+        gaps: Of each micro-batch, |log-probability at sampling - in training| of every token that both tell.
+    """
+
+    resume_from: SamplerState
+    micro_batches_left: int = 0
+    requests: list[TrainingPrompt] = field(default_factory=list)
+    groups: list[Group] = field(default_factory=list)
+    num_trained: int = 0
+    rewards: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    logps: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    gaps: list[torch.Tensor] = field(default_factory=list)
+
+    @property
+    def rollouts(self) -> list[Rollout]:
+        """This process's completions."""
+        return [rollout for group in self.groups for rollout in group.rollouts]
+
+    @property
+    def trained(self) -> list[Rollout]:
+        """Those that are trained on: the first of `rollouts`."""
+        return [rollout for group in self.groups[: self.num_trained] for rollout in group.rollouts]
+
+
+class PreparedTrainer(GRPOTrainer):
+    """A GRPOTrainer that samples when it is told to and trains on the groups of completions that it is given.
+
+    Overrides of TRL: `_generate` and `_calculate_rewards` give it `prepared.groups`, `_generate_single_turn` seeds
+    requests and waits for a server, `_get_per_token_logps_and_entropies` computes a prompt once for its group.
+
+    Args:
+        seed: Of all sampling.
+        group_forward: Whether a prompt is computed once for all completions of its group in a micro-batch.
+        args, kwargs: Of GRPOTrainer.
+
+    Attributes:
+        prepared: The batch in the making.
+    """
+
+    def __init__(self, *args: object, seed: int, group_forward: bool, **kwargs: object) -> None:
+        super().__init__(*args, **kwargs)
+        self.sampling_seed, self.group_forward, self.prepared = seed, group_forward, Prepared(SamplerState())
+        if self._asks_server():
+            if self.accelerator.is_main_process:
+                server.add_retries(self.vllm_generation.vllm_client, self.args.vllm_server_timeout)
+        elif self.use_vllm:
+            self._seed_requests(self.vllm_generation.llm)
+
+    def generate(self, prompts: Sequence[TrainingPrompt]) -> list[Completion]:
+        """Completions of prompts by the present weights, each with a seed of its own."""
+        self.prepared.requests = list(prompts)
+        prompt_ids, ids, _, texts, logps, *_ = self._generate([prompt.asked.prompt for prompt in prompts])
+        self.prepared.requests = []
+        ends = (*self.eos_token_ids, self._tokenizer.pad_token_id)
+        return [
+            Completion(list(prompt_ids[i]), list(ids[i]), text, logps and list(logps[i]), ids[i][-1] not in ends)
+            for i, text in enumerate(texts)
+        ]
+
+    def generate_greedily(self, prompts: Sequence[str]) -> list[str]:
+        """The most probable completion of each prompt by the present weights, none of it trained on."""
+        prompt_ids, *_ = self._tokenize_prompts(prompts)
+        generation = self.vllm_generation
+        temperature, generation.temperature = generation.temperature, 0.0
+        completion_ids, _ = self._generate_single_turn(prompt_ids, None, {}, 1)  # vLLM refuses more without sampling
+        generation.temperature = temperature
+        return self.processing_class.batch_decode(completion_ids, skip_special_tokens=True)
+
+    def request_seeds(self) -> list[int]:
+        """A seed for each completion that is being sampled; none for greedy decoding."""
+        size = self.num_generations
+        return [
+            request_seed(self.sampling_seed, prompt.asked.row.row_id, prompt.epoch, i % size)
+            for i, prompt in enumerate(self.prepared.requests)
+        ]
+
+    def _generate(self, prompts):
+        if not self.prepared.groups:
+            return super()._generate(prompts)
+        chosen = [rollout.completion for rollout in self.prepared.rollouts]
+        logps = None if chosen[0].sampling_logps is None else [completion.sampling_logps for completion in chosen]
+        ids = [completion.prompt_ids for completion in chosen], [completion.ids for completion in chosen]
+        return *ids, None, [completion.text for completion in chosen], logps, {}, None, []
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        return self.prepared.rewards
+
+    def _get_per_token_logps_and_entropies(
+        self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, compute_entropy=False, **kwargs
+    ):
+        inputs = (model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy)
+        if self.group_forward and not kwargs.get("compute_aux_loss"):
+            with self.accelerator.autocast():
+                found = *group_logps_and_entropies(*inputs), None
+        else:
+            found = super()._get_per_token_logps_and_entropies(*inputs, **kwargs)
+        self.prepared.logps = found[0].detach()
+        return found
+
+    def _generate_single_turn(self, prompt_ids, *args, **kwargs):
+        if not self._asks_server():
+            return super()._generate_single_turn(prompt_ids, *args, **kwargs)
+        options, seeds = self.vllm_generation.generation_kwargs, self.request_seeds()
+        if seeds:
+            self.vllm_generation.generation_kwargs = {**options, "seed": seeds[0]}  # vLLM adds the member's number
+        answers = super()._generate_single_turn(prompt_ids, *args, **kwargs)
+        self.vllm_generation.generation_kwargs = options
+        if not answers[0]:
+            self._stop_without_server()
+        return answers
+
+    def _asks_server(self) -> bool:
+        return self.use_vllm and self.args.vllm_mode == "server"
+
+    def _stop_without_server(self) -> NoReturn:
+        if self.state.global_step:
+            self._save_checkpoint(self.model, trial=None)
+        raise ValueError(
+            f"the vLLM server at {server.base_url(self.args)} is gone; start it again, then the same command "
+            f"continues from step {self.state.global_step}"
+        )
+
+    def _seed_requests(self, engine: "LLM") -> None:
+        """Make the colocated engine sample each request with a seed of its own."""
+        generate, generation = engine.generate, self.vllm_generation
+
+        def seeded(prompts, sampling_params, **kwargs):
+            seeds = self.request_seeds()
+            if not seeds:
+                return generate(prompts, sampling_params=sampling_params, **kwargs)
+            if generation.tensor_parallel_size > 1:  # TRL has gathered the prompts of the engine's processes
+                parts = [None] * generation.tensor_parallel_size
+                torch.distributed.all_gather_object(parts, seeds, group=generation.tp_group)
+                seeds = [seed for part in parts for seed in part]
+            params = []
+            for seed in seeds:
+                params.append(sampling_params.clone())
+                params[-1].seed = seed
+            return generate(prompts, sampling_params=params, **kwargs)
+
+        engine.generate = seeded

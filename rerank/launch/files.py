@@ -1,0 +1,46 @@
+"""Atomic writes, and fingerprints of files."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+
+def write_whole(path: str | Path, write: Callable[[Path], object]) -> None:
+    """Write a file atomically: `write` makes it under a temporary name, which is renamed to `path` at the end.
+
+    The content is on disk before the rename, so that a crash of the machine leaves no empty file.
+    """
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.tmp")
+    write(temporary)
+    for name in (temporary, path.parent):  # the content, then the name
+        handle = os.open(name, os.O_RDONLY)
+        try:
+            if name == path.parent:
+                temporary.replace(path)
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file atomically."""
+    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: str | Path, value: object) -> None:
+    """Write a JSON file atomically."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def fingerprint(path: str | Path) -> str:
+    """The sha256 of a file, or of the names and contents of a folder's files."""
+    path, digest = Path(path), hashlib.sha256()
+    for file in [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file()):
+        digest.update(b"" if file == path else str(file.relative_to(path)).encode())
+        with file.open("rb") as handle:
+            while block := handle.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()

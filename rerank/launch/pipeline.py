@@ -1,0 +1,254 @@
+"""`rerank run`: the numbered recipes of a folder, checked together, then launched one after another."""
+
+import logging
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rerank.launch import recipe
+from rerank.launch import run_dir as runs
+from rerank.launch.files import write_whole
+from rerank.launch.stages import STAGES, load_stage
+
+logger = logging.getLogger(__name__)
+
+RECIPE_NAME = re.compile(r"(\d+)_(\w+)\.ya?ml")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One stage of a pipeline: its recipe file, that file's keys merged with the overrides, and the overrides."""
+
+    stage: str
+    path: Path
+    keys: recipe.Keys
+    overrides: dict[str, str]
+
+    @property
+    def run_dir(self) -> str:
+        """The folder of the run."""
+        return str(self.keys["run_dir"])
+
+
+def read_steps(recipe_dir: str | Path, out: str | None, overrides: Sequence[str]) -> list[Step]:
+    """The stages of a recipe folder in order, `STAGE.key=value` overrides applied."""
+    found = _find_recipes(Path(recipe_dir))
+    stages = [stage for stage in STAGES if stage in found]
+    given = _split_overrides(overrides, stages)
+    steps = []
+    for stage in stages:
+        changed = {**given.get(stage, {}), **({"run_dir": out} if out else {})}
+        keys = {**recipe.load(found[stage]), **{key: recipe.read_value(value) for key, value in changed.items()}}
+        if not keys.get("run_dir"):
+            raise ValueError(f"{found[stage]}: run_dir is missing; add it, or give --out")
+        steps.append(Step(stage, found[stage], {**keys, "run_dir": str(keys["run_dir"])}, changed))
+    for step in steps[1:]:
+        if step.run_dir != steps[0].run_dir:
+            raise ValueError(
+                f"{step.path}: run_dir is {step.run_dir} but {steps[0].run_dir} in {steps[0].path.name}; give --out, "
+                "which holds for all stages"
+            )
+    return steps
+
+
+def _find_recipes(folder: Path) -> dict[str, Path]:
+    """Stage -> its file `<number>_<stage>.yaml`; a variant beside it (`7_dapo_naive.yaml`) is ignored."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"recipe folder {folder} is not there; recipes/ml100k is one")
+    found: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        match = RECIPE_NAME.fullmatch(path.name)
+        if match and match[2] in STAGES:
+            if match[2] in found:
+                raise ValueError(f"{found[match[2]]} and {path.name} are both recipes of {match[2]}; keep one")
+            found[match[2]] = path
+    if not found:
+        raise FileNotFoundError(f"{folder} holds no recipe such as 1_data.yaml; stages are {', '.join(STAGES)}")
+    return found
+
+
+def _split_overrides(words: Sequence[str], stages: Sequence[str]) -> dict[str, dict[str, str]]:
+    given: dict[str, dict[str, str]] = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        stage, dot, key = name.partition(".")
+        if not (equals and dot and key):
+            raise ValueError(f"{word!r} is not an override; write STAGE.key=value, such as dapo.max_steps=10")
+        if stage not in stages:
+            raise ValueError(f"{word!r}: there is no stage {stage!r}; stages of this recipe are {', '.join(stages)}")
+        given.setdefault(stage, {})[key] = value
+    return given
+
+
+def select(steps: Sequence[Step], first: str | None, last: str | None, only: str | None) -> list[Step]:
+    """The steps from `first` to `last`, or `only` one."""
+    names = [step.stage for step in steps]
+    for name in (first, last, only):
+        if name is not None and name not in names:
+            raise ValueError(f"there is no stage {name!r}; stages of this recipe are {', '.join(names)}")
+    if only:
+        return [step for step in steps if step.stage == only]
+    start, end = names.index(first) if first else 0, names.index(last) if last else len(names) - 1
+    if end < start:
+        raise ValueError(f"--from {first} comes after --to {last}; swap them")
+    return list(steps[start : end + 1])
+
+
+def check_steps(steps: Sequence[Step]) -> list[Step]:
+    """Check every step before anything is launched; returns those that are not finished.
+
+    The recipe of a finished step is only compared with the one that made it, which needs no heavy import.
+    """
+    waiting = [step for step in steps if not runs.is_finished(step.run_dir, step.stage)]
+    remade, made = [step.stage for step in waiting], list[str]()
+    for step in steps:
+        if step not in waiting:
+            try:
+                runs.check_finished(step.run_dir, step.stage, step.keys, remade)
+            except ValueError:
+                recipe.resolve(step.stage, step.keys, str(step.path))  # a misspelt key is what should be named
+                raise
+    for step in waiting:
+        arguments = recipe.resolve(step.stage, step.keys, str(step.path))
+        recipe.check_inputs(step.stage, arguments[0], made)
+        runs.refuse_held(step.run_dir, step.stage)
+        runs.refuse_partial_of_another_recipe(step.run_dir, step.stage, step.keys)
+        load_stage(step.stage).check(*arguments)
+        made.append(step.stage)
+    return waiting
+
+
+def launch_words(step: Step, accelerate: str) -> list[str]:
+    """The words after `accelerate launch` that launch a step."""
+    words = ["--config_file", accelerate, "-m", STAGES[step.stage], "--config", str(step.path)]
+    return words + [f"--{key}={value}" for key, value in step.overrides.items()]
+
+
+def run_step(step: Step, accelerate: str) -> int:
+    """The exit code of a launch, 130 when it was interrupted.
+
+    A first Ctrl-C asks the stage to stop with a checkpoint, a second kills it.
+    """
+    where = recipe.load(accelerate)
+    threads = max(1, (os.cpu_count() or 1) // (where.get("num_processes") or 1))
+    environment = {"OMP_NUM_THREADS": str(threads), **recipe.ENVIRONMENT, **os.environ, "PYTHONPATH": _python_path()}
+    environment["ACCELERATE_USE_CPU"] = str(where.get("use_cpu", False))  # its launcher forgets it for two processes
+    child = subprocess.Popen(
+        [sys.executable, "-m", "accelerate.commands.launch", "--quiet", *launch_words(step, accelerate)],
+        env=environment,
+        start_new_session=True,  # Ctrl-C reaches only this process, which signals the stage, not accelerate
+        preexec_fn=recipe.die_with_parent,  # also after kill -9 of this process
+    )
+    interrupted = False
+    while True:
+        try:
+            code = child.wait()
+            return 130 if interrupted else code
+        except KeyboardInterrupt:
+            if interrupted:
+                _signal_tree(child.pid, signal.SIGKILL, lambda words: True)
+            else:
+                logger.warning("stopping %s; once more kills it", step.stage)
+                _signal_tree(child.pid, signal.SIGINT, lambda words: not _is_launcher(words))
+            interrupted = True
+
+
+def _python_path() -> str:
+    """The working folder first, as with `python -m`, so that plugins beside the recipes are found."""
+    return os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")]))
+
+
+def _is_launcher(words: Sequence[str]) -> bool:
+    return any("accelerate.commands.launch" in word or "torch.distributed" in word for word in words)
+
+
+def _signal_tree(pid: int, number: int, chosen: Callable[[Sequence[str]], bool]) -> None:
+    """Signal `pid` and the processes below it, those whose command line is chosen."""
+    import psutil
+
+    try:
+        root = psutil.Process(pid)
+        processes = [*root.children(recursive=True), root]
+    except psutil.NoSuchProcess:
+        return
+    for process in processes:
+        try:
+            if chosen(process.cmdline()):
+                process.send_signal(number)
+        except psutil.NoSuchProcess:
+            continue
+
+
+def run(steps: Sequence[Step], accelerate: str, say: Callable[[str], None]) -> int:
+    """Check and launch the steps that are not finished; returns the exit code of the first that fails, or 0."""
+    waiting = check_steps(steps)
+    if not Path(accelerate).is_file():
+        raise FileNotFoundError(f"accelerate file {accelerate} is not there; recipes/accelerate holds some")
+    for number, step in enumerate(steps, start=1):
+        name = f"[{number}/{len(steps)}] {step.stage}"
+        if step not in waiting:
+            say(f"{name}: finished already")
+        elif code := _launch_step(step, name, accelerate, say):
+            return code
+        _write_missing_report(step)
+    return 0
+
+
+def _launch_step(step: Step, name: str, accelerate: str, say: Callable[[str], None]) -> int:
+    """Launch a step, unless its rewards fail the probe; returns its exit code."""
+    if step.stage == "dapo":
+        from rerank import probe
+
+        if problem := probe.problem(step.keys):
+            say(f"{name}: {problem}; `rerank probe {step.path} --run-dir {step.run_dir}` shows more, and "
+                "`probe: false` in the recipe trains all the same")  # fmt: skip
+            return 1
+    say(f"{name} ...")
+    begin = time.monotonic()
+    code = run_step(step, accelerate)
+    if code:
+        say(f"{name} {'was stopped' if code == 130 else f'failed with exit code {code}'}; "
+            "the same command continues from here")  # fmt: skip
+        return code
+    if not runs.is_finished(step.run_dir, step.stage):
+        say(f"{name} ended without a result; the same command tries it again")
+        return 1
+    say(f"{name}: {time.monotonic() - begin:.0f} s")
+    return 0
+
+
+def _write_missing_report(step: Step) -> None:
+    """Write the page of an evaluated run; the tasks that rank the whole catalogue have none."""
+    folder = runs.stage_dir(step.run_dir, step.stage)
+    path = folder / "report.html"
+    if step.stage == "evaluate" and step.keys.get("task", "rerank") == "rerank" and not path.is_file():
+        from rerank import report
+
+        write_whole(path, lambda temporary: report.write_report(step.run_dir, folder, temporary))
+
+
+def describe(steps: Sequence[Step], accelerate: str) -> list[str]:
+    """The lines of `--dry-run`: a launch line per step, and that of the server where rollouts come from one."""
+    lines = []
+    for step in steps:
+        if step.stage == "dapo" and step.keys.get("vllm_mode") == "server":
+            from rerank.models import server
+
+            model = runs.stage_dir(step.run_dir, "sft") / "model"
+            lines.append(server.launch_line(model, _port(step.keys), step.keys.get("vllm_max_model_length")) + " &")
+        done = runs.is_finished(step.run_dir, step.stage)
+        line = shlex.join(["accelerate", "launch", *launch_words(step, accelerate)])
+        lines.append(("# finished: " if done else "") + line)
+    return lines
+
+
+def _port(keys: recipe.Keys) -> int:
+    url = keys.get("vllm_server_base_url")
+    return int(url.rsplit(":", 1)[1].strip("/")) if url else int(keys.get("vllm_server_port", 8000))

@@ -1,0 +1,287 @@
+"""Recipes: flat YAML files, overridable on the command line, resolved into a stage's dataclasses and run."""
+
+import contextlib
+import ctypes
+import dataclasses
+import difflib
+import logging
+import math
+import os
+import signal
+import sys
+import traceback
+import typing
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rerank.launch import run_dir as runs
+from rerank.launch.stages import Stage, load_stage
+from rerank.launch.values import type_hints, typed_value
+
+logger = logging.getLogger(__name__)
+
+_PR_SET_PDEATHSIG = 1
+
+Keys = dict[str, Any]  # of a recipe, with their values as YAML reads them
+Bound = float | None
+
+# Every stage process sets these unless the user did: quiet, private, and modest in memory on CPU.
+ENVIRONMENT = {
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; without it vLLM takes most of the memory
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine lives and dies with its stage
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRL_EXPERIMENTAL_SILENCE": "1",
+    # TRL 1.16 warns at every vLLM but 0.22 to 0.31; all that is used of it works with the 0.32 that the CPU needs.
+    "PYTHONWARNINGS": "ignore:TRL currently supports vLLM",
+}
+
+
+def set_environment() -> None:
+    """Set ENVIRONMENT, where the user did not, for this process and those that it starts."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    warnings.filterwarnings("ignore", message="TRL currently supports vLLM")  # too late for PYTHONWARNINGS here
+    logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])  # vLLM does so only with its first engine
+
+
+@dataclass(kw_only=True)
+class StageArguments:
+    """Options of every stage."""
+
+    run_dir: str = field(metadata={"help": "Folder of the run; the stage writes RUN_DIR/<stage>."})
+
+    def __post_init__(self) -> None:
+        if not self.run_dir:
+            raise ValueError("run_dir is empty; name the folder of the run, such as runs/ml100k")
+
+
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    """Refuse an option's value that is none of the choices."""
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r} but must be one of {', '.join(choices)}")
+
+
+def check_range(
+    name: str, value: float, least: Bound = None, most: Bound = None, above: Bound = None, below: Bound = None
+) -> None:
+    """Refuse an option's number that is not finite or is out of its range; `above` and `below` are excluded."""
+    bounds = {"at least": least, "above": above, "at most": most, "below": below}
+    is_in = math.isfinite(value) and (least is None or value >= least) and (most is None or value <= most)
+    if not is_in or (above is not None and value <= above) or (below is not None and value >= below):
+        stated = " and ".join(f"{words} {bound}" for words, bound in bounds.items() if bound is not None)
+        raise ValueError(f"{name} is {value} but must be {stated}")
+
+
+def load(path: str | Path) -> Keys:
+    """The keys of a recipe file."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; give the path of a recipe file")
+    try:
+        keys = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(keys, dict):
+        raise ValueError(
+            f"{path} holds {type(keys).__name__}, not `key: value` lines; see recipes/ml100k for examples"
+        )
+    return keys
+
+
+def read_value(text: str) -> Any:
+    """A value of the command line, parsed as YAML; text that is not YAML stays text."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+
+
+def read_overrides(words: Sequence[str]) -> Keys:
+    """`--key value` and `--key=value` words as a mapping."""
+    overrides: Keys = {}
+    words = list(words)
+    while words:
+        word = words.pop(0)
+        key, equals, value = word.removeprefix("--").partition("=")
+        if not word.startswith("--") or not key or (not equals and not words):
+            raise ValueError(f"{word!r} is not an override; write --key value or --key=value")
+        overrides[key] = read_value(value if equals else words.pop(0))
+    return overrides
+
+
+def refuse_renamed(keys: Mapping[str, object], renamed: Mapping[str, str], source: str) -> None:
+    """Refuse a key of an earlier version, with its spelling now."""
+    for key in renamed:
+        if key in keys:
+            raise ValueError(f"{source}: the key {key!r} is gone; {renamed[key]}")
+
+
+def check_keys(keys: Keys, names: Sequence[str], renamed: Mapping[str, str], source: str) -> None:
+    """Refuse keys that the stage lacks, naming the nearest known ones, and `renamed` ones with their new spelling."""
+    refuse_renamed(keys, renamed, source)
+    for key in keys:
+        if key not in names:
+            near = difflib.get_close_matches(str(key), names, n=3, cutoff=0.5)
+            hint = f"did you mean {' or '.join(near)}?" if near else "`--help` of the stage lists its keys"
+            raise ValueError(f"{source}: unknown key {key!r}; {hint}")
+
+
+def resolve(stage: str, keys: Keys, source: str) -> tuple[Any, ...]:
+    """A recipe's keys as the stage's dataclasses, each key known and each value of its type.
+
+    Raises:
+        ValueError: One line that names the recipe, the key, the value and the cure.
+    """
+    import torch
+    from trl import TrlParser
+
+    from rerank.models.engine import is_slow_in_bfloat16
+
+    declared = load_stage(stage)
+    hints = type_hints(declared.arguments)
+    check_keys(keys, list(hints), declared.renamed_keys, source)
+    for option in dataclasses.fields(declared.arguments[0]):
+        if option.name not in keys and runs.default_of(option) is dataclasses.MISSING:
+            raise ValueError(f"{source}: {option.name} is missing; add it to the recipe or give --{option.name}")
+    typed = {key: typed_value(key, value, hints[key], source) for key, value in keys.items()}
+    if "output_dir" in hints:
+        typed["output_dir"] = str(runs.partial_dir(str(typed["run_dir"]), stage) / "checkpoints")
+    asked_for_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"  # by the accelerate file
+    if "use_cpu" in hints and "use_cpu" not in typed and (asked_for_cpu or not torch.accelerator.is_available()):
+        logger.info("%s: %s, so the CPU trains", source, "asked for" if asked_for_cpu else "there is no GPU here")
+        typed["use_cpu"] = True  # else a recipe with bf16, which a CPU has too, could not even be checked
+    try:
+        parsed: tuple[Any, ...] = TrlParser(declared.arguments).parse_dict(typed)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{source}: {one_line(error)}") from error
+    if typed.get("bf16") and is_slow_in_bfloat16():
+        logger.warning("%s: bf16 is true, which this CPU is many times slower in; set bf16: false", source)
+    return parsed
+
+
+def one_line(error: BaseException) -> str:
+    """An error's message on one line."""
+    return " ".join(str(error).split())
+
+
+def resolved_recipe(arguments: Sequence[Any], keys: Keys) -> Keys:
+    """All options of the stage's own, and the trainer's options that were given."""
+    return {
+        **keys,
+        **{key: str(v) if isinstance(v, Path) else v for key, v in dataclasses.asdict(arguments[0]).items()},
+    }
+
+
+def check_inputs(stage: str, args: StageArguments, made: Sequence[str] = ()) -> list[str]:
+    """The stages whose folders a stage reads with these arguments.
+
+    Raises:
+        FileNotFoundError: When one is neither finished nor in `made`, the earlier stages of the same command.
+    """
+    inputs = load_stage(stage).inputs_of(args)
+    for name in inputs:
+        if name not in made and not runs.is_finished(args.run_dir, name):
+            raise FileNotFoundError(
+                f"{stage} needs {runs.stage_dir(args.run_dir, name)}, which is not there; "
+                f"run the stage {name} first (`rerank run RECIPE_DIR --out {args.run_dir} --to {stage}`)"
+            )
+    return inputs
+
+
+def _command_line(argv: Sequence[str]) -> tuple[Keys, str]:
+    """The merged keys of `--config FILE` and its overrides, and the file's name."""
+    words = list(argv)
+    if "--config" not in words or words.index("--config") + 1 == len(words):
+        raise ValueError("--config RECIPE.yaml is missing")
+    place = words.index("--config")
+    path = words[place + 1]
+    return {**load(path), **read_overrides(words[:place] + words[place + 2 :])}, path
+
+
+def die_with_parent() -> None:
+    """Ask Linux to send this process SIGTERM when its parent dies, even by kill -9; a training then saves itself."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))
+
+
+def launch(stage: str) -> None:
+    """Run one stage from the command line; exit code 2 and one line on bad input, 130 when stopped by a signal."""
+    logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
+    for noisy in ("httpx", "datasets", "filelock", "sentence_transformers", "accelerate", "DeepSpeed", "faiss.loader"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    set_environment()
+    die_with_parent()
+    if os.environ.get("RANK", "0") != "0" and not load_stage(stage).trains:
+        return  # the other processes of a multi-process launch have nothing to do here
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        from trl import TrlParser
+
+        TrlParser(load_stage(stage).arguments).print_help()
+        return
+    try:
+        _run(stage, sys.argv[1:])
+    except KeyboardInterrupt:
+        _fail(f"{stage} was stopped; the same command continues from its last checkpoint", 130)
+
+
+def _fail(message: str, code: int) -> typing.NoReturn:
+    sys.stderr.write(f"rerank: {message}\n")
+    sys.stderr.flush()
+    if code == 130:
+        os._exit(code)  # a stopped engine must not delay the exit
+    sys.exit(code)
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether code of this package raised it, as it does on bad input, and not a library that it calls."""
+    *_, (last, _) = traceback.walk_tb(error.__traceback__)
+    return str(last.f_globals.get("__name__")).partition(".")[0] == "rerank"
+
+
+def _run(stage: str, argv: Sequence[str]) -> None:
+    """Parse, lock, check, run and finish one stage."""
+    is_main = os.environ.get("RANK", "0") == "0"
+    with contextlib.ExitStack() as held:
+        try:
+            keys, source = _command_line(argv)
+            arguments = resolve(stage, keys, source)
+            run_dir, declared = arguments[0].run_dir, load_stage(stage)
+            if runs.is_finished(run_dir, stage):
+                runs.check_finished(run_dir, stage, keys)
+                logger.info("%s is finished already", runs.stage_dir(run_dir, stage))
+                return
+            inputs = check_inputs(stage, arguments[0])
+            folder = runs.partial_dir(run_dir, stage)
+            if is_main:
+                held.enter_context(runs.lock(folder))
+                runs.refuse_partial_of_another_recipe(run_dir, stage, keys)
+                declared.check(*arguments)
+                runs.begin(run_dir, stage, keys, inputs)
+        except (ValueError, FileNotFoundError) as error:
+            _fail(one_line(error), 2)
+        metrics = _main(declared, arguments, folder)
+        if is_main:
+            runs.finish(run_dir, stage, keys, resolved_recipe(arguments, keys), inputs, metrics)
+
+
+def _main(declared: Stage, arguments: Sequence[Any], folder: Path) -> dict[str, Any]:
+    """The stage's metrics, once every process has them."""
+    try:
+        metrics = declared.main(*arguments, folder)
+    except (ValueError, FileNotFoundError) as error:
+        if not _is_ours(error):
+            raise
+        _fail(one_line(error), 2)
+    if declared.trains and os.environ.get("WORLD_SIZE", "1") != "1":
+        from accelerate import PartialState
+
+        PartialState().wait_for_everyone()  # they may still read or write the folder, which is renamed now
+    return metrics

@@ -1,0 +1,67 @@
+"""The declaration of a stage, and the list of them.
+
+A stage is a package whose module holds `STAGE`. The order of a run, the numbers that it prints and the recipes that a
+folder may hold follow from STAGES.
+"""
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+
+def _none(args: Any) -> tuple[str, ...]:
+    return ()
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step from folders to a folder.
+
+    Attributes:
+        name: Name of the stage and of its folder in a run.
+        arguments: Its dataclasses: its own, then those of TRL.
+        main: Takes the arguments and the folder to write into; returns metrics.
+        check: Takes the arguments; refuses what can be known before the stage starts.
+        inputs: Stages whose folders it always reads.
+        optional_inputs: Takes its own arguments; returns further stages whose folders it reads.
+        trains: Whether every process of a launch takes part, and `max_minutes` can end it.
+        renamed_keys: Keys that earlier recipes had -> how to write them now.
+    """
+
+    name: str
+    arguments: tuple[type, ...]
+    main: Callable[..., dict[str, Any]]
+    check: Callable[..., None]
+    inputs: tuple[str, ...] = ()
+    optional_inputs: Callable[[Any], Sequence[str]] = _none
+    trains: bool = False
+    renamed_keys: Mapping[str, str] = field(default_factory=dict)
+
+    def inputs_of(self, args: object) -> list[str]:
+        """The stages that it reads with these arguments."""
+        return [*self.inputs, *self.optional_inputs(args)]
+
+
+STAGES: dict[str, str] = {  # name -> module
+    "data": "rerank.data",
+    "semantic_ids": "rerank.semantic_ids",
+    "midtrain": "rerank.midtrain",
+    "candidates": "rerank.candidates",
+    "traces": "rerank.traces",
+    "sft": "rerank.sft",
+    "dapo": "rerank.dapo",
+    "evaluate": "rerank.evaluate",
+}
+
+
+def load_stage(name: str) -> Stage:
+    """The declaration of a stage; it is imported only now, since most of them take seconds.
+
+    Raises:
+        ValueError: When there is no such stage.
+    """
+    if name not in STAGES:
+        raise ValueError(f"there is no stage {name!r}; stages are {', '.join(STAGES)}")
+    stage: Stage = importlib.import_module(STAGES[name]).STAGE
+    return stage

@@ -1,0 +1,56 @@
+"""Options of a stage: their declaration, and values of a recipe against their type hints."""
+
+import copy
+import dataclasses
+import types
+import typing
+from collections.abc import Sequence
+
+
+def option(default: typing.Any, help: str) -> typing.Any:
+    """A field of a dataclass of options, with what `--help` says of it; a list or mapping is copied for each."""
+    if isinstance(default, list | dict):
+        return dataclasses.field(default_factory=lambda: copy.deepcopy(default), metadata={"help": help})
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+def type_hints(arguments: Sequence[type]) -> dict[str, object]:
+    """Name -> type hint of every option of the dataclasses."""
+    found: dict[str, object] = {}
+    for cls in arguments:
+        hints = typing.get_type_hints(cls)
+        found |= {f.name: hints[f.name] for f in dataclasses.fields(cls) if f.init}
+    return found
+
+
+def _fits(value: object, hint: object) -> bool:
+    """Whether a YAML value is of an annotated type; only plain hints are checked, others are left to the dataclass."""
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, option) for option in typing.get_args(hint))
+    if origin in (list, dict, tuple):
+        hint = list if origin is tuple else origin
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if isinstance(hint, type) and hint in (str, bool, list, dict, type(None)):
+        return isinstance(value, hint)
+    return True
+
+
+def typed_value(key: str, value: object, hint: object, source: str) -> object:
+    """The value with the type of its option: `2e-5`, which YAML reads as text, becomes a number."""
+    if _fits(value, hint):
+        return value
+    if isinstance(value, str) and _fits(0.5, hint):
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if isinstance(value, (int, float)) and _fits("", hint) and not isinstance(value, bool):
+        return str(value)
+    wanted = (
+        hint.__name__ if isinstance(hint, type) and not typing.get_origin(hint) else str(hint).replace("typing.", "")
+    )
+    raise ValueError(f"{source}: {key} is {value!r} but must be {wanted}")

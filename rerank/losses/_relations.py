@@ -1,0 +1,175 @@
+"""Related items, mined from training sequences and from embeddings.
+
+Source: IIRG (arXiv:2606.17276), whose code is not used: its licence forbids it.
+Letters of shapes: N items, I interactions, K neighbours, S semantic neighbours, R rows, D columns of an embedding.
+Neighbours of an item are item numbers, best first; -1, after them, stands for none.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+ROWS_AT_ONCE, PAIRS_AT_ONCE, SIMILARITIES_AT_ONCE = 2**18, 2**20, 2**22  # what one step holds fits in a cache
+
+
+def co_occurrence_neighbours(
+    users: np.ndarray, items: np.ndarray, num_items: int, window: int = 5, num_neighbours: int = 10
+) -> np.ndarray:
+    """Items that each item is most often taken together with, (N, K) int64; ties by popularity, then by lower item.
+
+    Two interactions of one user at most `window` apart count one for each other, however near; an item is no
+    neighbour of itself.
+
+    Args:
+        users: User of each training interaction, (I,), each user's together.
+        items: Item of each training interaction, (I,), oldest first within a user; below `num_items`.
+        num_items: Size of the catalogue.
+        window: Places that two interactions may be apart, at least 1.
+        num_neighbours: K, at least 1.
+    """
+    found = np.full((num_items, num_neighbours), -1, dtype=np.int64)
+    # an item is its popularity rank from here on, so that a smaller number wins a tie
+    by_rank = np.argsort(-np.bincount(items, minlength=num_items), kind="stable")
+    ranks = np.argsort(by_rank)
+    bits = int(num_items).bit_length()
+    keys = _pair_keys(users, ranks[items], window, bits)
+    for rows, own in _blocks(keys, num_items, bits):
+        best = _most_frequent(own, len(rows), bits, num_neighbours)
+        found[by_rank[rows]] = np.where(best >= 0, by_rank[best], -1)
+    return found
+
+
+def _runs(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where each run of equal values begins, and its length."""
+    starts = np.flatnonzero(np.append(True, values[1:] != values[:-1])[: len(values)])
+    return starts, np.diff(np.append(starts, len(values)))
+
+
+def _pair_keys(users: np.ndarray, items: np.ndarray, window: int, bits: int) -> np.ndarray:
+    """Sorted item << bits | neighbour, one for every co-occurrence and direction."""
+    _, lengths = _runs(users)
+    reach = np.minimum(window, lengths - 1)
+    most = (reach * (2 * lengths - reach - 1)).sum()  # pairs of an item with itself included
+    keys, size = np.empty(most, dtype=np.int64), 0
+    for start in range(0, len(users), ROWS_AT_ONCE):
+        for distance in range(1, window + 1):
+            later = slice(start + distance, start + distance + ROWS_AT_ONCE)
+            earlier = slice(start, start + len(users[later]))
+            same_user = users[earlier] == users[later]
+            if not same_user.any():
+                break
+            together = np.flatnonzero(same_user & (items[earlier] != items[later]))
+            first, second = items[earlier][together], items[later][together]
+            for pairs in (first << bits | second, second << bits | first):
+                keys[size : size + len(pairs)] = pairs
+                size += len(pairs)
+    keys[:size].sort()
+    return keys[:size]
+
+
+def _blocks(keys: np.ndarray, num_items: int, bits: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Items, at most PAIRS_AT_ONCE pairs or one item, and their keys, counted from the first of them."""
+    item, place = 0, 0
+    while item < num_items:
+        last = place + PAIRS_AT_ONCE
+        end = max(int(keys[last] >> bits), item + 1) if last < len(keys) else num_items
+        end_place = int(np.searchsorted(keys, end << bits))
+        yield np.arange(item, end), keys[place:end_place] - (item << bits)
+        item, place = end, end_place
+
+
+def _most_frequent(keys: np.ndarray, num_rows: int, bits: int, num_neighbours: int) -> np.ndarray:
+    """The most frequent neighbours of each row of sorted keys row << bits | neighbour, (R, K), -1 for none."""
+    starts, counts = _runs(keys)
+    # counts become their places among the different counts, which are few: the packed numbers stay below 2**63
+    places = np.cumsum(np.bincount(counts, minlength=1) > 0)
+    count_bits = int(places[-1]).bit_length()
+    rows, neighbours = keys[starts] >> bits, keys[starts] & (1 << bits) - 1
+    packed = (rows << count_bits | places[-1] - places[counts]) << bits | neighbours
+    packed.sort()
+    ends = np.cumsum(np.bincount(rows, minlength=num_rows))
+    wanted = np.append(0, ends[:-1])[:, None] + np.arange(num_neighbours)  # (R, K)
+    exists = wanted < ends[:, None]
+    best = np.full(wanted.shape, -1, dtype=np.int64)
+    best[exists] = packed[wanted[exists]] & (1 << bits) - 1
+    return best
+
+
+def fill_from(neighbours: np.ndarray, semantic: np.ndarray, num_neighbours: int) -> np.ndarray:
+    """Neighbours (N, num_neighbours) from neighbours (N, K); an item with too few borrows from those of others.
+
+    It walks its semantic neighbours (N, S) in order and takes what each was given, in order, without itself and what
+    it has already. Nothing borrowed is lent on. -1 stays where there is nothing to borrow.
+    """
+    filled = np.full((len(neighbours), num_neighbours), -1, dtype=np.int64)
+    filled[:, : neighbours.shape[1]] = neighbours[:, :num_neighbours]
+    sizes = (filled >= 0).sum(axis=1)
+    for lender in semantic.T:  # (N,)
+        short = np.flatnonzero((sizes < num_neighbours) & (lender >= 0))
+        for borrowed in neighbours[lender[short]].T:
+            new = (borrowed >= 0) & (borrowed != short) & (sizes[short] < num_neighbours)
+            new[new] = (filled[short[new]] != borrowed[new, None]).all(axis=1)
+            filled[short[new], sizes[short[new]]] = borrowed[new]
+            sizes[short[new]] += 1
+    return filled
+
+
+def semantic_neighbours(embeddings: np.ndarray, num_neighbours: int) -> np.ndarray:
+    """Items of highest cosine similarity to each item of embeddings (N, D) but itself, (N, K) int64; ties by item."""
+    num_items = len(embeddings)
+    _check_number(num_items, num_neighbours)
+    lengths = np.sqrt(np.einsum("nd,nd->n", embeddings, embeddings, dtype=np.float64))
+    wrong = np.flatnonzero(~np.isfinite(lengths) | (lengths == 0))
+    if len(wrong):
+        raise ValueError(f"the embedding in row {wrong[0]} is zero or not finite; embed that item again.")
+    unit = np.divide(embeddings, lengths[:, None], out=np.empty(embeddings.shape, np.float32), casting="same_kind")
+    # one column for equal embeddings: a matrix product may round two equal columns differently, and they must tie
+    different, column = np.unique(unit, axis=0, return_inverse=True)
+    parts, rows_at_once = [], max(SIMILARITIES_AT_ONCE // num_items, 1)
+    for start in range(0, num_items, rows_at_once):
+        similarity = (unit[start : start + rows_at_once] @ different.T)[:, column]  # (R, N)
+        own = np.arange(len(similarity))
+        similarity[own, start + own] = -np.inf
+        parts.append(_highest(similarity, num_neighbours))
+    return np.concatenate(parts)
+
+
+def _highest(values: np.ndarray, number: int) -> np.ndarray:
+    """Columns of the highest values of each row, highest first, ties by lower column."""
+    least = np.partition(values, values.shape[1] - number, axis=1)[:, values.shape[1] - number]
+    places = np.flatnonzero(values >= least[:, None])  # twice as fast as nonzero
+    rows, columns = np.divmod(places, values.shape[1])
+    order = np.lexsort((columns, -values.ravel()[places], rows))
+    place = np.arange(len(rows)) - np.searchsorted(rows, rows)
+    highest: np.ndarray = columns[order][place < number].reshape(-1, number)
+    return highest
+
+
+def _check_number(num_items: int, num_neighbours: int) -> None:
+    if num_neighbours >= num_items:
+        raise ValueError(f"num_neighbours is {num_neighbours} but must be below the {num_items} items; use fewer.")
+
+
+def random_neighbours(num_items: int, num_neighbours: int, seed: int) -> np.ndarray:
+    """Different random other items for every item, (N, K) int64, the same for the same seed: a control.
+
+    Source: Floyd's sampling without replacement (Bentley & Floyd 1987), for all items at once.
+    """
+    _check_number(num_items, num_neighbours)
+    rng = np.random.default_rng(seed)
+    drawn = np.full((num_items, num_neighbours), -1, dtype=np.int64)
+    for place, largest in enumerate(range(num_items - 1 - num_neighbours, num_items - 1)):
+        number = rng.integers(largest + 1, size=num_items)
+        drawn[:, place] = np.where((drawn == number[:, None]).any(axis=1), largest, number)
+    drawn += drawn >= np.arange(num_items)[:, None]  # until here numbers count the others only
+    return rng.permuted(drawn, axis=1)
+
+
+def refuse_without_neighbours(neighbours: np.ndarray, item_ids: Sequence[str]) -> None:
+    """Raise a ValueError with the first item's id when rows of neighbours (N, K) are empty."""
+    alone = np.flatnonzero((neighbours < 0).all(axis=1))
+    if len(alone):
+        raise ValueError(
+            f"{len(alone)} of {len(neighbours)} items have no neighbour, the first is {item_ids[alone[0]]}; "
+            "use more data or a larger window, or set that relation's weight to 0."
+        )

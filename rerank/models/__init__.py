@@ -1,0 +1,1 @@
+"""Models: how they are loaded, made, saved, served and asked."""

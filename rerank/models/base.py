@@ -1,0 +1,212 @@
+"""Models: a pretrained one loaded, a small Qwen3-shaped one made, tokens added, a trained one saved."""
+
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rerank.models import names
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+    from trl import ModelConfig
+
+SPECIAL_TOKENS = ("<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>")
+EMBEDDING_SPREAD = 0.1
+TEMPLATE = Path(__file__).with_name("chat_template.jinja")
+
+
+@dataclass
+class SmallModelArguments:
+    """Shape of the small model that is made when the recipe names no base model."""
+
+    hidden_size: int = field(default=128, metadata={"help": "Width of the small model."})
+    num_layers: int = field(default=4, metadata={"help": "Layers of the small model."})
+    num_heads: int = field(default=4, metadata={"help": "Attention heads of the small model."})
+    num_kv_heads: int = field(default=2, metadata={"help": "Key-value heads of the small model."})
+    vocab_size: int = field(default=2000, metadata={"help": "Size of its BPE vocabulary, id tokens not counted."})
+    context_length: int = field(default=1024, metadata={"help": "Positions of the small model, in tokens."})
+
+    def __post_init__(self) -> None:
+        if self.hidden_size % self.num_heads or self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size}, num_heads {self.num_heads} and num_kv_heads {self.num_kv_heads} "
+                "must divide one another in this order; try 128, 4 and 2"
+            )
+
+
+def load_pretrained(
+    name: str, settings: "ModelConfig | None" = None
+) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
+    """Model (in float32 unless `settings.dtype` says otherwise) and tokenizer; a GGUF file in its folder is unpacked.
+
+    Args:
+        name: As `names.resolve` takes it.
+        settings: TRL's, of which `dtype`, `attn_implementation` and `model_revision` are followed.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    name = names.resolve(name, "model")
+    kwargs = {"dtype": (settings and settings.dtype) or "float32"}
+    if settings is not None:
+        refuse_quantized(settings)
+        kwargs |= {"attn_implementation": settings.attn_implementation, "revision": settings.model_revision}
+    files = list(Path(name).glob("*.gguf")) if Path(name).is_dir() else []
+    if not files:
+        return AutoModelForCausalLM.from_pretrained(name, **kwargs), AutoTokenizer.from_pretrained(name)
+    if len(files) > 1:
+        raise ValueError(f"model folder {name} has {len(files)} .gguf files; leave one")
+    tokenizer = AutoTokenizer.from_pretrained(name, gguf_file=files[0].name)
+    packed = AutoModelForCausalLM.from_pretrained(name, gguf_file=files[0].name, **kwargs)
+    # A model loaded from GGUF refuses to be saved: the same weights in a model made from its plain configuration.
+    dropped = ("quantization_config", "_name_or_path", "architectures")
+    config = type(packed.config)(**{k: v for k, v in packed.config.to_dict().items() if k not in dropped})
+    model = type(packed)(config).to(packed.dtype)  # type: ignore[arg-type]  # a decorator hides its signature
+    model.load_state_dict(packed.state_dict())
+    model.tie_weights()
+    return model, tokenizer
+
+
+def refuse_quantized(settings: "ModelConfig") -> None:
+    """Refuse `load_in_4bit` and `load_in_8bit`: merged adapters and vLLM's weight sync need plain weights."""
+    for key, is_set in (("load_in_4bit", settings.load_in_4bit), ("load_in_8bit", settings.load_in_8bit)):
+        if is_set:
+            raise ValueError(f"{key} is not supported, as later stages need plain weights; use dtype: bfloat16")
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, words: Sequence[str] = ()) -> "PreTrainedTokenizerBase":
+    """A byte-level BPE tokenizer whose merges never cross white space, with one token for each of `words`."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    # " 3." on a candidate line and " 3" in a ranking begin with the same token
+    words_only = pre_tokenizers.Split(Regex(r"[,.]| ?[^\s,.]+|\s"), "isolated")
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [words_only, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    texts = list(texts)
+    weight = 1 + len(texts) // 4  # frequent enough to be merged first
+    bpe.train_from_iterator(
+        texts + [f"{space}{word}" for word in words for space in ("", " ") for _ in range(weight)], trainer
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        pad_token=SPECIAL_TOKENS[0],
+        eos_token=SPECIAL_TOKENS[1],
+        extra_special_tokens=list(SPECIAL_TOKENS[2:]),
+    )
+    tokenizer.chat_template = TEMPLATE.read_text()
+    return tokenizer
+
+
+def make_small_model(shape: SmallModelArguments, tokenizer: "PreTrainedTokenizerBase", seed: int) -> "PreTrainedModel":
+    """A Qwen3-shaped model with random weights and tied embeddings, in float32.
+
+    Embeddings are initialised with standard deviation 0.1 instead of transformers' 0.02, with which so small a model
+    needs thousands of steps to copy tokens (measured on lists to sort: loss 2.4 against 3.9 after 250 steps).
+    """
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(seed)
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=shape.hidden_size,
+        intermediate_size=3 * shape.hidden_size,
+        num_hidden_layers=shape.num_layers,
+        num_attention_heads=shape.num_heads,
+        num_key_value_heads=shape.num_kv_heads,
+        head_dim=shape.hidden_size // shape.num_heads,
+        max_position_embeddings=shape.context_length,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = Qwen3ForCausalLM(config)
+    with torch.no_grad():
+        _token_tables(model)[0].mul_(EMBEDDING_SPREAD / config.initializer_range)
+    return model
+
+
+@contextlib.contextmanager
+def gathered_parameters(*weights: "torch.Tensor") -> Iterator[None]:
+    """Gather weights that ZeRO-3 has sharded; changes that every process makes to them are kept."""
+    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+    if not is_deepspeed_zero3_enabled():
+        yield
+        return
+    from deepspeed.runtime.zero import GatheredParameters
+
+    with GatheredParameters(list(weights), modifier_rank=0):
+        yield
+
+
+def _token_tables(model: "PreTrainedModel") -> list["torch.Tensor"]:
+    """The embedding and, where it is not tied to it, the output head."""
+    import torch
+
+    tables = [layer.weight for layer in (model.get_input_embeddings(), model.get_output_embeddings())]
+    distinct = tables[:1] if tables[0] is tables[1] else tables
+    return [table for table in distinct if isinstance(table, torch.Tensor)]
+
+
+def add_tokens(
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", tokens: Sequence[str], seed: int
+) -> list[int]:
+    """Add ordinary tokens (special ones would vanish from decoded completions) with embeddings; returns their ids.
+
+    New rows are drawn from a normal distribution with the mean and spread of the old ones, so that they differ.
+    """
+    import torch
+
+    embedding = _token_tables(model)[0]
+    with gathered_parameters(embedding):
+        old_size = embedding.shape[0]
+    tokenizer.add_tokens(list(tokens))
+    ids: list[int] = tokenizer.convert_tokens_to_ids(list(tokens))  # type: ignore[assignment]  # of a list, a list
+    special = set(tokenizer.all_special_ids)
+    for token, token_id in zip(tokens, ids, strict=True):
+        if token_id in special or tokenizer(token, add_special_tokens=False).input_ids != [token_id]:
+            raise ValueError(f"id token {token} is special or split in this tokenizer; use a base model without it")
+    if len(tokenizer) > old_size:
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    generator = torch.Generator().manual_seed(seed)
+    new = [token_id for token_id in ids if token_id >= old_size]
+    for table in _token_tables(model):
+        with torch.no_grad(), gathered_parameters(table):
+            old = table[:old_size].float()
+            noise = torch.randn(len(new), old.shape[1], generator=generator) * old.std()
+            table[new] = (old.mean(0) + noise).to(table.dtype)
+    return ids
+
+
+def save_trained(trainer: "Trainer", tokenizer: "PreTrainedTokenizerBase", base_dir: str | Path, folder: Path) -> None:
+    """Save a trainer's model as a plain model folder, a LoRA adapter merged into the model of `base_dir`.
+
+    Every process must call it, since a sharded model is gathered.
+    """
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    is_adapter = isinstance(trainer.accelerator.unwrap_model(trainer.model), PeftModel)
+    saved = folder.with_name(f"{folder.name}_adapter") if is_adapter else folder
+    trainer.save_model(str(saved))
+    if not trainer.accelerator.is_main_process:
+        return
+    if is_adapter:
+        base = AutoModelForCausalLM.from_pretrained(base_dir, dtype="float32")  # its folder may have no tokenizer
+        PeftModel.from_pretrained(base, str(saved)).merge_and_unload().save_pretrained(folder)
+    (folder / "training_args.bin").unlink(missing_ok=True)
+    tokenizer.save_pretrained(folder)

@@ -1,0 +1,118 @@
+"""Rollouts from a vLLM server: its launch line, the check of its vocabulary, and retries while it is away."""
+
+import itertools
+import json
+import logging
+import re
+import shlex
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
+
+import requests
+import tenacity
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+    from trl import GRPOConfig
+    from trl.generation.vllm_client import VLLMClient
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
+
+MAX_TRIES = 6
+NO_ANSWER: dict[str, list[object]] = {"prompt_ids": [], "completion_ids": [], "logprobs": []}
+
+
+def launch_line(model_dir: str | Path, port: int = 8000, max_length: int | None = None) -> str:
+    """The shell line that serves a policy the way TRL's server mode needs it (weights arrive over NCCL)."""
+    words = ["vllm", "serve", str(model_dir), "--port", str(port)]
+    if max_length is not None:
+        words += ["--max-model-len", str(max_length)]
+    words += ["--weight-transfer-config", json.dumps({"backend": "nccl"})]
+    words += ["--logprobs-mode", "processed_logprobs", "--max-logprobs", "-1", "--enable-scale-out"]
+    return "VLLM_SERVER_DEV_MODE=1 " + shlex.join(words)
+
+
+def base_url(config: "GRPOConfig") -> str:
+    """Address of the server that a GRPOConfig names."""
+    return config.vllm_server_base_url or f"http://{config.vllm_server_host}:{config.vllm_server_port}"
+
+
+def check_vocabulary(config: "GRPOConfig", tokenizer: "PreTrainedTokenizerBase", semantic_ids: Sequence[str]) -> None:
+    """Refuse a server whose tokenizer reads the catalogue's semantic ids otherwise than the policy's, or none."""
+    url, text = base_url(config), "".join(dict.fromkeys(semantic_ids))
+    try:
+        served = retry(_tokenize, config.vllm_server_timeout)(url, text)
+    except requests.RequestException as error:
+        raise ValueError(f"no vLLM server answers at {url} ({type(error).__name__}); start it with the line that "
+                         "`rerank run --dry-run` prints") from None  # fmt: skip
+    own = tokenizer(text, add_special_tokens=False).input_ids
+    if served != own:
+        pairs = itertools.zip_longest(served, own, fillvalue=None)
+        theirs, ours = next(pair for pair in pairs if pair[0] != pair[1])
+        token = "the end" if ours is None else tokenizer.convert_ids_to_tokens(ours)
+        raise ValueError(
+            f"the vLLM server at {url} serves another vocabulary: it reads {token} as id {theirs}, the policy as "
+            f"{ours}; serve the sft stage's model folder"
+        )
+
+
+def _tokenize(url: str, text: str) -> list[int]:
+    """Token ids of a text by the server's tokenizer."""
+    answer = requests.post(f"{url}/tokenize", json={"prompt": text, "add_special_tokens": False}, timeout=60)
+    answer.raise_for_status()
+    tokens: list[int] = answer.json()["tokens"]
+    return tokens
+
+
+def retry(call: Callable[P, T], seconds: float) -> Callable[P, T]:
+    """The call, tried again with growing pauses while the server is away, MAX_TRIES times and `seconds` at most."""
+    return tenacity.retry(
+        retry=tenacity.retry_if_exception(_is_away),
+        wait=tenacity.wait_exponential(multiplier=min(1.0, seconds / 60), max=30),
+        stop=tenacity.stop_after_attempt(MAX_TRIES) | tenacity.stop_after_delay(seconds),
+        before_sleep=tenacity.before_sleep_log(logger, logging.WARNING),
+        reraise=True,
+    )(call)
+
+
+def add_retries(client: "VLLMClient", seconds: float) -> None:
+    """Let TRL's client ask again while the server is away, and in the end answer nothing.
+
+    Other processes wait for the answer; an exception here would leave them waiting. Once a call has failed for good,
+    no later one is tried: a server that comes back serves other weights.
+    """
+    generate, update, reset = retry(client.generate, seconds), client.update_named_params, client.reset_prefix_cache
+    is_gone = False
+
+    def attempt(call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
+        nonlocal is_gone
+        try:
+            return None if is_gone else call(*args, **kwargs)
+        except Exception as error:
+            if not _is_away(error):
+                raise
+            logger.error("the vLLM server does not answer: %s: %s", type(error).__name__, error)
+            is_gone = True
+            return None
+
+    def update_if_there(metadata: object, weights: Iterable[object]) -> None:
+        attempt(update, metadata, weights)
+        for _ in weights:  # which are gathered from all processes, each taking part
+            pass
+
+    client.generate = lambda *args, **kwargs: attempt(generate, *args, **kwargs) or NO_ANSWER
+    client.update_named_params = update_if_there
+    client.reset_prefix_cache = lambda: attempt(reset)
+
+
+def _is_away(error: BaseException) -> bool:
+    """Whether an error means that the server is not there yet: no answer, or a 502 to 504."""
+    if type(error) is Exception:  # what TRL's client raises for every answer but 200
+        return re.match(r"Request failed: 50[234]\b", str(error)) is not None
+    if isinstance(error, requests.HTTPError):
+        return error.response is not None and error.response.status_code in (502, 503, 504)
+    return isinstance(error, requests.ConnectionError | requests.Timeout)

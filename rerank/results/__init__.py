@@ -1,0 +1,1 @@
+"""From rankings to tables: what evaluate, compare and the report share."""

@@ -1,0 +1,1 @@
+"""Rollouts: their schema and store, lists of groups, metrics, browser, and rescoring."""

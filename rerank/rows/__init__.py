@@ -1,0 +1,43 @@
+"""The row to rank: read, shuffled, asked and turned into reward columns here and nowhere else.
+
+`RankingRow` is one list of candidates after one history. `Prompter` writes its prompt and its labels, REWARD_COLUMNS
+are what a reward is told of it. `histories` reads what has no list yet.
+"""
+
+from rerank.rows.histories import TRAINING, TargetRows, by_user, training_items, training_sequences, windows
+from rerank.rows.prompter import (
+    FEATURES_FILE,
+    REWARD_COLUMNS,
+    PromptedRow,
+    Prompter,
+    RewardColumn,
+    check_edges,
+    column_names,
+    read_feature_names,
+    reward_columns,
+)
+from rerank.rows.row import RankingRow, check_features, choose_rows, read_rows, shuffle, training_rows
+
+__all__ = [
+    "FEATURES_FILE",
+    "REWARD_COLUMNS",
+    "TRAINING",
+    "PromptedRow",
+    "Prompter",
+    "RankingRow",
+    "RewardColumn",
+    "TargetRows",
+    "by_user",
+    "check_edges",
+    "check_features",
+    "choose_rows",
+    "column_names",
+    "read_feature_names",
+    "read_rows",
+    "reward_columns",
+    "shuffle",
+    "training_items",
+    "training_rows",
+    "training_sequences",
+    "windows",
+]

@@ -1,0 +1,160 @@
+"""How a row is asked (prompt and labels), and what rewards are told of it.
+
+N candidates of a row, F features of a candidate.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pyarrow as pa
+
+from rerank.catalogue import Catalogue
+from rerank.grading import Facts
+from rerank.launch import run_dir
+from rerank.prompts import PromptSettings, candidate_labels, completion, render, rerank_prompt
+from rerank.rows.row import RankingRow
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+FEATURES_FILE = "features.json"  # names and bucket edges of the features, beside candidates and in every model folder
+
+
+@dataclass(frozen=True)
+class PromptedRow:
+    """A row as it is asked: its prompt, the label of each candidate shown, and the token limit of an answer."""
+
+    row: RankingRow
+    prompt: str
+    labels: list[str]
+    max_completion_tokens: int
+
+
+@dataclass(frozen=True)
+class Prompter:
+    """Rows to prompts, labels and answers, by the settings that the traces stage fixed for all later stages.
+
+    Attributes:
+        catalogue: The items.
+        settings: What a prompt shows.
+        names: Names of the columns of `RankingRow.features`.
+        edges: Bucket edges of each feature.
+        tokenizer: Renders prompts by its chat template; without one a prompt is its user message.
+    """
+
+    catalogue: Catalogue
+    settings: PromptSettings
+    names: Sequence[str] = ()
+    edges: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    tokenizer: "PreTrainedTokenizerBase | None" = None
+
+    @classmethod
+    def of_run(
+        cls,
+        run: str | Path,
+        tokenizer: "PreTrainedTokenizerBase | None" = None,
+        settings: PromptSettings | None = None,
+    ) -> "Prompter":
+        """Of a run; without `settings`, by those of its traces stage."""
+        settings = settings or PromptSettings.load(run_dir.stage_dir(run, "traces"))
+        features = read_feature_names(run_dir.stage_dir(run, "candidates"))
+        return cls(Catalogue.load(run), settings, *features, tokenizer)
+
+    @classmethod
+    def of_model(cls, folder: str | Path, tokenizer: "PreTrainedTokenizerBase | None" = None) -> "Prompter":
+        """Of a model folder of the sft or dapo stage."""
+        return cls(Catalogue.load(folder), PromptSettings.load(folder), *read_feature_names(folder), tokenizer)
+
+    @property
+    def needs_features(self) -> bool:
+        """Whether prompts show facts about candidates."""
+        return self.settings.evidence != "none"
+
+    def facts(self, row: RankingRow) -> Facts:
+        """The facts on the row's candidate lines."""
+        return Facts.of(row.features, len(row.candidates), self.settings, self.edges, self.names)
+
+    def message(self, row: RankingRow) -> str:
+        """The user message."""
+        return rerank_prompt(row.history, row.candidates, self.facts(row).lines, self.catalogue, self.settings)
+
+    def prompt(self, row: RankingRow) -> str:
+        """The text that the model completes."""
+        message = self.message(row)
+        return message if self.tokenizer is None else render(self.tokenizer, message)
+
+    def labels(self, row: RankingRow) -> list[str]:
+        """The label that a completion writes for each candidate, in the order shown."""
+        return candidate_labels(row.candidates, self.catalogue, self.settings)
+
+    def ask(self, row: RankingRow, max_completion_tokens: int) -> PromptedRow:
+        """The row with its prompt and labels."""
+        return PromptedRow(row, self.prompt(row), self.labels(row), max_completion_tokens)
+
+    def example(self, row: RankingRow, trace: str | None, order: Sequence[int]) -> dict[str, list[int]]:
+        """Token ids and labels of prompt and completion; the two are tokenized apart, as rollouts are."""
+        assert self.tokenizer is not None
+        prompt = self.tokenizer(self.prompt(row)).input_ids
+        answer = self.tokenizer(completion(trace, order, self.labels(row)), add_special_tokens=False).input_ids
+        answer = [*answer, self.tokenizer.eos_token_id]
+        return {"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer}
+
+
+def read_feature_names(folder: str | Path) -> tuple[list[str], dict[str, list[float]]]:
+    """Names of the feature columns and the bucket edges of each in `folder`/features.json; none without the file."""
+    path = Path(folder) / FEATURES_FILE
+    if not path.is_file():
+        return [], {}
+    stored = json.loads(path.read_text())
+    return stored["names"], stored["edges"]
+
+
+def check_edges(folder: str | Path, settings: PromptSettings) -> None:
+    """Refuse facts for the prompt that `folder`/features.json lacks, naming those there are."""
+    names, edges = read_feature_names(folder)
+    known = [name for name in names if name in edges]
+    for name in settings.evidence_names if settings.evidence != "none" else []:
+        if name not in known:
+            raise ValueError(
+                f"evidence_names holds {name!r} but {Path(folder) / FEATURES_FILE} has "
+                f"{', '.join(known) or 'none'}; run the candidates stage again or leave the fact out."
+            )
+
+
+@dataclass(frozen=True)
+class RewardColumn:
+    """A column that rewards get by name and that the store keeps beside each rollout."""
+
+    name: str
+    type: pa.DataType
+    value: Callable[[PromptedRow], object]
+
+
+# What a reward is told of a row. A line here is all that a new column takes: dapo, the probe, the store and rescoring
+# read this list.
+REWARD_COLUMNS: tuple[RewardColumn, ...] = (
+    RewardColumn("row_id", pa.int64(), lambda asked: asked.row.row_id),
+    RewardColumn("user", pa.int64(), lambda asked: asked.row.user),
+    RewardColumn("history", pa.list_(pa.int64()), lambda asked: list(asked.row.history)),
+    RewardColumn("candidates", pa.list_(pa.int64()), lambda asked: list(asked.row.candidates)),
+    RewardColumn("relevance", pa.list_(pa.float64()), lambda asked: list(asked.row.relevance)),
+    RewardColumn("candidate_labels", pa.list_(pa.string()), lambda asked: list(asked.labels)),
+    RewardColumn("first_stage_ranks", pa.list_(pa.int64()), lambda asked: list(asked.row.ranks)),
+    RewardColumn("target_rank", pa.int64(), lambda asked: asked.row.target_rank),
+    RewardColumn("fields", pa.string(), lambda asked: json.dumps(dict(asked.row.fields), ensure_ascii=False)),
+    RewardColumn("max_completion_tokens", pa.int64(), lambda asked: asked.max_completion_tokens),
+)
+
+
+def column_names() -> tuple[str, ...]:
+    """Names of REWARD_COLUMNS."""
+    return tuple(column.name for column in REWARD_COLUMNS)
+
+
+def reward_columns(asked: Sequence[PromptedRow]) -> dict[str, list[object]]:
+    """REWARD_COLUMNS of these rows, and `prompts` as TRL names their texts: one value for each row."""
+    columns = {column.name: [column.value(row) for row in asked] for column in REWARD_COLUMNS}
+    return {"prompts": [row.prompt for row in asked], **columns}

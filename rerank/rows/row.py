@@ -1,0 +1,192 @@
+"""The row to rank, and how the rows of a candidates table are read.
+
+N candidates of a row, F features of a candidate.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from rerank.launch import run_dir
+
+T = TypeVar("T")
+COLUMNS = ("row_id", "user", "history", "candidates", "relevance")  # of a candidates table; the others are optional
+OPTIONAL = ("first_stage_scores", "features", "fields")
+USES = ("sft", "dapo", "all")
+
+
+@dataclass(frozen=True)
+class RankingRow:
+    """A history and a list of candidates in the order shown.
+
+    Attributes:
+        row_id: Number of the row.
+        history: Items, oldest first.
+        candidates: (N,) items.
+        relevance: (N,) grades, 0 for what is not relevant; empty where nobody knows them.
+        user: None where nobody is named.
+        ranks: (N,) first-stage rank of each candidate, from 1; their order where not given.
+        scores: (N,) first-stage scores; empty where there are none.
+        features: (N, F) float32, columns as in features.json; None without them.
+        fields: Further columns of the row, by name.
+    """
+
+    row_id: int
+    history: tuple[int, ...]
+    candidates: tuple[int, ...]
+    relevance: tuple[float, ...] = ()
+    user: int | None = None
+    ranks: tuple[int, ...] = ()
+    scores: tuple[float, ...] = ()
+    features: np.ndarray | None = field(default=None, compare=False, repr=False)
+    fields: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.ranks:
+            object.__setattr__(self, "ranks", tuple(range(1, len(self.candidates) + 1)))
+        for name in ("relevance", "ranks", "scores", "features"):
+            values = getattr(self, name)
+            if values is not None and len(values) not in (0, len(self.candidates)):
+                raise ValueError(
+                    f"row_id {self.row_id}: {name} has {len(values)} entries but there are {len(self.candidates)} "
+                    "candidates; give one for each"
+                )
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> "RankingRow":
+        """The row of a record of a candidates table."""
+        features = record.get("features")
+        return cls(
+            row_id=record["row_id"],
+            history=tuple(record["history"]),
+            candidates=tuple(record["candidates"]),
+            relevance=tuple(record.get("relevance") or ()),
+            user=record.get("user"),
+            scores=tuple(record.get("first_stage_scores") or ()),
+            features=np.asarray(features, dtype=np.float32) if features else None,
+            fields=json.loads(record["fields"]) if record.get("fields") else {},
+        )
+
+    @property
+    def is_hit(self) -> bool:
+        """Whether a candidate is relevant."""
+        return any(grade > 0 for grade in self.relevance)
+
+    @cached_property
+    def target(self) -> int | None:
+        """Position of the most relevant candidate, of equals the one that the first stage ranks best; None without."""
+        if not self.is_hit:
+            return None
+        return min(range(len(self.candidates)), key=lambda place: (-self.relevance[place], self.ranks[place]))
+
+    @property
+    def target_rank(self) -> int | None:
+        """First-stage rank of the target, None without one."""
+        return None if self.target is None else self.ranks[self.target]
+
+    def place_of_target(self, order: Sequence[int] | None) -> int | None:
+        """1-based place that a ranking (positions, best first) gives the target; None without either."""
+        return None if order is None or self.target is None else list(order).index(self.target) + 1
+
+    def rank_gain(self, order: Sequence[int] | None) -> float:
+        """Places that a ranking moves the target up; below every number for a completion that is no ranking."""
+        place = self.place_of_target(order)
+        return -math.inf if place is None or self.target_rank is None else float(self.target_rank - place)
+
+    def shuffled(self, order: Sequence[int]) -> "RankingRow":
+        """The same row with its candidates shown in another order; each keeps its first-stage rank.
+
+        Args:
+            order: Position in this row of each candidate to show.
+        """
+        return replace(
+            self,
+            candidates=tuple(self.candidates[place] for place in order),
+            relevance=tuple(self.relevance[place] for place in order) if self.relevance else (),
+            ranks=tuple(self.ranks[place] for place in order),
+            scores=tuple(self.scores[place] for place in order) if self.scores else (),
+            features=None if self.features is None else self.features[list(order)],
+        )
+
+
+def shuffle(row: RankingRow, seed: int, epoch: int = 0) -> RankingRow:
+    """The row with its candidates in a random order that depends on seed, epoch and row alone."""
+    order = np.random.default_rng([seed, epoch, row.row_id]).permutation(len(row.candidates))
+    return row.shuffled(order.tolist())
+
+
+def read_rows(path: str | Path, only_hits: bool = True, needs_features: bool = False) -> list[RankingRow]:
+    """The rows of a candidates table, such as RUN_DIR/candidates/train.parquet, by row_id.
+
+    Args:
+        path: Parquet with COLUMNS.
+        only_hits: Leave out rows without a relevant candidate.
+        needs_features: Refuse rows without features.
+
+    Raises:
+        ValueError: When a column is missing, no row is left, or a row lacks the features that are needed.
+    """
+    names = pq.read_schema(path).names
+    for name in COLUMNS:
+        if name not in names:
+            raise ValueError(
+                f"{path} has no column {name!r}; it has {', '.join(names)}; run the candidates stage again"
+            )
+    if needs_features:
+        check_features(path)
+    table = pq.read_table(path, columns=[*COLUMNS, *(name for name in OPTIONAL if name in names)]).sort_by("row_id")
+    rows = [RankingRow.of(record) for record in table.to_pylist()]
+    kept = [row for row in rows if row.is_hit or not only_hits]
+    if not kept:
+        raise ValueError(f"{path}: none of its {len(rows)} rows lists a relevant item; use longer candidate lists")
+    return kept
+
+
+def check_features(path: str | Path) -> None:
+    """Refuse a candidates table without features.
+
+    Raises:
+        ValueError: Naming the file and the first row that lacks them.
+    """
+    cure = "let the candidates stage compute them, or use evidence: none and a teacher that is a language model"
+    if "features" not in pq.read_schema(path).names:
+        raise ValueError(f"{path} has no column features, which evidence rests on; {cure}.")
+    table = pq.read_table(path, columns=["row_id", "features"])
+    lacking = table.filter(pc.or_kleene(pc.is_null(table["features"]), pc.equal(pc.list_value_length(table[1]), 0)))
+    if len(lacking):
+        raise ValueError(f"{path}: row_id {lacking['row_id'][0]} has no features, which evidence rests on; {cure}.")
+
+
+def training_rows(run: str | Path, use: str, needs_features: bool = False) -> list[RankingRow]:
+    """The hit rows of the training lists that the traces stage assigned to `sft` or `dapo`, or `all` of them.
+
+    Raises:
+        ValueError: When none is left.
+    """
+    if use not in USES:
+        raise ValueError(f"rows is {use!r}; choose one of {', '.join(USES)}")
+    split = pq.read_table(run_dir.stage_dir(run, "traces") / "row_split.parquet").to_pydict()
+    used_for = dict(zip(split["row_id"], split["used_for"], strict=True))
+    rows = read_rows(run_dir.stage_dir(run, "candidates") / "train.parquet", needs_features=needs_features)
+    chosen = [row for row in rows if row.row_id in used_for and use in ("all", used_for[row.row_id])]
+    if not chosen:
+        raise ValueError(
+            f"no training rows are left for {use}; lower rows_for_sft of the traces stage, or set rows: all"
+        )
+    return chosen
+
+
+def choose_rows(rows: Sequence[T], max_rows: int, seed: int) -> list[T]:
+    """A seeded choice of `max_rows` rows in their order; all for 0."""
+    if not 0 < max_rows < len(rows):
+        return list(rows)
+    chosen = np.random.default_rng(seed).choice(len(rows), max_rows, replace=False)
+    return [rows[place] for place in sorted(chosen)]

@@ -1,0 +1,53 @@
+"""Finished runs for `rerank compare`, made by hand, and the cells of its tables."""
+
+from pathlib import Path
+
+import pyarrow as pa
+from toy_run import finish
+
+from rerank import compare
+from rerank.evaluate import RANKINGS
+from rerank.launch import pipeline, run_dir
+from rerank.launch.files import write_json
+
+NUM_ROWS = 4
+# The relevant item stands second in every list: NDCG@5 is 1/log2(3) = 0.6309 in the given order, 1 in the right one.
+RELEVANCE = [0.0, 1.0, 0.0, 0.0, 0.0, 0.0]
+GIVEN, RIGHT = [0, 1, 2, 3, 4, 5], [1, 0, 2, 3, 4, 5]
+SHA256 = "0" * 64
+
+
+def finish_step(step: pipeline.Step, inputs: tuple[str, ...] = (), metrics: dict | None = None, **tables) -> None:
+    """Finish the folder of a step."""
+    finish(run_dir.stage_dir(step.run_dir, step.stage), metrics, step.keys, inputs, **tables)
+
+
+def finish_run(recipe_dir: Path, run: Path, first: Path, orders: dict[str, list], first_row_id: int = 0) -> None:
+    """A run in which the ranker `sft` (and whichever) wrote the same order, or none, on every row."""
+    data, ids, candidates, evaluate = compare.variant_steps(compare.Variant("", str(recipe_dir)), run, 0, None)
+    if run == first:
+        sources = {"sources": {"toy.csv": SHA256}}
+        finish_step(data, metrics=sources)
+    else:
+        compare.share_stage(first, run, "data")
+    finish_step(ids, ("data",))
+    row_ids = list(range(first_row_id, first_row_id + NUM_ROWS))
+    lists = pa.table({"row_id": row_ids, "relevance": [RELEVANCE] * NUM_ROWS})
+    finish_step(candidates, ("data", "semantic_ids"), test=lists)
+    lines = [
+        {"row_id": row_id, "user": row_id // 2, "ranker": name, "order": order}
+        for name, order in {"no_op": GIVEN, "oracle": RIGHT, **orders}.items()
+        for row_id in row_ids
+    ]
+    rankings = pa.Table.from_pylist(lines, schema=RANKINGS)
+    (run / "evaluate").mkdir()
+    write_json(run / "evaluate/results.json", {"split": "test", "n": NUM_ROWS, "n_all": 7})
+    (run / "evaluate/report.html").touch()
+    finish_step(evaluate, ("data", "semantic_ids", "candidates"), rankings=rankings)
+
+
+def cells(text: str, number: int = 0) -> dict[tuple[str, str], list[str]]:
+    """The rows of one of the tables by variant and ranker."""
+    table = [block for block in text.split("\n\n") if block.startswith("|")][number]
+    rows = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in table.splitlines()]
+    return {(row[0], row[1]): row[2:] for row in rows[2:]}

@@ -1,0 +1,266 @@
+"""The order of prompts, which groups are useful, and how the sampler finds them, with plain functions."""
+
+import functools
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+from scripted_dapo import REWARDS, SIZE, first_drawn, row_ids, rows, stream, unequal, useful_for
+
+from rerank import scoring
+from rerank.dapo import groups as grouping
+from rerank.dapo.groups import Completion, Group, Rollout
+from rerank.dapo.prompt_stream import PromptStream, TrainingPrompt
+from rerank.dapo.sampler import GroupSampler, SamplerState, SamplingOptions
+from rerank.prompts import completion
+from rerank.rollouts import store
+from rerank.rows import reward_columns
+
+
+def test_prompts_come_in_one_order_however_many_are_taken_at_once():
+    whole, prompts = stream().take(0, 13), stream()
+    assert row_ids(whole) == row_ids([*prompts.take(0, 4), *prompts.take(4, 1), *prompts.take(5, 8)])
+    for epoch in (0, 1):  # each epoch is a permutation of all rows
+        assert sorted(row_ids(whole)[5 * epoch : 5 * epoch + 5]) == [10, 11, 12, 13, 14]
+    assert [prompt.epoch for prompt in whole] == [0] * 5 + [1] * 5 + [2] * 3
+    assert row_ids(stream(seed=1).take(0, 13)) != row_ids(whole)
+
+
+def test_the_prompts_of_a_stream_do_not_depend_on_the_order_of_its_rows():
+    other = PromptStream(rows()[::-1], stream().prompter, 0, 16)
+    assert row_ids(other.take(0, 5)) == row_ids(stream().take(0, 5))
+
+
+def test_shuffled_candidates_keep_their_relevance_and_first_stage_rank():
+    shown = set()
+    for prompt in stream(shuffle=True).take(0, 20):
+        row = prompt.asked.row
+        places = tuple(item - 4 * (row.row_id - 10) for item in row.candidates)
+        shown.add(places)
+        assert sorted(places) == [0, 1, 2, 3] and row.target_rank == 3
+        assert row.ranks == tuple(place + 1 for place in places)
+        assert row.relevance == tuple(float(place == 2) for place in places)
+        assert prompt.asked.labels == [f"<s_a_{item}>" for item in row.candidates]
+        assert prompt.asked.prompt.splitlines()[-4:] == prompt.asked.labels
+    assert len(shown) > 5  # another order in every epoch
+
+
+def group(*orders, outcomes=None):
+    """A group over four candidates, the target third; an order of None is no ranking."""
+    prompt = TrainingPrompt(stream().ask(rows()[0]), 0)
+    outcomes = outcomes or [grouping.rank_gain(prompt.asked.row, order) for order in orders]
+    made = Completion([1], [2], "", None, False)
+    rollouts = [
+        Rollout(made, {}, {}, 0.0, order, None if order else "no_ranking", outcome)
+        for order, outcome in zip(orders, outcomes, strict=True)
+    ]
+    return Group(prompt, rollouts, 0, 0, 0)
+
+
+FIRST, SAME, LAST = [2, 0, 1, 3], [0, 1, 2, 3], [0, 1, 3, 2]
+
+
+def test_the_gain_is_the_places_moved_up_and_no_ranking_is_below_all():
+    assert [rollout.outcome for rollout in group(FIRST, SAME, LAST).rollouts] == [2.0, 0.0, -1.0]
+    assert grouping.rank_gain(rows()[0], None) == -math.inf
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "useful"),
+    [
+        ([0.1, 0.1, 0.1], False),
+        ([0.1, 0.1, 0.1 + 1e-12], True),  # exactly, where a standard deviation would round
+        ([-math.inf, -math.inf], False),
+        ([-math.inf, -3.0], True),
+        ([None, 1.0, 1.0], False),
+        ([None, None], False),
+        ([None, 1.0, 2.0], True),
+    ],
+)
+def test_a_group_is_useful_when_its_outcomes_differ(outcomes, useful):
+    assert group(*[SAME] * len(outcomes), outcomes=outcomes).is_useful() is useful
+
+
+@pytest.mark.parametrize(
+    ("missing", "share", "number"),
+    [(32, 1.0, 32), (32, 0.975, 33), (4, 0.5, 8), (1, 0.97, 2), (32, 0.1, 64), (4, 0.0, 64)],
+)
+def test_enough_prompts_are_sampled_but_not_more_than_two_batches(missing, share, number):
+    assert grouping.num_prompts(missing, share, 32) == number
+
+
+def test_every_completion_has_a_seed_of_its_own_that_repeats():
+    seeds = [
+        grouping.request_seed(seed, row, epoch, member)
+        for seed in (0, 1)
+        for row in (10, 11)
+        for epoch in (0, 1)
+        for member in range(8)
+    ]
+    assert len(set(seeds)) == len(seeds) and min(seeds) >= 0
+    assert grouping.request_seed(1, 11, 1, 7) == seeds[-1]
+
+
+def generator(lengths, text="junk"):
+    """A policy of one text whose completions have scripted numbers of tokens."""
+
+    def generate(prompts):
+        numbers = [lengths(prompt, place % SIZE) for place, prompt in enumerate(prompts)]
+        return [Completion([1], [7] * number, text, None, False) for number in numbers]
+
+    return generate
+
+
+def sampler(lengths=unequal, count=8, rounds=1, rewards=REWARDS, text="junk", outcome="num_tokens", **options):
+    chosen = SamplingOptions(SIZE, outcome, max(1, rounds), is_dynamic=rounds > 0, **options)
+    return GroupSampler(generator(lengths, text), functools.partial(scoring.score, rewards), stream(count), chosen)
+
+
+def rows_of(groups):
+    return row_ids(group.prompt for group in groups)
+
+
+def test_groups_of_one_outcome_are_dropped_and_new_prompts_sampled():
+    order = first_drawn(8, 3)
+    found, metrics = sampler(useful_for(order[1:]), rounds=3).collect(step=0, wanted=2)
+    assert rows_of(found.kept) == order[1:] and rows_of(found.discarded) == order[:1]
+    assert [group.discard_reason for group in found.sampled] == ["all_equal", None, None]
+    assert [(group.round, group.number, group.step) for group in found.sampled] == [(0, 0, 0), (0, 1, 0), (1, 2, 0)]
+    assert metrics.pop("groups/share_useful") == pytest.approx(2 / 3)
+    numbers = {"rounds": 2, "prompts": 3, "prompts_drawn": 3, "missing": 0}
+    discarded = {"discarded_all_equal": 1, "discarded_surplus": 0, "discarded_stale": 0}
+    assert metrics == {f"groups/{name}": value for name, value in (numbers | discarded).items()}
+
+
+def test_a_step_that_is_short_of_useful_groups_is_filled_up_with_the_others(caplog):
+    order = first_drawn(8, 4)
+    found, metrics = sampler(useful_for(order[:1]), rounds=2).collect(0, 3)
+    assert "step 0 lacks 2 groups after 2 rounds" in caplog.text and metrics["groups/missing"] == 2
+    assert rows_of(found.kept) == order[:1] and rows_of(found.padding)[:3] == order[1:]
+    assert rows_of(found.padding)[-1] == order[0]  # if the others are too few
+
+
+def test_without_dynamic_sampling_every_group_is_kept():
+    found, metrics = sampler(useful_for([]), rounds=0).collect(0, 3)
+    assert rows_of(found.kept) == first_drawn(8, 3) and found.discarded == []
+    assert metrics["groups/share_useful"] == 0 and metrics["groups/prompts"] == 3
+
+
+def test_useful_groups_beyond_the_step_are_surplus():
+    order = first_drawn(8, 4)
+    made = sampler(useful_for(order[1:]))
+    made.state.share_useful = 0.5  # so that four are sampled for two
+    found, metrics = made.collect(0, 2)
+    assert rows_of(found.kept) == order[1:3] and metrics["groups/discarded_surplus"] == 1
+    assert [(*rows_of([g]), g.discard_reason) for g in found.discarded] == [
+        (order[3], "surplus"),
+        (order[0], "all_equal"),
+    ]
+
+
+def test_surplus_is_used_while_the_weights_are_those_that_sampled_it_and_stale_then():
+    order, made = first_drawn(20, 10), sampler(count=20, keeps_surplus=True)
+    made.state.share_useful = 0.4  # 2 / 0.4 = 5, of which two batches are 4
+    first, metrics = made.collect(0, 2)
+    assert rows_of(first.kept) == order[:2] and first.discarded == [] and "groups/discarded_surplus" not in metrics
+    second, metrics = made.collect(0, 2)
+    assert rows_of(second.kept) == order[2:4] and second.sampled == []
+    assert metrics == {"groups/discarded_all_equal": 0}
+    made.state.share_useful = 0.6
+    made.collect(1, 2)  # samples four again
+    third, metrics = made.collect(2, 2)
+    assert [(group.step, group.discard_reason) for group in third.discarded] == [(1, "stale")] * 2
+    assert rows_of(third.discarded) == order[6:8] and metrics["groups/discarded_stale"] == 2
+    assert {group.number for group in third.kept} == {0, 1}  # numbers are those of a step
+
+
+def test_three_first_steps_without_a_useful_group_stop_the_run_and_later_ones_do_not():
+    made = sampler(useful_for([]), rounds=2)
+    made.collect(0, 2), made.collect(1, 2)
+    with pytest.raises(ValueError, match=r"in 3 steps no group differed in the outcome 'num_tokens' \(the last is 5"):
+        made.collect(2, 2)
+    lucky = sampler(useful_for(first_drawn(40, 2)), count=40)
+    assert [lucky.collect(step, 2)[1]["groups/missing"] for step in range(5)] == [0, 2, 2, 2, 2]
+    resumed = sampler(useful_for([]), count=40)
+    resumed.state = SamplerState(**vars(lucky.state))
+    assert [len(resumed.collect(step, 2)[0].kept) for step in range(5, 9)] == [0] * 4
+
+
+def test_a_resumed_sampler_continues_where_it_was_left():
+    whole = sampler(useful_for(first_drawn(8, 8)[2:]), rounds=3)
+    expected = [rows_of(whole.collect(step, 2)[0].sampled) for step in range(4)]
+    parts = sampler(useful_for(first_drawn(8, 8)[2:]), rounds=3)
+    found = [rows_of(parts.collect(step, 2)[0].sampled) for step in range(2)]
+    resumed = sampler(useful_for(first_drawn(8, 8)[2:]), rounds=3)
+    resumed.state = parts.state
+    assert found + [rows_of(resumed.collect(step, 2)[0].sampled) for step in (2, 3)] == expected
+
+
+def test_a_rollout_has_its_ranking_its_scores_and_its_outcome():
+    row = stream(1).take(0, 1)[0].asked
+    specs = [{"name": "well_formed", "weight": 0.2, "condition": "promoted_or_kept_first"}, {"name": "rank_promotion"}]
+    absent = scoring.Reward("absent", lambda completions, **_: [None] * len(completions))
+    rewards = [*scoring.load_rewards(specs), absent]
+    for order, promoted, places in ((FIRST, True, 2), (LAST, False, -1)):
+        text = completion("", order, row.labels)
+        (group,) = sampler(count=1, rewards=rewards, text=text, outcome="rank_gain").collect(0, 1)[0].sampled
+        rollout = group.rollouts[0]
+        assert rollout.rewards == {"well_formed": float(promoted), "rank_promotion": places / 4}
+        assert rollout.conditions == {"well_formed": promoted, "rank_promotion": True, "absent": True}
+        assert rollout.total == pytest.approx(0.2 * promoted + places / 4)
+        assert (rollout.order, rollout.failure, rollout.outcome) == (order, None, float(places))
+    (group,) = sampler(count=1, rewards=[absent], outcome="absent").collect(0, 1)[0].sampled
+    assert (group.rollouts[0].total, group.rollouts[0].outcome) == (0.0, None)  # nothing applies
+
+
+def test_a_record_has_every_column_of_the_store():
+    (group,) = sampler(count=1).collect(0, 1)[0].kept
+    group.discard_reason = "stale"
+    (stored,) = store.to_table([grouping.record(group, group.rollouts[1], "toy")]).to_pylist(maps_as_pydicts="strict")
+    for name, (value,) in reward_columns([group.prompt.asked]).items():
+        assert stored["prompt" if name == "prompts" else name] == value
+    wanted = {
+        "run": "toy",
+        "step": 0,
+        "round": 0,
+        "group": 0,
+        "target": 2,
+        "target_rank": 3,
+        "target_rank_after": None,
+    }
+    wanted |= {"completion_ids": [7] * 4, "failure": "no_trace_end", "kept": False, "discard_reason": "stale"}
+    wanted |= {"reward": 4.0, "reward_components": {"num_tokens": 4.0, "evenness": 0.0}, "max_completion_tokens": 16}
+    assert {name: stored[name] for name in wanted} == wanted
+
+
+NEW_COLUMN = """
+import pyarrow as pa
+from rerank import rows
+from rerank.rows import prompter
+
+column = rows.RewardColumn("num_candidates", pa.int64(), lambda asked: len(asked.row.candidates))
+rows.REWARD_COLUMNS = prompter.REWARD_COLUMNS = (*prompter.REWARD_COLUMNS, column)
+
+from rerank import scoring
+from rerank.dapo.groups import record
+from rerank.rollouts import store
+from test_dapo_sampler import sampler
+
+rewards = scoring.load_rewards([{"name": "PLUGIN:size"}])
+(group,) = sampler(count=1, rewards=rewards, outcome="size").collect(0, 1)[0].sampled
+(stored, *_) = store.to_table([record(group, rollout, "toy") for rollout in group.rollouts]).to_pylist()
+print(stored["num_candidates"], dict(stored["reward_components"])["size"])
+"""
+
+
+def test_a_new_reward_column_is_one_line(tmp_path):
+    plugin = tmp_path / "plugin.py"
+    plugin.write_text(
+        "def size(completions, num_candidates, **columns):\n    return [n / 2 for n in num_candidates]\n"
+    )
+    words = [sys.executable, "-c", NEW_COLUMN.replace("PLUGIN", str(plugin))]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([os.getcwd(), "tests"])}
+    done = subprocess.run(words, capture_output=True, text=True, env=environment)
+    assert done.stdout.split() == ["4", "2.0"], done.stderr

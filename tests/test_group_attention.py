@@ -1,0 +1,311 @@
+"""Groups in one row: TRL's own numbers, each prompt computed once, completions apart, and what is refused."""
+
+from contextlib import nullcontext
+from types import MethodType, SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed
+from datasets import Dataset
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from tiny_model import tiny_model, tiny_tokenizer
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from trl import GRPOConfig, GRPOTrainer
+from trl.trainer.utils import add_fused_lm_head
+
+from rerank.models.group_attention import (
+    ATTENTION,
+    FAMILIES,
+    CpuGroupAttention,
+    attend_in_turn,
+    group_logps_and_entropies,
+    prepare_model,
+)
+
+VOCABULARY, PROMPT, COMPLETION, TEMPERATURE = 50, 9, 6, 0.7
+# prompt length and completion lengths of each group; a completion of length 0 is masked out
+GROUPS = [(9, [6, 3, 1, 5]), (4, [5]), (7, [2, 0, 4])]
+SHAPE = {
+    "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0,
+    "bos_token_id": None, "eos_token_id": None, "initializer_range": 0.2,  # large, for distributions far from uniform
+}  # fmt: skip
+
+
+def make_model(family="qwen3", dtype=torch.float32, **options):
+    """A random model with TRL's fused head; in float64 its norms too, which otherwise compute in float32."""
+    torch.manual_seed(0)
+    if family in ("mistral", "phi3"):
+        options.setdefault("sliding_window", None)
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**SHAPE, **options)).to(dtype)
+    for module in model.modules():
+        if dtype == torch.float64 and type(module).__name__.endswith("RMSNorm"):
+            module.forward = MethodType(exact_norm, module)
+    add_fused_lm_head(model, temperature=TEMPERATURE, outputs=("log_probs", "entropy"))
+    return model
+
+
+def exact_norm(norm, states):
+    return torch.nn.functional.rms_norm(states, states.shape[-1:], norm.weight, norm.variance_epsilon)
+
+
+def make_batch(groups=GROUPS, seed=1):
+    """Padded rows (B, T) as TRL makes them, and their mask."""
+    generator = torch.Generator().manual_seed(seed)
+    rows, masks = [], []
+    for prompt_length, lengths in groups:
+        prompt = torch.randint(1, VOCABULARY, (prompt_length,), generator=generator)
+        for length in lengths:
+            completion = torch.randint(1, VOCABULARY, (length,), generator=generator)
+            sides = torch.zeros(PROMPT - prompt_length).long(), torch.zeros(COMPLETION - length).long()
+            rows.append(torch.cat([sides[0], prompt, completion, sides[1]]))
+            masks.append(torch.cat([sides[0], torch.ones(prompt_length + length).long(), sides[1]]))
+    return torch.stack(rows), torch.stack(masks)
+
+
+def by_trl(model, ids, mask, autocast=nullcontext):
+    trainer = SimpleNamespace(accelerator=SimpleNamespace(autocast=autocast))
+    method = GRPOTrainer._get_per_token_logps_and_entropies.__wrapped__
+    return method(trainer, model, ids, mask, COMPLETION, compute_entropy=True)[:2]
+
+
+def by_group(model, ids, mask, **options):
+    prepare_model(model)
+    return group_logps_and_entropies(model, ids, mask, COMPLETION, compute_entropy=True, **options)
+
+
+def gradients(model, logps, entropies):
+    """Of a loss in which every value has another weight."""
+    weights = torch.linspace(-1, 1, logps.numel()).view_as(logps)
+    model.zero_grad()
+    (logps * weights + 0.3 * entropies * weights.flip(0)).sum().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def check_equal(model, other, logps_tolerance, gradient_tolerance):
+    """The group forward of `model` against TRL's method on `other`, which has the same weights."""
+    ids, mask = make_batch()
+    plain, grouped = by_trl(other, ids, mask), by_group(model, ids, mask)
+    for ours, theirs in zip(grouped, plain, strict=True):
+        assert ours.shape == theirs.shape == ids[:, -COMPLETION:].shape
+        torch.testing.assert_close(ours, theirs, atol=logps_tolerance, rtol=0)
+        assert not ours[mask[:, -COMPLETION:] == 0].any()
+    expected, found = gradients(other, *plain), gradients(model, *grouped)
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        allowed = gradient_tolerance * gradient.abs().max()
+        assert (found[name] - gradient).abs().max() <= allowed, name
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+@pytest.mark.parametrize(
+    ("dtype", "tolerances"), [(torch.float32, (1e-5, 1e-4)), (torch.float64, (1e-9, 1e-9))], ids=["float32", "float64"]
+)
+@pytest.mark.parametrize("family", ["qwen3", "llama"])
+def test_values_and_gradients_are_trls(family, dtype, tolerances, checkpointing):
+    model, other = make_model(family, dtype), make_model(family, dtype)
+    if checkpointing:
+        model.train().gradient_checkpointing_enable({"use_reentrant": False})
+    check_equal(model, other, *tolerances)
+
+
+@pytest.mark.parametrize("reentrant", [False, True], ids=["", "reentrant"])
+def test_lora_under_gradient_checkpointing_gets_trls_gradients(reentrant):
+    models = []
+    for _ in range(2):
+        model = get_peft_model(make_model(), LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+        model.train().gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model.enable_input_require_grads()
+        models.append(model)
+    models[1].load_state_dict(models[0].state_dict())
+    check_equal(*models, 1e-5, 1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_that_is_let_in_has_trls_values(family):
+    model, batch = make_model(family).eval(), make_batch()
+    with torch.no_grad():
+        for theirs, ours in zip(by_trl(model, *batch), by_group(model, *batch), strict=True):
+            torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+
+
+def test_values_are_those_of_each_row_alone():
+    model, (ids, mask) = make_model("llama"), make_batch()
+    logps, entropies = by_group(model, ids, mask)
+    for row in range(len(ids)):
+        length = int(mask[row, PROMPT:].sum())
+        alone = ids[row][mask[row].bool()][None]
+        before = slice(alone.shape[1] - length - 1, -1)
+        distributions = (model(alone).logits[0, before] / TEMPERATURE).log_softmax(-1)
+        expected = distributions.gather(1, alone[0, alone.shape[1] - length :, None])[:, 0]
+        torch.testing.assert_close(logps[row, :length], expected, atol=1e-5, rtol=0)
+        expected = -(distributions.exp() * distributions).sum(-1)
+        torch.testing.assert_close(entropies[row, :length], expected, atol=1e-5, rtol=0)
+
+
+def test_a_completion_does_not_see_the_others():
+    model, (ids, mask) = make_model(), make_batch()
+    before, _ = by_group(model, ids, mask)
+    ids[1, PROMPT] = ids[1, PROMPT] % (VOCABULARY - 1) + 1
+    after, _ = by_group(model, ids, mask)
+    others = torch.arange(len(ids)) != 1
+    assert torch.equal(before[others], after[others]) and not torch.equal(before[1], after[1])
+
+
+def test_each_prompt_is_computed_once():
+    model, (ids, mask) = make_model(), make_batch()
+    seen = []
+    model.get_input_embeddings().register_forward_hook(lambda _, args, __: seen.append(args[0].numel()))
+    by_group(model, ids, mask)
+    assert seen == [(8 + 15) + (3 + 5) + (6 + 6)]  # prompts without their last token, and completions
+    by_group(model, ids, mask, batch_size=6)  # cuts the last group: its prompt comes twice, once with its 4 tokens
+    assert seen[1:] == [(8 + 15) + (3 + 5) + (6 + 2), 6 + 4]
+
+
+def test_pieces_have_the_values_of_the_whole_and_entropies_only_come_when_asked_for():
+    model, (ids, mask) = make_model(), make_batch()
+    whole, cut = by_group(model, ids, mask), by_group(model, ids, mask, batch_size=3)
+    torch.testing.assert_close(cut, whole, atol=1e-5, rtol=0)
+    assert group_logps_and_entropies(model, ids, mask, COMPLETION)[1] is None
+
+
+def test_prompts_that_differ_only_in_their_padding_are_two_groups():
+    ids, mask = make_batch([(4, [2]), (5, [2])])
+    ids[1, :PROMPT] = ids[0, :PROMPT]  # a token that is 0, like the padding of the row above
+    model = make_model()
+    torch.testing.assert_close(by_group(model, ids, mask), by_trl(model, ids, mask), atol=1e-5, rtol=0)
+
+
+def test_a_prompt_of_one_token_and_a_batch_without_completions():
+    model = make_model()
+    batch = make_batch([(1, [3, 2])])
+    torch.testing.assert_close(by_group(model, *batch), by_trl(model, *batch), atol=1e-5, rtol=0)
+    logps, entropies = by_group(model, *make_batch([(5, [0, 0]), (3, [0])]))
+    assert logps.shape == (3, COMPLETION) and not logps.any()
+    assert not any(gradient.any() for gradient in gradients(model, logps, entropies).values())
+
+
+def test_under_bfloat16_autocast_values_are_as_far_from_float32_as_trls():
+    model, (ids, mask) = make_model(), make_batch()
+    exact = by_trl(model, ids, mask)
+    plain = by_trl(model, ids, mask, lambda: torch.autocast("cpu", torch.bfloat16))
+    with torch.autocast("cpu", torch.bfloat16):
+        grouped = by_group(model, ids, mask)
+    for ours, theirs, true in zip(grouped, plain, exact, strict=True):
+        assert 0 < (ours - true).abs().max() < 2 * (theirs - true).abs().max()
+    expected = gradients(model, *exact)
+    for name, gradient in gradients(model, *grouped).items():
+        assert torch.cosine_similarity(gradient.flatten(), expected[name].flatten(), dim=0) > 0.999, name
+
+
+def test_other_rows_have_the_values_they_had_before():
+    ids, mask = make_batch()
+    model = make_model()
+    before = model(input_ids=ids, attention_mask=mask).logits
+    prepare_model(model)
+    assert torch.equal(model(input_ids=ids, attention_mask=mask).logits, before)
+    assert ATTENTION not in model.config.to_json_string()
+
+
+def test_both_ways_of_attention_agree_in_values_and_gradients():
+    torch.manual_seed(0)
+    groups = ((5, (3, 1, 4)), (0, (2, 2)), (3, (6,)), (2, (0,)))  # 28 tokens
+    inputs = [torch.randn(1, 2, 28, 8, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    weights, results = torch.randn(1, 2, 28, 8, dtype=torch.float64), []
+    for attend in (CpuGroupAttention.apply, attend_in_turn):
+        output = attend(*inputs, groups, 0.4)
+        results.append((output, *torch.autograd.grad((output * weights).sum(), inputs)))
+    torch.testing.assert_close(*results, atol=1e-12, rtol=0)
+
+
+def test_ddp_reduces_the_gradients_of_a_wrapped_model(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = make_model()
+        prepare_model(model)
+        wrapped = torch.nn.parallel.DistributedDataParallel(model)
+        reduced = []
+        wrapped.register_comm_hook(reduced, count_reduced)
+        gradients(model, *group_logps_and_entropies(wrapped, *make_batch(), COMPLETION, compute_entropy=True))
+        assert sum(reduced) == sum(parameter.numel() for parameter in model.parameters())
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def count_reduced(reduced, bucket):
+    reduced.append(bucket.buffer().numel())
+    future = torch.futures.Future()
+    future.set_result(bucket.buffer())
+    return future
+
+
+class GroupTrainer(GRPOTrainer):
+    """The override that the module's docstring shows."""
+
+    def _get_per_token_logps_and_entropies(
+        self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, compute_entropy=False, **kwargs
+    ):
+        with self.accelerator.autocast():
+            return *group_logps_and_entropies(
+                model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy
+            ), None
+
+
+def test_a_trainer_with_the_override_has_trls_loss_and_gradients(tmp_path):
+    ids, mask = make_batch()
+    inputs = {
+        "prompt_ids": ids[:, :PROMPT], "prompt_mask": mask[:, :PROMPT], "completion_ids": ids[:, PROMPT:],
+        "completion_mask": mask[:, PROMPT:], "advantages": torch.linspace(-1, 1, len(ids)),
+        "num_items_in_batch": mask[:, PROMPT:].sum(),
+    }  # fmt: skip
+    results = []
+    for trainer_class in (GRPOTrainer, GroupTrainer):
+        tokenizer = tiny_tokenizer()
+        config = GRPOConfig(
+            output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", temperature=TEMPERATURE,
+            loss_type="dapo", per_device_train_batch_size=8, num_generations=8, gradient_checkpointing=False,
+        )  # fmt: skip
+        trainer = trainer_class(
+            tiny_model(tokenizer), lambda completions, **_: [0.0] * len(completions), config,
+            train_dataset=Dataset.from_list([{"prompt": "a title"}]), processing_class=tokenizer,
+        )  # fmt: skip
+        trainer.current_gradient_accumulation_steps = 1
+        if trainer_class is GroupTrainer:
+            prepare_model(trainer.model)
+        loss = trainer.compute_loss(trainer.model, inputs)
+        loss.backward()
+        results.append((loss.detach(), {name: p.grad for name, p in trainer.model.named_parameters()}))
+    torch.testing.assert_close(*results, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "message"),
+    [
+        ("gpt2", {}, "model type gpt2 is none of .*qwen3.*; use one of these, or set group_forward: false"),
+        ("mamba", {}, "model type mamba is none of"),
+        ("mixtral", {}, "model type mixtral is none of"),
+        ("mistral", {"sliding_window": 16}, "sliding_window is 16; use a model with full attention"),
+        (
+            "qwen3",
+            {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
+            "it has layers of type sliding_attention; use a model with full attention",
+        ),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
+            r"its rotations depend on the length of a row \(rope_type dynamic\); use",
+        ),
+        ("qwen3", {"attn_implementation": "eager"}, "Qwen3ForCausalLM cannot .*implementation is eager; use sdpa"),
+        ("qwen3", {"attention_dropout": 0.1}, "attention_dropout is 0.1; set it to 0, or set group_forward: false"),
+    ],
+)
+def test_what_would_have_other_numbers_is_refused(family, options, message):
+    model = make_model(family, **options)
+    with pytest.raises(ValueError, match=message):
+        prepare_model(model)
+
+
+def test_an_adapter_that_lengthens_prompts_is_refused():
+    model = get_peft_model(make_model(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    with pytest.raises(ValueError, match="its adapter adds tokens to the prompt; use LoRA, or set group_forward"):
+        prepare_model(model)

@@ -1,0 +1,180 @@
+"""The next item among all items: metrics, baselines, the split by what counting finds, and the whole evaluation."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from toy_run import CATALOGUE, NUM_ITEMS, toy_sequences, write_interactions, write_run
+
+from rerank import evaluate, metrics
+from rerank.baselines import Counts
+from rerank.launch.files import write_json
+from rerank.next_item import recall
+from rerank.next_item.model import NextItemModel
+
+
+def test_metrics_of_lists_are_those_of_one_ranking_at_a_time():
+    rng = np.random.default_rng(0)
+    lists = np.array([rng.permutation(30)[:10] for _ in range(200)])
+    targets = rng.integers(0, 30, 200)
+    values = recall.metrics_of_lists(lists, targets)
+    for row, (items, target) in enumerate(zip(lists, targets, strict=True)):
+        gains = [float(item == target) for item in items] + [float(target not in items)]  # found beyond the list
+        for cut in (5, 10):
+            assert values[f"R@{cut}"][row] == metrics.recall_at_k(gains, cut)
+            assert values[f"N@{cut}"][row] == pytest.approx(metrics.ndcg_at_k(gains, cut))
+
+
+def test_a_hit_at_the_sixth_place_counts_among_ten():
+    values = recall.metrics_of_lists(np.array([[9, 8, 7, 6, 5, 4, -1, -1, -1, -1]]), np.array([4]))
+    # place 6: 1 / log2(7) against an ideal of 1
+    assert {name: value[0] for name, value in values.items()} == pytest.approx(
+        {"R@5": 0.0, "R@10": 1.0, "N@5": 0.0, "N@10": 1 / np.log2(7)}
+    )
+
+
+def test_popular_lists_leave_out_the_history():
+    popularity = np.array([5, 1, 9, 1, 7])
+    lists = recall.popular_lists(popularity, [np.array([2]), np.array([4, 0, 1])], 2)
+    assert lists.tolist() == [[4, 0], [2, 3]]
+    assert recall.popular_lists(popularity, [np.array([1, 2, 4, 3])], 2).tolist() == [[0, -1]]
+
+
+def test_a_target_is_one_hop_away_when_it_is_among_the_most_frequent_successors(monkeypatch):
+    sequences = {0: np.array([0, 1, 2]), 1: np.array([0, 1, 3]), 2: np.array([0, 3]), 3: np.array([5, 0, 4, 3])}
+    counts = Counts.fit(sequences, 6)
+    # after 0: 1 twice, 3 and 4 once; 3 is more popular than 4. After 1: 2 and 3 once. After 5: 0.
+    histories = [np.array([0]), np.array([0]), np.array([0]), np.array([5, 0, 0]), np.array([2])]
+    targets = np.array([1, 3, 4, 4, 0])
+    assert recall.is_one_hop(counts, histories, targets).tolist() == [True, True, True, True, False]
+    monkeypatch.setattr(recall, "MOST_SUCCESSORS", 2)
+    assert recall.is_one_hop(counts, histories, targets).tolist() == [True, True, False, False, False]
+
+
+def make_run(folder):
+    """A run of thirty users who are all training, and thirty with three items: training, validation and test."""
+    run = write_run(folder)
+    walks = [list(dict.fromkeys(walk.tolist())) for walk in toy_sequences().values()]
+    splits = ["train"] * sum(map(len, walks)) + ["train", "valid", "test"] * len(walks)
+    write_interactions(run / "data", dict(enumerate(walks + [walk[:3] for walk in walks])), splits)
+    return run
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("catalogue") / "run")
+
+
+def slow_logps(model, history):
+    """Log-probability of every item after a history, one forward pass for each."""
+    prompt, found = model.prompts([history])[0], []
+    for tokens in model.encoder.tokens:
+        with torch.no_grad():
+            logps = model.model(torch.tensor([prompt + tokens])).logits[0].log_softmax(-1)
+        found.append(sum(float(logps[len(prompt) + place - 1, token]) for place, token in enumerate(tokens)))
+    return np.array(found)
+
+
+def test_the_model_finds_the_items_that_scoring_every_one_finds(run):
+    asked = NextItemModel.load_midtrained(run).with_max_history(3)
+    histories = [np.array([3, 4]), np.array([0, 1, 2, 7, 11])]
+    found = asked.by_beams(histories, 5, NUM_ITEMS)
+    for history, items in zip(histories, found.items, strict=True):
+        logps = slow_logps(asked, history)
+        logps[history] = -np.inf
+        assert items == np.argsort(-logps)[:5].tolist()
+
+
+def test_a_model_made_from_other_ids_is_refused(tmp_path):
+    run = make_run(tmp_path / "run")
+    for stage, inputs in (("semantic_ids", {}), ("midtrain", {"semantic_ids": "another"})):
+        write_json(run / stage / "stage.json", {"id": "x", "given": {}, "inputs": inputs})
+        write_json(run / stage / "metrics.json", {})
+    with pytest.raises(ValueError, match="midtrain was made from another semantic_ids folder than the run's; delete"):
+        NextItemModel.load_midtrained(run)
+
+
+def test_the_beam_search_of_the_readme_runs(run, capsys):
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    (code,) = [part for part in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "import beam_search" in part]
+    exec(code.replace("runs/ml100k", str(run)), {})
+    assert re.match(r"\[\[\d+, \d+, \d+, \d+, \d+\], \[", capsys.readouterr().out)
+
+
+def test_recall_of_a_sample_is_that_of_its_rows(run):
+    asked = NextItemModel.load_midtrained(run)
+    model, tokenizer = asked.model, asked.encoder.tokenizer
+    sample = recall.ValidationRecall.load(run, tokenizer, 12, 5)
+    assert len(sample.rows) == len(sample.dataset()) == 12
+    found = asked.by_beams(sample.rows.histories, 10, 20)  # its recipe has max_items 5 too
+    hits = [target in items for target, items in zip(sample.rows.targets.tolist(), found.items, strict=True)]
+    assert sample(model)["R@10"] == pytest.approx(np.mean(hits))
+    again = recall.ValidationRecall.load(run, tokenizer, 12, 5)
+    assert again.rows.targets.tolist() == sample.rows.targets.tolist()
+    assert len(recall.ValidationRecall.load(run, tokenizer, 999, 5).rows) == 30
+
+
+@pytest.fixture
+def best(run, tmp_path):
+    """A file of lists for the test rows, each with its target first."""
+    rows = pq.read_table(run / "data/rows.parquet", filters=[("split", "==", "test")]).to_pylist()
+    lists = [[row["target"], *(i for i in range(NUM_ITEMS) if i != row["target"])][:10] for row in rows]
+    columns = {"row_id": [row["row_id"] for row in rows]}
+    columns["candidates"] = [[CATALOGUE.item_ids[item] for item in items] for items in lists]
+    pq.write_table(pa.table(columns), tmp_path / "best.parquet")
+    return str(tmp_path / "best.parquet")
+
+
+def test_every_row_is_ranked_and_the_groups_add_up(run, best, monkeypatch):
+    monkeypatch.setattr(recall, "MOST_SUCCESSORS", 2)
+    made = recall.summarise(recall.find_lists(run, "test", {"best": best}), run, 20, 50)
+    assert made["n"]["all"] == 30 == made["n"]["one_hop"] + made["n"]["rest"] and made["n"]["rest"] > 0
+    assert set(made["rows"]) == {"popularity", "transitions", "best", "midtrained"}
+    assert made["rows"]["best"]["all"]["R@5"] == made["rows"]["best"]["rest"]["N@10"] == 1.0
+    transitions = made["rows"]["transitions"]
+    assert transitions["all"]["R@5_minus_transitions"] == 0.0
+    weighted = sum(made["n"][group] * transitions[group]["R@5"] for group in ("one_hop", "rest")) / 30
+    assert transitions["all"]["R@5"] == pytest.approx(weighted)
+    low, high = made["rows"]["best"]["all"]["R@5_interval"]
+    assert low <= 1 - transitions["all"]["R@5"] <= high
+    text = recall.markdown(made)
+    assert f"| best | {1:.4f} | {1:.4f} |" in text and "the rest" in text
+
+
+def test_the_stage_shows_the_lists_of_other_rankers_on_a_sample_of_rows(run, best, tmp_path):
+    args = evaluate.EvaluateArguments(
+        run_dir=str(run), task="next_item", models=["midtrained"], lists={"best": best}, max_rows=12, num_bootstrap=5
+    )
+    evaluate.check(args)
+    (tmp_path / "out").mkdir()
+    assert evaluate.main(args, tmp_path / "out")["R@10"]["best"] == 1.0
+    assert "12 test rows, 1 seed, 10 beams" in (tmp_path / "out/results.md").read_text()
+    lines = pq.read_table(tmp_path / "out/lists.parquet").to_pylist()
+    assert len(lines) == 4 * 12
+    assert all(line["items"][0] == line["target"] for line in lines if line["ranker"] == "best")
+
+
+def test_lists_of_other_rankers_that_do_not_fit_are_refused(run, tmp_path):
+    for changes in ({"task": "rerank"}, {"lists": {"transitions": "x.parquet"}}):
+        keys = {"run_dir": str(run), "task": "next_item", "lists": {"other": "x.parquet"}, **changes}
+        with pytest.raises(ValueError, match="lists names .*; it goes with task next_item, and with other names than"):
+            evaluate.EvaluateArguments(**keys)
+    args = evaluate.EvaluateArguments(run_dir=str(run), task="next_item", lists={"other": "x.parquet"})
+    with pytest.raises(FileNotFoundError, match="lists: other is x.parquet, which is not there; give a Parquet file"):
+        evaluate.check(args)
+    pq.write_table(pa.table({"row_id": [0], "candidates": [["m0"] * 10]}), tmp_path / "few.parquet")
+    with pytest.raises(ValueError, match="few.parquet, row 1: row_id 0 is not in data/rows.parquet"):
+        recall.find_lists(run, "test", {"few": str(tmp_path / "few.parquet")})
+
+
+def test_next_items_of_the_midtrained_model_alone_need_no_sft_stage(run):
+    def inputs(**keys):
+        return evaluate.STAGE.inputs_of(evaluate.EvaluateArguments(run_dir=str(run), **keys))
+
+    assert inputs(task="next_item", models=["midtrained"]) == ["data", "semantic_ids", "midtrain"]
+    assert inputs(task="next_item") == inputs(task="held_out_sets") == ["data", "semantic_ids", "midtrain", "sft"]
+    assert inputs() == ["data", "semantic_ids", "midtrain", "sft", "candidates", "dapo"]
