@@ -49,8 +49,9 @@ ADDED = ("fields", "max_completion_tokens")  # columns of rollouts
 REMOVED = ("traces/features.json",)  # files
 # Keys and columns that no two runs share, then such parts of a line.
 VOLATILE = re.compile(r"(\w+_)?seconds(_per_row)?|\w+_per_second|\w+_runtime|step_time|ms/row|id|inputs|run_dir")
-VOLATILE_TEXT = {r"\b\d+(\.\d+)? (s|ms|seconds|min|minutes)\b": "TIME"}
+VOLATILE_TEXT = {r"\b\d+(\.\d+)? (s|ms|seconds|min|minutes)\b|\b(\w+_)?seconds [\d.,]+": "TIME"}
 NOT_READ = {".bin", ".pth", ".lock"}  # pickles of whole objects
+UNORDERED = re.compile(r"checkpoints\w*/README\.md|commands/replay_\w+\.txt")  # tags of TRL, rewards by name
 # Why something may differ, and a pattern of the places (`part/file: place: old | new`) where it may.
 EXCEPTIONS = {
     "midtrained, where candidates tie within 1e-5": r"^\S*evaluate/\S+: .*midtrained|^commands/run.txt: .*midtrained",
@@ -58,17 +59,8 @@ EXCEPTIONS = {
         r"/(recipe\.yaml|stage\.json): .*(rewards|overlong_tokens|invalid_reward|TOY_DATA)|"
         r"/recipe\.yaml: \w+: .*(?<=: |\| )missing|/stage\.json: given: \w+: .* \| missing"
     ),
-    "overlong is a reward like others: its condition is stored, and its name sorts elsewhere": (
-        r"conditions?(: |/)overlong: missing|/report\.html: (charts: 1[456]: data|rollouts: rewards)|"
-        r"^commands/replay_\w+\.txt: [2-5]: '\w+, mean"
-    ),
-    "words": (
-        r"such as `when: |'Share of items whose prefix holds|"
-        r"rollout_fields: \d+: '(target_rank_before|reward_gates)"
-    ),
-    "timings in the report, and tags that TRL writes in any order": (
-        r"/report\.html: text: (19[357]|224): '[\d.]+'|checkpoints\w*/README\.md: [56]: '- \w+'"
-    ),
+    "overlong has a condition, as every reward": r"(conditions?(: |/)|charts: \d+: data: )overlong: missing",
+    "words": r"such as `when: |'Share of items whose prefix holds",
 }
 
 
@@ -189,7 +181,7 @@ class Page(HTMLParser):
             self.lines[-1] += "| "
         elif tag == "table":
             self.lines += ["", ""]  # what ends a table
-        elif self.lines[-1] and tag not in ("b", "small", "a", "code", "i", "span"):
+        elif self.lines[-1] and tag not in ("b", "small", "a", "code", "i", "span", "dd"):
             self.lines.append("")
 
     def handle_endtag(self, tag: str) -> None:
@@ -202,7 +194,7 @@ class Page(HTMLParser):
     def handle_data(self, data: str) -> None:
         """Keep text, and JSON as the value that it is."""
         if self._in and self._in != "ignored":
-            self.data[self._in] = json.loads(data)
+            self.data[self._in] = json.loads(renamed(data))
         elif not self._in and data.strip():
             self.lines[-1] += " ".join(data.split()) + " "
 
@@ -223,11 +215,18 @@ def read_lines(text: str) -> list[Any]:
 
 
 def shown(line: str) -> str:
-    """A line without frames and spaces, under the names of today."""
-    words = " ".join(re.sub(r"[\u2500-\u257f]", " ", line).split())
-    for pattern, text in {**RENAMED, **VOLATILE_TEXT}.items():
+    """A line without frames, spaces and times, under the names of today."""
+    words = renamed(" ".join(re.sub(r"[\u2500-\u257f]", " ", line).split()))
+    for pattern, text in VOLATILE_TEXT.items():
         words = re.sub(pattern, text, words)
     return words
+
+
+def renamed(text: str) -> str:
+    """A text under the names of today."""
+    for pattern, name in RENAMED.items():
+        text = re.sub(pattern, name, text)
+    return text
 
 
 def read(path: Path, side: Side) -> Any:
@@ -247,7 +246,8 @@ def read(path: Path, side: Side) -> Any:
         import torch
 
         return torch.load(path, weights_only=True)
-    return _read_text(path.suffix, side.without_paths(path.read_text()))
+    content = _read_text(path.suffix, side.without_paths(path.read_text()))
+    return sorted(content) if UNORDERED.search(str(path)) else content
 
 
 def _read_text(suffix: str, text: str) -> Any:
@@ -303,6 +303,8 @@ def compare(old: Any, new: Any, place: str, found: Found) -> None:
         for key in dict.fromkeys([*old, *new]):
             if not VOLATILE.fullmatch(key) and not (key in ADDED and key not in old):
                 compare(old.get(key, MISSING), new.get(key, MISSING), f"{place}: {key}", found)
+    elif _by_name(old) and _by_name(new):
+        compare(_by_name(old), _by_name(new), place, found)
     elif isinstance(old, list | tuple) and isinstance(new, list | tuple):
         if len(old) != len(new):
             found.differ(f"{place}: length", len(old), len(new))
@@ -317,6 +319,14 @@ def compare(old: Any, new: Any, place: str, found: Found) -> None:
 def _renamed(mapping: dict) -> dict[str, Any]:
     """A mapping under the names of today."""
     return {shown(str(key)): value for key, value in mapping.items()}
+
+
+def _by_name(value: Any) -> dict[str, Any]:
+    """A list of named things, such as the curves of a chart, as a mapping; an empty one for anything else."""
+    if not isinstance(value, list) or not all(isinstance(entry, dict) and "name" in entry for entry in value):
+        return {}
+    found = {str(entry["name"]): entry for entry in value}
+    return found if len(found) == len(value) else {}
 
 
 def _name(row: Any) -> str:
