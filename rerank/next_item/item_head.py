@@ -112,7 +112,7 @@ class ItemHead(nn.Module):
         from safetensors.torch import load_file
 
         if not (folder / FILE).is_file():
-            raise FileNotFoundError(f"{folder} has no {FILE}; train it with the loss cllm4rec and head_weight above 0")
+            raise FileNotFoundError(f"{folder} has no {FILE}; train it with the loss cllm4rec")
         state = load_file(folder / FILE)
         tokens = [part.tolist() for part in state["tokens"].tensor_split(state["offsets"][1:])]
         head = cls(tokens, state["own"].shape[1], bool(state["is_read"]))
