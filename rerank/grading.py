@@ -90,17 +90,17 @@ def _named(names: Sequence[str], values: Sequence[float]) -> list[tuple[str, flo
     return list(zip(names, values, strict=True))
 
 
-def by_grade(grades: Sequence[int]) -> list[int]:
+def by_grade(grades: Sequence[int] | np.ndarray) -> list[int]:
     """Positions, the highest grade first, in the order shown within a grade."""
     return [int(position) for position in np.argsort(-np.asarray(grades), kind="stable")]
 
 
-def word_grades(labels: Sequence[str], grades: Sequence[int]) -> str:
+def word_grades(labels: Sequence[str], grades: Sequence[int] | np.ndarray) -> str:
     """Each candidate's grade, in the order shown."""
     return "".join(f"{spaced(label)} {GRADES[grade]}" for label, grade in zip(labels, grades, strict=True))
 
 
-def word_short(labels: Sequence[str], grades: Sequence[int], facts: Facts) -> str:
+def word_short(labels: Sequence[str], grades: Sequence[int] | np.ndarray, facts: Facts) -> str:
     """A trace of two words a candidate, and the best one with its most striking facts."""
     best = by_grade(grades)[0]
     return " ".join([word_grades(labels, grades), "best" + spaced(labels[best]), *facts.cited(best, 2)])

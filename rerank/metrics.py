@@ -85,7 +85,7 @@ def ranking_metrics(gains: Sequence[float]) -> dict[str, float] | None:
         ndcg_at_k(gains, 10),
         reciprocal_rank(gains),
     )
-    return dict(zip(METRICS, values, strict=True))
+    return {name: value for name, value in zip(METRICS, values, strict=True) if value is not None}
 
 
 def mean_random_metrics(gains: Sequence[float]) -> dict[str, float] | None:

@@ -7,12 +7,13 @@ A completion is `<think>` trace `</think>` and then the candidates' labels, best
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rerank.catalogue import Catalogue
+from rerank.launch.values import check_choice, option
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -60,27 +61,20 @@ _NUMBER = re.compile("[0-9]+")
 class PromptSettings:
     """Fields of a prompt and labels of a completion; saved as prompt.json beside every trained model."""
 
-    item_fields: list[str] = field(
-        default_factory=lambda: list(ITEM_FIELDS),
-        metadata={"help": "Fields on an item line: semantic_id (needed where completions write it), title, category."},
+    item_fields: list[str] = option(
+        list(ITEM_FIELDS), "Fields on an item line: semantic_id (needed where completions write it), title, category."
     )
-    evidence: str = field(
-        default="none", metadata={"help": "Facts on candidate lines: none, codes (bucketed words) or words (phrases)."}
-    )
-    evidence_names: list[str] = field(
-        default_factory=lambda: list(FACTS), metadata={"help": "Which facts stand on a candidate line, in order."}
-    )
-    max_history: int = field(default=10, metadata={"help": "How many of the latest history items are shown."})
-    ranking: str = field(default="semantic_id", metadata={"help": "Labels of a completion: semantic_id or number."})
-    knowledge_priming: bool = field(
-        default=False, metadata={"help": "Add a sentence of retail and consumption sequence knowledge to the task."}
-    )
-    task: str = field(default="full", metadata={"help": "Task text: full, or short for tiny models."})
+    evidence: str = option("none", "Facts on candidate lines: none, codes (bucketed words) or words (phrases).")
+    evidence_names: list[str] = option(list(FACTS), "Which facts stand on a candidate line, in order.")
+    max_history: int = option(10, "How many of the latest history items are shown.")
+    ranking: str = option("semantic_id", "Labels of a completion: semantic_id or number.")
+    knowledge_priming: bool = option(False, "Add a sentence of retail and consumption sequence knowledge to the task.")
+    task: str = option("full", "Task text: full, or short for tiny models.")
 
     def __post_init__(self) -> None:
-        _check_choice("evidence", self.evidence, ("none", "codes", "words"))
-        _check_choice("ranking", self.ranking, ("semantic_id", "number"))
-        _check_choice("task", self.task, ("full", "short"))
+        check_choice("evidence", self.evidence, ("none", "codes", "words"))
+        check_choice("ranking", self.ranking, ("semantic_id", "number"))
+        check_choice("task", self.task, ("full", "short"))
         _check_names("item_fields", self.item_fields, ITEM_FIELDS)
         _check_names("evidence_names", self.evidence_names, tuple(FACTS))
         if "semantic_id" not in self.item_fields and self.ranking == "semantic_id":
@@ -268,11 +262,6 @@ def _failure(written: Sequence[str], positions: Mapping[str, int]) -> str | None
     if len(set(written)) < len(written):
         return "duplicate"
     return "too_few" if len(written) < len(positions) else None
-
-
-def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} is {value!r} but must be one of {', '.join(choices)}.")
 
 
 def _check_names(name: str, values: Sequence[str], known: Sequence[str]) -> None:

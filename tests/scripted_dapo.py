@@ -1,9 +1,14 @@
 """Rows, prompts and rewards for tests of the dapo stage, whose completions a script writes in place of an engine."""
 
+import functools
+
 import numpy as np
 
+from rerank import scoring
 from rerank.catalogue import Catalogue
+from rerank.dapo.groups import Completion
 from rerank.dapo.prompt_stream import PromptStream
+from rerank.dapo.sampler import GroupSampler, SamplingOptions
 from rerank.prompts import PromptSettings
 from rerank.rows import Prompter, RankingRow
 from rerank.scoring import Reward
@@ -63,3 +68,18 @@ def unequal(prompt, member):
 def useful_for(row_ids):
     """A script: completions of unequal length for these rows, of equal length for others."""
     return lambda prompt, member: 3 + member if prompt.asked.row.row_id in row_ids else 5
+
+
+def generator(lengths, text="junk"):
+    """A policy of one text whose completions have scripted numbers of tokens."""
+
+    def generate(prompts):
+        numbers = [lengths(prompt, place % SIZE) for place, prompt in enumerate(prompts)]
+        return [Completion([1], [7] * number, text, None, False) for number in numbers]
+
+    return generate
+
+
+def sampler(lengths=unequal, count=8, rounds=1, rewards=REWARDS, text="junk", outcome="num_tokens", **options):
+    chosen = SamplingOptions(SIZE, outcome, max(1, rounds), is_dynamic=rounds > 0, **options)
+    return GroupSampler(generator(lengths, text), functools.partial(scoring.score, rewards), stream(count), chosen)

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from toy_run import features_of
 
 from rerank.baselines import (
     FEATURES,
@@ -49,12 +50,6 @@ def top(counts, history, n, own_sequence=None):
     """`top_rows` of one row."""
     items, scores = counts.top_rows([np.asarray(history)], n, own_of(counts, own_sequence))
     return items[0], scores[0]
-
-
-def features_of(counts, history, candidates, scores, own_sequence=None):
-    """`feature_rows` of one row."""
-    rows = [np.asarray(history)], np.array([candidates]), np.array([scores])
-    return feature_rows(counts, *rows, own_of(counts, own_sequence))[0]
 
 
 def all_scores(counts, history, own_sequence=None):
@@ -124,10 +119,10 @@ def test_leaving_a_user_out_equals_refitting_without_it(random_sequences, random
         assert items.tolist() == top(rest, history, 8)[0].tolist()
         features = features_of(random_counts, history, items, scores, sequence)
         whole = {name: getattr(random_counts, name) for name in ("popularity", "facts")}
-        wanted = replace(rest, **whole).features(history, items, scores)
+        wanted = features_of(replace(rest, **whole), history, items, scores)
         exact = [number for number, name in enumerate(FEATURES) if name not in ("near", "fit_history", "fit_recent")]
         assert (features[:, exact] == wanted[:, exact]).all()
-        others = replace(rest, facts=random_counts.facts).features(history, items, scores)
+        others = features_of(replace(rest, facts=random_counts.facts), history, items, scores)
         fits = [FEATURES.index(name) for name in ("near", "fit_history", "fit_recent")]
         np.testing.assert_allclose(features[:, fits], others[:, fits], rtol=1e-4, atol=1e-7)
 
@@ -135,7 +130,7 @@ def test_leaving_a_user_out_equals_refitting_without_it(random_sequences, random
 def test_linear_model_by_hand():
     # Two items, had together by one user: X'X + 300 I = [[301, 1], [1, 301]], so a weight of 1 / 301 each way.
     counts = Counts.fit({0: np.array([0, 1])}, 3)
-    values = dict(zip(FEATURES, counts.features([0, 2], [1], [0.0])[0].tolist(), strict=True))
+    values = dict(zip(FEATURES, features_of(counts, [0, 2], [1], [0.0])[0].tolist(), strict=True))
     assert values["fit_history"] == pytest.approx(1 / 301)
     assert values["fit_recent"] == pytest.approx(np.exp(-1 / 10) / 301)  # one place back
     left_out = features_of(counts, [0], [1], [0.0], [0, 1])[0]
@@ -146,7 +141,7 @@ def test_linear_model_knows_the_most_popular_items_of_a_large_catalogue(monkeypa
     monkeypatch.setattr(regression, "MAX_ITEMS", 2)
     counts = Counts.fit({0: np.array([0, 1, 2]), 1: np.array([2, 0])}, 4)
     assert counts.regression.places.tolist() == [0, -1, 1, -1]
-    fits = counts.features([0, 1], [2, 3], [0.0, 0.0])[:, FEATURES.index("fit_history")]
+    fits = features_of(counts, [0, 1], [2, 3], [0.0, 0.0])[:, FEATURES.index("fit_history")]
     assert fits.tolist() == [pytest.approx(2 / 302), 0]  # both users had 0 and 2
 
 
@@ -154,7 +149,7 @@ def test_near_share_by_hand():
     # Item 0 was had by two users, one of whom took 1 ten places on; eleven places are too far.
     sequences = {0: np.array([0, 2, 3, 4, 5, 6, 7, 8, 9, 10, 1, 11]), 1: np.array([0])}
     counts = Counts.fit(sequences, 12)
-    near = counts.features([0], [1, 11], [0.0, 0.0])[:, FEATURES.index("near")]
+    near = features_of(counts, [0], [1, 11], [0.0, 0.0])[:, FEATURES.index("near")]
     assert near.tolist() == [pytest.approx(1 / (2 + 5)), 0]
     assert features_of(counts, [0], [1], [0.0], sequences[0])[0, FEATURES.index("near")] == 0
 
@@ -205,7 +200,7 @@ def test_features_by_hand():
         ["Acme", "", "Acme", ""],
     )
     counts = Counts.fit({0: np.array([0, 1, 2]), 1: np.array([0, 2]), 2: np.array([0, 2])}, 4, facts)
-    rows = counts.features([1, 0], [2, 3], [2.5, 0.5])
+    rows = features_of(counts, [1, 0], [2, 3], [2.5, 0.5])
     values, unknown = (dict(zip(FEATURES, row.tolist(), strict=True)) for row in rows)
     assert values["place"] == 1 and unknown["place"] == 2
     assert values["first_stage_score"] == 2.5
@@ -227,7 +222,7 @@ def test_features_by_hand():
 def test_category_and_title_features_by_hand():
     facts = ItemFacts.of(3, None, ["Hair, Shampoo", "Hair", "Hair|Oil"], ["Soft oil", "the Oil", "Soft OIL for hair"])
     counts = Counts.fit({0: np.array([0])}, 3, facts)
-    values = dict(zip(FEATURES, counts.features([1, 0], [2], [0.0])[0].tolist(), strict=True))
+    values = dict(zip(FEATURES, features_of(counts, [1, 0], [2], [0.0])[0].tolist(), strict=True))
     # {Hair, Oil} and {Hair, Shampoo}: 1 of 3; and {Hair}: 1 of 2
     assert values["category_max"] == pytest.approx(1 / 2)
     assert values["category_mean"] == pytest.approx((1 / 3 + 1 / 2) / 2)
@@ -240,7 +235,9 @@ def test_counts_read_back_as_saved(random_counts, random_sequences, tmp_path):
     for history in random_sequences.values():
         items, scores = top(random_counts, history, 5)
         assert top(loaded, history, 5)[0].tolist() == items.tolist()
-        assert (loaded.features(history, items, scores) == random_counts.features(history, items, scores)).all()
+        assert (
+            features_of(loaded, history, items, scores) == features_of(random_counts, history, items, scores)
+        ).all()
 
     assert [path.name for path in tmp_path.iterdir()] == ["evidence.npz"]  # nothing temporary is left
 

@@ -7,10 +7,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from toy_run import finish, write_interactions, write_items, write_semantic_ids
+from toy_run import features_of, finish, write_interactions, write_items, write_semantic_ids
 
 from rerank import candidates
-from rerank.baselines import FEATURES, Counts, feature_rows
+from rerank.baselines import FEATURES, Counts
 from rerank.candidates import CandidatesArguments
 from rerank.catalogue import Catalogue
 from rerank.launch.files import write_json
@@ -72,12 +72,11 @@ def test_features_of_a_file_are_those_of_the_saved_counts(run):
     names = json.loads((out_dir / "features.json").read_text())["names"]
     assert tuple(names) == FEATURES
     for row in pq.read_table(out_dir / "test.parquet").to_pylist():
-        expected = counts.features(row["history"], row["candidates"], row["first_stage_scores"])
+        expected = features_of(counts, row["history"], row["candidates"], row["first_stage_scores"])
         assert np.array_equal(np.array(row["features"], dtype=np.float32), expected)
     for row in pq.read_table(out_dir / "train.parquet").to_pylist():
-        own = counts.own([0], {0: np.array(SEQUENCES[row["user"]][:3])})
-        columns = [np.array([row[name]]) for name in ("history", "candidates", "first_stage_scores")]
-        expected = feature_rows(counts, *columns, own)[0]
+        columns = [row[name] for name in ("history", "candidates", "first_stage_scores")]
+        expected = features_of(counts, *columns, own_sequence=SEQUENCES[row["user"]][:3])
         assert np.array_equal(np.array(row["features"], dtype=np.float32), expected)
 
 

@@ -1,19 +1,18 @@
 """The order of prompts, which groups are useful, and how the sampler finds them, with plain functions."""
 
-import functools
 import math
 import os
 import subprocess
 import sys
 
 import pytest
-from scripted_dapo import REWARDS, SIZE, first_drawn, row_ids, rows, stream, unequal, useful_for
+from scripted_dapo import first_drawn, row_ids, rows, sampler, stream, useful_for
 
 from rerank import scoring
 from rerank.dapo import groups as grouping
 from rerank.dapo.groups import Completion, Group, Rollout
 from rerank.dapo.prompt_stream import PromptStream, TrainingPrompt
-from rerank.dapo.sampler import GroupSampler, SamplerState, SamplingOptions
+from rerank.dapo.sampler import SamplerState
 from rerank.prompts import completion
 from rerank.rollouts import store
 from rerank.rows import reward_columns
@@ -50,7 +49,7 @@ def test_shuffled_candidates_keep_their_relevance_and_first_stage_rank():
 def group(*orders, outcomes=None):
     """A group over four candidates, the target third; an order of None is no ranking."""
     prompt = TrainingPrompt(stream().ask(rows()[0]), 0)
-    outcomes = outcomes or [grouping.rank_gain(prompt.asked.row, order) for order in orders]
+    outcomes = outcomes or [prompt.asked.row.rank_gain(order) for order in orders]
     made = Completion([1], [2], "", None, False)
     rollouts = [
         Rollout(made, {}, {}, 0.0, order, None if order else "no_ranking", outcome)
@@ -64,7 +63,7 @@ FIRST, SAME, LAST = [2, 0, 1, 3], [0, 1, 2, 3], [0, 1, 3, 2]
 
 def test_the_gain_is_the_places_moved_up_and_no_ranking_is_below_all():
     assert [rollout.outcome for rollout in group(FIRST, SAME, LAST).rollouts] == [2.0, 0.0, -1.0]
-    assert grouping.rank_gain(rows()[0], None) == -math.inf
+    assert rows()[0].rank_gain(None) == -math.inf
 
 
 @pytest.mark.parametrize(
@@ -101,21 +100,6 @@ def test_every_completion_has_a_seed_of_its_own_that_repeats():
     ]
     assert len(set(seeds)) == len(seeds) and min(seeds) >= 0
     assert grouping.request_seed(1, 11, 1, 7) == seeds[-1]
-
-
-def generator(lengths, text="junk"):
-    """A policy of one text whose completions have scripted numbers of tokens."""
-
-    def generate(prompts):
-        numbers = [lengths(prompt, place % SIZE) for place, prompt in enumerate(prompts)]
-        return [Completion([1], [7] * number, text, None, False) for number in numbers]
-
-    return generate
-
-
-def sampler(lengths=unequal, count=8, rounds=1, rewards=REWARDS, text="junk", outcome="num_tokens", **options):
-    chosen = SamplingOptions(SIZE, outcome, max(1, rounds), is_dynamic=rounds > 0, **options)
-    return GroupSampler(generator(lengths, text), functools.partial(scoring.score, rewards), stream(count), chosen)
 
 
 def rows_of(groups):
@@ -246,7 +230,7 @@ rows.REWARD_COLUMNS = prompter.REWARD_COLUMNS = (*prompter.REWARD_COLUMNS, colum
 from rerank import scoring
 from rerank.dapo.groups import record
 from rerank.rollouts import store
-from test_dapo_sampler import sampler
+from scripted_dapo import sampler
 
 rewards = scoring.load_rewards([{"name": "PLUGIN:size"}])
 (group,) = sampler(count=1, rewards=rewards, outcome="size").collect(0, 1)[0].sampled

@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from toy_run import features_of
 
 from rerank import data
 from rerank.baselines import FEATURES
@@ -80,9 +81,9 @@ def test_tables_have_the_documented_columns(tmp_path, toy_csv):
 
 
 def test_item_columns_that_the_recipe_names_are_kept_so_that_a_shared_brand_is_a_fact(tmp_path, toy_csv):
-    items = [{"item": i, "encoder": "BA"[i in "abc"], "size": n, "id": 1} for n, i in enumerate("abcdefgh")]
+    items = [{"item": i, "maker": "BA"[i in "abc"], "size": n, "id": 1} for n, i in enumerate("abcdefgh")]
     (tmp_path / "items.jsonl").write_text("\n".join(map(json.dumps, items)))
-    columns = {"item_columns": {"brand": "encoder"}, "text_columns": ["brand", "size"]}
+    columns = {"item_columns": {"brand": "maker"}, "text_columns": ["brand", "size"]}
     tables = run(tmp_path, toy_csv, items=str(tmp_path / "items.jsonl"), **columns)["tables"]
     names = ["item", "item_id", "title", "category", "text", "source_row", "brand", "size"]
     assert sorted(tables["items"].column_names) == sorted(names)  # not `id`, which nobody named
@@ -93,7 +94,7 @@ def test_item_columns_that_the_recipe_names_are_kept_so_that_a_shared_brand_is_a
     }
     np.save(tmp_path / "embeddings.npy", np.zeros((8, 2)))
     counts = fit_counts(tmp_path, tmp_path / "embeddings.npy", {0: np.array([0, 1, 2])})
-    same_brand = counts.features([0], [1, 3], [1.0, 0.5])[:, FEATURES.index("same_brand")]
+    same_brand = features_of(counts, [0], [1, 3], [1.0, 0.5])[:, FEATURES.index("same_brand")]
     assert same_brand.tolist() == [1.0, 0.0]  # a and b are both of A, d is of B
 
 
@@ -227,8 +228,8 @@ def test_s3rec_text_and_attributes(tmp_path):
 
 
 def test_items_have_title_category_and_the_text_of_the_recipe(tmp_path, toy_csv):
-    rows = [{"id": item, "name": f"The  {item}", "tags": ["x", "y"], "encoder": None} for item in "abcdefgh"]
-    rows[0] |= {"encoder": 'A "quoted", name'}
+    rows = [{"id": item, "name": f"The  {item}", "tags": ["x", "y"], "maker": None} for item in "abcdefgh"]
+    rows[0] |= {"maker": 'A "quoted", name'}
     items = tmp_path / "items.jsonl"
     items.write_text("\n".join(map(json.dumps, rows)))
     found = run(
@@ -236,10 +237,10 @@ def test_items_have_title_category_and_the_text_of_the_recipe(tmp_path, toy_csv)
         toy_csv,
         items=str(items),
         item_columns={"item": "id", "title": "name", "category": "tags"},
-        text_columns=["title", "encoder", "category"],
+        text_columns=["title", "maker", "category"],
     )
     first, second = found["tables"]["items"].to_pylist()[:2]
-    assert first["text"] == 'The a. encoder: A "quoted", name. category: x, y'
+    assert first["text"] == 'The a. maker: A "quoted", name. category: x, y'
     assert (second["title"], second["category"]) == ("The b", "x, y")
     assert second["text"] == "The b. category: x, y"
 

@@ -208,11 +208,11 @@ def test_an_id_token_that_is_special_is_refused(tmp_path):
     write_model(tmp_path / "model")
     shutil.copy(tmp_path / "model/generation.json", tmp_path / "model/features.json")
     (tmp_path / "model/features.json").write_text('{"names": [], "edges": {}}')
-    tokenizer = RankingModel.load(tmp_path / "model").with_tokenizer().prompter.tokenizer
+    tokenizer = RankingModel.load(tmp_path / "model").load_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ID_TOKENS[:1]})
     tokenizer.save_pretrained(tmp_path / "model")
     with pytest.raises(ValueError, match=r"has as a special token, which decoding drops, <s_a_0>"):
-        RankingModel.load(tmp_path / "model").with_tokenizer()
+        RankingModel.load(tmp_path / "model").load_tokenizer()
 
 
 def test_the_stage_on_models_with_random_weights_counts_every_failure(toy_run, tmp_path, monkeypatch):

@@ -121,7 +121,7 @@ def test_a_rate_interval_of_too_few_cases_is_nan():
 
 
 def test_intervals_refuse_columns_of_different_length():
-    with pytest.raises(ValueError, match=r"\[2, 1\] values for 2 users; an interval needs as many, at least 1"):
+    with pytest.raises(ValueError, match=r"\[2, 1\] values for 2 users; an interval needs one for each user"):
         Sampling([0, 1]).difference([1, 2], [1])
     with pytest.raises(ValueError, match=r"\[1, 2, 2, 2\] values for 2 users"):
         Sampling([0, 1]).rate_difference([1], [1, 1], [0, 0], [1, 1])

@@ -194,9 +194,9 @@ def test_evaluation_writes_metrics_lists_and_pruning(trained, tmp_path):
 
 
 def test_models_that_a_recipe_leaves_out_are_not_asked(trained):
-    found = recall.find_lists(trained, "valid", {}, num_beams=4, models=["sft"])
+    found = recall.find_lists(trained, "valid", {}, ["sft"], num_beams=4)
     assert [*found.lists] == ["popularity", "transitions", "sft", "sft_head", "sft_both"]
-    assert [*recall.find_lists(trained, "valid", {}, models=["midtrained"]).lists][2:] == ["midtrained"]
+    assert [*recall.find_lists(trained, "valid", {}, ["midtrained"]).lists][2:] == ["midtrained"]
 
 
 @pytest.mark.parametrize(("first_width", "batch_beams"), [(1, 64), (100, 8192)], ids=["widened", "wide at once"])

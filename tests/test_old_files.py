@@ -6,6 +6,7 @@ It is the toy's run, without checkpoints, page and the sft models. Its rollouts 
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -65,7 +66,7 @@ def test_old_rollouts_earn_under_the_same_rewards_what_they_earned(tmp_path):
 
 def test_an_old_model_asks_as_it_was_asked_in_training():
     model = RankingModel.load(OLD / "dapo/model")
-    prompter = model.with_tokenizer().prompter
+    prompter = replace(model.prompter, tokenizer=model.load_tokenizer())
     assert (len(prompter.catalogue), model.max_completion_tokens) == (24, 36)
     rows = {row.row_id: row for row in read_rows(OLD / "candidates/train.parquet")}
     for stored in read_rollouts(OLD).to_pylist():

@@ -27,7 +27,7 @@ class PruneArguments(recipe.StageArguments):
 
 
 def check(args):
-    recipe.check_range("share", args.share, above=0, most=1)
+    check_range("share", args.share, above=0, most=1)
 
 
 def main(args, out_dir):

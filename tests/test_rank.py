@@ -1,5 +1,6 @@
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -51,7 +52,9 @@ def test_encoded_rows_hold_items_and_the_features_of_the_saved_counts(model_dir)
     shorter = rank.encode_rows([ROWS[1], {**ROWS[0], "candidates": ["m2", "m3"]}, ROWS[0]], model, "rows")
     assert shorter[1].features.shape == (2, len(first.features[0]))
     assert np.array_equal(shorter[2].features, alone[0])  # whatever the lists beside it
-    assert CATALOGUE.semantic_ids[5] + " Title 5 | drama next:" in model.with_tokenizer().prompter.prompt(first)
+    assert CATALOGUE.semantic_ids[5] + " Title 5 | drama next:" in replace(
+        model.prompter, tokenizer=model.load_tokenizer()
+    ).prompt(first)
 
 
 def test_ids_that_are_numbers_are_found_and_written_back_as_numbers(model_dir, tmp_path):

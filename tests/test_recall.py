@@ -131,7 +131,7 @@ def best(run, tmp_path):
 
 def test_every_row_is_ranked_and_the_groups_add_up(run, best, monkeypatch):
     monkeypatch.setattr(recall, "MOST_SUCCESSORS", 2)
-    made = recall.summarise(recall.find_lists(run, "test", {"best": best}), run, 20, 50)
+    made = recall.summarise(recall.find_lists(run, "test", {"best": best}, ["midtrained", "sft"]), run, 20, 50)
     assert made["n"]["all"] == 30 == made["n"]["one_hop"] + made["n"]["rest"] and made["n"]["rest"] > 0
     assert set(made["rows"]) == {"popularity", "transitions", "best", "midtrained"}
     assert made["rows"]["best"]["all"]["R@5"] == made["rows"]["best"]["rest"]["N@10"] == 1.0
@@ -168,7 +168,7 @@ def test_lists_of_other_rankers_that_do_not_fit_are_refused(run, tmp_path):
         evaluate.check(args)
     pq.write_table(pa.table({"row_id": [0], "candidates": [["m0"] * 10]}), tmp_path / "few.parquet")
     with pytest.raises(ValueError, match="few.parquet, row 1: row_id 0 is not in data/rows.parquet"):
-        recall.find_lists(run, "test", {"few": str(tmp_path / "few.parquet")})
+        recall.find_lists(run, "test", {"few": str(tmp_path / "few.parquet")}, ["midtrained"])
 
 
 def test_next_items_of_the_midtrained_model_alone_need_no_sft_stage(run):

@@ -11,7 +11,7 @@ import torch
 
 from rerank.launch import recipe, run_dir
 from rerank.launch.files import write_json
-from rerank.launch.recipe import check_choice, check_range
+from rerank.launch.values import check_choice, check_range
 
 # Three launches of one stage in one process, each as `python -m rerank.data` would be.
 LAUNCH = """

@@ -228,7 +228,7 @@ def test_what_cannot_be_rescored_is_refused_in_one_line(store, capsys):
     pq.write_table(to_table([]), store / "empty/part-00000000-0.parquet")
     assert "empty holds no rollouts" in refused(run=store / "empty")
     line = refused(multi_objective_aggregation="normalize_then_sum")
-    assert "replay knows sum_then_normalize only" in line
+    assert "rescoring knows sum_then_normalize only" in line
     assert "{name: overlong, kwargs: {cache_tokens: N}}" in refused(overlong_tokens=5)
     assert "invalid_reward" in (line := refused(invalid_reward=-1.0)) and "rank_promotion pays -1" in line
     assert "'when', which is called 'condition' now" in refused({"name": "ndcg", "when": "valid_ranking"})

@@ -44,7 +44,8 @@ class Launched:
         self.wait_for(lambda: self.last_step() >= step)
 
     def last_step(self):
-        return stopping.last_step(run_dir.partial_dir(self.run, self.stage) / "checkpoints")
+        checkpoint = stopping.last_checkpoint(run_dir.partial_dir(self.run, self.stage) / "checkpoints")
+        return 0 if checkpoint is None else int(checkpoint.rsplit("-", 1)[1])
 
     def trainer(self):
         return int((run_dir.partial_dir(self.run, self.stage) / "holder.pid").read_text())

@@ -67,7 +67,7 @@ def test_an_interrupted_training_leaves_a_checkpoint_and_resumes_after_it(tmp_pa
     with pytest.raises(KeyboardInterrupt):
         stopping.train(trainer(tmp_path, first))
     assert first.steps == [1, 2, 3]
-    assert stopping.last_step(tmp_path) == 3
+    assert stopping.last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-3")
     assert signal.getsignal(signal.SIGINT) is before
     stopping.train(trainer(tmp_path, second))
     assert second.steps == [4, 5, 6]
@@ -81,13 +81,13 @@ def test_a_training_ends_after_its_minutes(tmp_path):
 
 def test_an_incomplete_checkpoint_is_skipped(tmp_path, caplog):
     assert stopping.last_checkpoint(tmp_path) is None
-    assert stopping.last_step(tmp_path) == 0
+    assert stopping.last_checkpoint(tmp_path) is None
     checkpoint(tmp_path, 5, json.dumps({"global_step": 5}))
     checkpoint(tmp_path, 10, json.dumps({"global_step": 10}))  # 5 < 10 as numbers, not as text
     checkpoint(tmp_path, 15, '{"global_st')  # cut off
     checkpoint(tmp_path, 20, None)  # the state is written last
     assert stopping.last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
-    assert stopping.last_step(tmp_path) == 10
+    assert stopping.last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
     assert "checkpoint-15 is incomplete and is skipped" in caplog.text
     assert "checkpoint-20 is incomplete and is skipped" in caplog.text
 

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from rerank.baselines import FEATURES, Counts, fit_edges
+from rerank.baselines import FEATURES, Counts, feature_rows, fit_edges
 from rerank.catalogue import Catalogue
 from rerank.launch import run_dir
 from rerank.launch.files import write_json
@@ -134,6 +134,12 @@ def write_semantic_ids(folder: Path, codes: np.ndarray | None = None) -> None:
 # --- candidates and traces
 
 
+def features_of(counts: Counts, history, candidates, scores, own_sequence=None) -> np.ndarray:
+    """(N, F) features of one row; `own_sequence` is its user's part of the counts, to be subtracted."""
+    own = None if own_sequence is None else counts.own([0], {0: np.asarray(own_sequence)})
+    return feature_rows(counts, [np.asarray(history)], np.array([candidates]), np.array([scores]), own)[0]
+
+
 def toy_rows(counts: Counts, split_seed: int) -> list[dict]:
     """Records of a candidates table, one a user: the list is that of the counts, the target one that may follow."""
     rng = np.random.default_rng(split_seed)
@@ -143,7 +149,7 @@ def toy_rows(counts: Counts, split_seed: int) -> list[dict]:
         target = int((history[-1] + rng.choice([1, 1, 2, 5])) % NUM_ITEMS)
         candidates, scores = counts.top_rows([history], NUM_CANDIDATES)
         relevance = (candidates[0] == target).astype(float)
-        features = counts.features(history, candidates[0], scores[0])
+        features = features_of(counts, history, candidates[0], scores[0])
         row = {"row_id": 100 * split_seed + user, "user": user, "history": history.tolist()}
         row |= {"candidates": candidates[0].tolist(), "relevance": relevance.tolist(), "hit": bool(relevance.any())}
         rows.append({**row, "first_stage_scores": scores[0].tolist(), "target": target, "features": features.tolist()})

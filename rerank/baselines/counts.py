@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from scipy.sparse import csr_array
 
-from rerank.baselines.features import ItemFacts, feature_rows, recent_items
+from rerank.baselines.features import ItemFacts, recent_items
 from rerank.baselines.pairs import ALL_WEIGHTS, UNIT, Sequences, UserContributions, flatten, matrix_of, weighted_pairs
 from rerank.baselines.regression import ItemRegression
 from rerank.launch.files import write_whole
@@ -53,7 +53,8 @@ class Counts:
             _, first, second, weight = weighted_pairs(owners, items, *weights)
             matrices.append(matrix_of(first, second, weight, (num_items, num_items)))
         popularity, regression = np.bincount(items, minlength=num_items), ItemRegression.fit(owners, items, num_items)
-        return cls(*matrices, popularity, regression, facts or ItemFacts.of(num_items))
+        transitions, successors, near = matrices
+        return cls(transitions, successors, near, popularity, regression, facts or ItemFacts.of(num_items))
 
     @property
     def num_items(self) -> int:
@@ -82,9 +83,11 @@ class Counts:
                 parts = tuple(arrays[f"{name}_{part}"] for part in PARTS)
                 return csr_array(parts, shape=tuple(arrays[f"{name}_shape"]))
 
-            facts = ItemFacts(arrays["embeddings"], *map(matrix, FACT_MATRICES), arrays["brands"])
+            categories, words = map(matrix, FACT_MATRICES)
+            facts = ItemFacts(arrays["embeddings"], categories, words, arrays["brands"])
             regression = ItemRegression(arrays["inverse"], arrays["places"])
-            return cls(*map(matrix, MATRICES), arrays["popularity"], regression, facts)
+            transitions, successors, near = map(matrix, MATRICES)
+            return cls(transitions, successors, near, arrays["popularity"], regression, facts)
 
     def own(self, users: Sequence[int] | np.ndarray, sequences: Sequences) -> UserContributions:
         """The contributions of each row's user to these counts, for `top_rows` and `feature_rows`."""
@@ -153,14 +156,10 @@ class Counts:
         popularity = self._popularity(np.full(len(items), row), items, own)
         return items[np.lexsort((items, -popularity))[:n]]
 
-    def features(self, history: Sequence[int], candidates: Sequence[int], scores: Sequence[float]) -> np.ndarray:
-        """`feature_rows` of one row that was not counted, (N, F)."""
-        return feature_rows(self, [np.asarray(history)], np.array([candidates]), np.array([scores]), None)[0]
-
 
 def _write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
     with path.open("wb") as file:  # given a path, numpy would add a suffix
-        np.savez(file, **arrays)
+        np.savez(file, **arrays)  # type: ignore[arg-type]
 
 
 def _recency_weights(columns: np.ndarray, width: int) -> csr_array:

@@ -105,7 +105,8 @@ class UserContributions:
             matrices.append(matrix_of(numbers, second, weight, (len(keys), num_items)))
         popularity = matrix_of(owners, items, np.ones(len(items)), (len(present), num_items))
         row_owners = np.array([place.get(int(user), -1) for user in users], dtype=np.int64)
-        return cls(num_items, row_owners, keys, *matrices, popularity)
+        transitions, successors, near = matrices
+        return cls(num_items, row_owners, keys, transitions, successors, near, popularity)
 
     def numbers(self, rows: np.ndarray, items: np.ndarray) -> np.ndarray:
         """Matrix row of each (row, item), elementwise; -1 where the row's user never had the item."""

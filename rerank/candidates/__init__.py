@@ -11,7 +11,7 @@ of fold: `transitions` subtracts the user's own counts, the mid-trained model mu
 
 import logging
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +22,8 @@ from rerank.baselines import FEATURES, Counts, ItemFacts, UserContributions, fea
 from rerank.catalogue import Catalogue
 from rerank.launch import recipe, run_dir
 from rerank.launch.files import write_json
-from rerank.launch.recipe import check_choice, check_range
 from rerank.launch.stages import Stage
+from rerank.launch.values import check_choice, check_range, option
 from rerank.next_item.encoder import SETTINGS
 from rerank.next_item.item_head import FILE as HEAD_FILE
 from rerank.next_item.model import NextItemModel
@@ -41,30 +41,22 @@ MAX_HISTORY = 20  # items of the history in a prompt for a model's list
 class CandidatesArguments(recipe.StageArguments):
     """Options of the candidates stage."""
 
-    source: str = field(
-        default="transitions",
-        metadata={"help": "transitions (counts), model (mid-trained, by beams) or lists (yours)."},
+    source: str = option("transitions", "transitions (counts), model (mid-trained, by beams) or lists (yours).")
+    num_candidates: int = option(10, "Length of a list.")
+    lists: str | None = option(
+        None,
+        "With source lists: a Parquet file with row_id (of data/rows.parquet), candidates (original item "
+        "ids, best first) and optionally scores. Training rows must come from a ranker that has not seen them.",
     )
-    num_candidates: int = field(default=10, metadata={"help": "Length of a list."})
-    lists: str | None = field(
-        default=None,
-        metadata={
-            "help": "With source lists: a Parquet file with row_id (of data/rows.parquet), candidates (original item "
-            "ids, best first) and optionally scores. Training rows must come from a ranker that has not seen them."
-        },
+    model_dir: str | None = option(
+        None,
+        "With source model: a folder that the sft stage made with task next_item, in place of the run's "
+        "mid-trained model. It must not have seen the targets of the training rows.",
     )
-    model_dir: str | None = field(
-        default=None,
-        metadata={
-            "help": "With source model: a folder that the sft stage made with task next_item, in place of the run's "
-            "mid-trained model. It must not have seen the targets of the training rows."
-        },
+    num_beams: int = option(
+        20, "With source model: beams a row, at least num_candidates; 0: its item head, in one pass."
     )
-    num_beams: int = field(
-        default=20,
-        metadata={"help": "With source model: beams a row, at least num_candidates; 0: its item head, in one pass."},
-    )
-    batch_size: int = field(default=64, metadata={"help": "With source model: rows decoded together."})
+    batch_size: int = option(64, "With source model: rows decoded together.")
 
     def __post_init__(self) -> None:
         super().__post_init__()

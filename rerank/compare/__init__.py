@@ -16,8 +16,8 @@ from rerank.compare.evaluations import RunsOf
 from rerank.launch import pipeline
 from rerank.launch import run_dir as runs
 from rerank.launch.files import write_text
-from rerank.launch.recipe import check_range
 from rerank.launch.stages import load_stage
+from rerank.launch.values import check_range
 from rerank.results.tables import counted
 
 SEEDED_STAGES = ("midtrain", "traces", "sft", "dapo")

@@ -119,7 +119,9 @@ def load_sets(run: Path) -> Evaluation:
         for name, lines in by_ranker.items()
     }
     first = next(iter(by_ranker.values()))
-    rows = [(user, targets.tolist()) for user, targets in zip(first["user"], first["targets"], strict=True)]
+    rows: list[object] = [
+        (user, targets.tolist()) for user, targets in zip(first["user"], first["targets"], strict=True)
+    ]
     return Evaluation(rows, first["user"].to_numpy(), values)
 
 

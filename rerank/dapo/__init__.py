@@ -26,7 +26,7 @@ from rerank.dapo.prompt_stream import PromptStream
 from rerank.launch import recipe, run_dir, stopping
 from rerank.launch.files import write_json
 from rerank.launch.stages import Stage
-from rerank.launch.values import option
+from rerank.launch.values import check_choice, check_range, option
 from rerank.models import base as base_model
 from rerank.models import engine, group_attention, server
 from rerank.models.saving import check_model, save_ranker
@@ -65,16 +65,16 @@ class DapoArguments(recipe.StageArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        recipe.check_choice("rows", self.rows, ("dapo", "all"))
-        recipe.check_range("max_sampling_rounds", self.max_sampling_rounds, least=1)
-        if not self.max_logp_gap > 0:
-            raise ValueError(f"max_logp_gap is {self.max_logp_gap} but must be above 0")
+        check_choice("rows", self.rows, ("dapo", "all"))
+        check_range("max_sampling_rounds", self.max_sampling_rounds, least=1)
+        check_range("max_logp_gap", self.max_logp_gap, above=0)
         self.rewards = scoring.read_rewards(self.rewards, "the recipe")
         scoring.check_outcome(self.outcome, self.load_rewards())
 
     def load_rewards(self) -> list[scoring.Reward]:
         """The rewards that the recipe names."""
-        return scoring.load_rewards(scoring.read_rewards(self.rewards, "the recipe"))
+        assert isinstance(self.rewards, list)  # once read from a file
+        return scoring.load_rewards(self.rewards)
 
 
 @dataclass

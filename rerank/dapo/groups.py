@@ -6,13 +6,12 @@ which is hardly ever zero for a sum of shaped rewards.
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from rerank.dapo.prompt_stream import TrainingPrompt
-from rerank.rows import RankingRow, reward_columns
+from rerank.rows import reward_columns
 
 
 @dataclass(frozen=True)
@@ -81,12 +80,6 @@ class Group:
     def is_useful(self) -> bool:
         """Whether members differ in their outcome."""
         return len({rollout.outcome for rollout in self.rollouts} - {None}) > 1
-
-
-def rank_gain(row: RankingRow, order: Sequence[int] | None) -> float:
-    """Places that a ranking moves the target up; below every rank for a completion that is no ranking."""
-    place = row.place_of_target(order)
-    return -math.inf if place is None or row.target_rank is None else float(row.target_rank - place)
 
 
 def num_prompts(missing: int, share_useful: float, num_groups: int) -> int:

@@ -9,7 +9,7 @@ from typing import TypeVar
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
-from rerank.dapo.groups import Completion, Group, Rollout, num_prompts, rank_gain
+from rerank.dapo.groups import Completion, Group, Rollout, num_prompts
 from rerank.dapo.prompt_stream import PromptStream, TrainingPrompt
 from rerank.prompts import parse_completion
 from rerank.rows import PromptedRow, reward_columns
@@ -175,7 +175,7 @@ class GroupSampler:
             0.0 if math.isnan(paid) else paid,
             parsed.order,
             parsed.failure,
-            rank_gain(asked.row, parsed.order) if by_rank else rewards.get(self.options.outcome),
+            asked.row.rank_gain(parsed.order) if by_rank else rewards.get(self.options.outcome),
         )
 
     def _measure(self, sampled: Sequence[Group], num_rounds: int, num_missing: int) -> dict[str, float]:

@@ -83,9 +83,16 @@ class DapoTrainer(PreparedTrainer):
         self.rewards, self.prompts, self.max_logp_gap = args.load_rewards(), prompts, args.max_logp_gap
         config.reward_weights = [reward.weight for reward in self.rewards]
         dataset = Dataset.from_dict({"prompt": [str(row.row_id) for row in prompts.rows]})  # only its length counts
-        own = {"seed": prompts.seed, "group_forward": args.group_forward}
-        trls = {"processing_class": prompts.prompter.tokenizer, "peft_config": peft_config}
-        super().__init__(model, [*self.rewards], config, dataset, **trls, **own)
+        super().__init__(
+            model,
+            [*self.rewards],
+            config,
+            dataset,
+            processing_class=prompts.prompter.tokenizer,
+            peft_config=peft_config,
+            seed=prompts.seed,
+            group_forward=args.group_forward,
+        )
         self.writer = RolloutWriter(rollout_dir, self.accelerator.process_index)
         # an optimizer step samples more than once, all of it with the same weights
         keeps_surplus = config.steps_per_generation * self.num_iterations < config.gradient_accumulation_steps

@@ -12,7 +12,7 @@ catalogue is ranked: `results.json`, `results.md`, `lists.parquet`, and with nex
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,9 @@ import pyarrow.parquet as pq
 from rerank.evaluate import next_item
 from rerank.launch import recipe, run_dir
 from rerank.launch.files import write_json, write_text, write_whole
-from rerank.launch.recipe import check_choice, check_range
 from rerank.launch.stages import Stage
-from rerank.models.ranker import RankingModel, generate_answers
+from rerank.launch.values import check_choice, check_range, option
+from rerank.models.ranker import Answer, RankingModel, generate_answers
 from rerank.next_item.encoder import SETTINGS
 from rerank.next_item.model import NextItemModel, likelihood_orders
 from rerank.results import tables
@@ -57,33 +57,27 @@ RANKINGS = pa.schema(
 class EvaluateArguments(recipe.StageArguments):
     """Options of the evaluate stage."""
 
-    task: str = field(
-        default="rerank",
-        metadata={
-            "help": "rerank: lists of candidates; next_item: the whole catalogue, by sft/model; held_out_sets: "
-            "likewise, all that is held out of a user at once, from training items alone (CLLM4Rec)."
-        },
+    task: str = option(
+        "rerank",
+        "rerank: lists of candidates; next_item: the whole catalogue, by sft/model; held_out_sets: "
+        "likewise, all that is held out of a user at once, from training items alone (CLLM4Rec).",
     )
-    split: str = field(default="test", metadata={"help": "Rows to rank: test, or valid to choose between variants."})
-    max_rows: int = field(default=0, metadata={"help": "Rank this many rows, drawn at random; 0 for all."})
-    models: list[str] = field(
-        default_factory=lambda: [ranker.name for ranker in models_of_task("rerank")],
-        metadata={"help": f"Models to evaluate, of {', '.join(MODELS)}."},
+    split: str = option("test", "Rows to rank: test, or valid to choose between variants.")
+    max_rows: int = option(0, "Rank this many rows, drawn at random; 0 for all.")
+    models: list[str] = option(
+        [ranker.name for ranker in models_of_task("rerank")], f"Models to evaluate, of {', '.join(MODELS)}."
     )
-    batch_size: int = field(default=64, metadata={"help": "Rows in one forward pass of the mid-trained model."})
-    lists: dict[str, str] = field(
-        default_factory=dict,
-        metadata={
-            "help": "next_item: other rankers to show, each NAME: FILE, a Parquet file of row_id and candidates: ten "
-            "original item ids, best first, for each row of the split."
-        },
+    batch_size: int = option(64, "Rows in one forward pass of the mid-trained model.")
+    lists: dict[str, str] = option(
+        {},
+        "next_item: other rankers to show, each NAME: FILE, a Parquet file of row_id and candidates: ten "
+        "original item ids, best first, for each row of the split.",
     )
-    num_beams: int = field(default=10, metadata={"help": "next_item: beams of a row."})
-    pruning: bool = field(
-        default=False,
-        metadata={"help": "next_item: measure how many targets among the most probable items beam search prunes."},
+    num_beams: int = option(10, "next_item: beams of a row.")
+    pruning: bool = option(
+        False, "next_item: measure how many targets among the most probable items beam search prunes."
     )
-    num_bootstrap: int = field(default=2000, metadata={"help": "Bootstrap samples of an interval."})
+    num_bootstrap: int = option(2000, "Bootstrap samples of an interval.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -125,7 +119,7 @@ def check(args: EvaluateArguments) -> None:
         return
     for ranker in rankers_of(args):
         if ranker.kind == "generates" and run_dir.is_finished(args.run_dir, ranker.stage):
-            RankingModel.load(ranker.model_dir(args.run_dir)).with_tokenizer()
+            RankingModel.load(ranker.model_dir(args.run_dir)).load_tokenizer()
 
 
 def refuse_ranker(folder: Path) -> None:
@@ -162,7 +156,7 @@ def write_rankings(rankings: Sequence[Ranking], rows: Sequence[RankingRow], path
     """A record of each row and ranker, the random one left out, since it is an expectation."""
     records = []
     for ranking in rankings:
-        answers = ranking.answers or [None] * len(rows)
+        answers: Sequence[Answer | None] = ranking.answers or [None] * len(rows)
         for row, order, answer in zip(rows, ranking.orders or [], answers, strict=ranking.orders is not None):
             record = {"row_id": row.row_id, "user": row.user, "ranker": ranking.name, "order": order}
             if answer is not None:

@@ -4,6 +4,8 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from rerank.launch import run_dir
 from rerank.launch.files import write_json, write_text
 from rerank.next_item import held_out_sets, pruning, recall
@@ -20,7 +22,7 @@ logger = logging.getLogger(__name__)
 def evaluate(args: "EvaluateArguments", out_dir: Path) -> dict[str, object]:
     """Write results.json, results.md, lists.parquet, pruning.parquet if asked for; returns the split, n, each R@10."""
     run = Path(args.run_dir)
-    found = recall.find_lists(run, args.split, args.lists, args.num_beams, args.max_rows, args.models)
+    found = recall.find_lists(run, args.split, args.lists, args.models, args.num_beams, args.max_rows)
     logger.info("%d %s rows", len(found.rows), args.split)
     results = {"task": "next_item", **recall.summarise(found, run, args.num_beams, args.num_bootstrap)}
     text = recall.markdown(results)
@@ -42,7 +44,7 @@ def evaluate_sets(args: "EvaluateArguments", out_dir: Path) -> dict[str, object]
     found = held_out_sets.find_sets(Path(args.run_dir), held_out, args.num_beams)
     results = held_out_sets.summarise(held_out, found, args.split, args.num_bootstrap)
     _write_results(results, held_out_sets.markdown(results), out_dir)
-    columns = {"user": held_out.users, "targets": held_out.targets}
+    columns: dict[str, np.ndarray | list[np.ndarray]] = {"user": held_out.users, "targets": held_out.targets}
     recall.write_lists(out_dir / "lists.parquet", held_out_sets.LISTS, columns, found)
     return {name: results[name] for name in ("split", "n", "rows")}
 

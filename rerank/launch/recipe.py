@@ -5,7 +5,6 @@ import ctypes
 import dataclasses
 import difflib
 import logging
-import math
 import os
 import signal
 import sys
@@ -28,7 +27,6 @@ logger = logging.getLogger(__name__)
 _PR_SET_PDEATHSIG = 1
 
 Keys = dict[str, Any]  # of a recipe, with their values as YAML reads them
-Bound = float | None
 
 # Every stage process sets these unless the user did: quiet, private, and modest in memory on CPU.
 ENVIRONMENT = {
@@ -62,23 +60,6 @@ class StageArguments:
     def __post_init__(self) -> None:
         if not self.run_dir:
             raise ValueError("run_dir is empty; name the folder of the run, such as runs/ml100k")
-
-
-def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
-    """Refuse an option's value that is none of the choices."""
-    if value not in choices:
-        raise ValueError(f"{name} is {value!r} but must be one of {', '.join(choices)}")
-
-
-def check_range(
-    name: str, value: float, least: Bound = None, most: Bound = None, above: Bound = None, below: Bound = None
-) -> None:
-    """Refuse an option's number that is not finite or is out of its range; `above` and `below` are excluded."""
-    bounds = {"at least": least, "above": above, "at most": most, "below": below}
-    is_in = math.isfinite(value) and (least is None or value >= least) and (most is None or value <= most)
-    if not is_in or (above is not None and value <= above) or (below is not None and value >= below):
-        stated = " and ".join(f"{words} {bound}" for words, bound in bounds.items() if bound is not None)
-        raise ValueError(f"{name} is {value} but must be {stated}")
 
 
 def load(path: str | Path) -> Keys:

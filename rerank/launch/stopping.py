@@ -97,9 +97,3 @@ def last_checkpoint(folder: str | Path) -> str | None:
         except (OSError, ValueError, KeyError):
             logger.warning("%s is incomplete and is skipped", path)
     return max(steps)[1] if steps else None
-
-
-def last_step(folder: str | Path) -> int:
-    """The step from which a training in this folder resumes; 0 for a new one."""
-    checkpoint = last_checkpoint(folder)
-    return 0 if checkpoint is None else int(checkpoint.rsplit("-", 1)[1])

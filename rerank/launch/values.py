@@ -1,10 +1,13 @@
-"""Options of a stage: their declaration, and values of a recipe against their type hints."""
+"""Options of a stage: their declaration, their ranges, and values of a recipe against their type hints."""
 
 import copy
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Sequence
+
+Bound = float | None
 
 
 def option(default: typing.Any, help: str) -> typing.Any:
@@ -12,6 +15,23 @@ def option(default: typing.Any, help: str) -> typing.Any:
     if isinstance(default, list | dict):
         return dataclasses.field(default_factory=lambda: copy.deepcopy(default), metadata={"help": help})
     return dataclasses.field(default=default, metadata={"help": help})
+
+
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    """Refuse an option's value that is none of the choices."""
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r} but must be one of {', '.join(choices)}")
+
+
+def check_range(
+    name: str, value: float, least: Bound = None, most: Bound = None, above: Bound = None, below: Bound = None
+) -> None:
+    """Refuse an option's number that is not finite or is out of its range; `above` and `below` are excluded."""
+    bounds = {"at least": least, "above": above, "at most": most, "below": below}
+    is_in = math.isfinite(value) and (least is None or value >= least) and (most is None or value <= most)
+    if not is_in or (above is not None and value <= above) or (below is not None and value >= below):
+        stated = " and ".join(f"{words} {bound}" for words, bound in bounds.items() if bound is not None)
+        raise ValueError(f"{name} is {value} but must be {stated}")
 
 
 def type_hints(arguments: Sequence[type]) -> dict[str, object]:

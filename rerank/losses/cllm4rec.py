@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from rerank.launch.recipe import check_range
+from rerank.launch.values import check_range
 from rerank.losses import AuxiliaryLoss, Batch, LossInfo, LossInputs, Row
 from rerank.next_item.encoder import NEXT_ITEMS
 from rerank.next_item.item_head import ItemHead

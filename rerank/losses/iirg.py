@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from rerank.launch.recipe import check_choice, check_range
+from rerank.launch.values import check_choice, check_range
 from rerank.losses import AuxiliaryLoss, LossInfo, Row
 from rerank.losses import _relations as relations
 from rerank.losses._inputs import check_count

@@ -2,7 +2,7 @@
 
 import torch
 
-from rerank.launch.recipe import check_range
+from rerank.launch.values import check_range
 from rerank.losses import LossInfo, LossInputs
 
 INFO = LossInfo(

@@ -17,7 +17,7 @@ import gc
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,8 +28,8 @@ from rerank.catalogue import Catalogue, id_tokens
 from rerank.grading import EVIDENCE_WORDS
 from rerank.launch import model_card, recipe, run_dir, stopping
 from rerank.launch.files import write_json
-from rerank.launch.recipe import check_choice, check_range
 from rerank.launch.stages import Stage
+from rerank.launch.values import check_choice, check_range, option
 from rerank.midtrain.documents import PROMPT_WORDS, TASKS, Document, encoded_dataset, mixed_documents
 from rerank.midtrain.new_rows import load_rows, save_rows, train_only_rows
 from rerank.models import base as base_model
@@ -51,29 +51,20 @@ PUBLISHED_MIXTURE = {"sequence": 0.6573, "persona": 0.2430, "caption": 0.0494, "
 class MidtrainArguments(recipe.StageArguments, base_model.SmallModelArguments):
     """Options of the midtrain stage; `model_name_or_path` (TRL's) names a pretrained base model."""
 
-    mixture: dict[str, float] = field(
-        default_factory=lambda: dict(PUBLISHED_MIXTURE),
-        metadata={"help": "Share of documents of each task: sequence, persona, caption, text, lists."},
+    mixture: dict[str, float] = option(
+        dict(PUBLISHED_MIXTURE), "Share of documents of each task: sequence, persona, caption, text, lists."
     )
-    num_documents: int = field(default=0, metadata={"help": "Documents in an epoch; 0: every sequence once."})
-    list_facts: list[str] = field(
-        default_factory=lambda: list(FACTS), metadata={"help": "Facts on the lines of lists, as evidence_names later."}
-    )
-    list_labels: str = field(default="semantic_id", metadata={"help": "Labels of lists: semantic_id or number."})
-    max_items: int = field(default=50, metadata={"help": "Items in one sequence document."})
-    general_text: str = field(
-        default="packages", metadata={"help": "A text file, or `packages`: descriptions of installed packages."}
-    )
-    token_epochs: float = field(default=1.0, metadata={"help": "Epochs of phase one."})
-    token_learning_rate: float = field(default=5.0e-4, metadata={"help": "Learning rate of phase one."})
-    dropout: float = field(
-        default=0.0, metadata={"help": "Phase two: share dropped of the outputs of the embedding and each branch."}
-    )
-    max_minutes: float | None = field(default=None, metadata={"help": "End each phase after this many minutes."})
-    eval_recall_rows: int = field(
-        default=0, metadata={"help": "Validation rows for recall@10 every eval_steps, the best kept; 0: none."}
-    )
-    patience: int = field(default=0, metadata={"help": "End after N evaluations without a better recall@10; 0: no."})
+    num_documents: int = option(0, "Documents in an epoch; 0: every sequence once.")
+    list_facts: list[str] = option(list(FACTS), "Facts on the lines of lists, as evidence_names later.")
+    list_labels: str = option("semantic_id", "Labels of lists: semantic_id or number.")
+    max_items: int = option(50, "Items in one sequence document.")
+    general_text: str = option("packages", "A text file, or `packages`: descriptions of installed packages.")
+    token_epochs: float = option(1.0, "Epochs of phase one.")
+    token_learning_rate: float = option(5.0e-4, "Learning rate of phase one.")
+    dropout: float = option(0.0, "Phase two: share dropped of the outputs of the embedding and each branch.")
+    max_minutes: float | None = option(None, "End each phase after this many minutes.")
+    eval_recall_rows: int = option(0, "Validation rows for recall@10 every eval_steps, the best kept; 0: none.")
+    patience: int = option(0, "End after N evaluations without a better recall@10; 0: no.")
 
     def __post_init__(self) -> None:
         recipe.StageArguments.__post_init__(self)

@@ -2,10 +2,11 @@
 
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rerank.launch.values import option
 from rerank.models import names
 
 if TYPE_CHECKING:
@@ -22,12 +23,12 @@ TEMPLATE = Path(__file__).with_name("chat_template.jinja")
 class SmallModelArguments:
     """Shape of the small model that is made when the recipe names no base model."""
 
-    hidden_size: int = field(default=128, metadata={"help": "Width of the small model."})
-    num_layers: int = field(default=4, metadata={"help": "Layers of the small model."})
-    num_heads: int = field(default=4, metadata={"help": "Attention heads of the small model."})
-    num_kv_heads: int = field(default=2, metadata={"help": "Key-value heads of the small model."})
-    vocab_size: int = field(default=2000, metadata={"help": "Size of its BPE vocabulary, id tokens not counted."})
-    context_length: int = field(default=1024, metadata={"help": "Positions of the small model, in tokens."})
+    hidden_size: int = option(128, "Width of the small model.")
+    num_layers: int = option(4, "Layers of the small model.")
+    num_heads: int = option(4, "Attention heads of the small model.")
+    num_kv_heads: int = option(2, "Key-value heads of the small model.")
+    vocab_size: int = option(2000, "Size of its BPE vocabulary, id tokens not counted.")
+    context_length: int = option(1024, "Positions of the small model, in tokens.")
 
     def __post_init__(self) -> None:
         if self.hidden_size % self.num_heads or self.num_heads % self.num_kv_heads:

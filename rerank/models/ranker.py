@@ -24,7 +24,7 @@ class RankingModel:
 
     Attributes:
         folder: Where it is.
-        prompter: Turns rows into prompts and labels; without a tokenizer until `with_tokenizer`.
+        prompter: Turns rows into prompts and labels; it has no tokenizer.
         max_completion_tokens: Token limit of an answer.
         num_candidates: Length of the lists that it was trained on, where the folder names it.
     """
@@ -45,13 +45,13 @@ class RankingModel:
         limits = generation["max_completion_tokens"], generation.get("num_candidates")
         return cls(folder, Prompter.of_model(folder), *limits)
 
-    def with_tokenizer(self) -> "RankingModel":
-        """The same with its tokenizer; one that lacks a semantic id of the catalogue beside it is refused."""
+    def load_tokenizer(self) -> "PreTrainedTokenizerBase":
+        """Its tokenizer; one that lacks a semantic id of the catalogue beside it is refused."""
         from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(self.folder)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.folder)
         check_vocabulary(tokenizer, self.prompter.catalogue.semantic_ids, str(self.folder))
-        return replace(self, prompter=replace(self.prompter, tokenizer=tokenizer))
+        return tokenizer
 
 
 @dataclass(frozen=True)
@@ -76,9 +76,10 @@ def generate_answers(model: RankingModel, rows: Sequence[RankingRow]) -> tuple[l
     """A greedy completion of each row's prompt, and the seconds that it took without the engine's start."""
     from rerank.models import engine as vllm_engine
 
-    prompter = model.with_tokenizer().prompter
+    tokenizer = model.load_tokenizer()
+    prompter = replace(model.prompter, tokenizer=tokenizer)
     prompts = [prompter.prompt(row) for row in rows]
-    max_length = _longest(prompts, prompter.tokenizer) + model.max_completion_tokens
+    max_length = max(len(ids) for ids in tokenizer(prompts).input_ids) + model.max_completion_tokens
     _check_positions(model, max_length)
     engine = vllm_engine.open_engine(model.folder, max_length)
     try:
@@ -94,11 +95,6 @@ def generate_answers(model: RankingModel, rows: Sequence[RankingRow]) -> tuple[l
         for row, (completion,) in zip(rows, completions, strict=True)
     ]
     return answers, seconds
-
-
-def _longest(prompts: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -> int:
-    """Tokens of the longest prompt."""
-    return max(len(ids) for ids in tokenizer(list(prompts)).input_ids)
 
 
 def _check_positions(model: RankingModel, max_length: int) -> None:

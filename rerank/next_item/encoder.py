@@ -67,9 +67,7 @@ class NextItemEncoder:
         if not (folder / SETTINGS).is_file():
             raise FileNotFoundError(f"{folder} has no {SETTINGS}; give a model of the sft stage with task next_item")
         settings = json.loads((folder / SETTINGS).read_text())
-        constrained = settings[
-            "mask_first" if "mask_first" in settings else "constrained"
-        ]  # its name in older folders
+        constrained = settings.get("constrained", settings.get("mask_first"))  # its name in older folders
         item_text, max_items = settings["item_text"], settings["max_items"]
         return cls(Catalogue.load(folder), load_tokenizer(folder), item_text, max_items, constrained, folder=folder)
 

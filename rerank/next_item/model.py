@@ -220,4 +220,4 @@ def _load(folder: Path, encoder: NextItemEncoder, dtype: str = "auto") -> "PreTr
 
     check_vocabulary(encoder.tokenizer, encoder.catalogue.semantic_ids, folder)
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()  # type: ignore[arg-type]

@@ -37,7 +37,6 @@ MOST_SUCCESSORS = 50
 SAMPLE_SEED = 0  # one sample for all seeds of a training, so that their recall can be compared
 GROUPS = {"all": "all", "one_hop": "one hop", "rest": "the rest"}
 REFERENCE = "transitions"
-MODELS = ("midtrained", "sft")
 LISTS = pa.schema(  # of lists.parquet; items best first
     [(name, pa.int64()) for name in ("row_id", "user", "target")]
     + [("one_hop", pa.bool_()), ("ranker", pa.string()), ("items", pa.list_(pa.int64()))]
@@ -187,9 +186,9 @@ def find_lists(
     run: Path,
     split: str,
     lists: Mapping[str, str],
+    models: Sequence[str],
     num_beams: int = NUM_BEAMS,
     max_rows: int = 0,
-    models: Sequence[str] = MODELS,
 ) -> FoundLists:
     """The lists of a run's models of next items, of baselines and of other rankers on the rows of a split.
 
@@ -198,9 +197,9 @@ def find_lists(
         split: `valid` or `test`.
         lists: Ranker to a Parquet file with row_id and candidates: ten original item ids, best first, for each row of
             the split.
+        models: Those of the run to ask, of `midtrained` and `sft`.
         num_beams: Of the models' beam search.
         max_rows: Of the split, drawn at random but always the same; 0 for all.
-        models: Of MODELS those to ask.
     """
     whole, catalogue = TargetRows.load(run).of_split(split), Catalogue.load(run)
     rows = whole.of_split(split, max_rows, SAMPLE_SEED)

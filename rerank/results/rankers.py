@@ -88,7 +88,7 @@ def transitions(candidates_dir: Path, rows: Sequence[RankingRow]) -> Orders:
     for row in rows:
         features = np.asarray(row.features, dtype=np.float64)  # (N, F)
         scores = np.rint(features[:, columns] * UNIT).astype(np.int64) @ np.array(RECENCY)
-        orders.append(np.lexsort((row.candidates, -features[:, popularity], -scores)).tolist())
+        orders.append(np.lexsort((np.array(row.candidates), -features[:, popularity], -scores)).tolist())
     return orders
 
 

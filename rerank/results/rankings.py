@@ -4,7 +4,7 @@ R evaluated rows.
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,7 +99,7 @@ def metrics_per_row(ranking: Ranking, relevance: Sequence[Sequence[float]], fall
     return {name: np.array([(row or ZERO_METRICS)[name] for row in rows]) for name in METRICS}
 
 
-def _row_metrics(order: Sequence[int] | None, gains: Sequence[float]) -> Mapping[str, float] | None:
+def _row_metrics(order: Sequence[int] | None, gains: Sequence[float]) -> dict[str, float] | None:
     return None if order is None else ranking_metrics([gains[position] for position in order])
 
 

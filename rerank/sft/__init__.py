@@ -13,7 +13,7 @@ lists them all.
 import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,8 +24,8 @@ from trl import ModelConfig, SFTConfig, get_peft_config
 from rerank.catalogue import Catalogue
 from rerank.launch import model_card, recipe, run_dir, stopping
 from rerank.launch.files import write_json
-from rerank.launch.recipe import check_choice, check_range
 from rerank.launch.stages import Stage
+from rerank.launch.values import check_choice, check_range, option
 from rerank.losses import Losses, Row, load_losses
 from rerank.models import base as base_model
 from rerank.models.dropout import residual_dropout
@@ -49,26 +49,16 @@ TARGETS = ("all", "last")
 class SftArguments(recipe.StageArguments):
     """Options of the sft stage."""
 
-    task: str = field(
-        default="rerank",
-        metadata={"help": "rerank: candidates to trace and ranking; next_item: history to next item."},
+    task: str = option("rerank", "rerank: candidates to trace and ranking; next_item: history to next item.")
+    losses: list[dict[str, Any]] = option(
+        [{"name": "nll"}], "One token loss and auxiliary losses beside it, each {name: ..., kwargs: {...}}."
     )
-    losses: list[dict[str, Any]] = field(
-        default_factory=lambda: [{"name": "nll"}],
-        metadata={"help": "One token loss and auxiliary losses beside it, each {name: ..., kwargs: {...}}."},
-    )
-    no_trace_control: bool = field(
-        default=False, metadata={"help": "rerank: also train a model without traces, for the same number of steps."}
-    )
-    item_text: str = field(default="semantic_id", metadata={"help": f"next_item: {' or '.join(ITEM_TEXTS)}."})
-    targets: str = field(
-        default="all", metadata={"help": "next_item: all items of training sequences, or last: the split rerank's."}
-    )
-    max_items: int = field(default=20, metadata={"help": "next_item: items of a row, its target included."})
-    dropout: float = field(
-        default=0.0, metadata={"help": "Share dropped of the outputs of the embedding and of each branch of a layer."}
-    )
-    max_minutes: float | None = field(default=None, metadata={"help": "End each training after this many minutes."})
+    no_trace_control: bool = option(False, "rerank: also train a model without traces, for the same number of steps.")
+    item_text: str = option("semantic_id", f"next_item: {' or '.join(ITEM_TEXTS)}.")
+    targets: str = option("all", "next_item: all items of training sequences, or last: the split rerank's.")
+    max_items: int = option(20, "next_item: items of a row, its target included.")
+    dropout: float = option(0.0, "Share dropped of the outputs of the embedding and of each branch of a layer.")
+    max_minutes: float | None = option(None, "End each training after this many minutes.")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -13,7 +13,7 @@ Teachers: `vllm` (offline engine), `openai` (any OpenAI-compatible server), `evi
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,8 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from rerank.launch import recipe, run_dir
-from rerank.launch.recipe import check_choice, check_range
 from rerank.launch.stages import Stage
+from rerank.launch.values import check_choice, check_range, option
 from rerank.prompts import PromptSettings
 from rerank.rows import Prompter, RankingRow, check_edges, check_features, choose_rows, read_rows
 from rerank.traces.attempts import AttemptStore, Teacher, collect, summarize
@@ -40,26 +40,22 @@ STRATEGIES = ("rejection", "targeted")
 class TracesArguments(recipe.StageArguments):
     """Options of the stage; the prompt's own stand in `PromptSettings`."""
 
-    teacher: str = field(default="vllm", metadata={"help": "vllm, openai (a server) or evidence (no language model)."})
-    teacher_model: str | None = field(default=None, metadata={"help": "Folder or hub name; for openai as served."})
-    base_url: str = field(default="http://localhost:8000/v1", metadata={"help": "Address of the openai teacher."})
-    strategy: str = field(
-        default="rejection", metadata={"help": "rejection: draw until a most relevant item leads; targeted: tell it."}
-    )
-    traces_per_row: int = field(default=1, metadata={"help": "Accepted attempts wanted of a row, under rejection."})
-    max_attempts: int = field(default=8, metadata={"help": "Draws a row at most, for rejection."})
-    temperature: float = field(default=1.0, metadata={"help": "Of sampling; for evidence the scale of its noise."})
-    max_completion_tokens: int = field(default=1024, metadata={"help": "Longest completion of a language model."})
-    teacher_max_length: int | None = field(default=None, metadata={"help": "vllm: tokens of prompt and completion."})
-    teacher_dtype: str = field(default="auto", metadata={"help": "vllm: number type, such as bfloat16 or float32."})
-    max_concurrency: int = field(default=16, metadata={"help": "openai: requests at a time."})
-    max_retries: int = field(default=5, metadata={"help": "openai: tries after a failed request."})
-    batch_size: int = field(default=512, metadata={"help": "Draws between two saves."})
-    max_rows: int = field(default=0, metadata={"help": "Rows to write traces for, drawn with `seed`; 0 for all."})
-    rows_for_sft: float = field(
-        default=1.0, metadata={"help": "Share of the hit training rows, by whole users, for SFT; DAPO gets the rest."}
-    )
-    seed: int = field(default=0, metadata={"help": "Of the split, the choice of rows and the draws."})
+    teacher: str = option("vllm", "vllm, openai (a server) or evidence (no language model).")
+    teacher_model: str | None = option(None, "Folder or hub name; for openai as served.")
+    base_url: str = option("http://localhost:8000/v1", "Address of the openai teacher.")
+    strategy: str = option("rejection", "rejection: draw until a most relevant item leads; targeted: tell it.")
+    traces_per_row: int = option(1, "Accepted attempts wanted of a row, under rejection.")
+    max_attempts: int = option(8, "Draws a row at most, for rejection.")
+    temperature: float = option(1.0, "Of sampling; for evidence the scale of its noise.")
+    max_completion_tokens: int = option(1024, "Longest completion of a language model.")
+    teacher_max_length: int | None = option(None, "vllm: tokens of prompt and completion.")
+    teacher_dtype: str = option("auto", "vllm: number type, such as bfloat16 or float32.")
+    max_concurrency: int = option(16, "openai: requests at a time.")
+    max_retries: int = option(5, "openai: tries after a failed request.")
+    batch_size: int = option(512, "Draws between two saves.")
+    max_rows: int = option(0, "Rows to write traces for, drawn with `seed`; 0 for all.")
+    rows_for_sft: float = option(1.0, "Share of the hit training rows, by whole users, for SFT; DAPO gets the rest.")
+    seed: int = option(0, "Of the split, the choice of rows and the draws.")
 
     @property
     def draws_per_row(self) -> int:

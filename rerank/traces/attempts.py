@@ -84,6 +84,7 @@ def judge(row: RankingRow, labels: Sequence[str], attempt: int, draft: Draft) ->
         attempt: Number of the draw, from 1.
         draft: For this row.
     """
+    assert row.target is not None
     parsed = prompts.parse_completion(draft.text, labels)
     reason = parsed.failure
     if parsed.order is not None:

@@ -14,6 +14,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 
@@ -87,16 +88,18 @@ def fit_scores(rows: Sequence[RankingRow], valid_path: str | Path, seed: int) ->
             f"all {len(rows)} training rows are of one user, so that none can be scored out of fold; add data."
         )
     parts = rows, read_rows(valid_path, needs_features=True)
-    train, valid = (([row.features for row in part], [row.relevance for row in part]) for part in parts)
+    train, valid = (
+        (cast("list[np.ndarray]", [row.features for row in part]), [row.relevance for row in part]) for part in parts
+    )
     scores = baselines.out_of_fold_scores(
         train,
-        [row.user for row in rows],
+        cast("list[int]", [row.user for row in rows]),
         valid,
         num_folds=min(NUM_FOLDS, num_users),
         seed=seed,
         min_rows_per_leaf=min(MIN_ROWS_PER_LEAF, max(1, len(rows) // 10)),
     )
-    scale = calibrate(scores, [row.target for row in rows])
+    scale = calibrate(scores, cast("list[int]", [row.target for row in rows]))
     return {row.row_id: scale * row_scores for row, row_scores in zip(rows, scores, strict=True)}
 
 
