@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 from rerank.launch import recipe
 from rerank.launch.stages import STAGES, Stage
+from rerank.launch.values import check_range
 
 
 @dataclass

@@ -65,7 +65,7 @@ class EvaluateArguments(recipe.StageArguments):
     split: str = option("test", "Rows to rank: test, or valid to choose between variants.")
     max_rows: int = option(0, "Rank this many rows, drawn at random; 0 for all.")
     models: list[str] = option(
-        [ranker.name for ranker in models_of_task("rerank")], f"Models to evaluate, of {', '.join(MODELS)}."
+        lambda: [ranker.name for ranker in models_of_task("rerank")], f"Models to evaluate, of {', '.join(MODELS)}."
     )
     batch_size: int = option(64, "Rows in one forward pass of the mid-trained model.")
     lists: dict[str, str] = option(

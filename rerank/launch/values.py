@@ -11,7 +11,14 @@ Bound = float | None
 
 
 def option(default: typing.Any, help: str) -> typing.Any:
-    """A field of a dataclass of options, with what `--help` says of it; a list or mapping is copied for each."""
+    """A field of a dataclass of options, with what `--help` says of it.
+
+    Args:
+        default: Its value where a recipe has none; a list or mapping is copied for each, a function makes it.
+        help: In one sentence.
+    """
+    if callable(default):
+        return dataclasses.field(default_factory=default, metadata={"help": help})
     if isinstance(default, list | dict):
         return dataclasses.field(default_factory=lambda: copy.deepcopy(default), metadata={"help": help})
     return dataclasses.field(default=default, metadata={"help": help})
