@@ -142,7 +142,6 @@ def run_trl(run: str, recipe_file: str, steps: int, out: str) -> dict[str, float
     from trl import GRPOTrainer
 
     from rerank import dapo
-    from rerank.dapo.groups import rank_gain
     from rerank.launch import run_dir
     from rerank.models import base as base_model
     from rerank.models import engine as vllm_cpu
@@ -154,7 +153,7 @@ def run_trl(run: str, recipe_file: str, steps: int, out: str) -> dict[str, float
 
         def _calculate_rewards(self, inputs, prompts, completions, ids):  # noqa: ANN001, ANN202
             gains = [
-                rank_gain(rows[row["row_id"]], parse_completion(text, row["candidate_labels"]).order)
+                rows[row["row_id"]].rank_gain(parse_completion(text, row["candidate_labels"]).order)
                 for row, text in zip(inputs, completions, strict=True)
             ]
             size = self.num_generations
