@@ -67,11 +67,11 @@ class Catalogue:
     def _from_columns(cls, columns: dict[str, list[str]]) -> "Catalogue":
         return cls(*(columns[name] for name in COLUMNS))
 
-    def save(self, path: str | Path) -> None:
-        """Write catalogue.parquet; `path` is the file or the folder for it."""
-        path = Path(path) / "catalogue.parquet" if Path(path).is_dir() else Path(path)
+    def save(self, folder: str | Path) -> None:
+        """Write `folder`/catalogue.parquet."""
         columns = (self.item_ids, self.semantic_ids, self.titles, self.categories)
-        pq.write_table(pa.table(dict(zip(COLUMNS, columns, strict=True))), path)
+        table = pa.table(dict(zip(COLUMNS, columns, strict=True)))
+        pq.write_table(table, Path(folder) / "catalogue.parquet")
 
 
 def check_vocabulary(tokenizer: "PreTrainedTokenizerBase", semantic_ids: Sequence[str], where: str | Path) -> None:

@@ -4,11 +4,12 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
-if TYPE_CHECKING:
-    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
+Command = Callable[[argparse.Namespace], int | None]  # returns its exit code; None: 0
+# Adds a command to the parser: the function that runs it, its name and its help.
+Add = Callable[[Command, str, str], argparse.ArgumentParser]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -16,28 +17,29 @@ def _parser() -> argparse.ArgumentParser:
         prog="rerank", description="Train language models to re-rank recommendations by reasoning."
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    _add_runs(commands)
-    _add_rollouts(commands)
-    _add_models(commands)
+
+    def add(function: Command, name: str, help: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=help)
+        command.set_defaults(function=function)
+        return command
+
+    for add_commands in (_add_runs, _add_rollouts, _add_models):
+        add_commands(add)
     return parser
 
 
-def _add_runs(commands: "Commands") -> None:
+def _add_runs(add: Add) -> None:
     """Commands that train."""
-    run = commands.add_parser("run", help="run the numbered recipes of a folder, except finished stages")
+    run = add(_run, "run", "run the numbered recipes of a folder, except finished stages")
     run.add_argument("recipe_dir", metavar="RECIPE_DIR", help="folder with 1_data.yaml, 2_semantic_ids.yaml, ...")
     run.add_argument("--out", metavar="RUN_DIR", help="folder of the run, instead of the recipes' run_dir")
     run.add_argument("--from", dest="first", metavar="STAGE", help="first stage to run")
     run.add_argument("--to", dest="last", metavar="STAGE", help="last stage to run")
     run.add_argument("--only", metavar="STAGE", help="the one stage to run")
-    run.add_argument(
-        "--accelerate", metavar="FILE", default="recipes/accelerate/cpu.yaml", help="accelerate file (%(default)s)"
-    )
     run.add_argument("--dry-run", action="store_true", help="check everything and print the launch lines")
     run.add_argument("overrides", nargs="*", metavar="STAGE.key=value", help="override a key of a stage's recipe")
-    run.set_defaults(function=_run)
 
-    compare = commands.add_parser("compare", help="train and evaluate variants, with seeds, into one table")
+    compare = add(_compare, "compare", "train and evaluate variants, with seeds, into one table")
     compare.add_argument("recipe_dirs", nargs="+", metavar="RECIPE_DIR", help="variants; the first is the reference")
     compare.add_argument(
         "--variant", nargs="+", action="append", metavar=("NAME", "STAGE.key=value"), dest="variants",
@@ -47,17 +49,15 @@ def _add_runs(commands: "Commands") -> None:
     compare.add_argument("--minutes_per_run", type=float, metavar="M", help="training minutes per run")
     compare.add_argument("--out", metavar="DIR", default="runs/compare", help="folder of the runs (%(default)s)")
     compare.add_argument("--results", metavar="FILE", help="Markdown file, such as recipes/NAME/RESULTS-dapo.md")
-    compare.add_argument(
-        "--accelerate", metavar="FILE", default="recipes/accelerate/cpu.yaml", help="accelerate file (%(default)s)"
-    )
-    compare.set_defaults(function=_compare)
+    for command in (run, compare):
+        command.add_argument(
+            "--accelerate", metavar="FILE", default="recipes/accelerate/cpu.yaml", help="accelerate file (%(default)s)"
+        )
 
 
-def _add_rollouts(commands: "Commands") -> None:
+def _add_rollouts(add: Add) -> None:
     """Commands that inspect rollouts and rewards."""
-    inspect = commands.add_parser(
-        "inspect", help="browse the rollouts of a run, or print them where there is no terminal"
-    )
+    inspect = add(_inspect, "inspect", "browse the rollouts of a run, or print them where there is no terminal")
     inspect.add_argument("run_dir", metavar="RUN_DIR")
     inspect.add_argument(
         "--where", metavar="SQL", default="", help="only groups with a rollout for which this DuckDB condition on its "
@@ -71,14 +71,12 @@ def _add_rollouts(commands: "Commands") -> None:
     inspect.add_argument("--limit", type=int, default=5, help="groups to print (%(default)s)")
     inspect.add_argument("--step", type=int, help="only groups of this step")
     inspect.add_argument("--row", type=int, help="only groups of this row_id")
-    inspect.set_defaults(function=_inspect)
 
-    report = commands.add_parser("report", help="write one self-contained HTML page of a run")
+    report = add(_report, "report", "write one self-contained HTML page of a run")
     report.add_argument("run_dir", metavar="RUN_DIR")
     report.add_argument("--out", metavar="FILE", help="the page to write; RUN_DIR/report.html by default")
-    report.set_defaults(function=_report)
 
-    rescore = commands.add_parser("replay", help="score the stored rollouts of a run with other rewards")
+    rescore = add(_replay, "replay", "score the stored rollouts of a run with other rewards")
     rescore.add_argument("run_dir", metavar="RUN_DIR")
     rescore.add_argument(
         "--rewards", required=True, metavar="FILE", help="a dapo recipe, or a YAML file with its `rewards:`"
@@ -87,11 +85,8 @@ def _add_rollouts(commands: "Commands") -> None:
         "--top", type=int, default=10, help="rollouts to print whose advantage changes sign (%(default)s)"
     )
     rescore.add_argument("--out", metavar="FILE", help="Parquet file to write, one row per rollout")
-    rescore.set_defaults(function=_replay)
 
-    probe = commands.add_parser(
-        "probe", help="check rewards against trivial policies; exit code 1 if one pays too well"
-    )
+    probe = add(_probe, "probe", "check rewards against trivial policies; exit code 1 if one pays too well")
     probe.add_argument(
         "recipe", metavar="RECIPE.yaml", help="recipe of the dapo stage, such as recipes/ml100k/7_dapo.yaml"
     )
@@ -101,31 +96,24 @@ def _add_rollouts(commands: "Commands") -> None:
         help="largest share of the oracle's reward that a policy without rank gain may earn (%(default)s)",
     )  # fmt: skip
     probe.add_argument("--run-dir", metavar="RUN_DIR", help="folder of the run, instead of the recipe's run_dir")
-    probe.set_defaults(function=_probe)
 
 
-def _add_models(commands: "Commands") -> None:
+def _add_models(add: Add) -> None:
     """Commands on semantic ids, losses and trained models."""
-    ids = commands.add_parser("ids", help="print the quality of a run's semantic ids and write a page of it")
+    ids = add(_ids, "ids", "print the quality of a run's semantic ids and write a page of it")
     ids.add_argument("run_dir", metavar="RUN_DIR")
     ids.add_argument(
-        "--min-uniqueness",
-        type=float,
-        metavar="SHARE",
+        "--min-uniqueness", type=float, metavar="SHARE",
         help="exit code 1 when a smaller share of items, such as 0.99, has a unique id before collisions are resolved",
-    )
-    ids.set_defaults(function=_ids)
+    )  # fmt: skip
+    add(_losses, "losses", "list the losses of the sft stage, their needs and costs")
 
-    losses = commands.add_parser("losses", help="list the losses of the sft stage, their needs and costs")
-    losses.set_defaults(function=_losses)
-
-    rank = commands.add_parser("rank", help="re-rank new rows with a trained model")
+    rank = add(_rank, "rank", "re-rank new rows with a trained model")
     rank.add_argument("model_dir", metavar="MODEL_DIR", help="such as RUN_DIR/dapo/model")
     rank.add_argument(
         "--rows", required=True, metavar="FILE", help="Parquet, JSONL or CSV with history and candidates"
     )
     rank.add_argument("--out", required=True, metavar="FILE", help="Parquet, JSONL or CSV to write")
-    rank.set_defaults(function=_rank)
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -173,16 +161,13 @@ def _compare(args: argparse.Namespace) -> int:
     )  # fmt: skip
 
 
-def _inspect(args: argparse.Namespace) -> int:
+def _inspect(args: argparse.Namespace) -> None:
     from rerank.rollouts import browser
 
     browser.inspect(args.run_dir, args.limit, args.step, args.row, args.where, args.against, args.against_step)
-    return 0
 
 
-def _report(args: argparse.Namespace) -> int:
-    from pathlib import Path
-
+def _report(args: argparse.Namespace) -> None:
     from rerank import report
 
     path = Path(args.out or Path(args.run_dir) / "report.html")
@@ -190,12 +175,9 @@ def _report(args: argparse.Namespace) -> int:
         raise FileNotFoundError(f"--out {path}: {path.parent} is not a folder; make it first")
     report.write_report(args.run_dir, Path(args.run_dir) / "evaluate", path)
     print(f"page: {path}")
-    return 0
 
 
-def _replay(args: argparse.Namespace) -> int:
-    from pathlib import Path
-
+def _replay(args: argparse.Namespace) -> None:
     from rich.console import Console
 
     from rerank.rollouts import rescore
@@ -206,12 +188,9 @@ def _replay(args: argparse.Namespace) -> int:
     rescore.print_summary(frame, args.top, Console())
     if args.out:
         frame.to_parquet(args.out, index=False)
-    return 0
 
 
 def _ids(args: argparse.Namespace) -> int:
-    from pathlib import Path
-
     from rerank.report import semantic_ids as id_report
 
     found, path = id_report.read_quality(args.run_dir), Path(args.run_dir) / "ids.html"
@@ -238,22 +217,20 @@ def _probe(args: argparse.Namespace) -> int:
     return 0
 
 
-def _losses(args: argparse.Namespace) -> int:
+def _losses(args: argparse.Namespace) -> None:
     from rerank.losses import list_losses
 
     for name, kind, info in list_losses():
         print(f"{name}: {kind}, for {' and '.join(info.tasks)}")
         print(f"    needs {info.needs}\n    costs {info.costs}")
-    return 0
 
 
-def _rank(args: argparse.Namespace) -> int:
+def _rank(args: argparse.Namespace) -> None:
     from rerank import rank
     from rerank.launch import recipe
 
     recipe.set_environment()
     rank.rank_rows(args.model_dir, args.rows, args.out)
-    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -267,7 +244,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     sys.path.insert(0, "")  # for plugins beside the recipes, as with `python -m`
     try:
-        code: int = args.function(args)
+        code: int = args.function(args) or 0
         sys.stdout.flush()
         return code
     except (ValueError, FileNotFoundError) as error:

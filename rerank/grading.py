@@ -3,21 +3,16 @@
 N candidates of a row.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from rerank.prompts import FACTS, PromptSettings, spaced
+from rerank.prompts import spaced
 
 GRADES = ("bad", "poor", "weak", "fair", "good", "strong", "top")
 # The fixed words of a short trace: with the words of facts all that a small tokenizer needs beside ids.
 EVIDENCE_WORDS: tuple[str, ...] = (*GRADES, "best", *map(str, range(1, 11)))
-
-
-def bucket(value: float, edges: Sequence[float]) -> int:
-    """Number of edges at or below the value: 0 to 9, 0 for what is not positive."""
-    return int(np.searchsorted(edges, value, side="right"))
 
 
 @dataclass(frozen=True)
@@ -34,43 +29,6 @@ class Facts:
     values: np.ndarray
     lines: list[str]
 
-    @classmethod
-    def of(
-        cls,
-        features: np.ndarray | None,
-        num_candidates: int,
-        settings: PromptSettings,
-        edges: Mapping[str, Sequence[float]],
-        names: Sequence[str],
-    ) -> "Facts":
-        """The facts that a prompt shows.
-
-        Args:
-            features: (N, F) of the candidates; needed unless `settings.evidence` is none.
-            num_candidates: N.
-            settings: Of the prompt.
-            edges: Nine ascending bucket edges of each fact, needed with `codes`.
-            names: Names of the columns of `features`.
-
-        Raises:
-            ValueError: When a fact has no feature or no edges.
-        """
-        if settings.evidence == "none":
-            return cls([[] for _ in range(num_candidates)], np.zeros((num_candidates, 0)), [""] * num_candidates)
-        facts, is_coded = settings.evidence_names, settings.evidence == "codes"
-        for name in facts:
-            if name not in names or (is_coded and name not in edges):
-                raise ValueError(f"evidence {name!r} has no feature or edges; run the candidates stage again.")
-        if features is None:
-            raise ValueError(f"evidence {facts[0]!r} has no feature; run the candidates stage again.")
-        values = np.asarray(features, dtype=float)[:, [list(names).index(name) for name in facts]]
-        if not is_coded:
-            texts = [[FACTS[name][1].format(value) for name, value in _named(facts, line)] for line in values]
-            return cls(texts, values, [": " + "; ".join(line) for line in texts])
-        buckets = [[bucket(value, edges[name]) for name, value in _named(facts, line)] for line in values]
-        texts = [[f"{FACTS[name][0]}:{number}" for name, number in _named(facts, line)] for line in buckets]
-        return cls(texts, np.array(buckets, dtype=float), ["".join(f" {text}" for text in line) for line in texts])
-
     def striking(self, position: int, number: int, lowest: bool = False) -> list[int]:
         """The facts by which a candidate stands out most from the list, `lowest` for what speaks against it."""
         spread = self.values.std(axis=0)
@@ -84,10 +42,6 @@ class Facts:
     def highest(self, fact: int) -> str:
         """Wording of the list's highest value of a fact."""
         return self.texts[int(np.argmax(self.values[:, fact]))][fact]
-
-
-def _named(names: Sequence[str], values: Sequence[float]) -> list[tuple[str, float]]:
-    return list(zip(names, values, strict=True))
 
 
 def by_grade(grades: Sequence[int] | np.ndarray) -> list[int]:

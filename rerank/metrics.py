@@ -78,13 +78,8 @@ def ranking_metrics(gains: Sequence[float]) -> dict[str, float] | None:
     """R@1, R@5, N@5, N@10 and MRR of one ranking, or None when nothing is relevant."""
     if not any(gain > 0 for gain in gains):
         return None
-    values = (
-        recall_at_k(gains, 1),
-        recall_at_k(gains, 5),
-        ndcg_at_k(gains, 5),
-        ndcg_at_k(gains, 10),
-        reciprocal_rank(gains),
-    )
+    recalls, ndcg = [recall_at_k(gains, k) for k in (1, 5)], [ndcg_at_k(gains, k) for k in (5, 10)]
+    values = (*recalls, *ndcg, reciprocal_rank(gains))
     return {name: value for name, value in zip(METRICS, values, strict=True) if value is not None}
 
 
@@ -106,19 +101,18 @@ def mean_random_metrics(gains: Sequence[float]) -> dict[str, float] | None:
 
 
 def kendall_tau(order: Sequence[int]) -> float:
-    """Kendall's tau between a ranking and the input order: 1 for a copy, -1 for the reverse.
+    """`kendall_taus` of one ranking."""
+    return float(kendall_taus(np.array([order]))[0])
+
+
+def kendall_taus(orders: np.ndarray) -> np.ndarray:
+    """Kendall's tau between each ranking and the input order: 1 for a copy, -1 for the reverse.
 
     Args:
-        order: Input positions (0-based, no ties), best-ranked first. Fewer than two items are a copy.
+        orders: (rankings, N) input positions without ties, best-ranked first. Fewer than two items are a copy.
     """
-    positions = np.asarray(order)
-    if len(positions) < 2:
-        return 1.0
-    earlier, later = _pairs(len(positions))
-    return float(np.sign(positions[later] - positions[earlier]).mean())
-
-
-@cache
-def _pairs(num_items: int) -> tuple[np.ndarray, np.ndarray]:
-    """The two places of every pair."""
-    return np.triu_indices(num_items, k=1)
+    length = orders.shape[1]
+    if length < 2:
+        return np.ones(len(orders))
+    signs = [np.sign(orders[:, i + 1 :] - orders[:, [i]]).sum(axis=1) for i in range(length - 1)]
+    return np.asarray(np.sum(signs, axis=0) / (length * (length - 1) / 2))

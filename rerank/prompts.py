@@ -176,7 +176,7 @@ def _parse(text: str, labels: tuple[str, ...]) -> Parsed:
     trace = head.lstrip()[len(THINK) :]
     if not answer.strip():
         return Parsed(trace=trace, failure="empty")
-    written = _split_numbers(answer) if _are_numbers(labels) else _split_ids(answer, labels[0])
+    written = _split_numbers(answer) if labels[0].isdecimal() else _split_ids(answer, labels[0])
     failure = "junk" if written is None else _failure(written, positions)
     if written is None or failure is not None:
         return Parsed(trace=trace, failure=failure)
@@ -219,19 +219,15 @@ def _history_lines(history: Sequence[int], catalogue: Catalogue, settings: Promp
 def _item_line(item: int, catalogue: Catalogue, settings: PromptSettings) -> str:
     """The semantic id, if it is shown, then the other fields that are not empty; an item without any by its id."""
     texts = {"title": catalogue.titles[item], "category": catalogue.categories[item]}
-    shown = [_clean(texts[name]) for name in settings.item_fields if name != "semantic_id" and texts[name].strip()]
+    shown = [clean(texts[name]) for name in settings.item_fields if name != "semantic_id" and texts[name].strip()]
     if "semantic_id" in settings.item_fields:
         return catalogue.semantic_ids[item] + (" " + " | ".join(shown) if shown else "")
-    return " " + (" | ".join(shown) or _clean(catalogue.item_ids[item]))
+    return " " + (" | ".join(shown) or clean(catalogue.item_ids[item]))
 
 
-def _clean(text: str) -> str:
+def clean(text: str) -> str:
     """`text` on one line and without anything a tokenizer could take for an id, a tag or the end of a turn."""
     return " ".join(text.split()).replace("<", "‹").replace(">", "›")
-
-
-def _are_numbers(labels: Sequence[str]) -> bool:
-    return labels[0].isdecimal()
 
 
 def _split_numbers(answer: str) -> list[str] | None:

@@ -27,17 +27,15 @@ FORMATS = (".parquet", ".jsonl", ".csv")
 Record = Mapping[str, Any]  # a row of the user's file
 
 
-def rank_rows(model_dir: str | Path, rows_path: str | Path, out_path: str | Path) -> dict[str, int]:
-    """Rank the rows of a file into another one; returns the numbers of `rows` and of parse `failures`."""
+def rank_rows(model_dir: str | Path, rows_path: str | Path, out_path: str | Path) -> None:
+    """Rank the rows of a file into another one."""
     model, out_path = RankingModel.load(model_dir), Path(out_path)
     _check_format(out_path)
     if not out_path.parent.is_dir():
         raise FileNotFoundError(f"{out_path.parent} is not a folder; make it, or choose another --out.")
     records = read_records(rows_path)
-    rows = encode_rows(records, model, str(rows_path))
-    answers, _ = generate_answers(model, rows)
+    answers, _ = generate_answers(model, encode_rows(records, model, str(rows_path)))
     write_records([add_answer(record, answer) for record, answer in zip(records, answers, strict=True)], out_path)
-    return {"rows": len(rows), "failures": sum(answer.order is None for answer in answers)}
 
 
 def read_records(path: str | Path) -> list[Record]:
@@ -45,7 +43,7 @@ def read_records(path: str | Path) -> list[Record]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; give a file of rows to rank.")
-    records = {".parquet": _read_parquet, ".jsonl": _read_jsonl, ".csv": _read_csv}[_check_format(path)](path)
+    records = _read_jsonl(path) if _check_format(path) == ".jsonl" else _read_table(path)
     if not records:
         raise ValueError(f"{path} has no rows.")
     for number, record in enumerate(records, start=1):
@@ -65,13 +63,6 @@ def _check_format(path: Path) -> str:
     return path.suffix
 
 
-def _read_parquet(path: Path) -> list[Record]:
-    try:
-        return pq.read_table(path).to_pylist()
-    except pa.ArrowInvalid as error:
-        raise ValueError(f"{path} is not Parquet: {' '.join(str(error).split())}") from None
-
-
 def _read_jsonl(path: Path) -> list[Record]:
     records: list[Record] = []
     for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
@@ -86,16 +77,17 @@ def _read_jsonl(path: Path) -> list[Record]:
     return records
 
 
-def _read_csv(path: Path) -> list[Record]:
+def _read_table(path: Path) -> list[Record]:
+    is_csv = path.suffix == ".csv"
     types = dict.fromkeys(COLUMNS, pa.string())  # a history of one item would else be read as a number
     convert = pyarrow.csv.ConvertOptions(column_types=types)
     read = pyarrow.csv.ReadOptions(use_threads=False)  # only then does an error name its row
     try:
-        table = pyarrow.csv.read_csv(path, read_options=read, convert_options=convert)
+        table = pyarrow.csv.read_csv(path, read, convert_options=convert) if is_csv else pq.read_table(path)
     except pa.ArrowInvalid as error:
-        raise ValueError(f"{path} is not CSV: {' '.join(str(error).split())}") from None
+        raise ValueError(f"{path} is not {'CSV' if is_csv else 'Parquet'}: {' '.join(str(error).split())}") from None
     return [
-        {name: value.split() if name in COLUMNS else value for name, value in record.items()}
+        {name: value.split() if is_csv and name in COLUMNS else value for name, value in record.items()}
         for record in table.to_pylist()
     ]
 

@@ -8,7 +8,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import TypeGuard, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -17,11 +16,9 @@ from rerank.launch import recipe
 from rerank.plugins import Function, check_entry, load_function, parameters
 from rerank.rows import column_names
 
-T = TypeVar("T")
 RANK_GAIN = "rank_gain"  # the outcome of a completion that is no reward's: places that the target moved up
 KEYS = ("name", "weight", "kwargs", "condition")
 EXAMPLE = "{name: ndcg, weight: 1.0}"
-RENAMED = {"when": "condition"}  # key of an entry -> its name now
 RENAMED_KEYS = {  # key that a dapo recipe had beside its rewards -> what to write now
     "overlong_tokens": "write {name: overlong, kwargs: {cache_tokens: N}} among the rewards",
     "invalid_reward": "take it out: the reward rank_promotion pays -1 to what is no ranking",
@@ -32,17 +29,17 @@ TRAINER_COLUMNS = tuple("prompts completions completion_ids trainer_state log_ex
 Columns = Mapping[str, object]  # name -> a value for each completion; some of a trainer's are one value for all
 
 
-def _is_value(value: object) -> TypeGuard[float | None]:
+def _is_value(value: object) -> bool:
     return value is None or (isinstance(value, Real) and math.isfinite(value))
 
 
-def _is_bool(value: object) -> TypeGuard[bool]:
+def _is_bool(value: object) -> bool:
     return isinstance(value, bool | np.bool_)
 
 
-Kind = tuple[str, Callable[[object], TypeGuard[T]]]  # what a function must return, and the check of one value
-NUMBERS: Kind[float | None] = "a list of numbers", _is_value
-BOOLEANS: Kind[bool] = "a list of booleans", _is_bool
+Kind = tuple[str, Callable[[object], bool]]  # what a function must return, and the check of one value
+NUMBERS: Kind = "a list of numbers", _is_value
+BOOLEANS: Kind = "a list of booleans", _is_bool
 
 
 @dataclass(frozen=True)
@@ -74,7 +71,7 @@ class Reward:
         holds = [True] * len(completions)
         if self.condition is not None:
             what = f"condition {self.condition.__name__} of reward {self.name}"
-            holds = _call(self.condition, what, BOOLEANS, completions, columns)
+            holds = [bool(held) for held in _call(self.condition, what, BOOLEANS, completions, columns)]
         found = _call(self.function, f"reward {self.name}", NUMBERS, completions, columns)
         values = [None if value is None else float(value) for value in found]
         return [value if held else 0.0 for value, held in zip(values, holds, strict=True)], holds
@@ -166,9 +163,8 @@ def load_rewards(specs: Sequence[Mapping[str, object]]) -> list[Reward]:
 
 
 def _load_reward(entry: Mapping[str, object]) -> Reward:
-    for old, new in RENAMED.items():
-        if isinstance(entry, Mapping) and old in entry:
-            raise ValueError(f"reward {entry.get('name')} has the key {old!r}, which is called {new!r} now; rename it")
+    if isinstance(entry, Mapping) and "when" in entry:
+        raise ValueError(f"reward {entry.get('name')} has the key 'when', which is called 'condition' now; rename it")
     checked = check_entry(entry, "reward", KEYS, EXAMPLE)
     name, kwargs, condition_name = checked["name"], checked.get("kwargs", {}), checked.get("condition")
     weight = checked.get("weight", 1.0)
@@ -200,7 +196,9 @@ def _check_signature(function: Function, what: str) -> None:
             raise ValueError(f"{what} needs a column {p.name!r}, but rows have {', '.join(known)}; give it a default")
 
 
-def _call(function: Function, what: str, kind: Kind[T], completions: Sequence[str], columns: Columns) -> list[T]:
+def _call(
+    function: Function, what: str, kind: Kind, completions: Sequence[str], columns: Columns
+) -> list[float | None]:
     """The values that `function` returns, checked; an exception is raised with its name and its row."""
     wanted, is_valid = kind
     try:
@@ -210,7 +208,7 @@ def _call(function: Function, what: str, kind: Kind[T], completions: Sequence[st
         raise ValueError(f"{what} raised {type(error).__name__}: {error} (row_id {row}); repair it") from error
     if not isinstance(values, list):
         raise ValueError(f"{what} returned {type(values).__name__}, not {wanted}; return one value per completion")
-    rows, checked = _row_ids(completions, columns), list[T]()
+    rows = _row_ids(completions, columns)
     if len(values) != len(completions):
         raise ValueError(
             f"{what} returned {len(values)} values for {len(completions)} completions (first row_id "
@@ -219,8 +217,7 @@ def _call(function: Function, what: str, kind: Kind[T], completions: Sequence[st
     for value, row in zip(values, rows, strict=True):
         if not is_valid(value):
             raise ValueError(f"{what} returned {value!r} for row_id {row}, not {wanted}; repair it")
-        checked.append(value)
-    return checked
+    return values
 
 
 def _first_failing_row(function: Function, completions: Sequence[str], columns: Columns) -> object:

@@ -15,8 +15,7 @@ def auc(
 
     Source: GR2 technical report, arXiv:2606.31984, eq. 5.
     """
-    rows = zip(completions, candidate_labels, relevance, strict=True)
-    return [_auc(*row) for row in rows]
+    return [_auc(*row) for row in zip(completions, candidate_labels, relevance, strict=True)]
 
 
 def _auc(completion: str, labels: list[str], relevance: list[float]) -> float | None:

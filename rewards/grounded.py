@@ -31,8 +31,7 @@ def grounded(
 
     Source: GR2, arXiv:2602.07774, and its technical report ask a trace to cite ids; this check of it is the project's.
     """
-    rows = zip(completions, prompts, candidate_labels, strict=True)
-    return [_grounded(*row) for row in rows]
+    return [_grounded(*row) for row in zip(completions, prompts, candidate_labels, strict=True)]
 
 
 def _grounded(completion: str, prompt: str, labels: list[str]) -> float:

@@ -18,8 +18,7 @@ def ndcg(
 
     Source: the technical report of GR2, arXiv:2606.31984, its ranking rewards.
     """
-    rows = zip(completions, candidate_labels, relevance, strict=True)
-    return [_ndcg(*row, k) for row in rows]
+    return [_ndcg(*row, k) for row in zip(completions, candidate_labels, relevance, strict=True)]
 
 
 def _ndcg(completion: str, labels: list[str], relevance: list[float], k: int) -> float | None:

@@ -26,8 +26,7 @@ def not_a_copy(
     """
     if not -1 <= max_tau <= 1:
         raise ValueError(f"max_tau is {max_tau} but must be in [-1, 1]")
-    rows = zip(completions, candidate_labels, relevance, strict=True)
-    return [_not_a_copy(*row, max_tau) for row in rows]
+    return [_not_a_copy(*row, max_tau) for row in zip(completions, candidate_labels, relevance, strict=True)]
 
 
 def _not_a_copy(completion: str, labels: list[str], relevance: list[float], max_tau: float) -> float:

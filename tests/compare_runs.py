@@ -46,8 +46,9 @@ def finish_run(recipe_dir: Path, run: Path, first: Path, orders: dict[str, list]
     finish_step(evaluate, ("data", "semantic_ids", "candidates"), rankings=rankings)
 
 
-def cells(text: str, number: int = 0) -> dict[tuple[str, str], list[str]]:
-    """The rows of one of the tables by variant and ranker."""
+def cells(text: str, number: int = 0, heading: str = "") -> dict[tuple[str, str], list[str]]:
+    """The rows of one of the tables, or of those after a heading, by variant and ranker."""
+    text = text[text.index(heading) :]
     table = [block for block in text.split("\n\n") if block.startswith("|")][number]
     rows = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in table.splitlines()]
     return {(row[0], row[1]): row[2:] for row in rows[2:]}

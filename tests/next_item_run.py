@@ -4,8 +4,9 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+from tiny_model import sft_config
 from toy_run import CATALOGUE, NUM_ITEMS, toy_sequences, write_interactions, write_run
-from trl import ModelConfig, SFTConfig
+from trl import ModelConfig
 
 from rerank import sft
 from rerank.launch import run_dir
@@ -46,11 +47,8 @@ def train(run: Path) -> Path:
     """Let the sft stage train a model of next items in the run: bear, iirg and cllm4rec together."""
     folder = run_dir.partial_dir(run, "sft")
     args = sft.SftArguments(run_dir=str(run), task="next_item", losses=LOSSES, max_items=5)
-    config = SFTConfig(
-        output_dir=str(folder / "checkpoints"), use_cpu=True, bf16=False, report_to="none", disable_tqdm=True,
-        max_steps=80, learning_rate=5e-3, per_device_train_batch_size=16, gradient_checkpointing=False, max_length=64,
-        logging_steps=20, save_strategy="no", seed=0,
-    )  # fmt: skip
+    options = {"max_steps": 80, "learning_rate": 5e-3, "per_device_train_batch_size": 16, "logging_steps": 20}
+    config = sft_config(folder / "checkpoints", max_length=64, **options)
     folder.mkdir(exist_ok=True)
     shutil.rmtree(run / "sft")
     metrics = sft.main(args, config, ModelConfig(), folder)

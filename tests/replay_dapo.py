@@ -17,17 +17,14 @@ from rerank.rollouts import store as rollouts
 
 def replay(run: str) -> None:
     """Make TRL's trainer return, for every step, the completions that the run stored for it, in their order."""
-    sample = GRPOTrainer._generate_single_turn
-    stored: dict[int, list[dict]] = {}
-    for row in rollouts.read_rollouts(run).to_pylist():
-        stored.setdefault(row["step"], []).append(row)
+    sample, stored = GRPOTrainer._generate_single_turn, rollouts.read_rollouts(run).to_pylist()
 
     def replayed(self, prompt_ids, *args, **kwargs):
         sampled, logps = sample(self, prompt_ids, *args, **kwargs)
         if not self.prepared.requests:  # the check of consistency, which is not stored
             return sampled, logps
         ids = {prompt.asked.row.row_id for prompt in self.prepared.requests}
-        rows = [row for row in stored[self.state.global_step] if row["row_id"] in ids]
+        rows = [row for row in stored if row["step"] == self.state.global_step and row["row_id"] in ids]
         assert len(sampled) == len(rows)
         assert [self.processing_class(row["prompt"]).input_ids for row in rows] == prompt_ids, "rows in another order"
         return [row["completion_ids"] for row in rows], [row["sampling_logps"] for row in rows]

@@ -13,6 +13,7 @@ With --out the folder is kept, and what OLD_CHECKOUT has made in it is not made 
 """
 
 import argparse
+import html
 import json
 import math
 import os
@@ -24,13 +25,14 @@ import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
+import torch
 import yaml
+from safetensors.torch import load_file
 
 TOLERANCE = 1e-6
 TIMEOUT = 150 * 60  # seconds of one command
@@ -80,14 +82,8 @@ class Side:
         variables = {"PYTHONPATH": str(self.checkout), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
         variables["TOY_DATA"] = str(self.folder.parent / "toy_data")  # where an old recipe looks for it
         print(f"{self.folder.name}: {' '.join(words)}", flush=True)
-        done = subprocess.run(
-            [sys.executable, *words],
-            cwd=self.checkout,
-            env={**os.environ, **variables},
-            capture_output=True,
-            text=True,
-            timeout=TIMEOUT,
-        )
+        options = {"cwd": self.checkout, "env": {**os.environ, **variables}, "timeout": TIMEOUT}
+        done = subprocess.run([sys.executable, *words], capture_output=True, text=True, **options)
         if done.returncode not in codes:
             raise SystemExit(f"{' '.join(words)} in {self.checkout} failed:\n{(done.stdout + done.stderr)[-4000:]}")
         if name:
@@ -95,9 +91,9 @@ class Side:
             text = "\n".join([f"exit code {done.returncode}", done.stdout, *said]) + "\n"
             (self.folder / "commands" / f"{name}.txt").write_text(self.without_paths(text))
 
-    def rerank(self, *words: str, name: str | None = None, codes: Sequence[int] = (0,)) -> None:
+    def rerank(self, *words: str, **options: Any) -> None:
         """Run `rerank WORDS`."""
-        self.run("-m", "rerank.cli", *words, name=name, codes=codes)
+        self.run("-m", "rerank.cli", *words, **options)
 
     def without_paths(self, text: str) -> str:
         """A text whose paths do not tell the two sides apart."""
@@ -105,11 +101,6 @@ class Side:
 
 
 # --- what each side makes
-
-
-def make_toy(side: Side) -> None:
-    """All stages of the toy."""
-    side.rerank("run", "tests/toy", "--out", str(side.folder / "toy"))
 
 
 def make_steps(side: Side, run: Path) -> None:
@@ -154,7 +145,7 @@ def make(side: Side, run: Path) -> None:
     if (side.folder / "complete").exists():
         print(f"{side.folder.name}: as it is in {side.folder}")
         return
-    make_toy(side)
+    side.rerank("run", "tests/toy", "--out", str(side.folder / "toy"))
     make_steps(side, run)
     shutil.rmtree(side.folder / "commands", ignore_errors=True)
     make_outputs(side)
@@ -164,39 +155,23 @@ def make(side: Side, run: Path) -> None:
 # --- files as values
 
 
-class Page(HTMLParser):
-    """A page as lines of text, table rows as `| a | b |`, and the JSON in it."""
+JSON = re.compile(r'<script type="application/json" id="(\w+)">(.*?)</script>', re.DOTALL)
+TAGS = {  # what stands for the tags of a page, in this order
+    r"(?s)<(script|style)\b.*?</\1>": "",
+    r"\s+": " ",
+    r"<t[dh]\b[^>]*>": "| ",
+    r"</tr>": "|",
+    r"<(/|b\b|small\b|a\b|code\b|i\b|span\b|dd\b)[^>]*>": " ",  # ends no line
+    r"<(?!table\b)[^>]*>": "\n",
+    r"\s*\n\s*": "\n",
+    r"<table\b[^>]*>": "\n\n",  # what ends a table
+}
 
-    def __init__(self, text: str):
-        super().__init__()
-        self.lines, self.data, self._in = [""], {}, ""
-        self.feed(text)
 
-    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        """Begin a line at whatever is no part of one."""
-        if tag in ("script", "style"):
-            given = dict(attributes)
-            self._in = (given.get("id") or "data") if given.get("type") == "application/json" else "ignored"
-        elif tag in ("td", "th"):
-            self.lines[-1] += "| "
-        elif tag == "table":
-            self.lines += ["", ""]  # what ends a table
-        elif self.lines[-1] and tag not in ("b", "small", "a", "code", "i", "span", "dd"):
-            self.lines.append("")
-
-    def handle_endtag(self, tag: str) -> None:
-        """End a script or a table's row."""
-        if tag in ("script", "style"):
-            self._in = ""
-        elif tag == "tr":
-            self.lines[-1] += "|"
-
-    def handle_data(self, data: str) -> None:
-        """Keep text, and JSON as the value that it is."""
-        if self._in and self._in != "ignored":
-            self.data[self._in] = json.loads(renamed(data))
-        elif not self._in and data.strip():
-            self.lines[-1] += " ".join(data.split()) + " "
+def read_page(text: str) -> dict[str, Any]:
+    """The lines of a page, table rows as `| a | b |`, and the JSON in it by its id."""
+    data = {name: json.loads(replaced(content, RENAMED)) for name, content in JSON.findall(text)}
+    return {"text": read_lines(html.unescape(replaced(text, TAGS))), **data}
 
 
 def read_lines(text: str) -> list[Any]:
@@ -216,51 +191,38 @@ def read_lines(text: str) -> list[Any]:
 
 def shown(line: str) -> str:
     """A line without frames, spaces and times, under the names of today."""
-    words = renamed(" ".join(re.sub(r"[\u2500-\u257f]", " ", line).split()))
-    for pattern, text in VOLATILE_TEXT.items():
-        words = re.sub(pattern, text, words)
-    return words
+    words = " ".join(re.sub(r"[\u2500-\u257f]", " ", line).split())
+    return replaced(replaced(words, RENAMED), VOLATILE_TEXT)
 
 
-def renamed(text: str) -> str:
-    """A text under the names of today."""
-    for pattern, name in RENAMED.items():
-        text = re.sub(pattern, name, text)
+def replaced(text: str, table: dict[str, str]) -> str:
+    """A text with each pattern replaced by what the table has for it, one after the other."""
+    for pattern, put in table.items():
+        text = re.sub(pattern, put, text)
     return text
+
+
+BINARY = {
+    ".parquet": lambda path: pq.read_table(path).to_pylist(maps_as_pydicts="strict"),
+    ".npz": lambda path: dict(np.load(path)),
+    ".npy": np.load,
+    ".safetensors": lambda path: {name: tensor.float() for name, tensor in load_file(path).items()},
+    ".pt": lambda path: torch.load(path, weights_only=True),
+}
+TEXT = {
+    ".json": json.loads,
+    ".jsonl": lambda text: [json.loads(line) for line in text.splitlines()],
+    ".yaml": yaml.safe_load,
+    ".html": read_page,
+}
 
 
 def read(path: Path, side: Side) -> Any:
     """A file's content: mappings, lists, arrays, numbers and text."""
-    if path.suffix == ".parquet":
-        return pq.read_table(path).to_pylist(maps_as_pydicts="strict")
-    if path.suffix == ".npz":
-        with np.load(path) as arrays:
-            return {name: arrays[name] for name in arrays}
-    if path.suffix == ".npy":
-        return np.load(path)
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        return {name: tensor.float().numpy() for name, tensor in load_file(path).items()}
-    if path.suffix == ".pt":
-        import torch
-
-        return torch.load(path, weights_only=True)
-    content = _read_text(path.suffix, side.without_paths(path.read_text()))
+    if path.suffix in BINARY:
+        return BINARY[path.suffix](path)
+    content = TEXT.get(path.suffix, read_lines)(side.without_paths(path.read_text()))
     return sorted(content) if UNORDERED.search(str(path)) else content
-
-
-def _read_text(suffix: str, text: str) -> Any:
-    if suffix == ".json":
-        return json.loads(text)
-    if suffix == ".jsonl":
-        return [json.loads(line) for line in text.splitlines()]
-    if suffix == ".yaml":
-        return yaml.safe_load(text)
-    if suffix == ".html":
-        page = Page(text)
-        return {"text": read_lines("\n".join(page.lines)), **page.data}
-    return read_lines(text)
 
 
 # --- comparing
@@ -278,9 +240,9 @@ class Found:
     def differ(self, place: str, old: Any, new: Any) -> None:
         """Note a difference, under its reason where there is one."""
         text = f"{place}: {_short(old)} | {_short(new)}"
-        reasons = [reason for reason, pattern in EXCEPTIONS.items() if re.search(pattern, text)]
-        if reasons:
-            self.excepted[reasons[0]] += 1
+        reason = next((reason for reason, pattern in EXCEPTIONS.items() if re.search(pattern, text)), None)
+        if reason:
+            self.excepted[reason] += 1
         else:
             self.differences.append(text)
 
@@ -295,11 +257,10 @@ MISSING = "missing"
 
 def compare(old: Any, new: Any, place: str, found: Found) -> None:
     """Walk two values side by side."""
-    array = _array(old), _array(new)
-    if array[0] is not None and array[1] is not None:
-        _compare_arrays(*array, place, found)
+    if isinstance(old, np.ndarray | torch.Tensor) and isinstance(new, np.ndarray | torch.Tensor):
+        _compare_arrays(_array(old), _array(new), place, found)
     elif isinstance(old, dict) and isinstance(new, dict):
-        old, new = _renamed(old), _renamed(new)
+        old, new = ({shown(str(key)): value for key, value in one.items()} for one in (old, new))
         for key in dict.fromkeys([*old, *new]):
             if not VOLATILE.fullmatch(key) and not (key in ADDED and key not in old):
                 compare(old.get(key, MISSING), new.get(key, MISSING), f"{place}: {key}", found)
@@ -316,11 +277,6 @@ def compare(old: Any, new: Any, place: str, found: Found) -> None:
             found.differ(place, old, new)
 
 
-def _renamed(mapping: dict) -> dict[str, Any]:
-    """A mapping under the names of today."""
-    return {shown(str(key)): value for key, value in mapping.items()}
-
-
 def _by_name(value: Any) -> dict[str, Any]:
     """A list of named things, such as the curves of a chart, as a mapping; an empty one for anything else."""
     if not isinstance(value, list) or not all(isinstance(entry, dict) and "name" in entry for entry in value):
@@ -335,10 +291,8 @@ def _name(row: Any) -> str:
     return "".join(f" {name} {row[name]}" for name in names if name in row)
 
 
-def _array(value: Any) -> np.ndarray | None:
-    if isinstance(value, np.ndarray):
-        return value
-    return value.detach().float().numpy() if type(value).__name__ == "Tensor" else None
+def _array(value: np.ndarray | torch.Tensor) -> np.ndarray:
+    return value if isinstance(value, np.ndarray) else value.detach().float().numpy()
 
 
 def _compare_arrays(old: np.ndarray, new: np.ndarray, place: str, found: Found) -> None:
@@ -346,8 +300,8 @@ def _compare_arrays(old: np.ndarray, new: np.ndarray, place: str, found: Found) 
     if old.shape != new.shape or old.dtype.kind != new.dtype.kind:
         found.differ(f"{place}: shape and type", (old.shape, str(old.dtype)), (new.shape, str(new.dtype)))
         return
-    is_float = old.dtype.kind == "f"
-    same = np.isclose(old, new, rtol=TOLERANCE, atol=TOLERANCE, equal_nan=True) if is_float else old == new
+    near = {"rtol": TOLERANCE, "atol": TOLERANCE, "equal_nan": True}
+    same = np.isclose(old, new, **near) if old.dtype.kind == "f" else old == new
     for index in np.argwhere(~same)[:1].tolist():
         found.differ(f"{place}: {index}", old[tuple(index)], new[tuple(index)])
 
@@ -377,14 +331,6 @@ def compare_part(part: str, sides: tuple[Side, Side]) -> Found:
     return found
 
 
-def report(part: str, found: Found) -> None:
-    """Print the first difference and a line that counts."""
-    if found.differences:
-        print(f"{part}: first difference (old | new): {found.differences[0]}")
-    named = "".join(f"; {number} named: {reason}" for reason, number in found.excepted.items())
-    print(f"{part}: {found.files} files, {found.values:,} values, {len(found.differences)} differences{named}")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Make what is missing, compare, and say what differs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -401,10 +347,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         shutil.copytree(Path(__file__).with_name("toy"), out / "toy_data", dirs_exist_ok=True)
         for side in (old, new):
             make(side, run)
-        found = {part: compare_part(part, (old, new)) for part in PARTS}
-        for part in PARTS:
-            report(part, found[part])
-    return int(any(part.differences for part in found.values()))
+        parts = {part: compare_part(part, (old, new)) for part in PARTS}
+    for part, found in parts.items():
+        if found.differences:
+            print(f"{part}: first difference (old | new): {found.differences[0]}")
+        named = "".join(f"; {number} named: {reason}" for reason, number in found.excepted.items())
+        print(f"{part}: {found.files} files, {found.values:,} values, {len(found.differences)} differences{named}")
+    return int(any(found.differences for found in parts.values()))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ from rerank.dapo.prompt_stream import PromptStream
 from rerank.dapo.sampler import GroupSampler, SamplingOptions
 from rerank.prompts import PromptSettings
 from rerank.rows import Prompter, RankingRow
-from rerank.scoring import Reward
 
 SIZE = 4  # completions of a prompt
 LIMIT = 16  # tokens of a completion
@@ -24,8 +23,8 @@ SETTINGS = PromptSettings(item_fields=["semantic_id"], task="short")
 
 def rows(count=5):
     """Rows of four candidates, the third of which is the target."""
-    lists = {"relevance": (0.0, 0.0, 1.0, 0.0), "scores": (4.0, 3.0, 2.0, 1.0)}
-    return [RankingRow(10 + i, (1,), tuple(range(4 * i, 4 * i + 4)), user=i, **lists) for i in range(count)]
+    relevance = (0.0, 0.0, 1.0, 0.0)
+    return [RankingRow(10 + i, (1,), tuple(range(4 * i, 4 * i + 4)), relevance, user=i) for i in range(count)]
 
 
 def stream(count=5, seed=0, shuffle=False, tokenizer=None):
@@ -53,7 +52,7 @@ def evenness(completions, completion_ids, **columns):
 
 
 ENTRIES = [{"name": f"{__file__}:num_tokens"}, {"name": f"{__file__}:evenness"}]  # as in a recipe
-REWARDS = [Reward("num_tokens", num_tokens), Reward("evenness", evenness)]
+REWARDS = scoring.load_rewards(ENTRIES)
 
 
 def random_tokens(seed, length, eos):
@@ -70,16 +69,12 @@ def useful_for(row_ids):
     return lambda prompt, member: 3 + member if prompt.asked.row.row_id in row_ids else 5
 
 
-def generator(lengths, text="junk"):
-    """A policy of one text whose completions have scripted numbers of tokens."""
+def sampler(lengths=unequal, count=8, rounds=1, rewards=REWARDS, text="junk", outcome="num_tokens", **options):
+    """A sampler from a policy of one text whose completions have scripted numbers of tokens."""
 
     def generate(prompts):
         numbers = [lengths(prompt, place % SIZE) for place, prompt in enumerate(prompts)]
         return [Completion([1], [7] * number, text, None, False) for number in numbers]
 
-    return generate
-
-
-def sampler(lengths=unequal, count=8, rounds=1, rewards=REWARDS, text="junk", outcome="num_tokens", **options):
     chosen = SamplingOptions(SIZE, outcome, max(1, rounds), is_dynamic=rounds > 0, **options)
-    return GroupSampler(generator(lengths, text), functools.partial(scoring.score, rewards), stream(count), chosen)
+    return GroupSampler(generate, functools.partial(scoring.score, rewards), stream(count), chosen)

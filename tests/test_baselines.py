@@ -17,7 +17,6 @@ from rerank.baselines import (
     predict_lambdamart,
     regression,
 )
-from rerank.grading import bucket
 
 TOY = {0: np.array([0, 1, 2, 3, 4]), 1: np.array([1, 2, 0]), 2: np.array([3, 0])}
 
@@ -41,14 +40,10 @@ def random_counts(random_sequences):
     return Counts.fit(random_sequences, 30, facts)
 
 
-def own_of(counts, sequence):
-    """The contributions of one row's user, or none."""
-    return None if sequence is None else counts.own([0], {0: np.asarray(sequence)})
-
-
 def top(counts, history, n, own_sequence=None):
     """`top_rows` of one row."""
-    items, scores = counts.top_rows([np.asarray(history)], n, own_of(counts, own_sequence))
+    own = None if own_sequence is None else counts.own([0], {0: np.asarray(own_sequence)})
+    items, scores = counts.top_rows([np.asarray(history)], n, own)
     return items[0], scores[0]
 
 
@@ -58,6 +53,12 @@ def all_scores(counts, history, own_sequence=None):
     items, values = top(counts, history, counts.num_items - len(set(history)), own_sequence)
     scores[items] = values
     return scores
+
+
+def values_of(counts, history, candidate, own_sequence=None):
+    """The features of one candidate by name."""
+    row = features_of(counts, history, [candidate], [0.0], own_sequence)[0]
+    return dict(zip(FEATURES, row.tolist(), strict=True))
 
 
 def slow_transitions(sequences, num_items):
@@ -77,7 +78,8 @@ def slow_scores(counts, history):
 
 
 def test_counts_of_three_users_by_hand():
-    counts = Counts.fit(TOY, 5).transitions.toarray() / 60
+    fitted = Counts.fit(TOY, 5)
+    counts = fitted.transitions.toarray() / 60
     assert counts[0, 1] == pytest.approx(1 + 0.3 / 2)  # user 0: next; user 1: 1 stands two before 0
     assert counts[0, 2] == pytest.approx(1 / 2 + 0.3)  # user 0: two on; user 1: 2 stands just before 0
     assert counts[0, 3] == pytest.approx(1 / 3 + 0.3)  # user 0: three on; user 2: just before
@@ -85,22 +87,9 @@ def test_counts_of_three_users_by_hand():
     assert counts[1, 2] == pytest.approx(2)  # users 0 and 1: next
     assert counts[2, 1] == pytest.approx(0.6)  # the same two, backward
     assert counts[4, 1] == pytest.approx(0.3 / 3)  # user 0: three before
-
-
-def test_direct_successors_and_popularity_by_hand():
-    counts = Counts.fit(TOY, 5)
-    successors = counts.successors.toarray()
-    assert successors[1, 2] == 2
-    assert successors[2, 1] == 0
-    assert successors.sum() == 4 + 2 + 1
-    assert counts.popularity.tolist() == [3, 2, 2, 2, 1]
-
-
-def test_score_divides_by_the_place_from_the_end():
-    scores = all_scores(Counts.fit(TOY, 5), [1, 2])
-    # last item 2: T[2->0] = 1; before it 1: T[1->0] = 1/2 + 0.3 from users 1 and 0
-    assert scores[0] == pytest.approx(1 + 0.3 / 2 + (1 / 2 + 0.3) / 2)
-    assert scores[1] == scores[2] == -np.inf
+    successors = fitted.successors.toarray()
+    assert (successors[1, 2], successors[2, 1], successors.sum()) == (2, 0, 4 + 2 + 1)
+    assert fitted.popularity.tolist() == [3, 2, 2, 2, 1]
 
 
 def test_scores_equal_a_slow_loop(random_sequences, random_counts):
@@ -130,36 +119,26 @@ def test_leaving_a_user_out_equals_refitting_without_it(random_sequences, random
 def test_linear_model_by_hand():
     # Two items, had together by one user: X'X + 300 I = [[301, 1], [1, 301]], so a weight of 1 / 301 each way.
     counts = Counts.fit({0: np.array([0, 1])}, 3)
-    values = dict(zip(FEATURES, features_of(counts, [0, 2], [1], [0.0])[0].tolist(), strict=True))
+    values = values_of(counts, [0, 2], 1)
     assert values["fit_history"] == pytest.approx(1 / 301)
     assert values["fit_recent"] == pytest.approx(np.exp(-1 / 10) / 301)  # one place back
-    left_out = features_of(counts, [0], [1], [0.0], [0, 1])[0]
-    assert left_out[FEATURES.index("fit_history")] == pytest.approx(0, abs=1e-9)
+    assert values_of(counts, [0], 1, [0, 1])["fit_history"] == pytest.approx(0, abs=1e-9)
 
 
 def test_linear_model_knows_the_most_popular_items_of_a_large_catalogue(monkeypatch):
     monkeypatch.setattr(regression, "MAX_ITEMS", 2)
     counts = Counts.fit({0: np.array([0, 1, 2]), 1: np.array([2, 0])}, 4)
     assert counts.regression.places.tolist() == [0, -1, 1, -1]
-    fits = features_of(counts, [0, 1], [2, 3], [0.0, 0.0])[:, FEATURES.index("fit_history")]
-    assert fits.tolist() == [pytest.approx(2 / 302), 0]  # both users had 0 and 2
+    fits = [values_of(counts, [0, 1], candidate)["fit_history"] for candidate in (2, 3)]
+    assert fits == [pytest.approx(2 / 302), 0]  # both users had 0 and 2
 
 
 def test_near_share_by_hand():
     # Item 0 was had by two users, one of whom took 1 ten places on; eleven places are too far.
     sequences = {0: np.array([0, 2, 3, 4, 5, 6, 7, 8, 9, 10, 1, 11]), 1: np.array([0])}
     counts = Counts.fit(sequences, 12)
-    near = features_of(counts, [0], [1, 11], [0.0, 0.0])[:, FEATURES.index("near")]
-    assert near.tolist() == [pytest.approx(1 / (2 + 5)), 0]
-    assert features_of(counts, [0], [1], [0.0], sequences[0])[0, FEATURES.index("near")] == 0
-
-
-def test_popularity_does_not_show_which_item_the_user_chose():
-    # Item 1 was chosen by users 0 and 1: a candidate of either, or of anyone else, shows 2.
-    counts = Counts.fit(TOY, 5)
-    for own_sequence in (None, TOY[0], TOY[1], TOY[2]):
-        features = features_of(counts, [3], [1], [0.0], own_sequence)
-        assert features[0, FEATURES.index("popularity")] == 2
+    assert [values_of(counts, [0], candidate)["near"] for candidate in (1, 11)] == [pytest.approx(1 / (2 + 5)), 0]
+    assert values_of(counts, [0], 1, sequences[0])["near"] == 0
 
 
 def test_many_rows_at_once_equal_one_by_one(random_sequences, random_counts):
@@ -182,8 +161,7 @@ def test_top_breaks_ties_by_popularity_then_item():
     sequences = {0: np.array([0, 1]), 1: np.array([0, 2]), 2: np.array([0, 3]), 9: np.array([3])}
     sequences |= {5: np.array([5]), 6: np.array([5])}
     items, scores = top(Counts.fit(sequences, 6), [0], 5)
-    assert items.tolist() == [3, 1, 2, 5, 4]
-    assert scores.tolist() == [1, 1, 1, 0, 0]
+    assert items.tolist() == [3, 1, 2, 5, 4] and scores.tolist() == [1, 1, 1, 0, 0]
 
 
 def test_top_refuses_a_list_longer_than_what_is_unseen():
@@ -195,8 +173,8 @@ def test_features_by_hand():
     facts = ItemFacts.of(
         4,
         np.array([[2.0, 0], [0, 1], [3, 4], [0, 0]]),
-        ["Hair, Shampoo", "Hair", "Nails", ""],
-        ["Soft shampoo", "SOFT hair oil", "", "Red"],
+        ["Hair, Shampoo", "Hair", "Hair|Oil", ""],
+        ["Soft oil", "the Oil", "Soft OIL for hair", "Red"],
         ["Acme", "", "Acme", ""],
     )
     counts = Counts.fit({0: np.array([0, 1, 2]), 1: np.array([0, 2]), 2: np.array([0, 2])}, 4, facts)
@@ -214,19 +192,12 @@ def test_features_by_hand():
     assert values["cosine_last"] == pytest.approx(0.6, abs=1e-3)  # stored in half precision
     assert values["cosine_max"] == pytest.approx(0.8, abs=1e-3)
     assert values["cosine_mean"] == values["cosine_last_three"] == pytest.approx(0.7, abs=1e-3)
-    assert values["same_brand"] == 1 and unknown["same_brand"] == 0
-    assert values["history_length"] == 2
-    assert all(value == 0 for name, value in unknown.items() if name not in FEATURES[:2] + ("history_length",))
-
-
-def test_category_and_title_features_by_hand():
-    facts = ItemFacts.of(3, None, ["Hair, Shampoo", "Hair", "Hair|Oil"], ["Soft oil", "the Oil", "Soft OIL for hair"])
-    counts = Counts.fit({0: np.array([0])}, 3, facts)
-    values = dict(zip(FEATURES, features_of(counts, [1, 0], [2], [0.0])[0].tolist(), strict=True))
     # {Hair, Oil} and {Hair, Shampoo}: 1 of 3; and {Hair}: 1 of 2
     assert values["category_max"] == pytest.approx(1 / 2)
     assert values["category_mean"] == pytest.approx((1 / 3 + 1 / 2) / 2)
     assert values["title_words"] == 2  # soft, oil
+    assert values["same_brand"] == 1 and values["history_length"] == 2
+    assert all(value == 0 for name, value in unknown.items() if name not in FEATURES[:2] + ("history_length",))
 
 
 def test_counts_read_back_as_saved(random_counts, random_sequences, tmp_path):
@@ -235,46 +206,34 @@ def test_counts_read_back_as_saved(random_counts, random_sequences, tmp_path):
     for history in random_sequences.values():
         items, scores = top(random_counts, history, 5)
         assert top(loaded, history, 5)[0].tolist() == items.tolist()
-        assert (
-            features_of(loaded, history, items, scores) == features_of(random_counts, history, items, scores)
-        ).all()
-
+        again, first = (features_of(counts, history, items, scores) for counts in (loaded, random_counts))
+        assert (again == first).all()
     assert [path.name for path in tmp_path.iterdir()] == ["evidence.npz"]  # nothing temporary is left
-
-
-def test_load_names_a_missing_file(tmp_path):
+    (tmp_path / "evidence.npz").unlink()
     with pytest.raises(FileNotFoundError, match="evidence.npz does not exist; run the candidates stage"):
         Counts.load(tmp_path / "evidence.npz")
 
 
-def test_edges_cut_positive_values_into_nine_equal_parts():
-    # 1 .. 90 in nine parts of ten; zeros stay apart
-    edges = fit_edges(np.concatenate([np.zeros(500), np.arange(1, 91)]))
-    assert edges == [1, 11, 21, 31, 41, 51, 61, 71, 81]
-    assert [bucket(value, edges) for value in (0, 1, 10, 11, 80, 81, 1000)] == [0, 1, 1, 2, 8, 9, 9]
-
-
-def test_a_common_value_takes_one_bucket_only():
-    # ten ones fill bucket 1, the others get one each, and the edges left over double
-    edges = fit_edges(np.array([1] * 10 + [2, 3, 4, 5, 6]))
-    assert edges == [1, 2, 3, 4, 5, 6, 12, 24, 48]
-
-
-def test_edges_of_nothing_positive_still_ascend():
-    assert fit_edges(np.zeros(3)) == [1, 2, 4, 8, 16, 32, 64, 128, 256]
+@pytest.mark.parametrize(("values", "edges"), [
+    ([0] * 500 + [*range(1, 91)], [1, 11, 21, 31, 41, 51, 61, 71, 81]),  # nine parts of ten; zeros stay apart
+    ([1] * 10 + [2, 3, 4, 5, 6], [1, 2, 3, 4, 5, 6, 12, 24, 48]),  # ten ones fill one bucket; edges left double
+    ([0, 0, 0], [1, 2, 4, 8, 16, 32, 64, 128, 256]),
+])  # fmt: skip
+def test_edges_cut_positive_values_into_nine_equal_parts(values, edges):
+    assert fit_edges(np.array(values)) == edges
 
 
 @pytest.fixture
 def ranked_rows():
-    """200 rows of 5 candidates, two of a user; the relevant one has the largest popularity."""
+    """(features, relevance) of 200 rows of 5 candidates; the relevant one has the largest popularity."""
     rng = np.random.default_rng(0)
     features = [rng.random((5, len(FEATURES))) for _ in range(200)]
     best = [row[:, FEATURES.index("popularity")].argmax() for row in features]
-    return features, [np.eye(5)[place] for place in best], np.arange(200) // 2
+    return features, [np.eye(5)[place] for place in best]
 
 
 def test_lambdamart_learns_a_clear_rule_and_repeats_itself(ranked_rows):
-    features, relevance, _ = ranked_rows
+    features, relevance = ranked_rows
     halves = (features[:100], relevance[:100]), (features[100:], relevance[100:])
     first, again = (fit_lambdamart(*halves, seed=1, min_rows_per_leaf=5, max_rounds=60) for _ in range(2))
     scores = predict_lambdamart(first, features[100:])
@@ -284,10 +243,11 @@ def test_lambdamart_learns_a_clear_rule_and_repeats_itself(ranked_rows):
 
 
 def test_out_of_fold_scores_do_not_depend_on_the_users_own_rows(ranked_rows):
-    features, relevance, users = ranked_rows
+    features, relevance = ranked_rows
+    users = np.arange(200) // 2
     valid = features[80:], relevance[80:]
     options = {"num_folds": 4, "seed": 2, "min_rows_per_leaf": 5, "max_rounds": 20}
-    scores = out_of_fold_scores((features, relevance), users, valid, **options)
+    scores = out_of_fold_scores(ranked_rows, users, valid, **options)
     changed = [labels[::-1] if user == 3 else labels for labels, user in zip(relevance, users, strict=True)]
     other = out_of_fold_scores((features, changed), users, valid, **options)
     same = [np.array_equal(a, b) for a, b in zip(scores, other, strict=True)]
@@ -297,7 +257,7 @@ def test_out_of_fold_scores_do_not_depend_on_the_users_own_rows(ranked_rows):
 
 
 def test_lambdamart_leaves_out_rows_without_a_relevant_candidate(ranked_rows):
-    features, relevance, _ = ranked_rows
+    features, relevance = ranked_rows
     options = {"min_rows_per_leaf": 5, "max_rounds": 10}
     valid, padded = (features[60:], relevance[60:]), relevance[:40] + [np.zeros(5)] * 20
     plain = fit_lambdamart((features[:40], relevance[:40]), valid, **options)
@@ -305,19 +265,11 @@ def test_lambdamart_leaves_out_rows_without_a_relevant_candidate(ranked_rows):
     assert plain.model_to_string() == padded.model_to_string()
 
 
-def test_lambdamart_refuses_rows_of_which_none_is_relevant(ranked_rows):
-    features, relevance, _ = ranked_rows
+def test_rows_that_nothing_can_be_fitted_on_are_refused(ranked_rows):
+    features, relevance = ranked_rows
     with pytest.raises(ValueError, match="none of the 2 validation rows has a relevant candidate"):
-        fit_lambdamart((features, relevance), (features[:2], [np.zeros(5)] * 2))
-
-
-def test_lambdamart_refuses_broken_relevance(ranked_rows):
-    features, relevance, _ = ranked_rows
+        fit_lambdamart(ranked_rows, (features[:2], [np.zeros(5)] * 2))
     with pytest.raises(ValueError, match="relevance 0.5 in the training rows is not a whole number"):
-        fit_lambdamart((features, [row / 2 for row in relevance]), (features, relevance))
-
-
-def test_out_of_fold_refuses_more_folds_than_users(ranked_rows):
-    features, relevance, _ = ranked_rows
+        fit_lambdamart((features, [row / 2 for row in relevance]), ranked_rows)
     with pytest.raises(ValueError, match="2 users have training rows, fewer than num_folds 5"):
-        out_of_fold_scores((features[:4], relevance[:4]), [1, 1, 2, 2], (features, relevance))
+        out_of_fold_scores((features[:4], relevance[:4]), [1, 1, 2, 2], ranked_rows)

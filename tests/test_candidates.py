@@ -1,12 +1,14 @@
 """The candidates stage on a run of six items and three users, made by hand."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from tiny_model import tiny_model, tiny_tokenizer
 from toy_run import features_of, finish, write_interactions, write_items, write_semantic_ids
 
 from rerank import candidates
@@ -34,12 +36,19 @@ def run(tmp_path):
     return tmp_path
 
 
-def run_stage(run, **options):
+def checked(run, **options):
+    """The stage's options, which have passed its check."""
     arguments = CandidatesArguments(run_dir=str(run), **{"num_candidates": 2, **options})
     candidates.check(arguments)
-    out_dir = run / "out"
-    out_dir.mkdir()
-    return candidates.main(arguments, out_dir), out_dir
+    return arguments
+
+
+def run_stage(run, **options):
+    """The stage's metrics and the rows of each of its tables."""
+    (run / "out").mkdir()
+    metrics = candidates.main(checked(run, **options), run / "out")
+    tables = {name: pq.read_table(run / f"out/{name}.parquet").to_pylist() for name in candidates.FILES.values()}
+    return metrics, tables
 
 
 def own_lists(run, **changes):
@@ -48,52 +57,42 @@ def own_lists(run, **changes):
     lists = [[f"i{target}", f"i{(target + 1) % 6}"] for target in targets]
     lists[4] = ["i1", "i2"]  # row 4: user 1's validation row, target 4
     columns = {"row_id": list(range(9))[::-1], "candidates": lists[::-1], **changes}
-    pq.write_table(
-        pa.table({name: values for name, values in columns.items() if values is not None}), run / "l.parquet"
-    )
+    given = {name: values for name, values in columns.items() if values is not None}
+    pq.write_table(pa.table(given), run / "l.parquet")
     return str(run / "l.parquet")
 
 
 def test_transition_lists_leave_the_rows_user_out(run):
-    _, out_dir = run_stage(run)
-    rows = pq.read_table(out_dir / "train.parquet").to_pylist()
+    row = run_stage(run)[1]["train"][0]
     # User 0's training row: history 0, 1. Of the others, user 1 has 1, 2, 0 and user 2 has 2, 0, 1 before validation:
     # T[1->2] = 1 + 0.3/2 and T[0->2] = 0.3 + 0.3, so item 2 scores 1.15 + 0.6 / 2. No other item is left: 3, 4 and 5
     # have score 0 and popularity 0, and the first of them fills the list.
-    assert rows[0]["history"] == [0, 1]
-    assert rows[0]["candidates"] == [2, 3]
-    assert rows[0]["first_stage_scores"] == pytest.approx([1.15 + 0.3, 0])
-    assert rows[0]["relevance"] == [1, 0] and rows[0]["hit"] and rows[0]["target"] == 2
+    assert (row["history"], row["candidates"]) == ([0, 1], [2, 3])
+    assert row["first_stage_scores"] == pytest.approx([1.15 + 0.3, 0])
+    assert row["relevance"] == [1, 0] and row["hit"] and row["target"] == 2
 
 
-def test_features_of_a_file_are_those_of_the_saved_counts(run):
-    _, out_dir = run_stage(run)
-    counts = Counts.load(out_dir / "evidence.npz")
-    names = json.loads((out_dir / "features.json").read_text())["names"]
-    assert tuple(names) == FEATURES
-    for row in pq.read_table(out_dir / "test.parquet").to_pylist():
-        expected = features_of(counts, row["history"], row["candidates"], row["first_stage_scores"])
-        assert np.array_equal(np.array(row["features"], dtype=np.float32), expected)
-    for row in pq.read_table(out_dir / "train.parquet").to_pylist():
-        columns = [row[name] for name in ("history", "candidates", "first_stage_scores")]
-        expected = features_of(counts, *columns, own_sequence=SEQUENCES[row["user"]][:3])
-        assert np.array_equal(np.array(row["features"], dtype=np.float32), expected)
-
-
-def test_edges_rest_on_training_rows_only(run):
-    _, out_dir = run_stage(run)
-    edges = json.loads((out_dir / "features.json").read_text())["edges"]
-    assert set(edges) == set(FEATURES)
+def test_features_are_those_of_the_saved_counts_and_edges_rest_on_training_rows_only(run):
+    _, tables = run_stage(run)
+    counts = Counts.load(run / "out/evidence.npz")
+    for split in ("train", "test"):
+        for row in tables[split]:
+            own = SEQUENCES[row["user"]][:3] if split == "train" else None
+            columns = [row[name] for name in ("history", "candidates", "first_stage_scores")]
+            expected = features_of(counts, *columns, own_sequence=own)
+            assert np.array_equal(np.array(row["features"], dtype=np.float32), expected)
+    stored = json.loads((run / "out/features.json").read_text())
+    assert tuple(stored["names"]) == FEATURES and set(stored["edges"]) == set(FEATURES)
     # training histories have two items, those of the other splits three and four
-    assert edges["history_length"] == [2 * 2**doubling for doubling in range(9)]
+    assert stored["edges"]["history_length"] == [2 * 2**doubling for doubling in range(9)]
 
 
 def test_counts_and_recall_of_every_split_are_reported(run):
-    metrics, out_dir = run_stage(run, source="lists", lists=own_lists(run))
+    metrics, tables = run_stage(run, source="lists", lists=own_lists(run))
     full = {"rows": 3, "hits": 3, "missed": 0, "recall@1": 1.0, "recall@2": 1.0}
     assert metrics["splits"]["train"] == metrics["splits"]["test"] == full
     assert metrics["splits"]["valid"] == {"rows": 3, "hits": 2, "missed": 1, "recall@1": 2 / 3, "recall@2": 2 / 3}
-    missed = pq.read_table(out_dir / "valid.parquet").to_pylist()[1]
+    missed = tables["valid"][1]
     assert not missed["hit"] and missed["relevance"] == [0, 0] and missed["target"] == 4  # kept all the same
 
 
@@ -108,9 +107,8 @@ def test_own_lists_come_in_any_order_with_or_without_scores(run):
 
 def make_model(run, folder):
     """A model that knows the run's ids of one token each, its tokenizer and these tokens."""
-    tokenizer = base_model.train_tokenizer(["Next items: film"], 300)
-    shape = base_model.SmallModelArguments(hidden_size=16, num_layers=2, num_heads=2, num_kv_heads=1)
-    model = base_model.make_small_model(shape, tokenizer, seed=0)
+    tokenizer = tiny_tokenizer()
+    model = tiny_model(tokenizer)
     ids = base_model.add_tokens(model, tokenizer, Catalogue.load(run).semantic_ids, seed=0)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -125,8 +123,8 @@ def test_lists_of_a_model_are_its_most_likely_unseen_items(run, is_sft_model):
         NextItemEncoder(Catalogue.load(run), tokenizer, "semantic_id", 50).save(folder)
     else:
         (run / "midtrain/recipe.yaml").write_text("max_items: 50\n")
-    _, out_dir = run_stage(run, source="model", num_beams=6, model_dir=str(folder) if is_sft_model else None)
-    for row in pq.read_table(out_dir / "test.parquet").to_pylist():
+    _, tables = run_stage(run, source="model", num_beams=6, model_dir=str(folder) if is_sft_model else None)
+    for row in tables["test"]:
         prompt = NextItemEncoder(Catalogue.load(run), tokenizer, "semantic_id", 50).next_item_prompt(row["history"])
         with torch.no_grad():
             logits = model(torch.tensor([prompt])).logits[0, -1]
@@ -141,18 +139,18 @@ def test_lists_of_a_model_need_the_midtrain_stage(run):
         run_stage(run, source="model")
 
 
-def test_a_model_dir_that_does_not_fit_is_refused(run, tmp_path):
+def test_a_model_dir_that_does_not_fit_is_refused(run):
+    options = {"source": "model", "model_dir": str(run / "model")}
     with pytest.raises(FileNotFoundError, match="has no next_item.json; train it with the sft stage, task next_item"):
-        run_stage(run, source="model", model_dir=str(tmp_path))
-    _, tokenizer, _ = make_model(run, tmp_path / "model")
+        checked(run, **options)
+    _, tokenizer, _ = make_model(run, run / "model")
     catalogue = Catalogue.load(run)
-    NextItemEncoder(catalogue, tokenizer, "semantic_id", 50).save(tmp_path / "model")
-    arguments = {"source": "model", "model_dir": str(tmp_path / "model")}
+    NextItemEncoder(catalogue, tokenizer, "semantic_id", 50).save(run / "model")
     with pytest.raises(FileNotFoundError, match="has no item_head.safetensors; train it with the sft stage"):
-        run_stage(run, num_beams=0, **arguments)
-    Catalogue(["other"] * 6, catalogue.semantic_ids, catalogue.titles, catalogue.categories).save(tmp_path / "model")
+        checked(run, num_beams=0, **options)
+    replace(catalogue, item_ids=["other"] * 6).save(run / "model")
     with pytest.raises(ValueError, match="knows other items or ids than .*; use runs of one data"):
-        run_stage(run, **arguments)
+        checked(run, **options)
 
 
 def changed_list(row, value):
@@ -169,51 +167,39 @@ def changed_list(row, value):
         ({"candidates": changed_list(4, ["i5", "i5"])}, "l.parquet, row 4: candidate 'i5' appears twice"),
         ({"candidates": None}, "has no column 'candidates' but row_id; rename or add it"),
         ({"candidates": ["i0"] * 9}, "column 'candidates' holds string but must hold a list a row"),
-        ({"row_id": [0, 1, 2, 3, 4, 5, 6, 7, 7]}, "row 9: row_id 7 appears twice"),
-        ({"row_id": [0, 1, 2, 3, 4, 5, 6, 7, 70]}, "row 9: row_id 70 is not in data/rows.parquet"),
+        ({"row_id": [*range(8), 7]}, "row 9: row_id 7 appears twice"),
+        ({"row_id": [*range(8), 70]}, "row 9: row_id 70 is not in data/rows.parquet"),
+        ({"row_id": [*range(8)], "candidates": [["i0", "i1"]] * 8}, "l.parquet has no list for row_id 8"),
         ({"scores": [["1", "2"]] * 9}, "column 'scores' holds list<.*string> but must hold lists of numbers"),
         ({"scores": [[1.0, float("nan")]] * 9}, r"row 1: scores are \[1.0, nan\] but must be 2 finite numbers"),
     ],
 )
-def test_own_lists_that_do_not_fit_are_refused_by_row(run, changes, message):
-    arguments = CandidatesArguments(
-        run_dir=str(run), source="lists", lists=own_lists(run, **changes), num_candidates=2
-    )
+def test_own_lists_that_do_not_fit_are_refused(run, changes, message):
     with pytest.raises(ValueError, match=message):
-        candidates.check(arguments)
+        checked(run, source="lists", lists=own_lists(run, **changes))
 
 
-def test_own_lists_without_a_row_are_refused(run):
-    path = own_lists(run)
-    pq.write_table(pq.read_table(path).slice(0, 8), path)  # the last one is row_id 0
-    with pytest.raises(ValueError, match="l.parquet has no list for row_id 0"):
-        read_lists(path, np.arange(9), ITEM_IDS, 2)
-
-
-def test_a_file_of_lists_that_is_not_parquet_is_refused(run):
+def test_a_file_of_lists_that_is_not_there_or_not_parquet_is_refused(run):
+    with pytest.raises(FileNotFoundError, match="lists .*/l.parquet is not there"):
+        checked(run, source="lists", lists=str(run / "l.parquet"))
     (run / "l.parquet").write_text("row_id,candidates")
     with pytest.raises(ValueError, match="l.parquet is not a Parquet file"):
-        read_lists(run / "l.parquet", np.arange(9), ITEM_IDS, 2)
-
-
-def test_check_names_a_missing_file_of_lists(run):
-    with pytest.raises(FileNotFoundError, match="lists nowhere.parquet is not there"):
-        candidates.check(CandidatesArguments(run_dir=str(run), source="lists", lists="nowhere.parquet"))
+        checked(run, source="lists", lists=str(run / "l.parquet"))
 
 
 def test_check_refuses_lists_of_a_model_that_has_seen_the_targets(run):
     write_json(run / "data/metrics.json", {"midtrain_has_seen_rerank_targets": True})
     with pytest.raises(ValueError, match="num_rerank of the data stage is all, so the mid-trained model has seen"):
-        candidates.check(CandidatesArguments(run_dir=str(run), source="model"))
+        checked(run, source="model")
 
 
 def test_check_refuses_lists_longer_than_what_users_have_not_seen(run):
     with pytest.raises(ValueError, match="num_candidates is 3 but the longest history leaves 2 of 6 items"):
-        candidates.check(CandidatesArguments(run_dir=str(run), num_candidates=3))
+        checked(run, num_candidates=3)
 
 
 def test_check_passes_before_the_data_stage_has_run(tmp_path):
-    candidates.check(CandidatesArguments(run_dir=str(tmp_path), source="model"))
+    checked(tmp_path, source="model")
 
 
 @pytest.mark.parametrize(

@@ -32,12 +32,7 @@ def test_a_catalogue_names_what_is_missing_or_does_not_belong_together(tmp_path)
 
 @pytest.mark.parametrize(
     ("name", "problem"),
-    [
-        ("<s_a_1>", "lacks"),
-        ("<s_a_2>", "splits"),
-        ("<s_a_3>", "has as a special token"),
-        ("<s_a_4>", "has as a special token"),
-    ],
+    [("<s_a_1>", "lacks"), ("<s_a_2>", "splits"), ("<s_a_3>", "has as a special"), ("<s_a_4>", "has as a special")],
 )
 def test_a_tokenizer_that_does_not_know_an_id_token_as_an_ordinary_one_is_refused(name, problem):
     words = Tokenizer(models.WordLevel({"<": 0, "<s_a_0>": 1, "<s_a_2>": 2}, unk_token="<"))

@@ -1,19 +1,15 @@
 """`rerank compare`: the table from finished runs, whose numbers are worked out by hand."""
 
-import json
 from pathlib import Path
 
 import pytest
 from compare_runs import GIVEN, RIGHT, SHA256, cells, finish_run
 from toy_recipe import TOY
-from toy_run import RECIPES, write_recipes
+from toy_run import RECIPES, finish, write_recipes
 
 from rerank import compare
 from rerank.compare.tables import list_lines
-from rerank.launch import run_dir
 from rerank.launch.files import write_json
-
-CPU = "recipes/accelerate/cpu.yaml"
 
 
 @pytest.fixture
@@ -29,19 +25,22 @@ def runs(tmp_path) -> dict[str, Path]:
     return {**folders, "out": out}
 
 
-def run_compare(runs: dict[str, Path], results: Path | None = None) -> tuple[int, list[str]]:
+def start(variants: list[compare.Variant], out: Path, seeds=1, minutes=None, results=None, say=print) -> int:
+    return compare.compare(variants, seeds, minutes, str(out), results, "recipes/accelerate/cpu.yaml", say)
+
+
+def run_compare(runs: dict[str, Path], results: Path | None = None) -> list[str]:
     said: list[str] = []
-    given = None if results is None else str(results)
     variants = compare.read_variants([str(runs["a"]), str(runs["b"])], None)
-    code = compare.compare(variants, 2, None, str(runs["out"]), given, CPU, said.append)
-    return code, said
+    assert start(variants, runs["out"], 2, results=results and str(results), say=said.append) == 0
+    return said
 
 
 def test_the_table_holds_means_spread_and_paired_intervals(runs, tmp_path):
-    code, said = run_compare(runs, tmp_path / "RESULTS-toy.md")
+    said = run_compare(runs, tmp_path / "RESULTS-toy.md")
     text = (tmp_path / "RESULTS-toy.md").read_text()
     table, differences = cells(text), cells(text, 1)
-    assert code == 0 and text in said[-1]
+    assert text in said[-1]
     assert table["–", "no_op"] == ["1", "0.0000", "1.0000", "0.6309", "–", "–"]
     # every row gains 1 - 0.6309, so each bootstrap sample does
     assert table["–", "oracle"] == ["1", "1.0000", "1.0000", "1.0000", "–", "–"]
@@ -65,20 +64,20 @@ def test_a_model_that_variants_share_stands_once_and_is_what_they_started_from(t
     finish_run(first, out / "b-seed0", out / "a-seed0", {"dapo": RIGHT})
     for run in ("a-seed0", "b-seed0"):
         (out / run / "sft").symlink_to(out / "the_sft_model")
-    text = "\n".join(list_lines({"a": [out / "a-seed0"], "b": [out / "b-seed0"]}))
-    assert [key for key in cells(text) if key[1] == "sft"] == [("a", "sft")]
-    gain = "+0.3691 [+0.3691, +0.3691]"
-    assert cells(text, 1)["a", "dapo"][:3] == [gain, gain, "–"]
-    assert cells(text, 1)["b", "dapo"][:3] == [gain, gain, "+0.0000 [+0.0000, +0.0000]"]
+
+    def table(number: int) -> dict:
+        return cells("\n".join(list_lines({"a": [out / "a-seed0"], "b": [out / "b-seed0"]})), number)
+
+    gain, none = "+0.3691 [+0.3691, +0.3691]", "+0.0000 [+0.0000, +0.0000]"
+    assert [key for key in table(0) if key[1] == "sft"] == [("a", "sft")]
+    assert table(1)["a", "dapo"][:3] == [gain, gain, "–"] and table(1)["b", "dapo"][:3] == [gain, gain, none]
     dapo_recipe = out / "b-seed0/dapo/recipe.yaml"
     dapo_recipe.parent.mkdir()
     dapo_recipe.write_text("without_trace: true")  # it started from a control, which nobody evaluated
-    text = "\n".join(list_lines({"a": [out / "a-seed0"], "b": [out / "b-seed0"]}))
-    assert cells(text, 1)["b", "dapo"][1] == "–"
+    assert table(1)["b", "dapo"][1] == "–"
     dapo_recipe.unlink()
     (out / "b-seed0/sft").unlink()  # a model of its own, which nobody evaluated
-    text = "\n".join(list_lines({"a": [out / "a-seed0"], "b": [out / "b-seed0"]}))
-    assert cells(text, 1)["b", "dapo"][:3] == [gain, "–", "+0.0000 [+0.0000, +0.0000]"]
+    assert table(1)["b", "dapo"][:3] == [gain, "–", none]
 
 
 def test_runs_whose_trained_models_were_not_evaluated_are_compared_all_the_same(tmp_path):
@@ -92,19 +91,16 @@ def test_runs_whose_trained_models_were_not_evaluated_are_compared_all_the_same(
 
 
 LOG = {"rollouts/kendall_tau": 0.5, "rollouts/no_ranking": 0.0, "rollouts/length_tokens": 30.0, "step_time": 6.0}
+LOG |= {"rollouts/rank_gain": 1.0, "groups/share_useful": 0.5}
 
 
 def add_dapo(run: Path, copy_rates: list[float]) -> None:
     """A dapo stage that logged these; a step in which nothing was sampled logs no rollouts."""
-    log = [
-        {**LOG, "step": number, "rollouts/copy_rate": rate, "rollouts/rank_gain": 1.0, "groups/share_useful": 0.5}
-        for number, rate in enumerate(copy_rates, start=1)
-    ]
+    log = [{**LOG, "step": number, "rollouts/copy_rate": rate} for number, rate in enumerate(copy_rates, start=1)]
     log.append({"step": len(log) + 1, "step_time": 6.0})
-    folder = run_dir.partial_dir(run, "dapo")
-    folder.mkdir(parents=True)
-    write_json(folder / "log_history.json", [*log, {"train_loss": 0.1, "step": len(log)}])
-    run_dir.finish(run, "dapo", {}, {}, (), {"steps": len(log), "prompts_drawn": 64})
+    (run / "dapo").mkdir()
+    write_json(run / "dapo/log_history.json", [*log, {"train_loss": 0.1, "step": len(log)}])
+    finish(run / "dapo", {"steps": len(log), "prompts_drawn": 64})
 
 
 def test_copies_over_the_steps_of_reinforcement_learning(tmp_path):
@@ -122,19 +118,15 @@ def test_copies_over_the_steps_of_reinforcement_learning(tmp_path):
     assert (tmp_path / "RESULTS.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
-def test_the_results_name_the_data_and_its_sha256_and_no_path(runs):
-    run_compare(runs)
+def test_finished_runs_are_skipped_share_their_data_and_are_named_without_a_path(runs):
+    said = run_compare(runs)
+    assert [line for line in said if line.startswith("==")] == ["== a-seed0", "== a-seed1", "== b-seed0", "== b-seed1"]
+    assert sum("finished already" in line for line in said) == 16  # four stages of four runs
+    assert (runs["out"] / "b-seed1/data").resolve() == (runs["out"] / "a-seed0/data").resolve()
     text = (runs["out"] / "RESULTS.md").read_text()
     assert f"- data: toy.csv, sha256 {SHA256}" in text
     assert "2 variants, 2 seeds. 4 test rows whose list holds a relevant item, of 7." in text
     assert str(runs["out"].parent) not in text
-
-
-def test_finished_runs_are_skipped_and_one_data_folder_is_shared(runs):
-    _, said = run_compare(runs)
-    assert [line for line in said if line.startswith("==")] == ["== a-seed0", "== a-seed1", "== b-seed0", "== b-seed1"]
-    assert sum("finished already" in line for line in said) == 16  # four stages of four runs
-    assert (runs["out"] / "b-seed1/data").resolve() == (runs["out"] / "a-seed0/data").resolve()
 
 
 def test_a_link_to_a_data_folder_that_was_deleted_is_laid_anew(tmp_path):
@@ -160,8 +152,7 @@ def test_variants_of_one_name_or_of_other_data_are_refused(tmp_path):
         compare.read_variants([str(first), str(twin)], [["x", "data.num_test=2"]])
     other = write_recipes(tmp_path / "b", RECIPES | {"1_data": {"interactions": "toy.csv", "num_test": 5}})
     with pytest.raises(ValueError, match="b/1_data.yaml asks for other data than .*a/1_data.yaml: num_test is its de"):
-        variants = compare.read_variants([str(first), str(other)], None)
-        compare.compare(variants, 1, None, str(tmp_path / "out"), None, CPU, print)
+        start(compare.read_variants([str(first), str(other)], None), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -171,33 +162,28 @@ def test_a_mistake_in_the_last_variant_shows_before_the_first_one_runs(tmp_path)
     folder = write_recipes(tmp_path / "a", {"1_data": keys, "2_semantic_ids": ids})
     variants = compare.read_variants([str(folder)], [["one"], ["two", "semantic_ids.codebooksize=3"]])
     with pytest.raises(ValueError, match="unknown key 'codebooksize'; did you mean codebook_size"):
-        compare.compare(variants, 1, None, str(tmp_path / "out"), None, CPU, print)
+        start(variants, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(
-    ("seeds", "minutes", "message"),
-    [
-        (0, None, "--seeds is 0 but must be at least 1"),
-        (1, 0.0, "--minutes_per_run is 0.0 but must be above 0"),
-        (1, -1.0, "--minutes_per_run is -1.0 but must be above 0"),
-    ],
-)
-def test_seeds_and_minutes_must_be_above_zero(tmp_path, seeds, minutes, message):
-    folder = write_recipes(tmp_path / "a")
-    with pytest.raises(ValueError, match=message):
-        compare.compare([compare.Variant("a", str(folder))], seeds, minutes, str(tmp_path / "out"), None, CPU, print)
+def test_seeds_and_minutes_must_be_above_zero(tmp_path):
+    variants = [compare.Variant("a", str(write_recipes(tmp_path / "a")))]
+    with pytest.raises(ValueError, match="--seeds is 0 but must be at least 1"):
+        start(variants, tmp_path / "out", seeds=0)
+    with pytest.raises(ValueError, match="--minutes_per_run is 0.0 but must be above 0"):
+        start(variants, tmp_path / "out", minutes=0.0)
 
 
 def test_seeds_and_minutes_become_overrides(tmp_path):
     recipes = {**RECIPES, "3_midtrain": {}, "5_traces": {"teacher": "evidence"}, "6_sft": {}, "7_dapo": {}}
     variant = compare.Variant("a", str(write_recipes(tmp_path / "a", recipes)), ("data.num_test=2",))
     steps = compare.variant_steps(variant, tmp_path / "run", 2, 9.0)
-    overrides = {step.stage: step.overrides for step in steps}
-    assert overrides["data"] == {"num_test": "2", "run_dir": str(tmp_path / "run")}
-    assert overrides["traces"] == {"seed": "2", "run_dir": str(tmp_path / "run")}
-    for stage in ("midtrain", "sft", "dapo"):  # nine minutes in three parts
-        assert overrides[stage] == {"seed": "2", "max_minutes": "3.000", "run_dir": str(tmp_path / "run")}
+    own, trained = {"run_dir": str(tmp_path / "run")}, {"seed": "2", "max_minutes": "3.000"}  # nine in three parts
+    assert {step.stage: step.overrides for step in steps if step.overrides != own} == {
+        "data": own | {"num_test": "2"},
+        "traces": own | {"seed": "2"},
+        **{stage: own | trained for stage in ("midtrain", "sft", "dapo")},
+    }
     keys = {step.stage: step.keys for step in steps}
     assert keys["sft"]["seed"] == 2 and keys["sft"]["max_minutes"] == 3.0
-    assert json.dumps(keys["candidates"]) == json.dumps({"num_candidates": 6, "run_dir": str(tmp_path / "run")})
+    assert keys["candidates"] == own | {"num_candidates": 6}

@@ -12,13 +12,14 @@ from toy_run import write_recipes
 
 from rerank import compare
 from rerank.compare.tables import next_item_lines, set_lines
-from rerank.launch import pipeline, run_dir
 from rerank.launch.files import write_json
 from rerank.next_item.held_out_sets import LISTS as SETS
 from rerank.next_item.pruning import FILE as PRUNING_FILE
 from rerank.next_item.pruning import Pruning
 from rerank.next_item.recall import LISTS
 
+BASELINES = {"popularity": [0, 0, 0, 0], "transitions": [1, 0, 0, 0]}
+SET_BASELINES = {"popularity": [0, 0], "transitions": [30, 0]}
 NONE = [False, False]
 VIOLATES = np.array([[True, False], NONE, NONE, NONE])
 PRUNING = Pruning(np.array([True, True, False, False]), np.array([True, False, True, False]), VIOLATES)
@@ -33,47 +34,45 @@ RECIPES = {
 WORDS = [["nll"], ["bear", "sft.losses=[{name: bear}]"]]
 
 
-def write_evaluation(
-    run: Path, places: dict[str, list[int]], pruning: Pruning | None = None, first_row: int = 0
-) -> Path:
-    """An evaluate folder in which a ranker finds the target of row r at 1-based place places[ranker][r]; 0: never."""
-    folder = run / "evaluate"
-    folder.mkdir(parents=True)
-    lines = [
-        {"row_id": first_row + row, "user": row, "target": 99, "one_hop": row < 1, "ranker": ranker,
-         "items": [99 if place == at + 1 else at for at in range(10)]}
-        for ranker, of_rows in places.items() for row, place in enumerate(of_rows)
-    ]  # fmt: skip
-    pq.write_table(pa.Table.from_pylist(lines, schema=LISTS), folder / "lists.parquet")
-    results = {"task": "next_item", "split": "valid", "n": {"all": 4}, "num_beams": 10}
-    write_json(folder / "results.json", results)
-    if pruning is not None:
-        pruning.write(folder / PRUNING_FILE, first_row + np.arange(4))
-    (run / "data").mkdir()
+def write_lists(run: Path, lines: list[dict], schema: pa.Schema, **results) -> Path:
+    """The data and evaluate folders of a run with these lists."""
+    for stage in ("data", "evaluate"):
+        (run / stage).mkdir(parents=True)
     write_json(run / "data/metrics.json", {"sources": {"toy.csv": SHA256}})
+    pq.write_table(pa.Table.from_pylist(lines, schema=schema), run / "evaluate/lists.parquet")
+    write_json(run / "evaluate/results.json", {"split": "valid", **results})
     return run
 
 
-BASELINES = {"popularity": [0, 0, 0, 0], "transitions": [1, 0, 0, 0]}
+def write_evaluation(run, places, pruning=None, first_row=0) -> Path:
+    """An evaluate folder in which a ranker finds the target of row r at 1-based place places[ranker][r]; 0: never."""
+    lines = [
+        {"row_id": first_row + row, "user": row, "target": 99, "one_hop": row < 1, "ranker": ranker,
+         "items": [99 if place == at + 1 else at for at in range(10)]}
+        for ranker, of_rows in (BASELINES | places).items() for row, place in enumerate(of_rows)
+    ]  # fmt: skip
+    write_lists(run, lines, LISTS, task="next_item", n={"all": 4}, num_beams=10)
+    if pruning is not None:
+        pruning.write(run / "evaluate" / PRUNING_FILE, first_row + np.arange(4))
+    return run
 
 
 @pytest.fixture
 def runs_of(tmp_path):
     """Two seeds of `nll`: hits at places 1, 6 and 0, 6; `bear` finds the first two rows at once with both."""
-    return {
-        "nll": [
-            write_evaluation(tmp_path / "nll0", BASELINES | {"sft": [1, 6, 0, 0]}, PRUNING),
-            write_evaluation(tmp_path / "nll1", BASELINES | {"sft": [0, 6, 0, 0]}, WORSE),
-        ],
-        "bear": [
-            write_evaluation(tmp_path / f"bear{seed}", BASELINES | {"sft": [1, 1, 0, 0]}, PRUNING) for seed in (0, 1)
-        ],
-    }
+    first = write_evaluation(tmp_path / "nll0", {"sft": [1, 6, 0, 0]}, PRUNING)
+    second = write_evaluation(tmp_path / "nll1", {"sft": [0, 6, 0, 0]}, WORSE)
+    bear = [write_evaluation(tmp_path / f"bear{seed}", {"sft": [1, 1, 0, 0]}, PRUNING) for seed in (0, 1)]
+    return {"nll": [first, second], "bear": bear}
 
 
-def test_the_table_holds_means_over_seeds_and_differences_to_the_first_variant(runs_of):
-    lines = next_item_lines(runs_of)
-    table = cells("\n".join(lines[: lines.index("one hop, 1 rows:")]))
+def text_of(runs_of):
+    return "\n".join(next_item_lines(runs_of))
+
+
+def test_the_tables_hold_means_over_seeds_and_differences_to_the_first_variant(runs_of):
+    text = text_of(runs_of)
+    table = cells(text)
     # R@5: (1 + 0 + 0 + 0) / 4 and 0; R@10: 2/4 and 1/4, mean 3/8, spread 0.25 / sqrt 2
     assert table["nll", "sft"][:3] == ["2", "0.1250", "0.3750"]
     assert table["nll", "sft"][5] == "0.1768" and table["nll", "sft"][8:] == ["–", "–"]
@@ -81,82 +80,45 @@ def test_the_table_holds_means_over_seeds_and_differences_to_the_first_variant(r
     # 1/2 - 3/8, and 1/2 - 1/4 over transitions
     assert table["bear", "sft"][8].startswith("+0.1250 [") and table["bear", "sft"][6].startswith("+0.2500 [")
     assert table["–", "transitions"][1:3] == ["0.2500", "0.2500"]
-
-
-def test_rows_are_split_by_what_counting_could_have_found(runs_of):
-    lines = next_item_lines(runs_of)
-    begin = lines.index("the rest, 3 rows:")
-    rest = cells("\n".join(lines[begin : lines.index("", begin + 2)]))
+    assert "one hop, 1 rows:" in text
+    rest = cells(text, heading="the rest, 3 rows:")
     assert rest["nll", "sft"][2] == "0.3333" and rest["bear", "sft"][1] == "0.3333"
-
-
-def test_pruning_is_that_of_all_seeds(runs_of):
-    text = "\n".join(next_item_lines(runs_of))
-    # nll: 1 of 2 and 2 of 2 pruned, standard deviation 50 / sqrt 2; bear: 1 of 2 twice
+    # pruning of all seeds, nll: 1 of 2 and 2 of 2 pruned, standard deviation 50 / sqrt 2; bear: 1 of 2 twice
     assert "| nll | 4 | 2.0 | 75.0% | 35.4% | 25.0% | 25.0% | 0.0% |" in text
     assert "| bear | 4 | 2.0 | 50.0% | 0.0% | 25.0% | 25.0% | 0.0% |" in text
 
 
 def test_each_variant_is_compared_with_every_one_before_it(runs_of, tmp_path):
-    msl = [write_evaluation(tmp_path / f"msl{seed}", BASELINES | {"sft": [1, 1, 1, 0]}, PRUNING) for seed in (0, 1)]
-    plain = [write_evaluation(tmp_path / f"plain{seed}", BASELINES | {"sft": [0, 0, 0, 0]}) for seed in (0, 1)]
-    lines = next_item_lines({**runs_of, "msl": msl, "plain": plain})
-    table = cells("\n".join(lines[lines.index("Differences between variants, sft, all rows:") :]))
+    msl = [write_evaluation(tmp_path / f"msl{seed}", {"sft": [1, 1, 1, 0]}, PRUNING) for seed in (0, 1)]
+    plain = [write_evaluation(tmp_path / f"plain{seed}", {"sft": [0, 0, 0, 0]}) for seed in (0, 1)]
+    text = text_of({**runs_of, "msl": msl, "plain": plain})
+    table = cells(text, heading="Differences between variants, sft, all rows:")
     assert [*table] == [("bear", "nll"), ("msl", "nll"), ("plain", "nll"), ("msl", "bear"), ("plain", "bear"),
                         ("plain", "msl")]  # fmt: skip
     assert table["msl", "bear"][0].startswith("+0.2500 [") and table["msl", "bear"][2:] == ["+0.0 [+0.0, +0.0]"] * 2
     # the first user's target is pruned in one of nll's seeds and none of bear's, the second's in all: -1/2 and 0
     assert table["bear", "nll"][2:] == ["-25.0 [-50.0, +0.0]", "+0.0 [+0.0, +0.0]"]
     assert table["plain", "msl"][0].startswith("-0.7500 [") and table["plain", "msl"][2:] == ["–", "–"]
+    rates = text[text.index("Pruning") : text.index("Differences between")]  # where it was measured
+    assert "| bear |" in rates and "| plain |" not in rates
 
 
 def test_heads_are_compared_with_heads(tmp_path):
     places = {"one": {"sft": [1, 0, 0, 0]}, "two": {"sft": [1, 0, 0, 0], "sft_head": [1, 1, 0, 0]}}
     places["three"] = {"sft": [0, 0, 0, 0], "sft_head": [1, 1, 1, 0]}
-    runs = {name: [write_evaluation(tmp_path / name, BASELINES | of)] for name, of in places.items()}
-    lines = next_item_lines(runs)
-    begin = lines.index("Differences between variants, sft_head, all rows:")
-    table = cells("\n".join(lines[begin:]))
+    runs = {name: [write_evaluation(tmp_path / name, of)] for name, of in places.items()}
+    text = text_of(runs)
+    table = cells(text, heading="Differences between variants, sft_head, all rows:")
     assert [*table] == [("three", "two")] and table["three", "two"][0].startswith("+0.2500 [")
-    assert len(cells("\n".join(lines[lines.index("Differences between variants, sft, all rows:") : begin]))) == 3
-
-
-def test_pruning_is_told_of_the_variants_where_it_was_measured(runs_of, tmp_path):
-    run = write_evaluation(tmp_path / "iirg", BASELINES | {"sft": [1, 0, 0, 0]})
-    lines = next_item_lines({**runs_of, "iirg": [run]})
-    begin = lines.index(next(line for line in lines if line.startswith("Pruning")))
-    pruning = lines[begin : lines.index("Differences between variants, sft, all rows:")]
-    assert any(line.startswith("| bear |") for line in pruning)
-    assert not any(line.startswith("| iirg |") for line in pruning)
-
-
-def test_without_pruning_there_is_no_such_table(tmp_path):
-    runs = {"nll": [write_evaluation(tmp_path / "one", BASELINES | {"sft": [1, 0, 0, 0], "sft_head": [1, 1, 0, 0]})]}
-    lines = next_item_lines(runs)
-    assert not any("Pruning" in line for line in lines)
-    assert cells("\n".join(lines[:8]))["nll", "sft_head"][8].startswith("+0.2500")  # compared with its own beams
+    assert len(cells(text, heading="Differences between variants, sft, all rows:")) == 3
+    assert "Pruning" not in text  # nobody measured it
+    assert cells(text_of({"two": runs["two"]}))["two", "sft_head"][8].startswith("+0.2500")  # than its own beams
 
 
 def test_runs_on_other_rows_are_refused(runs_of, tmp_path):
-    other = write_evaluation(tmp_path / "other", BASELINES | {"sft": [1, 1, 1, 1]}, PRUNING, first_row=7)
+    other = write_evaluation(tmp_path / "other", {"sft": [1, 1, 1, 1]}, PRUNING, first_row=7)
     with pytest.raises(ValueError, match="variant bear, seed 1, was evaluated on other rows than nll; use one split"):
         next_item_lines({**runs_of, "bear": [runs_of["bear"][0], other]})
-
-
-def test_the_report_names_rows_and_data(runs_of):
-    variants = [compare.Variant(name, "recipes/toy", (f"sft.losses=[{{name: {name}}}]",)) for name in runs_of]
-    text = compare.report(variants, runs_of, None, Path("nowhere/RESULTS.md"))
-    assert "- bear: `toy` `sft.losses=[{name: bear}]`" in text
-    assert "2 variants, 2 seeds. 4 valid rows, all items ranked, 10 beams." in text
-    assert f"- data: toy.csv, sha256 {SHA256}" in text
-
-
-def finish_stages(steps: list[pipeline.Step], last: str) -> None:
-    for step in steps:
-        if not run_dir.is_finished(step.run_dir, step.stage):
-            finish_step(step)
-        if step.stage == last:
-            return
 
 
 def test_variants_of_one_recipe_share_the_stages_before_they_differ(tmp_path):
@@ -165,7 +127,8 @@ def test_variants_of_one_recipe_share_the_stages_before_they_differ(tmp_path):
     assert (first.name, second.overrides) == ("nll", ("sft.losses=[{name: bear}]",))
     steps = {name: compare.variant_steps(variant, tmp_path / name, seed, None) for name, variant, seed in
              (("nll-0", first, 0), ("nll-1", first, 1), ("bear-0", second, 0))}  # fmt: skip
-    finish_stages(steps["nll-0"], "evaluate")
+    for step in steps["nll-0"]:
+        finish_step(step)
     earlier = {tmp_path / "nll-0": steps["nll-0"]}
     for name in ("nll-1", "bear-0"):
         compare.share_stages(tmp_path / name, steps[name], earlier)
@@ -176,33 +139,24 @@ def test_variants_of_one_recipe_share_the_stages_before_they_differ(tmp_path):
     assert json.loads((tmp_path / "bear-0/midtrain/stage.json").read_text())["given"]["seed"] == 0
 
 
-def write_sets(run: Path, places: dict[str, list[int]], first_user: int = 0, second: int = 998) -> Path:
+def write_sets(run, places, first_user=0, second=998) -> Path:
     """An evaluate folder in which a ranker finds user u's first target at 1-based place places[ranker][u]; 0: never.
 
     The first user has one target, the second has two, of which none finds the other.
     """
-    folder = run / "evaluate"
-    folder.mkdir(parents=True)
     lines = [
         {"user": first_user + user, "targets": [999, second][: user + 1], "ranker": ranker,
          "items": [999 if place == at + 1 else at for at in range(100)]}
-        for ranker, of_users in places.items() for user, place in enumerate(of_users)
+        for ranker, of_users in (SET_BASELINES | places).items() for user, place in enumerate(of_users)
     ]  # fmt: skip
-    pq.write_table(pa.Table.from_pylist(lines[::-1], schema=SETS), folder / "lists.parquet")
-    write_json(folder / "results.json", {"task": "held_out_sets", "split": "valid", "n": 2})
-    (run / "data").mkdir()
-    write_json(run / "data/metrics.json", {"sources": {"toy.csv": SHA256}})
-    return run
+    return write_lists(run, lines[::-1], SETS, task="held_out_sets", n=2)
 
 
 @pytest.fixture
 def sets_of(tmp_path):
     """`plain` with two seeds, `head` finds more."""
-    baselines = {"popularity": [0, 0], "transitions": [30, 0]}
-    return {
-        "plain": [write_sets(tmp_path / f"p{n}", baselines | {"sft": [place, 1]}) for n, place in enumerate((1, 30))],
-        "head": [write_sets(tmp_path / f"h{n}", baselines | {"sft_head": [1, 1]}) for n in (0, 1)],
-    }
+    plain = [write_sets(tmp_path / f"p{n}", {"sft": [place, 1]}) for n, place in enumerate((1, 30))]
+    return {"plain": plain, "head": [write_sets(tmp_path / f"h{n}", {"sft_head": [1, 1]}) for n in (0, 1)]}
 
 
 def test_sets_have_a_table_of_means_over_seeds(sets_of):
@@ -221,26 +175,31 @@ def test_sets_have_a_table_of_means_over_seeds(sets_of):
 
 def test_rankers_of_sets_are_compared_where_two_variants_have_them(sets_of, tmp_path):
     assert not any("Differences" in line for line in set_lines(sets_of))
-    other = write_sets(tmp_path / "other", {"popularity": [0, 0], "transitions": [30, 0], "sft_head": [1, 0]})
-    lines = set_lines({**sets_of, "other": [other]})
-    table = cells("\n".join(lines[lines.index("Differences between variants, sft_head, all rows:") :]))
+    other = write_sets(tmp_path / "other", {"sft_head": [1, 0]})
+    text = "\n".join(set_lines({**sets_of, "other": [other]}))
+    table = cells(text, heading="Differences between variants, sft_head, all rows:")
     assert table["other", "head"][0].startswith("-0.2500 [")  # half a target of one of two users
 
 
 @pytest.mark.parametrize("change", [{"first_user": 1}, {"second": 997}])
 def test_sets_of_other_users_or_of_another_split_are_refused(sets_of, tmp_path, change):
-    wrong = write_sets(tmp_path / "wrong", {"popularity": [0, 0], "transitions": [0, 0], "sft": [1, 1]}, **change)
+    wrong = write_sets(tmp_path / "wrong", {"sft": [1, 1]}, **change)
     with pytest.raises(ValueError, match="variant wrong, seed 0, was evaluated on other users or items than plain"):
         set_lines({**sets_of, "wrong": [wrong]})
 
 
 def test_a_variant_whose_model_was_not_evaluated_is_refused(runs_of, tmp_path):
-    runs_of["bear"] = [write_evaluation(tmp_path / "bare", BASELINES | {"midtrained": [1, 0, 0, 0]})]
+    runs_of["bear"] = [write_evaluation(tmp_path / "bare", {"midtrained": [1, 0, 0, 0]})]
     with pytest.raises(ValueError, match="variant bear was evaluated without its sft model; let evaluate.models hold"):
         next_item_lines(runs_of)
 
 
-def test_the_report_picks_the_table_of_the_task(runs_of, sets_of, tmp_path):
-    for runs, word in ((runs_of, "all items ranked, 10 beams"), (sets_of, "found from the training items")):
-        variants = [compare.Variant(name, "recipes/mine") for name in runs]
-        assert word in compare.report(variants, runs, None, tmp_path / "RESULTS.md")
+def test_the_report_names_rows_and_data_and_has_the_table_of_the_task(runs_of, sets_of, tmp_path):
+    for runs, words, lines in (
+        (runs_of, "2 variants, 2 seeds. 4 valid rows, all items ranked, 10 beams.", next_item_lines),
+        (sets_of, "2 variants, 2 seeds. 2 users, valid: all that is held out of a user", set_lines),
+    ):
+        variants = [compare.Variant(name, "recipes/toy", (f"sft.losses=[{{name: {name}}}]",)) for name in runs]
+        text = compare.report(variants, runs, None, tmp_path / "RESULTS.md")
+        assert words in text and "\n".join(lines(runs)) in text and f"- data: toy.csv, sha256 {SHA256}" in text
+        assert f"- {variants[1].name}: `toy` `sft.losses=[{{name: {variants[1].name}}}]`" in text

@@ -23,15 +23,9 @@ def config(folder, **options):
     return dapo.DapoConfig(output_dir=str(folder), use_cpu=True, bf16=False, report_to="none", **options)
 
 
-def check(rewards, training_args=None, **options):
-    training_args = training_args or config("nowhere")
-    dapo.check(dapo.DapoArguments(run_dir="nowhere", rewards=rewards, **options), training_args, ModelConfig())
-
-
-def plugin(folder, body):
-    path = folder / "plugin.py"
-    path.write_text(f"def novelty(completions, **columns):\n    {body}\n")
-    return [{"name": f"{path}:novelty"}]
+def check(rewards, training_args=None, run="nowhere", **options):
+    args = dapo.DapoArguments(run_dir=str(run), rewards=rewards, **options)
+    dapo.check(args, training_args or config("nowhere"), ModelConfig())
 
 
 def test_defaults_are_those_of_dapo(tmp_path):
@@ -69,32 +63,34 @@ def test_overridden_methods_are_as_the_pinned_trl_has_them():
     [
         ({"rows": "sft"}, r"rows is 'sft' but must be one of dapo, all"),
         ({"outcome": "ndgc"}, r"outcome is 'ndgc', but the recipe's rewards report only rank_gain, ndcg$"),
+        ({"rewards": []}, r"the recipe: rewards is \[\] but must be a list of at least one reward, such as"),
         ({"max_sampling_rounds": 0}, r"max_sampling_rounds is 0 but must be at least 1"),
         ({"max_logp_gap": 0.0}, r"max_logp_gap is 0.0 but must be above 0"),
     ],
 )
 def test_options_out_of_range_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        dapo.DapoArguments(run_dir="run", rewards=NDCG, **options)
+        dapo.DapoArguments(**{"run_dir": "run", "rewards": NDCG, **options})
 
 
 def test_every_reward_is_called_before_a_model_is_loaded(tmp_path):
     check([*NDCG, {"name": "rank_promotion"}, {"name": "well_formed", "condition": "promoted_or_kept_first"}])
-    with pytest.raises(ValueError, match=r"novelty raised KeyError: 'title' \(row_id 0\); repair it"):
-        check(plugin(tmp_path, "return [columns['title'] for _ in completions]"))
+    path = tmp_path / "plugin.py"
+    path.write_text("def novelty(completions, **columns):\n    raise RuntimeError('|'.join(completions))\n")
+    completions = r"<think>why</think><s_a_0><s_b_1><s_a_0><s_b_0>\|no ranking"
+    with pytest.raises(ValueError, match=rf"novelty raised RuntimeError: {completions} \(row_id 0\); repair it"):
+        check([{"name": f"{path}:novelty"}])
 
 
 def test_groups_that_do_not_fit_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"GRPO requires at least 2 generations per prompt"):
-        config(tmp_path, num_generations=1)
     shape = {"per_device_train_batch_size": 6, "gradient_accumulation_steps": 2, "num_generations": 4}
     check(NDCG, config(tmp_path, **shape), group_forward=False)
     with pytest.raises(ValueError, match=r"per_device_train_batch_size is 6, but group_forward takes whole groups of"):
         check(NDCG, config(tmp_path, **shape))
+    parts = config(tmp_path, **shape)
+    parts.steps_per_generation = 1
     message = r"a process samples 6 completions at a time .* which num_generations 4 does not divide; change one"
     with pytest.raises(ValueError, match=message):
-        parts = config(tmp_path, **shape)
-        parts.steps_per_generation = 1
         check(NDCG, parts)
 
 
@@ -105,12 +101,6 @@ def test_a_loss_that_would_count_masked_rows_is_refused(tmp_path):
     check(NDCG, config(tmp_path, loss_type="grpo"), dynamic_sampling=False)
 
 
-def test_a_reward_sees_a_ranking_and_junk_in_the_check(tmp_path):
-    body = "raise RuntimeError(completions[0] + '|' + completions[1])"
-    with pytest.raises(ValueError, match=r"<think>why</think><s_a_0><s_b_1><s_a_0><s_b_0>\|no ranking"):
-        check(plugin(tmp_path, body))
-
-
 def test_the_gain_over_a_training_is_that_of_its_last_fifth_over_its_first():
     rewards = [0.0, 2.0, 7.0, 7.0, 7.0, 7.0, 7.0, 7.0, 10.0, 12.0]
     gain = dapo.gain_over_training(rewards)
@@ -118,11 +108,8 @@ def test_the_gain_over_a_training_is_that_of_its_last_fifth_over_its_first():
     # each fifth has variance 2 and size 2: the difference of 10 has standard error sqrt(2/2 + 2/2), and with equal
     # variances Welch has 2 degrees of freedom: 4.30265 * sqrt(2) = 6.08487
     assert gain["reward_gain_interval"] == pytest.approx([10 - 6.08487, 10 + 6.08487], abs=1e-4)
-
-
-def test_a_short_training_has_a_gain_without_an_interval():
-    gain = dapo.gain_over_training([1.0, 2.0, 4.0])
-    assert gain == {"reward_first_fifth": 1.0, "reward_last_fifth": 4.0, "reward_gain_interval": None}
+    short = dapo.gain_over_training([1.0, 2.0, 4.0])
+    assert short == {"reward_first_fifth": 1.0, "reward_last_fifth": 4.0, "reward_gain_interval": None}
 
 
 def write_groups(folder, *groups):
@@ -157,31 +144,9 @@ def test_without_two_groups_of_a_rank_in_both_fifths_there_is_no_gain_at_equal_r
     assert gain == {"reward_gain_at_equal_ranks": None, "reward_gain_at_equal_ranks_interval": None}
 
 
-RECIPE = {"run_dir": "runs/toy", "use_cpu": True, "bf16": False}
-
-
-@pytest.mark.parametrize(
-    ("keys", "message"),
-    [
-        (
-            {"overlong_tokens": 8},
-            r"^7.yaml: .*'overlong_tokens'.* \{name: overlong, kwargs: \{cache_tokens: N\}\}",
-        ),
-        ({"invalid_reward": -1.0}, r"^7.yaml: .*'invalid_reward'.* rank_promotion pays -1 to what is no ranking"),
-        ({"rewards": 3}, "^3 does not exist; give the path of a recipe file"),
-        ({"rewards": []}, "^7.yaml: the recipe: rewards is .* but must be a list of at least one reward"),
-        ({"rewards": [{"name": "ndgc"}]}, r"^7.yaml: rewards has no 'ndgc' \(did you mean ndcg\?\)"),
-        ({"rewards": [{"name": "ndcg", "when": "promoted"}]}, "^7.yaml: .* 'when', which is called 'condition' now"),
-    ],
-)
-def test_keys_of_rewards_are_refused_in_one_line(keys, message):
-    with pytest.raises((ValueError, FileNotFoundError), match=message):
-        recipe.resolve("dapo", {**RECIPE, "rewards": NDCG, **keys}, "7.yaml")
-
-
 @pytest.mark.parametrize("name", ["naive", "literal", "report"])
 def test_rewards_may_be_the_path_of_a_file_with_them(name):
-    given = {**RECIPE, **recipe.read_overrides([f"--rewards=recipes/rewards/{name}.yaml"])}
+    given = {"run_dir": "runs/toy", "use_cpu": True, "bf16": False, "rewards": f"recipes/rewards/{name}.yaml"}
     args, *_ = parsed = recipe.resolve("dapo", given, "7.yaml")
     rank, form, overlong = args.load_rewards()
     assert (overlong.name, overlong.weight, overlong.function.keywords) == ("overlong", 1.0, {"cache_tokens": 8})
@@ -194,96 +159,69 @@ def test_rewards_may_be_the_path_of_a_file_with_them(name):
 
 def test_the_token_limit_that_overlong_starts_from_is_that_of_the_row(tmp_path):
     check([*NDCG, {"name": "overlong"}])  # with the paper's limit, while none is known
-    with pytest.raises(
-        ValueError, match="cache_tokens is 4096 but must be from 0 to the token limit of a completion, 64"
-    ):
+    with pytest.raises(ValueError, match="cache_tokens is 4096 but must be from 0 to the token limit .*, 64"):
         check([{"name": "overlong"}], config(tmp_path, max_completion_length=64))
 
 
 @pytest.fixture(scope="module")
-def toy_prompter(toy_run):
+def prompter(toy_run):
     _, tokenizer = base_model.load_pretrained(str(toy_run.run / "sft/model"))
     return Prompter.of_run(toy_run.run, tokenizer)
 
 
-def test_a_training_prompt_is_that_of_its_row(toy_run, toy_prompter, tmp_path):
-    args = dapo.DapoArguments(run_dir=str(toy_run.run), rewards=NDCG)
-    prompts = dapo.prepare(args, config(tmp_path), toy_prompter, toy_run.run / "sft/model")
+@pytest.fixture
+def prepare(toy_run, prompter):
+    """Prepare the stage on the toy run."""
+
+    def call(training_args, **options):
+        args = dapo.DapoArguments(run_dir=str(toy_run.run), rewards=NDCG, **options)
+        return dapo.prepare(args, training_args, prompter, toy_run.run / "sft/model")
+
+    return call
+
+
+def test_a_training_prompt_is_that_of_its_row(toy_run, prompter, prepare, tmp_path):
+    prompts = prepare(config(tmp_path))
     rows = {row.row_id: row for row in training_rows(toy_run.run, "dapo")}
     assert [row.row_id for row in prompts.rows] == sorted(rows)
     taken = [prompt.asked for prompt in prompts.take(0, len(rows))]
-    assert {asked.row.row_id: asked.prompt for asked in taken} == {
-        i: toy_prompter.prompt(row) for i, row in rows.items()
-    }
+    wanted = {row_id: prompter.prompt(row) for row_id, row in rows.items()}
+    assert {asked.row.row_id: asked.prompt for asked in taken} == wanted
     assert set(reward_columns(taken)) == {"prompts", *column_names()}
     assert {asked.max_completion_tokens for asked in taken} == {prompts.max_completion_tokens}
-
-
-def test_a_shuffled_row_shows_its_evidence_in_the_same_order(toy_run, toy_prompter):
-    row = training_rows(toy_run.run, "dapo")[0]
-    plain, shuffled = (toy_prompter.ask(shown, 16) for shown in (row, row.shuffled([2, 0, 3, 1])))
-    assert shuffled.labels == [plain.labels[place] for place in (2, 0, 3, 1)]
-    lines = plain.prompt.replace("<|assistant|>", "").splitlines()
-    shown = shuffled.prompt.replace("<|assistant|>", "").splitlines()
-    assert sorted(shown) == sorted(lines) and shown != lines
 
 
 def test_training_without_traces_starts_from_the_control_of_the_sft_stage(toy_run, tmp_path):
     run = copy_stages(toy_run.run, tmp_path / "run", "sft")
     args = dapo.DapoArguments(run_dir=str(run), rewards=NDCG, without_trace=True)
     assert dapo.start_dir(args) == run / "sft/model_no_trace"
-    dapo.check(args, config(tmp_path), ModelConfig())
+    check(NDCG, run=run, without_trace=True)
     shutil.rmtree(run / "sft/model_no_trace")
     with pytest.raises(FileNotFoundError, match="model_no_trace is missing; set no_trace_control: true in the sft"):
-        dapo.check(args, config(tmp_path), ModelConfig())
+        check(NDCG, run=run, without_trace=True)
 
 
-def test_lengths_that_the_recipe_leaves_open_come_from_the_sft_stage(toy_run, toy_prompter, tmp_path):
+def test_lengths_that_the_recipe_leaves_open_come_from_the_sft_stage_and_prompts_beyond_are_named(prepare, tmp_path):
     options = config(tmp_path)
-    args = dapo.DapoArguments(run_dir=str(toy_run.run), rewards=NDCG, rows="all")
-    prompts = dapo.prepare(args, options, toy_prompter, toy_run.run / "sft/model")
-    longest = max(dapo.prompt_lengths(prompts).values())
-    assert options.vllm_max_model_length == longest + options.max_completion_length
+    prompts = prepare(options, rows="all")
+    tokenizer = prompts.prompter.tokenizer
+    lengths = {row.row_id: len(tokenizer(prompts.prompter.prompt(row)).input_ids) for row in prompts.rows}
+    assert options.vllm_max_model_length == max(lengths.values()) + options.max_completion_length
     assert options.max_completion_length > 30  # a trace of the toy
-
-
-def test_prompts_that_do_not_fit_are_counted_and_named(toy_run, toy_prompter, tmp_path):
-    args = dapo.DapoArguments(run_dir=str(toy_run.run), rewards=NDCG)
-    prompts = dapo.prepare(args, config(tmp_path), toy_prompter, toy_run.run / "sft/model")
-    lengths = {r.row_id: len(toy_prompter.tokenizer(toy_prompter.prompt(r)).input_ids) for r in prompts.rows}
     room = max(lengths.values()) - 1
     long = [row_id for row_id, length in lengths.items() if length > room]
-    options = config(tmp_path, max_completion_length=16, vllm_max_model_length=room + 16)
     shown = ", ".join(map(str, long[:3]))
-    message = (
-        rf"^{len(long)} of {len(lengths)} prompts \(row_id {shown}[^)]*\) have more than {room} tokens, the longest"
-    )
+    message = rf"^{len(long)} of {len(lengths)} prompts \(row_id {shown}[^)]*\) have more than {room} tokens, the long"
     with pytest.raises(ValueError, match=message):
-        dapo.prepare(args, options, toy_prompter, toy_run.run / "sft/model")
+        prepare(config(tmp_path, max_completion_length=16, vllm_max_model_length=room + 16), rows="all")
 
 
-def test_a_split_that_leaves_no_rows_for_dapo_is_refused(toy_run, toy_prompter, tmp_path):
-    run = copy_stages(toy_run.run, tmp_path / "run", "sft")
-    split = pq.read_table(run / "traces/row_split.parquet")
-    everything = pa.table({"row_id": split["row_id"], "used_for": ["sft"] * len(split)})
-    pq.write_table(everything, run / "traces/row_split.parquet")
-    args = dapo.DapoArguments(run_dir=str(run), rewards=NDCG)
-    with pytest.raises(ValueError, match=r"no training rows are left for dapo; lower rows_for_sft"):
-        dapo.prepare(args, config(tmp_path), toy_prompter, run / "sft/model")
-    shutil.rmtree(run)
-
-
-def test_fewer_rows_than_a_step_has_groups_are_refused(toy_run, toy_prompter, tmp_path):
-    args = dapo.DapoArguments(run_dir=str(toy_run.run), rewards=NDCG)
+def test_fewer_rows_than_a_step_has_groups_are_refused(toy_run, prepare, tmp_path):
     count = len(training_rows(toy_run.run, "dapo"))
+    prepare(config(tmp_path, num_generations=2, per_device_train_batch_size=2 * count))
     message = rf"dapo has {count} training rows but samples {count + 1} groups at a time; make per_device_train_batch"
-    enough, too_many = (
-        config(tmp_path, num_generations=2, per_device_train_batch_size=2 * num_groups)
-        for num_groups in (count, count + 1)
-    )
-    dapo.prepare(args, enough, toy_prompter, toy_run.run / "sft/model")
     with pytest.raises(ValueError, match=message):
-        dapo.prepare(args, too_many, toy_prompter, toy_run.run / "sft/model")
+        prepare(config(tmp_path, num_generations=2, per_device_train_batch_size=2 * (count + 1)))
 
 
 def test_the_check_refuses_a_model_of_another_catalogue(toy_run, tmp_path):
@@ -291,6 +229,5 @@ def test_the_check_refuses_a_model_of_another_catalogue(toy_run, tmp_path):
     table = pq.read_table(run / "semantic_ids/semantic_ids.parquet")
     ids = ["<s_a_99><s_b_0>", *table["semantic_id"].to_pylist()[1:]]
     pq.write_table(table.set_column(2, "semantic_id", [ids]), run / "semantic_ids/semantic_ids.parquet")
-    args = dapo.DapoArguments(run_dir=str(run), rewards=NDCG)
     with pytest.raises(ValueError, match=r"semantic ids of another catalogue than the model's: .* lacks <s_a_99>"):
-        dapo.check(args, config(tmp_path), ModelConfig())
+        check(NDCG, run=run)

@@ -5,6 +5,7 @@ import json
 import re
 
 import numpy as np
+import pandas as pd
 import pytest
 import requests
 import torch
@@ -58,19 +59,11 @@ def tokenizer():
 
 
 def config(folder, **options):
-    given = {
-        "disable_tqdm": True,
-        "per_device_train_batch_size": 2 * SIZE,
-        "max_steps": 1,
-        "learning_rate": 0.1,
-        **options,
-    }
-    return dapo.DapoConfig(
-        output_dir=str(folder / "out"), use_cpu=True, bf16=False, report_to="none", use_vllm=False,
-        num_generations=SIZE, max_completion_length=LIMIT, gradient_checkpointing=False,
-        lr_scheduler_type="constant", optim="sgd",  # linear in the gradient: noise stays noise
-        save_strategy="steps" if "save_steps" in given else "no", **given,
-    )  # fmt: skip
+    settings = {"disable_tqdm": True, "per_device_train_batch_size": 2 * SIZE, "max_steps": 1, "learning_rate": 0.1}
+    settings |= {"lr_scheduler_type": "constant", "optim": "sgd"}  # linear in the gradient: noise stays noise
+    settings |= {"num_generations": SIZE, "max_completion_length": LIMIT, "use_vllm": False, "report_to": "none"}
+    settings |= {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "save_strategy": "no"}
+    return dapo.DapoConfig(output_dir=str(folder / "out"), **{**settings, **options})
 
 
 def make_trainer(
@@ -78,7 +71,6 @@ def make_trainer(
 ):
     words = tokenizer()
     model = tiny_model(words)
-    model.resize_token_embeddings(len(words))
     if grouped:
         group_attention.prepare_model(model)
     torch.manual_seed(0)
@@ -118,15 +110,15 @@ def test_groups_that_are_not_trained_on_are_stored_and_metrics_logged(tmp_path):
     order = first_drawn(8, 8)
     trainer = make_trainer(tmp_path, useful_for(order[1:3]), rounds=3)
     trainer.train()
-    found = {(r["row_id"], r["round"], r["group"], r["kept"], r["discard_reason"]) for r in stored(tmp_path)}
+    groups = {(r["row_id"], r["round"], r["group"], r["kept"], r["discard_reason"]) for r in stored(tmp_path)}
     kept = {(order[1], 0, 1, True, None), (order[2], 1, 2, True, None)}
-    assert found == {*kept, (order[0], 0, 0, False, "all_equal")} and len(stored(tmp_path)) == 3 * SIZE
-    for name, value in {"rounds": 2, "prompts": 3, "prompts_drawn": 3, "missing": 0, "discarded_all_equal": 1}.items():
-        assert logged(trainer, f"groups/{name}") == [value], name
-    assert logged(trainer, "groups/share_useful") == [pytest.approx(2 / 3)]
-    assert logged(trainer, "rollouts/no_ranking") == [1.0]  # random tokens
-    assert logged(trainer, "rollouts/kept") == [pytest.approx(2 / 3)]
-    assert logged(trainer, "rollouts/reward") == [pytest.approx(np.mean([r["reward"] for r in stored(tmp_path)]))]
+    assert groups == {*kept, (order[0], 0, 0, False, "all_equal")} and len(stored(tmp_path)) == 3 * SIZE
+    metrics = {"groups/rounds": 2, "groups/prompts": 3, "groups/prompts_drawn": 3, "groups/missing": 0}
+    metrics |= {"groups/discarded_all_equal": 1, "groups/discarded_surplus": 0, "groups/discarded_stale": 0}
+    metrics |= {"groups/share_useful": 2 / 3, "rollouts/kept": 2 / 3, "rollouts/no_ranking": 1}  # random tokens
+    metrics["rollouts/reward"] = np.mean([rollout["reward"] for rollout in stored(tmp_path)])
+    found = {name: logged(trainer, name) for name in metrics}
+    assert found == {name: [pytest.approx(value)] for name, value in metrics.items()}
 
 
 def test_surplus_is_trained_on_while_the_weights_are_those_that_sampled_it_and_stale_then(tmp_path):
@@ -187,14 +179,10 @@ def test_without_dynamic_sampling_a_step_is_that_of_plain_trl(tmp_path, accumula
         text = words.decode(words(prompt.prompt).input_ids)
         seeds = [request_seed(0, prompt.row.row_id, 0, member) for member in range(SIZE)]
         answers[text] = [random_tokens(s, 3 + m, words.eos_token_id) for m, s in enumerate(seeds)]
-    model = tiny_model(words)
-    model.resize_token_embeddings(len(words))
     torch.manual_seed(0)
     dataset = Dataset.from_dict({"prompt": [prompt.prompt for prompt in prompts]})
-    plain = PlainScripted(
-        model, REWARDS, config(tmp_path, max_steps=2, shuffle_dataset=False, **batch), dataset,
-        processing_class=words,
-    )  # fmt: skip
+    options = config(tmp_path, max_steps=2, shuffle_dataset=False, **batch)
+    plain = PlainScripted(tiny_model(words), REWARDS, options, dataset, processing_class=words)
     ours.train()
     plain.train()
     assert logged(ours, "loss") == pytest.approx(logged(plain, "loss"), abs=1e-6)
@@ -215,15 +203,12 @@ def test_what_is_stored_is_what_was_trained_on(tmp_path):
         wanted = logps.gather(1, whole[0, len(ids) :, None])[:, 0].tolist()
         assert rollout["policy_logps"] == pytest.approx(wanted, abs=1e-4)
         assert rollout["sampling_logps"] == [-1.5] * len(rollout["completion_ids"])
-        components = {"num_tokens": len(rollout["completion_ids"])}
-        assert rollout["reward_components"]["num_tokens"] == components["num_tokens"]
+        assert rollout["reward_components"]["num_tokens"] == len(rollout["completion_ids"])
         assert rollout["reward"] == pytest.approx(sum(rollout["reward_components"].values()), abs=1e-5)
         assert rollout["target"] == 4 * (rollout["row_id"] - 10) + 2 and not rollout["truncated"]
-    for row_id in {rollout["row_id"] for rollout in found}:
-        rewards = np.array([rollout["reward"] for rollout in found if rollout["row_id"] == row_id])
-        advantages = [rollout["advantage"] for rollout in found if rollout["row_id"] == row_id]
-        wanted = (rewards - rewards.mean()) / (rewards.std(ddof=1) + 1e-4)
-        assert advantages == pytest.approx(wanted.tolist(), abs=1e-4)
+    for _, group in pd.DataFrame(found).groupby("row_id"):
+        wanted = (group["reward"] - group["reward"].mean()) / (group["reward"].std() + 1e-4)
+        assert group["advantage"].tolist() == pytest.approx(wanted.tolist(), abs=1e-4)
     gaps = [abs(a - b) for r in found for a, b in zip(r["policy_logps"], r["sampling_logps"], strict=True)]
     assert logged(trainer, GAP) == [pytest.approx(np.mean(gaps), abs=1e-4)]
 
@@ -250,7 +235,8 @@ def test_resumed_equals_uninterrupted(tmp_path):
     script = useful_for(first_drawn(8, 8)[2:])
     whole = make_trainer(tmp_path / "whole", script, rounds=3, max_steps=4)
     whole.train()
-    first = make_trainer(tmp_path / "parts", script, rounds=3, max_steps=2, save_steps=2)
+    saved = {"save_strategy": "steps", "save_steps": 2}
+    first = make_trainer(tmp_path / "parts", script, rounds=3, max_steps=2, **saved)
     first.train()
     checkpoint = tmp_path / "parts/out/checkpoint-2"
     assert json.loads((checkpoint / "sampling.json").read_text()) == vars(first.sampler.state)
@@ -268,34 +254,24 @@ def test_resumed_equals_uninterrupted(tmp_path):
 def ranked_by(key):
     """A policy: each prompt's candidates sorted by `key` of their place and item."""
 
-    def generate(prompts):
-        listed = [re.findall(r"<s_a_(\d+)>", prompt.partition("Candidates:")[2]) for prompt in prompts]
-        shown = [[int(item) for item in items] for items in listed]
-        orders = [
-            sorted(range(len(items)), key=lambda place, items=items: key(place, items[place])) for items in shown
-        ]
-        labels = [[CATALOGUE.semantic_ids[item] for item in items] for items in shown]
-        return [completion("", order, names) for order, names in zip(orders, labels, strict=True)]
+    def rank(prompt):
+        items = [int(item) for item in re.findall(r"<s_a_(\d+)>", prompt.partition("Candidates:")[2])]
+        order = sorted(range(len(items)), key=lambda place: key(place, items[place]))
+        return completion("", order, [CATALOGUE.semantic_ids[item] for item in items])
 
-    return generate
+    return lambda prompts: [rank(prompt) for prompt in prompts]
 
 
-@pytest.mark.parametrize(
-    ("policy", "tau", "same_first", "both"),
-    [
-        (ranked_by(lambda place, item: item), 1.0, 1.0, 1.0),  # reads the candidates
-        (ranked_by(lambda place, item: place), None, None, 1.0),  # copies the order shown
-        (lambda prompts: ["junk"] * len(prompts), None, None, 0.0),
-    ],
-)
-def test_rankings_of_the_same_rows_in_two_orders_are_compared(policy, tau, same_first, both):
-    found = consistency(stream(20), policy)
-    assert found["rollouts/consistency/both_ranked"] == both
-    if tau is not None:
-        assert found["rollouts/consistency/kendall_tau"] == tau
-        assert found["rollouts/consistency/same_first"] == same_first
-    elif both:
-        assert found["rollouts/consistency/kendall_tau"] < 0.7 and found == consistency(stream(20), policy)
+def test_rankings_of_the_same_rows_in_two_orders_are_compared():
+    def agreement(policy):
+        found = consistency(stream(20), policy)
+        return [found[f"rollouts/consistency/{name}"] for name in ("both_ranked", "kendall_tau", "same_first")]
+
+    assert agreement(ranked_by(lambda place, item: item)) == [1.0, 1.0, 1.0]  # reads the candidates
+    copies = ranked_by(lambda place, item: place)
+    both_ranked, tau, _ = agreement(copies)
+    assert both_ranked == 1.0 and tau < 0.7 and agreement(copies)[1] == tau
+    assert agreement(lambda prompts: ["junk"] * len(prompts))[0] == 0.0
 
 
 def test_a_step_prints_a_few_figures_and_logs_all(tmp_path, capsys):
@@ -309,108 +285,75 @@ def test_a_step_prints_a_few_figures_and_logs_all(tmp_path, capsys):
 
 
 def test_the_completions_of_a_prompt_stay_in_one_micro_batch(tmp_path):
-    options = {"per_device_train_batch_size": SIZE, "gradient_accumulation_steps": 2}
-    trainer = make_trainer(tmp_path, **options)
-    seen = []
-    compute = trainer.compute_loss
-
-    def spy(model, inputs, *args, **kwargs):
-        seen.append({tuple(prompt) for prompt in inputs["prompt_ids"].tolist()})
-        return compute(model, inputs, *args, **kwargs)
-
-    trainer.compute_loss = spy
+    trainer = make_trainer(tmp_path, per_device_train_batch_size=SIZE, gradient_accumulation_steps=2)
     trainer.train()
-    assert [len(prompts) for prompts in seen] == [1, 1]
+    assert [len(batch["prompt_ids"].unique(dim=0)) for batch in trainer._buffered_inputs] == [1, 1]
 
 
 class Server:
-    """TRL's client of a vLLM server that is away for a number of calls."""
+    """TRL's client of a vLLM server that misses its first calls, and is gone once it has sampled so often.
+
+    It takes weights as long as it has sampled less than `max_weights` times.
+    """
+
+    def __init__(self, calls_missed=0, max_samples=99, max_weights=99):
+        self.calls_missed, self.max_samples, self.max_weights = calls_missed, max_samples, max_weights
+        self.seeds = []  # one for each time it sampled
 
     def update_named_params(self, metadata, weights):
-        if self.refuses_weights:
+        if len(self.seeds) == self.max_weights:
             raise requests.ConnectionError("connection refused")
 
     def reset_prefix_cache(self):
         pass
 
-    def __init__(self, calls_away, eos):
-        self.calls_away, self.eos, self.seeds, self.refuses_weights = calls_away, eos, [], False
-
     def generate(self, prompts, n, generation_kwargs, temperature, **options):
-        if self.calls_away:
-            self.calls_away -= 1
+        if self.calls_missed > 0 or (temperature and len(self.seeds) == self.max_samples):
+            self.calls_missed -= 1
             raise requests.ConnectionError("connection refused")
-        if temperature == 0:
-            assert n == 1, "vLLM: n must be 1 when using greedy sampling"
-        else:
+        if temperature:
             self.seeds.append(generation_kwargs["seed"])
-        ids = [random_tokens(0, 3 + member, self.eos) for _ in prompts for member in range(n)]
-        logprobs = [[[-1.0]] * len(one) for one in ids]
-        return {"prompt_ids": prompts, "completion_ids": ids, "logprobs": logprobs}
+        else:
+            assert n == 1, "vLLM: n must be 1 when using greedy sampling"
+        ids = [random_tokens(0, 3 + member, eos=1) for _ in prompts for member in range(n)]
+        return {"prompt_ids": prompts, "completion_ids": ids, "logprobs": [[[-1.0]] * len(one) for one in ids]}
 
 
-def serve(trainer, server):
-    """Let a trainer's own code ask this server; weights are not sent."""
+def served(folder, server, max_steps=2):
+    """A trainer whose own code asks this server; weights are not sent."""
+    trainer = make_trainer(folder, kind=DapoTrainer, max_steps=max_steps, max_logp_gap=100.0)
     trainer.use_vllm, trainer.args.vllm_mode, trainer.args.vllm_server_timeout = True, "server", 0.2
     generation = object.__new__(VLLMGeneration)
-    generation.accelerator, generation.mode, generation.vllm_client = trainer.accelerator, "server", server
-    generation.temperature, generation.top_p, generation.top_k, generation.min_p = 1.0, 1.0, 0, None
-    generation.repetition_penalty, generation.max_completion_length, generation.logprobs = 1.0, 16, 0
-    generation.enable_sleep_mode, generation.structured_outputs_regex, generation.generation_kwargs = False, None, {}
-    generation._weight_metadata, generation._iter_named_params = [], lambda: iter([])
+    options = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": None, "repetition_penalty": 1.0, "logprobs": 0}
+    options |= {"max_completion_length": 16, "structured_outputs_regex": None, "enable_sleep_mode": False}
+    options |= {"accelerator": trainer.accelerator, "mode": "server", "vllm_client": server, "generation_kwargs": {}}
+    vars(generation).update(options, _weight_metadata=[], _iter_named_params=lambda: iter([]))
     trainer.vllm_generation, trainer._last_loaded_step = generation, -1
     server_mode.add_retries(server, 0.2)
     return trainer
 
 
 def test_a_server_that_is_away_for_a_while_is_asked_again_with_the_same_seed(tmp_path):
-    steady, away = Server(0, 1), Server(2, 1)
+    steady, away = Server(), Server(calls_missed=2)
     for name, server in (("steady", steady), ("away", away)):
-        trainer = make_trainer(tmp_path / name, kind=DapoTrainer, max_steps=2, max_logp_gap=100.0)
-        serve(trainer, server).train()
+        trainer = served(tmp_path / name, server)
+        trainer.train()
         assert trainer.state.global_step == 2
     assert steady.seeds == away.seeds and len(set(steady.seeds)) == 2
 
 
-def test_a_server_ranks_each_row_of_the_consistency_check_once_without_sampling(tmp_path):
-    trainer = serve(make_trainer(tmp_path, kind=DapoTrainer, max_logp_gap=100.0), Server(0, 1))
-    assert len(trainer.generate_greedily(["Rank: 1 2", "Rank: 3 4", "Rank: 5 6"])) == 3
-    assert trainer.vllm_generation.temperature == 1.0
-
-
-def test_a_server_that_stays_away_ends_the_run_with_a_checkpoint(tmp_path):
-    trainer = make_trainer(tmp_path, kind=DapoTrainer, max_steps=3, max_logp_gap=100.0)
-    server = Server(0, 1)
-    serve(trainer, server)
-    answer = server.generate
-    calls = []
-
-    def answer_twice(**options):
-        calls.append(options["temperature"])
-        if sum(calls) > 2:  # those of the consistency check have none
-            server.calls_away = 99
-        return answer(**options)
-
-    server.generate = answer_twice
-    with pytest.raises(ValueError, match=r"the vLLM server at http://\S+ is gone; start it again, .* from step 2"):
+@pytest.mark.parametrize(("options", "last"), [({"max_samples": 2}, 2), ({"max_weights": 1}, 1)])
+def test_a_server_that_stays_away_or_takes_no_weights_ends_the_run_with_a_checkpoint(tmp_path, options, last):
+    server = Server(**options)
+    trainer = served(tmp_path, server, max_steps=3)
+    message = rf"the vLLM server at http://\S+ is gone; start it again, .* from step {last}"
+    with pytest.raises(ValueError, match=message):
         trainer.train()
-    sampling = json.loads((tmp_path / "out/checkpoint-2/sampling.json").read_text())
-    assert sampling["num_drawn"] == 4  # two steps of two prompts: those of the third are drawn again
-    assert (tmp_path / "out/checkpoint-2/trainer_state.json").is_file()
-
-
-def test_a_server_that_takes_no_weights_is_not_sampled_from(tmp_path):
-    trainer = make_trainer(tmp_path, kind=DapoTrainer, max_steps=3, max_logp_gap=100.0)
-    server = Server(0, 1)
-    serve(trainer, server)
-    send = server.update_named_params
-    server.update_named_params = lambda *args: (
-        setattr(server, "refuses_weights", len(server.seeds) == 1),
-        send(*args),
-    )
-    with pytest.raises(ValueError, match=r"the vLLM server at http://\S+ is gone; start it again, .* from step 1"):
-        trainer.train()
-    assert len(server.seeds) == 1 and (tmp_path / "out/checkpoint-1/trainer_state.json").is_file()
+    assert len(server.seeds) == last
+    checkpoint = tmp_path / f"out/checkpoint-{last}"
+    sampling = json.loads((checkpoint / "sampling.json").read_text())
+    assert sampling["num_drawn"] == 2 * last  # two prompts a step: those of the next are drawn again
+    assert (checkpoint / "trainer_state.json").is_file()
 
 
 def test_a_checkpoint_of_another_trainer_is_refused(tmp_path):

@@ -8,7 +8,6 @@ GOOD = "user,item,time\n" + "".join(f"u,{item},{time}\n" for time, item in enume
 NO_TIME = "user,item,position,when\nu,a,1,\nu,b,0,3\n"
 SPLIT, BY_TIME, WHEN = {"split": "given"}, {"split": "by_time"}, {"columns": {"time": "when"}}
 LOPSIDED = {"split": "by_time", "valid_fraction": 0.5, "test_fraction": 0.45}
-ITEMS = {"items": "items.csv"}
 
 BAD_ROWS = {  # after the header of a file of interactions
     "u,a,1\nu,b,yesterday\n": "t.csv line 3: time is 'yesterday', not a number of seconds",
@@ -29,36 +28,18 @@ BAD_FILES = {  # name -> content, message
     "customers.csv": ("customer,item\nu,a\n", "no column 'user' for user; it has customer, item; correct columns"),
     **{f"empty.{form}": ("", "is empty; give a file with") for form in ("csv", "tsv", "jsonl", "txt", "json")},
 }
-BAD_COLUMNS = [  # options, files, message
-    ({"columns": {"time": "when"}}, {}, "no column 'when' for time; it has user, item, time; correct columns"),
-    (
-        {"columns": {"users": "user"}},
-        {},
-        "columns has the unknown key 'users'; known: user, item, time, position, spl",
-    ),
-    (
-        {"items": "t.csv", "item_columns": {"item": "item_id"}},
-        {},
-        "no column 'item_id' for item; .*; correct item_col",
-    ),
-    (
-        {**ITEMS, "text_columns": ["brand"]},
-        {"items.csv": "item\na\n"},
-        "no column 'brand' for the text; it has item; correct text_columns",
-    ),
-    (
-        ITEMS,
-        {"items.csv": "item\n" + "\n".join("abcdefg")},
-        "t.csv line 9: item 'h' is not in items.csv; add it there",
-    ),
-    (
-        ITEMS,
-        {"items.csv": "item\n" + "\n".join("abcab")},
-        "items.csv line 5: item 'a' repeats items.csv line 2; keep one",
-    ),
-    ({"text_columns": ["title"]}, {}, r"text_columns is \['title'\] but items is not set; name the table of items"),
-    ({"interactions": "x.dat"}, {}, "interactions is x.dat, whose suffix tells no format; set the format: one of csv"),
-]
+BAD_COLUMNS = {  # message -> options
+    "no column 'when' for time; it has user, item, time; correct columns": {"columns": {"time": "when"}},
+    "columns has the unknown key 'users'; known: user, item, time, position, spl": {"columns": {"users": "user"}},
+    "no column 'id' for item; .*; correct item_col": {"items": "t.csv", "item_columns": {"item": "id"}},
+    "no column 'brand' for the text; .*; correct text_columns": {"items": "t.csv", "text_columns": ["brand"]},
+    r"text_columns is \['title'\] but items is not set; name the table of items": {"text_columns": ["title"]},
+    "interactions is x.dat, whose suffix tells no format; set the format: one of csv": {"interactions": "x.dat"},
+}
+BAD_ITEMS = {  # file of items -> message
+    "item\na\nb\nc\nd\ne\nf\ng": "t.csv line 9: item 'h' is not in items.csv; add it there",
+    "item\na\nb\nc\na\nb": "items.csv line 5: item 'a' repeats items.csv line 2; keep one",
+}
 BAD_SPLITS = [  # options, interactions, message
     ({"min_user_interactions": 20}, GOOD, "min_user_interactions 20 and min_item_interactions 0 leave no user; lower"),
     (LOPSIDED, GOOD, "split: by_time leaves no user with a rerank row .* change valid_fraction"),
@@ -66,11 +47,7 @@ BAD_SPLITS = [  # options, interactions, message
     (SPLIT, GOOD, "split is given but .* has no column 'split'; map it in columns"),
     (BY_TIME, NO_TIME, "split is by_time but .* has no column 'time'; map it in columns"),
     ({**BY_TIME, **WHEN}, NO_TIME, "t.csv line 2: the time is empty but split is by_time"),
-    (
-        SPLIT,
-        "split,user,items\ntrain,u,a b\ntest,u,b c\n",
-        "no valid part, and without a time no training rows are the",
-    ),
+    (SPLIT, "split,user,items\ntrain,u,a b\ntest,u,b c\n", "no valid part, and without a time no training rows are"),
     (SPLIT, "split,user,items\ntra,u,a b\n", "line 2: split is 'tra', not a split .train, history, valid"),
     (SPLIT, "split,user,items\ntrain,u,\nvalid,u,a b\n", "line 2: items is empty; fill it or remove the row"),
 ]
@@ -99,9 +76,9 @@ BAD_OPTIONS = {
 CASES = [
     *(({}, {"t.csv": "user,item,time\n" + rows}, message) for rows, message in BAD_ROWS.items()),
     *(({"interactions": name}, {name: text}, f"{name}.* {message}") for name, (text, message) in BAD_FILES.items()),
-    *BAD_COLUMNS,
+    *(({"items": "items.csv"}, {"items.csv": ids}, message) for ids, message in BAD_ITEMS.items()),
     *((options, {"t.csv": text}, message) for options, text, message in BAD_SPLITS),
-    *((options, {}, message) for message, options in BAD_OPTIONS.items()),
+    *((options, {}, message) for message, options in {**BAD_COLUMNS, **BAD_OPTIONS}.items()),
 ]
 
 

@@ -17,6 +17,7 @@ from rerank.rollouts import store as rollouts
 
 ALONE = "recipes/accelerate/cpu.yaml"
 LAUNCHES = ["recipes/accelerate/cpu_2proc.yaml", "tests/toy/zero2_cpu.yaml"]
+WITH_ZERO3 = [*LAUNCHES, "tests/toy/zero3_cpu.yaml"]
 STEPS = 3
 HALF_BATCH = "--per_device_train_batch_size=4"  # of the recipes' 8, so that the two processes together see as many
 
@@ -24,6 +25,11 @@ HALF_BATCH = "--per_device_train_batch_size=4"  # of the recipes' 8, so that the
 def logged(run, stage, name):
     history = json.loads((run / stage / "log_history.json").read_text())
     return [entry[name] for entry in history if name in entry][:STEPS]
+
+
+def assert_same_logs(stage, one, two, *names, by=1e-4):
+    for name in names:
+        assert logged(two, stage, name) == pytest.approx(logged(one, stage, name), abs=by), name
 
 
 @pytest.fixture(scope="module")
@@ -37,31 +43,28 @@ def midtrained_alone(toy_run, tmp_path_factory):
     return one, words
 
 
-@pytest.mark.parametrize("accelerate", [*LAUNCHES, "tests/toy/zero3_cpu.yaml"])
+@pytest.mark.parametrize("accelerate", WITH_ZERO3)
 def test_both_phases_of_midtrain_in_two_processes_train_as_in_one(toy_run, midtrained_alone, tmp_path, accelerate):
     one, words = midtrained_alone
     two = copy_stages(toy_run.run, tmp_path / "two", "semantic_ids")
     launch(accelerate, "rerank.midtrain", "midtrain", two, *words)
-    for name in ("loss", "grad_norm", "loss_sequence", "tokens_sequence"):
-        assert logged(two, "midtrain", name) == pytest.approx(logged(one, "midtrain", name), abs=1e-4), name
+    assert_same_logs("midtrain", one, two, "loss", "grad_norm", "loss_sequence", "tokens_sequence")
     rows = [load_file(run / "midtrain/new_rows.safetensors") for run in (one, two)]
     assert rows[0].keys() == rows[1].keys() == {"rows", "head_rows"}
     assert all(torch.allclose(rows[0][name], rows[1][name], atol=1e-4) for name in rows[0])
 
 
-@pytest.mark.parametrize("accelerate", [*LAUNCHES, "tests/toy/zero3_cpu.yaml"])
+@pytest.mark.parametrize("accelerate", WITH_ZERO3)
 def test_sft_in_two_processes_has_the_losses_of_one(toy_run, tmp_path, accelerate):
     run = copy_stages(toy_run.run, tmp_path / "run", "traces")
-    words = (f"--max_steps={STEPS}", HALF_BATCH)
-    launch(accelerate, "rerank.sft", "sft", run, *words)
-    for name in ("loss", "grad_norm"):
-        assert logged(run, "sft", name) == pytest.approx(logged(toy_run.run, "sft", name), abs=1e-4), name
+    launch(accelerate, "rerank.sft", "sft", run, f"--max_steps={STEPS}", HALF_BATCH)
+    assert_same_logs("sft", toy_run.run, run, "loss", "grad_norm")
     # 3 nats for a token of a model that knows nothing: log(500) = 6.2 at the most
     assert min(logged(run, "sft", "loss")) > 0.1
 
 
 NEXT_ITEM = (
-    "--task=next_item", "--no_trace_control=false", f"--max_steps={STEPS}", "--per_device_train_batch_size=4",
+    "--task=next_item", "--no_trace_control=false", f"--max_steps={STEPS}", HALF_BATCH,
     "--losses=[{name: bear}, {name: iirg}, {name: cllm4rec}]",
 )  # fmt: skip
 LORA = ("--use_peft=true", "--lora_target_modules=[all-linear]", "--lora_r=4", "--lora_dropout=0")
@@ -86,9 +89,8 @@ def tuned_alone(toy_run, tmp_path_factory):
 def test_all_losses_in_two_processes_are_those_of_one(toy_run, tuned_alone, tmp_path, accelerate, words):
     one, two = tuned_alone(words), copy_stages(toy_run.run, tmp_path / "two", "midtrain")
     launch(accelerate, "rerank.sft", "sft", two, *NEXT_ITEM, *words)
-    losses = ("loss_next_item", "loss_semantic", "loss_collaborative", "loss_content", "loss_item_head")
-    for name in ("loss", "grad_norm", *losses, "loss_mutual_regularisation"):
-        assert logged(two, "sft", name) == pytest.approx(logged(one, "sft", name), abs=2e-4), name
+    parts = ("next_item", "semantic", "collaborative", "content", "item_head", "mutual_regularisation")
+    assert_same_logs("sft", one, two, "loss", "grad_norm", *(f"loss_{part}" for part in parts), by=2e-4)
     heads = [load_file(run / "sft/model/item_head.safetensors")["own"] for run in (one, two)]
     assert torch.allclose(*heads, atol=1e-3) and heads[0].abs().max() > 0
     models = [load_file(run / "sft/model/model.safetensors") for run in (one, two)]
@@ -96,13 +98,12 @@ def test_all_losses_in_two_processes_are_those_of_one(toy_run, tuned_alone, tmp_
     assert models[0].keys() == models[1].keys() and not any("loss_parameters" in name for name in models[0])
 
 
-@pytest.mark.parametrize("accelerate", [*LAUNCHES, "tests/toy/zero3_cpu.yaml"])
+@pytest.mark.parametrize("accelerate", WITH_ZERO3)
 def test_dapo_in_two_processes_has_the_losses_of_one(toy_run, tmp_path, accelerate, monkeypatch):
     monkeypatch.setenv("TOY_ROLLOUTS", str(toy_run.run))
     run = copy_stages(toy_run.run, tmp_path / "run", "sft")
     launch(accelerate, "tests.replay_dapo", "dapo", run, HALF_BATCH)
-    for name in ("loss", "grad_norm", "reward"):
-        assert logged(run, "dapo", name) == pytest.approx(logged(toy_run.run, "dapo", name), abs=1e-4), name
+    assert_same_logs("dapo", toy_run.run, run, "loss", "grad_norm", "reward")
     assert min(abs(loss) for loss in logged(run, "dapo", "loss")) > 0.005  # lengths differ, so it does not vanish
     assert run_dir.read_metrics(run, "dapo")["max_logp_gap"] < 0.02
     assert_same_rollouts(toy_run.run, run)
@@ -122,8 +123,7 @@ def assert_same_rollouts(one, two):
 def test_dapo_samples_and_trains_alike_in_one_process_and_in_two(toy_run, tmp_path):
     run = copy_stages(toy_run.run, tmp_path / "run", "sft")
     launch(LAUNCHES[0], "rerank.dapo", "dapo", run, HALF_BATCH)
-    for name in ("loss", "grad_norm", "reward", "groups/prompts_drawn"):
-        assert logged(run, "dapo", name) == pytest.approx(logged(toy_run.run, "dapo", name), abs=1e-4), name
+    assert_same_logs("dapo", toy_run.run, run, "loss", "grad_norm", "reward", "groups/prompts_drawn")
     assert_same_rollouts(toy_run.run, run)
 
 

@@ -73,9 +73,8 @@ def gaps_of_a_training(folder, tied, dtype):
     return gaps, moved
 
 
-@pytest.mark.parametrize(
-    ("tied", "dtype"), [(True, "float32"), (False, "float32"), (True, "bfloat16"), (False, "bfloat16")]
-)
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_gap_stays_put_while_the_weights_move(tmp_path, tied, dtype):
     gaps, moved = gaps_of_a_training(tmp_path, tied, dtype)
     assert len(gaps) == STEPS and moved > 0.05
@@ -88,28 +87,15 @@ def test_the_gap_grows_when_the_weights_are_not_synced(tmp_path, monkeypatch):
     assert gaps[0] < 1e-4 and gaps[-1] > BOUND
 
 
-def test_the_engine_starts_without_graph_capture_on_cpu_only(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    options = {"enforce_eager": True, "enable_chunked_prefill": False, "block_size": 32}
-    assert engine.engine_options() == options
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert engine.engine_options() == {}
-
-
-@pytest.mark.parametrize(
-    ("capability", "has_gpu", "asked", "dtype"),
-    [
-        ("AVX2", False, "auto", "float32"),
-        ("DEFAULT", False, "auto", "float32"),
-        ("AVX512", False, "auto", "auto"),
-        ("AVX2", True, "auto", "auto"),
-        ("AVX2", False, "bfloat16", "bfloat16"),
-    ],
-)
-def test_a_cpu_that_is_slow_in_bfloat16_computes_in_float32(monkeypatch, capability, has_gpu, asked, dtype):
+@pytest.mark.parametrize(("capability", "has_gpu", "dtype"), [
+    ("AVX2", False, "float32"), ("DEFAULT", False, "float32"), ("AVX512", False, "auto"), ("AVX2", True, "auto"),
+])  # fmt: skip
+def test_on_cpu_no_graph_is_captured_and_float32_is_used_for_slow_bfloat16(monkeypatch, capability, has_gpu, dtype):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    assert engine.engine_dtype(asked) == dtype
+    assert engine.engine_dtype() == dtype and engine.engine_dtype("bfloat16") == "bfloat16"
+    on_cpu = {"enforce_eager": True, "enable_chunked_prefill": False, "block_size": 32}
+    assert engine.engine_options() == ({} if has_gpu else on_cpu)
 
 
 def test_a_lone_process_meets_its_engine_on_none_of_the_ports_that_trl_tries_first(monkeypatch):
@@ -132,13 +118,10 @@ def test_trl_builds_its_engine_with_the_options_only_inside():
     assert vllm_generation.LLM is original
 
 
-@pytest.mark.parametrize(
-    ("module", "name", "patch"),
-    [
-        ("vllm.model_executor.layers.utils", "dispatch_cpu_unquantized_gemm", engine.keep_weights_live),
-        ("trl.trainer.utils", "_use_triton", engine.score_labelled_tokens_only),
-    ],
-)
+@pytest.mark.parametrize(("module", "name", "patch"), [
+    ("vllm.model_executor.layers.utils", "dispatch_cpu_unquantized_gemm", engine.keep_weights_live),
+    ("trl.trainer.utils", "_use_triton", engine.score_labelled_tokens_only),
+])  # fmt: skip
 def test_a_library_without_the_function_to_replace_is_refused(monkeypatch, module, name, patch):
     monkeypatch.delattr(importlib.import_module(module), name)
     with pytest.raises(RuntimeError, match=f"{module} has no {name}; install the (vLLM|TRL) version that pyproject"):
@@ -152,38 +135,26 @@ def test_an_engine_starts_beside_objects_that_answer_to_any_name(tmp_path):
     llm = engine.open_engine(save_tiny_model(tmp_path / "model"), max_length=64, dtype="float32")
     (answers,) = engine.generate(llm, ["Rank: the title"], 4, temperature=1.0, num_completions=2, seed=0)
     llm.llm_engine.engine_core.shutdown()
-    assert all(0 < len(answer.token_ids) <= 4 for answer in answers)
-    assert all(answer.truncated == (len(answer.token_ids) == 4) for answer in answers)
-
-
-@pytest.fixture
-def skip_unlabelled(monkeypatch):
-    """A call that applies the patch, which ends with the test."""
-    monkeypatch.setattr(utils, "_use_triton", chunked_logprob._use_triton)
-    return engine.score_labelled_tokens_only
+    assert all(0 < len(one.token_ids) <= 4 and one.truncated == (len(one.token_ids) == 4) for one in answers)
 
 
 def fused_loss(labels):
     """Loss, per-token outputs, the embedding's gradient and the number of tokens that were scored."""
     model = tiny_model(tiny_tokenizer())
     utils.add_fused_lm_head(model, outputs=OUTPUTS)
-    scored = []
-    tile = chunked_logprob._forward_tile
-    chunked_logprob._forward_tile = lambda *args, **kwargs: (scored.append(len(args[0])), tile(*args, **kwargs))[1]
-    try:
+    with patch.object(chunked_logprob, "_forward_tile", wraps=chunked_logprob._forward_tile) as tile:
         out = model(input_ids=torch.arange(24).view(2, 12), labels=labels, fused_lm_head=True)
         out.loss.backward()
-    finally:
-        chunked_logprob._forward_tile = tile
-    return out, model.get_input_embeddings().weight.grad, sum(scored)
+    return out, model.get_input_embeddings().weight.grad, sum(len(call.args[0]) for call in tile.call_args_list)
 
 
 @pytest.mark.parametrize("labelled", [slice(8, 12), slice(0, 12), slice(12, 12)], ids=["answer", "all", "none"])
-def test_loss_and_gradients_are_those_of_trl_and_only_labelled_tokens_are_scored(labelled, skip_unlabelled):
+def test_loss_and_gradients_are_those_of_trl_and_only_labelled_tokens_are_scored(labelled, monkeypatch):
+    monkeypatch.setattr(utils, "_use_triton", chunked_logprob._use_triton)  # undone at the end
     labels = torch.full((2, 12), -100)
     labels[:, labelled] = torch.arange(24).view(2, 12)[:, labelled]
     slow, slow_grad, all_tokens = fused_loss(labels)
-    skip_unlabelled()
+    engine.score_labelled_tokens_only()
     fast, fast_grad, some_tokens = fused_loss(labels)
     assert torch.allclose(slow.loss, fast.loss) and torch.allclose(slow_grad, fast_grad, atol=1e-7)
     for name in OUTPUTS:
@@ -191,7 +162,8 @@ def test_loss_and_gradients_are_those_of_trl_and_only_labelled_tokens_are_scored
     assert (all_tokens, some_tokens) == (22, int((labels[:, 1:] != -100).sum()))
 
 
-def test_other_devices_are_left_to_trl(skip_unlabelled, monkeypatch):
-    monkeypatch.setattr(chunked_logprob, "_use_triton", lambda device: device.type == "cuda")
-    skip_unlabelled()
+def test_other_devices_are_left_to_trl(monkeypatch):
+    for module in (utils, chunked_logprob):
+        monkeypatch.setattr(module, "_use_triton", lambda device: device.type == "cuda")
+    engine.score_labelled_tokens_only()
     assert [utils._use_triton(torch.device(name)) for name in ("cpu", "cuda", "meta")] == [True, True, False]

@@ -1,18 +1,20 @@
 import io
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
+import torch
 from rich.console import Console
-from toy_run import CATALOGUE, ID_TOKENS, SEMANTIC_IDS, write_model, write_run
+from toy_run import CATALOGUE, ID_TOKENS, SEMANTIC_IDS, write_run
 
 from rerank import evaluate
 from rerank.compare.evaluations import ListEvaluation
 from rerank.compare.tables import list_lines
 from rerank.launch import recipe
+from rerank.models import base as base_model
 from rerank.models.ranker import RankingModel, read_answer
 from rerank.next_item.model import NextItemModel, likelihood_orders
 from rerank.prompts import render
@@ -29,12 +31,9 @@ SECOND = 1 / np.log2(3)  # NDCG of a relevant item at rank 2; at rank 3 it is 1 
 
 
 def toy_rankings(rows):
-    texts = [
-        "<think>as given</think><s_a_0><s_a_1><s_a_2>",  # a copy, rank 1
-        "<think>second first</think><s_a_1><s_a_0><s_a_2>",  # rank 1
-        "<think>no answer</think>",
-        "<think>cut</think><s_a_1><s_a_0>",
-    ]
+    # a copy, rank 1; rank 1; no answer; cut off
+    ranked = ("<s_a_0><s_a_1><s_a_2>", "<s_a_1><s_a_0><s_a_2>", "", "<s_a_1><s_a_0>")
+    texts = [f"<think>as it is</think>{text}" for text in ranked]
     answers = [read_answer(text, 10, text.endswith("<s_a_0>"), LABELS) for text in texts]
     return [
         Ranking("no_op", [[0, 1, 2]] * 4),
@@ -82,18 +81,16 @@ def test_end_to_end_values_count_missed_lists_as_zero():
     assert results["rows"]["sft"]["end_to_end"]["N@5"] == 0.5 * 4 / 16
 
 
-def test_differences_are_paired_and_whole_users_are_drawn():
-    row = toy_results(users=[7, 7, 7, 7])["rows"]["sft"]
+def test_differences_to_the_input_and_between_models_are_paired_and_whole_users_are_drawn():
+    results = toy_results(users=[7, 7, 7, 7])
+    row = results["rows"]["sft"]
     difference = (2 - (1 + SECOND + 0.5 + SECOND)) / 4
     assert row["N@5_minus_no_op"] == pytest.approx(difference)
     assert row["N@5_interval"] == pytest.approx([difference, difference])  # one user: every draw is all rows
     assert row["R@1_minus_no_op"] == 1 / 4
     two = toy_results()["rows"]["sft"]  # the draws are 00, 01, 11: the ends are each user's own mean
     assert two["R@1_interval"] == [0, 0.5]
-
-
-def test_models_are_compared_in_pairs():
-    comparisons = toy_results(users=[7, 7, 7, 7])["comparisons"]
+    comparisons = results["comparisons"]
     assert list(comparisons) == ["dapo_vs_sft"]  # nothing to compare without the other rows
     # dapo ranks the last two rows 1 and 3 where sft fails: (1 + 0.5) / 4
     assert comparisons["dapo_vs_sft"]["N@5"] == {"difference": 0.375, "interval": [0.375, 0.375]}
@@ -112,9 +109,15 @@ def test_markdown_and_terminal_show_the_same_row_and_say_when_it_is_not_test():
     assert "NOT the test split" in shown and "50.0 %" in shown and "dapo minus sft" in shown and "…" not in shown
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def toy_run(tmp_path_factory):
     return write_run(tmp_path_factory.mktemp("toy") / "run")
+
+
+@pytest.fixture
+def run(toy_run, tmp_path):
+    """A copy that a test may change."""
+    return shutil.copytree(toy_run, tmp_path / "run")
 
 
 def test_transitions_rank_as_the_first_stage_did_whatever_order_the_list_is_in(toy_run):
@@ -130,29 +133,23 @@ def test_only_rows_with_a_hit_are_read_and_max_rows_draws_the_same_ones_again(to
     evaluated = EvaluatedRows.load(toy_run / "candidates", "test")
     assert all(row.is_hit for row in evaluated.rows) and 3 < len(evaluated.rows) < NUM_TEST_ROWS
     assert evaluated.num_all == NUM_TEST_ROWS and evaluated.hit_share == len(evaluated.rows) / NUM_TEST_ROWS
-    drawn = EvaluatedRows.load(toy_run / "candidates", "test", max_rows=3)
-    assert len(drawn.rows) == 3 and drawn.hit_share == evaluated.hit_share
-    assert drawn == EvaluatedRows.load(toy_run / "candidates", "test", max_rows=3)
+    drawn, again = (EvaluatedRows.load(toy_run / "candidates", "test", max_rows=3) for _ in range(2))
+    assert len(drawn.rows) == 3 and drawn.hit_share == evaluated.hit_share and drawn == again
     assert [row.row_id for row in drawn.rows] == sorted(row.row_id for row in drawn.rows)
 
 
 def test_a_split_without_any_hit_is_refused(toy_run, tmp_path):
-    table = pq.read_table(toy_run / "candidates/test.parquet")
-    missed = table.filter(pc.invert(table["hit"]))
+    missed = pq.read_table(toy_run / "candidates/test.parquet", filters=[("hit", "==", False)])
     pq.write_table(missed, tmp_path / "test.parquet")
     with pytest.raises(ValueError, match=r"test.parquet: none of its \d+ rows lists a relevant item"):
         EvaluatedRows.load(tmp_path, "test")
 
 
 def test_likelihood_orders_are_those_of_scoring_each_candidate_alone_in_any_batch(toy_run):
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     rows = EvaluatedRows.load(toy_run / "candidates", "test").rows
     orders = [likelihood_orders(NextItemModel.load_midtrained(toy_run), rows, size) for size in (1, 7)]
     assert orders[0] == orders[1]
-    model = AutoModelForCausalLM.from_pretrained(toy_run / "midtrain/model", dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(toy_run / "midtrain/model")
+    model, tokenizer = base_model.load_pretrained(str(toy_run / "midtrain/model"))
     prompt = render(tokenizer, "Next items:")
     for row, order in zip(rows[:5], orders[0], strict=False):
         history = "".join(SEMANTIC_IDS[item] for item in row.history[-4:])  # documents hold five items
@@ -161,68 +158,56 @@ def test_likelihood_orders_are_those_of_scoring_each_candidate_alone_in_any_batc
             ids = tokenizer(prompt + history + SEMANTIC_IDS[item], return_tensors="pt").input_ids
             with torch.no_grad():
                 steps = model(ids).logits.log_softmax(-1)[0]
-            places = range(ids.shape[1] - 2, ids.shape[1])
-            logps.append(sum(float(steps[place - 1, ids[0, place]]) for place in places))
+            logps.append(sum(float(steps[place - 1, ids[0, place]]) for place in (-2, -1)))
         ordered = [logps[position] for position in order]
         assert sorted(order) == [0, 1, 2, 3] and all(np.diff(ordered) < 1e-5)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"split": "train"}, r"split is 'train' but must be one of test, valid"),
-        ({"models": ["sft", "gpt"]}, r"models is 'gpt' but must be one of midtrained, sft, sft_no_trace, dapo"),
-        ({"models": ["dapo"], "task": "next_item"}, r"models holds dapo, but task next_item asks midtrained and sft"),
-        ({"models": ["dapo"], "task": "held_out_sets"}, r"models holds dapo, but task held_out_sets asks sft only"),
-        ({"max_rows": -1}, r"max_rows is -1 but must be at least 0"),
-        ({"batch_size": 0}, r"batch_size is 0 but must be at least 1"),
-        ({"num_bootstrap": 0}, r"num_bootstrap is 0 but must be at least 1"),
-    ],
-)
+@pytest.mark.parametrize(("options", "message"), [
+    ({"split": "train"}, r"split is 'train' but must be one of test, valid"),
+    ({"models": ["sft", "gpt"]}, r"models is 'gpt' but must be one of midtrained, sft, sft_no_trace, dapo"),
+    ({"models": ["dapo"], "task": "next_item"}, r"models holds dapo, but task next_item asks midtrained and sft"),
+    ({"models": ["dapo"], "task": "held_out_sets"}, r"models holds dapo, but task held_out_sets asks sft only"),
+    ({"max_rows": -1}, r"max_rows is -1 but must be at least 0"),
+    ({"batch_size": 0}, r"batch_size is 0 but must be at least 1"),
+    ({"num_bootstrap": 0}, r"num_bootstrap is 0 but must be at least 1"),
+])  # fmt: skip
 def test_bad_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         evaluate.EvaluateArguments(run_dir="run", **options)
 
 
-def test_a_model_folder_must_be_complete(toy_run, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"config.json is missing; give a model folder of the sft or dapo"):
-        RankingModel.load(tmp_path)
-    shutil.copytree(toy_run / "sft/model", tmp_path / "model")
-    (tmp_path / "model/generation.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"generation.json is missing; give a model folder"):
-        RankingModel.load(tmp_path / "model")
+def test_a_model_folder_must_be_complete(run):
+    for name in ("generation.json", "config.json"):
+        (run / "sft/model" / name).unlink()
+        with pytest.raises(FileNotFoundError, match=f"{name} is missing; give a model folder of the sft or dapo"):
+            RankingModel.load(run / "sft/model")
 
 
-def test_semantic_ids_of_another_catalogue_are_refused_before_a_model_is_loaded(toy_run, tmp_path):
-    shutil.copytree(toy_run, tmp_path / "run")
-    args = evaluate.EvaluateArguments(run_dir=str(tmp_path / "run"))
+def test_semantic_ids_of_another_catalogue_are_refused_before_a_model_is_loaded(run):
+    args = evaluate.EvaluateArguments(run_dir=str(run))
     evaluate.check(args)
-    folder = tmp_path / "run/dapo/model"
     ids = [text.replace("<s_b_3>", "<s_b_9>") for text in SEMANTIC_IDS]
-    type(CATALOGUE)(CATALOGUE.item_ids, ids, CATALOGUE.titles, CATALOGUE.categories).save(folder)
+    replace(CATALOGUE, semantic_ids=ids).save(run / "dapo/model")
     with pytest.raises(ValueError, match=r"another catalogue than the model's: .*dapo/model lacks <s_b_9>"):
         evaluate.check(args)
 
 
-def test_an_id_token_that_is_special_is_refused(tmp_path):
-    write_model(tmp_path / "model")
-    shutil.copy(tmp_path / "model/generation.json", tmp_path / "model/features.json")
-    (tmp_path / "model/features.json").write_text('{"names": [], "edges": {}}')
-    tokenizer = RankingModel.load(tmp_path / "model").load_tokenizer()
+def test_an_id_token_that_is_special_is_refused(run):
+    model = RankingModel.load(run / "sft/model")
+    tokenizer = model.load_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ID_TOKENS[:1]})
-    tokenizer.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(run / "sft/model")
     with pytest.raises(ValueError, match=r"has as a special token, which decoding drops, <s_a_0>"):
-        RankingModel.load(tmp_path / "model").load_tokenizer()
+        model.load_tokenizer()
 
 
-def test_the_stage_on_models_with_random_weights_counts_every_failure(toy_run, tmp_path, monkeypatch):
+def test_the_stage_on_models_with_random_weights_counts_every_failure(run, monkeypatch):
     for name, value in recipe.ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
-    shutil.copytree(toy_run, tmp_path / "run")
-    args = evaluate.EvaluateArguments(run_dir=str(tmp_path / "run"), num_bootstrap=50)
-    out_dir = tmp_path / "run/evaluate.partial"
+    out_dir = run / "evaluate.partial"
     out_dir.mkdir()
-    metrics = evaluate.main(args, out_dir)
+    metrics = evaluate.main(evaluate.EvaluateArguments(run_dir=str(run), num_bootstrap=50), out_dir)
     results = json.loads((out_dir / "results.json").read_text())
     rows = results["rows"]
     assert list(rows) == ["no_op", "random", "oracle", "transitions", "lambdamart", "midtrained", "sft", "dapo"]
@@ -239,7 +224,7 @@ def test_the_stage_on_models_with_random_weights_counts_every_failure(toy_run, t
     assert (out_dir / "results.md").is_file()
 
 
-def test_a_ranker_is_added_in_one_place(toy_run, tmp_path, monkeypatch):
+def test_a_ranker_is_added_in_one_place(run, monkeypatch):
     def reverse(candidates_dir, rows):
         return [list(range(len(row.candidates)))[::-1] for row in rows]
 
@@ -248,7 +233,6 @@ def test_a_ranker_is_added_in_one_place(toy_run, tmp_path, monkeypatch):
         Ranker("grpo", "another policy", ("rerank",), "generates", stage="dapo", folder="grpo"),
     )
     monkeypatch.setattr(rankers, "RANKERS", (*rankers.RANKERS, *more))
-    run = shutil.copytree(toy_run, tmp_path / "run")
     assert evaluate.EvaluateArguments(run_dir="run").models[-1] == "grpo"
     with pytest.raises(FileNotFoundError, match=r"dapo/grpo/config.json is missing"):
         evaluate.check(evaluate.EvaluateArguments(run_dir=str(run), models=["grpo"]))

@@ -6,11 +6,9 @@ from types import MethodType, SimpleNamespace
 import pytest
 import torch
 import torch.distributed
-from datasets import Dataset
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
-from tiny_model import tiny_model, tiny_tokenizer
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
 from rerank.models.group_attention import (
@@ -63,8 +61,8 @@ def make_batch(groups=GROUPS, seed=1):
     return torch.stack(rows), torch.stack(masks)
 
 
-def by_trl(model, ids, mask, autocast=nullcontext):
-    trainer = SimpleNamespace(accelerator=SimpleNamespace(autocast=autocast))
+def by_trl(model, ids, mask):
+    trainer = SimpleNamespace(accelerator=SimpleNamespace(autocast=nullcontext))
     method = GRPOTrainer._get_per_token_logps_and_entropies.__wrapped__
     return method(trainer, model, ids, mask, COMPLETION, compute_entropy=True)[:2]
 
@@ -103,7 +101,7 @@ def check_equal(model, other, logps_tolerance, gradient_tolerance):
 )
 @pytest.mark.parametrize("family", ["qwen3", "llama"])
 def test_values_and_gradients_are_trls(family, dtype, tolerances, checkpointing):
-    model, other = make_model(family, dtype), make_model(family, dtype)
+    model, other = (make_model(family, dtype) for _ in range(2))
     if checkpointing:
         model.train().gradient_checkpointing_enable({"use_reentrant": False})
     check_equal(model, other, *tolerances)
@@ -125,61 +123,26 @@ def test_lora_under_gradient_checkpointing_gets_trls_gradients(reentrant):
 def test_every_family_that_is_let_in_has_trls_values(family):
     model, batch = make_model(family).eval(), make_batch()
     with torch.no_grad():
-        for theirs, ours in zip(by_trl(model, *batch), by_group(model, *batch), strict=True):
-            torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+        torch.testing.assert_close(by_trl(model, *batch), by_group(model, *batch), atol=1e-5, rtol=0)
 
 
-def test_values_are_those_of_each_row_alone():
-    model, (ids, mask) = make_model("llama"), make_batch()
-    logps, entropies = by_group(model, ids, mask)
-    for row in range(len(ids)):
-        length = int(mask[row, PROMPT:].sum())
-        alone = ids[row][mask[row].bool()][None]
-        before = slice(alone.shape[1] - length - 1, -1)
-        distributions = (model(alone).logits[0, before] / TEMPERATURE).log_softmax(-1)
-        expected = distributions.gather(1, alone[0, alone.shape[1] - length :, None])[:, 0]
-        torch.testing.assert_close(logps[row, :length], expected, atol=1e-5, rtol=0)
-        expected = -(distributions.exp() * distributions).sum(-1)
-        torch.testing.assert_close(entropies[row, :length], expected, atol=1e-5, rtol=0)
-
-
-def test_a_completion_does_not_see_the_others():
-    model, (ids, mask) = make_model(), make_batch()
-    before, _ = by_group(model, ids, mask)
-    ids[1, PROMPT] = ids[1, PROMPT] % (VOCABULARY - 1) + 1
-    after, _ = by_group(model, ids, mask)
-    others = torch.arange(len(ids)) != 1
-    assert torch.equal(before[others], after[others]) and not torch.equal(before[1], after[1])
-
-
-def test_each_prompt_is_computed_once():
+def test_each_prompt_is_computed_once_and_in_each_piece_that_its_group_is_cut_into():
     model, (ids, mask) = make_model(), make_batch()
     seen = []
     model.get_input_embeddings().register_forward_hook(lambda _, args, __: seen.append(args[0].numel()))
-    by_group(model, ids, mask)
+    whole = by_group(model, ids, mask)
     assert seen == [(8 + 15) + (3 + 5) + (6 + 6)]  # prompts without their last token, and completions
-    by_group(model, ids, mask, batch_size=6)  # cuts the last group: its prompt comes twice, once with its 4 tokens
+    cut = by_group(model, ids, mask, batch_size=6)  # in the last group
     assert seen[1:] == [(8 + 15) + (3 + 5) + (6 + 2), 6 + 4]
-
-
-def test_pieces_have_the_values_of_the_whole_and_entropies_only_come_when_asked_for():
-    model, (ids, mask) = make_model(), make_batch()
-    whole, cut = by_group(model, ids, mask), by_group(model, ids, mask, batch_size=3)
     torch.testing.assert_close(cut, whole, atol=1e-5, rtol=0)
-    assert group_logps_and_entropies(model, ids, mask, COMPLETION)[1] is None
+    assert group_logps_and_entropies(model, ids, mask, COMPLETION)[1] is None  # entropies only where asked for
 
 
-def test_prompts_that_differ_only_in_their_padding_are_two_groups():
-    ids, mask = make_batch([(4, [2]), (5, [2])])
+def test_prompts_of_one_token_that_differ_only_in_their_padding_and_without_completions():
+    model, (ids, mask) = make_model(), make_batch([(4, [2]), (5, [2])])
     ids[1, :PROMPT] = ids[0, :PROMPT]  # a token that is 0, like the padding of the row above
-    model = make_model()
-    torch.testing.assert_close(by_group(model, ids, mask), by_trl(model, ids, mask), atol=1e-5, rtol=0)
-
-
-def test_a_prompt_of_one_token_and_a_batch_without_completions():
-    model = make_model()
-    batch = make_batch([(1, [3, 2])])
-    torch.testing.assert_close(by_group(model, *batch), by_trl(model, *batch), atol=1e-5, rtol=0)
+    for batch in ((ids, mask), make_batch([(1, [3, 2])])):
+        torch.testing.assert_close(by_group(model, *batch), by_trl(model, *batch), atol=1e-5, rtol=0)
     logps, entropies = by_group(model, *make_batch([(5, [0, 0]), (3, [0])]))
     assert logps.shape == (3, COMPLETION) and not logps.any()
     assert not any(gradient.any() for gradient in gradients(model, logps, entropies).values())
@@ -188,9 +151,8 @@ def test_a_prompt_of_one_token_and_a_batch_without_completions():
 def test_under_bfloat16_autocast_values_are_as_far_from_float32_as_trls():
     model, (ids, mask) = make_model(), make_batch()
     exact = by_trl(model, ids, mask)
-    plain = by_trl(model, ids, mask, lambda: torch.autocast("cpu", torch.bfloat16))
     with torch.autocast("cpu", torch.bfloat16):
-        grouped = by_group(model, ids, mask)
+        plain, grouped = by_trl(model, ids, mask), by_group(model, ids, mask)
     for ours, theirs, true in zip(grouped, plain, exact, strict=True):
         assert 0 < (ours - true).abs().max() < 2 * (theirs - true).abs().max()
     expected = gradients(model, *exact)
@@ -199,8 +161,7 @@ def test_under_bfloat16_autocast_values_are_as_far_from_float32_as_trls():
 
 
 def test_other_rows_have_the_values_they_had_before():
-    ids, mask = make_batch()
-    model = make_model()
+    model, (ids, mask) = make_model(), make_batch()
     before = model(input_ids=ids, attention_mask=mask).logits
     prepare_model(model)
     assert torch.equal(model(input_ids=ids, attention_mask=mask).logits, before)
@@ -218,87 +179,16 @@ def test_both_ways_of_attention_agree_in_values_and_gradients():
     torch.testing.assert_close(*results, atol=1e-12, rtol=0)
 
 
-def test_ddp_reduces_the_gradients_of_a_wrapped_model(tmp_path):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        model = make_model()
-        prepare_model(model)
-        wrapped = torch.nn.parallel.DistributedDataParallel(model)
-        reduced = []
-        wrapped.register_comm_hook(reduced, count_reduced)
-        gradients(model, *group_logps_and_entropies(wrapped, *make_batch(), COMPLETION, compute_entropy=True))
-        assert sum(reduced) == sum(parameter.numel() for parameter in model.parameters())
-    finally:
-        torch.distributed.destroy_process_group()
-
-
-def count_reduced(reduced, bucket):
-    reduced.append(bucket.buffer().numel())
-    future = torch.futures.Future()
-    future.set_result(bucket.buffer())
-    return future
-
-
-class GroupTrainer(GRPOTrainer):
-    """The override that the module's docstring shows."""
-
-    def _get_per_token_logps_and_entropies(
-        self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, compute_entropy=False, **kwargs
-    ):
-        with self.accelerator.autocast():
-            return *group_logps_and_entropies(
-                model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy
-            ), None
-
-
-def test_a_trainer_with_the_override_has_trls_loss_and_gradients(tmp_path):
-    ids, mask = make_batch()
-    inputs = {
-        "prompt_ids": ids[:, :PROMPT], "prompt_mask": mask[:, :PROMPT], "completion_ids": ids[:, PROMPT:],
-        "completion_mask": mask[:, PROMPT:], "advantages": torch.linspace(-1, 1, len(ids)),
-        "num_items_in_batch": mask[:, PROMPT:].sum(),
-    }  # fmt: skip
-    results = []
-    for trainer_class in (GRPOTrainer, GroupTrainer):
-        tokenizer = tiny_tokenizer()
-        config = GRPOConfig(
-            output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", temperature=TEMPERATURE,
-            loss_type="dapo", per_device_train_batch_size=8, num_generations=8, gradient_checkpointing=False,
-        )  # fmt: skip
-        trainer = trainer_class(
-            tiny_model(tokenizer), lambda completions, **_: [0.0] * len(completions), config,
-            train_dataset=Dataset.from_list([{"prompt": "a title"}]), processing_class=tokenizer,
-        )  # fmt: skip
-        trainer.current_gradient_accumulation_steps = 1
-        if trainer_class is GroupTrainer:
-            prepare_model(trainer.model)
-        loss = trainer.compute_loss(trainer.model, inputs)
-        loss.backward()
-        results.append((loss.detach(), {name: p.grad for name, p in trainer.model.named_parameters()}))
-    torch.testing.assert_close(*results, atol=1e-6, rtol=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("family", "options", "message"),
-    [
-        ("gpt2", {}, "model type gpt2 is none of .*qwen3.*; use one of these, or set group_forward: false"),
-        ("mamba", {}, "model type mamba is none of"),
-        ("mixtral", {}, "model type mixtral is none of"),
-        ("mistral", {"sliding_window": 16}, "sliding_window is 16; use a model with full attention"),
-        (
-            "qwen3",
-            {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
-            "it has layers of type sliding_attention; use a model with full attention",
-        ),
-        (
-            "llama",
-            {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
-            r"its rotations depend on the length of a row \(rope_type dynamic\); use",
-        ),
-        ("qwen3", {"attn_implementation": "eager"}, "Qwen3ForCausalLM cannot .*implementation is eager; use sdpa"),
-        ("qwen3", {"attention_dropout": 0.1}, "attention_dropout is 0.1; set it to 0, or set group_forward: false"),
-    ],
-)
+@pytest.mark.parametrize(("family", "options", "message"), [
+    ("gpt2", {}, "model type gpt2 is none of .*qwen3.*; use one of these, or set group_forward: false"),
+    ("mistral", {"sliding_window": 16}, "sliding_window is 16; use a model with full attention"),
+    ("qwen3", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
+     "it has layers of type sliding_attention; use a model with full attention"),
+    ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
+     r"its rotations depend on the length of a row \(rope_type dynamic\); use"),
+    ("qwen3", {"attn_implementation": "eager"}, "Qwen3ForCausalLM cannot .*implementation is eager; use sdpa"),
+    ("qwen3", {"attention_dropout": 0.1}, "attention_dropout is 0.1; set it to 0, or set group_forward: false"),
+])  # fmt: skip
 def test_what_would_have_other_numbers_is_refused(family, options, message):
     model = make_model(family, **options)
     with pytest.raises(ValueError, match=message):

@@ -3,39 +3,33 @@
 import json
 import re
 from collections import Counter
+from contextlib import nullcontext
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from tiny_model import ID_TOKENS, save_tiny_model, tiny_model, tiny_tokenizer
+from tiny_model import ID_TOKENS, model_with_ids, save_tiny_model, sft_config
 from toy_recipe import copy_stages
+from toy_run import NUM_ITEMS, SEMANTIC_IDS, write_interactions
 from transformers import AutoModelForCausalLM
-from trl import ModelConfig, SFTConfig
+from trl import ModelConfig
 
 from rerank import midtrain
 from rerank.catalogue import Catalogue
 from rerank.grading import GRADES
 from rerank.launch import run_dir
-from rerank.launch.files import write_json
 from rerank.midtrain import documents
 from rerank.models import base as base_model
 from rerank.next_item import recall as full_catalogue
 from rerank.next_item.encoder import NextItemEncoder
 from rerank.prompts import parse_completion
 
-NUM_ITEMS = 12
-KINDS = ("drama", "comedy, crime", "crime", "")
-CATALOGUE = Catalogue(
-    [f"m{item}" for item in range(NUM_ITEMS)],
-    [f"<s_a_{item // 4}><s_b_{item % 4}>" for item in range(NUM_ITEMS)],
-    [f"Title {item}" for item in range(NUM_ITEMS)],
-    [KINDS[item % 4] for item in range(NUM_ITEMS)],
-)
+TITLES, KINDS = [f"Title {item}" for item in range(NUM_ITEMS)], ["drama", "comedy, crime", "crime", ""] * 3
+CATALOGUE = Catalogue([f"m{item}" for item in range(NUM_ITEMS)], SEMANTIC_IDS, TITLES, KINDS)
 HISTORIES = [np.arange(start, start + 8) % NUM_ITEMS for start in range(6)]
+FACTS = ["popularity", "near", "lift"]
 ID = re.compile(r"<s_a_\d><s_b_\d>")
 
 
@@ -72,17 +66,10 @@ def test_a_persona_tells_true_facts_of_its_history():
         assert told[-1] == f"lately Title {shown[-1]}" + CATALOGUE.semantic_ids[shown[-1]]
 
 
-def parse_line(line, labels):
-    head, *codes = line.split()
-    return head.rstrip("."), [code.split(":") for code in codes]
-
-
 @pytest.mark.parametrize("labels", ["semantic_id", "number"])
 def test_an_exercise_grades_by_the_mean_of_the_facts_shown_and_ranks_by_grade(labels):
-    made = list(
-        documents.list_documents(200, ["popularity", "near", "lift"], labels, CATALOGUE, np.random.default_rng(0))
-    )
-    seen, sizes = Counter(), []
+    made = list(documents.list_documents(200, FACTS, labels, CATALOGUE, np.random.default_rng(0)))
+    seen, sizes = set(), []
     for document in made:
         text = document.given + document.answer
         trace = text.removeprefix("<think>").partition(" best")[0].partition("</think>")[0]
@@ -94,26 +81,24 @@ def test_an_exercise_grades_by_the_mean_of_the_facts_shown_and_ranks_by_grade(la
         if document.given:
             assert document.prompt == "Rank:"
             continue
-        lines = [parse_line(line, labels) for line in document.prompt.split("\n")[3:]]
-        assert [head for head, _ in lines] == names
-        means = []
-        for _, codes in lines:
-            seen.update(word for word, _ in codes)
-            means.append(sum(int(bucket) for _, bucket in codes) / len(codes))
-        assert len({tuple(word for word, _ in codes) for _, codes in lines}) == 1
+        heads, codes = zip(*(line.split(maxsplit=1) for line in document.prompt.split("\n")[3:]), strict=True)
+        assert [head.rstrip(".") for head in heads] == names
+        facts = [dict(code.split(":") for code in line.split()) for line in codes]
+        assert len({tuple(words) for words in facts}) == 1
+        seen.update(facts[0])
+        means = [np.mean([int(bucket) for bucket in words.values()]) for words in facts]
         for low in range(len(names)):  # a higher mean never has a lower grade
             assert all(grades[low] <= grades[high] for high in range(len(names)) if means[low] < means[high])
         best = re.search(r" best ?(<s_a_\d><s_b_\d>|\d+) (.*?)</think>", text)
-        assert [code.split(":") in lines[parsed.order[0]][1] for code in best[2].split()]
         assert names.index(best[1]) == parsed.order[0]
-    assert seen.keys() == {"pop", "soon", "lift"}
+        assert set(best[2].split()) <= set(codes[parsed.order[0]].split())
+    assert seen == {"pop", "soon", "lift"}
     assert max(sizes[:20]) <= 3 and max(sizes[120:]) == 10
     assert 40 < sum(bool(document.given) for document in made) < 120
 
 
 def test_grades_of_exercises_are_about_equally_frequent():
-    rng = np.random.default_rng(0)
-    made = documents.list_documents(2000, ["popularity", "near", "lift"], "number", CATALOGUE, rng)
+    made = documents.list_documents(2000, FACTS, "number", CATALOGUE, np.random.default_rng(0))
     text = " ".join(document.answer.partition(" best")[0] for document in made if not document.given)
     shares = np.array([text.count(f" {grade}") for grade in GRADES])
     shares = shares / shares.sum()
@@ -126,21 +111,19 @@ def test_general_text_is_the_file_in_passages_without_anything_like_a_tag(tmp_pa
     made = list(documents.text_documents(str(tmp_path / "text.txt"), length=400))
     assert [len(document.answer) for document in made] == [400, 400, 400]
     assert "".join(document.answer for document in made) == text.replace("<", "‹").replace(">", "›")
-
-
-def test_general_text_needs_no_file():
-    made = list(documents.text_documents("packages"))
+    made = list(documents.text_documents("packages"))  # which needs no file
     assert len(made) > 20 and not any("<" in document.answer for document in made)
 
 
-def test_the_mixture_counts_documents_against_the_sequences():
-    args = arguments(
-        mixture={"sequence": 0.5, "persona": 0.2, "caption": 0.15, "text": 0.05, "lists": 0.1}, max_items=4
-    )
+# 8 items in windows of 4, each 2 on: starts 0, 2, 4, of 6 users 18 made; 18 * 0.2 / 0.5 = 7.2, 18 * 0.15 / 0.5 = 5.4
+@pytest.mark.parametrize(("mixture", "num_documents", "wanted"), [
+    ([0.5, 0.2, 0.15, 0.05, 0.1], 0, [18, 7, 5, 2, 4]), ([2, 1, 1], 100, [50, 25, 25]), ([1], 0, [18]),
+])  # fmt: skip
+def test_the_mixture_shares_out_the_documents(mixture, num_documents, wanted):
+    mixture, wanted = (dict(zip(documents.TASKS[: len(of)], of, strict=True)) for of in (mixture, wanted))
+    args = arguments(mixture=mixture, num_documents=num_documents, max_items=4)
     made = documents.mixed_documents(HISTORIES, CATALOGUE, args, seed=0)
-    # 8 items in windows of 4, each 2 on: starts 0, 2, 4, of 6 users 18 made; 18 * 0.2 / 0.5 = 7.2,
-    # 18 * 0.15 / 0.5 = 5.4, 18 * 0.05 / 0.5 = 1.8, 18 * 0.1 / 0.5 = 3.6
-    assert Counter(d.task for d in made) == {"sequence": 18, "persona": 7, "caption": 5, "text": 2, "lists": 4}
+    assert Counter(d.task for d in made) == wanted
     assert made == documents.mixed_documents(HISTORIES, CATALOGUE, args, seed=0)
     assert made != documents.mixed_documents(HISTORIES, CATALOGUE, args, seed=1)
 
@@ -154,25 +137,13 @@ def test_lists_keep_their_order_in_the_mixture():
 
 
 def test_documents_of_a_batch_are_of_like_length_and_move_little():
-    lengths = np.random.default_rng(0).integers(1, 100, 1000).tolist()
+    lengths = np.random.default_rng(0).integers(1, 100, 1003).tolist()  # three are left over
     order = documents.in_batches(lengths, 8, np.random.default_rng(0))
-    assert sorted(order) == list(range(1000))
+    assert sorted(order) == list(range(1003))
     assert max(abs(place - i) for place, i in enumerate(order)) < 8 * documents.WINDOW
     spread = [np.ptp([lengths[i] for i in order[start : start + 8]]) for start in range(0, 1000, 8)]
     assert np.mean(spread) < 10  # in random order 78
     assert order != documents.in_batches(lengths, 8, np.random.default_rng(1))
-
-
-def test_a_number_of_documents_is_shared_out_by_the_mixture():
-    args = arguments(mixture={"sequence": 2.0, "persona": 1.0, "caption": 1.0}, num_documents=100, max_items=4)
-    made = documents.mixed_documents(HISTORIES, CATALOGUE, args, seed=0)
-    assert Counter(d.task for d in made) == {"sequence": 50, "persona": 25, "caption": 25}
-
-
-def test_a_task_left_out_of_the_mixture_has_no_documents():
-    args = arguments(mixture={"sequence": 1.0}, max_items=4)
-    made = documents.mixed_documents(HISTORIES, CATALOGUE, args, seed=0)
-    assert Counter(d.task for d in made) == {"sequence": 18}
 
 
 def test_documents_are_repeated_evenly_where_there_are_too_few():
@@ -183,26 +154,13 @@ def test_documents_are_repeated_evenly_where_there_are_too_few():
 
 @pytest.mark.parametrize(("has_seen", "items"), [(False, [[3, 1], [2]]), (True, [[3, 1, 4], [2]])])
 def test_targets_of_the_reranker_are_read_only_when_the_summary_says_so(tmp_path, has_seen, items):
-    (tmp_path / "data").mkdir()
-    write_json(tmp_path / "data/metrics.json", {"midtrain_has_seen_rerank_targets": has_seen})
-    table = {
-        "user": [1, 0, 0, 0, 0, 0],
-        "item": [2, 1, 3, 4, 5, 6],
-        "position": [0, 1, 0, 2, 3, 4],
-        "split": ["train", "train", "train", "rerank", "valid", "test"],
-    }
-    pq.write_table(pa.table(table), tmp_path / "data/interactions.parquet")
+    splits = ["train", "train", "rerank", "valid", "test", "train"]
+    write_interactions(tmp_path / "data", {0: [3, 1, 4, 5, 6], 1: [2]}, splits, seen=has_seen)
     assert [sequence.tolist() for sequence in midtrain.sequences(tmp_path / "data")] == items
 
 
-def tokenizer_with_ids():
-    tokenizer = tiny_tokenizer()
-    tokenizer.add_tokens(ID_TOKENS)
-    return tokenizer
-
-
-def test_only_the_answer_of_a_document_has_loss():
-    tokenizer = tokenizer_with_ids()
+def test_only_the_answer_of_a_document_has_loss_and_a_prompt_is_how_a_sequence_begins():
+    _, tokenizer, _ = model_with_ids()
     row = documents.encode(documents.Document("caption", "Describe:<s_a_1>", "drama"), tokenizer, None)
     prompt = tokenizer("<|user|>Describe:<s_a_1><|assistant|>").input_ids
     answer = [*tokenizer("drama").input_ids, tokenizer.eos_token_id]
@@ -210,87 +168,39 @@ def test_only_the_answer_of_a_document_has_loss():
     document = documents.Document("sequence", "Next items:", "<s_a_1><s_b_0>", ends=False)
     assert documents.encode(document, tokenizer, None)["labels"][-2:] == tokenizer("<s_a_1><s_b_0>").input_ids
     assert len(documents.encode(document, tokenizer, 3)["input_ids"]) == 3
+    prompt = NextItemEncoder(CATALOGUE, tokenizer, "semantic_id", 2).next_item_prompt([4])
+    assert prompt == documents.encode(document, tokenizer, None)["input_ids"]  # asked as a sequence begins
+    assert tokenizer.decode(prompt) == "<|user|>Next items:<|assistant|><s_a_1><s_b_0>"
 
 
-def test_the_prompt_of_the_next_item_is_how_a_sequence_begins():
-    tokenizer = tokenizer_with_ids()
-    prompt = NextItemEncoder(CATALOGUE, tokenizer, "semantic_id", 2).next_item_prompt([1, 4])
-    document = documents.Document("sequence", "Next items:", "<s_a_0><s_b_1><s_a_1><s_b_0>", ends=False)
-    assert prompt == documents.encode(document, tokenizer, None)["input_ids"]
-    assert tokenizer.decode(prompt) == "<|user|>Next items:<|assistant|><s_a_0><s_b_1><s_a_1><s_b_0>"
-
-
-def sft_config(folder, **options):
-    return SFTConfig(
-        output_dir=str(folder), use_cpu=True, bf16=False, report_to="none", disable_tqdm=True, save_strategy="no",
-        gradient_checkpointing=False, per_device_train_batch_size=2, dataset_kwargs={"skip_prepare_dataset": True},
-        **options,
-    )  # fmt: skip
-
-
-def phase_one(tmp_path, tied, documents_made, **options):
-    """A model before phase one, its new ids, the dataset, and the same model with the rows that were trained."""
-    tokenizer = tiny_tokenizer()
-    model, after = tiny_model(tokenizer, tied), tiny_model(tokenizer, tied)
-    ids = base_model.add_tokens(model, tokenizer, ID_TOKENS, seed=0)
-    base_model.add_tokens(after, tokenizer, ID_TOKENS, seed=0)
+@pytest.mark.parametrize("tied", [True, False])
+def test_phase_one_moves_the_new_rows_alone_as_training_the_whole_table_would(tmp_path, tied):
+    model, tokenizer, ids = model_with_ids(tied)
+    (trained, *_), (slow, *_) = model_with_ids(tied), model_with_ids(tied)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    config = sft_config(tmp_path / "checkpoints", **options)
-    dataset, _ = midtrain.encoded_dataset(documents_made, tokenizer, config)
+    config = sft_config(tmp_path / "checkpoints", lr_scheduler_type="constant")
+    text = documents.Document("sequence", "Next items:", "".join(ID_TOKENS))
+    dataset, _ = midtrain.encoded_dataset([text] * 6, tokenizer, config)
     args = arguments(token_learning_rate=0.05)
     midtrain.train_new_rows(model, tokenizer, ids, dataset, args, config, tmp_path / "rows.safetensors")
-    midtrain.load_rows(after, ids, tmp_path / "rows.safetensors")
-    return before, ids, dataset, after
-
-
-IDS_IN_ORDER = documents.Document("sequence", "Next items:", "".join(ID_TOKENS))
-
-
-@pytest.mark.parametrize("tied", [True, False])
-def test_phase_one_moves_the_new_rows_and_nothing_else(tmp_path, tied):
-    before, ids, _, trained = phase_one(tmp_path, tied, [IDS_IN_ORDER] * 4)
-    after = trained.state_dict()
-    assert before.keys() == after.keys()
-    for name, value in before.items():
-        is_table = name in ("model.embed_tokens.weight", "lm_head.weight")
-        old = [row for row in range(len(value)) if row not in ids] if is_table else ...
-        assert torch.equal(value[old], after[name][old]), name
-        if is_table:
-            assert all(not torch.equal(value[row], after[name][row]) for row in ids), name
-    assert (trained.get_output_embeddings().weight is trained.get_input_embeddings().weight) == tied
-
-
-@pytest.mark.parametrize("tied", [True, False])
-def test_phase_one_is_training_the_whole_table_with_the_gradients_of_old_rows_set_to_zero(tmp_path, tied):
-    _, ids, dataset, trained = phase_one(tmp_path, tied, [IDS_IN_ORDER] * 6, lr_scheduler_type="constant")
-    tokenizer = tiny_tokenizer()
-    slow = tiny_model(tokenizer, tied)
-    base_model.add_tokens(slow, tokenizer, ID_TOKENS, seed=0)
+    midtrain.load_rows(trained, ids, tmp_path / "rows.safetensors")
     tables = {id(t): t for t in (slow.get_input_embeddings().weight, slow.get_output_embeddings().weight)}.values()
     optimizer = torch.optim.AdamW(tables, lr=0.05, weight_decay=0.0)
-    batch = torch.tensor([dataset[0]["input_ids"]] * 2), torch.tensor([dataset[0]["labels"]] * 2)
+    batch = {name: torch.tensor([dataset[0][name]] * 2) for name in ("input_ids", "labels")}
     for _ in range(3):  # six equal documents in batches of two
         slow.zero_grad()
-        slow(input_ids=batch[0], labels=batch[1]).loss.backward()
+        slow(**batch).loss.backward()
         for table in tables:
             table.grad[[row for row in range(len(table)) if row not in ids]] = 0
         torch.nn.utils.clip_grad_norm_(tables, 1.0)
         optimizer.step()
-    for layer, wanted in (
-        (trained.get_input_embeddings(), slow.get_input_embeddings()),
-        (trained.lm_head, slow.lm_head),
-    ):
-        assert torch.allclose(layer.weight, wanted.weight, atol=1e-5)
-
-
-@pytest.mark.parametrize(("tied", "tables"), [(True, 1), (False, 2)])
-def test_only_new_rows_are_parameters_of_phase_one(tied, tables):
-    tokenizer = tiny_tokenizer()
-    model = tiny_model(tokenizer, tied)
-    ids = base_model.add_tokens(model, tokenizer, ID_TOKENS, seed=0)
-    midtrain.train_only_rows(model, ids)
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    assert [parameter.shape for parameter in trainable] == [(len(ids), 32)] * tables
+    wanted, after = slow.state_dict(), trained.state_dict()
+    assert before.keys() == after.keys()
+    for name, value in before.items():
+        moved = [row for row in range(len(value)) if not torch.equal(value[row], after[name][row])]
+        assert moved == (ids if name in ("model.embed_tokens.weight", "lm_head.weight") else []), name
+        assert torch.allclose(after[name], wanted[name], atol=1e-5), name
+    assert (trained.get_output_embeddings().weight is trained.get_input_embeddings().weight) == tied
 
 
 def test_phase_one_ends_with_its_epochs_or_with_max_steps(tmp_path):
@@ -302,31 +212,39 @@ def test_phase_one_ends_with_its_epochs_or_with_max_steps(tmp_path):
     assert (steps(max_steps=4), steps(max_steps=40)) == (4, 11)
 
 
-def run_main(toy_run, folder, model_args, arguments=None, **options):
-    run = folder / "run"
-    if not run.exists():
-        copy_stages(toy_run.run, run, "semantic_ids")
-    args = midtrain.MidtrainArguments(run_dir=str(run), max_items=8, token_learning_rate=0.01, **(arguments or {}))
-    out = folder / "out"
-    out.mkdir(parents=True, exist_ok=True)
-    config = sft_config(out / "checkpoints", **{"max_steps": 2, "max_length": 128, "logging_steps": 1, **options})
-    midtrain.main(args, config, model_args, out)
-    return out
+@pytest.fixture
+def train(toy_run, tmp_path):
+    """The stage on the toy's data: its folder, and its log."""
+    run, out = copy_stages(toy_run.run, tmp_path / "run", "semantic_ids"), tmp_path / "out"
+    out.mkdir()
+
+    def train(options=None, name=None, lora=None, **training):
+        args = midtrain.MidtrainArguments(run_dir=str(run), max_items=8, token_learning_rate=0.01, **(options or {}))
+        config = sft_config(out / "checkpoints", **{"max_steps": 2, "max_length": 128, "logging_steps": 1, **training})
+        midtrain.main(args, config, ModelConfig(model_name_or_path=name, **(lora or {})), out)
+        return out, json.loads((out / "log_history.json").read_text())
+
+    return train
+
+
+@pytest.fixture
+def base(tmp_path):
+    """A pretrained model that knows no ids."""
+    return str(save_tiny_model(tmp_path / "base", id_tokens=False))
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_phase_two_moves_everything_of_a_pretrained_model(toy_run, tmp_path, tied):
+def test_phase_two_moves_everything_of_a_pretrained_model(train, tmp_path, tied):
     base = save_tiny_model(tmp_path / "base", tied, id_tokens=False)
-    out = run_main(toy_run, tmp_path, ModelConfig(model_name_or_path=str(base)), learning_rate=0.01)
+    out, _ = train(name=str(base), learning_rate=0.01)
     before = AutoModelForCausalLM.from_pretrained(base).state_dict()
     after = AutoModelForCausalLM.from_pretrained(out / "model").state_dict()
     assert [name for name, value in before.items() if torch.equal(value, after[name][: len(value)])] == []
 
 
-def test_an_adapter_of_phase_two_is_merged_on_saving(toy_run, tmp_path):
-    base = save_tiny_model(tmp_path / "base", id_tokens=False)
-    lora = ModelConfig(model_name_or_path=str(base), use_peft=True, lora_r=4, lora_target_modules=["all-linear"])
-    out = run_main(toy_run, tmp_path, lora, learning_rate=0.05)
+def test_an_adapter_of_phase_two_is_merged_on_saving(train, base):
+    lora = {"use_peft": True, "lora_r": 4, "lora_target_modules": ["all-linear"]}
+    out, _ = train(name=base, lora=lora, learning_rate=0.05)
     assert not list((out / "model").glob("adapter*"))
     merged = AutoModelForCausalLM.from_pretrained(out / "model")
     plain = AutoModelForCausalLM.from_pretrained(out / "base")
@@ -337,79 +255,74 @@ def test_an_adapter_of_phase_two_is_merged_on_saving(toy_run, tmp_path):
     assert torch.allclose(wanted, adapted, atol=1e-5)
     assert not torch.allclose(wanted, without, atol=1e-3)
     rows = load_file(out / "new_rows.safetensors")["rows"]
-    drawn, tokenizer = base_model.load_pretrained(str(base))
+    drawn, tokenizer = base_model.load_pretrained(base)
     merged_rows = merged.get_input_embeddings().weight[-len(rows) :]
     assert torch.equal(merged_rows, rows)  # what phase one trained, and LoRA leaves alone
     base_model.add_tokens(drawn, tokenizer, [f"<s_z_{number}>" for number in range(len(rows))], seed=0)
     assert not torch.allclose(merged_rows, drawn.get_input_embeddings().weight[-len(rows) :], atol=1e-3)
 
 
-def test_phase_one_is_not_repeated_where_its_rows_are_saved(toy_run, tmp_path):
-    base = save_tiny_model(tmp_path / "base", id_tokens=False)
+def test_phase_one_is_not_repeated_where_its_rows_are_saved(toy_run, train, base, tmp_path):
     shape = run_dir.read_metrics(toy_run.run, "semantic_ids")
     num_new = shape["levels"] * shape["codebook_size"] + 2  # and the two tags of a trace
-    (tmp_path / "out").mkdir()
     save_file({"rows": torch.full((num_new, 32), 7.0)}, tmp_path / "out/new_rows.safetensors")
-    model_args = ModelConfig(model_name_or_path=str(base))
-    out = run_main(toy_run, tmp_path, model_args, learning_rate=0.0)
+    out, _ = train(name=base, learning_rate=0.0)
     rows = AutoModelForCausalLM.from_pretrained(out / "model").get_input_embeddings().weight[-num_new:]
     assert torch.equal(rows, torch.full((num_new, 32), 7.0))
 
 
-def test_recall_on_validation_rows_is_logged_and_the_best_kept(toy_run, tmp_path):
-    out = run_main(toy_run, tmp_path, ModelConfig(), {"eval_recall_rows": 6, "patience": 5}, eval_steps=1)
-    history = json.loads((out / "log_history.json").read_text())
+def test_recall_on_validation_rows_is_logged(train):
+    _, history = train({"eval_recall_rows": 6, "patience": 5}, eval_steps=1)
     found = [entry["eval_R@10"] for entry in history if "eval_R@10" in entry]
     assert len(found) == 2 and all(0 <= value <= 1 for value in found)
     assert any("loss_sequence" in entry for entry in history)
 
 
-def test_dropout_is_on_in_phase_two(toy_run, tmp_path):
-    losses = []
-    for dropout in (0.0, 0.5):
-        out = run_main(toy_run, tmp_path / str(dropout), ModelConfig(), {"dropout": dropout}, max_steps=1)
-        losses.append(json.loads((out / "log_history.json").read_text())[0]["loss"])
+def test_dropout_is_on_in_phase_two(train):
+    losses = [train({"dropout": dropout}, max_steps=1)[1][0]["loss"] for dropout in (0.0, 0.5)]
     assert abs(losses[0] - losses[1]) > 1e-3
 
 
-@pytest.mark.parametrize("dropout", [-0.1, 1.0])
-def test_dropout_must_leave_something(dropout):
-    with pytest.raises(ValueError, match=r"dropout is .* but must be at least 0 and below 1"):
-        arguments(dropout=dropout)
-
-
-def test_one_item_is_no_history():
-    with pytest.raises(ValueError, match="max_items is 1 but must be at least 2"):
-        arguments(max_items=1)
-
-
-@pytest.mark.parametrize(("name", "token_epochs"), [(None, 1.0), ("HuggingFaceTB/SmolLM2-135M", 0.0)])
-def test_an_adapter_beside_untrained_rows_is_refused(tmp_path, name, token_epochs):
-    lora = ModelConfig(model_name_or_path=name, use_peft=True)
-    with pytest.raises(ValueError, match="use_peft trains an adapter in phase two and the new tokens' rows in phase"):
-        midtrain.check(arguments(token_epochs=token_epochs), sft_config(tmp_path), lora)
-
-
-def test_patience_outlives_an_interruption(toy_run, tmp_path, monkeypatch):
+def test_patience_outlives_an_interruption(train, monkeypatch):
     monkeypatch.setattr(full_catalogue.ValidationRecall, "__call__", lambda self, model: {"R@10": 0.5})
     options = {"eval_recall_rows": 6, "patience": 2}
-    run_main(toy_run, tmp_path, ModelConfig(), options, eval_steps=1, max_steps=2)  # a best value, and one no better
-    out = run_main(toy_run, tmp_path, ModelConfig(), options, eval_steps=1, max_steps=9)
-    history = json.loads((out / "log_history.json").read_text())
+    train(options, eval_steps=1, max_steps=2)  # a best value, and one no better
+    _, history = train(options, eval_steps=1, max_steps=9)
     assert max(entry["step"] for entry in history) == 3
 
 
-@pytest.mark.parametrize(
-    "mixture", [{"sequence": 1.0, "captions": 1.0}, {"caption": 1.0}, {"sequence": 1, "text": -1}]
-)
-def test_a_mixture_of_no_use_is_refused(mixture):
-    with pytest.raises(ValueError, match=r"mixture is .*; give shares of sequence, .*, lists, that of sequence above"):
-        arguments(mixture=mixture)
+@pytest.mark.parametrize(("options", "message"), [
+    ({"dropout": -0.1}, "dropout is -0.1 but must be at least 0 and below 1"),
+    ({"dropout": 1.0}, "dropout is 1.0 but must be at least 0 and below 1"),
+    ({"max_items": 1}, "max_items is 1 but must be at least 2"),  # one item is no history
+    ({"eval_recall_rows": -1}, "eval_recall_rows is -1 but must be at least 0"),
+    ({"patience": 2}, "patience is 2 but nothing is evaluated; set eval_recall_rows"),
+    ({"mixture": {"sequence": 1.0, "captions": 1.0}}, "mixture is .*; give shares of sequence, .*, lists, that"),
+    ({"mixture": {"caption": 1.0}}, "that of sequence above 0"),
+    ({"mixture": {"sequence": 1, "text": -1}}, "mixture is .*; give shares of sequence"),
+])  # fmt: skip
+def test_options_of_no_use_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        arguments(**options)
 
 
-def test_what_is_not_there_is_refused_before_the_stage_starts(tmp_path):
-    config = sft_config(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"general_text nowhere.txt is not there; give a text file"):
-        midtrain.check(arguments(general_text="nowhere.txt"), config, ModelConfig())
-    with pytest.raises(FileNotFoundError, match=r"\./nowhere is not there"):
-        midtrain.check(arguments(), config, ModelConfig(model_name_or_path="./nowhere"))
+PACKING = {"packing": True, "max_length": 64}
+LORA = "use_peft trains an adapter in phase two and the new tokens' rows in phase one"
+
+
+@pytest.mark.parametrize(("options", "training", "model", "message"), [
+    ({}, {}, {"use_peft": True}, LORA),
+    ({"token_epochs": 0.0}, {}, {"use_peft": True, "model_name_or_path": "HuggingFaceTB/SmolLM2-135M"}, LORA),
+    ({"general_text": "nowhere.txt"}, {}, {}, "general_text nowhere.txt is not there; give a text file"),
+    ({}, {}, {"model_name_or_path": "./nowhere"}, r"\./nowhere is not there"),
+    ({"eval_recall_rows": 100}, {}, {}, "eval_recall_rows is 100 but eval_steps is not set; set it, such as 500"),
+    ({"mixture": {"sequence": 1.0, "lists": 1.0}}, PACKING, {}, "packing puts documents out of order but lists"),
+    ({}, {**PACKING, "packing_strategy": "wrapped"}, {}, "packing_strategy wrapped cuts documents; use bfd"),
+    ({}, {**PACKING, "max_length": None}, {}, "packing needs max_length, the length of a packed row; set it"),
+    ({}, PACKING, {"attn_implementation": "flex_attention"}, "flex_attention may not keep packed documents apart"),
+    ({}, PACKING, {"attn_implementation": "flash_attention_2"}, None),
+])  # fmt: skip
+def test_what_cannot_be_trained_is_refused_before_the_stage_starts(tmp_path, options, training, model, message):
+    refused = nullcontext() if message is None else pytest.raises((ValueError, FileNotFoundError), match=message)
+    with refused:
+        midtrain.check(arguments(**options), sft_config(tmp_path, **training), ModelConfig(**model))

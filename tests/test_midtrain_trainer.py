@@ -1,17 +1,15 @@
 """The loss of each task, packed documents, recall on validation rows: what mid-training adds to TRL's trainer."""
 
-import numpy as np
 import pytest
 import torch
-from tiny_model import ID_TOKENS, tiny_model, tiny_tokenizer
+from tiny_model import ID_TOKENS, model_with_ids, sft_config
 from transformers import EarlyStoppingCallback, Trainer
-from trl import ModelConfig, SFTConfig, SFTTrainer
+from trl import SFTTrainer
 
 from rerank import midtrain
 from rerank.launch import stopping
 from rerank.midtrain.documents import Document, encode
-from rerank.midtrain.trainer import MidtrainTrainer
-from rerank.models import base as base_model
+from rerank.midtrain.trainer import MidtrainTrainer, collate_with_tasks
 
 DOCUMENTS = [
     Document("sequence", "Next items:", "".join(ID_TOKENS), ends=False),
@@ -22,37 +20,25 @@ DOCUMENTS = [
 ]
 
 
-def model_and_tokenizer():
-    tokenizer = tiny_tokenizer()
-    model = tiny_model(tokenizer)
-    base_model.add_tokens(model, tokenizer, ID_TOKENS, seed=0)
-    return model, tokenizer
-
-
 def config(folder, **options):
-    defaults = dict(
-        output_dir=str(folder), use_cpu=True, bf16=False, report_to="none", disable_tqdm=True, save_strategy="no",
-        gradient_checkpointing=False, per_device_train_batch_size=5, max_steps=1, logging_steps=1, max_length=64,
-        train_sampling_strategy="sequential", lr_scheduler_type="constant", learning_rate=0.01,
-        dataset_kwargs={"skip_prepare_dataset": True},
+    settings = dict(
+        per_device_train_batch_size=5, max_steps=1, logging_steps=1, max_length=64, learning_rate=0.01,
+        train_sampling_strategy="sequential", lr_scheduler_type="constant",
     )  # fmt: skip
-    return SFTConfig(**{**defaults, **options})
+    return sft_config(folder, **{**settings, **options})
 
 
-def trainer(folder, recall=None, callbacks=None, model=None, **options):
-    own_model, tokenizer = model_and_tokenizer()
-    arguments = config(folder, **options)
-    dataset, _ = midtrain.encoded_dataset(DOCUMENTS, tokenizer, arguments)
-    eval_dataset = dataset if recall else None
-    return MidtrainTrainer(
-        model or own_model, arguments, recall, train_dataset=dataset, eval_dataset=eval_dataset,
-        processing_class=tokenizer, callbacks=callbacks,
-    )  # fmt: skip
+def trainer(folder, recall=None, callbacks=None, **options):
+    model, tokenizer, _ = model_with_ids()
+    settings = config(folder, **options)
+    dataset, _ = midtrain.encoded_dataset(DOCUMENTS, tokenizer, settings)
+    data = {"train_dataset": dataset, "eval_dataset": dataset if recall else None}
+    return MidtrainTrainer(model, settings, recall, processing_class=tokenizer, callbacks=callbacks, **data)
 
 
 def loss_of_each_token(document):
     """One document alone, no padding, plain cross-entropy."""
-    model, tokenizer = model_and_tokenizer()
+    model, tokenizer, _ = model_with_ids()
     row = encode(document, tokenizer, None)
     ids, labels = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"])[1:]
     with torch.no_grad():
@@ -84,24 +70,10 @@ def test_packed_rows_train_as_the_same_documents_padded(tmp_path):
         assert len(made.train_dataset) == (2 if options else len(DOCUMENTS))
         stopping.train(made)
         trained.append(made.model.state_dict())
-    start = model_and_tokenizer()[0].state_dict()
+    start = model_with_ids()[0].state_dict()
     for name, value in trained[0].items():
         assert torch.allclose(value, trained[1][name], atol=1e-4), name
         assert not torch.equal(value, start[name]), name
-
-
-def test_tasks_change_nothing_in_what_is_trained(tmp_path):
-    model, tokenizer = model_and_tokenizer()
-    arguments = config(tmp_path / "trl", max_steps=3)
-    dataset, _ = midtrain.encoded_dataset(DOCUMENTS, tokenizer, arguments)
-    plain = SFTTrainer(model, arguments, train_dataset=dataset, processing_class=tokenizer)
-    stopping.train(plain)
-    ours = trainer(tmp_path / "ours", max_steps=3)
-    stopping.train(ours)
-    assert all(torch.equal(value, ours.model.state_dict()[name]) for name, value in plain.model.state_dict().items())
-    assert [entry.get("loss") for entry in plain.state.log_history] == [
-        entry.get("loss") for entry in ours.state.log_history
-    ]
 
 
 def test_losses_of_tasks_are_means_since_the_last_log(tmp_path):
@@ -135,63 +107,28 @@ def test_training_stops_without_a_gain_and_keeps_the_best_weights(tmp_path):
     assert not torch.equal(seen[1], seen[3])
 
 
-def test_an_evaluation_changes_nothing_in_what_is_trained(tmp_path):
-    plain = trainer(tmp_path / "plain", max_steps=4)
-    stopping.train(plain)
+def test_tasks_and_evaluations_change_nothing_in_what_is_trained(tmp_path):
+    model, tokenizer, _ = model_with_ids()
+    settings = config(tmp_path / "trl", max_steps=4)
+    dataset, _ = midtrain.encoded_dataset(DOCUMENTS, tokenizer, settings)
+    plain = SFTTrainer(model, settings, train_dataset=dataset, processing_class=tokenizer)
     recall, _ = recalls(0.1, 0.2)
     options = midtrain.recall_options(config(tmp_path, eval_steps=2))
     ours = trainer(tmp_path / "ours", recall, max_steps=4, eval_steps=2, **options)
-    stopping.train(ours)
+    for made in (plain, ours):
+        stopping.train(made)
     assert all(torch.equal(value, ours.model.state_dict()[name]) for name, value in plain.model.state_dict().items())
     losses = [[e["loss"] for e in made.state.log_history if "loss" in e] for made in (plain, ours)]
-    assert losses[0] == losses[1]
+    assert losses[0] == losses[1] and len(losses[0]) == 4
 
 
-@pytest.mark.parametrize("name", ["compute_loss", "log", "_set_signature_columns_if_needed", "evaluate"])
+@pytest.mark.parametrize("name", ["compute_loss", "log", "evaluate"])
 def test_trl_still_has_what_is_overridden(name):
     assert name in vars(SFTTrainer) and name in vars(MidtrainTrainer)
     assert name != "evaluate" or "on_evaluate" in Trainer.evaluate.__code__.co_names
 
 
-def check(**options):
-    arguments = {name: options.pop(name) for name in ("mixture", "eval_recall_rows") if name in options}
-    attention = options.pop("attn_implementation", None)
-    midtrain.check(
-        midtrain.MidtrainArguments(run_dir="run", **arguments),
-        config("nowhere", **options),
-        ModelConfig(attn_implementation=attention),
-    )
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"mixture": {"sequence": 1.0, "lists": 1.0}}, r"packing puts documents out of order but lists must grow"),
-        ({"packing_strategy": "wrapped"}, r"packing_strategy wrapped cuts documents; use bfd"),
-        ({"max_length": None}, r"packing needs max_length, the length of a packed row; set it"),
-        ({"attn_implementation": "flex_attention"}, r"flex_attention may not keep packed documents apart; use sdpa"),
-    ],
-)
-def test_packing_that_would_mix_documents_is_refused(options, message):
-    with pytest.raises(ValueError, match=message):
-        check(packing=True, **options)
-    check(packing=True, attn_implementation="flash_attention_2")
-
-
-def test_recall_needs_to_know_when():
-    with pytest.raises(ValueError, match=r"eval_recall_rows is 100 but eval_steps is not set; set it, such as 500"):
-        check(eval_recall_rows=100)
-    with pytest.raises(ValueError, match=r"patience is 2 but nothing is evaluated; set eval_recall_rows"):
-        midtrain.MidtrainArguments(run_dir="run", patience=2)
-    with pytest.raises(ValueError, match=r"eval_recall_rows is -1 but must be at least 0"):
-        midtrain.MidtrainArguments(run_dir="run", eval_recall_rows=-1)
-
-
 def test_a_collator_of_flat_batches_gets_flat_tasks():
-    from rerank.midtrain.trainer import TaskCollator
-
     rows = [{"task": [1, 1]}, {"task": [0, 2, 2]}]
-    batch = TaskCollator(lambda rows: {}, flattens=True)(rows)
-    assert batch["task"].tolist() == [[1, 1, 0, 2, 2]]
-    assert TaskCollator(lambda rows: {}, flattens=False)(rows)["task"].tolist() == [[1, 1, 0], [0, 2, 2]]
-    assert np.ndim(batch["task"]) == 2
+    for flattens, tasks in ((True, [[1, 1, 0, 2, 2]]), (False, [[1, 1, 0], [0, 2, 2]])):
+        assert collate_with_tasks(lambda rows: {}, flattens, rows)["task"].tolist() == tasks

@@ -28,9 +28,7 @@ def test_a_file_is_located_by_variables_and_by_package(package, monkeypatch):
 @pytest.mark.parametrize("name", ["no_such_package", "no.such.package", "no-such-package"])
 @pytest.mark.parametrize("find", [names.locate, names.resolve])
 def test_a_package_that_is_not_installed_is_refused(find, name):
-    with pytest.raises(
-        FileNotFoundError, match=f"model is package:{name} but the package {name} is not installed; `p"
-    ):
+    with pytest.raises(FileNotFoundError, match=f"model is package:{name} but the package {name} is not installed"):
         find(f"package:{name}", "model")
 
 
@@ -48,15 +46,9 @@ def test_a_model_is_a_folder_a_hub_name_or_the_one_inside_a_package(package, mon
 def test_a_model_that_is_not_there_is_refused(package, monkeypatch):
     monkeypatch.chdir(package)
     for name in ("a/nowhere", "./nowhere", "/no/where", "x/y/z", "", "two words"):  # a/ is a folder here
-        with pytest.raises(
-            FileNotFoundError, match=f"model {name} is not there; give a model's folder, its hub name, or"
-        ):
+        with pytest.raises(FileNotFoundError, match=f"model {name} is not there; give a model's folder, its hub name"):
             names.resolve(name, "model")
-    with pytest.raises(
-        FileNotFoundError, match=r"model a holds no config.json or \*.gguf; give the folder that save_pre"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"model a holds no config.json or \*.gguf; give the folder that save"):
         names.resolve("a", "model")
-    with pytest.raises(
-        FileNotFoundError, match="encoder is package:bare but .*/bare holds no modules.json, so no model"
-    ):
-        names.resolve("package:bare", "encoder", ("modules.json",))
+    with pytest.raises(FileNotFoundError, match="model is package:bare but .*/bare holds no modules.json, so no mod"):
+        names.resolve("package:bare", "model", ("modules.json",))

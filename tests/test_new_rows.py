@@ -1,22 +1,22 @@
 """Rows trained apart from their table: alone, with TRL's fused head, and sharded over two processes by FSDP2."""
 
 import os
+import socket
 
 import pytest
 import torch
+import torch.distributed
 import torch.multiprocessing
-from tiny_model import ID_TOKENS, tiny_model, tiny_tokenizer
+from safetensors.torch import save_file
+from tiny_model import model_with_ids, tiny_model, tiny_tokenizer
 from trl.trainer.utils import add_fused_lm_head
 
 from rerank.midtrain import new_rows
-from rerank.models import base as base_model
 
 
 def made_model(tied):
     """A model of which only new rows can be trained, with TRL's head; some text of it, (2, 12)."""
-    tokenizer = tiny_tokenizer()
-    model = tiny_model(tokenizer, tied)
-    ids = base_model.add_tokens(model, tokenizer, ID_TOKENS, seed=0)
+    model, _, ids = model_with_ids(tied)
     new_rows.train_only_rows(model, ids)
     add_fused_lm_head(model)
     return model, torch.arange(24).view(2, 12) + ids[-1] - 23  # its last tokens are the new ones
@@ -29,10 +29,10 @@ def gradients(model, tied):
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_loss_and_gradients_are_those_of_the_whole_table(tied):
-    tokenizer = tiny_tokenizer()
-    plain = tiny_model(tokenizer, tied)
-    ids = base_model.add_tokens(plain, tokenizer, ID_TOKENS, seed=0)
+    plain, _, ids = model_with_ids(tied)
     model, text = made_model(tied)
+    trainable = [parameter.shape for parameter in model.parameters() if parameter.requires_grad]
+    assert trainable == [(len(ids), 32)] * (1 if tied else 2)  # nothing else is a parameter of the optimizer
     loss = model(input_ids=text, labels=text, fused_lm_head=True).loss
     wanted = plain(input_ids=text, labels=text).loss
     assert torch.allclose(loss, wanted)
@@ -45,7 +45,6 @@ def test_loss_and_gradients_are_those_of_the_whole_table(tied):
 
 def shard_and_compare(rank, port, tied):
     """In one of two processes: shard as accelerate does for FSDP2, and compare with the unsharded gradients."""
-    import torch.distributed
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -69,8 +68,6 @@ def shard_and_compare(rank, port, tied):
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_sharded_over_two_processes_the_gradients_are_the_same(tied):
-    import socket
-
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -78,8 +75,6 @@ def test_sharded_over_two_processes_the_gradients_are_the_same(tied):
 
 
 def test_rows_are_loaded_where_they_belong(tmp_path):
-    from safetensors.torch import save_file
-
     rows = {"rows": torch.ones(2, 32), "head_rows": torch.full((2, 32), 2.0)}
     save_file(rows, tmp_path / "rows.safetensors")
     model = tiny_model(tiny_tokenizer(), tied=False)

@@ -1,14 +1,15 @@
 """The sft stage on its task next_item: rows, and losses however a step is cut."""
 
-import dataclasses
+from unittest.mock import patch
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from next_item_run import load, make_encoder, write_next_item_run
+from next_item_run import LOSSES, load, make_encoder, write_next_item_run
+from tiny_model import sft_config
 from toy_run import CATALOGUE, NUM_ITEMS
-from trl import ModelConfig, SFTConfig
+from trl import ModelConfig
 
 from rerank import sft
 from rerank.catalogue import Catalogue
@@ -19,10 +20,8 @@ from rerank.next_item.encoder import NextItemEncoder
 from rerank.next_item.item_head import ItemHead
 from rerank.rows import by_user
 from rerank.sft import forward as forward_file
-from rerank.sft.forward import add_loss_forward
 
-IIRG = {"name": "iirg", "kwargs": {"collaborative_weight": 0.5, "semantic_weight": 2.0}}
-CLLM4REC = {"name": "cllm4rec", "kwargs": {"regularisation": 3.0}}
+_, IIRG, CLLM4REC = LOSSES
 MASKED = {"name": "cllm4rec", "kwargs": {"mask_share": 0.3, "regularisation": 0.5}}
 MIXES = {
     "nll": [{"name": "nll"}],
@@ -30,10 +29,9 @@ MIXES = {
     "msl": [{"name": "msl"}],
     "bear": [{"name": "bear", "kwargs": {"num_beams": 2}}],
     "iirg": [{"name": "nll"}, IIRG],
-    "bear and iirg": [{"name": "bear"}, IIRG],
     "cllm4rec": [{"name": "nll"}, CLLM4REC],
     "masked": [{"name": "msl"}, MASKED],
-    "all": [{"name": "bear"}, IIRG, CLLM4REC],
+    "all": LOSSES,
 }
 
 
@@ -43,12 +41,9 @@ def run(tmp_path_factory):
 
 
 def make_trainer(run, folder, specs, num_rows=None, change=None, **options):
-    settings = {"per_device_train_batch_size": 8, "max_steps": 1, "optim": "sgd", "learning_rate": 0.1, **options}
-    config = SFTConfig(
-        output_dir=str(folder), use_cpu=True, bf16=False, report_to="none", disable_tqdm=True, save_strategy="no",
-        gradient_checkpointing=False, max_grad_norm=1e9, logging_steps=1, lr_scheduler_type="constant",
-        dataset_kwargs={"skip_prepare_dataset": True}, max_length=64, **settings,
-    )  # fmt: skip
+    settings = {"per_device_train_batch_size": 8, "max_steps": 1, "optim": "sgd", "learning_rate": 0.1}
+    settings |= {"max_grad_norm": 1e9, "logging_steps": 1, "lr_scheduler_type": "constant", "max_length": 64}
+    config = sft_config(folder, **{**settings, **options})
     losses = load_losses(specs, "next_item")
     model, tokenizer = load(run)
     if change is not None:
@@ -112,45 +107,32 @@ def test_next_item_rows_know_training_interactions_only(run):
     assert [row["sequence"] for row in rows.next_item_rows("all")] == [w for w in windows if len(w) > 1]
 
 
-def test_a_target_that_is_not_in_the_catalogue_is_refused(run, tmp_path):
+@pytest.mark.parametrize(("targets", "where"), [
+    ("last", r"rows.parquet, row \d+ of the split rerank"), ("all", r"interactions.parquet, user \d+"),
+])  # fmt: skip
+def test_a_target_that_is_not_in_the_catalogue_is_refused(run, targets, where):
     few = Catalogue(*(column[:9] for column in vars(CATALOGUE).values()))
-    message = r"rows.parquet, row \d+ of the split rerank: item \d+ is not in the catalogue of 9"
-    with pytest.raises(ValueError, match=message):
-        make_encoder(run, catalogue=few).next_item_rows("last")
-    message = r"interactions.parquet, user \d+: item \d+ is not in the catalogue of 9 items; run the data and"
-    with pytest.raises(ValueError, match=message):
-        make_encoder(run, catalogue=few).next_item_rows("all")
+    with pytest.raises(ValueError, match=rf"{where}: item \d+ is not in the catalogue of 9 items; run the data and"):
+        make_encoder(run, catalogue=few).next_item_rows(targets)
 
 
 def test_a_batch_of_unlike_lengths_trains_in_two_passes_as_in_one(run, tmp_path, monkeypatch):
-    passes, original = [], forward_file.length_groups
-
-    def counted(lengths):
-        passes.append(len(original(lengths)))
-        return original(lengths)
-
-    monkeypatch.setattr(forward_file, "length_groups", counted)
     monkeypatch.setattr(forward_file, "LEAST_SAVED", 0.0)
     options = {"num_rows": 8, "per_device_train_batch_size": 24}
     two, one = (make_trainer(run, tmp_path / name, MIXES["iirg"], **options) for name in ("two", "one"))
-    two.train()
-    assert passes == [2]
     one.args.gradient_checkpointing, one.args.gradient_checkpointing_kwargs = True, {"use_reentrant": True}
-    one.train()
-    assert passes == [2]  # a layer that is computed again by reentry is not called twice
+    with patch.object(forward_file, "length_groups", wraps=forward_file.length_groups) as cut:
+        two.train()
+        one.train()  # a layer that is computed again by reentry is not called twice
+    assert [len(forward_file.length_groups(*call.args)) for call in cut.call_args_list] == [2]
     for name in ("loss", "grad_norm"):
         assert two.state.log_history[0][name] == pytest.approx(one.state.log_history[0][name], rel=1e-4)
 
 
 @pytest.mark.parametrize("name", MIXES)
 def test_a_step_does_not_depend_on_how_its_batch_is_cut(run, tmp_path, name):
-    whole, cut = (
-        make_trainer(
-            run, tmp_path / str(size), MIXES[name], num_rows=8, per_device_train_batch_size=size,
-            gradient_accumulation_steps=24 // size,
-        )
-        for size in (24, 3)
-    )  # fmt: skip
+    sizes = [{"per_device_train_batch_size": 24 // cuts, "gradient_accumulation_steps": cuts} for cuts in (1, 8)]
+    whole, cut = (make_trainer(run, tmp_path, MIXES[name], num_rows=8, **size) for size in sizes)
     before = {key: value.clone() for key, value in cut.model.named_parameters()}
     for trainer in (whole, cut):
         trainer.train()
@@ -163,25 +145,19 @@ def test_a_step_does_not_depend_on_how_its_batch_is_cut(run, tmp_path, name):
     assert [second[key] for key in terms] == pytest.approx([first[key] for key in terms], rel=1e-3)
 
 
-def test_weights_of_iirg_are_those_of_the_tasks_means(run, tmp_path):
-    trainer = make_trainer(run, tmp_path, MIXES["iirg"], num_rows=8, per_device_train_batch_size=24)
+@pytest.mark.parametrize(("loss", "weights", "terms"), [
+    (IIRG, {"next_item": 1, "collaborative": 0.5, "semantic": 2.0}, ()),
+    ({"name": "cllm4rec", "kwargs": {"content_weight": 0.25}}, {"next_item": 1, "content": 0.25},
+     ("item_head", "mutual_regularisation")),
+])  # fmt: skip
+def test_weights_are_those_of_the_tasks_means(run, tmp_path, loss, weights, terms):
+    trainer = make_trainer(run, tmp_path, [{"name": "nll"}, loss], num_rows=8, per_device_train_batch_size=24)
     trainer.train()
     logged = trainer.state.log_history[0]
-    parts = {task: logged[f"loss_{task}"] for task in ("next_item", "collaborative", "semantic")}
-    assert len(set(parts.values())) == 3
-    wanted = parts["next_item"] + 0.5 * parts["collaborative"] + 2.0 * parts["semantic"]
+    means = {logged[f"loss_{task}"]: weight for task, weight in weights.items()}
+    assert len(means) == len(weights)  # all different
+    wanted = sum(weight * mean for mean, weight in means.items()) + sum(logged[f"loss_{name}"] for name in terms)
     assert logged["loss"] == pytest.approx(wanted, rel=1e-4)
-
-
-def test_the_content_weight_is_that_of_the_mean_of_texts(run, tmp_path):
-    specs = [{"name": "nll"}, {"name": "cllm4rec", "kwargs": {"content_weight": 0.25}}]
-    trainer = make_trainer(run, tmp_path, specs, num_rows=8, per_device_train_batch_size=24)
-    trainer.train()
-    logged = trainer.state.log_history[0]
-    wanted = logged["loss_next_item"] + 0.25 * logged["loss_content"]
-    wanted += logged["loss_item_head"] + logged["loss_mutual_regularisation"]
-    assert logged["loss"] == pytest.approx(wanted, rel=1e-4)
-    assert logged["loss_content"] != pytest.approx(logged["loss_next_item"])
 
 
 def test_relation_rows_ask_for_the_neighbours_of_every_item(run):
@@ -197,11 +173,9 @@ def test_relation_rows_ask_for_the_neighbours_of_every_item(run):
 def test_the_controls_replace_neighbours_or_add_as_many_tokens(run):
     rows = make_encoder(run)
     mined, random, more = (iirg_file.iirg(neighbours=kind).rows(rows) for kind in ("mined", "random", "next_item"))
-    count = {name: sum(iirg_file._num_labels(r) for r in found.values()) for name, found in
-             {"mined": mined, "random": random, "more": more}.items()}  # fmt: skip
-    assert count["random"] == count["mined"]
+    wanted, same, more_labels = (sum(map(iirg_file._num_labels, found.values())) for found in (mined, random, more))
     longest = max(iirg_file._num_labels([row]) for row in more["next_item"])
-    assert count["mined"] <= count["more"] < count["mined"] + longest
+    assert same == wanted <= more_labels < wanted + longest
     assert [row["sequence"] for row in random["semantic"]] != [row["sequence"] for row in mined["semantic"]]
 
 
@@ -229,12 +203,12 @@ def test_the_regulariser_of_two_items_by_hand(run, tmp_path):
     inputs = trainer._inputs(batch, trainer._counts(batch), torch.zeros(2, batch["input_ids"].shape[1], 32), None)
     assert inputs.counts["history_ids"] == 4 and inputs.counts["content_ids"] == 2
     # histories: 4 tokens at distance 2 in 32 columns, mean 4 * 32; content: one at 2, one at 3, mean (4 + 9) / 2 * 32
-    value = extra.terms(without_head_targets(inputs), embedding)["mutual_regularisation"]
+    value = extra.terms(inputs, embedding)["mutual_regularisation"]
     assert value.item() == pytest.approx(3.0 / 2 * (4 * 32 + 6.5 * 32))
     embedding.weight.grad = None
     value.backward()
     # the first table is pulled by histories only: lambda * (1 - 3) / 4 for each occurrence of a token
-    occurrences = sum(batch["input_ids"][0].tolist().count(token) for token in [ids[0]])
+    occurrences = batch["input_ids"][0].tolist().count(ids[0])
     assert embedding.weight.grad[ids[0], 0].item() == pytest.approx(3.0 * (1 - 3) * occurrences / 4)
     # the second by content only
     assert extra.module.content.grad[-1, 0].item() == pytest.approx(3.0 * (4 - 1) / 2)
@@ -242,14 +216,10 @@ def test_the_regulariser_of_two_items_by_hand(run, tmp_path):
 
 
 def test_second_embeddings_are_scaled_as_the_model_scales_its_own(run, tmp_path):
-    trainer = make_trainer(run, tmp_path, [{"name": "nll"}, CLLM4REC])
-    extra, encoder, embedding = (
-        trainer.losses.auxiliary["cllm4rec"],
-        trainer.data_collator.encoder,
-        torch.nn.Embedding(999, 32),
-    )
-    text = encoder.text_row("Describe:", 11, "drama") | {"task": trainer.tasks.index("content"), "number": 0}
-    batch = trainer.data_collator([text])
+    trainer = make_trainer(run, tmp_path, MIXES["cllm4rec"])
+    extra, embedding = trainer.losses.auxiliary["cllm4rec"], torch.nn.Embedding(999, 32)
+    text = trainer.data_collator.encoder.text_row("Describe:", 11, "drama")
+    batch = trainer.data_collator([text | {"task": trainer.tasks.index("content"), "number": 0}])
     plain = extra.embed(embedding, batch)
     is_second = (plain != embedding(batch["input_ids"])).any(dim=2)
     assert is_second.sum() == 2  # the item's tokens
@@ -259,23 +229,16 @@ def test_second_embeddings_are_scaled_as_the_model_scales_its_own(run, tmp_path)
     assert torch.equal(scaled[~is_second], plain[~is_second])
 
 
-def freeze_embedding(model):
-    model.get_input_embeddings().weight.requires_grad_(False)
-
-
 def test_a_loss_beside_an_embedding_that_is_not_trained_says_so(run, tmp_path, caplog):
-    make_trainer(run, tmp_path, [{"name": "nll"}, CLLM4REC], change=freeze_embedding)
+    def freeze(model):
+        model.get_input_embeddings().weight.requires_grad_(False)
+
+    make_trainer(run, tmp_path, [{"name": "nll"}, CLLM4REC], change=freeze)
     assert "beside the model's embedding, which is not trained" in caplog.text
     caplog.clear()
     make_trainer(run, tmp_path, [{"name": "nll"}, CLLM4REC])
-    make_trainer(run, tmp_path, [{"name": "nll"}], change=freeze_embedding)  # nothing that would pull it
+    make_trainer(run, tmp_path, [{"name": "nll"}], change=freeze)  # nothing that would pull it
     assert "which is not trained" not in caplog.text
-
-
-def without_head_targets(inputs):
-    """The same inputs without a target for the item head, whose states here are zero."""
-    counts = {**inputs.counts, "head_targets": 0}
-    return dataclasses.replace(inputs, items=torch.full_like(inputs.items, -1), counts=counts)
 
 
 def test_the_heads_loss_is_cross_entropy_over_all_items(run, tmp_path):
@@ -284,66 +247,47 @@ def test_the_heads_loss_is_cross_entropy_over_all_items(run, tmp_path):
     extra, encoder = trainer.losses.auxiliary["cllm4rec"], trainer.data_collator.encoder
     with torch.no_grad():
         extra.module.head.own.normal_()
-    rows = [row for row in trainer.train_dataset]
+    rows = list(trainer.train_dataset)
     batch = trainer.data_collator(rows)
     weights = trainer.model.get_input_embeddings().weight
     with torch.no_grad():
         states = trainer.model.base_model(batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
-    total, count = 0.0, 0
-    for row, line in enumerate(rows):
-        for place, item in enumerate(line["items"]):
-            if item >= 0:
-                own = extra.module.head.own
-                vectors = torch.stack([weights[encoder.tokens[j]].mean(0) + own[j] for j in range(NUM_ITEMS)])
-                total -= torch.log_softmax(vectors @ states[row, place - 1], 0)[item].item()
-                count += 1
+    own = extra.module.head.own
+    targets = [(row, place, item) for row, line in enumerate(rows) for place, item in enumerate(line["items"])]
+    vectors = torch.stack([weights[encoder.tokens[j]].mean(0) + own[j] for j in range(NUM_ITEMS)])
+    losses = [-(vectors @ states[row, place - 1]).log_softmax(0)[item] for row, place, item in targets if item >= 0]
     inputs = trainer._inputs(batch, trainer._counts(batch), states, None)
     value = extra.terms(inputs, trainer.model.get_input_embeddings())["item_head"]
-    assert inputs.counts["head_targets"] == count and value.item() == pytest.approx(total / count, rel=1e-5)
+    assert inputs.counts["head_targets"] == len(losses)
+    assert value.item() == pytest.approx(sum(losses).item() / len(losses), rel=1e-5)
 
 
 def test_a_masked_prompt_hides_a_share_and_is_drawn_anew_each_epoch(run, tmp_path):
     trainer = make_trainer(run, tmp_path, [{"name": "nll"}, {"name": "cllm4rec", "kwargs": {"mask_share": 0.4}}])
     task, collator = trainer.tasks.index("masked"), trainer.data_collator
-    rows = [row for row in trainer.train_dataset if row["task"] == task][:6]
+    rows = [row | {"sequence": row["sequence"] * 2} for row in trainer.train_dataset if row["task"] == task][:6]
     first, again = collator(rows), collator(rows)
     collator.epoch[0] = 1
     other = collator(rows)
     assert torch.equal(first["input_ids"], again["input_ids"]) and torch.equal(first["targets"], again["targets"])
     assert first["targets"].tolist() != other["targets"].tolist()
     for place, row in enumerate(rows):
-        hidden = {item for item in first["targets"][place].tolist() if item >= 0}
-        assert len(hidden) == max(1, round(0.4 * len(row["sequence"]))) and hidden < set(row["sequence"])
-        shown = set(row["sequence"]) - hidden
+        hidden, items = set(first["targets"][place].tolist()) - {-1}, set(row["sequence"])  # each twice
+        assert len(hidden) == max(1, round(0.4 * len(items))) and hidden < items
         text = collator.encoder.tokenizer.decode(first["input_ids"][place])
         read = {item for item, semantic_id in enumerate(CATALOGUE.semantic_ids) if semantic_id in text}
-        assert read <= shown and len(read) == min(5, len(shown))  # a prompt has five items
+        assert read <= items - hidden and len(read) == min(5, len(items - hidden))  # a prompt has five items
 
 
 def test_histories_are_shuffled_where_that_is_asked_for(run):
     rng, rows = np.random.default_rng(1), make_encoder(run)
     extra = cllm4rec_file.cllm4rec(shuffle_history=True)
-    whole = rows.row("Next items:", [0, 1, 2, 3, 4], num_given=1)
-    drawn = [extra.redraw("next_item", whole, rng, rows)["sequence"] for _ in range(4)]
-    assert all(sorted(items) == [0, 1, 2, 3, 4] for items in drawn) and len({tuple(items) for items in drawn}) > 1
-    last = rows.row("Next items:", [0, 1, 2, 3, 4], num_given=4)
-    assert all(extra.redraw("next_item", last, rng, rows)["sequence"][-1] == 4 for _ in range(4))
+    whole, last = (rows.row("Next items:", [0, 1, 2, 3, 4], num_given) for num_given in (1, 4))
+    two = rows.row("Next items:", [0, 1], num_given=1)  # the second may be the one to be found
+    drawn = [[extra.redraw("next_item", row, rng, rows)["sequence"] for _ in range(8)] for row in (whole, last, two)]
+    assert all(sorted(items) == [0, 1, 2, 3, 4] for items in drawn[0]) and len(set(map(tuple, drawn[0]))) > 1
+    assert {items[-1] for items in drawn[1]} == {4} and drawn[2] == [[0, 1]] * 8
     assert extra.redraw("content", whole, rng, rows) is whole and not cllm4rec_file.cllm4rec().redraws
-
-
-def test_a_row_of_one_item_and_a_target_is_not_shuffled(run):
-    rows = make_encoder(run)
-    row = rows.row("Next items:", [0, 1], num_given=1)
-    extra, rng = cllm4rec_file.cllm4rec(shuffle_history=True), np.random.default_rng(0)
-    assert all(extra.redraw("next_item", row, rng, rows)["sequence"] == [0, 1] for _ in range(8))
-
-
-def test_a_masked_prompt_shows_no_item_that_it_hides(run):
-    encoder = make_encoder(run)
-    for seed in range(8):
-        row = cllm4rec_file.masked_prompt([3, 3, 3, 1, 2], 0.4, np.random.default_rng(seed), encoder)
-        text = encoder.tokenizer.decode(row["input_ids"])
-        assert len(row["targets"]) == 1 and CATALOGUE.semantic_ids[row["targets"][0]] not in text
 
 
 def test_training_resumes_with_the_losses_own_parameters(run, tmp_path):
@@ -351,8 +295,7 @@ def test_training_resumes_with_the_losses_own_parameters(run, tmp_path):
     options = {"num_rows": 12, "optim": "adamw_torch", "learning_rate": 1e-2}
     whole = make_trainer(run, tmp_path / "whole", specs, max_steps=6, **options)
     whole.train()
-    half = make_trainer(run, tmp_path / "half", specs, max_steps=3, **options)
-    half.args.save_strategy, half.args.save_steps = "steps", 3
+    half = make_trainer(run, tmp_path / "half", specs, max_steps=3, save_strategy="steps", save_steps=3, **options)
     half.train()
     rest = make_trainer(run, tmp_path / "half", specs, max_steps=6, **options)
     rest.train(resume_from_checkpoint=str(tmp_path / "half/checkpoint-3"))
@@ -364,8 +307,7 @@ def test_items_are_read_where_they_are_written_as_semantic_ids(run, tmp_path):
     for item_text, is_read in (("semantic_id", True), ("title", False)):
         extra = cllm4rec_file.cllm4rec(regularisation=0)
         model, _ = load(run)
-        rows = dataclasses.replace(make_encoder(run), item_text=item_text)
-        extra.parameters(model, rows)
+        extra.parameters(model, make_encoder(run, item_text=item_text))
         folder = tmp_path / item_text
         folder.mkdir()
         extra.save(folder)
@@ -386,19 +328,11 @@ def test_bad_options_are_refused(keys, message):
         sft.SftArguments(run_dir="run", **keys)
 
 
-def test_models_that_scale_their_logits_are_refused(run, tmp_path):
-    model, _ = load(run)
-    model.config.logit_scale = 0.5
-    with pytest.raises(ValueError, match="the model's logit_scale is 0.5, but losses take logits as they are"):
-        add_loss_forward(model)
-
-
-def test_models_that_balance_experts_are_refused(run, tmp_path):
-    def balance(model):
-        model.config.output_router_logits = True  # what TRL reads
-        model.config.router_aux_loss_coef = 0.001
-
-    with pytest.raises(
-        ValueError, match="losses leave out the load balancing of experts; set router_aux_loss_coef to 0"
-    ):
-        make_trainer(run, tmp_path, [{"name": "nll"}], change=balance)
+@pytest.mark.parametrize(("settings", "message"), [
+    ({"logit_scale": 0.5}, "the model's logit_scale is 0.5, but losses take logits as they are"),
+    ({"output_router_logits": True, "router_aux_loss_coef": 0.001},  # the first is what TRL reads
+     "losses leave out the load balancing of experts; set router_aux_loss_coef to 0"),
+])  # fmt: skip
+def test_models_that_scale_logits_or_balance_experts_are_refused(run, tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(run, tmp_path, [{"name": "nll"}], change=lambda model: model.config.update(settings))

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from unittest.mock import patch
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -41,9 +42,8 @@ def change(model, **options):
 
 def test_the_trained_folder_is_a_plain_model_with_settings_and_head(trained):
     folder = trained / "sft/model"
-    assert json.loads((folder / "next_item.json").read_text()) == {
-        "item_text": "semantic_id", "max_items": 5, "constrained": True,
-    }  # fmt: skip
+    settings = json.loads((folder / "next_item.json").read_text())
+    assert settings == {"item_text": "semantic_id", "max_items": 5, "constrained": True}
     _, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not info["unexpected_keys"] and not info["missing_keys"]
     assert AutoTokenizer.from_pretrained(folder).convert_tokens_to_ids("<s_a_0>") > 0
@@ -83,10 +83,9 @@ def test_an_item_is_read_at_its_last_token_wherever_a_slow_loop_finds_it():
     assert head.items_read(tokens[:, :2]).tolist() == [[-1, -1]] * 50
 
 
-@pytest.mark.parametrize(
-    ("ids", "message"),
-    [([[1, 2], [1]], "ids of one length; run the semantic_ids stage"), ([[1, 2], [1, 2]], "two items have one id")],
-)
+@pytest.mark.parametrize(("ids", "message"), [
+    ([[1, 2], [1]], "ids of one length; run the semantic_ids stage"), ([[1, 2], [1, 2]], "two items have one id"),
+])  # fmt: skip
 def test_ids_that_cannot_be_told_apart_are_not_read(ids, message):
     with pytest.raises(ValueError, match=message):
         ItemHead(ids, 2, is_read=True)
@@ -104,12 +103,15 @@ def test_a_trained_model_reads_the_items_own_vectors(model):
     assert model.head.own.abs().sum() > 0 and torch.allclose(read, expected, atol=1e-6)
 
 
-def test_beams_of_a_model_that_reads_items_find_every_item_in_its_order(model):
+@pytest.mark.parametrize(("max_history", "constrained"), [(4, True), (3, False)])
+def test_beams_of_a_model_that_reads_items_find_every_item_in_its_order(model, max_history, constrained):
+    model = change(model.with_max_history(max_history), constrained=constrained)
+    assert model.encoder.max_items == max_history + 1
     found = model.by_beams(HISTORIES, NUM_ITEMS, NUM_ITEMS)
     for history, items, logps in zip(HISTORIES, found.items, found.logps, strict=True):
+        assert items == slow_order(model, history)
         slow = item_logps(model, history)
-        order = [item for item in sorted(range(NUM_ITEMS), key=lambda j: -slow[j]) if item not in history]
-        assert items == order and logps == pytest.approx([slow[item] for item in order], abs=1e-4)
+        assert logps == pytest.approx([slow[item] for item in items], abs=1e-4)
 
 
 @pytest.mark.parametrize("constrained", [True, False])
@@ -144,7 +146,7 @@ def test_log_probabilities_of_given_items_are_those_of_a_slow_loop(model, item_t
         for of_batch in found:
             assert of_batch[row].tolist() == pytest.approx([slow[item] for item in items], abs=1e-4)
         for place, item in enumerate(items):
-            better = [sum(s[other] > s[token] for other in valid) for s, valid, token in steps(model, history, item)]
+            better = num_better(model, history, item)
             assert scores[row][1][place, : len(better)].tolist() == better
             assert not scores[row][1][place, len(better) :].any()  # after its end
     lengths = {len(model.encoder.tokens[item]) for items in asked for item in items}
@@ -153,33 +155,27 @@ def test_log_probabilities_of_given_items_are_those_of_a_slow_loop(model, item_t
 
 def test_a_saved_prefix_index_is_read_where_it_is_of_the_models_items(trained, tmp_path):
     folder = shutil.copytree(trained / "sft/model", tmp_path / "model")
-    read = NextItemEncoder.load(folder)
-    assert isinstance(read.index.tokens, np.memmap) and read.index.has(read.tokens)
-    for file in ("catalogue.parquet", "prefix_index"):  # of other items, or in an older folder: none
-        if file == "prefix_index":
-            shutil.rmtree(folder / file)
-        else:
-            few = Catalogue(*(column[:9] for column in vars(CATALOGUE).values()))
-            few.save(folder)
+
+    def is_read() -> bool:
         encoder = NextItemEncoder.load(folder)
-        assert not isinstance(encoder.index.tokens, np.memmap) and encoder.index.has(encoder.tokens)
+        assert encoder.index.has(encoder.tokens)
+        return isinstance(encoder.index.tokens, np.memmap)
+
+    assert is_read()
+    Catalogue(*(column[:9] for column in vars(CATALOGUE).values())).save(folder)
+    assert not is_read()
+    shutil.rmtree(folder / "prefix_index")  # as in an older folder, whose settings had another name, too
+    for constrained in (True, False):
+        settings = {"item_text": "semantic_id", "max_items": 5, "mask_first": constrained}
+        (folder / "next_item.json").write_text(json.dumps(settings))
+        assert not is_read() and NextItemEncoder.load(folder).constrained == constrained
     with pytest.raises(FileNotFoundError, match="vocabulary.npy does not exist; save a prefix index there first"):
         PrefixIndex.load(folder / "prefix_index")
 
 
-@pytest.mark.parametrize("constrained", [True, False])
-def test_settings_of_an_older_folder_are_read(trained, tmp_path, constrained):
-    folder = shutil.copytree(trained / "sft/model", tmp_path / "model")
-    settings = {"item_text": "semantic_id", "max_items": 5, "mask_first": constrained}
-    (folder / "next_item.json").write_text(json.dumps(settings))
-    assert NextItemEncoder.load(folder).constrained == constrained
-
-
 def test_evaluation_writes_metrics_lists_and_pruning(trained, tmp_path):
-    args = EvaluateArguments(
-        run_dir=str(trained), task="next_item", split="valid", num_beams=3, pruning=True, num_bootstrap=20
-    )
-    metrics = evaluate(args, tmp_path)
+    options = {"task": "next_item", "split": "valid", "num_beams": 3, "pruning": True, "num_bootstrap": 20}
+    metrics = evaluate(EvaluateArguments(run_dir=str(trained), **options), tmp_path)
     results = json.loads((tmp_path / "results.json").read_text())
     assert set(results["rows"]) == {"popularity", "transitions", "midtrained", "sft", "sft_head", "sft_both"}
     assert metrics["n"] == 30 and metrics["R@10"]["sft"] == results["rows"]["sft"]["all"]["R@10"]
@@ -203,28 +199,21 @@ def test_models_that_a_recipe_leaves_out_are_not_asked(trained):
 def test_pruning_equals_a_slow_search_for_the_target(trained, monkeypatch, caplog, first_width, batch_beams):
     monkeypatch.setattr(pruning, "FIRST_WIDTH", first_width)
     monkeypatch.setattr(pruning, "BATCH_BEAMS", batch_beams)
-    most_probable, searched = pruning.most_probable, []
-
-    def counted(model, histories, num_items):
-        searched.append(len(histories))
-        return most_probable(model, histories, num_items)
-
-    monkeypatch.setattr(pruning, "most_probable", counted)
     model, beams = NextItemModel.load(trained / "sft/model"), 2
     with torch.no_grad():  # peaked at random, so that beams differ from an exact search
         model.model.get_output_embeddings().weight.normal_(std=0.5, generator=torch.Generator().manual_seed(0))
     rows = pq.read_table(trained / "data/rows.parquet", filters=[("split", "==", "valid")]).to_pylist()
     histories, targets = [np.array(row["history"]) for row in rows], np.array([row["target"] for row in rows])
-    found = pruning.measure_pruning(model, histories, targets, beams)
-    assert 0 < searched[0] < len(rows)  # some rows are settled without a wide search
-    exact, by_beams = most_probable(model, histories, beams), model.by_beams(histories, beams, beams).items
+    with patch.object(pruning, "most_probable", wraps=pruning.most_probable) as search:
+        found = pruning.measure_pruning(model, histories, targets, beams)
+    assert 0 < len(search.call_args_list[0].args[1]) < len(rows)  # some rows are settled without a wide search
+    exact, by_beams = pruning.most_probable(model, histories, beams), model.by_beams(histories, beams, beams).items
     assert exact != by_beams
     for row, (history, target) in enumerate(zip(histories, targets, strict=True)):
-        logps = item_logps(model, history)
-        order = [item for item in sorted(range(NUM_ITEMS), key=lambda j: -logps[j]) if item not in history]
-        assert exact[row] == order[:beams] and found.is_top[row] == (target in order[:beams])
+        best = slow_order(model, history)[:beams]
+        assert exact[row] == best and found.is_top[row] == (target in best)
         assert found.is_found[row] == (target in by_beams[row])
-        assert found.violates[row].tolist() == step_violations(model, history, target, beams)
+        assert found.violates[row].tolist() == [num >= beams for num in num_better(model, history, target)]
     assert not caplog.records  # no search with more beams than there are items
     assert 0 < found.is_top.sum() < len(rows)
     summary = found.summary()
@@ -234,24 +223,29 @@ def test_pruning_equals_a_slow_search_for_the_target(trained, monkeypatch, caplo
 
 def item_logps(model, history):
     """Log-probability of every item after a history, one token at a time."""
-    total = []
+    total = [0.0] * NUM_ITEMS
     for item in range(NUM_ITEMS):
-        logp = 0.0
         for scores, valid, token in steps(model, history, item):
-            logp += (scores[token] - torch.logsumexp(scores[valid] if model.encoder.constrained else scores, 0)).item()
-        total.append(logp)
+            normal = torch.logsumexp(scores[valid] if model.encoder.constrained else scores, 0)
+            total[item] += (scores[token] - normal).item()
     return total
 
 
-def step_violations(model, history, target, beams):
-    """At each token of an item, whether that many valid tokens are more probable."""
-    found = steps(model, history, target)
-    return [sum(scores[other] > scores[token] for other in valid) >= beams for scores, valid, token in found]
+def slow_order(model, history):
+    """The items that the history does not hold, most probable first."""
+    logps = item_logps(model, history)
+    return [item for item in sorted(range(NUM_ITEMS), key=lambda j: -logps[j]) if item not in history]
+
+
+def num_better(model, history, item):
+    """At each token of an item, how many valid tokens are more probable."""
+    taken = steps(model, history, item)
+    return [sum(scores[other] > scores[token] for other in valid) for scores, valid, token in taken]
 
 
 def steps(model, history, item):
     """At each token of an item: all scores, the valid tokens, the token."""
-    prompt = model.encoder.next_item_prompt(history[-4:].tolist())
+    prompt = model.encoder.next_item_prompt(history[1 - model.encoder.max_items :].tolist())
     for place, token in enumerate(model.encoder.tokens[item]):
         prefix = model.encoder.tokens[item][:place]
         with torch.no_grad():
@@ -272,8 +266,6 @@ def test_a_model_of_the_other_task_is_refused(tmp_path):
     run = write_run(tmp_path / "run")
     with pytest.raises(FileNotFoundError, match="sft/model has no next_item.json; train it with task next_item"):
         refuse_ranker(run / "sft/model")
-    with pytest.raises(FileNotFoundError, match="has no next_item.json; give a model of the sft stage"):
-        NextItemModel.load(run / "sft/model")
     with pytest.raises(ValueError, match="the model has no item head; train it with the loss cllm4rec"):
         NextItemModel.load_midtrained(run).by_head([np.array([1])], 2)
 
@@ -287,13 +279,8 @@ def test_metrics_of_sets_by_hand():
     assert values["R@40"].tolist() == pytest.approx([1, 2 / 3])
     ideal = 1 + 1 / np.log2(3) + 1 / np.log2(4)
     assert values["N@100"].tolist() == pytest.approx([1 / np.log2(3), (1 + 1 / np.log2(27)) / ideal])
-
-
-def test_recall_of_many_targets_is_bounded_by_the_cut():
-    lists = np.arange(100)[None]
-    values = held_out_sets.metrics_of_sets(lists, [np.arange(30)])
-    # 20 of the first 20 are among 30 targets: 20 / min(20, 30)
-    assert [values[name].tolist() for name in ("R@20", "R@40", "N@100")] == [[1.0], [1.0], [pytest.approx(1.0)]]
+    values = held_out_sets.metrics_of_sets(np.arange(100)[None], [np.arange(30)])
+    assert np.ravel([*values.values()]).tolist() == pytest.approx([1.0] * 3)  # R@20: 20 / min(20, 30)
 
 
 def test_held_out_sets_are_ranked_from_training_items_alone(trained, tmp_path):

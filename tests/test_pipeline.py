@@ -71,20 +71,15 @@ def test_overrides_reach_their_stage_and_out_reaches_every_stage(folder):
     assert pipeline.launch_words(steps[2], CPU) == [*words, "--num_candidates=5", "--run_dir=elsewhere"]
 
 
-@pytest.mark.parametrize("word", ["num_candidates=5", "candidates=5", "candidates.=5", "candidates.num_candidates"])
-def test_an_override_without_a_stage_or_a_value_is_refused(folder, word):
-    with pytest.raises(ValueError, match=f"'{word}' is not an override; write STAGE.key=value, such as dapo.max_st"):
-        pipeline.read_steps(folder, None, [word])
-
-
-def test_an_override_of_a_stage_that_is_not_there_is_refused(folder):
+def test_an_override_without_a_stage_of_the_recipe_or_a_value_is_refused(folder):
+    for word in ("num_candidates=5", "candidates=5", "candidates.=5", "candidates.num_candidates"):
+        with pytest.raises(ValueError, match=f"'{word}' is not an override; write STAGE.key=value, such as dapo.max"):
+            pipeline.read_steps(folder, None, [word])
     with pytest.raises(ValueError, match="there is no stage 'dapo'; stages of this recipe are data, semantic_ids, ca"):
         pipeline.read_steps(folder, None, ["dapo.max_steps=1"])
 
 
 def test_a_folder_that_is_no_recipe_folder_is_refused(tmp_path, folder):
-    with pytest.raises(FileNotFoundError, match="recipe folder .*nowhere is not there; recipes/ml100k is one"):
-        pipeline.read_steps(tmp_path / "nowhere", None, [])
     with pytest.raises(FileNotFoundError, match="holds no recipe such as 1_data.yaml; stages are data, semantic_ids"):
         pipeline.read_steps(tmp_path, None, [])
     (folder / "1_data.yaml").write_text("interactions: toy.csv\n")
@@ -96,8 +91,7 @@ def test_a_folder_that_is_no_recipe_folder_is_refused(tmp_path, folder):
 
 
 def test_stages_of_several_runs_are_refused_unless_one_is_given_for_all(folder):
-    path = folder / "1_data.yaml"
-    path.write_text(path.read_text().replace("runs/toy", "runs/mine"))
+    (folder / "1_data.yaml").write_text("run_dir: runs/mine\n")
     with pytest.raises(ValueError, match="2_semantic_ids.yaml: run_dir is runs/toy but runs/mine in 1_data.yaml; g"):
         pipeline.read_steps(folder, None, [])
     assert {step.run_dir for step in pipeline.read_steps(folder, "elsewhere", [])} == {"elsewhere"}
@@ -116,48 +110,19 @@ def test_stages_are_selected_by_their_names(folder):
         pipeline.select(steps, "evaluate", "data", None)
 
 
-def test_finished_stages_are_not_checked_again_but_must_be_of_this_recipe(tmp_path, folder):
+def test_finished_stages_are_not_checked_again_but_must_be_of_this_recipe_and_these_inputs(tmp_path, folder):
     run = tmp_path / "run"
-    steps = pipeline.select(pipeline.read_steps(folder, str(run), []), None, "semantic_ids", None)
+    steps = pipeline.read_steps(folder, str(run), [])[:2]
     finish(run / "data", given=steps[0].keys)
     finish(run / "semantic_ids", given=steps[1].keys, inputs=("data",))
     assert pipeline.check_steps(steps) == []  # toy.csv is not there, and nobody looks for it
-    changed = pipeline.read_steps(folder, str(run), ["data.num_test=2"])[:2]
     with pytest.raises(ValueError, match="run/data was made by another recipe: num_test is its default there and 2"):
-        pipeline.check_steps(changed)
-
-
-def test_a_misspelt_key_is_named_also_where_the_stage_is_finished(tmp_path, folder):
-    run = tmp_path / "run"
-    finish(run / "data", given=pipeline.read_steps(folder, str(run), [])[0].keys)
-    with pytest.raises(ValueError, match=r"num_tset.*num_test"):
-        pipeline.check_steps(pipeline.read_steps(folder, str(run), ["data.num_tset=2"])[:1])
-
-
-def test_a_stage_whose_input_is_made_anew_is_refused(tmp_path, folder):
-    run = tmp_path / "run"
-    steps = pipeline.select(pipeline.read_steps(folder, str(run), []), None, "semantic_ids", None)
-    finish(run / "data", given=steps[0].keys)
-    finish(run / "semantic_ids", given=steps[1].keys, inputs=("data",))
-    (run / "data").rename(run / "old")
+        pipeline.check_steps(pipeline.read_steps(folder, str(run), ["data.num_test=2"])[:2])
+    with pytest.raises(ValueError, match=r"num_tset.*num_test"):  # rather a misspelt key
+        pipeline.check_steps(pipeline.read_steps(folder, str(run), ["data.num_tset=2"])[:2])
+    (run / "data").rename(run / "old")  # so that it will be made anew
     with pytest.raises(ValueError, match="run/semantic_ids was made from another data folder than the run's; delete"):
         pipeline.check_steps(steps)
-
-
-def test_a_stage_whose_input_nobody_makes_is_refused(tmp_path, folder):
-    steps = pipeline.read_steps(folder, str(tmp_path / "run"), [])
-    with pytest.raises(FileNotFoundError, match="candidates needs .*run/data, which is not there; run the stage data"):
-        pipeline.check_steps(pipeline.select(steps, None, None, "candidates"))
-
-
-def test_a_finished_run_is_only_reported(tmp_path, folder):
-    run, said = tmp_path / "run", []
-    steps = pipeline.select(pipeline.read_steps(folder, str(run), []), None, None, "data")
-    finish(run / "data", given=steps[0].keys)
-    assert pipeline.run(steps, CPU, said.append) == 0
-    assert said == ["[1/1] data: finished already"]
-    with pytest.raises(FileNotFoundError, match="accelerate file nowhere.yaml is not there; recipes/accelerate hol"):
-        pipeline.run(steps, "nowhere.yaml", said.append)
 
 
 def test_the_dry_run_prints_a_launch_line_a_stage(tmp_path, folder):
@@ -165,10 +130,10 @@ def test_the_dry_run_prints_a_launch_line_a_stage(tmp_path, folder):
     steps = pipeline.read_steps(folder, str(run), [])
     finish(run / "data", given=steps[0].keys)
     lines = pipeline.describe(steps, CPU)
-    assert len(lines) == 4
     assert lines[0].startswith(f"# finished: accelerate launch --config_file {CPU} -m rerank.data --config ")
-    assert shlex.split(lines[1])[:6] == ["accelerate", "launch", "--config_file", CPU, "-m", "rerank.semantic_ids"]
-    assert shlex.split(lines[1])[-1] == f"--run_dir={run}"
+    assert [shlex.split(line) for line in lines[1:]] == [
+        ["accelerate", "launch", *pipeline.launch_words(step, CPU)] for step in steps[1:]
+    ]
 
 
 def test_the_dry_run_prints_the_line_of_the_server_that_rollouts_come_from(tmp_path):
@@ -236,9 +201,7 @@ def test_a_ninth_stage_and_two_left_out_follow_from_the_list_of_stages(tmp_path,
     assert stages(steps) == ["data", "prune", "semantic_ids", "candidates", "evaluate"]
     with pytest.raises(ValueError, match="2_prune.yaml: the key 'part' is gone; write `share`"):
         pipeline.check_steps(pipeline.read_steps(folder, str(run), ["prune.part=1"])[1:2])
-    with pytest.raises(
-        FileNotFoundError, match="prune needs .*run/data, which is not there; run the stage data first"
-    ):
+    with pytest.raises(FileNotFoundError, match="prune needs .*run/data, which is not there; run the stage data"):
         pipeline.check_steps(steps[1:2])
     finish(run / "data", given=steps[0].keys)
     with pytest.raises(ValueError, match="share is 2 but must be above 0 and at most 1"):
@@ -251,18 +214,16 @@ def test_a_ninth_stage_and_two_left_out_follow_from_the_list_of_stages(tmp_path,
     assert f"-m ninth --config {folder}/2_prune.yaml" in pipeline.describe(steps, CPU)[1]
 
 
-def test_an_evaluated_run_gets_its_page_once_and_the_whole_catalogue_has_none(tmp_path):
+def test_a_finished_evaluation_of_lists_gets_its_page_once_and_one_of_the_whole_catalogue_none(tmp_path):
     folder = write_recipes(tmp_path / "toy", {"8_evaluate": {}})
-    run, said = tmp_path / "run", []
-    steps = pipeline.read_steps(folder, str(run), [])
-    finish(run / "data", given={})
-    finish(run / "evaluate", given=steps[0].keys, inputs=("data",))
-    assert pipeline.run(steps, CPU, said.append) == 0 and said == ["[1/1] evaluate: finished already"]
-    page = run / "evaluate/report.html"
-    assert "There is no evaluation of this run yet" in page.read_text()
-    page.write_text("kept")
-    assert pipeline.run(steps, CPU, said.append) == 0 and page.read_text() == "kept"
-    other = pipeline.read_steps(folder, str(tmp_path / "other"), ["evaluate.task=next_item"])
-    finish(tmp_path / "other" / "evaluate", given=other[0].keys)
-    assert pipeline.run(other, CPU, said.append) == 0
-    assert not (tmp_path / "other/evaluate/report.html").exists()
+    pages, said = [], []
+    for name, words in (("run", []), ("other", ["evaluate.task=next_item"])):
+        steps = pipeline.read_steps(folder, str(tmp_path / name), words)
+        finish(tmp_path / name / "data")
+        finish(tmp_path / name / "evaluate", given=steps[0].keys)
+        assert pipeline.run(steps, CPU, said.append) == 0
+        pages.append(tmp_path / name / "evaluate/report.html")
+    assert "There is no evaluation of this run yet" in pages[0].read_text() and not pages[1].exists()
+    pages[0].write_text("kept")
+    assert pipeline.run(pipeline.read_steps(folder, str(tmp_path / "run"), []), CPU, said.append) == 0
+    assert pages[0].read_text() == "kept" and said == ["[1/1] evaluate: finished already"] * 3

@@ -32,8 +32,10 @@ REPORT = [{"name": "auc", "condition": "not_a_suboptimal_copy"}, FORM]
 TARGET_RANKS = {0: 1, 1: 2, 2: 3, 3: 5, 4: 4}  # by row_id; row 4 is for sft
 
 
-def make_run(run: Path) -> Path:
+@pytest.fixture
+def run(tmp_path):
     """Candidates 2 to 6 of eight items in five rows; the higher its number, the more often an item was taken."""
+    run = tmp_path / "run"
     write_items(run / "data", 8)
     taken = [item for item in range(8) for _ in range(item)]
     users = {"user": range(len(taken)), "item": taken, "position": [0] * len(taken), "split": ["train"] * len(taken)}
@@ -50,11 +52,6 @@ def make_run(run: Path) -> Path:
     write_traces(run / "traces", dict(zip(TARGET_RANKS, ["dapo"] * 4 + ["sft"], strict=True)), settings)
     finish(run / "traces")
     return run
-
-
-@pytest.fixture
-def run(tmp_path):
-    return make_run(tmp_path / "run")
 
 
 def outcomes(run, rewards, **keys):
@@ -98,17 +95,8 @@ def test_groups_are_useful_where_their_halves_differ_in_the_recipes_outcome(run)
     assert by_copy["input_order"].useful_with_no_op == 0
     assert by_copy["swap_neighbours"].useful_with_no_op == by_copy["last_to_first"].useful_with_no_op == 1
     assert by_copy["swap_neighbours"].reward == found["swap_neighbours"].reward
-    with pytest.raises(
-        ValueError, match="outcome is 'ndcg', but the recipe's rewards report only rank_gain, rank_prom"
-    ):
+    with pytest.raises(ValueError, match="outcome is 'ndcg', but the recipe's rewards report only rank_gain, rank_pr"):
         outcomes(run, NAIVE, outcome="ndcg")
-
-
-def test_the_published_readings_part_where_the_target_is_first(run):
-    safe, literal = outcomes(run, CONDITIONAL), outcomes(run, LITERAL)
-    assert safe["reverse"].reward == literal["reverse"].reward
-    assert safe["reverse"].reward_if_first == pytest.approx(-4 / 5)
-    assert literal["reverse"].reward_if_first == pytest.approx(-4 / 5 + 0.2)  # the format is paid for a demotion
 
 
 def test_the_naive_sum_fails_since_copies_live_off_the_format(run):
@@ -122,11 +110,17 @@ def test_the_naive_sum_fails_since_copies_live_off_the_format(run):
     assert probe.probe({"run_dir": run, "rewards": NAIVE}, max_share=0.31).passed
 
 
-@pytest.mark.parametrize("rewards", [CONDITIONAL, LITERAL])
-def test_the_conditional_readings_pass(run, rewards):
+@pytest.mark.parametrize(
+    ("rewards", "if_first"),
+    [(CONDITIONAL, -4 / 5), (LITERAL, -4 / 5 + 0.2)],  # the literal reading pays the format for a demotion
+)
+def test_the_conditional_readings_pass_and_part_where_the_target_is_first(run, rewards, if_first):
     found = probe.probe({"run_dir": run, "rewards": rewards})
     assert found.passed and found.share(found.worst) <= 0.25
     assert found.sentence.startswith("no policy without rank gain earns more than 25 % of the oracle's reward; the m")
+    reverse = found.outcomes[NAMES.index("reverse")]
+    assert reverse.reward == pytest.approx((-2 + 0 + 4) / 3 / 5 + 0.2 / 3)  # one of three targets rises
+    assert reverse.reward_if_first == pytest.approx(if_first)
 
 
 def test_the_identity_check_stops_copies_and_lets_near_copies_through(run):
@@ -161,12 +155,8 @@ def test_every_policy_writes_what_its_name_says(run):
     failures = {name: parsed[name].failure for name in NO_RANKING}
     assert failures.pop("truncated") in prompts.FAILURES
     assert failures == {
-        "duplicate": "duplicate",
-        "omission": "too_few",
-        "foreign_item": "foreign_item",
-        "empty": "no_trace_end",
-        "junk": "no_trace_end",
-        "junk_with_target": "no_trace_end",
+        **{"duplicate": "duplicate", "omission": "too_few", "foreign_item": "foreign_item"},
+        **dict.fromkeys(("empty", "junk", "junk_with_target"), "no_trace_end"),
     }
     assert texts["junk_with_target"].split()[4] == "5,"
     assert parsed["no_trace"].trace == "" and parsed["oracle"].trace == "best 5"
@@ -245,6 +235,12 @@ def test_rows_are_those_of_the_dapo_stage(toy):
 def test_rows_and_groups_of_a_recipe_without_seed_or_size_are_those_of_the_dapo_stage(tmp_path):
     (_, config, *_) = recipe.resolve("dapo", {"run_dir": str(tmp_path), "rewards": NAIVE}, "r.yaml")
     assert (config.seed, config.num_generations) == (SEED, probe.GROUP_SIZE)
+
+
+def write_function(folder: Path, body: str, columns: str = "") -> str:
+    """The name of a user's reward or condition of one line."""
+    (folder / "my.py").write_text(f"def f(completions, {columns}**others):\n    {body}\n")
+    return f"{folder}/my.py:f"
 
 
 def write_recipe(folder: Path, run: Path, rewards: list[dict], **keys) -> Path:
@@ -326,10 +322,8 @@ sys.exit(cli.main(sys.argv[1:]))
 
 
 def test_a_new_reward_column_of_one_line_reaches_probe_and_rescoring(run, tmp_path):
-    (tmp_path / "my.py").write_text(
-        "def f(completions, num_shown, **columns):\n    return [n / 10 for n in num_shown]"
-    )
-    path = write_recipe(tmp_path, run, [{"name": f"{tmp_path}/my.py:f"}])
+    own = write_function(tmp_path, "return [n / 10 for n in num_shown]", "num_shown, ")
+    path = write_recipe(tmp_path, run, [{"name": own}])
     write_rollouts(tmp_path / "rollouts", rollout())
     (part,) = (tmp_path / "rollouts").iterdir()
     pq.write_table((table := pq.read_table(part)).append_column("num_shown", pa.array([3])), part)
@@ -348,73 +342,43 @@ def test_a_new_reward_column_of_one_line_reaches_probe_and_rescoring(run, tmp_pa
     assert pq.read_table(tmp_path / "out.parquet")["new/f"].to_pylist() == [0.3]
 
 
-def test_a_missing_stage_is_named_with_the_command_that_runs_it(run, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("keys", "words", "message"),
+    [
+        ({"num_generations": 1}, "", "num_generations is 1 but must be an integer of at least 2"),
+        ({"rewards": []}, "", "rewards is [] but must be a list of at least one reward"),
+        ({}, "--rows -1", "rows is -1 but must be at least 1, or 0 for all"),
+        ({}, "--max-share 25", "max-share is 25.0 but must be from 0 to 1, such as 0.25"),
+        ({}, "--run-dir nowhere", "run the stage data first (`rerank run RECIPE_DIR --out nowhere"),
+    ],
+)
+def test_what_the_command_cannot_use_is_named(run, tmp_path, capsys, keys, words, message):
+    path = write_recipe(tmp_path, run, **{"rewards": NAIVE, **keys})
+    assert message in refusal(capsys, "probe", path, *words.split())
+
+
+def test_what_the_run_lacks_is_named(run, tmp_path, capsys):
     path = write_recipe(tmp_path, run, NAIVE)
-    (run / "candidates/stage.json").unlink()
-    line = refusal(capsys, "probe", path)
-    assert (
-        f"the probe needs {run}/candidates, which is not there; run the stage candidates first (`rerank run " in line
-    )
-    assert f"run the stage data first (`rerank run RECIPE_DIR --out {tmp_path}" in refusal(
-        capsys, "probe", path, "--run-dir", tmp_path
-    )
-
-
-def test_what_the_recipe_lacks_or_the_command_cannot_use_is_named(run, tmp_path, capsys):
-    path = write_recipe(tmp_path, run, NAIVE, num_generations=1)
-    assert "num_generations is 1 but must be an integer of at least 2" in refusal(capsys, "probe", path)
-    write_recipe(tmp_path, run, [])
-    assert "rewards is [] but must be a list of at least one reward" in refusal(capsys, "probe", path)
-    write_recipe(tmp_path, run, NAIVE)
-    assert "rows is -1 but must be at least 1, or 0 for all" in refusal(capsys, "probe", path, "--rows", "-1")
-    assert "max-share is 25.0 but must be from 0 to 1, such as 0.25" in refusal(
-        capsys, "probe", path, "--max-share", "25"
-    )
-    assert "does not exist; give the path of a recipe file" in refusal(capsys, "probe", tmp_path / "none.yaml")
-    path.write_text(json.dumps({"rewards": NAIVE}))
-    assert "7_dapo.yaml: run_dir is missing; add it, or give --run-dir" in refusal(capsys, "probe", path)
     split = {"row_id": list(TARGET_RANKS), "used_for": ["dapo", "sft", "sft", "sft", "sft"]}
     pq.write_table(pa.table(split), run / "traces/row_split.parquet")
-    line = refusal(capsys, "probe", path, "--run-dir", run)
+    line = refusal(capsys, "probe", path)
     assert "the target of all 1 rows is first already, so there is nothing to gain; add rows" in line
+    (run / "candidates/stage.json").unlink()
+    line = refusal(capsys, "probe", path)
+    assert f"the probe needs {run}/candidates, which is not there; run the stage candidates first (`rerank r" in line
 
 
-BROKEN = {
-    "return [1.0]": r"reward my:f returned 1 values for 3 completions \(first row_id 1\); return one value per comple",
-    "return [float('nan')] * len(completions)": "reward my:f returned nan for row_id 1, not a list of numbers; repair",
-    "return ['good'] * len(completions)": "reward my:f returned 'good' for row_id 1, not a list of numbers",
-    "return {}": "reward my:f returned dict, not a list of numbers; return one value per completion",
-    "return [1 / (row - 3) for row in columns['row_id']]": (
-        r"reward my:f raised ZeroDivisionError: division by zero \(row_id 3\); repair it"
-    ),
-    "return [1.0": r"my.py cannot be imported: SyntaxError: '\[' was never closed",
-}
-
-
-@pytest.mark.parametrize("body", BROKEN)
-def test_a_broken_reward_of_a_user_is_one_line_with_its_name_and_row(run, tmp_path, capsys, body):
-    (tmp_path / "my.py").write_text(f"def f(completions, **columns):\n    {body}\n")
-    path = write_recipe(tmp_path, run, [{"name": f"{tmp_path}/my.py:f"}])
-    assert re.search(
-        BROKEN[body].replace("my:f", "f").replace("my.py", f"{tmp_path}/my.py"), refusal(capsys, "probe", path)
-    )
-
-
-CONDITIONS = {
-    "rewards.ndcg:ndcg": "condition ndcg of reward well_formed returned 0.63[0-9]* for row_id 1, not a list of bool",
-    "my.py:limit": "my.py:limit is int, not a function; name a function",
-    "my.py:fails": r"condition fails of reward well_formed raised KeyError: 'price' \(row_id 1\); repair it",
-    "my.py:one": r"condition one of reward well_formed returned 1 values for 3 completions",
-}
-
-
-@pytest.mark.parametrize("name", CONDITIONS)
-def test_a_predicate_that_is_none_is_one_line_with_its_name_and_row(run, tmp_path, capsys, name):
-    (tmp_path / "my.py").write_text(
-        "limit = 3\n"
-        "def fails(completions, **columns):\n    return columns['price']\n"
-        "def one(completions, **columns):\n    return [True]\n"
-    )
-    name_there = name.replace("my.py", f"{tmp_path}/my.py")
-    path = write_recipe(tmp_path, run, [RANK, {**FORM, "condition": name_there}])
-    assert re.search(CONDITIONS[name], refusal(capsys, "probe", path))
+@pytest.mark.parametrize(
+    ("is_condition", "body", "message"),
+    [
+        (False, "return [1.0]", r"reward f returned 1 values for 3 completions \(first row_id 1\); return one value"),
+        (False, "return [1 / (row - 3) for row in others['row_id']]", r"reward f raised Zero.* \(row_id 3\); repair"),
+        (False, "return [1.0", r"my.py cannot be imported: SyntaxError: '\[' was never closed"),
+        (True, "return others['price']", r"condition f of reward rank_promotion raised KeyError: .*\(row_id 1\)"),
+        (True, "return [True]", r"condition f of reward rank_promotion returned 1 values for 3 completions"),
+    ],
+)
+def test_broken_code_of_a_user_is_one_line_with_its_name_and_row(run, tmp_path, capsys, is_condition, body, message):
+    own = write_function(tmp_path, body)
+    path = write_recipe(tmp_path, run, [{**RANK, "condition": own} if is_condition else {"name": own}])
+    assert re.search(message, refusal(capsys, "probe", path))

@@ -12,27 +12,28 @@ from rerank.catalogue import Catalogue
 from rerank.prompts import FAILURES, Parsed, PromptSettings, candidate_labels, completion, parse_completion
 from rerank.rows import Prompter, RankingRow
 
-LABELS = ["<s_a_1><s_b_2>", "<s_a_1><s_b_3>", "<s_a_12><s_b_3>"]
+LABELS = A, B, C = ["<s_a_1><s_b_2>", "<s_a_1><s_b_3>", "<s_a_12><s_b_3>"]
 NUMBERS = [str(number) for number in range(1, 11)]
-ROW = RankingRow(0, (3, 0), (1, 2), features=np.array([[1.0, 12.0, 0.25], [2.0, 0.0, 0.531]], dtype=np.float32))
-FEATURE_NAMES = ["place", "direct_last", "cosine_last"]
+ROW = RankingRow(0, (3, 0), (1, 2), features=np.array([[1.0, 10.0, 0.25], [2.0, 0.0, 0.531]], dtype=np.float32))
+SHOWN = ["direct_last", "cosine_last"]
+FEATURE_NAMES = ["place", *SHOWN]
 EDGES = {"direct_last": [1, 2, 3, 4, 5, 6, 7, 10, 20], "cosine_last": [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]}
 
 
-@pytest.fixture
-def catalogue():
-    ids = [*LABELS, "<s_a_7><s_b_8>"]
-    return Catalogue(
-        ["w", "x", "y", "z"], ids, ["Dune", "Alien", "", "<think>\nHeat"], ["Sci-fi", "", "Drama", "Crime"]
-    )
+CATALOGUE = Catalogue(
+    ["w", "x", "y", "z"],
+    [*LABELS, "<s_a_7><s_b_8>"],
+    ["Dune", "Alien", "", "<think>\nHeat"],
+    ["Sci-fi", "", "Drama", "Crime"],
+)
 
 
-def message(catalogue, shown):
-    return Prompter(catalogue, shown, FEATURE_NAMES, EDGES).message(ROW)
+def message(**shown):
+    return Prompter(CATALOGUE, PromptSettings(**shown), FEATURE_NAMES, EDGES).message(ROW)
 
 
-def test_a_full_prompt_shows_history_and_candidates_with_titles_and_categories(catalogue):
-    lines = message(catalogue, PromptSettings()).split("\n")
+def test_a_full_prompt_shows_history_and_candidates_with_titles_and_categories():
+    lines = message().split("\n")
     assert "re-ranker" in lines[0] and "2 candidates" in lines[0] and "write the ids" in lines[0]
     assert lines[1:] == [
         "History:",
@@ -42,51 +43,42 @@ def test_a_full_prompt_shows_history_and_candidates_with_titles_and_categories(c
         "<s_a_1><s_b_3> Alien",
         "<s_a_12><s_b_3> Drama",
     ]
+    assert candidate_labels(ROW.candidates, CATALOGUE, PromptSettings()) == ["<s_a_1><s_b_3>", "<s_a_12><s_b_3>"]
 
 
-def test_a_short_prompt_of_ids_and_codes_has_its_history_on_one_line(catalogue):
-    shown = PromptSettings(
-        item_fields=["semantic_id"], evidence="codes", evidence_names=["direct_last", "cosine_last"], task="short"
-    )
-    assert message(catalogue, shown) == (
+def test_a_short_prompt_of_ids_and_codes_has_its_history_on_one_line():
+    assert message(item_fields=["semantic_id"], evidence="codes", evidence_names=SHOWN, task="short") == (
         "Rank:\nHistory:<s_a_7><s_b_8><s_a_1><s_b_2>\nCandidates:\n"
-        "<s_a_1><s_b_3> next:8 like:2\n"  # 12 has 8 of the edges at or below it, 0.25 has 2
+        "<s_a_1><s_b_3> next:8 like:2\n"  # 10 has 8 of the edges at or below it, 0.25 has 2
         "<s_a_12><s_b_3> next:0 like:5"
     )
 
 
-def test_evidence_in_words_gives_the_raw_values(catalogue):
-    shown = PromptSettings(evidence="words", evidence_names=["direct_last", "cosine_last"])
-    lines = message(catalogue, shown).split("\n")
-    assert lines[-2] == (
-        "<s_a_1><s_b_3> Alien: chosen next by 12 others after the last item; similarity 0.25 to the last item"
+def test_evidence_in_words_gives_the_raw_values():
+    assert message(evidence="words", evidence_names=SHOWN).endswith(
+        "\n<s_a_1><s_b_3> Alien: chosen next by 10 others after the last item; similarity 0.25 to the last item"
+        "\n<s_a_12><s_b_3> Drama: chosen next by 0 others after the last item; similarity 0.53 to the last item"
     )
-    assert lines[-1].endswith("Drama: chosen next by 0 others after the last item; similarity 0.53 to the last item")
 
 
-def test_numbered_candidates_are_ranked_by_number(catalogue):
-    shown = PromptSettings(ranking="number", item_fields=["semantic_id"])
-    lines = message(catalogue, shown).split("\n")
-    assert lines[-2:] == [" 1.<s_a_1><s_b_3>", " 2.<s_a_12><s_b_3>"]
+def test_numbered_candidates_are_ranked_by_number():
+    lines = message(ranking="number", item_fields=["semantic_id"], evidence="codes", evidence_names=SHOWN).split("\n")
+    assert lines[1:] == [
+        "History:<s_a_7><s_b_8><s_a_1><s_b_2>",
+        "Candidates:",
+        " 1.<s_a_1><s_b_3> next:8 like:2",
+        " 2.<s_a_12><s_b_3> next:0 like:5",
+    ]
     assert "write the numbers" in lines[0]
-    assert candidate_labels(ROW.candidates, catalogue, shown) == ["1", "2"]
-    assert candidate_labels(ROW.candidates, catalogue, PromptSettings()) == ["<s_a_1><s_b_3>", "<s_a_12><s_b_3>"]
+    assert candidate_labels(ROW.candidates, CATALOGUE, PromptSettings(ranking="number")) == ["1", "2"]
 
 
-def test_only_the_latest_history_is_shown(catalogue):
-    text = message(catalogue, PromptSettings(max_history=1))
-    assert "Dune" in text and "Heat" not in text
+def test_only_the_latest_history_is_shown():
+    assert "Dune" in message(max_history=1) and "Heat" not in message(max_history=1)
 
 
-def test_knowledge_priming_is_one_sentence_that_can_be_left_out(catalogue):
-    texts = [message(catalogue, PromptSettings(knowledge_priming=on)) for on in (False, True)]
-    assert ["conditioner" in text for text in texts] == [False, True]
-
-
-@pytest.mark.parametrize("ranking", ["semantic_id", "number"])
-def test_no_space_stands_before_an_id_token(catalogue, ranking):
-    shown = PromptSettings(ranking=ranking, evidence="codes", evidence_names=["direct_last"])
-    assert not re.search(r"[ \t]<s_", message(catalogue, shown))
+def test_knowledge_priming_is_one_sentence_that_can_be_left_out():
+    assert "conditioner" in message(knowledge_priming=True) and "conditioner" not in message()
 
 
 def test_every_fact_is_a_feature_and_has_a_short_word_of_its_own():
@@ -123,10 +115,9 @@ def test_settings_refuse_what_they_do_not_know(options, message):
         PromptSettings(**options)
 
 
-def test_missing_facts_are_named(catalogue):
-    shown = PromptSettings(evidence="codes", evidence_names=["lift"])
+def test_missing_facts_are_named():
     with pytest.raises(ValueError, match="evidence 'lift' has no feature or edges; run the candidates stage again"):
-        message(catalogue, shown)
+        message(evidence="codes", evidence_names=["lift"])
 
 
 @pytest.mark.parametrize("labels", [LABELS, NUMBERS])
@@ -142,67 +133,65 @@ def test_a_trace_is_kept_with_a_failure_and_cannot_end_itself():
         completion("a</think>b", [0, 1, 2], LABELS)
 
 
-A, B, C = LABELS
-
-
 def test_a_parsed_order_is_the_callers_own():
     text = completion("why", [2, 0, 1], LABELS)
     parse_completion(text, LABELS).order.sort()
     assert parse_completion(text, LABELS).order == [2, 0, 1]
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        (f"<think>t</think>{B}{A}{C}", [1, 0, 2]),
-        (f" \n<think></think>\n{B} {A}\n{C} ", [1, 0, 2]),
-        ("<think></think><s_a_1> <s_b_3>" + A + C, [1, 0, 2]),  # decoding may put spaces between tokens
-        ("", "no_trace_end"),
-        (A + B + C, "no_trace_end"),
-        (f"<think>{A}{B}{C}", "no_trace_end"),
-        (f"</think>{A}{B}{C}", "junk"),
-        (f"x<think></think>{A}{B}{C}", "junk"),
-        ("<think>t</think>", "empty"),
-        ("<think>t</think> \n", "empty"),
-        (f"<think></think>{A}{B}{C}</think>", "junk"),
-        (f"<think></think></think>{A}{B}{C}", "junk"),
-        (f"<think></think>{A}{B}{C}.", "junk"),
-        (f"<think></think>{A},{B},{C}", "junk"),
-        (f"<think></think>{A}{B}{C}<|im_end|>", "junk"),
-        (f"<think></think>{A}{B}<s_a_12>", "junk"),
-        (f"<think></think>{A}<s_b_3>{B}<s_a_12>", "junk"),  # four whole tokens after A, levels out of order
-        (f"<think></think>{A}{B}<s_a_99><s_b_1>", "foreign_item"),
-        (f"<think></think>{A}{B}<s_a_012><s_b_3>", "foreign_item"),
-        (f"<think></think>{A}{A}{B}{C}<s_a_99><s_b_1>", "foreign_item"),
-        (f"<think></think>{A}{A}{B}", "duplicate"),
-        (f"<think></think>{A}{A}", "duplicate"),
-        (f"<think></think>{A}{B}", "too_few"),
-        (f"<think></think>{A}{B}{C}{A}", "too_many"),
-    ],
-)
-def test_semantic_id_completions(text, expected):
-    parsed = parse_completion(text, LABELS)
-    assert (parsed.order or parsed.failure) == expected
+WHOLE_TEXTS = [
+    (f" \n<think></think>\n{B} {A}\n{C} ", [1, 0, 2]),
+    ("", "no_trace_end"),
+    (A + B + C, "no_trace_end"),
+    (f"<think>{A}{B}{C}", "no_trace_end"),
+    (f"</think>{A}{B}{C}", "junk"),
+    (f"x<think></think>{A}{B}{C}", "junk"),
+]
+ID_ANSWERS = [  # after the trace
+    (f"{B}{A}{C}", [1, 0, 2]),
+    (f"<s_a_1> <s_b_3>{A}{C}", [1, 0, 2]),  # decoding may put spaces between tokens
+    ("", "empty"),
+    (" \n", "empty"),
+    (f"{A}{B}{C}</think>", "junk"),
+    (f"</think>{A}{B}{C}", "junk"),
+    (f"{A}{B}{C}.", "junk"),
+    (f"{A},{B},{C}", "junk"),
+    (f"{A}{B}{C}<|im_end|>", "junk"),
+    (f"{A}{B}<s_a_12>", "junk"),
+    (f"{A}<s_b_3>{B}<s_a_12>", "junk"),  # four whole tokens after A, levels out of order
+    (f"{A}{B}<s_a_99><s_b_1>", "foreign_item"),
+    (f"{A}{B}<s_a_012><s_b_3>", "foreign_item"),
+    (f"{A}{A}{B}{C}<s_a_99><s_b_1>", "foreign_item"),
+    (f"{A}{A}{B}", "duplicate"),
+    (f"{A}{A}", "duplicate"),
+    (f"{A}{B}", "too_few"),
+    (f"{A}{B}{C}{A}", "too_many"),
+]
+NUMBER_ANSWERS = [
+    ("3,1, 2", [2, 0, 1]),
+    ("3 1\n2,", [2, 0, 1]),
+    ("312", "foreign_item"),
+    ("3,1,02", "foreign_item"),
+    ("3,1,٢", "junk"),  # another script's digit
+    ("[3,1,2]", "junk"),
+    (",", "junk"),
+    ("-1,2,3", "junk"),
+    ("1,1,2", "duplicate"),
+    ("1,2", "too_few"),
+    ("1,2,3,1", "too_many"),
+]
 
 
 @pytest.mark.parametrize(
-    ("text", "expected"),
+    ("text", "labels", "expected"),
     [
-        ("<think></think>3,1, 2", [2, 0, 1]),
-        ("<think></think>3 1\n2,", [2, 0, 1]),
-        ("<think></think>312", "foreign_item"),
-        ("<think></think>3,1,02", "foreign_item"),
-        ("<think></think>3,1,٢", "junk"),  # another script's digit
-        ("<think></think>[3,1,2]", "junk"),
-        ("<think></think>,", "junk"),
-        ("<think></think>-1,2,3", "junk"),
-        ("<think></think>1,1,2", "duplicate"),
-        ("<think></think>1,2", "too_few"),
-        ("<think></think>1,2,3,1", "too_many"),
+        *((text, LABELS, expected) for text, expected in WHOLE_TEXTS),
+        *((f"<think>t</think>{answer}", LABELS, expected) for answer, expected in ID_ANSWERS),
+        *((f"<think>t</think>{answer}", NUMBERS[:3], expected) for answer, expected in NUMBER_ANSWERS),
     ],
 )
-def test_number_completions(text, expected):
-    parsed = parse_completion(text, ["1", "2", "3"])
+def test_a_completion_is_the_ranking_it_states_or_the_first_failure(text, labels, expected):
+    parsed = parse_completion(text, labels)
     assert (parsed.order or parsed.failure) == expected
 
 
@@ -225,21 +214,7 @@ def assert_is_a_ranking_or_a_failure(text, labels):
         assert written == "".join(labels[position] for position in parsed.order)
 
 
-PIECES = [
-    *LABELS,
-    "<s_a_1>",
-    "<s_b_3>",
-    "<s_a_99><s_b_1>",
-    "<think>",
-    "</think>",
-    " ",
-    "\n",
-    ",",
-    "1",
-    "10",
-    "x",
-    "<s_",
-]
+PIECES = [*LABELS, "<s_a_1>", "<s_b_3>", "<s_a_99><s_b_1>", "<s_", "<think>", "</think>", "10", *" \n,1x"]
 
 
 @settings(max_examples=2000, deadline=None, derandomize=True)
@@ -285,11 +260,8 @@ TEMPLATE = (
 )
 
 
-def test_render_ends_where_the_completion_starts():
+def test_render_ends_where_the_completion_starts_and_leaves_out_a_bos_that_the_tokenizer_adds():
     assert prompts.render(chat_tokenizer(TEMPLATE), "hello") == "<bos>user: hello\nassistant: "
-
-
-def test_render_leaves_out_a_bos_that_the_tokenizer_adds():
     tokenizer = chat_tokenizer(TEMPLATE, adds_bos=True)
     text = prompts.render(tokenizer, "hello")
     assert text == "user: hello\nassistant: "

@@ -14,7 +14,7 @@ from rerank.semantic_ids.assignment import assign_codes, balance, sinkhorn
 from rerank.semantic_ids.co_engagement import Partners
 from rerank.semantic_ids.k_means import fit_k_means_tokenizer
 from rerank.semantic_ids.rq_vae import ResidualQuantizer, contrastive_loss, diversity_loss
-from rerank.semantic_ids.tokenizer import members, number_prefixes, quantize, reconstruction_error
+from rerank.semantic_ids.tokenizer import quantize, reconstruction_error
 
 CODES = torch.tensor([[[0.0], [10.0]]])  # one level
 
@@ -128,14 +128,6 @@ def test_the_contrastive_loss_brings_co_engaged_items_together(tmp_path):
 # --- assignment
 
 
-def test_prefixes_are_numbered_in_order_and_have_members():
-    codes = np.array([[1, 0], [0, 5], [1, 2], [1, 0]])
-    assert number_prefixes(codes, 0).tolist() == [0, 0, 0, 0]
-    assert number_prefixes(codes, 1).tolist() == [1, 0, 1, 1]
-    assert number_prefixes(codes, 2).tolist() == [1, 0, 2, 1]
-    assert [rows.tolist() for rows in members(number_prefixes(codes, 2), np.array([1, 2]))] == [[0, 3], [2]]
-
-
 def test_sinkhorn_finds_the_cheapest_assignment():
     from scipy.optimize import linear_sum_assignment
 
@@ -175,12 +167,12 @@ def test_balanced_ids_are_unique_at_little_cost_in_reconstruction():
 
 def test_random_levels_are_the_last_and_follow_the_seed():
     embeddings = np.full((500, 1), 22.0)
-    drawn = [assign_codes(replace(LINE_TOKENIZER, random_levels=1, seed=seed), embeddings) for seed in (0, 0, 1)]
-    assert np.array_equal(drawn[0], drawn[1]) and not np.array_equal(drawn[0], drawn[2])
+    drawn = [
+        assign_codes(replace(LINE_TOKENIZER, random_levels=1, seed=seed), embeddings, num_taken)
+        for seed, num_taken in ((0, 0), (0, 0), (1, 0), (0, 9))
+    ]
+    assert [np.array_equal(codes, drawn[0]) for codes in drawn] == [True, True, False, False]
     assert set(drawn[0][:, 0]) == {2} and set(drawn[0][:, 1]) == {0, 1, 2, 3}
-    assert not np.array_equal(
-        drawn[0], assign_codes(replace(LINE_TOKENIZER, random_levels=1), embeddings, num_taken=9)
-    )
 
 
 @pytest.mark.parametrize("options", [{"balanced_levels": 1}, {"random_levels": 1}, {"method": "residual_k_means"}])
@@ -195,8 +187,3 @@ def test_k_means_on_a_memory_map_gives_what_it_gives_in_memory(tmp_path):
     np.save(tmp_path / "embeddings.npy", clustered_embeddings(300))
     mapped = fit_k_means_tokenizer(np.load(tmp_path / "embeddings.npy", mmap_mode="r"), 2, 8, seed=0)
     assert np.array_equal(mapped.codebooks, fit_k_means_tokenizer(clustered_embeddings(300), 2, 8, seed=0).codebooks)
-    error = [
-        reconstruction_error(mapped, clustered_embeddings(300), assign_codes(tokenizer, clustered_embeddings(300)))
-        for tokenizer in (mapped, replace(mapped, random_levels=1))
-    ]
-    assert error[0] < error[1]

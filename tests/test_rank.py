@@ -11,7 +11,7 @@ from toy_run import CATALOGUE, NUM_ITEMS, toy_sequences, write_run
 
 from rerank import rank
 from rerank.baselines import Counts, feature_rows
-from rerank.launch import recipe
+from rerank.launch.files import write_json
 from rerank.models.ranker import Answer, RankingModel
 
 ROWS = [
@@ -20,9 +20,14 @@ ROWS = [
 ]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def model_dir(tmp_path_factory):
     return write_run(tmp_path_factory.mktemp("rank") / "run") / "sft/model"
+
+
+@pytest.fixture
+def model(model_dir):
+    return RankingModel.load(model_dir)
 
 
 def write_rows(folder, suffix, rows=ROWS):
@@ -42,8 +47,7 @@ def test_rows_read_alike_from_every_format(tmp_path, suffix):
     assert rank.read_records(write_rows(tmp_path, suffix)) == ROWS
 
 
-def test_encoded_rows_hold_items_and_the_features_of_the_saved_counts(model_dir):
-    model = RankingModel.load(model_dir)
+def test_encoded_rows_hold_items_and_the_features_of_the_saved_counts(model):
     first, second = rank.encode_rows(ROWS, model, "rows")
     assert first.history == (0, 1) and second.candidates == (8, 9, 1, 0) and second.row_id == 2
     counts = Counts.fit(toy_sequences(), NUM_ITEMS)
@@ -52,26 +56,20 @@ def test_encoded_rows_hold_items_and_the_features_of_the_saved_counts(model_dir)
     shorter = rank.encode_rows([ROWS[1], {**ROWS[0], "candidates": ["m2", "m3"]}, ROWS[0]], model, "rows")
     assert shorter[1].features.shape == (2, len(first.features[0]))
     assert np.array_equal(shorter[2].features, alone[0])  # whatever the lists beside it
-    assert CATALOGUE.semantic_ids[5] + " Title 5 | drama next:" in replace(
-        model.prompter, tokenizer=model.load_tokenizer()
-    ).prompt(first)
+    prompt = replace(model.prompter, tokenizer=model.load_tokenizer()).prompt(first)
+    assert CATALOGUE.semantic_ids[5] + " Title 5 | drama next:" in prompt
 
 
-def test_ids_that_are_numbers_are_found_and_written_back_as_numbers(model_dir, tmp_path):
-    model = RankingModel.load(model_dir)
+def test_ids_that_are_numbers_are_found_and_written_back_as_numbers(model):
     model.prompter.catalogue.item_ids[:] = [str(item) for item in range(NUM_ITEMS)]
     record = {"history": [3], "candidates": [4, 5]}
     assert rank.encode_rows([record], model, "rows")[0].candidates == (4, 5)
     assert rank.add_answer(record, Answer([1, 0], None, "why", "", 3, False))["ranking"] == [5, 4]
 
 
-def answered():
-    answers = [Answer([3, 2, 1, 0], None, "because", "", 9, False), Answer(None, "empty", None, "", 1, False)]
-    return [rank.add_answer(record, answer) for record, answer in zip(ROWS, answers, strict=True)]
-
-
 def test_a_ranking_is_written_in_the_original_ids_and_a_failure_as_null(tmp_path):
-    records = answered()
+    answers = [Answer([3, 2, 1, 0], None, "because", "", 9, False), Answer(None, "empty", None, "", 1, False)]
+    records = [rank.add_answer(record, answer) for record, answer in zip(ROWS, answers, strict=True)]
     assert records[0]["ranking"] == ["m5", "m4", "m3", "m2"] and records[0]["trace"] == "because"
     assert records[1]["ranking"] is None and records[1]["failure"] == "empty" and records[1]["row_id"] == 9
     rank.write_records(records, tmp_path / "out.jsonl")
@@ -80,10 +78,7 @@ def test_a_ranking_is_written_in_the_original_ids_and_a_failure_as_null(tmp_path
     assert pq.read_table(tmp_path / "out.parquet").to_pylist() == records
     rank.write_records(records, tmp_path / "out.csv")
     assert pyarrow.csv.read_csv(tmp_path / "out.csv").to_pylist()[0]["ranking"] == "m5 m4 m3 m2"
-
-
-def test_columns_that_are_null_throughout_keep_their_type(tmp_path):
-    rank.write_records([answered()[1]], tmp_path / "out.parquet")
+    rank.write_records(records[1:], tmp_path / "out.parquet")  # columns that are null throughout keep their type
     schema = pq.read_schema(tmp_path / "out.parquet")
     assert schema.field("ranking").type == pa.list_(pa.string()) and schema.field("trace").type == pa.string()
 
@@ -101,11 +96,10 @@ def test_columns_that_are_null_throughout_keep_their_type(tmp_path):
     ],
 )
 def test_a_bad_row_is_named_by_its_number(model_dir, tmp_path, change, message):
-    shutil.copytree(model_dir, tmp_path / "model")
-    settings = {"max_completion_tokens": 16, "trace": True, "num_candidates": 4}
-    (tmp_path / "model/generation.json").write_text(json.dumps(settings))
+    folder = shutil.copytree(model_dir, tmp_path / "model")
+    write_json(folder / "generation.json", {"max_completion_tokens": 16, "trace": True, "num_candidates": 4})
     with pytest.raises(ValueError, match=message):
-        rank.encode_rows([ROWS[0], {**ROWS[1], **change}], RankingModel.load(tmp_path / "model"), "rows")
+        rank.encode_rows([ROWS[0], {**ROWS[1], **change}], RankingModel.load(folder), "rows")
 
 
 @pytest.mark.parametrize(
@@ -128,24 +122,15 @@ def test_a_file_that_cannot_be_ranked_is_refused(tmp_path, name, text, message):
         rank.read_records(tmp_path / name)
 
 
-def test_places_that_are_not_there_are_refused_before_anything_is_read(model_dir, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"rows.csv does not exist; give a file of rows to rank"):
-        rank.rank_rows(model_dir, tmp_path / "rows.csv", tmp_path / "out.csv")
-    with pytest.raises(FileNotFoundError, match=r"nowhere is not a folder; make it"):
-        rank.rank_rows(model_dir, write_rows(tmp_path, ".csv"), tmp_path / "nowhere/out.csv")
-    with pytest.raises(ValueError, match=r"out.xlsx must end in"):
-        rank.rank_rows(model_dir, write_rows(tmp_path, ".csv"), tmp_path / "out.xlsx")
-    shutil.copytree(model_dir, tmp_path / "model")
-    (tmp_path / "model/evidence.npz").unlink()
-    with pytest.raises(FileNotFoundError, match=r"evidence.npz is missing, but the model's prompts show evidence"):
-        rank.rank_rows(tmp_path / "model", write_rows(tmp_path, ".csv"), tmp_path / "out.csv")
-
-
-def test_rows_are_ranked_by_a_real_engine(model_dir, tmp_path, monkeypatch):
-    for name, value in recipe.ENVIRONMENT.items():
-        monkeypatch.setenv(name, value)
-    counts = rank.rank_rows(model_dir, write_rows(tmp_path, ".jsonl"), tmp_path / "out.jsonl")
-    assert counts == {"rows": 2, "failures": 2}  # random weights write no ranking
-    written = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-    assert [row["row_id"] for row in written] == [5, 9] and all(row["ranking"] is None for row in written)
-    assert all(row["failure"] in ("no_trace_end", "junk", "empty") for row in written)
+def test_what_is_not_there_is_refused_before_a_model_runs(model_dir, tmp_path):
+    model = shutil.copytree(model_dir, tmp_path / "model")
+    (model / "evidence.npz").unlink()
+    write_rows(tmp_path, ".csv")
+    for rows, out, message in (
+        ("none.csv", "out.csv", "none.csv does not exist; give a file of rows to rank"),
+        ("rows.csv", "nowhere/out.csv", "nowhere is not a folder; make it"),
+        ("rows.csv", "out.xlsx", "out.xlsx must end in"),
+        ("rows.csv", "out.csv", "evidence.npz is missing, but the model's prompts show evidence"),
+    ):
+        with pytest.raises((FileNotFoundError, ValueError), match=message):
+            rank.rank_rows(model, tmp_path / rows, tmp_path / out)

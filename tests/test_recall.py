@@ -1,5 +1,6 @@
 """The next item among all items: metrics, baselines, the split by what counting finds, and the whole evaluation."""
 
+import json
 import re
 from pathlib import Path
 
@@ -7,7 +8,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 from toy_run import CATALOGUE, NUM_ITEMS, toy_sequences, write_interactions, write_run
 
 from rerank import evaluate, metrics
@@ -29,14 +29,6 @@ def test_metrics_of_lists_are_those_of_one_ranking_at_a_time():
             assert values[f"N@{cut}"][row] == pytest.approx(metrics.ndcg_at_k(gains, cut))
 
 
-def test_a_hit_at_the_sixth_place_counts_among_ten():
-    values = recall.metrics_of_lists(np.array([[9, 8, 7, 6, 5, 4, -1, -1, -1, -1]]), np.array([4]))
-    # place 6: 1 / log2(7) against an ideal of 1
-    assert {name: value[0] for name, value in values.items()} == pytest.approx(
-        {"R@5": 0.0, "R@10": 1.0, "N@5": 0.0, "N@10": 1 / np.log2(7)}
-    )
-
-
 def test_popular_lists_leave_out_the_history():
     popularity = np.array([5, 1, 9, 1, 7])
     lists = recall.popular_lists(popularity, [np.array([2]), np.array([4, 0, 1])], 2)
@@ -55,42 +47,18 @@ def test_a_target_is_one_hop_away_when_it_is_among_the_most_frequent_successors(
     assert recall.is_one_hop(counts, histories, targets).tolist() == [True, True, False, False, False]
 
 
-def make_run(folder):
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
     """A run of thirty users who are all training, and thirty with three items: training, validation and test."""
-    run = write_run(folder)
+    run = write_run(tmp_path_factory.mktemp("catalogue") / "run")
     walks = [list(dict.fromkeys(walk.tolist())) for walk in toy_sequences().values()]
     splits = ["train"] * sum(map(len, walks)) + ["train", "valid", "test"] * len(walks)
     write_interactions(run / "data", dict(enumerate(walks + [walk[:3] for walk in walks])), splits)
     return run
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    return make_run(tmp_path_factory.mktemp("catalogue") / "run")
-
-
-def slow_logps(model, history):
-    """Log-probability of every item after a history, one forward pass for each."""
-    prompt, found = model.prompts([history])[0], []
-    for tokens in model.encoder.tokens:
-        with torch.no_grad():
-            logps = model.model(torch.tensor([prompt + tokens])).logits[0].log_softmax(-1)
-        found.append(sum(float(logps[len(prompt) + place - 1, token]) for place, token in enumerate(tokens)))
-    return np.array(found)
-
-
-def test_the_model_finds_the_items_that_scoring_every_one_finds(run):
-    asked = NextItemModel.load_midtrained(run).with_max_history(3)
-    histories = [np.array([3, 4]), np.array([0, 1, 2, 7, 11])]
-    found = asked.by_beams(histories, 5, NUM_ITEMS)
-    for history, items in zip(histories, found.items, strict=True):
-        logps = slow_logps(asked, history)
-        logps[history] = -np.inf
-        assert items == np.argsort(-logps)[:5].tolist()
-
-
 def test_a_model_made_from_other_ids_is_refused(tmp_path):
-    run = make_run(tmp_path / "run")
+    run = write_run(tmp_path / "run")
     for stage, inputs in (("semantic_ids", {}), ("midtrain", {"semantic_ids": "another"})):
         write_json(run / stage / "stage.json", {"id": "x", "given": {}, "inputs": inputs})
         write_json(run / stage / "metrics.json", {})
@@ -109,7 +77,7 @@ def test_recall_of_a_sample_is_that_of_its_rows(run):
     asked = NextItemModel.load_midtrained(run)
     model, tokenizer = asked.model, asked.encoder.tokenizer
     sample = recall.ValidationRecall.load(run, tokenizer, 12, 5)
-    assert len(sample.rows) == len(sample.dataset()) == 12
+    assert len(sample.rows) == 12
     found = asked.by_beams(sample.rows.histories, 10, 20)  # its recipe has max_items 5 too
     hits = [target in items for target, items in zip(sample.rows.targets.tolist(), found.items, strict=True)]
     assert sample(model)["R@10"] == pytest.approx(np.mean(hits))
@@ -129,9 +97,14 @@ def best(run, tmp_path):
     return str(tmp_path / "best.parquet")
 
 
-def test_every_row_is_ranked_and_the_groups_add_up(run, best, monkeypatch):
+def test_every_row_is_ranked_and_the_groups_add_up(run, best, tmp_path, monkeypatch):
     monkeypatch.setattr(recall, "MOST_SUCCESSORS", 2)
-    made = recall.summarise(recall.find_lists(run, "test", {"best": best}, ["midtrained", "sft"]), run, 20, 50)
+    args = evaluate.EvaluateArguments(
+        run_dir=str(run), task="next_item", models=["midtrained"], lists={"best": best}, num_bootstrap=50
+    )
+    evaluate.check(args)
+    assert evaluate.main(args, tmp_path)["R@10"]["best"] == 1.0
+    made, text = json.loads((tmp_path / "results.json").read_text()), (tmp_path / "results.md").read_text()
     assert made["n"]["all"] == 30 == made["n"]["one_hop"] + made["n"]["rest"] and made["n"]["rest"] > 0
     assert set(made["rows"]) == {"popularity", "transitions", "best", "midtrained"}
     assert made["rows"]["best"]["all"]["R@5"] == made["rows"]["best"]["rest"]["N@10"] == 1.0
@@ -141,21 +114,16 @@ def test_every_row_is_ranked_and_the_groups_add_up(run, best, monkeypatch):
     assert transitions["all"]["R@5"] == pytest.approx(weighted)
     low, high = made["rows"]["best"]["all"]["R@5_interval"]
     assert low <= 1 - transitions["all"]["R@5"] <= high
-    text = recall.markdown(made)
-    assert f"| best | {1:.4f} | {1:.4f} |" in text and "the rest" in text
-
-
-def test_the_stage_shows_the_lists_of_other_rankers_on_a_sample_of_rows(run, best, tmp_path):
-    args = evaluate.EvaluateArguments(
-        run_dir=str(run), task="next_item", models=["midtrained"], lists={"best": best}, max_rows=12, num_bootstrap=5
-    )
-    evaluate.check(args)
-    (tmp_path / "out").mkdir()
-    assert evaluate.main(args, tmp_path / "out")["R@10"]["best"] == 1.0
-    assert "12 test rows, 1 seed, 10 beams" in (tmp_path / "out/results.md").read_text()
-    lines = pq.read_table(tmp_path / "out/lists.parquet").to_pylist()
-    assert len(lines) == 4 * 12
+    assert f"| best | {1:.4f} | {1:.4f} |" in text and "the rest" in text and "30 test rows, 1 seed, 10 beams" in text
+    lines = pq.read_table(tmp_path / "lists.parquet").to_pylist()
+    assert len(lines) == 4 * 30
     assert all(line["items"][0] == line["target"] for line in lines if line["ranker"] == "best")
+
+
+def test_a_sample_of_rows_keeps_its_own_lists_of_other_rankers(run, best):
+    found = recall.find_lists(run, "test", {"best": best}, ["sft"], max_rows=12)  # its sft stage ranks no catalogue
+    assert [*found.lists] == ["popularity", "transitions", "best"]
+    assert len(found.rows) == 12 and (found.lists["best"][:, 0] == found.rows.targets).all()
 
 
 def test_lists_of_other_rankers_that_do_not_fit_are_refused(run, tmp_path):

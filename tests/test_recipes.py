@@ -1,5 +1,6 @@
-"""Every shipped recipe parses, names known keys, and the demo's passes the check that `rerank run` does."""
+"""Every shipped recipe parses and passes the check that `rerank run` does, and every option of a stage is used."""
 
+import dataclasses
 import gzip
 import json
 import re
@@ -10,9 +11,11 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 
 from rerank import cli, scoring
+from rerank.compare import SEEDED_STAGES
 from rerank.launch import pipeline, recipe
-from rerank.launch.stages import STAGES
+from rerank.launch.stages import STAGES, load_stage
 from rerank.losses import load_losses
+from rerank.results.tables import markdown_table
 
 ACCELERATE = sorted(Path("recipes/accelerate").glob("*.yaml"))
 REWARDS = sorted(Path("recipes/rewards").glob("*.yaml"))
@@ -68,24 +71,20 @@ def test_an_accelerate_file_parses_and_its_keys_are_known(path):
 @pytest.fixture
 def data_dirs(tmp_path, monkeypatch):
     """What BEAUTY_DATA and OFFICE_DATA name, in small: sixteen users of a circle of 300 items."""
-    rows = [f"u{user},i{(20 * user + place) % 300},{place},{place}" for user in range(16) for place in range(20)]
-    write_gzip(tmp_path / "interactions.csv.gz", ["user,item,pos,timestamp", *rows])
+    walks = {user: [f"i{(20 * user + place) % 300}" for place in range(20)] for user in range(16)}
+    taken = [f"u{user},{item},{place},{place}" for user, walk in walks.items() for place, item in enumerate(walk)]
     kinds = {"brand": "some", "categories": ["Beauty", "Hair Care"]}
     items = [json.dumps({"item": f"i{item}", "title": f"Title {item}", **kinds}) for item in range(300)]
-    write_gzip(tmp_path / "items.jsonl.gz", items)
-    monkeypatch.setenv("BEAUTY_DATA", str(tmp_path))
-    windows = [" ".join(f"i{(20 * user + place) % 300}" for place in range(start, start + 11))
-               for user in range(16) for start in range(6)]  # fmt: skip
-    lines = [
-        f"{'test' if place > 80 else 'train'},u{place // 6},{place},{items}" for place, items in enumerate(windows)
-    ]
-    write_gzip(tmp_path / "rows.csv.gz", ["split,user,timestamp,items", *lines])
-    monkeypatch.setenv("OFFICE_DATA", str(tmp_path))
-
-
-def write_gzip(path: Path, lines: list[str]) -> None:
-    with gzip.open(path, "wt") as file:
-        file.write("\n".join(lines) + "\n")
+    windows = [(user, " ".join(walk[start : start + 11])) for user, walk in walks.items() for start in range(6)]
+    rows = [f"{'test' if n > 80 else 'train'},u{user},{n},{items}" for n, (user, items) in enumerate(windows)]
+    for name, lines in (
+        ("interactions.csv.gz", ["user,item,pos,timestamp", *taken]),
+        ("items.jsonl.gz", items),
+        ("rows.csv.gz", ["split,user,timestamp,items", *rows]),
+    ):
+        (tmp_path / name).write_bytes(gzip.compress("\n".join([*lines, ""]).encode()))
+    for variable in ("BEAUTY_DATA", "OFFICE_DATA"):
+        monkeypatch.setenv(variable, str(tmp_path))
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=str)
@@ -95,9 +94,65 @@ def test_a_recipe_folder_passes_its_dry_run(folder, data_dirs, tmp_path, capsys)
     lines = capsys.readouterr().out.splitlines()
     launched = [line.split()[5] for line in lines if line.startswith("accelerate launch ")]
     stages = [stage for stage in STAGES if list(folder.glob(f"*_{stage}.yaml"))]
-    assert launched == [f"rerank.{stage}" for stage in stages] and len(stages) == (
-        5 if folder.name.endswith(("_next", "_sets")) else 8
-    )
-    is_served = folder.name == "beauty_qwen3_8b"
-    assert [line.endswith("&") for line in lines].count(True) == is_served
+    assert launched == [f"rerank.{stage}" for stage in stages]
+    assert len(stages) == (5 if folder.name.endswith(("_next", "_sets")) else 8)
+    assert [line.endswith("&") for line in lines].count(True) == (folder.name == "beauty_qwen3_8b")  # a server
     assert not (tmp_path / "run").exists()
+
+
+# --- options
+
+# Options that no recipe and no shown command sets.
+KEPT = {
+    "dapo.group_forward": "false for a model whose attention cannot run packed rows",
+    "dapo.max_logp_gap": "a bfloat16 engine on a large model needs a wider bound",
+    "data.seed": "split: random",
+    "midtrain.context_length": "of the small model, for long histories",
+    "midtrain.general_text": "a text of one's own",
+    "midtrain.token_epochs": "GR2 phase one, longer for many new tokens",
+    "midtrain.token_learning_rate": "GR2 phase one",
+    "semantic_ids.batch_size": "RQ-VAE training",
+    "semantic_ids.commitment_weight": "RQ-VAE training",
+    "semantic_ids.contrastive_temperature": "technique of GR2",
+    "semantic_ids.ema_decay": "technique of GR2",
+    "semantic_ids.learning_rate": "RQ-VAE training",
+    "traces.batch_size": "attempts between two saves",
+    "traces.teacher_dtype": "teacher: vllm on a machine without bfloat16",
+    "traces.teacher_max_length": "teacher: vllm on a machine with little memory",
+}
+# Kept with a test of their own.
+TESTED = {"candidates.model_dir", "semantic_ids.encoder_batch_size", "traces.max_concurrency", "traces.max_retries"}
+MOST = 15
+
+
+def own_options() -> set[str]:
+    """STAGE.key of every option that a stage declares itself, TRL's left out."""
+    classes = [(stage, cls) for stage in STAGES for cls in load_stage(stage).arguments]
+    found = set()
+    for stage, cls in classes:
+        bases = [base for base in cls.__mro__ if base.__module__.startswith("trl")]
+        theirs = {field.name for base in bases for field in dataclasses.fields(base)}
+        found |= {f"{stage}.{field.name}" for field in dataclasses.fields(cls) if field.name not in theirs}
+    return found
+
+
+def options_in_use() -> set[str]:
+    """STAGE.key of what recipes, the toy and the commands in README.md and results files set."""
+    paths = [path for folder in ("recipes", "tests/toy") for path in Path(folder).rglob("*.yaml")]
+    stages = {path: match[2] for path in paths if (match := NAME.fullmatch(path.name))}
+    used = {f"{stage}.{key}" for path, stage in stages.items() for key in recipe.load(path)}
+    for path in (Path("README.md"), *Path("recipes").rglob("RESULTS*.md")):
+        text = path.read_text()
+        used |= set(re.findall(rf"\b(?:{'|'.join(STAGES)})\.\w+(?==)", text))
+        if "rerank compare" in text:  # which sets these by --seeds and --minutes_per_run
+            used |= {f"{stage}.seed" for stage in SEEDED_STAGES}
+            used |= {f"{stage}.max_minutes" for stage in STAGES if load_stage(stage).trains}
+    return used
+
+
+def test_every_option_is_set_somewhere_or_kept_for_a_reason(capsys):
+    unused = own_options() - options_in_use()
+    with capsys.disabled():
+        print("", *markdown_table(("option that nothing sets", "reason"), sorted(KEPT.items())), sep="\n")
+    assert unused == KEPT.keys() | TESTED
+    assert len(KEPT) <= MOST

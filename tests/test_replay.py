@@ -12,16 +12,15 @@ from toy_run import write_rollouts as write
 
 from rerank import cli, scoring
 from rerank.rollouts import rescore
-from rerank.rollouts.store import read_rollouts, to_table
+from rerank.rollouts.store import read_rollouts
 from rerank.rows import column_names
 
-LABELS = ["1", "2", "3"]
 BEST, SAME, WORST = "<think>a</think> 2 1 3", "<think>a</think> 1 2 3", "<think>a</think> 1 3 2"
 
 
 def rewards_file(folder, *rewards, **keys):
     path = folder / "other.yaml"
-    path.write_text(json.dumps({"rewards": list(rewards), **keys}))  # JSON is YAML
+    path.write_text(json.dumps({"rewards": rewards, **keys}))  # JSON is YAML
     return path
 
 
@@ -29,8 +28,8 @@ def rescored(folder, *rewards, **keys):
     return rescore.rescore(folder, rescore.read_scoring(rewards_file(folder, *rewards, **keys), folder))
 
 
-def plugin(folder, text):
-    (folder / "plugin.py").write_text(text)
+def plugin(folder, body):
+    (folder / "plugin.py").write_text(f"SEEN = {{}}\ndef novelty(completions, **columns):\n    {body}\n")
     return {"name": f"{folder}/plugin.py:novelty"}
 
 
@@ -61,58 +60,42 @@ def test_totals_and_advantages_are_those_that_the_trainer_would_make(store):
     assert found["member"].tolist() == [1, 2, 1, 2] and found["row_id"].tolist() == [40, 40, 41, 41]
 
 
-def test_what_was_stored_of_each_reward_stands_beside(store):
-    found = rescored(store, {"name": "ndcg", "kwargs": {"k": 1}}, {"name": "well_formed"})
-    assert found["stored/rank_promotion"].tolist() == pytest.approx([1 / 3] * 4)
-    assert found["stored/well_formed"].isna().all()
-    assert found["new/ndcg"].tolist() == [1, 0, 0, 0] and found["new/well_formed"].tolist() == [1] * 4
-
-
-def test_conditions_count_as_in_training(store):
+def test_conditions_count_as_in_training_and_what_was_stored_of_each_reward_stands_beside(store):
     found = rescored(store, {"name": "well_formed", "condition": "promoted_or_kept_first"})
-    assert found["new/reward"].tolist() == [1, 0, 0, 0]
+    assert found["new/well_formed"].tolist() == found["new/reward"].tolist() == [1, 0, 0, 0]
+    assert found["stored/well_formed"].isna().all()
+    assert found["stored/rank_promotion"].tolist() == pytest.approx([1 / 3] * 4)
     assert found["stored/differs"].tolist() == [True] * 4
     assert found["new/differs"].tolist() == [True, True, False, False]
     assert not found["sign_changes"].any()  # a group that learns nothing has no sign
 
 
 @pytest.mark.parametrize(
-    ("scale", "divisor"),
-    [("none", None), (False, None), ("group", 2**0.5), (True, 2**0.5), ("batch", (20 / 3) ** 0.5)],
+    ("scale", "divisor"), [("none", 1), ("group", 2**0.5 + 1e-4), ("batch", (20 / 3) ** 0.5 + 1e-4)]
 )
 def test_scales_of_advantages(scale, divisor):
-    # groups of 0, 2 and 4, 6: deviations sqrt(2), and of the four that are kept sqrt((9 + 1 + 1 + 9)/3)
+    # groups of 0, 2 and 4, 6, of two rounds: deviations sqrt(2), and of the four kept sqrt((9 + 1 + 1 + 9)/3)
     kept, rewards = [True] * 4 + [False] * 2, [0.0, 2.0, 4.0, 6.0, 9.0, 9.0]
-    frame = pd.DataFrame({"step": 0, "round": 0, "group": [0, 0, 1, 1, 2, 2], "kept": kept, "reward": rewards})
+    places = {"step": 0, "round": [0, 0, 1, 1, 1, 1], "group": [0, 0, 0, 0, 1, 1]}
+    frame = pd.DataFrame({**places, "kept": kept, "reward": rewards})
     signs = np.array([-1, 1, -1, 1, 0, 0])
-    wanted = signs if divisor is None else signs / (divisor + 1e-4)
-    scale = {True: "group", False: "none"}.get(scale, scale)
-    assert rescore.advantages(frame, "reward", scale).tolist() == pytest.approx(wanted)
-
-
-def test_groups_of_two_rounds_are_two():
-    frame = pd.DataFrame({"step": 0, "round": [0, 0, 1, 1], "group": 0, "reward": [0.0, 2.0, 4.0, 6.0]})
-    assert rescore.advantages(frame, "reward", "none").tolist() == [-1, 1, -1, 1]
+    assert rescore.advantages(frame, "reward", scale).tolist() == pytest.approx(signs / divisor)
 
 
 def test_a_reward_that_does_not_apply_is_left_out(store):
-    nothing = plugin(store, "def novelty(completions, **columns):\n    return [None] * len(completions)")
-    found = rescored(store, nothing, {"name": "well_formed"})
-    assert found["new/reward"].tolist() == [1] * 4
+    nothing = plugin(store, "return [None] * len(completions)")
+    assert rescored(store, nothing, {"name": "well_formed"})["new/reward"].tolist() == [1] * 4
     found = rescored(store, nothing)
     assert found["new/reward"].isna().all() and found["new/advantage"].tolist() == [0] * 4
 
 
 def test_a_reward_gets_the_columns_of_the_contract(tmp_path):
     write(tmp_path / "rollouts", rollout(completion=BEST))
-    body = "    SEEN.update(columns)\n    return [0.0] * len(completions)"
-    module = plugin(tmp_path, f"SEEN = {{}}\ndef novelty(completions, **columns):\n{body}")
+    module = plugin(tmp_path, "SEEN.update(columns)\n    return [0.0] * len(completions)")
     rewards = rescore.read_scoring(rewards_file(tmp_path, module), tmp_path)
     rescore.rescore(tmp_path, rewards)
-    names = ("row_id", "user", "history", "candidates", "relevance", "candidate_labels", "first_stage_ranks")
-    wanted = {name: [rollout()[name]] for name in (*names, "fields", "max_completion_tokens", "completion_ids")}
-    seen = rewards.rewards[0].function.__globals__["SEEN"]
-    assert seen == wanted | {"target_rank": [2], "prompts": [rollout()["prompt"]]}
+    wanted = {name: [rollout()[name]] for name in (*column_names(), "completion_ids")}
+    assert rewards.rewards[0].function.__globals__["SEEN"] == wanted | {"prompts": [rollout()["prompt"]]}
 
 
 def test_the_scale_is_that_of_the_dapo_stage(tmp_path):
@@ -126,11 +109,8 @@ def test_the_scale_is_that_of_the_dapo_stage(tmp_path):
 def test_scoring_in_batches_is_scoring_each_rollout_alone(tmp_path, monkeypatch):
     """Groups of two whose targets stand at different places, one group cut by a batch, one drawn again later."""
     completions = [BEST, SAME, WORST, "junk", "<think></think> 3 2 1", BEST, SAME, WORST]
-    of_groups = [{"relevance": [0.0, 1.0, 0.0]}, {"relevance": [0.0, 0.0, 1.0], "target_rank": 3}]
-    records = (
-        rollout(step=n // 6, group=n // 2 % 2, completion=text, **of_groups[n // 2 % 2])
-        for n, text in enumerate(completions)
-    )
+    of_groups = [{"group": 0}, {"group": 1, "relevance": [0.0, 0.0, 1.0], "target_rank": 3}]
+    records = [rollout(n // 6, completion=text, **of_groups[n // 2 % 2]) for n, text in enumerate(completions)]
     write(tmp_path / "rollouts", *records)
     rewards, names = scoring.load_rewards([{"name": "rank_promotion"}, {"name": "ndcg"}]), column_names()
     table = read_rollouts(tmp_path)
@@ -140,13 +120,6 @@ def test_scoring_in_batches_is_scoring_each_rollout_alone(tmp_path, monkeypatch)
         for name, values in rescore.score(table, rewards, names).items():
             assert values.tolist() == [found[name].item() for found in alone]
             assert len(set(values.tolist())) > 2
-
-
-def test_the_overlong_punishment_counts_with_the_limit_of_each_rollout(tmp_path):
-    of_limit = ((15, 20), (16, 20), (20, 20), (21, 20), (21, 26))
-    write(tmp_path, *(rollout(completion_ids=[0] * n, max_completion_tokens=limit) for n, limit in of_limit))
-    found = rescored(tmp_path, {"name": "overlong", "weight": 0.5, "kwargs": {"cache_tokens": 5}})
-    assert found["new/reward"].tolist() == pytest.approx([0.0, -0.1, -0.5, -0.5, 0.0])  # eq. 13 of DAPO
 
 
 def test_a_reward_that_needs_a_column_which_an_old_store_lacks_is_refused(store, capsys):
@@ -175,23 +148,19 @@ def test_the_command_prints_and_writes_what_changes(store, capsys):
 
 def test_the_recipe_of_a_run_gives_what_its_training_had(toy_run):
     found = rescore.rescore(toy_run.run, rescore.read_scoring(TOY / "7_dapo.yaml", toy_run.run))
-    assert found["new/reward"].to_numpy() == pytest.approx(found["stored/reward"].to_numpy(), abs=1e-6)
-    assert found["new/advantage"].to_numpy() == pytest.approx(
-        found["stored/advantage"].to_numpy(), abs=rescore.ROUNDING
-    )
+    for name, rounding in (("reward", 1e-6), ("advantage", rescore.ROUNDING)):
+        assert found[f"new/{name}"].to_numpy() == pytest.approx(found[f"stored/{name}"].to_numpy(), abs=rounding)
     assert found["stored/differs"].any() and not found["sign_changes"].any()
 
 
 def test_groups_are_kept_by_the_outcome_that_a_file_names(tmp_path):
     worse, none = {"target_rank_after": 3}, {"target_rank_after": None, "order": None, "failure": "junk"}
-    equal = [rollout(group=1, completion=text, **worse) for text in (WORST, WORST)]
     mixed = [rollout(completion=WORST, **worse), rollout(completion=SAME)]
+    equal = [rollout(group=1, completion=WORST, **worse)] * 2
     failed = [rollout(group=2, completion=text, **none) for text in ("junk", "more junk")]
     one_failed = [rollout(group=3, completion=SAME), rollout(group=3, completion="junk", **none)]
     write(tmp_path / "rollouts", *mixed, *equal, *failed, *one_failed)
-    length = plugin(
-        tmp_path, "def novelty(completions, **columns):\n    return [len(text) % 7 for text in completions]"
-    )
+    length = plugin(tmp_path, "return [len(text) % 7 for text in completions]")
     assert len("junk") % 7 != len("more junk") % 7 and len(WORST) == len(SAME)
     found = rescored(tmp_path, length)
     assert found["stored/useful"].tolist() == found["new/useful"].tolist() == [True] * 2 + [False] * 4 + [True] * 2
@@ -203,34 +172,28 @@ def test_groups_are_kept_by_the_outcome_that_a_file_names(tmp_path):
 def test_scale_and_outcome_are_those_of_the_run_where_the_file_has_none(store):
     (store / "dapo").mkdir()
     (store / "dapo/recipe.yaml").write_text("{rewards: [{name: ndcg}], scale_rewards: none, outcome: ndcg}")
-    path = rewards_file(store, {"name": "ndcg"}, {"name": "auc"})
-    found = rescore.read_scoring(path, store)
-    assert (found.scale_rewards, found.outcome) == ("none", "ndcg")
-    found = rescore.read_scoring(rewards_file(store, {"name": "auc"}, scale_rewards="batch", outcome="auc"), store)
-    assert (found.scale_rewards, found.outcome) == ("batch", "auc")
+    for keys, wanted in (
+        ({}, ("none", "ndcg")),
+        ({"scale_rewards": "batch", "outcome": "auc"}, ("batch", "auc")),
+        ({"scale_rewards": True}, ("group", "ndcg")),
+    ):
+        found = rescore.read_scoring(rewards_file(store, {"name": "ndcg"}, {"name": "auc"}, **keys), store)
+        assert (found.scale_rewards, found.outcome) == wanted
 
 
-def test_what_cannot_be_rescored_is_refused_in_one_line(store, capsys):
-    def refused(*rewards, run=store, words=(), **keys):
-        path = rewards_file(store, *(rewards or [{"name": "ndcg"}]), **keys)
-        return refusal(capsys, "replay", run, "--rewards", path, *words)
-
-    assert "absent is not a folder" in refused(run=store / "absent")
-    assert "none.yaml does not exist" in refusal(capsys, "replay", store, "--rewards", store / "none.yaml")
-    assert "no/out.parquet" in refused(words=("--out", store / "no/out.parquet"))
-    (store / "sft.yaml").write_text("learning_rate: 1.0\n")
-    line = refusal(capsys, "replay", store, "--rewards", store / "sft.yaml")
-    assert "sft.yaml: rewards is None but must be a list" in line
-    assert "scale_rewards is 'rows'; choose group, batch or none" in refused(scale_rewards="rows")
-    assert "unknown key 'scale_reward'; did you mean scale_rewards?" in refused(scale_reward="none")
-    assert "top is -1 but must be at least 0" in refused(words=("--top", "-1"))
-    (store / "empty").mkdir()
-    pq.write_table(to_table([]), store / "empty/part-00000000-0.parquet")
-    assert "empty holds no rollouts" in refused(run=store / "empty")
-    line = refused(multi_objective_aggregation="normalize_then_sum")
-    assert "rescoring knows sum_then_normalize only" in line
-    assert "{name: overlong, kwargs: {cache_tokens: N}}" in refused(overlong_tokens=5)
-    assert "invalid_reward" in (line := refused(invalid_reward=-1.0)) and "rank_promotion pays -1" in line
-    assert "'when', which is called 'condition' now" in refused({"name": "ndcg", "when": "valid_ranking"})
-    line = refused(plugin(store, "def novelty(completions, title, **columns):\n    return []"))
-    assert "reward " in line and "needs a column 'title', but rows have row_id, user, history" in line
+@pytest.mark.parametrize(
+    ("words", "keys", "message"),
+    [
+        (["--top", "-1"], {}, "top is -1 but must be at least 0"),
+        (["--out", "no/out.parquet"], {}, "--out no/out.parquet: no is not a folder"),
+        (["--rewards", "none.yaml"], {}, "none.yaml does not exist"),
+        ([], {"rewards": None}, "other.yaml: rewards is None but must be a list"),
+        ([], {"scale_rewards": "rows"}, "scale_rewards is 'rows'; choose group, batch or none"),
+        ([], {"scale_reward": "none"}, "unknown key 'scale_reward'; did you mean scale_rewards?"),
+        ([], {"multi_objective_aggregation": "normalize_then_sum"}, "rescoring knows sum_then_normalize only"),
+        ([], {"overlong_tokens": 5}, "write {name: overlong, kwargs: {cache_tokens: N}} among the rewards"),
+    ],
+)
+def test_what_cannot_be_rescored_is_refused_in_one_line(store, capsys, words, keys, message):
+    path = rewards_file(store, {"name": "ndcg"}, **keys)
+    assert message in refusal(capsys, "replay", store, "--rewards", path, *words)

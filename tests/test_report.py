@@ -16,7 +16,7 @@ from rerank.catalogue import Catalogue
 from rerank.evaluate import write_rankings
 from rerank.launch.files import write_json
 from rerank.models.ranker import read_answer
-from rerank.report import cheating, rollouts
+from rerank.report import cheating, rollouts, semantic_ids
 from rerank.report import page as page_parts
 from rerank.report.page import json_text
 from rerank.report.rows import read_ranked_rows, sample_rows
@@ -33,15 +33,13 @@ def toy_rollouts() -> list[dict]:
     lost = {"order": None, "failure": "no_trace_end", "target_rank_after": None, "reward": -1.0, "truncated": True}
     equal = {"kept": False, "discard_reason": "all_equal", "advantage": 0.0, "reward": 0.0}
     equal |= {"target_rank_after": 2, "order": [0, 1, 2]}
-    rollouts = []
-    for step in range(2):
-        rollouts += [
-            rollout(step, prompt=prompt),
-            rollout(step, prompt=prompt, completion=ATTACK + "<!-- \x1b[2J & \udcff", **lost),
-            rollout(step, 1, prompt=prompt, completion="<think></think>1,2,3", **equal),
-            rollout(step, 1, prompt=prompt, completion="<think>same</think>1,2,3", **equal),
-        ]
-    return rollouts
+    groups = [
+        (0, {}),
+        (0, {"completion": ATTACK + "<!-- \x1b[2J & \udcff", **lost}),
+        (1, {"completion": "<think></think>1,2,3", **equal}),
+        (1, {"completion": "<think>same</think>1,2,3", **equal}),
+    ]
+    return [rollout(step, group, prompt=prompt, **changes) for step in range(2) for group, changes in groups]
 
 
 @pytest.fixture(scope="module")
@@ -49,31 +47,20 @@ def run(tmp_path_factory) -> Path:
     """A run whose sft model moves the first candidate to the end, and writes no ranking on the last row."""
     folder = write_run(tmp_path_factory.mktemp("report") / "run <b>")
     evaluated = EvaluatedRows.load(folder / "candidates", "test")
-    orders = [[1, 2, 3, 0] for _ in evaluated.rows]
-    labels = ["<s_a_0>", "<s_a_1>", "<s_a_2>", "<s_a_3>"]
-    texts = [f"<think>{ATTACK}</think>" + "".join(labels[position] for position in order) for order in orders]
-    texts[-1] = ATTACK
-    answers = [read_answer(text, 5, False, labels) for text in texts]
+    num_rows, labels = len(evaluated.rows), [f"<s_a_{place}>" for place in range(4)]
+    moved = f"<think>{ATTACK}</think>{''.join(labels[1:] + labels[:1])}"
+    answers = [read_answer(text, 5, False, labels) for text in [moved] * (num_rows - 1) + [ATTACK]]
     rankings = [
-        Ranking("no_op", [[0, 1, 2, 3] for _ in evaluated.rows]),
+        Ranking("no_op", [[0, 1, 2, 3]] * num_rows),
         Ranking("random", None),
         Ranking.of_answers("sft", answers, 1.0),
     ]
-    results = make_results(rankings, evaluated, 50)
     write_rollouts(folder / "dapo/rollouts", *toy_rollouts())
     (folder / "evaluate").mkdir()
-    write_json(folder / "evaluate/results.json", results)
+    write_json(folder / "evaluate/results.json", make_results(rankings, evaluated, 50))
     write_rankings(rankings, evaluated.rows, folder / "evaluate/rankings.parquet")
     report.write_report(folder, folder / "evaluate", folder / "evaluate/report.html")
     return folder
-
-
-def test_the_page_has_the_section_on_semantic_ids(run, page):
-    from rerank.report import semantic_ids as id_report
-
-    assert '<h2 id="ids">Semantic ids</h2>' in page
-    for name, value in id_report.facts(id_report.read_quality(run)):
-        assert f"<dt>{name}</dt><dd>{value}</dd>" in page
 
 
 @pytest.fixture(scope="module")
@@ -81,8 +68,17 @@ def page(run) -> str:
     return (run / "evaluate/report.html").read_text(encoding="utf-8")
 
 
-def charts_of(page: str) -> list[dict]:
-    return json.loads(re.search(r'<script type="application/json" id="charts">(.*?)</script>', page)[1])
+def page_of(run: Path) -> str:
+    """The page of a run so far."""
+    report.write_report(run, run / "evaluate", run / "report.html")
+    return (run / "report.html").read_text(encoding="utf-8")
+
+
+def data_of(page: str, name: str):
+    """The charts or the rollouts that a page carries; nothing in them can end their script."""
+    text = re.search(rf'<script type="application/json" id="{name}">(.*?)</script>', page)[1]
+    assert "<" not in text
+    return json.loads(text)
 
 
 def scripts_of(page: str) -> list[str]:
@@ -108,19 +104,19 @@ def test_only_scripts_named_by_their_hash_may_run_and_nothing_loads_from_outside
     assert len(page.encode()) < 6_000_000
 
 
-def test_the_page_holds_results_stages_and_notes(page):
+def test_the_page_holds_results_stages_notes_and_semantic_ids(run, page):
     assert "no_op" in page and "NDCG@5 minus that of the input order" in page
     assert "<dt>steps</dt><dd>12,345</dd>" in page and "<dt>no_trace / rows</dt><dd>7</dd>" in page
     assert "<dt>share</dt><dd>0.1235</dd>" in page and "<dt>reward_gain_interval</dt><dd>0.05, 0.15</dd>" in page
-    assert "of 30 (" in page
+    assert "of 30 (" in page and '<h2 id="ids">Semantic ids</h2>' in page
+    for name, value in semantic_ids.facts(semantic_ids.read_quality(run)):
+        assert f"<dt>{name}</dt><dd>{value}</dd>" in page
 
 
 def test_charts_hold_the_logged_values(page):
-    charts = charts_of(page)
-    assert [chart["title"] for chart in charts][:2] == [
-        "NDCG@5 minus that of the input order, 95 % intervals",
-        "Rank of the relevant item, share of rows",
-    ]
+    charts = data_of(page, "charts")
+    first = ["NDCG@5 minus that of the input order, 95 % intervals", "Rank of the relevant item, share of rows"]
+    assert [chart["title"] for chart in charts][:2] == first
     reward = next(chart for chart in charts if chart["title"] == "DAPO reward")
     assert reward["data"][0]["y"][:3] == [0.1, 0.2, 0.3]
     # 30 points: a moving mean over 3, so (0.1 + 0.2) / 2 and (0.1 + 0.2 + 0.3) / 3 at its start
@@ -132,13 +128,8 @@ def test_charts_hold_the_logged_values(page):
     ]
 
 
-def rollouts_of(page: str) -> dict:
-    """The rollouts that a page carries."""
-    return json.loads(re.search(r'<script type="application/json" id="rollouts">(.*?)</script>', page)[1])
-
-
-def test_the_page_carries_every_rollout_of_a_small_run_and_nothing_ends_its_script(page):
-    data = rollouts_of(page)
+def test_the_page_carries_every_rollout_of_a_small_run(page):
+    data = data_of(page, "rollouts")
     assert "All 8 rollouts of the run." in page and data["num_rollouts"] == 8
     rollout = dict(zip(data["rollout_fields"], data["rollouts"][1], strict=True))
     assert rollout["completion"] == ATTACK + "<!-- \\x1b[2J & ?"  # bytes that were no UTF-8 were stored as ?
@@ -147,20 +138,16 @@ def test_the_page_carries_every_rollout_of_a_small_run_and_nothing_ends_its_scri
     assert data["rewards"] == ["rank_promotion", "well_formed"]
     assert rollout["reward_components"] == [0.3333, None] and rollout["conditions"] == [1]
     group = dict(zip(data["group_fields"], data["groups"][rollout["group"]], strict=True))
-    assert [data["items"][item] for item in group["candidates"]] == [
-        ["<script>alert(1)</script>", "<s_a_0><s_b_0>"],
-        ["Title 1", "<s_a_0><s_b_1>"],
-        ["Title 2", "<s_a_0><s_b_2>"],
-    ]
-    written = re.search(r'<script type="application/json" id="rollouts">(.*?)</script>', page)[1]
-    assert "<" not in written
+    titles = ["<script>alert(1)</script>", "Title 1", "Title 2"]
+    items = [[title, f"<s_a_0><s_b_{place}>"] for place, title in enumerate(titles)]
+    assert [data["items"][item] for item in group["candidates"]] == items
 
 
 def test_the_page_holds_the_signs_of_cheating(page):
     # per step: one ranking of three copies nothing, two copy; one completion of four is no ranking
     assert "rankings that copy the input order</th><td>0.667<" in page
     assert "completions that are no ranking</th><td>0.250<" in page
-    charts = {chart["title"]: chart for chart in charts_of(page)}
+    charts = {chart["title"]: chart for chart in data_of(page, "charts")}
     origins = charts["Where the item ranked first came from, share of rankings"]["data"][0]
     assert (origins["x"], origins["y"]) == ([1, 2, 3], [0.6667, 0.3333, 0])
     failures = charts["Completions that are no ranking, by kind"]["data"]
@@ -181,8 +168,7 @@ def test_of_a_big_run_groups_of_every_step_and_outcome_are_drawn_within_the_limi
 
 
 def test_numbers_of_many_rollouts_are_read_in_parts(tmp_path, monkeypatch):
-    records = [rollout(step, reward=step / 10) for step in range(5) for _ in range(3)]
-    write_rollouts(tmp_path, *records)
+    write_rollouts(tmp_path, *(rollout(step, reward=step / 10) for step in range(5) for _ in range(3)))
     groups = RolloutGroups(tmp_path)
     whole = cheating.by_step(groups)
     monkeypatch.setattr(cheating, "ROLLOUTS_AT_ONCE", 7)
@@ -191,16 +177,14 @@ def test_numbers_of_many_rollouts_are_read_in_parts(tmp_path, monkeypatch):
 
 
 def test_a_page_of_a_damaged_run_says_what_is_lost(tmp_path):
-    write_rollouts(tmp_path / "dapo/rollouts", *(rollout(step) for step in range(4)))
+    write_rollouts(tmp_path / "dapo/rollouts", *map(rollout, range(4)))
     finish(tmp_path / "data")
     cut_off(tmp_path / "dapo/rollouts/part-00000002-0.parquet")
-    report.write_report(tmp_path, tmp_path / "evaluate", tmp_path / "report.html")
-    page = (tmp_path / "report.html").read_text()
+    page = page_of(tmp_path)
     assert "1 file of rollouts cut off or damaged and left out" in page
     assert "3 of 3 readable rollouts" in page and "All 3 rollouts" not in page
     damage_inside(tmp_path / "dapo/rollouts/part-00000001-0.parquet")
-    report.write_report(tmp_path, tmp_path / "evaluate", tmp_path / "report.html")
-    assert "part-00000001-0.parquet is damaged; delete it." in (tmp_path / "report.html").read_text()
+    assert "part-00000001-0.parquet is damaged; delete it." in page_of(tmp_path)
 
 
 def test_long_lines_are_thinned_to_points_that_end_where_they_did():
@@ -212,13 +196,10 @@ def test_long_lines_are_thinned_to_points_that_end_where_they_did():
     assert (line["x"][0], line["x"][-1], line["y"][-1]) == (0, 2000, 1000)
 
 
-NEEDS_CHROMIUM = pytest.mark.skipif(
-    CHROMIUM is None, reason="Chromium is missing; install it with: apt-get install -y chromium"
-)
-
-
 @pytest.fixture(scope="module")
 def browser():
+    if CHROMIUM is None:
+        pytest.skip("no Chromium; apt-get install -y chromium")
     with sync_playwright() as playwright:
         found = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield found
@@ -239,28 +220,22 @@ def tab(request, browser, run):
     tab.close()
 
 
-@NEEDS_CHROMIUM
 def test_a_browser_draws_every_chart_runs_nothing_else_and_loads_nothing(tab, run, page):
     num_charts = page.count('class="chart"')
     assert num_charts > 10 and tab.locator(".chart svg.main-svg").count() >= num_charts
     assert tab.complaints == []
-    assert [url for url in tab.requests if not url.startswith(("blob:", "data:"))] == [
-        (run / "evaluate/report.html").as_uri()
-    ]
+    requests = [url for url in tab.requests if not url.startswith(("blob:", "data:"))]
+    assert requests == [(run / "evaluate/report.html").as_uri()]
     assert tab.evaluate("document.documentElement.scrollWidth") == tab.viewport_size["width"]
 
 
-@NEEDS_CHROMIUM
 def test_rollouts_are_searched_and_sorted_in_a_browser(tab):
     rows = tab.locator("#rollout-rows tr")
     assert rows.count() == 8
-    tab.fill("#rollout-search", "TITLE 1 same discarded step:1")
-    assert rows.count() == 1 and tab.inner_text("#rollout-count") == "1 of 8 rollouts"
-    tab.fill("#rollout-search", "step:1 no_trace_end row:40")
-    assert rows.count() == 1
-    tab.fill("#rollout-search", "row:4")  # no part of a number
-    assert rows.count() == 0
-    tab.fill("#rollout-search", "")
+    searches = {"TITLE 1 same discarded step:1": 1, "step:1 no_trace_end row:40": 1, "row:4": 0, "": 8}  # 4 is not 40
+    for words, found in searches.items():
+        tab.fill("#rollout-search", words)
+        assert rows.count() == found and tab.inner_text("#rollout-count") == f"{found} of 8 rollouts"
     tab.select_option("#rollout-outcome", "moved up")
     assert [row.split()[:2] for row in rows.all_inner_texts()] == [["1", "40"], ["0", "40"]]
     tab.select_option("#rollout-outcome", "")
@@ -271,12 +246,10 @@ def test_rollouts_are_searched_and_sorted_in_a_browser(tab):
         assert shown[: len(rewards)] == rewards
     tab.click("#rollout-head .c-step button")
     tab.select_option("#rollout-outcome", "discarded")
-    tab.fill("#rollout-search", "")
     assert rows.count() == 4 and "stayed, discarded: all_equal" in rows.first.inner_text()
     assert tab.complaints == []
 
 
-@NEEDS_CHROMIUM
 def test_a_group_opens_in_a_browser_and_its_attack_is_text(tab):
     tab.fill("#rollout-search", "alert(2) step:0")
     tab.click("#rollout-rows tr")
@@ -312,10 +285,9 @@ def test_samples_show_both_orders_with_the_target_marked(run, page):
     assert '<p class="failure">no_trace_end</p>' in page
 
 
-@pytest.mark.parametrize(
-    ("low", "high", "verdict"),
-    [(0.01, 0.03, "above the input order"), (-0.01, 0.03, "no clear difference"), (-0.3, -0.1, "below the input")],
-)
+@pytest.mark.parametrize(("low", "high", "verdict"), [
+    (0.01, 0.03, "above the input order"), (-0.01, 0.03, "no clear difference"), (-0.3, -0.1, "below the input"),
+])  # fmt: skip
 def test_the_headline_says_what_the_interval_says(low, high, verdict):
     row = {"N@5": 0.52, "N@5_minus_no_op": 0.02, "N@5_interval": [low, high]}
     text = report.headline({"rows": {"no_op": {"N@5": 0.5}, "dapo": row}})
@@ -323,7 +295,6 @@ def test_the_headline_says_what_the_interval_says(low, high, verdict):
 
 
 def test_a_run_so_far_says_what_is_missing(tmp_path, capsys):
-    (tmp_path / "data").mkdir()
     finish(tmp_path / "data", {"num_items": 12})
     assert cli.main(["report", str(tmp_path)]) == 0
     assert capsys.readouterr().out == f"page: {tmp_path / 'report.html'}\n"
@@ -336,19 +307,15 @@ def test_a_run_so_far_says_what_is_missing(tmp_path, capsys):
 
 def test_rollouts_alone_are_reported(tmp_path):
     write_rollouts(tmp_path / "rollouts", rollout())
-    report.write_report(tmp_path / "rollouts", tmp_path / "evaluate", tmp_path / "page.html")
-    data = rollouts_of((tmp_path / "page.html").read_text())
+    data = data_of(page_of(tmp_path / "rollouts"), "rollouts")
     assert len(data["rollouts"]) == 1 and ["1", ""] in data["items"]  # no catalogue: items by number
 
 
 def test_an_evaluation_of_another_task_is_named(tmp_path):
     for stage in ("data", "evaluate"):
-        (tmp_path / stage).mkdir()
-        finish(tmp_path / stage, {})
+        finish(tmp_path / stage)
     write_json(tmp_path / "evaluate/results.json", {"task": "next_item"})
-    report.write_report(tmp_path, tmp_path / "evaluate", tmp_path / "report.html")
-    page = (tmp_path / "report.html").read_text()
-    assert "The evaluation is of the task next_item; its table is evaluate/results.md." in page
+    assert "The evaluation is of the task next_item; its table is evaluate/results.md." in page_of(tmp_path)
 
 
 def test_what_is_no_run_is_refused(tmp_path, capsys):

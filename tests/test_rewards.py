@@ -41,15 +41,12 @@ TRACE = "the last item calls for <s_a_2><s_b_2>"
 
 
 def pytest_generate_tests(metafunc):
-    rewards, conditions = ([*names, *metafunc.config.getoption(option)]
-                           for names, option in ((REWARDS, "reward"), (CONDITIONS, "condition")))  # fmt: skip
-    if "reward" in metafunc.fixturenames:
-        metafunc.parametrize("reward", rewards)
-    if "condition" in metafunc.fixturenames:
-        metafunc.parametrize("condition", conditions)
-    if "plugin" in metafunc.fixturenames:
-        pairs = [(name, "rewards") for name in rewards] + [(name, "rewards.conditions") for name in conditions]
-        metafunc.parametrize("plugin", pairs, ids=[name for name, _ in pairs])
+    rewards = [*REWARDS, *metafunc.config.getoption("reward")]
+    conditions = [*CONDITIONS, *metafunc.config.getoption("condition")]
+    plugins = [(name, "rewards") for name in rewards] + [(name, "rewards.conditions") for name in conditions]
+    for argument, values in (("reward", rewards), ("condition", conditions), ("plugin", plugins)):
+        if argument in metafunc.fixturenames:
+            metafunc.parametrize(argument, values, ids=lambda value: value if isinstance(value, str) else value[0])
 
 
 LIMIT = 4100  # tokens of a completion: the punishment of the paper's 4,096 last ones begins after four
@@ -70,14 +67,10 @@ ROWS = [
 ]
 ORDERS = [[0, 1, 2, 3, 4], [2, 0, 1, 3, 4], [4, 3, 2, 1, 0], [0, 1, 2, 4, 3]]
 WRONG = [
-    "",
-    "junk",
-    "</think>",
-    "<think></think>",
+    *("", "junk", "</think>", "<think></think>", "\udcff\x00<think>"),
     completion(TRACE, [0, 1], LABELS),
     completion(TRACE, [0, 0, 1, 2, 3], LABELS),
     completion(TRACE, [0, 1, 2, 3, 4], LABELS) + " done",
-    "\udcff\x00<think>",
 ]
 TEXTS = [completion(TRACE, order, LABELS) for order in ORDERS] + WRONG
 
@@ -91,12 +84,8 @@ def score(function, pairs):
     """Values of (row, completion) pairs as one batch, called as the trainer calls it."""
     columns = {key: [copy.deepcopy(row[key]) for row, _ in pairs] for key in ROWS[0]}
     texts = [text for _, text in pairs]
-    trainer = {
-        "completion_ids": [list(map(ord, text)) for text in texts],
-        "trainer_state": None,
-        "log_extra": None,
-        "log_metric": None,
-    }
+    trainer = dict.fromkeys(("trainer_state", "log_extra", "log_metric"))
+    trainer["completion_ids"] = [list(map(ord, text)) for text in texts]
     before = repr(columns)
     values = function(completions=texts, **trainer, **columns)
     assert repr(columns) == before, "the columns are changed"
@@ -228,109 +217,64 @@ def test_any_text_keeps_the_range_of_every_reward(text, ranking, is_ranking):
         assert {type(value) for value in values} == {bool}
 
 
-def test_rank_promotion_is_the_share_of_places_won():
-    row = ROWS[0]  # third of five
-    texts = [completion(None, order, LABELS) for order in ([2, 0, 1, 3, 4], [0, 1, 2, 3, 4], [0, 1, 3, 4, 2])]
-    # (3 - 1) / 5, (3 - 3) / 5, (3 - 5) / 5, and what is no ranking
-    assert score(rank_promotion, [(row, text) for text in [*texts, "junk"]]) == [0.4, 0.0, -0.4, -1.0]
-
-
-def test_rank_promotion_of_ten_candidates_spans_nine_tenths():
-    labels = [str(n) for n in range(1, 11)]
-    last_to_first, first_to_last = [9, *range(9)], [*range(1, 10), 0]
-    values = rank_promotion(
-        [completion(None, last_to_first, labels), completion(None, first_to_last, labels)],
-        candidate_labels=[labels] * 2,
-        first_stage_ranks=[list(range(1, 11))] * 2,
-        target_rank=[10, 1],
-    )
-    assert values == [0.9, -0.9]
-
-
-def test_rank_promotion_follows_the_best_ranked_of_several_relevant_items():
-    row = ROWS[2]  # positions 1 and 3 are relevant, ranked 2 and 1 by the first stage
-    # position 3 falls from rank 1 to rank 2, whatever position 1 wins: (1 - 2) / 5
-    assert score(rank_promotion, [(row, completion(None, [1, 3, 0, 2, 4], LABELS))]) == [-0.2]
-
-
-def test_rank_promotion_refuses_a_row_without_a_relevant_item():
-    row = {**ROWS[0], "target_rank": None}
-    with pytest.raises(ValueError, match="None is not in list"):
-        score(rank_promotion, [(row, gold(ROWS[0]))])
-
-
-def test_well_formed_is_one_for_a_permutation_after_a_trace():
-    values = score(well_formed, [(ROWS[0], text) for text in TEXTS])
-    assert values == [1.0] * len(ORDERS) + [0.0] * len(WRONG)
-
-
-def test_ndcg_reads_the_order_and_the_cut_off():
-    row = ROWS[0]
-    third = completion(None, [0, 1, 2, 3, 4], LABELS)
-    assert score(ndcg, [(row, third)]) == pytest.approx([0.5])  # 1 / log2(3 + 1)
-    assert score(load_function("ndcg", "rewards", k=2), [(row, third)]) == [0.0]
-    assert score(ndcg, [(row, "junk")]) == [0.0]
-    graded = {**row, "relevance": [1.0, 2.0, 0.0, 0.0, 0.0]}  # gains 1 and 3, at best the other way round
-    best = 3 + 1 / math.log2(3)
-    assert score(ndcg, [(graded, third)]) == pytest.approx([(1 + 3 / math.log2(3)) / best])
-    nothing = {**row, "relevance": [0.0] * 5}
-    assert score(ndcg, [(nothing, third), (nothing, "junk")]) == [None, None]
-
-
-def test_promoted_or_kept_first_is_the_safe_reading():
-    first, third = ROWS[1], ROWS[0]
-    cases = [
-        (third, [2, 0, 1, 3, 4], True),  # 3 -> 1
-        (third, [0, 2, 1, 3, 4], True),  # 3 -> 2
-        (third, [0, 1, 2, 3, 4], False),  # copied
-        (third, [0, 1, 3, 2, 4], False),  # 3 -> 4
-        (first, [0, 4, 3, 2, 1], True),  # kept first
-        (first, [1, 0, 2, 3, 4], False),  # was first and is demoted: the literal reading would pay
-    ]
-    pairs = [(row, completion(None, order, LABELS)) for row, order, _ in cases]
-    assert score(promoted_or_kept_first, pairs) == [expected for *_, expected in cases]
-
-
-def rankings(row, *orders):
-    return [(row, completion(None, order, LABELS)) for order in orders]
-
-
-def test_auc_is_the_share_of_pairs_in_order():
+THIRD, FIRST, GRADED, _ = ROWS
+NOT_A_COPY = {tau: load_function("not_a_copy", "rewards", max_tau=tau) for tau in (0.5, 1, 1.5)}
+BY_HAND = [  # a ranking is written as the positions in their order
+    # the target is third of five: (3 - 1) / 5, (3 - 3) / 5, (3 - 5) / 5, and what is no ranking
+    (rank_promotion, THIRD, {"20134": 0.4, "01234": 0.0, "01342": -0.4, "junk": -1.0}),
+    # positions 1 and 3 are relevant, ranked 2 and 1 by the first stage: 3 falls to rank 2, whatever 1 wins
+    (rank_promotion, GRADED, {"13024": (1 - 2) / 5}),
+    (ndcg, THIRD, {"01234": 1 / math.log2(3 + 1), "junk": 0.0}),
+    (load_function("ndcg", "rewards", k=2), THIRD, {"01234": 0.0}),
+    # gains 1 and 3, at best the other way round
+    (
+        ndcg,
+        {**THIRD, "relevance": [1.0, 2.0, 0.0, 0.0, 0.0]},
+        {"01234": (1 + 3 / math.log2(3)) / (3 + 1 / math.log2(3))},
+    ),
+    (ndcg, {**THIRD, "relevance": [0.0] * 5}, {"01234": None, "junk": None}),
     # one of five, third: 2 of 4 pairs; first: all; last: none
-    orders = ([0, 1, 2, 3, 4], [2, 0, 1, 3, 4], [0, 1, 3, 4, 2])
-    assert score(auc, [*rankings(ROWS[0], *orders), (ROWS[0], "junk")]) == [0.5, 1.0, 0.0, 0.0]
-    # relevant are 1 and 3, whatever their grades: in [1, 0, 3, 2, 4] 5 of 6 pairs are in order
-    assert score(auc, rankings(ROWS[2], [1, 3, 0, 2, 4], [1, 0, 3, 2, 4])) == [1.0, pytest.approx(5 / 6)]
-    for relevance in ([0.0] * 5, [1.0] * 5):
-        row = {**ROWS[0], "relevance": relevance}
-        assert score(auc, [*rankings(row, orders[0]), (row, "junk")]) == [None, None]
+    (auc, THIRD, {"01234": 0.5, "20134": 1.0, "01342": 0.0, "junk": 0.0}),
+    (auc, GRADED, {"13024": 1.0, "10324": 5 / 6}),  # whatever their grades, 5 of 6 pairs are in order
+    (auc, {**THIRD, "relevance": [0.0] * 5}, {"01234": None, "junk": None}),
+    (auc, {**THIRD, "relevance": [1.0] * 5}, {"01234": None, "junk": None}),
+    # tau of five items falls by 2/10 with each pair out of order; (1 - tau) / (1 - 0.5) of none, one, two and all
+    (NOT_A_COPY[0.5], THIRD, {"01234": 0.0, "01243": 0.2 / 0.5, "10243": 0.4 / 0.5, "43210": 1.0}),
+    (NOT_A_COPY[0.5], THIRD, {"02134": 1.0, "01324": 0.4}),  # one pair, and the target is second or fourth now
+    (NOT_A_COPY[0.5], FIRST, {"01234": 1.0, "10234": 1.0, "junk": 0.0}),  # there is nothing to gain
+    (NOT_A_COPY[1], THIRD, {"01234": 0.0, "01243": 1.0, "01342": 1.0}),  # the identity check alone
+    (promoted_or_kept_first, THIRD, {"20134": True, "02134": True, "01234": False, "01324": False}),
+    (promoted_or_kept_first, FIRST, {"04321": True, "10234": False}),  # the literal reading would pay a demotion
+    (promoted_or_first, THIRD, {"02134": True, "01234": False}),
+    (promoted_or_first, FIRST, {"04321": True, "10234": True}),
+    # a copy that could be better, a near-copy, and a copy of an order that is best already
+    (not_a_suboptimal_copy, THIRD, {"01234": False, "01243": True}),
+    (not_a_suboptimal_copy, FIRST, {"01234": True}),
+]
 
 
-def test_not_a_copy_pays_distance_from_the_order_shown_unless_the_ranking_is_better():
-    third, first = ROWS[0], ROWS[1]
-    # tau of five items falls by 2/10 with each pair out of order; (1 - tau) / (1 - 0.5)
-    cases = [
-        (third, [0, 1, 2, 3, 4], 0.0),  # a copy
-        (third, [0, 1, 2, 4, 3], 0.4),  # one pair: 0.2 / 0.5
-        (third, [1, 0, 2, 4, 3], 0.8),  # two pairs
-        (third, [4, 3, 2, 1, 0], 1.0),
-        (third, [0, 2, 1, 3, 4], 1.0),  # one pair, but the target is second now
-        (third, [0, 1, 3, 2, 4], 0.4),  # one pair, and the target fourth
-        (first, [0, 1, 2, 3, 4], 1.0),  # there is nothing to gain
-        (first, [1, 0, 2, 3, 4], 1.0),
-    ]
-    half = load_function("not_a_copy", "rewards", max_tau=0.5)
-    pairs = [(row, completion(None, order, LABELS)) for row, order, _ in cases]
-    assert score(half, pairs) == pytest.approx([value for *_, value in cases])
-    assert score(half, [(first, "junk")]) == [0.0]
+@pytest.mark.parametrize(("function", "row", "values"), BY_HAND)
+def test_values_are_those_by_hand(function, row, values):
+    texts = [text if text == "junk" else completion(None, [int(place) for place in text], LABELS) for text in values]
+    assert score(function, [(row, text) for text in texts]) == pytest.approx(list(values.values()))
 
 
-def test_not_a_copy_at_a_tau_of_one_is_the_identity_check_alone():
-    identity_check = load_function("not_a_copy", "rewards", max_tau=1)
-    orders = ([0, 1, 2, 3, 4], [0, 1, 2, 4, 3], [0, 1, 3, 4, 2])
-    assert score(identity_check, rankings(ROWS[0], *orders)) == [0.0, 1.0, 1.0]
-    with pytest.raises(ValueError, match=r"max_tau is 1.5 but must be in \[-1, 1\]"):
-        score(load_function("not_a_copy", "rewards", max_tau=1.5), rankings(ROWS[0], orders[0]))
+@pytest.mark.parametrize(
+    ("function", "changes", "message"),
+    [
+        (rank_promotion, {"target_rank": None}, "None is not in list"),
+        (NOT_A_COPY[1.5], {}, r"max_tau is 1.5 but must be in \[-1, 1\]"),
+        (overlong, {"max_completion_tokens": 20}, "cache_tokens is 4096 but must be from 0 to the .* completion, 20"),
+    ],
+)
+def test_a_bad_row_or_parameter_is_an_exception(function, changes, message):
+    with pytest.raises(ValueError, match=message):
+        score(function, [({**THIRD, **changes}, gold(THIRD))])
+
+
+def test_well_formed_and_valid_ranking_hold_for_a_permutation_after_a_trace():
+    texts = [(THIRD, text) for text in TEXTS]
+    assert score(well_formed, texts) == score(valid_ranking, texts) == [True] * len(ORDERS) + [False] * len(WRONG)
 
 
 @pytest.mark.parametrize(
@@ -368,29 +312,5 @@ def test_overlong_follows_the_cases_of_its_equation():
     # (80 - 85) / 20, (80 - 90) / 20, (80 - 100) / 20, and (30 - 45) / 20
     values = function([""] * 7, completion_ids=ids, max_completion_tokens=limits)
     assert values == [0.0, 0.0, -0.25, -0.5, -1.0, -1.0, -0.75]
-    assert overlong([""] * 2, [[7] * 16384, [7] * 18432], max_completion_tokens=[20480] * 2) == [
-        0.0,
-        -0.5,
-    ]  # the paper's
-    with pytest.raises(
-        ValueError, match="cache_tokens is 30 but must be from 0 to the token limit of a completion, 20"
-    ):
-        overlong([""], completion_ids=[[7]], max_completion_tokens=[20], cache_tokens=30)
-
-
-def test_promoted_or_first_pays_whatever_becomes_of_a_first_target():
-    third, first = ROWS[0], ROWS[1]
-    assert score(promoted_or_first, rankings(third, [0, 2, 1, 3, 4], [0, 1, 2, 3, 4])) == [True, False]
-    assert score(promoted_or_first, rankings(first, [0, 4, 3, 2, 1], [1, 0, 2, 3, 4])) == [True, True]
-
-
-def test_not_a_suboptimal_copy_is_the_identity_check():
-    third, first = ROWS[0], ROWS[1]
-    # a copy that could be better, a near-copy, and a copy of an order that is best already
-    assert score(not_a_suboptimal_copy, rankings(third, [0, 1, 2, 3, 4], [0, 1, 2, 4, 3])) == [False, True]
-    assert score(not_a_suboptimal_copy, rankings(first, [0, 1, 2, 3, 4])) == [True]
-
-
-def test_valid_ranking_is_well_formed():
-    texts = [(ROWS[0], text) for text in TEXTS]
-    assert score(valid_ranking, texts) == [value == 1 for value in score(well_formed, texts)]
+    papers = overlong([""] * 2, [[7] * 16384, [7] * 18432], max_completion_tokens=[20480] * 2)
+    assert papers == [0.0, -0.5]

@@ -1,20 +1,15 @@
-import pyarrow.parquet as pq
 import pytest
-from toy_run import cut_off, damage_inside, rollout
+from toy_run import damage_inside, rollout
 from toy_run import write_rollouts as write
 
 from rerank.catalogue import Catalogue
 from rerank.rollouts.groups import RolloutGroups, find_catalogue
-from rerank.rollouts.schema import SCHEMA
 
 
 def test_a_line_counts_what_the_group_holds(tmp_path):
-    write(
-        tmp_path,
-        rollout(reward=0.5, target_rank_after=3),
-        rollout(reward=1.5, target_rank_after=1, kept=False, discard_reason="stale"),
-        rollout(reward=-1.0, order=None, failure="junk", target_rank_after=None),
-    )
+    stale = rollout(reward=1.5, target_rank_after=1, kept=False, discard_reason="stale")
+    failed = rollout(reward=-1.0, order=None, failure="junk", target_rank_after=None)
+    write(tmp_path, rollout(reward=0.5, target_rank_after=3), stale, failed)
     (line,) = RolloutGroups(tmp_path).page()
     assert line == {
         "step": 0, "round": 0, "group": 0, "row_id": 40, "user": 7, "rollouts": 3, "kept": 2, "discarded": "stale",
@@ -87,45 +82,33 @@ def test_another_runs_latest_group_of_a_row_stands_beside_it(tmp_path):
     write(tmp_path / "b", rollout(step=4, reward=2.0), rollout(step=5, reward=3.0), rollout(group=1))
     groups = RolloutGroups(tmp_path / "a", tmp_path / "b")
     lines = groups.page()
-    assert [(line["row_id"], line["best"], line["other_step"], line["other_best"]) for line in lines] == [
-        (40, 1.0, 5, 3.0),
-        (41, 0.5, 0, 0.5),
-    ]
-    assert [line["difference"] for line in lines] == [-2.0, 0.0]
+    shown = [[line[name] for name in ("row_id", "best", "other_step", "other_best", "difference")] for line in lines]
+    assert shown == [[40, 1.0, 5, 3.0, -2.0], [41, 0.5, 0, 0.5, 0.0]]
     assert [rollout["reward"] for rollout in groups.read_other(lines[0])] == [3.0]
     groups.filter("reward = 1.0")
     assert groups.num_groups == 1
 
 
-def test_a_run_against_itself_shows_each_row_beside_its_last_visit(tmp_path):
-    write(tmp_path, rollout(step=0), rollout(step=1, group=1), rollout(step=2, reward=2.0))
-    lines = RolloutGroups(tmp_path, tmp_path).page()
-    assert [(line["step"], line["row_id"], line["other_step"]) for line in lines] == [(0, 40, 2)]
+def test_a_run_against_itself_shows_each_row_beside_its_last_visit_or_its_last_up_to_a_step(tmp_path):
+    write(tmp_path, *(rollout(step=step) for step in (0, 2, 4, 6)), rollout(step=5, group=1))
+    for options, wanted in (({}, [(4, 6), (2, 6), (0, 6)]), ({"against_step": 3}, [(6, 2), (4, 2), (0, 2)])):
+        lines = RolloutGroups(tmp_path, tmp_path, **options).page()
+        assert [(line["step"], line["other_step"]) for line in lines] == wanted
 
 
-def test_an_earlier_policy_of_the_other_run_can_be_asked_for(tmp_path):
-    write(tmp_path, *(rollout(step=step, reward=float(step)) for step in (0, 2, 4, 6)))
-    lines = RolloutGroups(tmp_path, tmp_path, against_step=3).page()
-    assert [(line["step"], line["other_step"]) for line in lines] == [(6, 2), (4, 2), (0, 2)]
-    with pytest.raises(ValueError, match="has no row that .* met up to step -1; give a later step"):
-        RolloutGroups(tmp_path, tmp_path, against_step=-1)
-
-
-def test_runs_without_a_common_row_are_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("against", "options", "message"),
+    [
+        ("a", {"against_step": -1}, "has no row that .* met up to step -1; give a later step"),
+        ("a", {}, "met no row twice, so that it cannot be held against itself; give another run"),
+        ("b", {}, "a and .*b have no row in common; give two runs of one recipe's rows"),
+    ],
+)
+def test_runs_without_a_common_row_are_refused(tmp_path, against, options, message):
     write(tmp_path / "a", rollout())
     write(tmp_path / "b", rollout(group=1))
-    with pytest.raises(ValueError, match="a and .*b have no row in common"):
-        RolloutGroups(tmp_path / "a", tmp_path / "b")
-
-
-def test_a_part_that_is_cut_off_is_left_out_and_a_folder_of_them_refused(tmp_path):
-    write(tmp_path, rollout(step=0), rollout(step=1))
-    parts = sorted(tmp_path.glob("part-*"))
-    cut_off(parts[1])
-    assert [line["step"] for line in RolloutGroups(tmp_path).page()] == [0]
-    cut_off(parts[0])
-    with pytest.raises(ValueError, match="holds no readable rollouts; run the dapo stage"):
-        RolloutGroups(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        RolloutGroups(tmp_path / "a", tmp_path / against, **options)
 
 
 def test_a_part_that_is_damaged_inside_is_named_when_the_list_or_its_group_is_read(tmp_path):
@@ -137,12 +120,6 @@ def test_a_part_that_is_damaged_inside_is_named_when_the_list_or_its_group_is_re
         with pytest.raises(ValueError, match="part-00000001-0.parquet is damaged; delete it"):
             read()
     assert groups.page() == lines and len(groups.read(lines[1])) == 1
-
-
-def test_a_store_without_a_rollout_is_refused(tmp_path):
-    pq.write_table(SCHEMA.empty_table(), tmp_path / "part-00000000-0.parquet")
-    with pytest.raises(ValueError, match="holds no rollouts; run the dapo stage"):
-        RolloutGroups(tmp_path)
 
 
 @pytest.mark.parametrize("given", ["run", "run/dapo", "run/dapo/rollouts"])

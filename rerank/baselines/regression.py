@@ -39,7 +39,7 @@ class ItemRegression:
         places = np.full(num_items, -1, dtype=np.int64)
         places[kept] = np.arange(len(kept))
         chosen = csr_array((np.ones(len(items)), (owners, items)), shape=(owners.max(initial=-1) + 1, num_items))
-        chosen = _binary(chosen)[:, kept]
+        chosen = chosen.astype(bool).astype(float)[:, kept]  # an item taken twice is one item
         together = (chosen.T @ chosen).toarray()
         return cls(np.linalg.inv(together + RIDGE * np.eye(len(kept))), places)
 
@@ -59,7 +59,7 @@ class ItemRegression:
         sums = [np.take_along_axis(weight @ self.inverse, places, axis=1) for weight in weights]
         diagonal = self.inverse.diagonal()[places]
         if own is not None:
-            mine = _binary(own)[:, np.flatnonzero(self.places >= 0)]
+            mine = own.sorted_indices().astype(bool).astype(float)[:, np.flatnonzero(self.places >= 0)]
             moved = mine @ self.inverse  # P x of every row
             rest = 1 - mine.multiply(moved).sum(axis=1)[:, None]
             wanted = np.take_along_axis(moved, places, axis=1)
@@ -78,11 +78,3 @@ class ItemRegression:
         known = places >= 0
         shape = (len(histories), len(self.inverse))
         return csr_array((values[known], (lines[known], places[known])), shape=shape)
-
-
-def _binary(matrix: csr_array) -> csr_array:
-    """1.0 wherever the matrix has something, so that an item taken twice is one item."""
-    matrix = csr_array(matrix, dtype=float, copy=True)
-    matrix.sum_duplicates()
-    matrix.data = np.ones_like(matrix.data)
-    return matrix

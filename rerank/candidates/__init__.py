@@ -86,11 +86,7 @@ def check(args: CandidatesArguments) -> None:
         check_model_dir(args, Path(args.model_dir))
     if not run_dir.is_finished(args.run_dir, "data"):
         return
-    if (
-        args.source == "model"
-        and args.model_dir is None
-        and run_dir.read_metrics(args.run_dir, "data")["midtrain_has_seen_rerank_targets"]
-    ):
+    if optional_inputs(args) and run_dir.read_metrics(args.run_dir, "data")["midtrain_has_seen_rerank_targets"]:
         raise ValueError(
             "source is model but num_rerank of the data stage is all, so the mid-trained model has seen the targets "
             "of the training lists; set num_rerank to a number, or source to transitions"
@@ -135,8 +131,7 @@ def make_lists(
     args: CandidatesArguments, rows: TargetRows, counts: Counts, own: UserContributions
 ) -> tuple[np.ndarray, np.ndarray]:
     """(R, N) items in first-stage order and (R, N) scores."""
-    if args.source == "lists":
-        assert args.lists is not None
+    if args.lists is not None:
         logger.info("own lists: that training lists are out of fold is for %s to ensure", args.lists)
         return read_lists(args.lists, rows.row_ids, read_item_ids(args.run_dir), args.num_candidates)
     if args.source == "model":

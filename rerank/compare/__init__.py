@@ -31,11 +31,6 @@ class Variant:
     recipe_dir: str
     overrides: tuple[str, ...] = ()
 
-    @property
-    def words(self) -> list[str]:
-        """The folder's name, without where it lies, and the overrides."""
-        return [Path(self.recipe_dir).name, *self.overrides]
-
 
 def read_variants(recipe_dirs: Sequence[str], words: Sequence[Sequence[str]] | None) -> list[Variant]:
     """The variants of a command line: recipe folders, or one folder and for each variant its name and overrides."""
@@ -96,6 +91,7 @@ def report(variants: Sequence[Variant], runs_of: RunsOf, minutes_per_run: float 
     results = json.loads((runs.stage_dir(some_run, "evaluate") / "results.json").read_text())
     budget = f", at most {minutes_per_run:g} training minutes a run" if minutes_per_run is not None else ""
     task, num_seeds = results.get("task", "rerank"), len(next(iter(runs_of.values())))
+    words_of = {variant.name: [Path(variant.recipe_dir).name, *variant.overrides] for variant in variants}
     lines = [
         f"# Comparison of {', '.join(runs_of)}",
         "",
@@ -103,11 +99,11 @@ def report(variants: Sequence[Variant], runs_of: RunsOf, minutes_per_run: float 
         "",
         *(f"- data: {name}, sha256 {digest}" for name, digest in data["sources"].items()),
         "",
-        *(f"- {variant.name}: {' '.join(f'`{word}`' for word in variant.words)}" for variant in variants),
+        *(f"- {name}: {' '.join(f'`{word}`' for word in words)}" for name, words in words_of.items()),
         "",
         *tables.LINES[task](runs_of),
     ]
-    if task == "rerank" and curves.has_dapo(runs_of):
+    if task == "rerank" and all(runs.is_finished(run, "dapo") for folders in runs_of.values() for run in folders):
         curves.draw(runs_of, target.with_suffix(".png"))
         lines += ["", *curves.table_lines(runs_of), "", f"![curves]({target.stem}.png)"]
     return "\n".join(lines) + "\n"

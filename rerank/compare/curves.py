@@ -1,7 +1,7 @@
 """Behaviour of the policy while variants were trained by reinforcement learning: a table and a picture beside it."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,11 +37,6 @@ def read_curves(run: Path) -> pd.DataFrame:
     entries = [entry for entry in log if "step_time" in entry]
     steps = [entry["step"] for entry in entries]
     return pd.DataFrame(entries, index=steps).reindex(columns=[*COLUMNS, "step_time"]).ffill()
-
-
-def has_dapo(runs_of: RunsOf) -> bool:
-    """Whether all runs were trained by reinforcement learning."""
-    return all(runs.is_finished(run, "dapo") for folders in runs_of.values() for run in folders)
 
 
 def table_lines(runs_of: RunsOf) -> list[str]:
@@ -81,23 +76,17 @@ def draw(runs_of: RunsOf, path: Path) -> None:
         colours = {name: f"C{number}" for number, name in enumerate(runs_of)}
         curves = {name: [read_curves(run) for run in folders] for name, folders in runs_of.items()}
         for axes, column in zip(over_steps, PICTURED, strict=True):
-            _draw_curves(axes, curves, column, colours)
+            for name, of_runs in curves.items():
+                seeds = pd.concat([curve[column] for curve in of_runs], axis=1)
+                smooth = seeds.rolling(max(1, len(seeds) // 10), min_periods=1).mean()
+                axes.plot(smooth, color=colours[name], linewidth=0.6, alpha=0.4)
+                axes.plot(smooth.mean(axis=1), color=colours[name], linewidth=1.8, label=name)
+            axes.set(xlabel="step", title=PICTURED[column])
         _draw_final(final, runs_of, colours)
         handles, names = over_steps[0].get_legend_handles_labels()
         figure.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False)
         figure.savefig(path, dpi=150)
         pyplot.close(figure)
-
-
-def _draw_curves(
-    axes: "Axes", curves: Mapping[str, Sequence[pd.DataFrame]], column: str, colours: Mapping[str, str]
-) -> None:
-    for name, of_runs in curves.items():
-        seeds = pd.concat([curve[column] for curve in of_runs], axis=1)
-        smooth = seeds.rolling(max(1, len(seeds) // 10), min_periods=1).mean()
-        axes.plot(smooth, color=colours[name], linewidth=0.6, alpha=0.4)
-        axes.plot(smooth.mean(axis=1), color=colours[name], linewidth=1.8, label=name)
-    axes.set(xlabel="step", title=PICTURED[column])
 
 
 def _draw_final(axes: "Axes", runs_of: RunsOf, colours: Mapping[str, str]) -> None:

@@ -119,9 +119,7 @@ def load_sets(run: Path) -> Evaluation:
         for name, lines in by_ranker.items()
     }
     first = next(iter(by_ranker.values()))
-    rows: list[object] = [
-        (user, targets.tolist()) for user, targets in zip(first["user"], first["targets"], strict=True)
-    ]
+    rows: list[object] = list(zip(first["user"], map(tuple, first["targets"]), strict=True))
     return Evaluation(rows, first["user"].to_numpy(), values)
 
 
@@ -150,5 +148,4 @@ def load_all(load: Callable[[Path], E], runs_of: RunsOf, what: str) -> dict[str,
 
 def mean(seeds: Sequence[Evaluation], ranker: str, metric: str) -> np.ndarray:
     """(R,) a metric of each row, the mean over seeds."""
-    values: np.ndarray = np.mean([seed.values[ranker][metric] for seed in seeds], axis=0)
-    return values
+    return np.asarray(np.mean([seed.values[ranker][metric] for seed in seeds], axis=0))

@@ -15,6 +15,7 @@ from rerank.results.tables import NO_VALUE, Results, interval, markdown_table, n
 
 METRICS, COMPARED = ("R@1", "R@5", "N@5"), ("N@5", "R@1")  # of lists of candidates
 COMPARED_NEXT = ("R@10", "N@10")
+CATALOGUE_MODELS = [ranker.name for ranker in of_task("next_item") if ranker.stage == "sft"]
 SEARCH = "sft"  # ranks the catalogue by beam search
 
 Line = tuple[Sequence[evaluations.Evaluation], str]  # seeds and the ranker
@@ -124,11 +125,6 @@ def set_lines(runs_of: RunsOf) -> list[str]:
     return [*group_lines(read, metrics, metrics, slice(None)), *pair_lines(read, metrics, {})]
 
 
-def catalogue_models() -> list[str]:
-    """Names of the sft stage's rankers of the catalogue."""
-    return [ranker.name for ranker in of_task("next_item") if ranker.stage == "sft"]
-
-
 def group_lines(
     variants: Variants, metrics: Sequence[str], compared: Sequence[str], chosen: np.ndarray | slice
 ) -> list[str]:
@@ -137,9 +133,7 @@ def group_lines(
     Differences of the compared metrics are to transitions and to the first variant's first ranker; the spread over
     seeds is of the first of them.
     """
-    lines = {
-        name: [(seeds, r) for r in catalogue_models() if r in seeds[0].values] for name, seeds in variants.items()
-    }
+    lines = {name: [(seeds, r) for r in CATALOGUE_MODELS if r in seeds[0].values] for name, seeds in variants.items()}
     for name, found in lines.items():
         if not found:
             raise ValueError(f"variant {name} was evaluated without its sft model; let evaluate.models hold sft")
@@ -163,7 +157,7 @@ def group_lines(
 def pair_lines(variants: Variants, compared: Sequence[str], measured: Prunings) -> list[str]:
     """By ranker that two variants have, each variant against every one before it; of the search its pruning too."""
     sampling, lines = Sampling(next(iter(variants.values()))[0].users), []
-    for ranker in catalogue_models():
+    for ranker in CATALOGUE_MODELS:
         asked = {name: (seeds, ranker) for name, seeds in variants.items() if ranker in seeds[0].values}
         with_pruning = ranker == SEARCH and len(measured) > 1
         heads = ["variant", "minus", *compared, *(["pruned, points", "violation, points"] if with_pruning else [])]
@@ -205,12 +199,10 @@ def _pruning_differences(measured: Prunings, name: str, other: str, sampling: Sa
     """Of the pruned share and of the share of violated targets, in points; nothing where not measured in both."""
     if name not in measured or other not in measured:
         return [NO_VALUE] * 2
-    (pruned, top, violated), others = _over_seeds(measured[name]), _over_seeds(measured[other])
+    (*pruned, violated), (*others, violated_there) = _over_seeds(measured[name]), _over_seeds(measured[other])
+    differences = sampling.rate_difference(*pruned, *others), sampling.difference(violated, violated_there)
     cells = []
-    for found, bounds in (
-        sampling.rate_difference(pruned, top, others[0], others[1]),
-        sampling.difference(violated, others[2]),
-    ):
+    for found, bounds in differences:
         points = [f"{100 * value:+.1f}" for value in (found, *bounds)]
         cells.append(NO_VALUE if np.isnan([found, *bounds]).any() else f"{points[0]} [{points[1]}, {points[2]}]")
     return cells

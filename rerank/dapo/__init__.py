@@ -144,8 +144,7 @@ def token_limit(config: DapoConfig, base_dir: Path) -> int:
     """The token limit of a completion: the recipe's, or what the sft stage found enough."""
     if config.max_completion_length is not None:
         return config.max_completion_length
-    limit: int = json.loads((base_dir / "generation.json").read_text())["max_completion_tokens"]
-    return limit
+    return json.loads((base_dir / "generation.json").read_text())["max_completion_tokens"]
 
 
 def prepare(args: DapoArguments, config: DapoConfig, prompter: Prompter, base_dir: Path) -> PromptStream:
@@ -230,8 +229,7 @@ def main(args: DapoArguments, training_args: DapoConfig, model_args: ModelConfig
     base_model.save_trained(trainer, tokenizer, base_dir, out_dir / "model")
     steps = [entry for entry in trainer.state.log_history if "rollouts/reward" in entry]
     if trainer.accelerator.is_main_process:
-        limit = prompts.max_completion_tokens
-        save_ranker(args.run_dir, prompter, out_dir / "model", not args.without_trace, limit)
+        save_ranker(args.run_dir, prompter, out_dir / "model", not args.without_trace, prompts.max_completion_tokens)
         write_json(out_dir / "log_history.json", trainer.state.log_history)
     return {
         "rollout_engine": "vllm" if training_args.use_vllm else "transformers",

@@ -29,10 +29,8 @@ def consistency(prompts: PromptStream, generate: GenerateGreedily) -> dict[str, 
     chosen = rng.choice(len(prompts.rows), min(NUM_ROWS, len(prompts.rows)), replace=False)
     rows = [prompts.rows[place] for place in sorted(chosen)]
     shuffled = [row.shuffled(rng.permutation(len(row.candidates)).tolist()) for row in rows]
-    rankings = [
-        in_shares(lambda share: _rank(share, generate), [prompts.ask(row) for row in shown])
-        for shown in (rows, shuffled)
-    ]
+    asked = [[prompts.ask(row) for row in shown] for shown in (rows, shuffled)]
+    rankings = [in_shares(lambda share: _rank(share, generate), shown) for shown in asked]
     agreement = rollout_metrics.agreement(*rankings)
     return {f"rollouts/consistency/{name}": value for name, value in agreement.items()}
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 import torch
 from trl import GRPOTrainer
@@ -136,19 +136,16 @@ class PreparedTrainer(GRPOTrainer):
         answers = super()._generate_single_turn(prompt_ids, *args, **kwargs)
         self.vllm_generation.generation_kwargs = options
         if not answers[0]:
-            self._stop_without_server()
+            if self.state.global_step:
+                self._save_checkpoint(self.model, trial=None)
+            raise ValueError(
+                f"the vLLM server at {server.base_url(self.args)} is gone; start it again, then the same command "
+                f"continues from step {self.state.global_step}"
+            )
         return answers
 
     def _asks_server(self) -> bool:
         return self.use_vllm and self.args.vllm_mode == "server"
-
-    def _stop_without_server(self) -> NoReturn:
-        if self.state.global_step:
-            self._save_checkpoint(self.model, trial=None)
-        raise ValueError(
-            f"the vLLM server at {server.base_url(self.args)} is gone; start it again, then the same command "
-            f"continues from step {self.state.global_step}"
-        )
 
     def _seed_requests(self, engine: "LLM") -> None:
         """Make the colocated engine sample each request with a seed of its own."""
@@ -162,10 +159,9 @@ class PreparedTrainer(GRPOTrainer):
                 parts = [None] * generation.tensor_parallel_size
                 torch.distributed.all_gather_object(parts, seeds, group=generation.tp_group)
                 seeds = [seed for part in parts for seed in part]
-            params = []
-            for seed in seeds:
-                params.append(sampling_params.clone())
-                params[-1].seed = seed
+            params = [sampling_params.clone() for _ in seeds]
+            for own, seed in zip(params, seeds, strict=True):
+                own.seed = seed
             return generate(prompts, sampling_params=params, **kwargs)
 
         engine.generate = seeded

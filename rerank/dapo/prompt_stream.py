@@ -53,5 +53,4 @@ class PromptStream:
 
 @lru_cache(maxsize=2)
 def _order(seed: int, epoch: int, num_rows: int) -> list[int]:
-    order: list[int] = np.random.default_rng([seed, epoch]).permutation(num_rows).tolist()
-    return order
+    return np.random.default_rng([seed, epoch]).permutation(num_rows).tolist()

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,12 +15,12 @@ from trl.trainer.utils import split_tensor_dict
 
 from rerank import scoring
 from rerank.dapo.consistency import EVERY, consistency
-from rerank.dapo.groups import Group, Rollout, record
+from rerank.dapo.groups import Group, record
 from rerank.dapo.prepared import Prepared, PreparedTrainer
 from rerank.dapo.prompt_stream import PromptStream
 from rerank.dapo.sampler import GroupSampler, SamplerState, SamplingOptions, StepGroups
 from rerank.rollouts import metrics as rollout_metrics
-from rerank.rollouts.store import RolloutWriter
+from rerank.rollouts.store import RolloutWriter, to_table
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -97,9 +98,7 @@ class DapoTrainer(PreparedTrainer):
         # an optimizer step samples more than once, all of it with the same weights
         keeps_surplus = config.steps_per_generation * self.num_iterations < config.gradient_accumulation_steps
         rounds = args.max_sampling_rounds if args.dynamic_sampling else 1
-        sampling = SamplingOptions(
-            self.num_generations, args.outcome, rounds, args.dynamic_sampling, keeps_surplus=keeps_surplus
-        )
+        sampling = SamplingOptions(self.num_generations, args.outcome, rounds, args.dynamic_sampling, keeps_surplus)
         self.sampler = GroupSampler(self.generate, self.score, prompts, sampling)
 
     # The steps, in order
@@ -145,9 +144,9 @@ class DapoTrainer(PreparedTrainer):
         first, names = self.accelerator.process_index * share, self.reward_func_names
         self.prepared.groups = chosen[first : first + share]
         self.prepared.num_trained = min(max(kept - first, 0), share)
-        nan = float("nan")
         rewards = [
-            [rollout.rewards.get(name, nan) if number < kept else nan for name in names]  # TRL's means leave nan out
+            # TRL's means leave nan out
+            [rollout.rewards.get(name, torch.nan) if number < kept else torch.nan for name in names]
             for number, group in enumerate(chosen)
             for rollout in group.rollouts
         ]
@@ -192,8 +191,7 @@ class DapoTrainer(PreparedTrainer):
 
     def store_rollouts(self) -> None:
         """Store what was trained on; a run resumed from now on continues with other prompts."""
-        groups = self.prepared.groups[: self.prepared.num_trained]
-        self.writer.add(self._record(group, rollout) for group in groups for rollout in group.rollouts)
+        self.writer.add(self._records(self.prepared.groups[: self.prepared.num_trained]))
         self.writer.flush()
         self.prepared.resume_from = replace(self.sampler.state)
 
@@ -228,34 +226,31 @@ class DapoTrainer(PreparedTrainer):
         for name, value in metrics.items():
             self._metrics["train"][name].append(float(value))
 
-    def _record(self, group: Group, rollout: Rollout) -> dict[str, object]:
-        return record(group, rollout, self.writer.folder.resolve().parents[1].name)  # RUN_DIR/dapo.partial/rollouts
+    def _records(self, groups: Sequence[Group]) -> list[dict[str, object]]:
+        """The rollouts of groups as the store takes them."""
+        run = self.writer.folder.resolve().parents[1].name  # RUN_DIR/dapo.partial/rollouts
+        return [record(group, rollout, run) for group in groups for rollout in group.rollouts]
 
     def _rollout_metrics(self, sampled: Sequence[Group]) -> dict[str, float]:
         """Reward-hacking metrics of all groups that were sampled, discarded or not."""
-        records = [
-            {**self._record(group, rollout), "kept": self.sampler.is_kept(group)}
-            for group in sampled
-            for rollout in group.rollouts
-        ]
+        kept = [self.sampler.is_kept(group) for group in sampled for _ in group.rollouts]
+        records = [{**of, "kept": is_kept} for of, is_kept in zip(self._records(sampled), kept, strict=True)]
         weights = {reward.name: reward.weight for reward in self.rewards}
-        return rollout_metrics.to_log(records, weights, self.prompts.prompter.catalogue)
+        found = rollout_metrics.overall(to_table(records), weights, self.prompts.prompter.catalogue)
+        return {f"rollouts/{name}": value for name, value in found.items()}
 
     def _store_discarded(self, groups: Sequence[Group]) -> None:
         """Store groups that are not trained on, each by one process."""
-        for group in groups[self.accelerator.process_index :: self.accelerator.num_processes]:
-            self.writer.add(self._record(group, rollout) for rollout in group.rollouts)
+        self.writer.add(self._records(groups[self.accelerator.process_index :: self.accelerator.num_processes]))
 
     # Checkpoints
 
     def train(self, *args, **kwargs):
         """Train; returns what transformers does. All rollouts are on disk then."""
-        try:
+        with closing(self.writer):
             result = super().train(*args, **kwargs)
             self._store_discarded(self.sampler.drop_stale())
             return result
-        finally:
-            self.writer.close()
 
     def _save_checkpoint(self, model, trial):
         self.writer.flush(wait=True)  # a run that continues from this checkpoint does not sample these again

@@ -12,7 +12,7 @@ from ibis import _
 from ibis.expr.types import Table
 
 from rerank.data import DataArguments, ready_rows, splits, tables
-from rerank.data.readers import Source, read_source
+from rerank.data.readers import Names, Source, read_source
 from rerank.launch.files import fingerprint
 
 ROW_SPLITS = ("rerank", "valid", "test")
@@ -49,15 +49,11 @@ def prepare(args: DataArguments) -> Prepared:
     with tempfile.TemporaryDirectory() as spill_dir:  # else DuckDB spills into the working folder
         con = ibis.duckdb.connect(temp_directory=spill_dir)
         try:
-            return _prepare(con, args)
+            source = read_source(con, args.interactions, args.format, "interactions")
+            is_rows = args.split == "given" and ready_rows.is_ready_rows(source, args.columns)
+            prepared = (_from_ready_rows if is_rows else _from_interactions)(con, args, source)
         finally:
             con.disconnect()
-
-
-def _prepare(con: ibis.BaseBackend, args: DataArguments) -> Prepared:
-    source = read_source(con, args.interactions, args.format, "interactions")
-    is_rows = args.split == "given" and ready_rows.is_ready_rows(source, args.columns)
-    prepared = (_from_ready_rows if is_rows else _from_interactions)(con, args, source)
     _refuse_empty_splits(args, prepared)
     return prepared
 
@@ -75,10 +71,10 @@ def _read_items(con: ibis.BaseBackend, args: DataArguments, used: Table, source:
 
 
 def _from_interactions(con: ibis.BaseBackend, args: DataArguments, source: Source) -> Prepared:
-    read = tables.read_interactions(con, source, args.columns)
-    _check_split_columns(args, read)
-    items, sources = _read_items(con, args, read.table, source)
-    unique = tables.drop_duplicates(con, read)
+    read, names = tables.read_interactions(con, source, args.columns)
+    _check_split_columns(args, source, read, names)
+    items, sources = _read_items(con, args, read, source)
+    unique = tables.drop_duplicates(con, read, names)
     core = tables.k_core(con, unique, args.min_user_interactions, args.min_item_interactions)
     if args.min_item_interactions:
         items = items.semi_join(core, "item_id")
@@ -86,7 +82,7 @@ def _from_interactions(con: ibis.BaseBackend, args: DataArguments, source: Sourc
     numbered = core.join(users, "user_id").join(items.select("item", "item_id"), "item_id")
     order = ["time", "position", "source_row"] if args.split == "by_time" else ["position", "time", "source_row"]
     sequences = _split(args, splits.number_positions(numbered, order))
-    num_read = tables.count(read.table)
+    num_read = tables.count(read)
     return _computed(args, items, users, sequences, num_read, num_read - tables.count(unique), sources)
 
 
@@ -110,16 +106,14 @@ def _computed(
     return Prepared(*by_number, interactions, targets, num_read, twice, sources)
 
 
-def _check_split_columns(args: DataArguments, read: tables.Interactions) -> None:
+def _check_split_columns(args: DataArguments, source: Source, read: Table, names: Names) -> None:
     """Refuse a split by a column that the interactions lack."""
-    name = read.source.name
-    if args.split == "given" and not read.has_split:
-        raise ValueError(f"split is given but {name} has no column 'split'; map it in columns: {{split: COLUMN}}")
-    if args.split == "by_time":
-        if not read.has_time:
-            raise ValueError(f"split is by_time but {name} has no column 'time'; map it in columns: {{time: COLUMN}}")
-        if row := tables.first_row(read.table.filter(_.time.isnull()), read.source):
-            raise ValueError(f"{row['place']}: the time is empty but split is by_time; fill it or remove the row")
+    needed = {"given": "split", "by_time": "time"}.get(args.split)
+    if needed and needed not in names:
+        problem = f"split is {args.split} but {source.name} has no column {needed!r}"
+        raise ValueError(f"{problem}; map it in columns: {{{needed}: COLUMN}}")
+    if needed == "time" and (row := tables.first_row(read.filter(_.time.isnull()), source)):
+        raise ValueError(f"{row['place']}: the time is empty but split is by_time; fill it or remove the row")
 
 
 def _split(args: DataArguments, sequences: Table) -> Table:

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import duckdb
 import ibis
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from ibis.expr.types import Column, Table
@@ -21,6 +20,8 @@ from rerank.models import names
 _FORMAT_OF_SUFFIX = dict(csv="csv", tsv="tsv", jsonl="jsonl", ndjson="jsonl", parquet="parquet")
 _FORMAT_OF_SUFFIX |= dict(inter="recbole", item="recbole", txt="s3rec", json="s3rec")  # s3rec: sequences, attributes
 _DELIMITERS = {"csv": ",", "tsv": "\t", "recbole": "\t"}
+
+Names = dict[str, str]  # our names of columns to the source's
 
 
 @dataclass(frozen=True)
@@ -129,13 +130,11 @@ def _read_s3rec(con: ibis.BaseBackend, path: str) -> Table:
         return _number_rows(ibis.memtable(pa.table(columns)))
     with _open(path) as file:
         lines = [line.split() for line in file]
-    lengths = np.array([max(0, len(words) - 1) for words in lines])
-    rows = np.repeat(np.arange(len(lines)), lengths)
     columns = {
-        "user": pa.array([words[0] if words else "" for words in lines]).take(pa.array(rows)),
+        "user": [words[0] for words in lines for _ in words[1:]],
         "item": [item for words in lines for item in words[1:]],
-        "position": np.arange(len(rows)) - np.repeat(np.cumsum(lengths) - lengths, lengths),
-        "source_row": rows,
+        "position": [place for words in lines for place in range(len(words) - 1)],
+        "source_row": [row for row, words in enumerate(lines) for _ in words[1:]],
     }
     return ibis.memtable(pa.table(columns))
 
@@ -171,7 +170,7 @@ def _read_dataset(con: ibis.BaseBackend, path: str, key: str) -> Table:
     return ibis.memtable(loaded.with_format("arrow")[:])
 
 
-def pick_columns(source: Source, given: dict[str, str] | None, key: str, known: Sequence[str]) -> dict[str, str]:
+def pick_columns(source: Source, given: Names | None, key: str, known: Sequence[str]) -> Names:
     """Our column names to the file's: as the recipe maps them, else by the same name where the file has it."""
     given = given or {}
     for name, column in given.items():

@@ -12,18 +12,18 @@ import pyarrow as pa
 from ibis import _
 from ibis.expr.types import ArrayColumn, Column, Table
 
-from rerank.data.readers import Source, as_seconds, as_text, pick_columns, require_column
+from rerank.data.readers import Names, Source, as_seconds, as_text, pick_columns, require_column
 from rerank.data.tables import materialise, refuse_bad_values, refuse_empty, split_name
 
 COLUMNS = ("user", "time", "split", "items", "history", "item")
 
 
-def is_ready_rows(source: Source, columns: dict[str, str] | None) -> bool:
+def is_ready_rows(source: Source, columns: Names | None) -> bool:
     """Whether a source holds whole rows (an `items` or a `history` column) and not single interactions."""
     return bool({"items", "history"} & {*(columns or {}), *source.table.columns})
 
 
-def read_ready_rows(con: ibis.BaseBackend, source: Source, columns: dict[str, str] | None) -> Table:
+def read_ready_rows(con: ibis.BaseBackend, source: Source, columns: Names | None) -> Table:
     """Rows in file order, every field checked: source_row, user_id, time, split, item_ids (history, then target)."""
     names = pick_columns(source, columns, "columns", COLUMNS)
     for name in ("user", "split") if "items" in names else ("user", "split", "history", "item"):

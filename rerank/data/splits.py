@@ -37,8 +37,7 @@ def number_positions(table: Table, order: list[str]) -> Table:
 
 def split_per_user(table: Table, num_test: int, num_valid: int) -> Table:
     """The last `num_test` interactions of a user are test, the `num_valid` before them validation."""
-    from_end = _.count().over(ibis.window(group_by="user")) - 1 - table.position
-    table = table.mutate(from_end=from_end)
+    table = table.mutate(from_end=_.count().over(ibis.window(group_by="user")) - 1 - table.position)
     split = ibis.cases((_.from_end < num_test, "test"), (_.from_end < num_test + num_valid, "valid"), else_="train")
     return table.mutate(split=split).drop("from_end")
 
@@ -47,9 +46,8 @@ def split_by_time(table: Table, valid_fraction: float, test_fraction: float) -> 
     """The latest share of all interactions is test, the share before it validation; one moment is never divided."""
     test_from = _time_at(table, 1 - test_fraction)
     valid_from = _time_at(table, 1 - test_fraction - valid_fraction)
-    return table.mutate(
-        split=ibis.cases((_.time >= test_from, "test"), (_.time >= valid_from, "valid"), else_="train")
-    )
+    split = ibis.cases((_.time >= test_from, "test"), (_.time >= valid_from, "valid"), else_="train")
+    return table.mutate(split=split)
 
 
 def split_at_random(table: Table, valid_fraction: float, test_fraction: float, seed: int) -> Table:
@@ -63,11 +61,10 @@ def split_at_random(table: Table, valid_fraction: float, test_fraction: float, s
     table = table.mutate(digest=ibis.literal(f"{seed} ").concat(*words).hexdigest("md5"))
     place = ibis.row_number().over(ibis.window(group_by="user", order_by="digest"))
     size = _.count().over(ibis.window(group_by="user"))
-    table = table.mutate(place=place, num_test=_at_least_one(size * test_fraction))
-    table = table.mutate(num_held_out=_.num_test + _at_least_one(size * valid_fraction))
-    split = ibis.cases((_.place < _.num_test, "test"), (_.place < _.num_held_out, "valid"), else_="train")
-    table = table.mutate(split=split)
-    table = table.mutate(part=ibis.cases((_.split == "train", 0), (_.split == "valid", 1), else_=2))
+    num_test, num_valid = (_at_least_one(size * share) for share in (test_fraction, valid_fraction))
+    table = table.mutate(place=place, num_test=num_test, num_held_out=num_test + num_valid)
+    table = table.mutate(part=ibis.cases((_.place < _.num_test, 2), (_.place < _.num_held_out, 1), else_=0))
+    table = table.mutate(split=_.part.cases((2, "test"), (1, "valid"), else_="train"))
     return number_positions(table, ["part", "position"])
 
 

@@ -1,27 +1,14 @@
 """Checked tables from raw sources: items with their text, interactions without duplicates, the k-core, integer ids."""
 
-from dataclasses import dataclass
-
 import duckdb
 import ibis
 from ibis import _
 from ibis.expr.types import Column, Table
 
-from rerank.data.readers import Source, as_seconds, as_text, pick_columns, require_column, unreadable
+from rerank.data.readers import Names, Source, as_seconds, as_text, pick_columns, require_column, unreadable
 
 ITEM_COLUMNS = ("item", "item_id", "title", "category", "text", "source_row")
 SPLITS = dict(train="train", history="train", valid="valid", validation="valid", dev="valid", test="test")
-
-
-@dataclass(frozen=True)
-class Interactions:
-    """Interactions as read: user_id, item_id, time, position, split (null where the source has none), source_row."""
-
-    table: Table
-    source: Source
-    has_time: bool
-    has_position: bool
-    has_split: bool
 
 
 def materialise(con: ibis.BaseBackend, table: Table, source: Source) -> Table:
@@ -55,7 +42,7 @@ def refuse_empty(empty: Table, source: Source, column: str) -> None:
 def read_items(
     con: ibis.BaseBackend,
     source: Source,
-    item_columns: dict[str, str] | None,
+    item_columns: Names | None,
     text_columns: list[str] | None,
     category_separator: str | None,
 ) -> Table:
@@ -70,8 +57,7 @@ def read_items(
     named = {name: as_text(source.table[name]) for name in text_columns or () if name not in columns} | columns
     others = {name: column for name, column in named.items() if name not in ITEM_COLUMNS}
     ours = {"item_id": columns["item"], "title": title, "category": category, "text": text}
-    raw = source.table.select("source_row", **ours, **others)
-    items = materialise(con, raw, source)
+    items = materialise(con, source.table.select("source_row", **ours, **others), source)
     refuse_empty(items.filter(_.item_id == ""), source, names["item"])
     twice = items.group_by("item_id").agg(source_row=_.source_row.max(), first_at=_.source_row.min())
     if row := first_row(twice.filter(_.source_row > _.first_at), source):
@@ -94,8 +80,11 @@ def _encoder_text(source: Source, columns: dict[str, Column], text_columns: list
     return text
 
 
-def read_interactions(con: ibis.BaseBackend, source: Source, columns: dict[str, str] | None) -> Interactions:
-    """Interactions in file order, every field checked."""
+def read_interactions(con: ibis.BaseBackend, source: Source, columns: Names | None) -> tuple[Table, Names]:
+    """Interactions in file order, every field checked, and our column names to the source's.
+
+    Their columns: source_row, user_id, item_id, and time, position and split, null where the source has none.
+    """
     names = pick_columns(source, columns, "columns", ("user", "item", "time", "position", "split"))
     for name in ("user", "item"):
         require_column(source, name, names.get(name, name), "columns")
@@ -113,7 +102,7 @@ def read_interactions(con: ibis.BaseBackend, source: Source, columns: dict[str, 
     for name in ("user", "item"):
         refuse_empty(table.filter(_[f"{name}_id"] == ""), source, names[name])
     refuse_bad_values(table, source, names)
-    return Interactions(table, source, *(name in names for name in ("time", "position", "split")))
+    return table, names
 
 
 def split_name(text: Column) -> Column:
@@ -121,7 +110,7 @@ def split_name(text: Column) -> Column:
     return text.lower().cases(*SPLITS.items(), else_=ibis.null("string"))
 
 
-def refuse_bad_values(table: Table, source: Source, names: dict[str, str]) -> None:
+def refuse_bad_values(table: Table, source: Source, names: Names) -> None:
     """Refuse text where a time, a position or a split should be (`raw_NAME` holds the file's text).
 
     A missing time is allowed where a position gives the order.
@@ -137,13 +126,13 @@ def refuse_bad_values(table: Table, source: Source, names: dict[str, str]) -> No
             raise ValueError(f"{row['place']}: {problem}; correct the row or map another column")
 
 
-def drop_duplicates(con: ibis.BaseBackend, interactions: Interactions) -> Table:
+def drop_duplicates(con: ibis.BaseBackend, table: Table, names: Names) -> Table:
     """One interaction for each (user, item, time, position): the first in the input.
 
     Without time and position a repeated (user, item) may be a real second visit: nothing is dropped.
     """
-    table = interactions.table.select("source_row", "user_id", "item_id", "time", "position", "split")
-    if not (interactions.has_time or interactions.has_position):
+    table = table.select("source_row", "user_id", "item_id", "time", "position", "split")
+    if not {"time", "position"} & set(names):
         return table
     firsts = table.group_by(["user_id", "item_id", "time", "position"]).agg(
         split=_.split.argmin(_.source_row), source_row=_.source_row.min()

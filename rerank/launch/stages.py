@@ -10,10 +10,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 
-def _none(args: Any) -> tuple[str, ...]:
-    return ()
-
-
 @dataclass(frozen=True)
 class Stage:
     """One step from folders to a folder.
@@ -34,7 +30,7 @@ class Stage:
     main: Callable[..., dict[str, Any]]
     check: Callable[..., None]
     inputs: tuple[str, ...] = ()
-    optional_inputs: Callable[[Any], Sequence[str]] = _none
+    optional_inputs: Callable[[Any], Sequence[str]] = lambda args: ()
     trains: bool = False
     renamed_keys: Mapping[str, str] = field(default_factory=dict)
 
@@ -43,16 +39,8 @@ class Stage:
         return [*self.inputs, *self.optional_inputs(args)]
 
 
-STAGES: dict[str, str] = {  # name -> module
-    "data": "rerank.data",
-    "semantic_ids": "rerank.semantic_ids",
-    "midtrain": "rerank.midtrain",
-    "candidates": "rerank.candidates",
-    "traces": "rerank.traces",
-    "sft": "rerank.sft",
-    "dapo": "rerank.dapo",
-    "evaluate": "rerank.evaluate",
-}
+_NAMES = ("data", "semantic_ids", "midtrain", "candidates", "traces", "sft", "dapo", "evaluate")
+STAGES = {name: f"rerank.{name}" for name in _NAMES}  # name -> module
 
 
 def load_stage(name: str) -> Stage:
@@ -63,5 +51,4 @@ def load_stage(name: str) -> Stage:
     """
     if name not in STAGES:
         raise ValueError(f"there is no stage {name!r}; stages are {', '.join(STAGES)}")
-    stage: Stage = importlib.import_module(STAGES[name]).STAGE
-    return stage
+    return importlib.import_module(STAGES[name]).STAGE

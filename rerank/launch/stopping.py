@@ -4,13 +4,11 @@ import json
 import logging
 import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
-import torch.distributed
-from accelerate import PartialState
 from accelerate.state import AcceleratorState
+from accelerate.utils import gather_object
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 
 from rerank.models.engine import score_labelled_tokens_only
@@ -26,12 +24,10 @@ class StopOnSignal(TrainerCallback):
 
     def __init__(self, max_minutes: float | None = None) -> None:
         self.signalled, self.end = False, None if max_minutes is None else time.monotonic() + 60 * max_minutes
-        self.previous: dict[int, Callable[[int, FrameType | None], object] | int | None] = {}
 
     def on_train_begin(self, *args: object, **kwargs: object) -> None:
         """Catch the signals."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self.previous[number] = signal.signal(number, self._note)
+        self.previous = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.signalled:  # a second signal does not wait
@@ -56,11 +52,7 @@ class StopOnSignal(TrainerCallback):
 
 def any_process(flag: bool) -> bool:
     """Whether the flag is up in any process, so that all of them stop at the same step."""
-    if not (torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1):
-        return flag
-    raised = torch.tensor(float(flag), device=PartialState().device)
-    torch.distributed.all_reduce(raised, op=torch.distributed.ReduceOp.MAX)
-    return bool(raised.item())
+    return any(gather_object([flag]))
 
 
 def train(trainer: Trainer, max_minutes: float | None = None) -> None:

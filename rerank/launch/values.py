@@ -1,5 +1,6 @@
 """Options of a stage: their declaration, their ranges, and values of a recipe against their type hints."""
 
+import contextlib
 import copy
 import dataclasses
 import math
@@ -8,6 +9,12 @@ import typing
 from collections.abc import Sequence
 
 Bound = float | None
+
+# Plain type of an option -> types of its values in YAML; a boolean is no number.
+IN_YAML: dict[object, type | tuple[type, ...]] = {
+    **{kind: kind for kind in (int, str, bool, list, dict, type(None))},
+    **{float: (int, float), tuple: list},
+}
 
 
 def option(default: typing.Any, help: str) -> typing.Any:
@@ -55,15 +62,8 @@ def _fits(value: object, hint: object) -> bool:
     origin = typing.get_origin(hint)
     if origin in (typing.Union, types.UnionType):
         return any(_fits(value, option) for option in typing.get_args(hint))
-    if origin in (list, dict, tuple):
-        hint = list if origin is tuple else origin
-    if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    if isinstance(hint, type) and hint in (str, bool, list, dict, type(None)):
-        return isinstance(value, hint)
-    return True
+    wanted = IN_YAML.get(origin or hint, object)
+    return isinstance(value, wanted) and not (isinstance(value, bool) and hint in (int, float))
 
 
 def typed_value(key: str, value: object, hint: object, source: str) -> object:
@@ -71,10 +71,8 @@ def typed_value(key: str, value: object, hint: object, source: str) -> object:
     if _fits(value, hint):
         return value
     if isinstance(value, str) and _fits(0.5, hint):
-        try:
+        with contextlib.suppress(ValueError):
             return float(value)
-        except ValueError:
-            pass
     if isinstance(value, (int, float)) and _fits("", hint) and not isinstance(value, bool):
         return str(value)
     wanted = (

@@ -5,11 +5,12 @@ Letters of shapes: N items, I interactions, K neighbours, S semantic neighbours,
 Neighbours of an item are item numbers, best first; -1, after them, stands for none.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
+from scipy.sparse import csr_array
 
-ROWS_AT_ONCE, PAIRS_AT_ONCE, SIMILARITIES_AT_ONCE = 2**18, 2**20, 2**22  # what one step holds fits in a cache
+SIMILARITIES_AT_ONCE = 2**22  # what one step holds fits in a cache
 
 
 def co_occurrence_neighbours(
@@ -27,72 +28,23 @@ def co_occurrence_neighbours(
         window: Places that two interactions may be apart, at least 1.
         num_neighbours: K, at least 1.
     """
-    found = np.full((num_items, num_neighbours), -1, dtype=np.int64)
     # an item is its popularity rank from here on, so that a smaller number wins a tie
     by_rank = np.argsort(-np.bincount(items, minlength=num_items), kind="stable")
-    ranks = np.argsort(by_rank)
-    bits = int(num_items).bit_length()
-    keys = _pair_keys(users, ranks[items], window, bits)
-    for rows, own in _blocks(keys, num_items, bits):
-        best = _most_frequent(own, len(rows), bits, num_neighbours)
-        found[by_rank[rows]] = np.where(best >= 0, by_rank[best], -1)
+    ranks = np.argsort(by_rank)[items].astype(np.int32)
+    parts = []
+    for distance in range(1, window + 1):
+        together = (users[:-distance] == users[distance:]) & (ranks[:-distance] != ranks[distance:])
+        parts.append(np.stack([ranks[:-distance][together], ranks[distance:][together]]))
+    first, second = np.concatenate(parts, axis=1)
+    counts = csr_array((np.ones(len(first), dtype=np.int32), (first, second)), shape=(num_items, num_items))
+    counts = csr_array(counts + counts.T)
+    # count and rank in one number, within which a row is sorted
+    packed = (counts.data.max(initial=0) - counts.data).astype(np.int64) * num_items + counts.indices
+    found = np.full((num_items, num_neighbours), -1, dtype=np.int64)
+    for row, item in enumerate(by_rank):
+        best = np.sort(packed[counts.indptr[row] : counts.indptr[row + 1]])[:num_neighbours] % num_items
+        found[item, : len(best)] = by_rank[best]
     return found
-
-
-def _runs(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where each run of equal values begins, and its length."""
-    starts = np.flatnonzero(np.append(True, values[1:] != values[:-1])[: len(values)])
-    return starts, np.diff(np.append(starts, len(values)))
-
-
-def _pair_keys(users: np.ndarray, items: np.ndarray, window: int, bits: int) -> np.ndarray:
-    """Sorted item << bits | neighbour, one for every co-occurrence and direction."""
-    _, lengths = _runs(users)
-    reach = np.minimum(window, lengths - 1)
-    most = (reach * (2 * lengths - reach - 1)).sum()  # pairs of an item with itself included
-    keys, size = np.empty(most, dtype=np.int64), 0
-    for start in range(0, len(users), ROWS_AT_ONCE):
-        for distance in range(1, window + 1):
-            later = slice(start + distance, start + distance + ROWS_AT_ONCE)
-            earlier = slice(start, start + len(users[later]))
-            same_user = users[earlier] == users[later]
-            if not same_user.any():
-                break
-            together = np.flatnonzero(same_user & (items[earlier] != items[later]))
-            first, second = items[earlier][together], items[later][together]
-            for pairs in (first << bits | second, second << bits | first):
-                keys[size : size + len(pairs)] = pairs
-                size += len(pairs)
-    keys[:size].sort()
-    return keys[:size]
-
-
-def _blocks(keys: np.ndarray, num_items: int, bits: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Items, at most PAIRS_AT_ONCE pairs or one item, and their keys, counted from the first of them."""
-    item, place = 0, 0
-    while item < num_items:
-        last = place + PAIRS_AT_ONCE
-        end = max(int(keys[last] >> bits), item + 1) if last < len(keys) else num_items
-        end_place = int(np.searchsorted(keys, end << bits))
-        yield np.arange(item, end), keys[place:end_place] - (item << bits)
-        item, place = end, end_place
-
-
-def _most_frequent(keys: np.ndarray, num_rows: int, bits: int, num_neighbours: int) -> np.ndarray:
-    """The most frequent neighbours of each row of sorted keys row << bits | neighbour, (R, K), -1 for none."""
-    starts, counts = _runs(keys)
-    # counts become their places among the different counts, which are few: the packed numbers stay below 2**63
-    places = np.cumsum(np.bincount(counts, minlength=1) > 0)
-    count_bits = int(places[-1]).bit_length()
-    rows, neighbours = keys[starts] >> bits, keys[starts] & (1 << bits) - 1
-    packed = (rows << count_bits | places[-1] - places[counts]) << bits | neighbours
-    packed.sort()
-    ends = np.cumsum(np.bincount(rows, minlength=num_rows))
-    wanted = np.append(0, ends[:-1])[:, None] + np.arange(num_neighbours)  # (R, K)
-    exists = wanted < ends[:, None]
-    best = np.full(wanted.shape, -1, dtype=np.int64)
-    best[exists] = packed[wanted[exists]] & (1 << bits) - 1
-    return best
 
 
 def fill_from(neighbours: np.ndarray, semantic: np.ndarray, num_neighbours: int) -> np.ndarray:

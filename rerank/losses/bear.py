@@ -35,15 +35,7 @@ def bear(inputs: LossInputs, num_beams: int = 10, lambda_c: float = 0.25, temper
     check_range("temperature", temperature, above=0)
     logps, num_valid, places = inputs.constrained_logps(temperature)
     label_logps = logps.gather(1, places[:, None])[:, 0]
-    weights = token_weights(logps.detach(), num_valid, label_logps.detach(), num_beams, lambda_c)
+    best = logps.detach().topk(min(num_beams, logps.shape[1]), dim=1).values  # -inf sorts last
+    log_beta = best.gather(1, num_valid.clamp(max=best.shape[1])[:, None] - 1)[:, 0]
+    weights = 1 + lambda_c * torch.sigmoid((label_logps.detach() - log_beta) / XI)
     return with_plain(inputs, -weights * label_logps)
-
-
-def token_weights(
-    logps: torch.Tensor, num_valid: torch.Tensor, label_logps: torch.Tensor, num_beams: int, lambda_c: float
-) -> torch.Tensor:
-    """w of each position, (M,); see `bear` for the formula and `LossInputs.constrained_logps` for the shapes."""
-    best = logps.topk(min(num_beams, logps.shape[1]), dim=1).values  # -inf sorts last
-    last = num_valid.clamp(max=best.shape[1])[:, None] - 1
-    log_beta = best.gather(1, last)[:, 0]
-    return 1 + lambda_c * torch.sigmoid((label_logps - log_beta) / XI)

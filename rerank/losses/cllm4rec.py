@@ -205,20 +205,17 @@ def content_rows(encoder: "NextItemEncoder") -> list[Row]:
 
 def masked_rows(encoder: "NextItemEncoder") -> list[Row]:
     """A row for each user with two training items or more; its prompt is drawn anew whenever it is read."""
-    histories = by_user(*encoder.training_interactions())
-    longest = encoder.next_item_prompt([])
-    rows = []
-    for history in histories:
-        if len(set(history.tolist())) > 1:
-            tokens = longest + [token for item in history[: encoder.max_items] for token in encoder.tokens[item]]
-            rows.append(encoder.unmarked(tokens, []) | {"sequence": history.tolist()})
-    return rows
+    histories = [items.tolist() for items in by_user(*encoder.training_interactions())]
+    return [
+        encoder.unmarked(encoder.next_item_prompt(history[: encoder.max_items]), []) | {"sequence": history}
+        for history in histories
+        if len(set(history)) > 1
+    ]
 
 
 def masked_prompt(items: list[int], share: float, rng: np.random.Generator, encoder: "NextItemEncoder") -> Row:
     """A prompt of a user's items, each once, in random order, some hidden: the targets of the state at its end."""
     order = rng.permutation(sorted(set(items))).tolist()
     num_hidden = min(max(1, round(share * len(order))), len(order) - 1)
-    hidden, shown = order[:num_hidden], order[num_hidden:][: encoder.max_items]
-    row = encoder.unmarked(encoder.next_item_prompt(shown), [])
-    return row | {"targets": sorted(hidden)}
+    shown = order[num_hidden:][: encoder.max_items]
+    return encoder.unmarked(encoder.next_item_prompt(shown), []) | {"targets": sorted(order[:num_hidden])}

@@ -104,8 +104,6 @@ def check(args: MidtrainArguments, training_args: SFTConfig, model_args: ModelCo
 
 def check_packing(args: MidtrainArguments, training_args: SFTConfig, model_args: ModelConfig) -> None:
     """Refuse packing that would cut documents, mix them in attention, or put lists out of their order."""
-    from rerank.midtrain.trainer import attends_by_mask
-
     if not training_args.packing:
         return
     if args.mixture.get("lists", 0) > 0:
@@ -115,7 +113,7 @@ def check_packing(args: MidtrainArguments, training_args: SFTConfig, model_args:
     if training_args.max_length is None:
         raise ValueError("packing needs max_length, the length of a packed row; set it, such as 1024")
     attention = model_args.attn_implementation or "sdpa"
-    if not attends_by_mask(attention) and "flash" not in attention:
+    if attention not in ("sdpa", "eager") and "flash" not in attention:
         raise ValueError(
             f"attn_implementation {attention} may not keep packed documents apart; use sdpa, eager or a flash one"
         )
@@ -226,7 +224,7 @@ def main(args: MidtrainArguments, training_args: SFTConfig, model_args: ModelCon
         training_args,
         recall,
         train_dataset=dataset,
-        eval_dataset=None if recall is None else recall.dataset(),
+        eval_dataset=None if recall is None else dataset,  # transformers wants one; `evaluate` does without
         processing_class=tokenizer,
         peft_config=peft_config,
         callbacks=[EarlyStoppingCallback(args.patience)] if args.patience else None,

@@ -1,7 +1,7 @@
 """Documents of mid-training: the four families of GR2 and OneRec-Think, and lists to rank."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -42,19 +42,21 @@ class Document:
     given: str = ""  # how the answer begins, without loss
 
 
+def _ids(catalogue: Catalogue, items: Iterable[int]) -> str:
+    return "".join(catalogue.semantic_ids[item] for item in items)
+
+
 def sequence_documents(histories: Sequence[np.ndarray], catalogue: Catalogue, max_items: int) -> Iterator[Document]:
     """Windows of a user's sequence, each overlapping the one before by half, so that every item has a past."""
     for history in histories:
         for window in windows(history, max_items):
-            ids = "".join(catalogue.semantic_ids[item] for item in window)
-            yield Document("sequence", NEXT_ITEMS, ids, ends=False)
+            yield Document("sequence", NEXT_ITEMS, _ids(catalogue, window), ends=False)
 
 
 def caption_documents(catalogue: Catalogue) -> Iterator[Document]:
     """Item id to words and words to item id."""
-    for semantic_id, title, category in zip(
-        catalogue.semantic_ids, catalogue.titles, catalogue.categories, strict=True
-    ):
+    texts = zip(catalogue.semantic_ids, catalogue.titles, catalogue.categories, strict=True)
+    for semantic_id, title, category in texts:
         words = " | ".join(text for text in (title, category) if text)
         if words:
             yield Document("caption", "Describe:" + semantic_id, words)
@@ -72,12 +74,9 @@ def persona_documents(
         for item in items:
             groups.setdefault(catalogue.categories[item].split(", ")[0] or "Other", []).append(item)
         largest_first = sorted(groups.items(), key=lambda group: -len(group[1]))
-        told = "; ".join(
-            f"{name} " + "".join(catalogue.semantic_ids[i] for i in group) for name, group in largest_first
-        )
-        latest = catalogue.titles[items[-1]]
-        shown = "".join(catalogue.semantic_ids[item] for item in items)
-        yield Document("persona", "User:" + shown, f"likes {told}; lately {latest}{catalogue.semantic_ids[items[-1]]}")
+        told = "; ".join(f"{name} {_ids(catalogue, group)}" for name, group in largest_first)
+        latest = catalogue.titles[items[-1]] + catalogue.semantic_ids[items[-1]]
+        yield Document("persona", "User:" + _ids(catalogue, items), f"likes {told}; lately {latest}")
 
 
 def list_documents(
@@ -110,8 +109,9 @@ def list_documents(
             _, given, answer = completion(trace, order, label_texts).partition(trace)
             yield Document("lists", "Rank:", answer, given=THINK + given)
             continue
-        chosen = rng.permutation(len(facts))[: _num_shown(len(facts), rng)]
-        shown = [facts[fact] for fact in sorted(chosen)]
+        chosen = rng.permutation(len(facts))  # one fact in half of the lists, else any number of them
+        num_shown = 1 if rng.random() < 0.5 else int(rng.integers(1, len(facts) + 1))
+        shown = [facts[fact] for fact in sorted(chosen[:num_shown])]
         buckets = rng.integers(0, 10, (size, len(shown)))
         texts = [[f"{FACTS[name][0]}:{bucket}" for name, bucket in zip(shown, line, strict=True)] for line in buckets]
         # the mean of n uniform buckets in units of its standard deviation: each grade about equally frequent
@@ -120,11 +120,6 @@ def list_documents(
         trace = word_short(label_texts, grades, Facts(texts, buckets.astype(float), lines))
         prompt = "\n".join(["Rank:", "History:", "Candidates:", *lines])
         yield Document("lists", prompt, completion(trace, by_grade(grades), label_texts))
-
-
-def _num_shown(num: int, rng: np.random.Generator) -> int:
-    """One fact in half of the lists, else any number of them."""
-    return 1 if rng.random() < 0.5 else int(rng.integers(1, num + 1))
 
 
 def text_documents(source: str, length: int = 400) -> Iterator[Document]:
@@ -186,10 +181,9 @@ def in_batches(lengths: Sequence[int], batch_size: int, rng: np.random.Generator
     order: list[int] = []
     for start in range(0, len(lengths), WINDOW * batch_size):
         window = sorted(range(start, min(start + WINDOW * batch_size, len(lengths))), key=lambda i: lengths[i])
-        batches = [window[first : first + batch_size] for first in range(0, len(window), batch_size)]
-        whole = [batch for batch in batches if len(batch) == batch_size]
-        rest = [batch for batch in batches if len(batch) < batch_size]  # of the last window: stays last
-        order += [i for batch in [*(whole[k] for k in rng.permutation(len(whole))), *rest] for i in batch]
+        num_whole = len(window) // batch_size
+        for batch in [*rng.permutation(num_whole), num_whole]:  # the rest of the last window stays last
+            order += window[batch * batch_size : (batch + 1) * batch_size]
     return order
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from rerank.launch.files import write_whole
 from rerank.models.base import gathered_parameters
@@ -44,8 +45,10 @@ class NewRowsEmbedding(nn.Module):
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         weight = self.table.index_copy(0, self.ids, self.rows)
         self.head_weight = weight if self.tied else self.head_table.index_copy(0, self.ids, self.head_rows)
-        if _is_zero3():
-            _mark_as_gathered(self.head_weight)
+        if is_deepspeed_zero3_enabled():  # TRL asks the head's weight whether it is sharded; this one never is
+            from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+            self.head_weight.ds_status = ZeroParamStatus.AVAILABLE
         return nn.functional.embedding(input_ids, weight, self.padding_idx)
 
 
@@ -63,19 +66,6 @@ class NewRowsHead(nn.Module):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         return nn.functional.linear(hidden, self.weight, self.bias)
-
-
-def _is_zero3() -> bool:
-    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-
-    return is_deepspeed_zero3_enabled()
-
-
-def _mark_as_gathered(weight: torch.Tensor) -> None:
-    # under ZeRO-3 TRL asks the head's weight whether it is sharded; this one never is
-    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
-
-    weight.ds_status = ZeroParamStatus.AVAILABLE
 
 
 def train_only_rows(model: "PreTrainedModel", ids: Sequence[int]) -> None:

@@ -4,6 +4,7 @@ B rows, T tokens.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,47 +21,34 @@ Row = dict[str, list[int]]
 Batch = dict[str, torch.Tensor]
 
 
-class PackedCollator:
+Collator = Callable[[Sequence[Row]], Batch]
+
+
+def collate_packed(collate: Collator, rows: Sequence[Row]) -> Batch:
     """Batches of packed rows (B, T) for attention that takes a mask: each document sees itself and nothing else.
 
     From position ids that begin anew, and without a padding mask, transformers makes a mask of one block a document.
     Padding is a row of documents of one token without a label.
     """
-
-    def __init__(self, pad_token_id: int) -> None:
-        self.collate = DataCollatorForLanguageModeling(pad_token_id, return_position_ids=True)
-
-    def __call__(self, rows: Sequence[Row]) -> Batch:
-        batch = self.collate(rows)
-        del batch["attention_mask"]
-        batch["labels"][batch["position_ids"] == 0] = -100  # a first token does not follow the document before
-        return batch
+    batch = collate(rows)
+    del batch["attention_mask"]
+    batch["labels"][batch["position_ids"] == 0] = -100  # a first token does not follow the document before
+    return batch
 
 
-class TaskCollator:
+def collate_with_tasks(collate: Collator, flattens: bool, rows: Sequence[Row]) -> Batch:
     """Another collator's batches with the tasks: one number a row, or one a token where rows are packed."""
-
-    def __init__(self, collate: Callable[[Sequence[Row]], Batch], flattens: bool) -> None:
-        self.collate, self.flattens = collate, flattens
-
-    def __call__(self, rows: Sequence[Row]) -> Batch:
-        tasks = [torch.tensor(row["task"]) for row in rows]
-        batch = self.collate(rows)
-        batch["task"] = torch.cat(tasks)[None] if self.flattens else pad_sequence(tasks, batch_first=True)
-        return batch
-
-
-def attends_by_mask(attention: str) -> bool:
-    """Whether an attention of this name keeps packed documents apart by a mask (else by their lengths: flash)."""
-    return attention in ("sdpa", "eager")
+    tasks = [torch.tensor(row["task"]) for row in rows]
+    batch = collate(rows)
+    batch["task"] = torch.cat(tasks)[None] if flattens else pad_sequence(tasks, batch_first=True)
+    return batch
 
 
 class MidtrainTrainer(SFTTrainer):
     """TRL's SFTTrainer on documents of several tasks, prepared and packed beforehand.
 
-    Overrides `compute_loss`, to add up each task's part of the loss that TRL computes; `log`, to report them;
-    `_set_signature_columns_if_needed`, to keep the task of a document; and `evaluate`, to measure `recall` in place
-    of a loss. The loss that is trained on is TRL's own.
+    Overrides `compute_loss`, to add up each task's part of the loss that TRL computes; `log`, to report them; and
+    `evaluate`, to measure `recall` in place of a loss. The loss that is trained on is TRL's own.
 
     Args:
         model: To train.
@@ -75,18 +63,16 @@ class MidtrainTrainer(SFTTrainer):
         recall: Callable[[PreTrainedModel], dict[str, float]] | None = None,
         **kwargs: Any,
     ) -> None:
-        if args.packing and attends_by_mask(model.config._attn_implementation):
+        if args.packing and "flash" not in model.config._attn_implementation:  # which tells documents by lengths
             args.packing = False  # TRL's packing flattens a batch into one row, on which a mask is quadratic
-            kwargs["data_collator"] = PackedCollator(kwargs["processing_class"].pad_token_id)
+            pad = kwargs["processing_class"].pad_token_id
+            collate = DataCollatorForLanguageModeling(pad, return_position_ids=True)
+            kwargs["data_collator"] = partial(collate_packed, collate)
+        args.remove_unused_columns = False  # the task of a document stays
         super().__init__(model, args, **kwargs)
-        self.data_collator = TaskCollator(self.data_collator, self.padding_free)
+        self.data_collator = partial(collate_with_tasks, self.data_collator, self.padding_free)
         self.recall = recall
         self.means = LoggedMeans()
-
-    def _set_signature_columns_if_needed(self) -> None:
-        super()._set_signature_columns_if_needed()
-        if "task" not in self._signature_columns:
-            self._signature_columns.append("task")
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):  # noqa: ANN001
         tasks, kept = inputs.pop("task"), []

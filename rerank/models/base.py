@@ -156,11 +156,8 @@ def gathered_parameters(*weights: "torch.Tensor") -> Iterator[None]:
 
 def _token_tables(model: "PreTrainedModel") -> list["torch.Tensor"]:
     """The embedding and, where it is not tied to it, the output head."""
-    import torch
-
     tables = [layer.weight for layer in (model.get_input_embeddings(), model.get_output_embeddings())]
-    distinct = tables[:1] if tables[0] is tables[1] else tables
-    return [table for table in distinct if isinstance(table, torch.Tensor)]
+    return tables[:1] if tables[0] is tables[1] else tables  # type: ignore[return-value]  # weights are tensors
 
 
 def add_tokens(

@@ -147,7 +147,6 @@ def generate(
     temperature: float = 0.0,
     num_completions: int = 1,
     seed: int | None = None,
-    progress: bool = True,
 ) -> list[list[Completion]]:
     """`num_completions` completions per prompt; nothing is inherited from the model's generation_config.
 
@@ -164,7 +163,7 @@ def generate(
         )
         for i in range(len(prompts))
     ]  # fmt: skip
-    outputs = engine.generate(list(prompts), params, use_tqdm=progress)
+    outputs = engine.generate(list(prompts), params, use_tqdm=False)
     return [
         [Completion(o.text, list(o.token_ids), o.finish_reason == "length") for o in output.outputs]
         for output in outputs

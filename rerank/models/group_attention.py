@@ -105,13 +105,9 @@ def group_logps_and_entropies(
         Log-probabilities (B, C), 0 at padding, and entropies alike, or None.
     """
     size = batch_size or len(input_ids)
-    parts = [
-        _score(model, ids, mask, logits_to_keep)
-        for ids, mask in zip(input_ids.split(size), attention_mask.split(size), strict=True)
-    ]
-    logps = torch.cat([logps for logps, _ in parts])
-    entropies = [entropies for _, entropies in parts if entropies is not None]
-    return logps, torch.cat(entropies) if compute_entropy else None
+    pairs = zip(input_ids.split(size), attention_mask.split(size), strict=True)
+    logps, entropies = zip(*(_score(model, ids, mask, logits_to_keep) for ids, mask in pairs), strict=True)
+    return torch.cat(logps), torch.cat(entropies) if compute_entropy else None
 
 
 def _score(

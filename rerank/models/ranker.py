@@ -49,7 +49,7 @@ class RankingModel:
         """Its tokenizer; one that lacks a semantic id of the catalogue beside it is refused."""
         from transformers import AutoTokenizer
 
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.folder)
+        tokenizer = AutoTokenizer.from_pretrained(self.folder)
         check_vocabulary(tokenizer, self.prompter.catalogue.semantic_ids, str(self.folder))
         return tokenizer
 
@@ -84,7 +84,7 @@ def generate_answers(model: RankingModel, rows: Sequence[RankingRow]) -> tuple[l
     engine = vllm_engine.open_engine(model.folder, max_length)
     try:
         began = time.perf_counter()
-        completions = vllm_engine.generate(engine, prompts, model.max_completion_tokens, progress=False)
+        completions = vllm_engine.generate(engine, prompts, model.max_completion_tokens)
         seconds = time.perf_counter() - began
     finally:
         engine.llm_engine.engine_core.shutdown()  # the next model's engine needs the memory

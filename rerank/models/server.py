@@ -64,8 +64,7 @@ def _tokenize(url: str, text: str) -> list[int]:
     """Token ids of a text by the server's tokenizer."""
     answer = requests.post(f"{url}/tokenize", json={"prompt": text, "add_special_tokens": False}, timeout=60)
     answer.raise_for_status()
-    tokens: list[int] = answer.json()["tokens"]
-    return tokens
+    return answer.json()["tokens"]
 
 
 def retry(call: Callable[P, T], seconds: float) -> Callable[P, T]:

@@ -7,9 +7,8 @@ Models that cannot take such a mask get a copy of the history per beam. Letters 
 T tokens of the longest history, S tokens in the cache, V vocabulary, W children of a node of the prefix index.
 """
 
-import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -36,12 +35,8 @@ def shared_cache_obstacle(model: "PreTrainedModel") -> str | None:
 
 def _accepted(model: "PreTrainedModel") -> set[str]:
     """Names of the arguments that the model's forward takes, and those of the models in it, as with an adapter."""
-    return set().union(*map(_parameters, {type(module).forward for module in model.modules()}))
-
-
-@functools.cache
-def _parameters(forward: Callable[..., object]) -> frozenset[str]:
-    return frozenset(inspect.signature(forward).parameters)
+    forwards = {type(module).forward for module in model.modules()}
+    return {name for forward in forwards for name in inspect.signature(forward).parameters}
 
 
 def valid_logits(

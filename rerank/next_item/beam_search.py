@@ -12,14 +12,13 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
+from rerank.next_item.beam_decoder import BeamDecoder, log_total, shared_cache_obstacle, valid_logits
 from rerank.next_item.prefix_index import PrefixIndex
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel
-
-    from rerank.next_item.beam_decoder import BeamDecoder
 
 logger = logging.getLogger(__name__)
 
@@ -134,10 +133,6 @@ def beam_search(
         constrained: Softmax over valid continuations instead of the whole vocabulary (as MSL and BEAR do); with
             `allowed`, these items are the catalogue.
     """
-    import torch
-
-    from rerank.next_item.beam_decoder import BeamDecoder, shared_cache_obstacle
-
     excluded = [()] * len(input_ids) if excluded is None else excluded
     _check(input_ids, excluded, {"num_beams": num_beams, "num_items": num_items, "batch_size": batch_size})
     if num_beams > len(index):
@@ -186,7 +181,7 @@ def _check(
 
 
 def _search(
-    decoder: "BeamDecoder", index: PrefixIndex, num_beams: int, excluded_items: ExcludedItems, constrained: bool
+    decoder: BeamDecoder, index: PrefixIndex, num_beams: int, excluded_items: ExcludedItems, constrained: bool
 ) -> tuple[Beams, np.ndarray]:
     """The finished beams of one batch, and the best log-probability that was dropped on the way, (B,)."""
     logits = decoder.logits  # (B, K, V), K = 1 before the first step
@@ -216,13 +211,9 @@ def _search(
 
 
 def _child_logps(
-    beams: Beams, logits: "torch.Tensor", index: PrefixIndex, closed: np.ndarray, constrained: bool
-) -> tuple["torch.Tensor", np.ndarray]:
+    beams: Beams, logits: torch.Tensor, index: PrefixIndex, closed: np.ndarray, constrained: bool
+) -> tuple[torch.Tensor, np.ndarray]:
     """Log-probabilities (B, K, W) of the beams' continuations, -inf for none, and each beam's first child (B, K)."""
-    import torch
-
-    from rerank.next_item.beam_decoder import log_total, valid_logits
-
     scores, first, counts = valid_logits(logits, beams.nodes, index)
     shape, is_none = scores.shape, scores == -np.inf
     before = torch.from_numpy(beams.logps).to(logits.device)
@@ -237,7 +228,7 @@ def _child_logps(
     return scores, first.reshape(shape[:2])
 
 
-def _grown(scores: "torch.Tensor", first: np.ndarray, num_beams: int, last_node: int) -> tuple[Beams, np.ndarray]:
+def _grown(scores: torch.Tensor, first: np.ndarray, num_beams: int, last_node: int) -> tuple[Beams, np.ndarray]:
     """The best continuations of each row, none open yet, and the log-probability of the best of the others, (B,)."""
     top, places, left_out = _first_best(scores.flatten(1), num_beams)
     logps = top.cpu().numpy()
@@ -249,7 +240,7 @@ def _grown(scores: "torch.Tensor", first: np.ndarray, num_beams: int, last_node:
     return beams, left_out.cpu().numpy()
 
 
-def _first_best(scores: "torch.Tensor", num_best: int) -> tuple["torch.Tensor", "torch.Tensor", "torch.Tensor"]:
+def _first_best(scores: torch.Tensor, num_best: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The greatest of each row, their places, and the greatest of the rest; of equal ones, those that come first."""
     top, places = scores.topk(min(num_best + 1, scores.shape[1]), dim=1)
     left_out = top.new_full(top.shape[:1], -np.inf)
@@ -283,5 +274,4 @@ def _found_items(
     keep = (logps > -np.inf) & ~np.isin(rows * len(index) + places, excluded_items.items)
     items, logps = index.items[places[keep]].tolist(), logps[keep].tolist()
     bounds = np.searchsorted(rows[keep], np.arange(num_rows + 1)).tolist()
-    ends = [end if num_items is None else min(end, start + num_items) for start, end in pairwise(bounds)]
-    return [(items[start:end], logps[start:end]) for start, end in zip(bounds[:-1], ends, strict=True)]
+    return [(items[start:end][:num_items], logps[start:end][:num_items]) for start, end in pairwise(bounds)]

@@ -79,11 +79,10 @@ def find_sets(run: Path, held_out: HeldOut, num_beams: int) -> dict[str, np.ndar
     length = min(LIST_LENGTH, num_items)
     _, found = baseline_lists(run, num_items, held_out.histories, length)
     model = NextItemModel.load(run_dir.stage_dir(run, "sft") / "model")
-    if model.head is None:
-        lists = model.by_beams(held_out.histories, length, max(num_beams, length))
-    else:
-        lists = model.by_head(held_out.histories, length)
-    return found | {"sft" if model.head is None else "sft_head": filled(lists.items, length)}
+    if model.head is not None:
+        return found | {"sft_head": filled(model.by_head(held_out.histories, length).items, length)}
+    lists = model.by_beams(held_out.histories, length, max(num_beams, length))
+    return found | {"sft": filled(lists.items, length)}
 
 
 def summarise(held_out: HeldOut, found: Mapping[str, np.ndarray], split: str, num_samples: int) -> Results:

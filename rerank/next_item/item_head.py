@@ -98,21 +98,13 @@ class ItemHead(nn.Module):
         """Write item_head.safetensors."""
         from safetensors.torch import save_file
 
-        save_file(
-            {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}, folder / FILE
-        )
+        save_file(self.state_dict(), folder / FILE)
 
     @classmethod
     def load(cls, folder: Path) -> "ItemHead":
-        """The head beside a model.
-
-        Raises:
-            FileNotFoundError: When the model has none.
-        """
+        """The head beside a model that has one."""
         from safetensors.torch import load_file
 
-        if not (folder / FILE).is_file():
-            raise FileNotFoundError(f"{folder} has no {FILE}; train it with the loss cllm4rec")
         state = load_file(folder / FILE)
         tokens = [part.tolist() for part in state["tokens"].tensor_split(state["offsets"][1:])]
         head = cls(tokens, state["own"].shape[1], bool(state["is_read"]))

@@ -9,18 +9,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 import yaml
+from torch.nn.utils.rnn import pad_sequence
 
 from rerank.catalogue import Catalogue, check_vocabulary
 from rerank.launch import run_dir as runs
 from rerank.metrics import best_first
+from rerank.next_item.beam_decoder import BeamDecoder, log_total, shared_cache_obstacle, valid_logits
 from rerank.next_item.beam_search import BeamResult, batches_by_length, beam_search
 from rerank.next_item.encoder import NextItemEncoder, load_tokenizer
 from rerank.next_item.item_head import FILE as HEAD_FILE
 from rerank.next_item.item_head import ItemHead
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel
 
     from rerank.rows import RankingRow
@@ -96,8 +98,6 @@ class NextItemModel:
 
     def by_head(self, histories: Histories, num_items: int, batch_size: int = 64) -> BeamResult:
         """As `by_beams`, from the item head's scores after one forward pass; `logps` are over all items."""
-        import torch
-
         if self.head is None:
             raise ValueError("the model has no item head; train it with the loss cllm4rec, or search with beams")
         found = BeamResult([], [])
@@ -159,25 +159,14 @@ class NextItemModel:
         self, prompts: Sequence[Sequence[int]], items: Sequence[Sequence[int]]
     ) -> tuple[np.ndarray, np.ndarray]:
         """`token_scores` of one batch, (B, K, L) each, for B prompts with at most K items."""
-        import torch
-
-        from rerank.next_item.beam_decoder import BeamDecoder, log_total, shared_cache_obstacle, valid_logits
-
         shape = len(items), max(map(len, items)), max(map(len, self.encoder.tokens))
-        tokens, is_there = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=bool)
-        nodes, logps, better = (
-            np.full(shape, self.encoder.index.root),
-            np.zeros(shape),
-            np.zeros(shape, dtype=np.int64),
-        )
+        nodes, logps, is_there = np.full(shape, self.encoder.index.root), np.zeros(shape), np.zeros(shape, dtype=bool)
+        tokens, better = np.zeros((2, *shape), dtype=np.int64)
         for row, of_row in enumerate(items):
             for column, item in enumerate(of_row):
                 place = row, column, slice(len(self.encoder.tokens[item]))
-                tokens[place], nodes[place], is_there[place] = (
-                    self.encoder.tokens[item],
-                    self.encoder.paths[item],
-                    True,
-                )
+                tokens[place], nodes[place] = self.encoder.tokens[item], self.encoder.paths[item]
+                is_there[place] = True
         if not is_there.any():  # the histories hold every item
             return logps, better
         with torch.inference_mode():
@@ -194,11 +183,8 @@ class NextItemModel:
                 better[:, :, step] = (valid > own).sum(dim=2).cpu().numpy()
         return np.where(is_there, logps, 0.0), np.where(is_there, better, 0)
 
-    def _last_states(self, prompts: Sequence[list[int]]) -> "torch.Tensor":
+    def _last_states(self, prompts: Sequence[list[int]]) -> torch.Tensor:
         """(M, H) hidden states at the end of each prompt."""
-        import torch
-        from torch.nn.utils.rnn import pad_sequence
-
         device = self.model.device
         ids = pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True).to(device)
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
@@ -215,7 +201,6 @@ def likelihood_orders(model: NextItemModel, rows: "Sequence[RankingRow]", batch_
 
 def _load(folder: Path, encoder: NextItemEncoder, dtype: str = "auto") -> "PreTrainedModel":
     """The model of a folder, on the GPU where there is one."""
-    import torch
     from transformers import AutoModelForCausalLM
 
     check_vocabulary(encoder.tokenizer, encoder.catalogue.semantic_ids, folder)

@@ -59,7 +59,5 @@ def compact(item_nodes: np.ndarray) -> np.ndarray:
 
 def smallest(values: np.ndarray) -> np.ndarray:
     """The same numbers in the smallest unsigned type that holds them and the one after the greatest."""
-    for dtype in (np.uint8, np.uint16, np.uint32):
-        if values.min(initial=0) >= 0 and values.max(initial=0) < np.iinfo(dtype).max:
-            return values.astype(dtype)
-    return values.astype(np.int64)
+    dtype = np.min_scalar_type(int(values.max(initial=0)) + 1)
+    return values.astype(np.int64 if values.min(initial=0) < 0 or dtype == np.uint64 else dtype)

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
 from rerank.next_item.prefix_build import check_items, compact, flatten, padded, smallest
 
-ROOT = 0
 ARRAYS = ("vocabulary", "tokens", "first_child", "items", "item_nodes")
 
 
@@ -30,6 +30,7 @@ class PrefixIndex:
             first when the nodes are consecutive, as they are for unique ids of one length.
     """
 
+    root: ClassVar[int] = 0  # the node of the empty prefix
     vocabulary: np.ndarray
     tokens: np.ndarray
     first_child: np.ndarray
@@ -80,21 +81,15 @@ class PrefixIndex:
         return len(self.items)
 
     @property
-    def root(self) -> int:
-        """The node of the empty prefix."""
-        return ROOT
-
-    @property
     def num_nodes(self) -> int:
         """Number of prefixes, the empty one included."""
         return len(self.tokens) + 1
 
     def child_ranges(self, nodes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """First child of each node, and the end of its children."""
-        nodes = np.asarray(nodes, dtype=np.int64)
-        if nodes.size and (nodes.min() < 0 or nodes.max() >= self.num_nodes):
-            unknown = nodes[(nodes < 0) | (nodes >= self.num_nodes)][0]
-            raise ValueError(f"node {unknown} is not in the prefix index, which has {self.num_nodes} nodes")
+        unknown = nodes[(nodes < 0) | (nodes >= self.num_nodes)]
+        if unknown.size:
+            raise ValueError(f"node {unknown[0]} is not in the prefix index, which has {self.num_nodes} nodes")
         return self._boundary(nodes), self._boundary(nodes + 1)
 
     def _boundary(self, nodes: np.ndarray) -> np.ndarray:
@@ -133,12 +128,10 @@ class PrefixIndex:
         Returns:
             offsets (M + 1), places: node m's stand at offsets[m] to offsets[m+1], in the order items were given.
         """
-        nodes = np.asarray(nodes, dtype=np.int64)
         return _concatenated_ranges(self._first_item(nodes), self._first_item(nodes + 1))
 
     def num_items_at(self, nodes: np.ndarray) -> np.ndarray:
         """Number of items that end at each node."""
-        nodes = np.asarray(nodes, dtype=np.int64)
         return self._first_item(nodes + 1) - self._first_item(nodes)
 
     def _first_item(self, nodes: np.ndarray) -> np.ndarray:
@@ -159,7 +152,7 @@ class PrefixIndex:
         Raises:
             KeyError: When no item begins with it.
         """
-        node = ROOT
+        node = self.root
         for depth, token in enumerate(prefix):
             _, tokens, child_nodes = self.children(np.array([node]))
             place = int(np.searchsorted(tokens, token))
@@ -171,8 +164,8 @@ class PrefixIndex:
     def paths(self, items: np.ndarray) -> list[list[int]]:
         """The nodes before each token of each item, the root first; empty for one that the index lacks."""
         places = self.places_of(items)
-        table = self._ancestors(np.where(places >= 0, self._end_nodes(np.maximum(places, 0)), ROOT))
-        starts = (table == ROOT).sum(axis=1) - 1
+        table = self._ancestors(np.where(places >= 0, self._end_nodes(np.maximum(places, 0)), self.root))
+        starts = (table == self.root).sum(axis=1) - 1
         return [row[start:-1] for row, start in zip(table.tolist(), starts.tolist(), strict=True)]
 
     def has(self, sequences: Sequence[Sequence[int]]) -> bool:
@@ -181,21 +174,20 @@ class PrefixIndex:
         if len(sequences) != len(self) or (places < 0).any():
             return False
         table = self._ancestors(self._end_nodes(places))
-        lengths, tokens = (table != ROOT).sum(axis=1), self.vocabulary[self.tokens[table[table != ROOT] - 1]]
+        lengths, tokens = (table != self.root).sum(axis=1), self.vocabulary[self.tokens[table[table != self.root] - 1]]
         is_same_length = np.array_equal(lengths, [len(sequence) for sequence in sequences])
         return is_same_length and np.array_equal(tokens, np.concatenate(sequences))
 
     def _ancestors(self, nodes: np.ndarray) -> np.ndarray:
         """(M, D) the nodes from the root to each of these; where there are fewer than D, the root stands repeated."""
         levels = [nodes]
-        while (levels[-1] != ROOT).any():
-            levels.append(np.where(levels[-1] == ROOT, ROOT, self._parents(levels[-1])))
+        while (levels[-1] != self.root).any():
+            levels.append(np.where(levels[-1] == self.root, self.root, self._parents(levels[-1])))
         return np.stack(levels[::-1], axis=1)
 
     def num_items_below(self, nodes: np.ndarray) -> np.ndarray:
         """Number of items that begin with each node's prefix, those that end there included."""
-        first = np.asarray(nodes, dtype=np.int64)
-        end, total = first + 1, np.zeros(len(first), dtype=np.int64)
+        first, end, total = nodes, nodes + 1, np.zeros(len(nodes), dtype=np.int64)
         while (first < end).any():  # one round per depth: descendants at one depth are neighbours
             total += self._first_item(end) - self._first_item(first)
             first, end = self._boundary(first), self._boundary(end)
@@ -257,7 +249,7 @@ class PrefixIndex:
 
     def _levels(self) -> list[tuple[int, int]]:
         """First node of each depth, and the end of that depth's nodes."""
-        levels = [(ROOT, ROOT + 1)]
+        levels = [(self.root, self.root + 1)]
         while (below := tuple(self._boundary(np.array(levels[-1])).tolist()))[0] < below[1]:
             levels.append(below)
         return levels
@@ -277,13 +269,13 @@ def _search(ascending: np.ndarray, values: np.ndarray) -> np.ndarray:
     return np.searchsorted(ascending, values.astype(ascending.dtype))
 
 
-def _counts_before(chosen: np.ndarray) -> np.ndarray:
-    """How many are chosen before each place, and in all."""
-    return np.concatenate([[0], np.cumsum(chosen)])
+def _counts_before(counts: np.ndarray) -> np.ndarray:
+    """Their sum before each place, and in all; of booleans how many hold."""
+    return np.concatenate([[0], np.cumsum(counts)])
 
 
 def _concatenated_ranges(first: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Offsets (M + 1) of the ranges, and all their numbers one range after another."""
     lengths = end - first
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    offsets = _counts_before(lengths)
     return offsets, np.arange(offsets[-1]) + np.repeat(first - offsets[:-1], lengths)

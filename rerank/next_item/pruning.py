@@ -56,16 +56,14 @@ class Pruning:
     def summary(self) -> Results:
         """PruningRate@K, None where no target is among the top K; violations by step, and where the first one is."""
         violated = self.violates.any(axis=1)
-        first = self.violates.argmax(axis=1)[violated]
+        firsts = np.bincount(self.violates.argmax(axis=1)[violated], minlength=self.violates.shape[1])
         return {
             "n": len(self.is_top),
             "in_top": int(self.is_top.sum()),
             "pruning_rate": float(1 - self.is_found[self.is_top].mean()) if self.is_top.any() else None,
             "violation_rate": float(violated.mean()),
             "violations_by_step": self.violates.mean(axis=0).tolist(),
-            "first_violations_by_step": (
-                np.bincount(first, minlength=self.violates.shape[1]) / len(violated)
-            ).tolist(),
+            "first_violations_by_step": (firsts / len(violated)).tolist(),
         }
 
 

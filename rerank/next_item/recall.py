@@ -27,7 +27,6 @@ from rerank.rows import TargetRows, training_sequences
 from rerank.rows.lists import read_lists
 
 if TYPE_CHECKING:
-    from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 METRICS = ("R@5", "R@10", "N@5", "N@10")
@@ -115,12 +114,6 @@ class ValidationRecall:
         found = NextItemModel(model, self.encoder).by_beams(self.rows.histories, LIST_LENGTH, NUM_BEAMS)
         values = metrics_of_lists(filled(found.items, LIST_LENGTH), self.rows.targets)
         return {name: float(values[name].mean()) for name in ("R@10", "N@10")}
-
-    def dataset(self) -> "Dataset":
-        """The targets as a data set: transformers wants one where it is to evaluate."""
-        from datasets import Dataset
-
-        return Dataset.from_dict({"target": self.rows.targets.tolist()})
 
 
 def model_lists(

@@ -6,7 +6,6 @@ names the parts that are missing.
 
 import json
 from collections.abc import Mapping
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +56,7 @@ def write_report(run_dir: str | Path, evaluate_dir: str | Path, path: str | Path
         path,
         "report.html.j2",
         charts=shown,
-        extra_script=files("rerank.report").joinpath("rollouts.js").read_text(encoding="utf-8") if found else None,
+        extra_scripts=["rollouts.js"] if found else [],
         first=first,
         name=run_dir.resolve().name,
         columns=tables.COLUMNS,

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import plotly.graph_objects as go
 
 from rerank.report.page import FROM_ZERO, STEPS, Chart, chart
 from rerank.report.rows import RankedRow
@@ -31,8 +32,6 @@ CURVES = (  # title, log, keys of it or patterns of them
 
 def gain_chart(results: Mapping[str, Any]) -> Chart:
     """NDCG@5 of each ranker minus that of the input order, with intervals."""
-    import plotly.graph_objects as go
-
     names = [name for name in results["rows"] if name not in ("no_op", "random", "oracle")][::-1]
     rows = [results["rows"][name] for name in names]
     gains = [row["N@5_minus_no_op"] for row in rows]
@@ -45,8 +44,6 @@ def gain_chart(results: Mapping[str, Any]) -> Chart:
 
 def place_chart(rows: Sequence[RankedRow], results: Mapping[str, Any]) -> Chart:
     """The place that each ranker gives the relevant item: share of rows at each rank."""
-    import plotly.graph_objects as go
-
     last = max(len(ranked.row.candidates) for ranked in rows)
     figure = go.Figure()
     for name in (name for name in ("no_op", "lambdamart", *GENERATING[::-1]) if name in results["rows"]):
@@ -59,8 +56,6 @@ def place_chart(rows: Sequence[RankedRow], results: Mapping[str, Any]) -> Chart:
 
 def training_charts(run_dir: Path) -> list[Chart]:
     """The curves of CURVES whose log is there and holds them."""
-    import plotly.graph_objects as go
-
     charts = []
     for title, log, keys in CURVES:
         history = json.loads((run_dir / log).read_text()) if (run_dir / log).is_file() else []

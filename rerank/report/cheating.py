@@ -3,6 +3,7 @@
 from typing import Any
 
 import pandas as pd
+import plotly.graph_objects as go
 
 from rerank.report.page import FROM_ZERO, STEPS, Chart, chart
 from rerank.results.tables import number
@@ -81,8 +82,6 @@ def section(steps: pd.DataFrame) -> dict[str, Any]:
 
 def _curves(steps: pd.DataFrame, title: str, lines: dict[str, str], axis: dict[str, Any]) -> Chart | None:
     """A line for each metric over the steps, a moving mean where the steps are many; None when nothing is there."""
-    import plotly.graph_objects as go
-
     figure, known = go.Figure(), [str(name) for name in steps]
     for pattern, label in lines.items():
         names = [name for name in known if name.startswith(pattern)] if pattern.endswith("/") else [pattern]
@@ -95,8 +94,6 @@ def _curves(steps: pd.DataFrame, title: str, lines: dict[str, str], axis: dict[s
 
 def _origins(first: "pd.Series[float]", last: "pd.Series[float]") -> Chart:
     """The first-stage rank of the item that a ranking puts first."""
-    import plotly.graph_objects as go
-
     figure = go.Figure()
     for label, means in (("first fifth of the steps", first), ("last fifth", last)):
         origins = means.filter(like="first_from/").round(4)

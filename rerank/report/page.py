@@ -8,15 +8,16 @@ import base64
 import hashlib
 import json
 from collections.abc import Sequence
+from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import plotly.graph_objects as go
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
+from plotly.offline import get_plotlyjs
 
 from rerank.launch.files import write_text
-
-if TYPE_CHECKING:
-    from plotly.graph_objects import Figure
 
 Chart = dict[str, Any]  # title, data and layout, as the page's script draws them
 MAX_POINTS = 500  # of a line
@@ -24,31 +25,22 @@ COLOURS = ("#3f8fd6", "#e07b2c", "#2f9e6b", "#c4569b", "#8b78d8", "#a08a3c")  # 
 STEPS = {"title": {"text": "step"}}  # an axis
 FROM_ZERO = {"rangemode": "tozero"}
 
-_DRAW = """
-const charts = JSON.parse(document.getElementById("charts").textContent);
-const colour = name => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
-function draw() {
-  const axis = {gridcolor: colour("--line"), zerolinecolor: colour("--muted"), automargin: true};
-  charts.forEach((chart, place) => Plotly.react("chart" + place, chart.data, {
-    ...chart.layout, autosize: true, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
-    font: {color: colour("--text"), family: "system-ui, sans-serif", size: 13},
-    xaxis: {...axis, ...chart.layout.xaxis}, yaxis: {...axis, ...chart.layout.yaxis},
-  }, {responsive: true, displayModeBar: false}));
-}
-draw();
-matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
-"""
-
 
 def write(
-    path: str | Path, template: str, charts: Sequence[Chart], extra_script: str | None = None, **values: object
+    path: str | Path, template: str, charts: Sequence[Chart], extra_scripts: Sequence[str] = (), **values: object
 ) -> None:
-    """Fill a template and write it, whole or not at all; every value that is not a script of ours is escaped."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-    from plotly.offline import get_plotlyjs
+    """Fill a template and write it, whole or not at all; every value that is not a script of ours is escaped.
 
+    Args:
+        path: The page's.
+        template: File of this folder.
+        charts: Drawn by charts.js.
+        extra_scripts: Further files of this folder, in order.
+        **values: Of the template.
+    """
     environment = Environment(loader=PackageLoader("rerank.report", "."), autoescape=True, undefined=StrictUndefined)
-    scripts = [get_plotlyjs(), _DRAW, *([] if extra_script is None else [extra_script])]
+    own = [files("rerank.report").joinpath(name).read_text(encoding="utf-8") for name in ("charts.js", *extra_scripts)]
+    scripts = [get_plotlyjs(), *own]
     hashes = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
     policy = " ".join(f"'sha256-{digest}'" for digest in hashes)
     text = environment.get_template(template).render(
@@ -62,7 +54,7 @@ def json_text(value: object) -> Markup:
     return Markup(json.dumps(value, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c"))
 
 
-def chart(figure: "Figure", title: str, **axes: object) -> Chart:
+def chart(figure: go.Figure, title: str, **axes: object) -> Chart:
     """A figure as the page's script draws it; colours of text and grid are the page's.
 
     MAX_POINTS of a longer line remain, the last one among them, so that a long run's page stays small.

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
+import plotly.graph_objects as go
 
-from rerank.catalogue import semantic_id_text
+from rerank.catalogue import Catalogue, semantic_id_text
 from rerank.launch import run_dir as runs
 from rerank.report import page
 from rerank.report.page import FROM_ZERO, Chart, chart
@@ -86,26 +86,24 @@ def read_quality(run_dir: str | Path) -> IdsQuality:
         )
     before, copies = assigned_codes(folder, tokenizer, embeddings), quality.embedding_copies(embeddings)
     groups = quality.collisions(before)
-    data_dir = runs.stage_dir(run_dir, "data")
     return IdsQuality(
         metrics=quality.ids_metrics(tokenizer, embeddings, copies, before, stored.codes),
         prefixes=quality.items_per_prefix(stored.codes),
         code_counts=[np.sort(np.bincount(level, minlength=tokenizer.codebook_size))[::-1] for level in before.T],
-        lift=quality.prefix_lift(stored.codes, co_engaged_pairs(data_dir)),
+        lift=quality.prefix_lift(stored.codes, co_engaged_pairs(runs.stage_dir(run_dir, "data"))),
         num_shared=len(groups),
-        shared=_shared_ids(groups[:SHOWN_COLLISIONS], before, copies, data_dir),
+        shared=_shared_ids(groups[:SHOWN_COLLISIONS], before, copies, Catalogue.load(run_dir)),
         stored_shared=len(quality.collisions(stored.codes)),
     )
 
 
-def _shared_ids(groups: Sequence[np.ndarray], codes: np.ndarray, copies: np.ndarray, data_dir: Path) -> list[SharedId]:
-    items = pq.read_table(data_dir / "items.parquet", columns=["item", "item_id", "title"]).sort_by("item")
-    item_ids, titles = (items[name].to_pylist() for name in ("item_id", "title"))
-    names = [title or item_id for title, item_id in zip(titles, item_ids, strict=True)]
-    texts = [semantic_id_text(codes[group[0]]) for group in groups]
+def _shared_ids(
+    groups: Sequence[np.ndarray], codes: np.ndarray, copies: np.ndarray, catalogue: Catalogue
+) -> list[SharedId]:
+    names = [title or item_id for title, item_id in zip(catalogue.titles, catalogue.item_ids, strict=True)]
     return [
-        SharedId(text, [names[item] for item in group], int((copies[group] > 1).sum()))
-        for text, group in zip(texts, groups, strict=True)
+        SharedId(semantic_id_text(codes[group[0]]), [names[item] for item in group], int((copies[group] > 1).sum()))
+        for group in groups
     ]
 
 
@@ -162,8 +160,6 @@ def lines(found: IdsQuality) -> list[str]:
 
 def charts(found: IdsQuality) -> list[Chart]:
     """Use of codes, items of prefixes, co-engagement."""
-    import plotly.graph_objects as go
-
     use, prefixes = go.Figure(), go.Figure()
     for level, counts in enumerate(found.code_counts, start=1):
         use.add_scatter(x=list(range(1, len(counts) + 1)), y=counts.tolist(), mode="lines", name=f"level {level}")

@@ -13,6 +13,7 @@ import numpy as np
 
 from rerank.baselines import fit_lambdamart, predict_lambdamart
 from rerank.baselines.counts import RECENCY
+from rerank.baselines.features import TRANSITIONS
 from rerank.baselines.pairs import UNIT
 from rerank.metrics import best_first
 from rerank.rows import RankingRow, read_feature_names, read_rows
@@ -21,7 +22,6 @@ TASKS = ("rerank", "next_item", "held_out_sets")  # of the evaluate stage
 SPLITS = ("test", "valid")
 LAMBDAMART_SEED = 0  # one fit for every run, so that variants share the baseline
 _RERANK, _CATALOGUE = TASKS[:1], TASKS[1:]
-_STEPS = ("from_last", "from_second", "from_third", "from_fourth", "from_fifth")
 
 Orders = list[list[int]]  # positions into each row's candidates, best first
 Baseline = Callable[[Path, Sequence[RankingRow]], Orders | None]  # from the folder of the candidates stage and rows
@@ -83,7 +83,7 @@ def transitions(candidates_dir: Path, rows: Sequence[RankingRow]) -> Orders:
     exactly where the first stage's own scores tie.
     """
     names, _ = read_feature_names(candidates_dir)
-    columns, popularity = [names.index(name) for name in _STEPS], names.index("popularity")
+    columns, popularity = [names.index(name) for name in TRANSITIONS], names.index("popularity")
     orders = []
     for row in rows:
         features = np.asarray(row.features, dtype=np.float64)  # (N, F)
@@ -139,9 +139,7 @@ def models_of_task(task: str) -> list[Ranker]:
     return [ranker for ranker in of_task(task) if ranker.kind in ("likelihood", "generates")]
 
 
-def _last_stage_first(rankers: Sequence[Ranker]) -> tuple[str, ...]:
-    stages = list(dict.fromkeys(ranker.stage for ranker in RANKERS))
-    return tuple(ranker.name for ranker in sorted(rankers, key=lambda ranker: -stages.index(ranker.stage)))
-
-
-GENERATING = _last_stage_first([ranker for ranker in RANKERS if ranker.kind == "generates"])
+_STAGES = [ranker.stage for ranker in RANKERS]
+_WRITERS = [ranker for ranker in RANKERS if ranker.kind == "generates"]
+# Names, those of the last stage first.
+GENERATING = tuple(ranker.name for ranker in sorted(_WRITERS, key=lambda ranker: -_STAGES.index(ranker.stage)))

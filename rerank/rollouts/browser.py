@@ -5,7 +5,8 @@ Whatever a model or a catalogue wrote is shown as `rich.text.Text`, never as mar
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import ClassVar
 
@@ -61,7 +62,7 @@ def inspect(
         groups.filter(" AND ".join([*parts, *([f"({where}\n)"] if where.strip() else [])]))
     if groups.num_groups == 0:
         asked = " and ".join([*parts, *([where] if where.strip() else [])])
-        steps = groups.rollouts.query("SELECT min(step) AS first, max(step) AS last FROM rollouts").to_pylist()[0]
+        (steps,) = groups.rollouts.records("SELECT min(step) AS first, max(step) AS last FROM rollouts")
         raise ValueError(f"{run_dir} has no rollout with {asked}; its steps are {steps['first']} to {steps['last']}")
     if console is None and sys.stdin.isatty() and sys.stdout.isatty():
         RolloutBrowser(groups).run()
@@ -152,17 +153,17 @@ class GroupList(Screen[None]):
         return f"{runs}: {shown}{where}, {order}"
 
     def on_data_table_cell_selected(self, event: DataTable.CellSelected) -> None:
-        if not self.lines:
-            return
-        try:
-            screen = GroupScreen(self.groups, self.lines[event.coordinate.row])
-        except ValueError as error:
-            self.show_error(error)
-            return
-        self.app.push_screen(screen)
+        if self.lines:
+            with self.errors_in_status():
+                self.app.push_screen(GroupScreen(self.groups, self.lines[event.coordinate.row]))
 
-    def show_error(self, error: ValueError) -> None:
-        self.query_one("#status", Static).update(Text(rollout_view.visible(str(error)), style="bold red"))
+    @contextmanager
+    def errors_in_status(self) -> Iterator[None]:
+        """Show what is refused above the list, which stays."""
+        try:
+            yield
+        except ValueError as error:
+            self.query_one("#status", Static).update(Text(rollout_view.visible(str(error)), style="bold red"))
 
     def on_data_table_header_selected(self, event: DataTable.HeaderSelected) -> None:
         self.sort_by(self.groups.columns[event.column_index])
@@ -192,14 +193,11 @@ class GroupList(Screen[None]):
         self.query_one(DataTable).focus()
 
     def on_input_submitted(self, event: Input.Submitted) -> None:
-        try:
+        with self.errors_in_status():
             self.groups.filter(event.value)
-        except ValueError as error:
-            self.show_error(error)
-            return
-        self.first_shown = 0
-        self.action_leave_filter()
-        self.show_page()
+            self.first_shown = 0
+            self.action_leave_filter()
+            self.show_page()
 
 
 class GroupScreen(Screen[None]):

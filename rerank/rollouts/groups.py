@@ -97,15 +97,14 @@ class RolloutGroups:
         try:
             duckdb.SQLExpression(condition)  # refuses what is more than one expression
             ((_, kind, *_),) = connection.execute(f"DESCRIBE SELECT {condition} FROM rollouts").fetchall()
-            if is_condition := kind in ("BOOLEAN", '"NULL"'):
-                self._list(condition)
+            if kind not in ("BOOLEAN", '"NULL"'):
+                raise ValueError(f'{where!r} is no filter: its values are {kind}; write one such as "kept = false"')
+            self._list(condition)
         except duckdb.Error as error:
             self.rollouts.refuse_damaged(error)
             reason = visible(" ".join(str(error).split("\n\n")[0].split()))[:300]  # it may quote a completion
             columns = f" (columns: {', '.join(SCHEMA.names)})" if isinstance(error, duckdb.BinderException) else ""
             raise ValueError(f'{where!r} is no filter: {reason}{columns}; write one such as "kept = false"') from None
-        if not is_condition:
-            raise ValueError(f'{where!r} is no filter: its values are {kind}; write one such as "kept = false"')
         self.where = where
         self.num_groups = self.rollouts.query("SELECT count(*) AS n FROM listed")["n"][0].as_py()
 
@@ -121,10 +120,7 @@ class RolloutGroups:
     def page(self, sort: str = "step", descending: bool = True, offset: int = 0, limit: int = 200) -> list[Line]:
         """Lines of the list, sorted by a column, then by step (latest first) and group."""
         order = f'"{sort}" {"DESC" if descending else "ASC"} NULLS LAST, step DESC, round DESC, "group"'
-        lines: list[Line] = self.rollouts.query(
-            f"SELECT * FROM listed ORDER BY {order} LIMIT {limit} OFFSET {offset}"
-        ).to_pylist()
-        return lines
+        return self.rollouts.records(f"SELECT * FROM listed ORDER BY {order} LIMIT {limit} OFFSET {offset}")
 
     def read(self, line: Mapping[str, Any]) -> list[Rollout]:
         """The rollouts of a line's group, those that meet the filter (`matches`) first, then by reward, best first."""
@@ -132,10 +128,7 @@ class RolloutGroups:
         matches = f"coalesce(({self.where}\n), false)" if self.where.strip() else "true"
         columns = f"* EXCLUDE (completion_ids, policy_logps, sampling_logps), {matches} AS matches"
         order = "ORDER BY matches DESC, reward DESC, completion"
-        found: list[Rollout] = self.rollouts.query(f"SELECT {columns} FROM rollouts WHERE {key} {order}").to_pylist(
-            maps_as_pydicts="strict"
-        )
-        return found
+        return self.rollouts.records(f"SELECT {columns} FROM rollouts WHERE {key} {order}")
 
     def read_other(self, line: Mapping[str, Any]) -> list[Rollout]:
         """The rollouts of the other run's group beside a line's."""

@@ -31,10 +31,9 @@ import pyarrow.compute as pc
 
 from rerank.catalogue import Catalogue
 from rerank.launch import recipe
-from rerank.metrics import kendall_tau
+from rerank.metrics import kendall_tau, kendall_taus
 from rerank.prompts import FAILURES, THINK, THINK_END
-from rerank.rollouts.schema import GROUP_KEYS, Rollout
-from rerank.rollouts.store import to_table
+from rerank.rollouts.schema import GROUP_KEYS
 from rerank.scoring import read_rewards
 
 Steps = TypeVar("Steps", Sequence[float], np.ndarray, "pd.Series[float]", pd.DataFrame)
@@ -68,18 +67,6 @@ def overall(
     means = pd.concat([_rollout_values(table, weights, catalogue).mean(), _group_values(table).mean()])
     found = _with_shares(means.to_frame().T).iloc[0].dropna()
     return {str(name): float(value) for name, value in found.items()}
-
-
-def to_log(
-    records: Sequence[Rollout], weights: Mapping[str, float], catalogue: Catalogue | None = None
-) -> dict[str, float]:
-    """The metrics of one step as a trainer logs them, `rollouts/copy_rate` and so on.
-
-    Args:
-        records: The step's rollouts as RolloutWriter gets them, those of whole groups.
-    """
-    found = overall(to_table(records), weights, catalogue)
-    return {f"rollouts/{name}": value for name, value in found.items()}
 
 
 def fifths(values: Steps) -> tuple[Steps, Steps]:
@@ -131,7 +118,7 @@ def agreement(first: Sequence[Sequence[int] | None], second: Sequence[Sequence[i
 def _rollout_values(table: pa.Table, weights: Mapping[str, float] | None, catalogue: Catalogue | None) -> pd.DataFrame:
     """One row a rollout, one column a number, indexed by step; NaN where the rollout has no such value."""
     before, after = _numbers(table["target_rank"]), _numbers(table["target_rank_after"])
-    gain, cited = rank_gains(table), np.array([_cites_target(*row) for row in _traces(table, catalogue)])
+    gain, cited = rank_gains(table), _citations(table, catalogue)
     failure = table["failure"].to_numpy()
     values = {
         **_order_values(table),
@@ -148,13 +135,13 @@ def _rollout_values(table: pa.Table, weights: Mapping[str, float] | None, catalo
         "rank_gain/not_cited": np.where(cited == 0, gain, np.nan),
         "kept": _numbers(table["kept"]),
     }
-    return pd.DataFrame(values, index=_key(table, "step"), dtype=float)
+    return pd.DataFrame(values, index=pd.Index(table["step"].to_numpy(), name="step"), dtype=float)
 
 
 def _group_values(table: pa.Table) -> pd.DataFrame:
     """One row a group, one column a number, indexed by step."""
     before, after = _numbers(table["target_rank"]), _numbers(table["target_rank_after"])
-    keys = [_key(table, name) for name in GROUP_KEYS]
+    keys = [pd.Index(table[name].to_numpy(), name=name) for name in GROUP_KEYS]
     places = np.nan_to_num(after)  # 0 without a ranking
     members = {"reward": _numbers(table["reward"]), "place": places, "worse": np.where(after <= before, 0.0, 1.0)}
     groups = pd.DataFrame(members).groupby(keys)
@@ -172,35 +159,24 @@ def _group_values(table: pa.Table) -> pd.DataFrame:
 
 def _order_values(table: pa.Table) -> dict[str, np.ndarray]:
     """Values of the order of each ranking; NaN without a ranking."""
-    is_ranked = table["order"].is_valid().to_numpy()
-    ranked = table.filter(table["order"].is_valid())
+    is_ranked = table["order"].is_valid()
+    index, ranked = np.flatnonzero(is_ranked), table.filter(is_ranked)
     lengths = pc.list_value_length(ranked["order"]).to_numpy()
     starts = np.cumsum(lengths) - lengths
     order = pc.list_flatten(ranked["order"]).to_numpy()
     ranks = pc.list_flatten(ranked["first_stage_ranks"]).to_numpy()[np.repeat(starts, lengths) + order]
-    found = {name: np.full(len(starts), np.nan) for name in ("copy_rate", "shown_copy_rate", "kendall_tau")}
-    first = np.full(len(starts), np.nan)
+    first_from = [f"first_from/{rank}" for rank in range(1, int(lengths.max(initial=0)) + 1)]
+    names = ("copy_rate", "shown_copy_rate", "kendall_tau", *first_from)
+    values = {name: np.full(table.num_rows, np.nan) for name in names}
     for length in np.unique(lengths):
-        rows = np.flatnonzero(lengths == length)
-        places = starts[rows, None] + np.arange(length)  # (rankings, N), into the flat arrays
-        found["copy_rate"][rows] = (ranks[places] == np.arange(1, length + 1)).all(axis=1)
-        found["shown_copy_rate"][rows] = (order[places] == np.arange(length)).all(axis=1)
-        found["kendall_tau"][rows] = _kendall_taus(ranks[places])
-        first[rows] = ranks[places[:, 0]]
-    found |= {f"first_from/{rank}": first == rank for rank in range(1, int(lengths.max(initial=0)) + 1)}
-    values = {name: np.full(len(is_ranked), np.nan) for name in found}
-    for name, of_ranked in found.items():
-        values[name][is_ranked] = of_ranked
+        places = starts[lengths == length, None] + np.arange(length)  # (rankings, N), into the flat arrays
+        rows = index[lengths == length]
+        values["copy_rate"][rows] = (ranks[places] == np.arange(1, length + 1)).all(axis=1)
+        values["shown_copy_rate"][rows] = (order[places] == np.arange(length)).all(axis=1)
+        values["kendall_tau"][rows] = kendall_taus(ranks[places])
+        for rank, name in enumerate(first_from, start=1):
+            values[name][rows] = ranks[places[:, 0]] == rank
     return values
-
-
-def _kendall_taus(ranks: np.ndarray) -> np.ndarray:
-    """`metrics.kendall_tau` of each row of (rankings, N)."""
-    length = ranks.shape[1]
-    if length < 2:
-        return np.ones(len(ranks))
-    signs = [np.sign(ranks[:, i + 1 :] - ranks[:, [i]]).sum(axis=1) for i in range(length - 1)]
-    return np.asarray(np.sum(signs, axis=0) / (length * (length - 1) / 2))
 
 
 def rank_gains(table: pa.Table) -> np.ndarray:
@@ -235,19 +211,17 @@ def _with_shares(means: pd.DataFrame) -> pd.DataFrame:
     return means
 
 
-def _traces(table: pa.Table, catalogue: Catalogue | None) -> list[tuple[str, list[str]]]:
-    """The completion and the names of the target of each rollout."""
+def _citations(table: pa.Table, catalogue: Catalogue | None) -> np.ndarray:
+    """1 for a rollout whose trace names the target, 0 where it does not, NaN without a trace."""
     columns = (table[name].to_pylist() for name in ("completion", "target", "candidates", "candidate_labels"))
-    rows = []
+    cited = []
     for completion, target, candidates, labels in zip(*columns, strict=True):
-        names = [labels[candidates.index(target)]]
-        if catalogue is not None:
-            names += [catalogue.semantic_ids[target], catalogue.titles[target]]
-        rows.append((completion, names))
-    return rows
+        own = [] if catalogue is None else [catalogue.semantic_ids[target], catalogue.titles[target]]
+        cited.append(_cites(completion, [labels[candidates.index(target)], *own]))
+    return np.array(cited)
 
 
-def _cites_target(completion: str, names: Sequence[str]) -> float:
+def _cites(completion: str, names: Sequence[str]) -> float:
     """1 when the trace has one of the names, 0 when it has none, NaN without a trace."""
     trace, end, _ = completion.partition(THINK_END)
     if not end or not trace.lstrip().startswith(THINK):
@@ -266,8 +240,3 @@ def _whole(name: str) -> re.Pattern[str]:
 def _numbers(column: pa.ChunkedArray) -> np.ndarray:
     """A column as floats, NaN for null."""
     return np.asarray(column.cast(pa.float64()).to_numpy())
-
-
-def _key(table: pa.Table, name: str) -> "pd.Index[int]":
-    index: pd.Index[int] = pd.Index(table[name].to_numpy(), name=name)
-    return index

@@ -10,11 +10,12 @@ import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+from rich.console import Console
+from rich.table import Table
 
 from rerank.launch import recipe
 from rerank.plugins import parameters
@@ -24,10 +25,6 @@ from rerank.rollouts.store import open_rollouts
 from rerank.rows import column_names
 from rerank.scoring import RANK_GAIN, Reward, check_outcome, load_rewards, read_rewards, total
 from rerank.scoring import score as score_rewards
-
-if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.table import Table
 
 SCALE_REWARDS = "group"  # DapoConfig's default
 AGGREGATION = "sum_then_normalize"  # the only one that is known here, TRL's default
@@ -172,7 +169,7 @@ def advantages(frame: pd.DataFrame, reward: str, scale_rewards: str) -> pd.Serie
     return centred.fillna(0.0)  # as TRL does where no reward applies
 
 
-def print_summary(frame: pd.DataFrame, top: int, console: "Console") -> None:
+def print_summary(frame: pd.DataFrame, top: int, console: Console) -> None:
     """Print what changes overall, and the `top` rollouts whose advantage turns its sign by the most.
 
     Raises:
@@ -193,9 +190,8 @@ def print_summary(frame: pd.DataFrame, top: int, console: "Console") -> None:
         console.print(_turned_table(turned, top))
 
 
-def _summary_table(frame: pd.DataFrame, groups: pd.DataFrame) -> "Table":
+def _summary_table(frame: pd.DataFrame, groups: pd.DataFrame) -> Table:
     """Means of each reward and of the totals, and numbers of groups, stored and new."""
-    from rich.table import Table
 
     def mean(name: str) -> str:
         value = frame[name].mean() if name in frame else np.nan
@@ -214,10 +210,8 @@ def _summary_table(frame: pd.DataFrame, groups: pd.DataFrame) -> "Table":
     return table
 
 
-def _turned_table(turned: pd.DataFrame, top: int) -> "Table":
+def _turned_table(turned: pd.DataFrame, top: int) -> Table:
     """The rollouts whose advantage moves furthest."""
-    from rich.table import Table
-
     distance = (turned["new/advantage"] - turned["stored/advantage"]).abs()
     table = Table("step", "round", "group", "rollout", "row", "total", "new", "advantage", "new")
     for _, row in turned.loc[distance.sort_values(ascending=False, kind="stable").index[:top]].iterrows():

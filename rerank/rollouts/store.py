@@ -70,20 +70,17 @@ class RolloutWriter:
 
     def close(self) -> None:
         """Write what is left and end the thread."""
-        try:
+        with self._thread:
             self.flush(wait=True)
-        finally:
-            self._thread.shutdown()
 
-    def discard_from(self, step: int, num_processes: int | None = None) -> None:
+    def discard_from(self, step: int, num_processes: int) -> None:
         """Delete this process's parts of `step` and later, which a run resumed from a checkpoint samples anew, and
         what a crash cut off; of the parts of processes beyond `num_processes`, which an earlier run had, a share."""
         for path in self.folder.glob("part-*"):
-            if (named := _PART.fullmatch(path.name.removesuffix(".tmp"))) is None:
+            named = _PART.fullmatch(path.name.removesuffix(".tmp"))
+            if named is None or int(named[2]) % num_processes != self.rank:
                 continue  # somebody else's
-            written_step, rank = int(named[1]), int(named[2])
-            owner = rank if num_processes is None else rank % num_processes
-            if owner == self.rank and (written_step >= step or path.suffix == ".tmp"):
+            if int(named[1]) >= step or path.suffix == ".tmp":
                 path.unlink()
 
     def _settle(self, num_pending: int) -> None:
@@ -108,12 +105,8 @@ def _storable(record: Rollout) -> Rollout:
     unknown = [name for name in record if name not in _NAMES]
     if missing or unknown:
         raise ValueError(f"a rollout must have the columns of rollouts.SCHEMA; missing {missing}, unknown {unknown}")
-    texts = {name: _utf8(record[name]) for name in ("prompt", "completion")}
+    texts = {name: record[name].encode(errors="replace").decode() for name in ("prompt", "completion")}
     return {**record, **texts, **{name: list(record[name].items()) for name in _MAPS}}
-
-
-def _utf8(text: str) -> str:
-    return text.encode("utf-8", errors="replace").decode("utf-8")
 
 
 @dataclass(frozen=True)
@@ -144,26 +137,15 @@ class OpenRollouts:
             self.refuse_damaged(error)
             raise
 
-    def read(self, columns: Sequence[str] = SCHEMA.names, where: str | None = None) -> pa.Table:
-        """These columns of the rollouts, by step.
+    def records(self, sql: str) -> list[Rollout]:
+        """The rows of the result of a query, as dictionaries; errors as of `query`."""
+        found: list[Rollout] = self.query(sql).to_pylist(maps_as_pydicts="strict")
+        return found
 
-        Args:
-            where: A SQL condition over the columns, such as `kept = false and target_rank_after > target_rank`.
-
-        Raises:
-            ValueError: When `where` is no such condition, or as `query`.
-        """
-        rows = self.connection.view("rollouts")
-        try:
-            rows = rows if where is None else rows.filter(where)
-            found = rows.project(", ".join(f'"{name}"' for name in columns)).to_arrow_table()
-        except duckdb.Error as error:
-            self.refuse_damaged(error)
-            reason = str(error).splitlines()[0].rstrip("!")
-            raise ValueError(
-                f"{where!r} is no SQL condition over the columns of rollouts ({reason}); "
-                f"they are {', '.join(SCHEMA.names)}"
-            ) from None
+    def read(self, columns: Sequence[str] = SCHEMA.names, where: str = "true") -> pa.Table:
+        """These columns of the rollouts that meet a SQL condition, by step; errors as of `query`."""
+        quoted = ", ".join(f'"{name}"' for name in columns)
+        found = self.query(f"SELECT {quoted} FROM rollouts WHERE {where}")
         return found.cast(pa.schema([SCHEMA.field(name) for name in columns], SCHEMA.metadata))
 
     def refuse_damaged(self, error: duckdb.Error) -> None:
@@ -211,9 +193,9 @@ def open_rollouts(run_dir: str | Path) -> OpenRollouts:
     return OpenRollouts(_connect(list(whole), sources, absent), list(whole), damaged, absent)
 
 
-def read_rollouts(run_dir: str | Path, columns: Sequence[str] = SCHEMA.names, where: str | None = None) -> pa.Table:
+def read_rollouts(run_dir: str | Path, columns: Sequence[str] = SCHEMA.names) -> pa.Table:
     """The rollouts of a run, by step; arguments and errors as of `open_rollouts` and `OpenRollouts.read`."""
-    return open_rollouts(run_dir).read(columns, where)
+    return open_rollouts(run_dir).read(columns)
 
 
 def _parts(run_dir: Path) -> list[Path]:

@@ -4,7 +4,7 @@
 are what a reward is told of it. `histories` reads what has no list yet.
 """
 
-from rerank.rows.histories import TRAINING, TargetRows, by_user, training_items, training_sequences, windows
+from rerank.rows.histories import TargetRows, by_user, training_items, training_sequences, windows
 from rerank.rows.prompter import (
     FEATURES_FILE,
     REWARD_COLUMNS,
@@ -21,7 +21,6 @@ from rerank.rows.row import RankingRow, check_features, choose_rows, read_rows, 
 __all__ = [
     "FEATURES_FILE",
     "REWARD_COLUMNS",
-    "TRAINING",
     "PromptedRow",
     "Prompter",
     "RankingRow",

@@ -73,10 +73,8 @@ class TargetRows:
 
     def take(self, chosen: Sequence[int] | np.ndarray) -> "TargetRows":
         """The rows at these places."""
-        row_ids, users, targets, splits = (
-            values[chosen] for values in (self.row_ids, self.users, self.targets, self.splits)
-        )
-        return TargetRows(row_ids, users, [self.histories[place] for place in chosen], targets, splits)
+        row_ids, users, histories = self.row_ids[chosen], self.users[chosen], [self.histories[row] for row in chosen]
+        return TargetRows(row_ids, users, histories, self.targets[chosen], self.splits[chosen])
 
     def __len__(self) -> int:
         return len(self.row_ids)

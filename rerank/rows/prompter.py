@@ -9,12 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pyarrow as pa
 
 from rerank.catalogue import Catalogue
 from rerank.grading import Facts
 from rerank.launch import run_dir
-from rerank.prompts import PromptSettings, candidate_labels, completion, render, rerank_prompt
+from rerank.prompts import FACTS, PromptSettings, candidate_labels, completion, render, rerank_prompt
 from rerank.rows.row import RankingRow
 
 if TYPE_CHECKING:
@@ -74,8 +75,26 @@ class Prompter:
         return self.settings.evidence != "none"
 
     def facts(self, row: RankingRow) -> Facts:
-        """The facts on the row's candidate lines."""
-        return Facts.of(row.features, len(row.candidates), self.settings, self.edges, self.names)
+        """The facts on the row's candidate lines.
+
+        Raises:
+            ValueError: When a fact has no feature or no edges.
+        """
+        if not self.needs_features:
+            size = len(row.candidates)
+            return Facts([[] for _ in range(size)], np.zeros((size, 0)), [""] * size)
+        facts, is_coded = self.settings.evidence_names, self.settings.evidence == "codes"
+        for name in facts:
+            if row.features is None or name not in self.names or (is_coded and name not in self.edges):
+                raise ValueError(f"evidence {name!r} has no feature or edges; run the candidates stage again.")
+        values = np.asarray(row.features, dtype=float)[:, [list(self.names).index(name) for name in facts]]
+        if is_coded:  # the number of edges at or below a value: 0 to 9, 0 for what is not positive
+            columns = zip(facts, values.T, strict=True)
+            values = np.stack([np.searchsorted(self.edges[name], of, side="right") for name, of in columns], axis=1)
+        wordings = [FACTS[name][0] + ":{}" if is_coded else FACTS[name][1] for name in facts]
+        texts = [[wording.format(value) for wording, value in zip(wordings, line, strict=True)] for line in values]
+        lines = [" " + " ".join(line) if is_coded else ": " + "; ".join(line) for line in texts]
+        return Facts(texts, values.astype(float), lines)
 
     def message(self, row: RankingRow) -> str:
         """The user message."""

@@ -19,7 +19,7 @@ from rerank.launch import run_dir
 
 T = TypeVar("T")
 COLUMNS = ("row_id", "user", "history", "candidates", "relevance")  # of a candidates table; the others are optional
-OPTIONAL = ("first_stage_scores", "features", "fields")
+OPTIONAL = ("features", "fields")
 USES = ("sft", "dapo", "all")
 
 
@@ -34,7 +34,6 @@ class RankingRow:
         relevance: (N,) grades, 0 for what is not relevant; empty where nobody knows them.
         user: None where nobody is named.
         ranks: (N,) first-stage rank of each candidate, from 1; their order where not given.
-        scores: (N,) first-stage scores; empty where there are none.
         features: (N, F) float32, columns as in features.json; None without them.
         fields: Further columns of the row, by name.
     """
@@ -45,14 +44,13 @@ class RankingRow:
     relevance: tuple[float, ...] = ()
     user: int | None = None
     ranks: tuple[int, ...] = ()
-    scores: tuple[float, ...] = ()
     features: np.ndarray | None = field(default=None, compare=False, repr=False)
     fields: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.ranks:
             object.__setattr__(self, "ranks", tuple(range(1, len(self.candidates) + 1)))
-        for name in ("relevance", "ranks", "scores", "features"):
+        for name in ("relevance", "ranks", "features"):
             values = getattr(self, name)
             if values is not None and len(values) not in (0, len(self.candidates)):
                 raise ValueError(
@@ -70,7 +68,6 @@ class RankingRow:
             candidates=tuple(record["candidates"]),
             relevance=tuple(record.get("relevance") or ()),
             user=record.get("user"),
-            scores=tuple(record.get("first_stage_scores") or ()),
             features=np.asarray(features, dtype=np.float32) if features else None,
             fields=json.loads(record["fields"]) if record.get("fields") else {},
         )
@@ -112,7 +109,6 @@ class RankingRow:
             candidates=tuple(self.candidates[place] for place in order),
             relevance=tuple(self.relevance[place] for place in order) if self.relevance else (),
             ranks=tuple(self.ranks[place] for place in order),
-            scores=tuple(self.scores[place] for place in order) if self.scores else (),
             features=None if self.features is None else self.features[list(order)],
         )
 
@@ -123,12 +119,11 @@ def shuffle(row: RankingRow, seed: int, epoch: int = 0) -> RankingRow:
     return row.shuffled(order.tolist())
 
 
-def read_rows(path: str | Path, only_hits: bool = True, needs_features: bool = False) -> list[RankingRow]:
-    """The rows of a candidates table, such as RUN_DIR/candidates/train.parquet, by row_id.
+def read_rows(path: str | Path, needs_features: bool = False) -> list[RankingRow]:
+    """The rows of a candidates table with a relevant candidate, such as RUN_DIR/candidates/train.parquet, by row_id.
 
     Args:
         path: Parquet with COLUMNS.
-        only_hits: Leave out rows without a relevant candidate.
         needs_features: Refuse rows without features.
 
     Raises:
@@ -143,11 +138,10 @@ def read_rows(path: str | Path, only_hits: bool = True, needs_features: bool = F
     if needs_features:
         check_features(path)
     table = pq.read_table(path, columns=[*COLUMNS, *(name for name in OPTIONAL if name in names)]).sort_by("row_id")
-    rows = [RankingRow.of(record) for record in table.to_pylist()]
-    kept = [row for row in rows if row.is_hit or not only_hits]
-    if not kept:
-        raise ValueError(f"{path}: none of its {len(rows)} rows lists a relevant item; use longer candidate lists")
-    return kept
+    rows = [row for row in map(RankingRow.of, table.to_pylist()) if row.is_hit]
+    if not rows:
+        raise ValueError(f"{path}: none of its {len(table)} rows lists a relevant item; use longer candidate lists")
+    return rows
 
 
 def check_features(path: str | Path) -> None:

@@ -66,15 +66,11 @@ class SemanticIdsArguments(recipe.StageArguments):
         if self.balanced_levels and self.random_levels:
             raise ValueError("balanced_levels and random_levels both name the last levels; give one of them")
         if self.method != "rq_vae":
-            self._refuse_rq_vae_options()
+            for field in dataclasses.fields(self):
+                if field.name in RQ_VAE_ONLY and getattr(self, field.name) != field.default:
+                    raise ValueError(f"{field.name} is an option of method rq_vae; remove it, or {self.method}")
 
     @property
     def source(self) -> str:
         """Name of the embeddings' source in messages."""
         return f"encoder {self.encoder}" if self.embeddings is None else self.embeddings
-
-    def _refuse_rq_vae_options(self) -> None:
-        defaults = {option.name: option.default for option in dataclasses.fields(self)}
-        for name in RQ_VAE_ONLY:
-            if getattr(self, name) != defaults[name]:
-                raise ValueError(f"{name} is an option of method rq_vae; remove it, or {self.method}")

@@ -15,16 +15,7 @@ from scipy.special import logsumexp
 
 from rerank.catalogue import semantic_id_text
 from rerank.semantic_ids.embeddings import check_embeddings
-from rerank.semantic_ids.tokenizer import (
-    Latents,
-    Tokenizer,
-    members,
-    nearest_codes,
-    number_prefixes,
-    quantize,
-    residuals,
-    squared_distances,
-)
+from rerank.semantic_ids.tokenizer import Latents, Tokenizer, members, nearest_codes, number_prefixes, quantize
 
 FILE, ASSIGNED_CODES = "semantic_ids.parquet", "assigned_codes.npy"  # in the stage's folder
 NO_TAKEN = np.empty((0, 0), dtype=np.int64)
@@ -39,25 +30,12 @@ class SemanticIds:
     codes: np.ndarray
     codebook_size: int
 
-    def __len__(self) -> int:
-        return len(self.codes)
-
-    @property
-    def levels(self) -> int:
-        return self.codes.shape[1]
-
-    @property
-    def texts(self) -> list[str]:
-        """The id of each item as text."""
-        return [semantic_id_text(codes) for codes in self.codes.tolist()]
-
     def save(self, folder: str | Path) -> None:
         """Write semantic_ids.parquet, which carries its levels and codebook size."""
-        columns = (range(len(self)), self.codes.tolist(), self.texts)
-        about = {"levels": str(self.levels), "codebook_size": str(self.codebook_size)}
-        types = {"item": pa.int64(), "codes": pa.list_(pa.int64()), "semantic_id": pa.string()}
-        schema = pa.schema(types, metadata=about)
-        pq.write_table(pa.table(dict(zip(types, columns, strict=True)), schema=schema), Path(folder) / FILE)
+        codes = self.codes.tolist()
+        table = {"item": range(len(codes)), "codes": codes, "semantic_id": [*map(semantic_id_text, codes)]}
+        about = {"levels": str(self.codes.shape[1]), "codebook_size": str(self.codebook_size)}
+        pq.write_table(pa.table(table, metadata=about), Path(folder) / FILE)
 
 
 def load_semantic_ids(folder: str | Path) -> SemanticIds:
@@ -134,11 +112,26 @@ def balance(codes: np.ndarray, latents: np.ndarray | Latents, codebooks: np.ndar
     for level in range(levels - num_levels, levels):
         parents = number_prefixes(codes, level)
         for items in _crowded(codes, level, parents, -(-np.bincount(parents) // size)[parents]):
-            rest = residuals(latents, codes, codebooks, items, level)
-            chosen = sinkhorn(squared_distances(rest, codebooks[level]), -(-len(items) // size))
+            rest = _residuals(latents, codes, codebooks, items, level)
+            chosen = sinkhorn(_squared_distances(rest, codebooks[level]), -(-len(items) // size))
             moved = chosen != codes[items, level]
             _move(codes, items[moved], level, chosen[moved], rest[moved], codebooks)
     return codes
+
+
+def _residuals(
+    latents: np.ndarray | Latents, codes: np.ndarray, codebooks: np.ndarray, items: np.ndarray, level: int
+) -> np.ndarray:
+    """Latents of `items` minus their codes above `level`."""
+    rest = latents[items].astype(np.float32)
+    for above in range(level):
+        rest -= codebooks[above][codes[items, above]]
+    return rest
+
+
+def _squared_distances(vectors: np.ndarray, codebook: np.ndarray) -> np.ndarray:
+    """||v - e||² for every vector and code."""
+    return (vectors**2).sum(axis=1, keepdims=True) + (codebook**2).sum(axis=1) - 2 * vectors @ codebook.T
 
 
 def _crowded(codes: np.ndarray, level: int, parents: np.ndarray, room: np.ndarray | int) -> list[np.ndarray]:
@@ -198,8 +191,8 @@ def resolve_collisions(
         everyone = np.concatenate([codes, taken.reshape(-1, levels)])
         for group in _crowded(everyone, level, number_prefixes(everyone, level), room):
             items, used = group[group < num_items], everyone[group[group >= num_items], level]
-            rest = residuals(latents, codes, codebooks, items, level)
-            moved, places = _spread(squared_distances(rest, codebook), codes[items, level], used, room)
+            rest = _residuals(latents, codes, codebooks, items, level)
+            moved, places = _spread(_squared_distances(rest, codebook), codes[items, level], used, room)
             _move(codes, items[moved], level, places, rest[moved], codebooks)
     return codes
 

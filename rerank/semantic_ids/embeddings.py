@@ -4,7 +4,7 @@ Letters of shapes: N items, D embedding columns, E co-engagement columns.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -137,35 +137,28 @@ def check_embeddings(embeddings: np.ndarray, item_ids: Sequence[str], source: st
 
 def save_normalised(embeddings: np.ndarray, path: Path) -> np.ndarray:
     """Write float32 embeddings of length one block by block; the result is memory-mapped."""
-
-    def normalised(block: slice) -> np.ndarray:
-        rows = np.asarray(embeddings[block], dtype=np.float64)
-        return rows / np.linalg.norm(rows, axis=1, keepdims=True)
-
-    return _save_blocks(embeddings.shape, normalised, path)
+    parts = (np.asarray(embeddings[block], dtype=np.float64) for block in blocks(len(embeddings)))
+    return _save_parts(embeddings.shape, (rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in parts), path)
 
 
 def save_with_co_engagement(embeddings: np.ndarray, vectors: np.ndarray, weight: float, path: Path) -> np.ndarray:
     """Write embeddings (N, D) with weighted co-engagement vectors (N, E) beside them; the result is memory-mapped."""
-
-    def beside(block: slice) -> np.ndarray:
-        return np.concatenate([embeddings[block], weight * vectors[block]], axis=1)
-
-    return _save_blocks((len(embeddings), embeddings.shape[1] + vectors.shape[1]), beside, path)
+    pairs = ((embeddings[block], weight * vectors[block]) for block in blocks(len(embeddings)))
+    shape = (len(embeddings), embeddings.shape[1] + vectors.shape[1])
+    return _save_parts(shape, (np.concatenate(pair, axis=1) for pair in pairs), path)
 
 
-def _save_blocks(shape: tuple[int, ...], rows_of: Callable[[slice], np.ndarray], path: Path) -> np.ndarray:
-    """Write a float32 .npy file; through a file, since pages written through a memory map would stay in memory."""
+def _save_parts(shape: tuple[int, ...], parts: Iterable[np.ndarray], path: Path) -> np.ndarray:
+    """Write parts to a float32 .npy file; through a file, since pages of a memory map would stay in memory."""
     with path.open("wb") as file:
         about = {"descr": "<f4", "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(file, about)
-        for block in blocks(shape[0]):
-            file.write(np.ascontiguousarray(rows_of(block), dtype="<f4").tobytes())
+        for rows in parts:
+            file.write(np.ascontiguousarray(rows, dtype="<f4").tobytes())
     return np.load(path, mmap_mode="r")
 
 
 def load_id_embeddings(folder: Path) -> np.ndarray:
     """The embeddings that the ids of a semantic_ids folder were made from, memory-mapped."""
-    with_co_engagement = folder / ID_EMBEDDINGS
-    path = with_co_engagement if with_co_engagement.is_file() else folder / "embeddings.npy"
-    return np.load(path, mmap_mode="r")
+    path = folder / ID_EMBEDDINGS
+    return np.load(path if path.is_file() else folder / "embeddings.npy", mmap_mode="r")

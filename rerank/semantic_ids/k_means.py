@@ -12,17 +12,11 @@ NUM_ITERATIONS = 25
 FIT_SAMPLE = 65_536  # items that the mean, the scale and k-means are fitted on
 
 
-def draw_sample(embeddings: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """At most FIT_SAMPLE rows, in order; a memory-mapped catalogue need not fit in memory."""
-    if len(embeddings) <= FIT_SAMPLE:
-        return np.asarray(embeddings)
-    return np.asarray(embeddings[np.sort(rng.choice(len(embeddings), FIT_SAMPLE, replace=False))])
-
-
-def centre_and_scale(sample: np.ndarray) -> tuple[np.ndarray, float]:
-    """The mean row, and one over the standard deviation of all columns together."""
-    mean = sample.mean(axis=0)
-    return mean, float(1 / max(np.sqrt(((sample - mean) ** 2).mean()), 1e-8))
+def draw_sample(rows: np.ndarray, rng: np.random.Generator, most: int = FIT_SAMPLE) -> np.ndarray:
+    """At most so many of the rows, in order; a memory-mapped catalogue need not fit in memory."""
+    if len(rows) <= most:
+        return np.asarray(rows)
+    return np.asarray(rows[np.sort(rng.choice(len(rows), most, replace=False))])
 
 
 def fit_k_means(vectors: np.ndarray, num_codes: int, seed: int) -> np.ndarray:
@@ -30,15 +24,11 @@ def fit_k_means(vectors: np.ndarray, num_codes: int, seed: int) -> np.ndarray:
     import faiss
     from sklearn.cluster import kmeans_plusplus
 
-    rng = np.random.default_rng(seed)
-    if len(vectors) > SAMPLES_PER_CODE * num_codes:
-        vectors = vectors[np.sort(rng.choice(len(vectors), SAMPLES_PER_CODE * num_codes, replace=False))]
+    vectors = draw_sample(vectors, np.random.default_rng(seed), SAMPLES_PER_CODE * num_codes)
     vectors = np.ascontiguousarray(vectors, dtype=np.float32)
     start, _ = kmeans_plusplus(vectors, num_codes, random_state=seed)
     # faiss warns below 39 points a centre; a small catalogue is no mistake here
-    k_means = faiss.Kmeans(
-        vectors.shape[1], num_codes, niter=NUM_ITERATIONS, seed=seed + 1, min_points_per_centroid=1, verbose=False
-    )
+    k_means = faiss.Kmeans(vectors.shape[1], num_codes, niter=NUM_ITERATIONS, seed=seed + 1, min_points_per_centroid=1)
     k_means.train(vectors, init_centroids=start)
     return np.asarray(k_means.centroids)
 

@@ -28,7 +28,7 @@ def ids_metrics(
         "uniqueness_before_of_other_embeddings": uniqueness_where(before, copies == 1),
         "num_moved": int((before != after).any(axis=1).sum()),
         "code_use": code_use(before, tokenizer.codebook_size),
-        "perplexity": perplexity(before, tokenizer.codebook_size),
+        "perplexity": perplexity(before),
         "reconstruction_error_before": errors[0],
         "reconstruction_error_after": errors[1],
         "unexplained_variance": errors[0] / _variance(embeddings),
@@ -70,14 +70,10 @@ def code_use(codes: np.ndarray, codebook_size: int) -> list[float]:
     return [len(np.unique(level)) / codebook_size for level in codes.T]
 
 
-def perplexity(codes: np.ndarray, codebook_size: int) -> list[float]:
+def perplexity(codes: np.ndarray) -> list[float]:
     """exp(entropy) of each level's codes."""
-    values = []
-    for level in codes.T:
-        shares = np.bincount(level, minlength=codebook_size) / len(level)
-        shares = shares[shares > 0]
-        values.append(float(np.exp(-(shares * np.log(shares)).sum())))
-    return values
+    shares = [np.unique(level, return_counts=True)[1] / len(level) for level in codes.T]
+    return [float(np.exp(-(of_level * np.log(of_level)).sum())) for of_level in shares]
 
 
 def embedding_copies(embeddings: np.ndarray) -> np.ndarray:

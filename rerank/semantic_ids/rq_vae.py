@@ -4,7 +4,7 @@ Letters of shapes: B rows of a batch, D embedding columns, d latent columns, L l
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +15,7 @@ from tqdm import trange
 
 from rerank.semantic_ids.arguments import SemanticIdsArguments
 from rerank.semantic_ids.co_engagement import Partners
-from rerank.semantic_ids.k_means import centre_and_scale, draw_sample, fit_residual_k_means
+from rerank.semantic_ids.k_means import draw_sample, fit_residual_k_means
 from rerank.semantic_ids.tokenizer import Layer, Tokenizer
 
 
@@ -23,46 +23,29 @@ def fit_rq_vae(embeddings: np.ndarray, args: SemanticIdsArguments, pairs: np.nda
     """A tokenizer fitted to embeddings (N, D), which may be memory-mapped; the same for the same seed.
 
     Args:
-        pairs: Co-engaged items (P, 2), which the contrastive loss needs.
+        pairs: Co-engaged items (P, 2), which the contrastive loss needs; without them there is none.
     """
     rng = np.random.default_rng(args.seed)
     sample = draw_sample(embeddings, rng)
-    mean, scale = centre_and_scale(sample)
+    mean = sample.mean(axis=0)
+    scale = float(1 / max(np.sqrt(((sample - mean) ** 2).mean()), 1e-8))  # of all columns together
     sizes = [embeddings.shape[1], args.hidden_size, args.latent_size]
 
     def scaled(rows: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(((rows - mean) * scale).astype(np.float32))
 
-    with _one_thread(), torch.random.fork_rng(devices=[]):
+    with contextlib.ExitStack() as restored:
+        restored.callback(torch.set_num_threads, torch.get_num_threads())
+        restored.enter_context(torch.random.fork_rng(devices=[]))
+        # The steps are too small to share: threads cost more than they bring, many times more on a busy machine.
+        torch.set_num_threads(1)
         torch.manual_seed(args.seed)
         encoder, decoder = _mlp(sizes), _mlp(sizes[::-1])
-        model = RqVae(encoder, _start_quantizer(encoder, scaled(sample), args), decoder)
-        partners = None
-        if args.contrastive_weight:
-            assert pairs is not None, "the contrastive loss needs pairs"
-            partners = Partners.of(pairs, len(embeddings))
-        _train(model, embeddings, scaled, partners, args, rng)
-    codebooks = model.quantizer.codebooks.detach().numpy()
+        quantizer = _start_quantizer(encoder, scaled(sample), args)
+        partners = None if pairs is None else Partners.of(pairs, len(embeddings))
+        _train((encoder, quantizer, decoder), embeddings, scaled, partners, args, rng)
+    codebooks = quantizer.codebooks.detach().numpy()
     return Tokenizer(codebooks, mean.astype(np.float32), scale, _export(encoder), _export(decoder))
-
-
-class RqVae(nn.Module):
-    """Encoder, residual quantizer and decoder."""
-
-    def __init__(self, encoder: nn.Sequential, quantizer: "ResidualQuantizer", decoder: nn.Sequential) -> None:
-        super().__init__()
-        self.encoder, self.quantizer, self.decoder = encoder, quantizer, decoder
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    # The steps are too small to share: threads cost more than they bring, many times more on a busy machine.
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(num_threads)
 
 
 def _mlp(sizes: list[int]) -> nn.Sequential:
@@ -78,7 +61,7 @@ def _export(stack: nn.Sequential) -> list[Layer]:
 
 
 def _train(
-    model: RqVae,
+    parts: tuple[nn.Sequential, "ResidualQuantizer", nn.Sequential],
     embeddings: np.ndarray,
     scaled: Callable[[np.ndarray], torch.Tensor],
     partners: Partners | None,
@@ -86,21 +69,20 @@ def _train(
     rng: np.random.Generator,
 ) -> None:
     """Train in place, by the base loss of GR2 (arXiv:2602.07774) section 2 and the options' further losses."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate)
+    encoder, quantizer, decoder = parts
+    optimizer = torch.optim.AdamW(nn.ModuleList(parts).parameters(), lr=args.learning_rate)
     for _ in trange(args.epochs, desc="RQ-VAE", unit="epoch", mininterval=1):
         for batch in np.array_split(rng.permutation(len(embeddings)), -(-len(embeddings) // args.batch_size)):
             batch = np.sort(batch)  # a memory map reads forward
             targets = scaled(np.asarray(embeddings[batch]))  # (B, D)
-            latents = model.encoder(targets)
-            quantized = model.quantizer(latents)
-            loss = (
-                F.mse_loss(model.decoder(quantized.latents), targets) + args.commitment_weight * quantized.commitment
-            )
+            latents = encoder(targets)
+            quantized = quantizer(latents)
+            loss = F.mse_loss(decoder(quantized.latents), targets) + args.commitment_weight * quantized.commitment
             loss = loss + quantized.codebook + args.diversity_weight * quantized.diversity
             if partners is not None:
                 has_partner, drawn = partners.draw(batch, rng)
                 if len(drawn):
-                    positives = model.encoder(scaled(np.asarray(embeddings[drawn])))
+                    positives = encoder(scaled(np.asarray(embeddings[drawn])))
                     anchors = latents[torch.from_numpy(has_partner)]
                     contrast = contrastive_loss(anchors, positives, args.contrastive_temperature)
                     loss = loss + args.contrastive_weight * contrast
@@ -174,20 +156,17 @@ class ResidualQuantizer(nn.Module):
 
     @torch.no_grad()
     def _learn(self, level: int, rest: torch.Tensor, codes: torch.Tensor, chosen: torch.Tensor) -> None:
-        members = F.one_hot(codes, self.codebooks.shape[1]).to(rest.dtype)  # (B, C)
-        if self.decay is not None:
-            self._follow(level, rest, members, self.decay)
-        if self.reset_after:
-            self._reset(level, rest, members, ((rest - chosen) ** 2).sum(dim=1))
-
-    def _follow(self, level: int, rest: torch.Tensor, members: torch.Tensor, decay: float) -> None:
         """Moving averages of the number and the sum of the residuals of each code; an unused code stays in place.
 
         Source: van den Oord et al. 2017, appendix A.1; GR2 reports decays of 0.95 to 0.99.
         """
-        self.counts[level].lerp_(members.sum(dim=0), 1 - decay)
-        self.sums[level].lerp_(members.T @ rest, 1 - decay)
-        self.codebooks[level] = self.sums[level] / self.counts[level].clamp(min=1e-8)[:, None]
+        members = F.one_hot(codes, self.codebooks.shape[1]).to(rest.dtype)  # (B, C)
+        if self.decay is not None:
+            self.counts[level].lerp_(members.sum(dim=0), 1 - self.decay)
+            self.sums[level].lerp_(members.T @ rest, 1 - self.decay)
+            self.codebooks[level] = self.sums[level] / self.counts[level].clamp(min=1e-8)[:, None]
+        if self.reset_after:
+            self._reset(level, rest, members, ((rest - chosen) ** 2).sum(dim=1))
 
     def _reset(self, level: int, rest: torch.Tensor, members: torch.Tensor, errors: torch.Tensor) -> None:
         """Overwrite codes unused for `reset_after` batches by the residuals farthest from their codes.

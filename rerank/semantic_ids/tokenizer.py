@@ -112,11 +112,6 @@ def nearest(vectors: np.ndarray, codebook: np.ndarray) -> np.ndarray:
     return ((codebook**2).sum(axis=1) - 2 * vectors @ codebook.T).argmin(axis=1)
 
 
-def squared_distances(vectors: np.ndarray, codebook: np.ndarray) -> np.ndarray:
-    """||v - e||² for every vector and code."""
-    return (vectors**2).sum(axis=1, keepdims=True) + (codebook**2).sum(axis=1) - 2 * vectors @ codebook.T
-
-
 def quantize(latents: np.ndarray, codebooks: np.ndarray) -> np.ndarray:
     """Codes (N, L) of latents (N, d): on each level the code nearest to the residual of the levels before.
 
@@ -141,16 +136,6 @@ class Latents:
         return self.tokenizer.latents(np.asarray(self.embeddings[rows]))
 
 
-def residuals(
-    latents: np.ndarray | Latents, codes: np.ndarray, codebooks: np.ndarray, items: np.ndarray, level: int
-) -> np.ndarray:
-    """Latents of `items` minus their codes above `level`."""
-    rest = latents[items].astype(np.float32)
-    for above in range(level):
-        rest -= codebooks[above][codes[items, above]]
-    return rest
-
-
 def nearest_codes(tokenizer: Tokenizer, embeddings: np.ndarray) -> np.ndarray:
     """Codes (N, L) of embeddings (N, D): the nearest on every level."""
     codes = np.empty((len(embeddings), tokenizer.levels), dtype=np.int64)
@@ -161,10 +146,8 @@ def nearest_codes(tokenizer: Tokenizer, embeddings: np.ndarray) -> np.ndarray:
 
 def reconstruction_error(tokenizer: Tokenizer, embeddings: np.ndarray, codes: np.ndarray) -> float:
     """Mean squared distance between embeddings (N, D) and their reconstruction from codes (N, L)."""
-    total = 0.0
-    for block in blocks(len(embeddings)):
-        total += float(((embeddings[block] - tokenizer.reconstruct(codes[block])) ** 2).sum(dtype=np.float64))
-    return total / len(embeddings)
+    squared = ((embeddings[block] - tokenizer.reconstruct(codes[block])) ** 2 for block in blocks(len(embeddings)))
+    return sum(float(part.sum(dtype=np.float64)) for part in squared) / len(embeddings)
 
 
 def number_prefixes(codes: np.ndarray, depth: int) -> np.ndarray:

@@ -72,11 +72,6 @@ class SftArguments(recipe.StageArguments):
         load_losses(self.losses, self.task)
 
 
-def optional_inputs(args: SftArguments) -> tuple[str, ...]:
-    """Stages that only the task rerank reads."""
-    return ("candidates", "traces") if args.task == "rerank" else ()
-
-
 def check(args: SftArguments, training_args: SFTConfig, model_args: ModelConfig) -> None:
     """Refuse packing, TRL's losses, and a model whose tokenizer lacks the catalogue's semantic ids."""
     if training_args.packing:
@@ -238,6 +233,6 @@ STAGE = Stage(
     main=main,
     check=check,
     inputs=("data", "semantic_ids", "midtrain"),
-    optional_inputs=optional_inputs,
+    optional_inputs=lambda args: ("candidates", "traces") if args.task == "rerank" else (),
     trains=True,
 )

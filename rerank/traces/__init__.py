@@ -18,6 +18,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rerank.launch import recipe, run_dir
@@ -27,7 +29,6 @@ from rerank.prompts import PromptSettings
 from rerank.rows import Prompter, RankingRow, check_edges, check_features, choose_rows, read_rows
 from rerank.traces.attempts import AttemptStore, Teacher, collect, summarize
 from rerank.traces.evidence import EvidenceTeacher, fit_scores
-from rerank.traces.split import users_for_sft, write_split
 from rerank.traces.teachers import OpenaiTeacher, PromptWriter, VllmTeacher, check_server, find_model
 
 logger = logging.getLogger(__name__)
@@ -99,7 +100,9 @@ def main(args: TracesArguments, settings: PromptSettings, out_dir: Path) -> dict
     rows = read_rows(train, needs_features=_needs_features(args, settings))
     prompter = Prompter.of_run(args.run_dir, settings=settings)
     sft_users = users_for_sft([row.user for row in rows], args.rows_for_sft, args.seed)
-    write_split(out_dir / "row_split.parquet", rows, sft_users)
+    used_for = ["sft" if row.user in sft_users else "dapo" for row in rows]
+    split = pa.table({"row_id": [row.row_id for row in rows], "used_for": used_for})
+    pq.write_table(split, out_dir / "row_split.parquet")
     sft_rows = [row for row in rows if row.user in sft_users]
     chosen = choose_rows(sft_rows, args.max_rows, args.seed)
     store = AttemptStore(out_dir)
@@ -120,6 +123,19 @@ def main(args: TracesArguments, settings: PromptSettings, out_dir: Path) -> dict
     _log(metrics)
     _write(out_dir, store, settings)
     return metrics
+
+
+def users_for_sft(users: Sequence[int | None], share: float, seed: int) -> set[int]:
+    """Users whose rows the sft stage gets, in a seeded order until their rows make up `share` of all; at least one.
+
+    Args:
+        users: The user of each row.
+        share: In (0, 1].
+    """
+    names, counts = np.unique(np.asarray(users), return_counts=True)
+    order = np.random.default_rng(seed).permutation(len(names))
+    rows_before = np.cumsum(counts[order]) - counts[order]
+    return {int(name) for name in names[order][rows_before < share * len(users)]}
 
 
 def _needs_features(args: TracesArguments, settings: PromptSettings) -> bool:

@@ -113,19 +113,14 @@ class AttemptStore:
 
     def __init__(self, folder: str | Path) -> None:
         self.parts, self.merged = Path(folder) / "attempts", Path(folder) / "attempts.parquet"
-        if self.merged.is_file():  # a run that was stopped after `merge`
-            shutil.rmtree(self.parts, ignore_errors=True)
         self.parts.mkdir(parents=True, exist_ok=True)
-        if self.merged.is_file():
-            self.merged.replace(self.parts / "part-000000.parquet")
-        self.num_parts = len(self._paths())
-
-    def _paths(self) -> list[Path]:
-        return sorted(self.parts.glob("part-*.parquet"))
+        self.num_parts = len(list(self.parts.glob("part-*.parquet")))
 
     def read(self) -> pa.Table:
         """All attempts so far, by row and attempt."""
-        parts = [pq.read_table(path, schema=SCHEMA) for path in self._paths()]
+        # a run that was stopped after `merge` has them all in one file, and perhaps parts that are left over
+        paths = [self.merged] if self.merged.is_file() else sorted(self.parts.glob("part-*.parquet"))
+        parts = [pq.read_table(path, schema=SCHEMA) for path in paths]
         table = pa.concat_tables([SCHEMA.empty_table(), *parts])
         return table.sort_by([("row_id", "ascending"), ("attempt", "ascending")])
 

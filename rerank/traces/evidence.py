@@ -34,43 +34,32 @@ def categories_of(item: int, catalogue: Catalogue, settings: PromptSettings) -> 
     if "category" not in settings.item_fields:
         return []
     parts = re.split(r"[,;|>]", catalogue.categories[item])
-    return [part for part in dict.fromkeys(" ".join(p.replace("<", "‹").split()) for p in parts) if part]
-
-
-def common_categories(items: Sequence[int], catalogue: Catalogue, settings: PromptSettings) -> list[tuple[str, int]]:
-    """The two most frequent categories of the items with their counts, of equals the most recent first."""
-    counts = Counter(name for item in reversed(items) for name in categories_of(item, catalogue, settings))
-    return counts.most_common(2)
+    return [part for part in dict.fromkeys(map(prompts.clean, parts)) if part]
 
 
 def word_full(row: RankingRow, order: Sequence[int], facts: Facts, prompter: Prompter) -> str:
     """A trace in sentences that explains a ranking (positions, best first)."""
     shown = prompter.catalogue, prompter.settings
     history, candidates = row.history[-prompter.settings.max_history :], row.candidates
-    pattern = [f"{count} in {times} of {len(history)} items" for count, times in common_categories(history, *shown)]
+    counts = Counter(name for item in reversed(history) for name in categories_of(item, *shown))
+    # the two most frequent categories, of equals the most recent
+    pattern = [f"{name} in {times} of {len(history)} items" for name, times in counts.most_common(2)]
     lines = [f"Broad pattern: {'; '.join([*pattern, f'the last item is {_name(history[-1], *shown)}'])}."]
     for name in categories_of(candidates[order[0]], *shown)[:1]:
         like = sum(name in categories_of(item, *shown) for item in candidates)
         lines.append(f"What complements it: {name}, as in {like} of {len(candidates)} candidates.")
     for fact in facts.striking(order[0], 1):
         lines.append(f"The highest among the candidates: {facts.highest(fact)}.")
-    for word, position in _places(("Best match", "Second", "Third", "Last"), order):
+    first = zip(("Best match", "Second", "Third"), order[:-1], strict=False)  # a list may be shorter
+    for word, position in [*first, ("Last", order[-1])]:
         cited = facts.cited(position, 3 if word == "Best match" else 2, lowest=word == "Last")
         cited = cited or categories_of(candidates[position], *shown)[:1]
         lines.append(f"{word}: {'; '.join([_name(candidates[position], *shown), *cited])}.")
     return " ".join(lines)
 
 
-def _places(words: Sequence[str], order: Sequence[int]) -> list[tuple[str, int]]:
-    """The first words with the first positions of an order, the last word with its last position."""
-    if len(order) == 1:
-        return [(words[0], order[0])]
-    first = zip(words[:-1], order[:-1], strict=False)  # a list may be shorter than the words
-    return [*first, (words[-1], order[-1])]
-
-
 def _name(item: int, catalogue: Catalogue, settings: PromptSettings) -> str:
-    title = " ".join(catalogue.titles[item].split()).replace("<", "‹").replace(">", "›")
+    title = prompts.clean(catalogue.titles[item])
     return catalogue.semantic_ids[item] + (f" ({title})" if title and "title" in settings.item_fields else "")
 
 
@@ -82,23 +71,16 @@ def fit_scores(rows: Sequence[RankingRow], valid_path: str | Path, seed: int) ->
     """
     from rerank import baselines
 
-    num_users = len({row.user for row in rows})
+    users = cast("list[int]", [row.user for row in rows])
+    num_users = len(set(users))
     if num_users < 2:
         raise ValueError(
             f"all {len(rows)} training rows are of one user, so that none can be scored out of fold; add data."
         )
     parts = rows, read_rows(valid_path, needs_features=True)
-    train, valid = (
-        (cast("list[np.ndarray]", [row.features for row in part]), [row.relevance for row in part]) for part in parts
-    )
-    scores = baselines.out_of_fold_scores(
-        train,
-        cast("list[int]", [row.user for row in rows]),
-        valid,
-        num_folds=min(NUM_FOLDS, num_users),
-        seed=seed,
-        min_rows_per_leaf=min(MIN_ROWS_PER_LEAF, max(1, len(rows) // 10)),
-    )
+    train, valid = (([np.asarray(row.features) for row in part], [row.relevance for row in part]) for part in parts)
+    num_folds, rows_per_leaf = min(NUM_FOLDS, num_users), min(MIN_ROWS_PER_LEAF, max(1, len(rows) // 10))
+    scores = baselines.out_of_fold_scores(train, users, valid, num_folds, seed, min_rows_per_leaf=rows_per_leaf)
     scale = calibrate(scores, cast("list[int]", [row.target for row in rows]))
     return {row.row_id: scale * row_scores for row, row_scores in zip(rows, scores, strict=True)}
 

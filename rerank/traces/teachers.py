@@ -5,7 +5,6 @@ import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rerank import prompts
@@ -66,7 +65,7 @@ class VllmTeacher:
 
         texts = [prompts.render(self.engine.get_tokenizer(), self.write_prompt(row)) for row in rows]
         limits = self.args.max_completion_tokens, self.args.temperature
-        outputs = engine.generate(self.engine, texts, *limits, seed=batch_seed, progress=False)
+        outputs = engine.generate(self.engine, texts, *limits, seed=batch_seed)
         return [Draft(completion.text, completion.truncated) for (completion,) in outputs]
 
 
@@ -142,7 +141,4 @@ def find_model(model: str) -> str:
     """The hub name or folder of a vLLM teacher; a folder without config.json is refused."""
     from rerank.models import names
 
-    folder = Path(found := names.resolve(model, "teacher_model"))
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"teacher_model {model} has no config.json; give a folder made by save_pretrained")
-    return found
+    return names.resolve(model, "teacher_model", ("config.json",))

@@ -14,8 +14,7 @@ def not_a_suboptimal_copy(
 
     Source: GR2 technical report, arXiv:2606.31984, section 4 (eq. 5 to 7).
     """
-    rows = zip(completions, candidate_labels, relevance, strict=True)
-    return [_not_a_suboptimal_copy(*row) for row in rows]
+    return [_not_a_suboptimal_copy(*row) for row in zip(completions, candidate_labels, relevance, strict=True)]
 
 
 def _not_a_suboptimal_copy(completion: str, labels: list[str], relevance: list[float]) -> bool:

@@ -1,6 +1,6 @@
 """The condition of GR2's conditional reward, as its equation is printed."""
 
-from rerank.prompts import parse_completion
+from rewards.rank_promotion import rank_promotion
 
 
 def promoted_or_first(
@@ -18,11 +18,6 @@ def promoted_or_first(
 
     Source: GR2, arXiv:2602.07774, the conditional reward of its section on reinforcement learning.
     """
-    rows = zip(completions, candidate_labels, first_stage_ranks, target_rank, strict=True)
-    return [_promoted_or_first(*row) for row in rows]
-
-
-def _promoted_or_first(completion: str, labels: list[str], ranks: list[int], target_rank: int) -> bool:
-    target = ranks.index(target_rank)  # raises for a row without a relevant candidate
-    order = parse_completion(completion, labels).order
-    return order is not None and (target_rank == 1 or order.index(target) + 1 < target_rank)
+    gains = rank_promotion(completions, candidate_labels, first_stage_ranks, target_rank)
+    # -1 is that of no ranking
+    return [gain > 0 or (rank == 1 and gain > -1) for gain, rank in zip(gains, target_rank, strict=True)]

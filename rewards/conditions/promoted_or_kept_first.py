@@ -1,6 +1,6 @@
 """The condition of GR2's conditional reward, in its safe reading."""
 
-from rerank.prompts import parse_completion
+from rewards.rank_promotion import rank_promotion
 
 
 def promoted_or_kept_first(
@@ -16,14 +16,5 @@ def promoted_or_kept_first(
     Read literally, that still pays for the format when a target that was first is demoted. arXiv:2607.01170 asks that
     it was first and stays first; this function follows it. A completion that is no ranking gets False.
     """
-    rows = zip(completions, candidate_labels, first_stage_ranks, target_rank, strict=True)
-    return [_promoted_or_kept_first(*row) for row in rows]
-
-
-def _promoted_or_kept_first(completion: str, labels: list[str], ranks: list[int], target_rank: int) -> bool:
-    target = ranks.index(target_rank)  # raises for a row without a relevant candidate
-    order = parse_completion(completion, labels).order
-    if order is None:
-        return False
-    rank = order.index(target) + 1
-    return rank < target_rank or rank == target_rank == 1
+    gains = rank_promotion(completions, candidate_labels, first_stage_ranks, target_rank)
+    return [gain > 0 or (rank == 1 and gain == 0) for gain, rank in zip(gains, target_rank, strict=True)]

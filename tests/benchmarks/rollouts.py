@@ -120,7 +120,7 @@ def measure(run_dir: Path, repeats: int, table: Table) -> dict[str, float]:
 
     def logging() -> float:
         begin = time.perf_counter()
-        rollout_metrics.to_log(records, weights)
+        rollout_metrics.overall(rollouts.to_table(records), weights)
         return time.perf_counter() - begin
 
     table.add_row(f"passes of a step, {STEP_SIZE} rollouts, processor time", f"{1000 * step:.0f} ms")
