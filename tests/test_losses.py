@@ -200,6 +200,9 @@ def test_a_users_file_may_declare_its_losses(tmp_path):
     path = write(tmp_path, path.read_text().replace("INFO = LossInfo", "INFO = dict"), "other.py")
     with pytest.raises(ValueError, match=r"INFO of loss mine is {.*}; write it as LossInfo\(tasks="):
         load_losses([{"name": f"{path}:mine"}], "next_item")
+    path = write(tmp_path, "REACHES = 'legal'\ndef mine(inputs):\n    return -inputs.label_logps()\n", "old.py")
+    with pytest.raises(ValueError, match="the file of loss mine says REACHES, which is gone; write INFO = LossInfo"):
+        load_losses([{"name": f"{path}:mine"}], "next_item")
 
 
 def test_the_command_lists_every_loss_of_the_folder(capsys):

@@ -76,7 +76,14 @@ class LossInfo:
     @classmethod
     def of(cls, loss: Callable[..., object]) -> "LossInfo":
         """The INFO in the file of a function or class."""
-        info = vars(sys.modules[loss.__module__]).get("INFO", cls())
+        module = vars(sys.modules[loss.__module__])
+        info = module.get("INFO", cls())
+        for name in ("TASKS", "REACHES"):  # as earlier versions had it
+            if "INFO" not in module and isinstance(module.get(name), str | tuple):
+                raise ValueError(
+                    f"the file of loss {loss.__name__} says {name}, which is gone; write INFO = LossInfo(tasks="
+                    "('next_item',), constrained=True), with what it said"
+                )
         if not isinstance(info, cls):
             raise ValueError(f"INFO of loss {loss.__name__} is {info!r}; write it as LossInfo(tasks=('next_item',))")
         return info

@@ -13,7 +13,7 @@ FIT_SAMPLE = 65_536  # items that the mean, the scale and k-means are fitted on
 
 
 def draw_sample(rows: np.ndarray, rng: np.random.Generator, most: int = FIT_SAMPLE) -> np.ndarray:
-    """At most so many of the rows, in order; a memory-mapped catalogue need not fit in memory."""
+    """At most `most` of the rows, drawn, in their order; a memory-mapped catalogue need not fit in memory."""
     if len(rows) <= most:
         return np.asarray(rows)
     return np.asarray(rows[np.sort(rng.choice(len(rows), most, replace=False))])
