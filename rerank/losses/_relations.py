@@ -31,12 +31,12 @@ def co_occurrence_neighbours(
     # an item is its popularity rank from here on, so that a smaller number wins a tie
     by_rank = np.argsort(-np.bincount(items, minlength=num_items), kind="stable")
     ranks = np.argsort(by_rank)[items].astype(np.int32)
-    parts = []
-    for distance in range(1, window + 1):
-        together = (users[:-distance] == users[distance:]) & (ranks[:-distance] != ranks[distance:])
-        parts.append(np.stack([ranks[:-distance][together], ranks[distance:][together]]))
-    first, second = np.concatenate(parts, axis=1)
-    counts = csr_array((np.ones(len(first), dtype=np.int32), (first, second)), shape=(num_items, num_items))
+    counts = csr_array((num_items, num_items), dtype=np.int32)
+    for distance in range(1, window + 1):  # added up one by one, so that few pairs are held at a time
+        first, second = ranks[:-distance], ranks[distance:]
+        together = (users[:-distance] == users[distance:]) & (first != second)
+        pairs = first[together], second[together]
+        counts = counts + csr_array((np.ones(len(pairs[0]), dtype=np.int32), pairs), shape=counts.shape)
     counts = csr_array(counts + counts.T)
     # count and rank in one number, within which a row is sorted
     packed = (counts.data.max(initial=0) - counts.data).astype(np.int64) * num_items + counts.indices

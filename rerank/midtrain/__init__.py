@@ -52,7 +52,7 @@ class MidtrainArguments(recipe.StageArguments, base_model.SmallModelArguments):
     """Options of the midtrain stage; `model_name_or_path` (TRL's) names a pretrained base model."""
 
     mixture: dict[str, float] = option(
-        dict(PUBLISHED_MIXTURE), "Share of documents of each task: sequence, persona, caption, text, lists."
+        PUBLISHED_MIXTURE, "Share of documents of each task: sequence, persona, caption, text, lists."
     )
     num_documents: int = option(0, "Documents in an epoch; 0: every sequence once.")
     list_facts: list[str] = option(list(FACTS), "Facts on the lines of lists, as evidence_names later.")
