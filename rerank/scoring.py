@@ -17,6 +17,7 @@ from rerank.plugins import Function, check_entry, load_function, parameters
 from rerank.rows import column_names
 
 RANK_GAIN = "rank_gain"  # the outcome of a completion that is no reward's: places that the target moved up
+AGGREGATION = "sum_then_normalize"  # TRL's default, the only one that totals are known for
 KEYS = ("name", "weight", "kwargs", "condition")
 EXAMPLE = "{name: ndcg, weight: 1.0}"
 RENAMED_KEYS = {  # key that a dapo recipe had beside its rewards -> what to write now
@@ -121,6 +122,14 @@ def check_outcome(outcome: str, rewards: Sequence[Reward]) -> None:
     known = [RANK_GAIN, *(reward.name for reward in rewards)]
     if outcome not in known:
         raise ValueError(f"outcome is {outcome!r}, but the recipe's rewards report only {', '.join(known)}")
+
+
+def check_aggregation(keys: Mapping[str, object], source: str) -> None:
+    """Refuse totals that are no weighted sum of the rewards."""
+    if keys.get("multi_objective_aggregation", AGGREGATION) != AGGREGATION:
+        raise ValueError(f"{source}: totals are known for {AGGREGATION} only; remove multi_objective_aggregation")
+    if "reward_weights" in keys:
+        raise ValueError(f"{source}: reward_weights is not read; give each of `rewards` its weight")
 
 
 def read_rewards(value: object, source: str) -> list[dict[str, object]]:

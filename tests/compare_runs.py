@@ -15,6 +15,26 @@ NUM_ROWS = 4
 RELEVANCE = [0.0, 1.0, 0.0, 0.0, 0.0, 0.0]
 GIVEN, RIGHT = [0, 1, 2, 3, 4, 5], [1, 0, 2, 3, 4, 5]
 SHA256 = "0" * 64
+NUM_ITEMS = 9
+# Item 1 has nine training interactions, item 3 has two, item 7 one; what is held out counts for none.
+INTERACTIONS = [
+    {"user": number, "item": item, "position": 0, "split": split}
+    for number, (item, split) in enumerate([(1, "train")] * 8 + [(1, "rerank"), (3, "train"), (3, "train"),
+                                           (7, "train"), (7, "test"), (3, "valid"), (1, "test")])
+]  # fmt: skip
+
+
+def list_records(first_row_id: int) -> list[dict]:
+    """Four rows whose list holds their target, item 1 or 3, second, and three of a target that no list holds.
+
+    Histories of 1, 2, ... 7 items.
+    """
+    lists = {1: [0, 1, 2, 4, 5, 6], 3: [0, 3, 2, 4, 5, 6], 7: [0, 1, 2, 3, 4, 5]}
+    return [
+        {"row_id": first_row_id + number, "history": [8] * (number + 1), "candidates": lists[target], "target": target}
+        | {"relevance": [float(item == target) for item in lists[target]]}
+        for number, target in enumerate((1, 1, 3, 3, 7, 7, 7))
+    ]
 
 
 def finish_step(step: pipeline.Step, inputs: tuple[str, ...] = (), metrics: dict | None = None, **tables) -> None:
@@ -27,13 +47,13 @@ def finish_run(recipe_dir: Path, run: Path, first: Path, orders: dict[str, list]
     data, ids, candidates, evaluate = compare.variant_steps(compare.Variant("", str(recipe_dir)), run, 0, None)
     if run == first:
         sources = {"sources": {"toy.csv": SHA256}}
-        finish_step(data, metrics=sources)
+        tables = {"items": pa.table({"item": range(NUM_ITEMS)}), "interactions": pa.Table.from_pylist(INTERACTIONS)}
+        finish_step(data, metrics=sources, **tables)
     else:
         compare.share_stage(first, run, "data")
     finish_step(ids, ("data",))
     row_ids = list(range(first_row_id, first_row_id + NUM_ROWS))
-    lists = pa.table({"row_id": row_ids, "relevance": [RELEVANCE] * NUM_ROWS})
-    finish_step(candidates, ("data", "semantic_ids"), test=lists)
+    finish_step(candidates, ("data", "semantic_ids"), test=pa.Table.from_pylist(list_records(first_row_id)))
     lines = [
         {"row_id": row_id, "user": row_id // 2, "ranker": name, "order": order}
         for name, order in {"no_op": GIVEN, "oracle": RIGHT, **orders}.items()
@@ -41,7 +61,7 @@ def finish_run(recipe_dir: Path, run: Path, first: Path, orders: dict[str, list]
     ]
     rankings = pa.Table.from_pylist(lines, schema=RANKINGS)
     (run / "evaluate").mkdir()
-    write_json(run / "evaluate/results.json", {"split": "test", "n": NUM_ROWS, "n_all": 7})
+    write_json(run / "evaluate/results.json", {"split": "test", "n": NUM_ROWS, "n_all": 7, "hit_share": 4 / 7})
     (run / "evaluate/report.html").touch()
     finish_step(evaluate, ("data", "semantic_ids", "candidates"), rankings=rankings)
 

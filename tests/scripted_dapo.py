@@ -27,9 +27,9 @@ def rows(count=5):
     return [RankingRow(10 + i, (1,), tuple(range(4 * i, 4 * i + 4)), relevance, user=i) for i in range(count)]
 
 
-def stream(count=5, seed=0, shuffle=False, tokenizer=None):
+def stream(count=5, seed=0, tokenizer=None):
     """Their prompts."""
-    return PromptStream(rows(count), Prompter(CATALOGUE, SETTINGS, tokenizer=tokenizer), seed, LIMIT, shuffle)
+    return PromptStream(rows(count), Prompter(CATALOGUE, SETTINGS, tokenizer=tokenizer), seed, LIMIT)
 
 
 def row_ids(prompts):
@@ -56,7 +56,9 @@ REWARDS = scoring.load_rewards(ENTRIES)
 
 
 def random_tokens(seed, length, eos):
-    return [*np.random.default_rng(seed).integers(10, 40, length - 1).tolist(), eos]
+    """Tokens that end with `eos`, unless the limit cuts them off."""
+    made = np.random.default_rng(seed).integers(10, 40, length - 1).tolist()
+    return [*made, eos if length < LIMIT else 10]
 
 
 def unequal(prompt, member):
@@ -74,7 +76,7 @@ def sampler(lengths=unequal, count=8, rounds=1, rewards=REWARDS, text="junk", ou
 
     def generate(prompts):
         numbers = [lengths(prompt, place % SIZE) for place, prompt in enumerate(prompts)]
-        return [Completion([1], [7] * number, text, None, False) for number in numbers]
+        return [Completion([1], [7] * number, text, None, number >= LIMIT) for number in numbers]
 
     chosen = SamplingOptions(SIZE, outcome, max(1, rounds), is_dynamic=rounds > 0, **options)
     return GroupSampler(generate, functools.partial(scoring.score, rewards), stream(count), chosen)

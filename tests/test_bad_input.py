@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 import transformers
 from toy_recipe import TOY, environment, refusal
-from toy_run import NUM_ITEMS, write_run
+from toy_run import NUM_ITEMS, finish, write_run
 
 from rerank.launch import recipe, run_dir
-from rerank.launch.files import write_json
 from rerank.semantic_ids import SemanticIds
 
 CPU = "recipes/accelerate/cpu.yaml"
@@ -49,6 +48,11 @@ def refused_run(toy: Path, capfd, *words: str) -> str:
         ("midtrain.model_name_or_path=TOY/x", "model_name_or_path TOY/x is not there; give a model's folder, i"),
         ("data.items=TOY/x.csv", "items is TOY/x.csv, which does not exist; correct the path"),
         ("data.columns={user: customer}", "TOY/data/interactions.csv has no column 'customer' for user; it has user"),
+        (
+            "dapo.report_to=clearml",
+            "TOY/recipes/7_dapo.yaml: report_to names clearml: ClearMLCallback requires 'clearml'",
+        ),
+        ("sft.report_to=[tracio]", "TOY/recipes/6_sft.yaml: report_to names tracio: tracio is not supported, only "),
         ("dapo.rewards=[{name: ndgc}]", "rewards has no 'ndgc' (did you mean ndcg?); it has auc, grounded, ndcg, "),
     ],
 )
@@ -56,12 +60,19 @@ def test_a_bad_override(toy, capfd, word, message):
     assert message.replace("TOY", str(toy)) in refused_run(toy, capfd, word.replace("TOY", str(toy)))
 
 
+def test_a_forced_stage_that_the_recipe_lacks(toy, capfd):
+    line = refused_run(toy, capfd, "--force", "dappo")
+    assert "--force dappo: there is no stage 'dappo' (did you mean dapo?); stages of this recipe are data, sem" in line
+    assert "--force dapo: only data, semantic_ids are selected; " in refused_run(
+        toy, capfd, "--force", "dapo", "--to", "semantic_ids"
+    )
+
+
 def test_semantic_ids_of_another_catalogue_than_the_models(toy, capfd):
     run = write_run(toy / "run")
     for stage in ("sft", "dapo"):
         shutil.rmtree(run / stage)
-    (run / "traces").mkdir()
-    write_json(run / "traces/stage.json", {})
+    finish(run / "traces")
     SemanticIds(np.array([[item, 0] for item in range(NUM_ITEMS)]), NUM_ITEMS).save(run / "semantic_ids")
     line = refusal(capfd, "run", toy / "recipes", "--out", run, "--only", "sft")
     assert "semantic ids of another catalogue than the model's: " in line

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import lightgbm
 import numpy as np
 import pytest
 from toy_run import features_of
@@ -13,10 +14,11 @@ from rerank.baselines import (
     feature_rows,
     fit_edges,
     fit_lambdamart,
+    lambdamart,
     out_of_fold_scores,
-    predict_lambdamart,
     regression,
 )
+from rerank.metrics import best_first, ndcg_at_k
 
 TOY = {0: np.array([0, 1, 2, 3, 4]), 1: np.array([1, 2, 0]), 2: np.array([3, 0])}
 
@@ -107,13 +109,42 @@ def test_leaving_a_user_out_equals_refitting_without_it(random_sequences, random
         items, scores = top(random_counts, history, 8, sequence)
         assert items.tolist() == top(rest, history, 8)[0].tolist()
         features = features_of(random_counts, history, items, scores, sequence)
-        whole = {name: getattr(random_counts, name) for name in ("popularity", "facts")}
-        wanted = features_of(replace(rest, **whole), history, items, scores)
-        exact = [number for number, name in enumerate(FEATURES) if name not in ("near", "fit_history", "fit_recent")]
+        wanted = features_of(replace(rest, facts=random_counts.facts), history, items, scores)
+        lowered = rest.popularity[items] - ~np.isin(items, sequence)  # one lower where the user did not have an item
+        wanted[:, FEATURES.index("popularity")] = popularity = np.maximum(lowered, 0)
+        wanted[:, FEATURES.index("lift")] = wanted[:, FEATURES.index("sum_counts")] / np.sqrt(popularity + 1)
+        inexact = ("lift", "near", "fit_history", "fit_recent")
+        np.testing.assert_allclose(features, wanted, rtol=1e-4, atol=1e-7)
+        exact = [number for number, name in enumerate(FEATURES) if name not in inexact]
         assert (features[:, exact] == wanted[:, exact]).all()
-        others = features_of(replace(rest, facts=random_counts.facts), history, items, scores)
-        fits = [FEATURES.index(name) for name in ("near", "fit_history", "fit_recent")]
-        np.testing.assert_allclose(features[:, fits], others[:, fits], rtol=1e-4, atol=1e-7)
+
+
+def test_popularity_of_a_training_row_leaves_out_its_label_and_does_not_tell_it():
+    sequences = {0: np.array([0, 1]), 1: np.array([0, 2]), 2: np.array([3, 1]), 3: np.array([1, 3])}
+    counts = Counts.fit(sequences, 5)
+    users, histories, lists = [0, 1, 9], [np.array([0])] * 3, np.array([[1, 2, 4]] * 3)
+    features = feature_rows(counts, histories, lists, np.zeros((3, 3)), counts.own(users, sequences))
+    popularity = features[:, :, FEATURES.index("popularity")]
+    assert popularity[0, 0] == 2  # two other users have 1, the target of user 0
+    assert popularity[1, 1] == 0  # nobody else has 2, the target of user 1
+    assert popularity[0].tolist() == popularity[1].tolist()  # an item is as popular where it is no target
+    assert popularity[2].tolist() == [3, 1, 0]  # user 9 was not counted
+    lift, total = (features[:, :, FEATURES.index(name)] for name in ("lift", "sum_counts"))
+    np.testing.assert_allclose(lift, total / np.sqrt(popularity + 1))
+
+
+def test_features_are_equal_where_a_machine_gives_the_embeddings_other_last_digits(random_sequences):
+    vectors = np.random.default_rng(0).normal(size=(30, 384)).astype(np.float32)
+    other = vectors * (1 + np.float32(1e-7) * np.random.default_rng(1).choice([-1, 1], vectors.shape)).astype(
+        np.float32
+    )
+    histories, lists = list(random_sequences.values()), np.tile(np.arange(30), (len(random_sequences), 1))
+    scores = np.zeros(lists.shape)
+    features = [
+        feature_rows(Counts.fit(random_sequences, 30, ItemFacts.of(30, given)), histories, lists, scores, None)
+        for given in (vectors, other)
+    ]
+    assert (vectors != other).any() and np.array_equal(*features)
 
 
 def test_linear_model_by_hand():
@@ -123,6 +154,22 @@ def test_linear_model_by_hand():
     assert values["fit_history"] == pytest.approx(1 / 301)
     assert values["fit_recent"] == pytest.approx(np.exp(-1 / 10) / 301)  # one place back
     assert values_of(counts, [0], 1, [0, 1])["fit_history"] == pytest.approx(0, abs=1e-9)
+
+
+def test_the_linear_model_scores_an_item_of_the_history_by_the_other_items_alone(random_sequences, random_counts):
+    """EASE's weights have a zero diagonal; a candidate may be in the history where lists are given."""
+    for own in (None, random_sequences[3]):
+        left = {user: items for user, items in random_sequences.items() if own is None or user != 3}
+        chosen = np.array([np.isin(np.arange(30), items) for items in left.values()], dtype=float)
+        inverse = np.linalg.inv(chosen.T @ chosen + regression.RIDGE * np.eye(30))
+        weights = -inverse / np.diag(inverse)
+        np.fill_diagonal(weights, 0)
+        history = np.array([4, 9, 4, 17])
+        columns = [FEATURES.index(name) for name in ("fit_history", "fit_recent")]
+        found = features_of(random_counts, history, [4, 17, 2], [0.0] * 3, own)[:, columns]
+        fading = np.exp(-np.arange(4)[::-1] / regression.FADING)
+        wanted = np.stack([weights[history].sum(axis=0), fading @ weights[history]], axis=1)[[4, 17, 2]]
+        np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-7)
 
 
 def test_linear_model_knows_the_most_popular_items_of_a_large_catalogue(monkeypatch):
@@ -232,24 +279,101 @@ def ranked_rows():
     return features, [np.eye(5)[place] for place in best]
 
 
-def test_lambdamart_learns_a_clear_rule_and_repeats_itself(ranked_rows):
+def users_of(rows):
+    """Two rows a user."""
+    return np.arange(len(rows)) // 2
+
+
+def test_lambdamart_learns_a_clear_rule(ranked_rows):
     features, relevance = ranked_rows
-    halves = (features[:100], relevance[:100]), (features[100:], relevance[100:])
-    first, again = (fit_lambdamart(*halves, seed=1, min_rows_per_leaf=5, max_rounds=60) for _ in range(2))
-    scores = predict_lambdamart(first, features[100:])
-    right = [row.argmax() == labels.argmax() for row, labels in zip(scores, relevance[100:], strict=True)]
-    assert np.mean(right) > 0.7  # chance: 0.2
-    assert np.array_equal(scores, predict_lambdamart(again, features[100:]))
+    train, users = (features[:100], relevance[:100]), users_of(features[:100])
+    fitted = fit_lambdamart(train, users, seed=1, min_rows_per_leaf=5, max_rounds=60)
+    rows = zip(fitted.scores(features[100:]), relevance[100:], strict=True)
+    assert np.mean([scores.argmax() == labels.argmax() for scores, labels in rows]) > 0.7  # chance: 0.2
+
+
+def test_lambdamart_is_the_same_with_any_number_of_threads(ranked_rows, monkeypatch):
+    features, relevance = ranked_rows
+    train, users, scores = (features[:100], relevance[:100]), users_of(features[:100]), []
+    for threads in ("1", "2"):
+        monkeypatch.setenv("OMP_NUM_THREADS", threads)
+        fitted = fit_lambdamart(train, users, seed=1, min_rows_per_leaf=5, max_rounds=3)
+        monkeypatch.setenv("OMP_NUM_THREADS", "1")
+        scores.append(fitted.scores(features[100:]))
+    assert np.array_equal(*scores)
+
+
+def test_scores_are_means_of_fits_that_differ(ranked_rows):
+    features, relevance = ranked_rows
+    fitted = fit_lambdamart(ranked_rows, users_of(features), min_rows_per_leaf=5, max_rounds=10)
+    of_fits = np.array(fitted.scores_of_fits(features))  # (fits, R, N)
+    assert len(of_fits) == lambdamart.NUM_FITS and len(np.unique(of_fits, axis=0)) == lambdamart.NUM_FITS
+    np.testing.assert_allclose(fitted.scores(features), of_fits.mean(axis=0))
+    assert {booster.num_trees() for booster in fitted.boosters} == {fitted.num_trees}
+    assert fitted.scores([]) == []
+
+
+def test_the_number_of_trees_is_the_best_for_users_left_out(ranked_rows):
+    """By hand: fits on all but one fold each, scored on that fold after any number of trees."""
+    features, relevance = ranked_rows
+    rng = np.random.default_rng(3)  # labels of chance for most users, so that more trees are soon worse
+    noisy = [labels if row % 8 < 2 else rng.permutation(labels) for row, labels in enumerate(relevance)]
+    users = users_of(features)
+    fitted = fit_lambdamart((features, noisy), users, min_rows_per_leaf=5, max_rounds=80)
+    folds = lambdamart.user_folds(users, lambdamart.STOPPING_FOLDS, 0)
+    assert all(len(set(folds[users == user])) == 1 for user in users)
+    curves = []
+    for fold in range(lambdamart.STOPPING_FOLDS):
+        rest, held = np.flatnonzero(folds != fold), np.flatnonzero(folds == fold)
+        dataset = lightgbm.Dataset(
+            np.concatenate([features[row] for row in rest]),
+            np.concatenate([noisy[row] for row in rest]),
+            group=[5] * len(rest),
+            reference=lightgbm.Dataset(np.concatenate(features)),  # bins of all rows
+        )
+        booster = lightgbm.train(lambdamart._parameters(0, 5), dataset, 80)
+        curves.append(
+            [
+                np.mean(
+                    [
+                        ndcg_at_k(
+                            [
+                                noisy[row][place]
+                                for place in best_first(booster.predict(features[row], num_iteration=n))
+                            ],
+                            5,
+                        )
+                        for row in held
+                    ]
+                )
+                for n in range(1, 81)
+            ]
+        )
+    assert fitted.num_trees == np.mean(curves, axis=0).argmax() + 1 < 80
+
+
+def test_lambdamart_ranks_by_a_shared_brand(ranked_rows):
+    """Of two candidates that are equal but for the brand, that of the last item's brand comes next."""
+    brands = ["Acme", "Bolt"] * 10
+    counts = Counts.fit({0: np.array([0, 1])}, 20, ItemFacts.of(20, brands=brands))
+    rng = np.random.default_rng(0)
+    histories = [rng.permutation(10)[:2] for _ in range(200)]
+    lists = np.array([rng.permutation([10, 11]) for _ in histories])
+    features = list(feature_rows(counts, histories, lists, np.zeros(lists.shape), None))
+    relevance = [(items % 2 == history[-1] % 2).astype(float) for items, history in zip(lists, histories, strict=True)]
+    fitted = fit_lambdamart((features[:150], relevance[:150]), range(150), min_rows_per_leaf=5, max_rounds=20)
+    scores = fitted.scores(features[150:])
+    assert all(row.argmax() == labels.argmax() for row, labels in zip(scores, relevance[150:], strict=True))
+    assert all("same_brand" in booster.feature_name() for booster in fitted.boosters)
 
 
 def test_out_of_fold_scores_do_not_depend_on_the_users_own_rows(ranked_rows):
     features, relevance = ranked_rows
-    users = np.arange(200) // 2
-    valid = features[80:], relevance[80:]
+    users = users_of(features)
     options = {"num_folds": 4, "seed": 2, "min_rows_per_leaf": 5, "max_rounds": 20}
-    scores = out_of_fold_scores(ranked_rows, users, valid, **options)
+    scores = out_of_fold_scores(ranked_rows, users, **options)
     changed = [labels[::-1] if user == 3 else labels for labels, user in zip(relevance, users, strict=True)]
-    other = out_of_fold_scores((features, changed), users, valid, **options)
+    other = out_of_fold_scores((features, changed), users, **options)
     same = [np.array_equal(a, b) for a, b in zip(scores, other, strict=True)]
     assert all(same[row] for row in np.flatnonzero(users == 3))
     assert not all(same)  # rows of other folds were fitted on the change
@@ -259,17 +383,20 @@ def test_out_of_fold_scores_do_not_depend_on_the_users_own_rows(ranked_rows):
 def test_lambdamart_leaves_out_rows_without_a_relevant_candidate(ranked_rows):
     features, relevance = ranked_rows
     options = {"min_rows_per_leaf": 5, "max_rounds": 10}
-    valid, padded = (features[60:], relevance[60:]), relevance[:40] + [np.zeros(5)] * 20
-    plain = fit_lambdamart((features[:40], relevance[:40]), valid, **options)
-    padded = fit_lambdamart((features[:60], padded), valid, **options)
-    assert plain.model_to_string() == padded.model_to_string()
+    rows, padded = (features[:60], relevance[:40] + [np.zeros(5)] * 20), users_of(features[:60])
+    plain = fit_lambdamart((features[:40], relevance[:40]), padded[:40], **options)
+    padded = fit_lambdamart(rows, padded, **options)
+    texts = [[booster.model_to_string() for booster in fitted.boosters] for fitted in (plain, padded)]
+    assert texts[0] == texts[1]
 
 
 def test_rows_that_nothing_can_be_fitted_on_are_refused(ranked_rows):
     features, relevance = ranked_rows
-    with pytest.raises(ValueError, match="none of the 2 validation rows has a relevant candidate"):
-        fit_lambdamart(ranked_rows, (features[:2], [np.zeros(5)] * 2))
+    with pytest.raises(ValueError, match="none of the 2 training rows has a relevant candidate"):
+        fit_lambdamart((features[:2], [np.zeros(5)] * 2), [0, 1])
     with pytest.raises(ValueError, match="relevance 0.5 in the training rows is not a whole number"):
-        fit_lambdamart((features, [row / 2 for row in relevance]), ranked_rows)
+        fit_lambdamart((features, [row / 2 for row in relevance]), users_of(features))
+    with pytest.raises(ValueError, match="all 200 training rows are of one user, so that none can be left out"):
+        fit_lambdamart(ranked_rows, [7] * 200)
     with pytest.raises(ValueError, match="2 users have training rows, fewer than num_folds 5"):
-        out_of_fold_scores((features[:4], relevance[:4]), [1, 1, 2, 2], ranked_rows)
+        out_of_fold_scores((features[:4], relevance[:4]), [1, 1, 2, 2])

@@ -1,6 +1,7 @@
 """The candidates stage on a run of six items and three users, made by hand."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -139,6 +140,65 @@ def test_lists_of_a_model_need_the_midtrain_stage(run):
         run_stage(run, source="model")
 
 
+USERS = ("ann", "bob", "cid")
+
+
+def write_users(run, names=USERS):
+    pq.write_table(pa.table({"user": [0, 1, 2], "user_id": list(names)}), run / "data/users.parquet")
+
+
+def sft_model(run):
+    """The folder of a model of next items of a run, as the sft stage leaves it; no weights."""
+    _, tokenizer, _ = make_model(run, run / "sft/model")
+    NextItemEncoder(Catalogue.load(run), tokenizer, "semantic_id", 50).save(run / "sft/model")
+    finish(run / "sft", inputs=("data",))
+    return run / "sft/model"
+
+
+def other_run(run, splits, names=USERS, order=(0, 1, 2)):
+    """A run of the same items and sequences with other splits, its users named and in an order."""
+    other = run / "other"
+    write_items(other / "data", 6, item_id=ITEM_IDS, title=[f"Film {i}" for i in range(6)], category=["a"] * 6)
+    write_interactions(other / "data", {user: SEQUENCES[place] for user, place in enumerate(order)}, splits)
+    write_users(other, [names[place] for place in order])
+    shutil.copytree(run / "semantic_ids", other / "semantic_ids")
+    return other
+
+
+def test_a_model_that_was_trained_on_targets_of_the_training_lists_is_refused(run):
+    """Its own run's sft model has seen all of them, whatever its data recipe."""
+    write_users(run)
+    options = {"source": "model", "model_dir": str(sft_model(run))}
+    line = (
+        r"sft/model was trained on 3 of 3 targets of the training lists, such as item 'i2' of user 'ann', so that .*"
+    )
+    with pytest.raises(ValueError, match=line + "leave model_dir out, or name a model of a run whose num_valid holds"):
+        checked(run, **options)
+    # all of bob is for training there, also item 0, the target of his training row; those of the others are held out
+    splits = ["train", "train", "valid", "valid", "test", *["train"] * 5, "train", "train", "valid", "valid", "test"]
+    other = other_run(run, splits)
+    with pytest.raises(ValueError, match="trained on 1 of 3 targets .* such as item 'i0' of user 'bob'"):
+        checked(run, source="model", model_dir=str(sft_model(other)))
+
+
+def test_a_model_of_a_run_that_holds_the_targets_out_makes_lists_and_users_are_known_by_their_ids(run):
+    write_users(run)
+    held_out = ["train", "train", "valid", "valid", "test"] * 3
+    folder = str(sft_model(other_run(run, held_out, order=(2, 0, 1))))
+    assert checked(run, source="model", model_dir=folder).model_dir == folder
+    (run / "other").rename(run / "of_other_users")
+    other = other_run(run, ["train"] * 15, ["dan", "eve", "fay"])
+    assert checked(run, source="model", model_dir=str(sft_model(other)))
+
+
+def test_a_model_whose_data_is_not_known_is_taken_with_a_warning(run, caplog):
+    write_users(run)
+    folder = sft_model(run)
+    (run / "sft/stage.json").unlink()
+    checked(run, source="model", model_dir=str(folder))
+    assert "sft/model is in no run with its data: whether it has seen the training targets is not" in caplog.text
+
+
 def test_a_model_dir_that_does_not_fit_is_refused(run):
     options = {"source": "model", "model_dir": str(run / "model")}
     with pytest.raises(FileNotFoundError, match="has no next_item.json; train it with the sft stage, task next_item"):
@@ -196,6 +256,14 @@ def test_check_refuses_lists_of_a_model_that_has_seen_the_targets(run):
 def test_check_refuses_lists_longer_than_what_users_have_not_seen(run):
     with pytest.raises(ValueError, match="num_candidates is 3 but the longest history leaves 2 of 6 items"):
         checked(run, num_candidates=3)
+
+
+def test_a_history_of_repeated_items_leaves_room_for_all_others(run):
+    splits = SPLITS * 3 + ["train"] * 5 + ["rerank", "valid", "test"]
+    write_interactions(run / "data", {**SEQUENCES, 3: [0, 1] * 4}, splits)
+    _, tables = run_stage(run)  # the longest history has seven interactions of two items, others four of four
+    lists = {row["user"]: row["candidates"] for row in tables["test"]}
+    assert set(lists[3]) <= {2, 3, 4, 5} and sorted(lists[0]) == [4, 5]
 
 
 def test_check_passes_before_the_data_stage_has_run(tmp_path):

@@ -1,15 +1,24 @@
 """`rerank compare`: the table from finished runs, whose numbers are worked out by hand."""
 
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
-from compare_runs import GIVEN, RIGHT, SHA256, cells, finish_run
+from compare_runs import GIVEN, RIGHT, SHA256, cells, finish_run, finish_step
 from toy_recipe import TOY
 from toy_run import RECIPES, finish, write_recipes
 
 from rerank import compare
+from rerank.compare import seeds
 from rerank.compare.tables import list_lines
 from rerank.launch.files import write_json
+from rerank.launch.stages import STAGES, load_stage
+
+SEEDED = {"3_midtrain": {}, "6_sft": {}}
+INPUTS = {
+    **{"data": (), "semantic_ids": ("data",), "candidates": ("data", "semantic_ids")},
+    **{"midtrain": ("data", "semantic_ids"), "sft": ("midtrain", "candidates"), "evaluate": ("sft",)},
+}
 
 
 @pytest.fixture
@@ -25,8 +34,8 @@ def runs(tmp_path) -> dict[str, Path]:
     return {**folders, "out": out}
 
 
-def start(variants: list[compare.Variant], out: Path, seeds=1, minutes=None, results=None, say=print) -> int:
-    return compare.compare(variants, seeds, minutes, str(out), results, "recipes/accelerate/cpu.yaml", say)
+def start(variants, out: Path, seeds=1, minutes=None, results=None, say=print, seed_from="midtrain") -> int:
+    return compare.compare(variants, seeds, seed_from, minutes, str(out), results, "recipes/accelerate/cpu.yaml", say)
 
 
 def run_compare(runs: dict[str, Path], results: Path | None = None) -> list[str]:
@@ -42,20 +51,42 @@ def test_the_table_holds_means_spread_and_paired_intervals(runs, tmp_path):
     table, differences = cells(text), cells(text, 1)
     assert text in said[-1]
     assert table["–", "no_op"] == ["1", "0.0000", "1.0000", "0.6309", "–", "–"]
-    # every row gains 1 - 0.6309, so each bootstrap sample does
+    # every row gains 1 - 0.6309 with either seed, so neither users nor seeds vary
     assert table["–", "oracle"] == ["1", "1.0000", "1.0000", "1.0000", "–", "–"]
-    gain, half = "+0.3691 [+0.3691, +0.3691]", "+0.1845 [+0.1845, +0.1845]"
-    assert differences["–", "oracle"][:3] == [gain, "–", "–"]
+    gain = "+0.3691 [+0.3691, +0.3691]"
+    assert differences["–", "oracle"][:4] == ["1", gain, "–", "–"]
     assert ("–", "no_op") not in differences
     # (1 + 0.6309) / 2; the standard deviation of 1 and 0.6309 is 0.3691 / sqrt(2) = 0.2610
     assert table["a", "sft"] == ["2", "0.5000", "1.0000", "0.8155", "0.0%", "0.2610"]
-    assert differences["a", "sft"] == [half, "–", "–", "+0.5000 [+0.5000, +0.5000]", "–", "–"]
+    # of the seeds 0.3691 and 0: 0.1845 by a t test with one degree of freedom, 12.706 * 0.1845; and half of 1
+    half, half_of_one = "+0.1845 [-2.1602, +2.5293]", "+0.5000 [-5.8531, +6.8531]"
+    assert differences["a", "sft"] == ["2", half, "–", "–", half_of_one, "–", "–"]
     assert table["b", "sft"] == ["2", "1.0000", "1.0000", "1.0000", "0.0%", "0.0000"]
-    assert differences["b", "sft"][:3] == [gain, "–", half]
+    assert differences["b", "sft"][:4] == ["2", gain, "–", half]
     # no ranking scores zero; variant a has no dapo to compare with
     assert table["b", "dapo"] == ["2", "0.0000", "0.0000", "0.0000", "100.0%", "0.0000"]
-    assert differences["b", "dapo"][:3] == ["-0.6309 [-0.6309, -0.6309]", "-1.0000 [-1.0000, -1.0000]", "–"]
+    assert differences["b", "dapo"][1:4] == ["-0.6309 [-0.6309, -0.6309]", "-1.0000 [-1.0000, -1.0000]", "–"]
     assert ("b", "no_op") not in table and ("–", "random") in table
+
+
+def test_the_tables_of_lists_and_slices_are_those_of_the_rows(runs, tmp_path):
+    run_compare(runs, tmp_path / "RESULTS-toy.md")
+    text = (tmp_path / "RESULTS-toy.md").read_text()
+    # seven rows: four with their target second, three without
+    assert "| share | 0.0 % | 57.1 % | 0.0 % | 0.0 % | 0.0 % | 0.0 % | 42.9 % |" in text
+    # items have 0, 9, 0, 2, 0, 0, 0, 1, 0 interactions: the 90th percentile is 9 (of nine values the last but none)
+    for line in (
+        "| cold targets: at most 5 training interactions | 5 | 40.0 % | 2 |",
+        "| popular targets: at least 9 training interactions (90th percentile of the items) | 2 | 100.0 % | 2 |",
+        "| short histories: at most 2 items (25th percentile of the rows) | 2 | 100.0 % | 2 |",
+    ):
+        assert line in text
+    table = cells(text, heading="N@5 on slices.")
+    assert text.index("cold (n=2)") < text.index("popular (n=2)") < text.index("short (n=2)")
+    assert table["–", "no_op"] == ["0.6309"] * 3 + ["–"] * 3
+    assert table["a", "sft"][:3] == ["0.8155"] * 3  # right with one seed of two
+    # one user in each slice: no interval
+    assert table["b", "sft"] == ["1.0000"] * 3 + ["–"] * 3
 
 
 def test_a_model_that_variants_share_stands_once_and_is_what_they_started_from(tmp_path):
@@ -70,14 +101,14 @@ def test_a_model_that_variants_share_stands_once_and_is_what_they_started_from(t
 
     gain, none = "+0.3691 [+0.3691, +0.3691]", "+0.0000 [+0.0000, +0.0000]"
     assert [key for key in table(0) if key[1] == "sft"] == [("a", "sft")]
-    assert table(1)["a", "dapo"][:3] == [gain, gain, "–"] and table(1)["b", "dapo"][:3] == [gain, gain, none]
+    assert table(1)["a", "dapo"][1:4] == [gain, gain, "–"] and table(1)["b", "dapo"][1:4] == [gain, gain, none]
     dapo_recipe = out / "b-seed0/dapo/recipe.yaml"
     dapo_recipe.parent.mkdir()
     dapo_recipe.write_text("without_trace: true")  # it started from a control, which nobody evaluated
-    assert table(1)["b", "dapo"][1] == "–"
+    assert table(1)["b", "dapo"][2] == "–"
     dapo_recipe.unlink()
     (out / "b-seed0/sft").unlink()  # a model of its own, which nobody evaluated
-    assert table(1)["b", "dapo"][:3] == [gain, "–", none]
+    assert table(1)["b", "dapo"][1:4] == [gain, "–", none]
 
 
 def test_runs_whose_trained_models_were_not_evaluated_are_compared_all_the_same(tmp_path):
@@ -125,7 +156,8 @@ def test_finished_runs_are_skipped_share_their_data_and_are_named_without_a_path
     assert (runs["out"] / "b-seed1/data").resolve() == (runs["out"] / "a-seed0/data").resolve()
     text = (runs["out"] / "RESULTS.md").read_text()
     assert f"- data: toy.csv, sha256 {SHA256}" in text
-    assert "2 variants, 2 seeds. 4 test rows whose list holds a relevant item, of 7." in text
+    assert "2 variants, 2 seeds. 4 test rows whose list holds a relevant item, of 7 (list recall 57.1 %)." in text
+    assert "\nIntervals: 95 %, over users and 2 training seeds." in text
     assert str(runs["out"].parent) not in text
 
 
@@ -141,6 +173,43 @@ def test_runs_on_other_rows_are_refused(runs):
     finish_run(runs["b"], other, runs["out"] / "a-seed0", {"sft": RIGHT}, first_row_id=10)
     with pytest.raises(ValueError, match="variant b, seed 0, was evaluated on other rows than a; use one split"):
         list_lines({"a": [runs["out"] / "a-seed0"], "b": [other]})
+
+
+def test_seeds_with_lists_of_their_own_are_compared_seed_by_seed(tmp_path):
+    first, out = write_recipes(tmp_path / "a"), tmp_path / "out"
+    for seed, (order, row_id) in enumerate(((RIGHT, 0), (GIVEN, 2))):  # rows 2 and 3 are those of both
+        finish_run(first, out / f"a-seed{seed}", out / "a-seed0", {"sft": order}, first_row_id=row_id)
+        finish_run(first, out / f"b-seed{seed}", out / "a-seed0", {"sft": RIGHT}, first_row_id=row_id)
+    runs_of = {name: [out / f"{name}-seed{seed}" for seed in range(2)] for name in "ab"}
+    table, differences = (cells("\n".join(list_lines(runs_of)), number) for number in range(2))
+    assert table["–", "no_op"][0] == "2"  # its lists are not the same with both seeds
+    assert table["a", "sft"] == ["2", "0.5000", "1.0000", "0.8155", "0.0%", "0.2610"]
+    assert differences["b", "sft"][3].startswith("+0.1845 [")  # 0 with the first seed, 1 - 0.6309 with the second
+
+
+def test_the_report_says_which_stages_each_seed_made_anew_and_which_intervals_leave_out(tmp_path):
+    first, out = write_recipes(tmp_path / "a", RECIPES | SEEDED), tmp_path / "out"
+    variant, said = compare.Variant("a", str(first)), []
+    for seed_from in ("midtrain", "semantic_ids"):
+        runs = [out / f"{seed_from}{seed}" for seed in range(2)]
+        for seed, run in enumerate(runs):
+            steps = compare.variant_steps(variant, run, seed, None, seed_from)
+            compare.share_stages(run, steps, {runs[0]: compare.variant_steps(variant, runs[0], 0, None, seed_from)})
+            for step in steps:
+                if not (run / step.stage).exists():
+                    finish_step(step, tuple(INPUTS[step.stage]))
+        said.append(seeds.sentence({"a": runs}))
+    same = "the same for all seeds, so that the intervals leave them out"
+    assert said == [
+        f"With a seed of their own in each run: midtrain, sft; {same}: data, semantic_ids, candidates.",
+        "With a seed of their own in each run: semantic_ids, midtrain, sft; made from these: candidates; "
+        f"{same}: data.",
+    ]
+
+
+def test_seeded_stages_are_those_with_the_option_seed():
+    with_seed = [s for s in STAGES if any("seed" in {f.name for f in fields(c)} for c in load_stage(s).arguments)]
+    assert list(seeds.SEEDED) == with_seed
 
 
 def test_variants_of_one_name_or_of_other_data_are_refused(tmp_path):
@@ -174,6 +243,19 @@ def test_seeds_and_minutes_must_be_above_zero(tmp_path):
         start(variants, tmp_path / "out", minutes=0.0)
 
 
+def test_only_data_that_are_split_at_random_can_be_reseeded(tmp_path):
+    variants = [compare.Variant("a", str(write_recipes(tmp_path / "a")))]
+    with pytest.raises(ValueError, match="--seed-from is 'dapo' but must be one of data, semantic_ids, midtrain"):
+        start(variants, tmp_path / "out", seed_from="dapo")
+    with pytest.raises(
+        ValueError, match="--seed-from is data but .*1_data.yaml has split: per_user, which draws noth"
+    ):
+        start(variants, tmp_path / "out", seed_from="data")
+    drawn = compare.Variant("a", str(tmp_path / "a"), ("data.split=random",))
+    first = compare.variant_steps(drawn, tmp_path / "run", 1, None, "data")[0]
+    assert first.keys["seed"] == 1
+
+
 def test_seeds_and_minutes_become_overrides(tmp_path):
     recipes = {**RECIPES, "3_midtrain": {}, "5_traces": {"teacher": "evidence"}, "6_sft": {}, "7_dapo": {}}
     variant = compare.Variant("a", str(write_recipes(tmp_path / "a", recipes)), ("data.num_test=2",))
@@ -184,6 +266,15 @@ def test_seeds_and_minutes_become_overrides(tmp_path):
         "traces": own | {"seed": "2"},
         **{stage: own | trained for stage in ("midtrain", "sft", "dapo")},
     }
+    more = compare.variant_steps(variant, tmp_path / "run", 2, None, "semantic_ids")
+    reseeded = [step.stage for step in more if step.overrides.get("seed") == "2"]
+    assert reseeded == ["semantic_ids", "midtrain", "traces", "sft", "dapo"]
     keys = {step.stage: step.keys for step in steps}
     assert keys["sft"]["seed"] == 2 and keys["sft"]["max_minutes"] == 3.0
     assert keys["candidates"] == own | {"num_candidates": 6}
+
+
+def test_candidates_are_reseeded_where_they_draw_further_lists(tmp_path):
+    variant = compare.Variant("a", str(write_recipes(tmp_path / "a")), ("candidates.lists_per_row=2",))
+    steps = {step.stage: step for step in compare.variant_steps(variant, tmp_path / "run", 3, None)}
+    assert steps["candidates"].keys["seed"] == 3

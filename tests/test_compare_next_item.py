@@ -35,9 +35,16 @@ WORDS = [["nll"], ["bear", "sft.losses=[{name: bear}]"]]
 
 
 def write_lists(run: Path, lines: list[dict], schema: pa.Schema, **results) -> Path:
-    """The data and evaluate folders of a run with these lists."""
+    """The data and evaluate folders of a run with these lists; row r has r + 1 items of history and target 99."""
     for stage in ("data", "evaluate"):
         (run / stage).mkdir(parents=True)
+    pq.write_table(pa.table({"item": range(100)}), run / "data/items.parquet")
+    taken = [{"user": user, "item": 99, "position": 0, "split": "train"} for user in range(7)]
+    pq.write_table(pa.Table.from_pylist(taken), run / "data/interactions.parquet")
+    if rows := {line["row_id"]: line["user"] for line in lines if "row_id" in line}:
+        records = [{"row_id": row_id, "user": user, "split": "valid", "target": 99, "history": [1] * (user + 1)}
+                   for row_id, user in rows.items()]  # fmt: skip
+        pq.write_table(pa.Table.from_pylist(records), run / "data/rows.parquet")
     write_json(run / "data/metrics.json", {"sources": {"toy.csv": SHA256}})
     pq.write_table(pa.Table.from_pylist(lines, schema=schema), run / "evaluate/lists.parquet")
     write_json(run / "evaluate/results.json", {"split": "valid", **results})
@@ -88,6 +95,18 @@ def test_the_tables_hold_means_over_seeds_and_differences_to_the_first_variant(r
     assert "| bear | 4 | 2.0 | 50.0% | 0.0% | 25.0% | 25.0% | 0.0% |" in text
 
 
+def test_a_table_of_slices_holds_all_variants(runs_of):
+    text = text_of(runs_of)
+    # item 99 has seven interactions and no other item any; histories of 1, 2, 3, 4 items: the 25th percentile is 1
+    assert "| cold targets: at most 5 training interactions | 0 |" in text
+    assert "| popular targets: at least 6 training interactions (90th percentile of the items) | 4 |" in text
+    assert "| short histories: at most 1 items (25th percentile of the rows) | 1 |" in text
+    table = cells(text, heading="R@10 on slices.")
+    assert table["nll", "sft"][:3] == ["–", "0.3750", "0.5000"]  # the first row is found with one seed of two
+    assert table["bear", "sft"][:3] == ["–", "0.5000", "1.0000"] and table["–", "transitions"][2] == "1.0000"
+    assert table["bear", "sft"][4].startswith("+0.2500 [") and table["–", "transitions"][3:] == ["–"] * 3
+
+
 def test_each_variant_is_compared_with_every_one_before_it(runs_of, tmp_path):
     msl = [write_evaluation(tmp_path / f"msl{seed}", {"sft": [1, 1, 1, 0]}, PRUNING) for seed in (0, 1)]
     plain = [write_evaluation(tmp_path / f"plain{seed}", {"sft": [0, 0, 0, 0]}) for seed in (0, 1)]
@@ -95,10 +114,12 @@ def test_each_variant_is_compared_with_every_one_before_it(runs_of, tmp_path):
     table = cells(text, heading="Differences between variants, sft, all rows:")
     assert [*table] == [("bear", "nll"), ("msl", "nll"), ("plain", "nll"), ("msl", "bear"), ("plain", "bear"),
                         ("plain", "msl")]  # fmt: skip
-    assert table["msl", "bear"][0].startswith("+0.2500 [") and table["msl", "bear"][2:] == ["+0.0 [+0.0, +0.0]"] * 2
-    # the first user's target is pruned in one of nll's seeds and none of bear's, the second's in all: -1/2 and 0
-    assert table["bear", "nll"][2:] == ["-25.0 [-50.0, +0.0]", "+0.0 [+0.0, +0.0]"]
-    assert table["plain", "msl"][0].startswith("-0.7500 [") and table["plain", "msl"][2:] == ["–", "–"]
+    assert table["msl", "bear"][0] == "2"  # seeds
+    assert table["msl", "bear"][1].startswith("+0.2500 [") and table["msl", "bear"][3:] == ["+0.0 [+0.0, +0.0]"] * 2
+    # One of two targets in the top is pruned, with nll's second seed both are: 0 and -50 points by seed and by user.
+    # The variance is 25 squared by seeds, by users and by both, so that 25 * 12.706 (one degree of freedom) remain.
+    assert table["bear", "nll"][3:] == ["-25.0 [-342.7, +292.7]", "+0.0 [+0.0, +0.0]"]
+    assert table["plain", "msl"][1].startswith("-0.7500 [") and table["plain", "msl"][3:] == ["–", "–"]
     rates = text[text.index("Pruning") : text.index("Differences between")]  # where it was measured
     assert "| bear |" in rates and "| plain |" not in rates
 
@@ -109,7 +130,7 @@ def test_heads_are_compared_with_heads(tmp_path):
     runs = {name: [write_evaluation(tmp_path / name, of)] for name, of in places.items()}
     text = text_of(runs)
     table = cells(text, heading="Differences between variants, sft_head, all rows:")
-    assert [*table] == [("three", "two")] and table["three", "two"][0].startswith("+0.2500 [")
+    assert [*table] == [("three", "two")] and table["three", "two"][1].startswith("+0.2500 [")
     assert len(cells(text, heading="Differences between variants, sft, all rows:")) == 3
     assert "Pruning" not in text  # nobody measured it
     assert cells(text_of({"two": runs["two"]}))["two", "sft_head"][8].startswith("+0.2500")  # than its own beams
@@ -175,21 +196,32 @@ def test_sets_have_a_table_of_means_over_seeds(sets_of):
 
 def test_rankers_of_sets_are_compared_where_two_variants_have_them(sets_of, tmp_path):
     assert not any("Differences" in line for line in set_lines(sets_of))
-    other = write_sets(tmp_path / "other", {"sft_head": [1, 0]})
-    text = "\n".join(set_lines({**sets_of, "other": [other]}))
+    other = [write_sets(tmp_path / f"other{seed}", {"sft_head": [1, 0]}) for seed in (0, 1)]
+    text = "\n".join(set_lines({**sets_of, "other": other}))
     table = cells(text, heading="Differences between variants, sft_head, all rows:")
-    assert table["other", "head"][0].startswith("-0.2500 [")  # half a target of one of two users
+    assert table["other", "head"][1].startswith("-0.2500 [")  # half a target of one of two users
 
 
 @pytest.mark.parametrize("change", [{"first_user": 1}, {"second": 997}])
 def test_sets_of_other_users_or_of_another_split_are_refused(sets_of, tmp_path, change):
-    wrong = write_sets(tmp_path / "wrong", {"sft": [1, 1]}, **change)
+    wrong = [write_sets(tmp_path / f"wrong{seed}", {"sft": [1, 1]}, **change) for seed in (0, 1)]
     with pytest.raises(ValueError, match="variant wrong, seed 0, was evaluated on other users or items than plain"):
-        set_lines({**sets_of, "wrong": [wrong]})
+        set_lines({**sets_of, "wrong": wrong})
+
+
+def test_sets_of_a_split_drawn_anew_with_each_seed_are_compared_seed_by_seed(sets_of, tmp_path):
+    redrawn = {"second": 997}  # the second user's targets are others with the second seed
+    for name, runs in sets_of.items():
+        other = {"sft": [1, 1]} if name == "plain" else {"sft_head": [1, 1]}
+        runs[1] = write_sets(tmp_path / f"{name}-redrawn", other, **redrawn)
+    table = cells("\n".join(set_lines(sets_of)))
+    # plain: as with the same targets, (1 + 1/2) / 2 with the first seed; with the second too
+    assert table["plain", "sft"][:3] == ["2", "0.7500", "0.7500"] and table["head", "sft_head"][:2] == ["2", "0.7500"]
+    assert table["–", "transitions"][0] == "2"  # splits
 
 
 def test_a_variant_whose_model_was_not_evaluated_is_refused(runs_of, tmp_path):
-    runs_of["bear"] = [write_evaluation(tmp_path / "bare", {"midtrained": [1, 0, 0, 0]})]
+    runs_of["bear"] = [write_evaluation(tmp_path / f"bare{n}", {"midtrained": [1, 0, 0, 0]}) for n in (0, 1)]
     with pytest.raises(ValueError, match="variant bear was evaluated without its sft model; let evaluate.models hold"):
         next_item_lines(runs_of)
 

@@ -181,7 +181,7 @@ def prepare(toy_run, prompter):
 
 
 def test_a_training_prompt_is_that_of_its_row(toy_run, prompter, prepare, tmp_path):
-    prompts = prepare(config(tmp_path))
+    prompts, _ = prepare(config(tmp_path))
     rows = {row.row_id: row for row in training_rows(toy_run.run, "dapo")}
     assert [row.row_id for row in prompts.rows] == sorted(rows)
     taken = [prompt.asked for prompt in prompts.take(0, len(rows))]
@@ -203,9 +203,10 @@ def test_training_without_traces_starts_from_the_control_of_the_sft_stage(toy_ru
 
 def test_lengths_that_the_recipe_leaves_open_come_from_the_sft_stage_and_prompts_beyond_are_named(prepare, tmp_path):
     options = config(tmp_path)
-    prompts = prepare(options, rows="all")
+    prompts, held_out = prepare(options, rows="all")
     tokenizer = prompts.prompter.tokenizer
-    lengths = {row.row_id: len(tokenizer(prompts.prompter.prompt(row)).input_ids) for row in prompts.rows}
+    rows = [*prompts.rows, *(asked.row for asked in held_out)]
+    lengths = {row.row_id: len(tokenizer(prompts.prompter.prompt(row)).input_ids) for row in rows}
     assert options.vllm_max_model_length == max(lengths.values()) + options.max_completion_length
     assert options.max_completion_length > 30  # a trace of the toy
     room = max(lengths.values()) - 1
@@ -231,3 +232,22 @@ def test_the_check_refuses_a_model_of_another_catalogue(toy_run, tmp_path):
     pq.write_table(table.set_column(2, "semantic_id", [ids]), run / "semantic_ids/semantic_ids.parquet")
     with pytest.raises(ValueError, match=r"semantic ids of another catalogue than the model's: .* lacks <s_a_99>"):
         check(NDCG, run=run)
+
+
+def test_rows_that_are_drawn_more_than_twice_are_warned_of_with_the_numbers(toy_run, tmp_path, caplog):
+    count = len(training_rows(toy_run.run, "dapo"))
+    batch = {
+        "num_generations": 2,
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 3,
+    }  # 6 groups a step
+    for options, draws in (
+        ({"max_steps": count // 3}, None),  # not above two
+        ({"max_steps": count}, 6.0),
+        ({"max_steps": count, "num_iterations": 2}, 3.0),  # completions are used twice
+        ({"max_steps": -1, "num_train_epochs": 3}, 3.0),
+    ):
+        caplog.clear()
+        check(NDCG, config(tmp_path, **batch, **options), run=toy_run.run)
+        said = [record.getMessage() for record in caplog.records if "training rows" in record.getMessage()]
+        assert [f"each of its {count} training rows {draws} times" in line for line in said] == [True] * bool(draws)

@@ -4,10 +4,12 @@ import itertools
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
-from scripted_dapo import first_drawn, row_ids, rows, sampler, stream, useful_for
+from scripted_dapo import LIMIT, first_drawn, row_ids, rows, sampler, stream, useful_for
 
 from rerank import scoring
 from rerank.dapo import groups as grouping
@@ -16,7 +18,7 @@ from rerank.dapo.prompt_stream import PromptStream
 from rerank.dapo.sampler import SamplerState
 from rerank.prompts import completion
 from rerank.rollouts import store
-from rerank.rows import reward_columns, shuffle
+from rerank.rows import reward_columns
 
 
 def test_prompts_come_in_one_order_however_many_are_taken_at_once():
@@ -28,16 +30,6 @@ def test_prompts_come_in_one_order_however_many_are_taken_at_once():
     assert row_ids(stream(seed=1).take(0, 13)) != row_ids(whole)
     reversed_rows = PromptStream(rows()[::-1], prompts.prompter, 0, 16)
     assert row_ids(reversed_rows.take(0, 13)) == row_ids(whole)
-
-
-def test_shuffled_candidates_come_in_another_order_in_every_epoch():
-    plain, shown = {row.row_id: row for row in rows()}, set()
-    for prompt in stream(shuffle=True).take(0, 20):
-        row = prompt.asked.row
-        assert row == shuffle(plain[row.row_id], seed=0, epoch=prompt.epoch)
-        assert prompt.asked.prompt.splitlines()[-4:] == prompt.asked.labels == [f"<s_a_{i}>" for i in row.candidates]
-        shown.add(row.ranks)
-    assert len(shown) > 5
 
 
 FIRST, SAME, LAST = [2, 0, 1, 3], [0, 1, 2, 3], [0, 1, 3, 2]  # where four candidates are ranked, the target third
@@ -71,6 +63,42 @@ def test_a_group_is_useful_when_its_outcomes_differ(outcomes, useful):
 )
 def test_enough_prompts_are_sampled_but_not_more_than_two_batches(missing, share, number):
     assert grouping.num_prompts(missing, share, 32) == number
+
+
+def one_cut_off(prompt, member):
+    """A script: completions of equal length but for the first, which the limit cuts off."""
+    return LIMIT if member == 0 else 5
+
+
+def test_a_completion_that_is_cut_off_neither_makes_its_group_useful_nor_is_scored():
+    found, metrics = sampler(one_cut_off).collect(0, 2)
+    assert found.kept == [] and metrics["groups/share_useful"] == 0
+    first, *others = found.sampled[0].rollouts
+    assert (first.outcome, first.rewards, first.total, first.masked) == (None, {}, None, True)
+    assert {(rollout.outcome, rollout.masked) for rollout in others} == {(5.0, False)}
+    record = grouping.record(found.sampled[0], first, "run")
+    assert record["kept"] is False and record["discard_reason"] == "truncated" and record["outcome"] is None
+    unmasked, _ = sampler(one_cut_off, masks_truncated=False).collect(0, 2)
+    assert len(unmasked.kept) == 2 and unmasked.kept[0].rollouts[0].outcome == LIMIT
+
+
+def test_a_step_lacks_few_groups_where_few_prompts_are_useful_from_the_first_step_on():
+    is_useful = np.random.default_rng(0).random(5000) < 0.3
+    made = sampler(lambda prompt, member: 3 + member if is_useful[prompt.asked.row.row_id] else 5, 40, rounds=3)
+    made.prompts = Endless()
+    missing = [made.collect(step, 32)[1]["groups/missing"] for step in range(10)]
+    assert np.mean(missing) < 1
+
+
+class Endless:
+    """Prompts of rows without an end, none of which comes twice."""
+
+    rows = stream(1).rows
+
+    def take(self, first, count):
+        (prompt,) = stream(1).take(0, 1)
+        rows = [replace(prompt.asked.row, row_id=number) for number in range(first, first + count)]
+        return [replace(prompt, asked=replace(prompt.asked, row=row)) for row in rows]
 
 
 def test_every_completion_has_a_seed_of_its_own_that_repeats():
@@ -146,7 +174,7 @@ def test_a_rollout_has_its_ranking_its_scores_and_its_outcome():
         assert rollout.total == pytest.approx(0.2 * promoted + places / 4)
         assert (rollout.order, rollout.failure, rollout.outcome) == (order, None, float(places))
     (group,) = sampler(count=1, rewards=[absent], outcome="absent").collect(0, 1)[0].sampled
-    assert (group.rollouts[0].total, group.rollouts[0].outcome) == (0.0, None)  # nothing applies
+    assert (group.rollouts[0].total, group.rollouts[0].outcome) == (None, None)  # nothing applies
 
 
 def test_a_record_has_every_column_of_the_store():

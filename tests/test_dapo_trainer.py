@@ -9,101 +9,25 @@ import pandas as pd
 import pytest
 import requests
 import torch
-from datasets import Dataset
-from scripted_dapo import (
-    CATALOGUE,
-    ENTRIES,
-    LIMIT,
-    REWARDS,
-    SIZE,
-    first_drawn,
-    random_tokens,
-    stream,
-    unequal,
-    useful_for,
-)
-from tiny_model import ID_TOKENS, tiny_model, tiny_tokenizer
+from scripted_dapo import CATALOGUE, LIMIT, SIZE, first_drawn, random_tokens, stream, useful_for
+from scripted_trainer import assert_same, logged, make_trainer, plain_trainer, stored, weights
+from tiny_model import tiny_model
 from transformers import ProgressCallback
-from trl import GRPOTrainer
 from trl.generation.vllm_generation import VLLMGeneration
 
-from rerank import dapo
 from rerank.dapo.consistency import consistency
-from rerank.dapo.groups import request_seed
+from rerank.dapo.prepared import Prepared
 from rerank.dapo.sampler import SamplingOptions
-from rerank.dapo.trainer import GAP, DapoTrainer, ShortProgress
-from rerank.models import group_attention
+from rerank.dapo.tracking import GAP, ShortProgress
+from rerank.dapo.trainer import DapoTrainer
 from rerank.models import server as server_mode
 from rerank.prompts import completion
-from rerank.rollouts import store
-
-
-class Scripted(DapoTrainer):
-    """Completions of scripted length, their tokens by the seeds of the requests."""
-
-    lengths = staticmethod(unequal)
-    sampling_logp = None  # what the script says each token's log-probability was
-
-    def _generate_single_turn(self, prompt_ids, *args, **kwargs):
-        requests, eos = self.prepared.requests, self.eos_token_ids[0]
-        lengths = [self.lengths(prompt, place % SIZE) for place, prompt in enumerate(requests)]
-        ids = [random_tokens(seed, n, eos) for seed, n in zip(self.request_seeds(), lengths, strict=True)]
-        return ids, None if self.sampling_logp is None else [[self.sampling_logp] * len(one) for one in ids]
-
-
-def tokenizer():
-    made = tiny_tokenizer()
-    made.add_tokens(ID_TOKENS)
-    made.padding_side = "left"
-    return made
-
-
-def config(folder, **options):
-    settings = {"disable_tqdm": True, "per_device_train_batch_size": 2 * SIZE, "max_steps": 1, "learning_rate": 0.1}
-    settings |= {"lr_scheduler_type": "constant", "optim": "sgd"}  # linear in the gradient: noise stays noise
-    settings |= {"num_generations": SIZE, "max_completion_length": LIMIT, "use_vllm": False, "report_to": "none"}
-    settings |= {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "save_strategy": "no"}
-    return dapo.DapoConfig(output_dir=str(folder / "out"), **{**settings, **options})
-
-
-def make_trainer(
-    folder, script=unequal, rounds=1, count=8, logp=None, max_logp_gap=1.0, kind=Scripted, grouped=True, **options
-):
-    words = tokenizer()
-    model = tiny_model(words)
-    if grouped:
-        group_attention.prepare_model(model)
-    torch.manual_seed(0)
-    args = dapo.DapoArguments(
-        run_dir="run", rewards=ENTRIES, outcome="num_tokens", max_sampling_rounds=max(1, rounds),
-        dynamic_sampling=rounds > 0, max_logp_gap=max_logp_gap, group_forward=grouped,
-    )  # fmt: skip
-    made = kind(args, config(folder, **options), model, stream(count, tokenizer=words), folder / "rollouts")
-    made.sampling_logp, made.lengths = logp, script
-    return made
-
-
-def stored(folder):
-    return store.read_rollouts(folder / "rollouts").to_pylist(maps_as_pydicts="strict")
-
-
-def weights(trainer):
-    return {name: value.detach().clone() for name, value in trainer.model.state_dict().items()}
-
-
-def assert_same(one, two, atol=1e-6):
-    for name, value in weights(one).items():
-        assert torch.allclose(value, weights(two)[name], atol=atol), name
-
-
-def logged(trainer, name):
-    return [entry[name] for entry in trainer.state.log_history if name in entry]
 
 
 def test_the_steps_that_the_trainer_names_are_its_methods_in_that_order():
     steps = re.findall(r"(?m)^    \d+\. `(\w+)`", DapoTrainer.__doc__)
     lines = [inspect.getsourcelines(vars(DapoTrainer)[step])[1] for step in steps]
-    assert len(steps) == 9 and lines == sorted(lines)
+    assert len(steps) == 10 and lines == sorted(lines)
 
 
 def test_groups_that_are_not_trained_on_are_stored_and_metrics_logged(tmp_path):
@@ -112,13 +36,52 @@ def test_groups_that_are_not_trained_on_are_stored_and_metrics_logged(tmp_path):
     trainer.train()
     groups = {(r["row_id"], r["round"], r["group"], r["kept"], r["discard_reason"]) for r in stored(tmp_path)}
     kept = {(order[1], 0, 1, True, None), (order[2], 1, 2, True, None)}
-    assert groups == {*kept, (order[0], 0, 0, False, "all_equal")} and len(stored(tmp_path)) == 3 * SIZE
-    metrics = {"groups/rounds": 2, "groups/prompts": 3, "groups/prompts_drawn": 3, "groups/missing": 0}
-    metrics |= {"groups/discarded_all_equal": 1, "groups/discarded_surplus": 0, "groups/discarded_stale": 0}
-    metrics |= {"groups/share_useful": 2 / 3, "rollouts/kept": 2 / 3, "rollouts/no_ranking": 1}  # random tokens
+    # half of the first two were useful, so that two are sampled for the one that is missing
+    equal = {(order[0], 0, 0, False, "all_equal"), (order[3], 1, 3, False, "all_equal")}
+    assert groups == {*kept, *equal} and len(stored(tmp_path)) == 4 * SIZE
+    metrics = {"groups/rounds": 2, "groups/prompts": 4, "groups/prompts_drawn": 4, "groups/missing": 0}
+    metrics |= {"groups/discarded_all_equal": 2, "groups/discarded_surplus": 0, "groups/discarded_stale": 0}
+    metrics |= {"groups/share_useful": 2 / 4, "rollouts/kept": 2 / 4, "rollouts/no_ranking": 1}  # random tokens
     metrics["rollouts/reward"] = np.mean([rollout["reward"] for rollout in stored(tmp_path)])
     found = {name: logged(trainer, name) for name in metrics}
     assert found == {name: [pytest.approx(value)] for name, value in metrics.items()}
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_a_completion_that_is_cut_off_is_no_part_of_its_groups_mean(tmp_path, masked):
+    def script(prompt, member):
+        return LIMIT if member == 0 else 3 + member
+
+    trainer = make_trainer(tmp_path, script, mask_truncated_completions=masked, scale_rewards="none")
+    trainer.train()
+    group = [rollout for rollout in stored(tmp_path) if rollout["group"] == 0]
+    rewards = np.array([rollout["reward"] for rollout in group], dtype=float)
+    assert np.isnan(rewards[0]) == masked and not np.isnan(rewards[1:]).any()
+    expected = np.nan_to_num(rewards - np.nanmean(rewards))
+    assert [rollout["advantage"] for rollout in group] == pytest.approx(expected.tolist(), abs=1e-5)
+    assert [rollout["kept"] for rollout in group] == [not masked, True, True, True]
+    assert group[0]["discard_reason"] == ("truncated" if masked else None)
+
+
+def test_trl_keeps_a_member_in_the_mean_while_one_of_its_rewards_is_a_number(tmp_path):
+    """So that a masked completion must be without any reward."""
+    trainer = make_trainer(tmp_path, scale_rewards="none")
+    found, _ = trainer.sampler.collect(0, 2)
+    nan = float("nan")
+    for left, mean_of in (({"num_tokens": nan, "evenness": 0.0}, 4), ({"num_tokens": nan, "evenness": nan}, 3)):
+        trainer.prepared = Prepared(trainer.prepared.resume_from, 1)
+        found.kept[0].rollouts[0].rewards = left
+        trainer.choose_groups(found, 2)
+        advantages = trainer.compute_advantages()["advantages"][:SIZE]
+        totals = torch.tensor([sum(r.rewards.values()) for r in found.kept[0].rollouts[1:]])
+        assert totals[0] - advantages[1] == pytest.approx(totals.sum().item() / mean_of, abs=1e-5)
+
+
+def test_what_the_store_tells_of_sampling(tmp_path):
+    make_trainer(tmp_path).train()
+    for rollout in stored(tmp_path):
+        assert rollout["epoch"] == 0 and rollout["seed"] is None  # transformers takes no seed a completion
+        assert rollout["outcome"] == len(rollout["completion_ids"])
 
 
 def test_surplus_is_trained_on_while_the_weights_are_those_that_sampled_it_and_stale_then(tmp_path):
@@ -167,22 +130,7 @@ def test_without_dynamic_sampling_a_step_is_that_of_plain_trl(tmp_path, accumula
     batch = {"per_device_train_batch_size": 2 * SIZE // accumulation, "gradient_accumulation_steps": accumulation}
     ours = make_trainer(tmp_path, rounds=0, max_steps=2, grouped=grouped, **batch)
 
-    class PlainScripted(GRPOTrainer):
-        def _generate_single_turn(self, prompt_ids, *args, **kwargs):
-            texts = self.processing_class.batch_decode(prompt_ids)
-            return [answers[text].pop(0) for text in texts], None
-
-    words = tokenizer()
-    prompts = [prompt.asked for prompt in stream(8, tokenizer=words).take(0, 4)]
-    answers = {}
-    for prompt in prompts:
-        text = words.decode(words(prompt.prompt).input_ids)
-        seeds = [request_seed(0, prompt.row.row_id, 0, member) for member in range(SIZE)]
-        answers[text] = [random_tokens(s, 3 + m, words.eos_token_id) for m, s in enumerate(seeds)]
-    torch.manual_seed(0)
-    dataset = Dataset.from_dict({"prompt": [prompt.prompt for prompt in prompts]})
-    options = config(tmp_path, max_steps=2, shuffle_dataset=False, **batch)
-    plain = PlainScripted(tiny_model(words), REWARDS, options, dataset, processing_class=words)
+    plain = plain_trainer(tmp_path, max_steps=2, **batch)
     ours.train()
     plain.train()
     assert logged(ours, "loss") == pytest.approx(logged(plain, "loss"), abs=1e-6)

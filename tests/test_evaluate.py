@@ -8,20 +8,21 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from rich.console import Console
-from toy_run import CATALOGUE, ID_TOKENS, SEMANTIC_IDS, write_run
+from toy_run import CATALOGUE, ID_TOKENS, NUM_ITEMS, SEMANTIC_IDS, SETTINGS, toy_sequences, write_run
 
 from rerank import evaluate
+from rerank.baselines import Counts, ItemFacts
 from rerank.compare.evaluations import ListEvaluation
 from rerank.compare.tables import list_lines
 from rerank.launch import recipe
 from rerank.models import base as base_model
-from rerank.models.ranker import RankingModel, read_answer
+from rerank.models.ranker import Batch, RankingModel, ask, read_answer
 from rerank.next_item.model import NextItemModel, likelihood_orders
-from rerank.prompts import render
+from rerank.prompts import clean, render
 from rerank.results import rankers, tables
 from rerank.results.rankers import Ranker
 from rerank.results.rankings import EvaluatedRows, Ranking, make_results
-from rerank.rows import RankingRow
+from rerank.rows import RankingRow, read_rows
 
 # Four rows of three candidates; the relevant item stands at rank 1, 2, 3, 2 of the input order.
 RELEVANCE = [[1, 0, 0], [0, 1, 0], [0, 0, 1], [0, 1, 0]]
@@ -101,7 +102,8 @@ def test_markdown_and_terminal_show_the_same_row_and_say_when_it_is_not_test():
     text = tables.markdown(toy_results())
     line = next(line for line in text.splitlines() if line.startswith("| sft |"))
     assert "0.5000" in line and "2 (50.0 %): empty 1, too_few 1" in line and "500.0" in line
-    assert "4 test rows whose list holds a relevant item, of 16 (25.0 % hold one)" in text and "NOT" not in text
+    assert "4 test rows whose list holds a relevant item, of 16 (list recall 25.0 %)" in text and "NOT" not in text
+    assert "of one training seed: another seed may lie outside." in text
     assert "NOT the test split" in tables.markdown(toy_results(split="valid"))
     console = Console(width=80, record=True, file=io.StringIO())  # nothing may be cut off
     console.print(tables.results_table(toy_results(split="valid")))
@@ -169,6 +171,8 @@ def test_likelihood_orders_are_those_of_scoring_each_candidate_alone_in_any_batc
     ({"models": ["dapo"], "task": "next_item"}, r"models holds dapo, but task next_item asks midtrained and sft"),
     ({"models": ["dapo"], "task": "held_out_sets"}, r"models holds dapo, but task held_out_sets asks sft only"),
     ({"max_rows": -1}, r"max_rows is -1 but must be at least 0"),
+    ({"orders": -1}, r"orders is -1 but must be at least 0"),
+    ({"shuffle_texts": True, "task": "next_item"}, r"shuffle_texts goes with task rerank, but task is next_item"),
     ({"batch_size": 0}, r"batch_size is 0 but must be at least 1"),
     ({"num_bootstrap": 0}, r"num_bootstrap is 0 but must be at least 1"),
 ])  # fmt: skip
@@ -207,10 +211,15 @@ def test_the_stage_on_models_with_random_weights_counts_every_failure(run, monke
         monkeypatch.setenv(name, value)
     out_dir = run / "evaluate.partial"
     out_dir.mkdir()
-    metrics = evaluate.main(evaluate.EvaluateArguments(run_dir=str(run), num_bootstrap=50), out_dir)
+    counts = Counts.fit(toy_sequences(), NUM_ITEMS, ItemFacts.of(NUM_ITEMS, categories=list("abcabcabcabc")))
+    counts.save(run / "candidates/evidence.npz")
+    args = evaluate.EvaluateArguments(run_dir=str(run), num_bootstrap=50, orders=2, shuffle_texts=True)
+    evaluate.check(args)
+    metrics = evaluate.main(args, out_dir)
     results = json.loads((out_dir / "results.json").read_text())
-    rows = results["rows"]
-    assert list(rows) == ["no_op", "random", "oracle", "transitions", "lambdamart", "midtrained", "sft", "dapo"]
+    rows, controls = results["rows"], ["lambdamart_shuffled_texts", "sft_shuffled_texts", "dapo_shuffled_texts"]
+    rankers_shown = ["no_op", "random", "oracle", "transitions", "lambdamart", "midtrained", "sft", "dapo", *controls]
+    assert list(rows) == rankers_shown and "dapo_vs_dapo_shuffled_texts" in results["comparisons"]
     for name in ("sft", "dapo"):
         assert rows[name]["N@5"] == 0 and rows[name]["parse_failure_share"] == 1
         assert rows[name]["N@5_fallback"] == rows["no_op"]["N@5"]
@@ -219,9 +228,96 @@ def test_the_stage_on_models_with_random_weights_counts_every_failure(run, monke
     assert results["dapo"]["max_logp_gap"] == 0.001 and results["dapo"]["rollout_engine"] == "vllm"
     assert metrics["N@5"]["no_op"] == rows["no_op"]["N@5"] and metrics["n"] == results["n"]
     ranked = pq.read_table(out_dir / "rankings.parquet").to_pylist()
-    assert len(ranked) == 7 * results["n"]  # all but random
+    assert len(ranked) == 10 * results["n"]  # all but random
     assert {line["failure"] for line in ranked if line["ranker"] == "sft"} <= {"no_trace_end", "junk", "empty"}
-    assert (out_dir / "results.md").is_file()
+    check_orders(out_dir, results)
+    text = (out_dir / "results.md").read_text()
+    for words in (
+        "First-stage rank of the target.",
+        "Slices.",
+        "N@5 on slices.",
+        "Order robustness.",
+        "| sft, merged |",
+    ):
+        assert words in text
+    assert "no two items share a semantic id" in text and "\n| lambdamart_shuffled_texts | " in text
+
+
+def check_orders(out_dir, results):
+    """Trees do not move, models with random weights never rank, and the stored rankings give the same numbers."""
+    found = results["orders"]
+    assert list(found["rankers"]) == ["lambdamart", "sft", "dapo"] and found["rows"] == results["n"]
+    trees, model = found["rankers"]["lambdamart"], found["rankers"]["sft"]
+    assert trees["by_order"] == [results["rows"]["lambdamart"]["N@5"]] * 2 and trees["kendall_tau"] == 1
+    assert model["both_ranked"] == 0 and model["kendall_tau"] is None and model["merged"]["N@5"] == 0
+    stored = pq.read_table(out_dir / "orders.parquet").to_pylist()
+    assert len(stored) == 3 * 2 * results["n"]
+    first = [line["order"] for line in stored if line["ranker"] == "lambdamart" and line["number"] == 1]
+    given = pq.read_table(out_dir / "rankings.parquet", filters=[("ranker", "==", "lambdamart")])
+    assert first == given["order"].to_pylist()
+    assert all(line["order"] is None for line in stored if line["ranker"] == "sft")
+
+
+def test_candidate_lines_move_with_their_facts_and_the_control_shows_other_texts(run):
+    model = RankingModel.load(run / "sft/model")
+    tokenizer = model.load_tokenizer()
+    row = EvaluatedRows.load(run / "candidates", "test").rows[0]
+
+    def lines(row, catalogue=None):
+        (asked,) = ask(model, Batch([row], catalogue), tokenizer)
+        return asked.prompt.split("Candidates:\n")[1].split("<|assistant|>")[0].splitlines()
+
+    shown, order = lines(row), [2, 0, 3, 1]
+    assert lines(row.shuffled(order)) == [shown[place] for place in order]
+    others = lines(row, CATALOGUE.with_texts_of([*range(1, NUM_ITEMS), 0]))
+    for item, line, other in zip(row.candidates, shown, others, strict=True):
+        own, given = (f"{SEMANTIC_IDS[item]} {clean(CATALOGUE.titles[k % NUM_ITEMS])} |" for k in (item, item + 1))
+        assert line.startswith(own) and other == given + line.removeprefix(own)
+
+
+def test_a_control_of_texts_that_no_prompt_shows_is_refused(run):
+    settings = replace(SETTINGS, item_fields=["semantic_id"], evidence_names=["popularity"])
+    for stage in ("sft", "dapo"):
+        settings.save(run / stage / "model")
+    evaluate.check(evaluate.EvaluateArguments(run_dir=str(run)))
+    with pytest.raises(ValueError, match=r"prompts of .*sft/model show no title, category or text fact, so that"):
+        evaluate.check(evaluate.EvaluateArguments(run_dir=str(run), shuffle_texts=True))
+
+
+def test_without_orders_there_is_no_table_of_them(run):
+    (run / "evaluate").mkdir()
+    args = evaluate.EvaluateArguments(run_dir=str(run), models=[], num_bootstrap=5, orders=0)
+    evaluate.main(args, run / "evaluate")
+    assert json.loads((run / "evaluate/results.json").read_text())["orders"] is None
+    assert "Order robustness" not in (run / "evaluate/results.md").read_text()
+    assert not (run / "evaluate/orders.parquet").exists()
+
+
+def test_lambdamart_rests_on_training_rows_alone_in_any_order(run):
+    folder, table = run / "candidates", pq.read_table(run / "candidates/train.parquet")
+    rows = EvaluatedRows.load(folder, "valid").rows
+    found = rankers.lambdamart(folder, read_rows(folder / "valid.parquet", needs_features=True))
+    pq.write_table(table.take(np.random.default_rng(0).permutation(len(table))), folder / "train.parquet")
+    given = read_rows(folder / "valid.parquet", needs_features=True)
+    (folder / "valid.parquet").unlink()  # rows that are ranked do not choose the number of trees
+    assert rankers.lambdamart(folder, given) == found
+    assert len(found.of_fits) == 5 and len(found.orders) == len(rows)
+
+
+def test_results_say_how_far_the_fits_of_a_baseline_differ():
+    rows = [RankingRow(n, (9,), (0, 1, 2), tuple(gains), user=n) for n, gains in enumerate(RELEVANCE)]
+    orders = [[[0, 1, 2]] * 4, [[1, 0, 2]] * 4]
+    ranking = Ranking.of_baseline("lambdamart", rankers.FittedOrders(orders[0], orders))
+    rankings = [Ranking("no_op", [[0, 1, 2]] * 4), ranking]
+    results = make_results(rankings, EvaluatedRows("test", rows, 1.0, 4), num_bootstrap=5)
+    # the relevant item at ranks 1, 2, 3, 2 by one fit and at 2, 1, 3, 1 by the other
+    alone = (1 + SECOND + 0.5 + SECOND) / 4, (SECOND + 1 + 0.5 + 1) / 4
+    spread = abs(alone[0] - alone[1]) / np.sqrt(2)
+    assert results["fits"] == {"lambdamart": {"num": 2, "N@5_spread": pytest.approx(spread)}}
+    assert results["rows"]["lambdamart"]["N@5"] == pytest.approx(alone[0])
+    assert f"2 fits, whose N@5 alone have a standard deviation of {spread:.4f}" in tables.markdown(results)
+    results["fits"] = {}
+    assert "fits" not in tables.markdown(results)
 
 
 def test_a_ranker_is_added_in_one_place(run, monkeypatch):

@@ -262,6 +262,28 @@ def test_the_heads_loss_is_cross_entropy_over_all_items(run, tmp_path):
     assert value.item() == pytest.approx(sum(losses).item() / len(losses), rel=1e-5)
 
 
+def test_the_head_learns_next_item_rows_alone_where_iirg_adds_rows_of_relations(run, tmp_path):
+    specs = [{"name": "nll"}, {"name": "cllm4rec", "kwargs": {"regularisation": 0}}]
+    alone, beside = (
+        make_trainer(run, tmp_path / "alone", specs),
+        make_trainer(run, tmp_path / "beside", [*specs, IIRG]),
+    )
+    values = []
+    for trainer in (alone, beside):
+        batch = trainer.data_collator(list(trainer.train_dataset))
+        state = torch.randn(
+            32, generator=torch.Generator().manual_seed(0)
+        )  # so that the loss depends on targets alone
+        hidden = state.expand(*batch["input_ids"].shape, 32)
+        is_next = batch["task"] == trainer.tasks.index("next_item")
+        inputs = trainer._inputs(batch, trainer._counts(batch), hidden, None)
+        assert inputs.counts["head_targets"] == int((batch["items"][is_next] >= 0).sum())
+        extra = trainer.losses.auxiliary["cllm4rec"]
+        values.append(extra.terms(inputs, trainer.model.get_input_embeddings())["item_head"].item())
+    assert len(beside.train_dataset) > len(alone.train_dataset)
+    assert values[0] == pytest.approx(values[1], rel=1e-5)
+
+
 def test_a_masked_prompt_hides_a_share_and_is_drawn_anew_each_epoch(run, tmp_path):
     trainer = make_trainer(run, tmp_path, [{"name": "nll"}, {"name": "cllm4rec", "kwargs": {"mask_share": 0.4}}])
     task, collator = trainer.tasks.index("masked"), trainer.data_collator

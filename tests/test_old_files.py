@@ -55,6 +55,16 @@ def test_old_rollouts_are_shown_by_group_and_on_a_page(run):
     assert "The title" in (run / "page.html").read_text()
 
 
+def test_old_rollouts_are_exported(run):
+    run_command("export", run, "--format", "trl")
+    tables = [pq.read_table(path) for path in sorted((run / "completions").iterdir())]
+    read = read_rollouts(OLD)
+    assert sum(table.num_rows for table in tables) == read.num_rows
+    ndcg = [value for table in tables for value in table["ndcg"].to_pylist()]
+    wanted = [dict(components)["ndcg"] for components in read["reward_components"].to_pylist()]
+    assert sorted(ndcg) == sorted(wanted)
+
+
 def test_old_rollouts_earn_under_the_same_rewards_what_they_earned(tmp_path):
     rewards = {"rewards": [{"name": "ndcg", "kwargs": {"k": 4}}, {"name": f"{TOY}/rewards.py:share_of_ids"}]}
     (tmp_path / "rewards.yaml").write_text(yaml.safe_dump({**rewards, "outcome": "share_of_ids"}))
@@ -106,7 +116,7 @@ def test_an_old_dapo_folder_is_refused_under_todays_recipe(run, capsys):
     line = refusal(capsys, "run", TOY, "--out", run, "--dry-run")
     assert f"{run}/data was made by another recipe: interactions is ${{TOY_DATA}}/interactions.csv there" in line
     words = [f"data.{name}=${{TOY_DATA}}/{name}.csv" for name in ("interactions", "items")]
-    words.append("semantic_ids.embeddings=${TOY_DATA}/embeddings.npy")
+    words += ["semantic_ids.embeddings=${TOY_DATA}/embeddings.npy", "sft.keep=best", "dapo.keep=best"]
     line = refusal(capsys, "run", TOY, "--out", run, "--dry-run", *words)
     assert f"{run}/dapo was made by another recipe: overlong_tokens is 8 there and its default here (overlong" in line
     assert f" among the rewards); delete {run}/dapo and the stages after it" in line and "--only" not in line

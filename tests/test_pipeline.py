@@ -36,7 +36,7 @@ def main(args, out_dir):
     return {"share": args.share}
 
 
-STAGE = Stage("prune", (PruneArguments,), main, check, inputs=("data",), renamed_keys={"part": "write `share`"})
+STAGE = Stage("prune", (PruneArguments,), main, check, ("data",), trains=True, renamed_keys={"part": "write `share`"})
 if __name__ == "__main__":
     STAGES["prune"] = "ninth"
     recipe.launch("prune")
@@ -179,6 +179,86 @@ def test_a_signal_reaches_the_stage_and_not_its_launcher(tmp_path):
 
 
 @pytest.fixture
+def finished(tmp_path) -> list[pipeline.Step]:
+    """The steps of a recipe of two stages, both finished: data, which can be made again, and candidates."""
+    (tmp_path / "toy.csv").write_text("user,item,time\n" + "".join(f"u{n % 3},i{n},{n}\n" for n in range(30)))
+    recipes = {"1_data": {"interactions": str(tmp_path / "toy.csv")}, "4_candidates": {"num_candidates": 2}}
+    steps = pipeline.read_steps(write_recipes(tmp_path / "toy", recipes), str(tmp_path / "run"), [])
+    for step in steps:
+        finish(run_dir.stage_dir(step.run_dir, step.stage), given=step.keys)
+        (run_dir.stage_dir(step.run_dir, step.stage) / "old.txt").touch()
+    return steps
+
+
+def test_a_forced_stage_and_those_after_it_are_made_again_and_nothing_is_lost_before(tmp_path, finished):
+    run, said = tmp_path / "run", []
+    run_dir.partial_dir(run, "data").mkdir()
+    run_dir.begin(run, "data", {"num_test": 7}, ())  # of another recipe, which does not matter any more
+    remake = pipeline.forced(finished, finished, "data")
+    assert remake == ["data", "candidates"]
+    # candidates needs the stage semantic_ids, which this recipe lacks: refused before anything is moved
+    with pytest.raises(FileNotFoundError, match="candidates needs .*semantic_ids, which is not there"):
+        pipeline.run(finished, CPU, said.append, remake)
+    assert {path.name for path in run.iterdir()} == {"data", "data.partial", "candidates"} and not said
+
+    (tmp_path / "bad.yaml").write_text("no_such_key: 1\n")
+    first = finished[:1]
+    assert pipeline.run(first, str(tmp_path / "bad.yaml"), said.append, ["data"]) == 1
+    assert said[-1].endswith("failed with exit code 1; the same command without --force continues from here")
+    assert (run / "data.replaced/old.txt").is_file() and not (run / "data").exists()
+    assert not (run / "data.partial").exists() and (run / "candidates/old.txt").is_file()
+
+    assert pipeline.run(first, CPU, said.append) == 0
+    assert (run / "data/rows.parquet").is_file() and not (run / "data/old.txt").exists()
+    assert {path.name for path in run.iterdir()} == {"data", "candidates"}
+    before = run_dir.read_record(run, "data").id
+    assert pipeline.run(first, CPU, said.append, ["data"]) == 0
+    assert run_dir.read_record(run, "data").id != before
+
+
+def test_a_forced_stage_is_checked_as_if_it_were_not_finished(tmp_path, finished):
+    """Its inputs and files may be others than those that it was made from, and what is to be replaced is not read."""
+    run, steps = tmp_path / "run", finished[:1]
+    stale = pipeline.read_steps(tmp_path / "toy", str(run), ["data.num_test=2"])[:1]
+    with pytest.raises(
+        ValueError, match="run/data was made by another recipe: num_test .* as `rerank run --force data` does"
+    ):
+        pipeline.check_steps(stale)
+    assert pipeline.check_steps(stale, remake=["data"]) == stale
+    assert pipeline.describe(steps, CPU)[0].startswith("# finished: accelerate")
+    assert pipeline.describe(steps, CPU, ["data"])[0].startswith("accelerate")
+    finish(run / "semantic_ids")  # an old data folder, without rows.parquet, which candidates' check would read
+    assert pipeline.check_steps(finished, remake=["data", "candidates"]) == finished
+    with pytest.raises(FileNotFoundError, match="run/data/rows.parquet"):
+        pipeline.check_steps(finished, remake=["candidates"])
+    with run_dir.lock(run_dir.partial_dir(run, "data")), pytest.raises(ValueError, match="data.partial is in use by"):
+        pipeline.check_steps(steps, remake=["data"])
+
+
+def test_a_link_to_a_stage_of_another_run_is_set_aside_and_the_other_run_is_left_alone(tmp_path, finished):
+    run, other = tmp_path / "run", tmp_path / "other/data"
+    other.parent.mkdir()
+    (run / "data").rename(other)
+    (run / "data").symlink_to(other)
+    run_dir.set_aside(run, "data")
+    assert (run / "data.replaced").is_symlink() and (other / "old.txt").is_file()
+    finish(run / "data")
+    assert not (run / "data.replaced").is_symlink() and (other / "old.txt").is_file()
+
+
+def test_a_stage_is_forced_only_where_the_recipe_has_it_and_it_is_selected(finished):
+    assert pipeline.forced(finished, finished, None) == []
+    assert pipeline.forced(finished, finished, "candidates") == ["candidates"]
+    message = (
+        r"--force candidate: there is no stage 'candidate' \(did you mean candidates\?\); stages of this recipe are da"
+    )
+    with pytest.raises(ValueError, match=message):
+        pipeline.forced(finished, finished, "candidate")
+    with pytest.raises(ValueError, match="--force candidates: only data are selected; change --from, --to or --only"):
+        pipeline.forced(finished, finished[:1], "candidates")
+
+
+@pytest.fixture
 def ninth_stage(tmp_path, monkeypatch):
     """A stage `prune` between data and semantic_ids, in a module of its own; traces and dapo are left out."""
     (tmp_path / "ninth.py").write_text(NINTH)
@@ -210,7 +290,9 @@ def test_a_ninth_stage_and_two_left_out_follow_from_the_list_of_stages(tmp_path,
     assert pipeline.run(steps[:2], cpu, said.append) == 0
     assert [line.partition(":")[0] for line in said] == ["[1/2] data", "[2/2] prune ...", "[2/2] prune"]
     assert (run / "prune/pruned.txt").read_text() == "0.25"
-    assert run_dir.read_record(run, "prune").inputs == {"data": run_dir.read_record(run, "data").id}
+    record = run_dir.read_record(run, "prune")
+    assert record.inputs == {"data": run_dir.read_record(run, "data").id}
+    assert [(file.key, file.name) for file in record.files] == [("the accelerate file", cpu)]
     assert f"-m ninth --config {folder}/2_prune.yaml" in pipeline.describe(steps, CPU)[1]
 
 

@@ -196,11 +196,21 @@ def test_a_completion_is_the_ranking_it_states_or_the_first_failure(text, labels
 
 
 @pytest.mark.parametrize(
-    ("labels", "message"), [([], "at least one"), ([A, A], "distinct"), (["one", "two"], "neither a number nor")]
+    ("labels", "message"), [([], "at least one"), (["1", "1"], "distinct"), (["one", "two"], "neither a number nor")]
 )
 def test_labels_that_no_row_has_are_refused(labels, message):
     with pytest.raises(ValueError, match=message):
         parse_completion("<think></think>1", labels)
+
+
+def test_mentions_of_an_id_that_candidates_share_stand_for_them_in_the_order_shown():
+    labels = [A, B, A, C]
+    answers = {A + B + A + C: [0, 1, 2, 3], C + A + A + B: [3, 0, 2, 1], B + C + A + A: [1, 3, 0, 2]}
+    answers |= {A + B + C: "too_few", A + A + A + C: "duplicate", A + B + A + C + A: "too_many"}
+    for answer, expected in answers.items():
+        parsed = parse_completion(f"<think></think>{answer}", labels)
+        assert (parsed.order or parsed.failure) == expected
+        assert completion("", parsed.order or [], labels) in ("<think></think>", f"<think></think>{answer}")
 
 
 def assert_is_a_ranking_or_a_failure(text, labels):

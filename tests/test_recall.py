@@ -2,19 +2,22 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from toy_run import CATALOGUE, NUM_ITEMS, toy_sequences, write_interactions, write_run
+from toy_run import CATALOGUE, NUM_ITEMS, toy_codes, toy_sequences, write_interactions, write_run
 
 from rerank import evaluate, metrics
 from rerank.baselines import Counts
 from rerank.launch.files import write_json
 from rerank.next_item import recall
+from rerank.next_item.encoder import SETTINGS
 from rerank.next_item.model import NextItemModel
+from rerank.semantic_ids import SemanticIds
 
 
 def test_metrics_of_lists_are_those_of_one_ranking_at_a_time():
@@ -34,6 +37,18 @@ def test_popular_lists_leave_out_the_history():
     lists = recall.popular_lists(popularity, [np.array([2]), np.array([4, 0, 1])], 2)
     assert lists.tolist() == [[4, 0], [2, 3]]
     assert recall.popular_lists(popularity, [np.array([1, 2, 4, 3])], 2).tolist() == [[0, -1]]
+
+
+def test_a_history_of_nearly_all_items_shortens_its_own_list_alone(tmp_path):
+    write_interactions(tmp_path / "data", {0: [0, 1, 2, 3, 4], 1: [1, 2, 0], 2: [3, 0]}, ["train"] * 10)
+    histories = [np.array([0]), np.array([0, 1, 2, 0]), np.arange(5)]
+    _, lists = recall.baseline_lists(tmp_path, 5, histories, 3)
+    alone = [recall.baseline_lists(tmp_path, 5, [history], 3)[1] for history in histories]
+    for name, found in lists.items():
+        assert found.tolist() == [single[name][0].tolist() for single in alone]
+        assert [sum(item >= 0 for item in line) for line in found] == [3, 2, 0]
+    # after 0, in sixtieths: 1 by user 0 next and by user 1 two before (60 + 9), 2: 30 + 18, 3: 20 + 18
+    assert lists["transitions"].tolist() == [[1, 2, 3], [3, 4, -1], [-1, -1, -1]]
 
 
 def test_a_target_is_one_hop_away_when_it_is_among_the_most_frequent_successors(monkeypatch):
@@ -86,6 +101,41 @@ def test_recall_of_a_sample_is_that_of_its_rows(run):
     assert len(recall.ValidationRecall.load(run, tokenizer, 999, 5).rows) == 30
 
 
+def test_items_of_one_id_are_found_together_and_hit_one_by_one(run, tmp_path):
+    """A hit is the item itself, at the place that it has in the list."""
+    own, codes = shutil.copytree(run, tmp_path / "run"), toy_codes()
+    targets = pq.read_table(run / "data/rows.parquet", filters=[("split", "==", "test")])["target"].to_pylist()
+    first, second = sorted(sorted(set(targets), key=targets.count)[-2:])
+    codes[second] = codes[first]
+    SemanticIds(codes, codebook_size=4).save(own / "semantic_ids")
+    found = recall.find_lists(own, "test", {}, ["midtrained"], num_beams=NUM_ITEMS)
+    assert found.rows.targets.tolist() == targets
+    values, num_together = recall.metrics_of_lists(found.lists["midtrained"], found.rows.targets), 0
+    for row, (items, target) in enumerate(zip(found.lists["midtrained"].tolist(), targets, strict=True)):
+        place = items.index(target) if target in items else 99
+        assert values["R@5"][row] == float(place < 5) and values["R@10"][row] == float(place < 10)
+        if {first, second} <= set(items):
+            num_together += 1
+            assert items.index(second) == items.index(first) + 1  # one answer, two places
+    assert num_together
+    results = recall.summarise(found, own, NUM_ITEMS, 10)
+    sharing = sum(target in (first, second) for target in targets)
+    assert results["shared_texts"] == {"semantic_id": {"items": 2, "rows": sharing}}
+    assert f"(sharing a semantic id: 2 items, the targets of {sharing} rows)" in recall.markdown(results)
+
+
+def test_items_that_a_model_writes_by_one_title_are_counted(run, tmp_path):
+    own = shutil.copytree(run, tmp_path / "run")
+    write_json(own / "sft/model" / SETTINGS, {"item_text": "title"})
+    titles = pq.read_table(own / "data/items.parquet").to_pydict()
+    titles["title"][3] = f" {titles['title'][7]} "
+    pq.write_table(pa.table(titles), own / "data/items.parquet")
+    targets, by_id = np.array([3, 3, 7, 1]), {"semantic_id": {"items": 0, "rows": 0}}
+    found = recall.shared_texts(own, targets, ["midtrained", "sft"])
+    assert found == {**by_id, "title": {"items": 2, "rows": 3}}
+    assert recall.shared_texts(own, targets, ["midtrained"]) == by_id  # no input of this evaluation
+
+
 @pytest.fixture
 def best(run, tmp_path):
     """A file of lists for the test rows, each with its target first."""
@@ -95,6 +145,25 @@ def best(run, tmp_path):
     columns["candidates"] = [[CATALOGUE.item_ids[item] for item in items] for items in lists]
     pq.write_table(pa.table(columns), tmp_path / "best.parquet")
     return str(tmp_path / "best.parquet")
+
+
+def check_slices(run, made, text):
+    """Each slice as a loop over its rows finds it."""
+    taken = pq.read_table(run / "data/interactions.parquet", filters=[("split", "==", "train")])["item"].to_pylist()
+    rows = pq.read_table(run / "data/rows.parquet", filters=[("split", "==", "test")]).to_pylist()
+    short = sorted(len(row["history"]) for row in rows)[int(0.25 * 29)]
+    counts = sorted(taken.count(item) for item in range(NUM_ITEMS))
+    popular = max(6, counts[int(np.ceil(0.9 * (NUM_ITEMS - 1)))])
+    members = {"cold": [row for row in rows if taken.count(row["target"]) <= 5]}
+    members["popular"] = [row for row in rows if taken.count(row["target"]) >= popular]
+    members["short"] = [row for row in rows if len(row["history"]) <= short]
+    assert members["popular"] and members["short"]
+    slices = made["slices"]
+    for name, inside in members.items():
+        assert slices["of"][name]["rows"] == len(inside)
+        assert slices["rankers"]["best"][name]["value"] == (1.0 if inside else None)
+        assert f"{name} (n={len(inside)})" in text
+    assert f"at least {popular} training interactions" in text and f"at most {short} items" in text
 
 
 def test_every_row_is_ranked_and_the_groups_add_up(run, best, tmp_path, monkeypatch):
@@ -115,6 +184,8 @@ def test_every_row_is_ranked_and_the_groups_add_up(run, best, tmp_path, monkeypa
     low, high = made["rows"]["best"]["all"]["R@5_interval"]
     assert low <= 1 - transitions["all"]["R@5"] <= high
     assert f"| best | {1:.4f} | {1:.4f} |" in text and "the rest" in text and "30 test rows, 1 seed, 10 beams" in text
+    check_slices(run, made, text)
+    assert "of one training seed: another seed may lie outside." in text
     lines = pq.read_table(tmp_path / "lists.parquet").to_pylist()
     assert len(lines) == 4 * 30
     assert all(line["items"][0] == line["target"] for line in lines if line["ranker"] == "best")
@@ -145,4 +216,5 @@ def test_next_items_of_the_midtrained_model_alone_need_no_sft_stage(run):
 
     assert inputs(task="next_item", models=["midtrained"]) == ["data", "semantic_ids", "midtrain"]
     assert inputs(task="next_item") == inputs(task="held_out_sets") == ["data", "semantic_ids", "midtrain", "sft"]
+    assert inputs(task="held_out_sets", models=[])[-1] == "sft"  # which ranks the sets whatever `models` says
     assert inputs() == ["data", "semantic_ids", "midtrain", "sft", "candidates", "dapo"]

@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from toy_run import finish
 
 from rerank.launch import recipe, run_dir
-from rerank.launch.files import write_json
 from rerank.launch.values import check_choice, check_range
 
 # Three launches of one stage in one process, each as `python -m rerank.data` would be.
@@ -108,8 +108,7 @@ def test_an_input_is_there_or_made_before(tmp_path):
     assert recipe.check_inputs("semantic_ids", args, made=["data"]) == ["data"]
     with pytest.raises(FileNotFoundError, match="semantic_ids needs .*data, which is not there; run the stage data"):
         recipe.check_inputs("semantic_ids", args)
-    (tmp_path / "data").mkdir()
-    write_json(tmp_path / "data/stage.json", {})
+    finish(tmp_path / "data")
     recipe.check_inputs("semantic_ids", args)
     for source, extra in (("model", ["midtrain"]), ("transitions", [])):  # lists of a model need it, others do not
         args = SimpleNamespace(run_dir=str(tmp_path), source=source, model_dir=None)

@@ -11,10 +11,11 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 
 from rerank import cli, scoring
-from rerank.compare import SEEDED_STAGES
+from rerank.compare.seeds import SEEDED
 from rerank.launch import pipeline, recipe
 from rerank.launch.stages import STAGES, load_stage
 from rerank.losses import load_losses
+from rerank.results.intervals import LEAVES_SEEDS_OUT
 from rerank.results.tables import markdown_table
 
 ACCELERATE = sorted(Path("recipes/accelerate").glob("*.yaml"))
@@ -106,7 +107,6 @@ def test_a_recipe_folder_passes_its_dry_run(folder, data_dirs, tmp_path, capsys)
 KEPT = {
     "dapo.group_forward": "false for a model whose attention cannot run packed rows",
     "dapo.max_logp_gap": "a bfloat16 engine on a large model needs a wider bound",
-    "data.seed": "split: random",
     "midtrain.context_length": "of the small model, for long histories",
     "midtrain.general_text": "a text of one's own",
     "midtrain.token_epochs": "GR2 phase one, longer for many new tokens",
@@ -144,10 +144,19 @@ def options_in_use() -> set[str]:
     for path in (Path("README.md"), *Path("recipes").rglob("RESULTS*.md")):
         text = path.read_text()
         used |= set(re.findall(rf"\b(?:{'|'.join(STAGES)})\.\w+(?==)", text))
-        if "rerank compare" in text:  # which sets these by --seeds and --minutes_per_run
-            used |= {f"{stage}.seed" for stage in SEEDED_STAGES}
+        if "rerank compare" in text:  # which sets these by --seeds, --seed-from and --minutes_per_run
+            used |= {f"{stage}.seed" for stage in SEEDED}
             used |= {f"{stage}.max_minutes" for stage in STAGES if load_stage(stage).trains}
     return used
+
+
+@pytest.mark.parametrize("path", sorted(Path("recipes").rglob("RESULTS*.md")), ids=str)
+def test_a_results_file_with_intervals_says_whether_they_hold_seeds(path):
+    text = path.read_text()
+    if re.search(r"\[[+-]\d\.\d+, [+-]\d", text):
+        is_of_seeds = re.search(r"^Intervals: 95 %, over users and \d+ training seeds\.", text, re.MULTILINE)
+        leaves_out = f"Intervals: 95 %, {LEAVES_SEEDS_OUT}." in text
+        assert is_of_seeds or leaves_out or text.splitlines()[2].startswith("The intervals below leave training seeds")
 
 
 def test_every_option_is_set_somewhere_or_kept_for_a_reason(capsys):

@@ -190,7 +190,7 @@ def test_scale_and_outcome_are_those_of_the_run_where_the_file_has_none(store):
         ([], {"rewards": None}, "other.yaml: rewards is None but must be a list"),
         ([], {"scale_rewards": "rows"}, "scale_rewards is 'rows'; choose group, batch or none"),
         ([], {"scale_reward": "none"}, "unknown key 'scale_reward'; did you mean scale_rewards?"),
-        ([], {"multi_objective_aggregation": "normalize_then_sum"}, "rescoring knows sum_then_normalize only"),
+        ([], {"multi_objective_aggregation": "normalize_then_sum"}, "totals are known for sum_then_normalize only"),
         ([], {"overlong_tokens": 5}, "write {name: overlong, kwargs: {cache_tokens: N}} among the rewards"),
     ],
 )

@@ -20,7 +20,10 @@ from rerank.report import cheating, rollouts, semantic_ids
 from rerank.report import page as page_parts
 from rerank.report.page import json_text
 from rerank.report.rows import read_ranked_rows, sample_rows
-from rerank.results.rankings import EvaluatedRows, Ranking, make_results
+from rerank.results import orders, tables
+from rerank.results.orders import ShuffledRows
+from rerank.results.rankings import EvaluatedRows, Ranking, difficulty, make_results
+from rerank.results.slices import SplitLists
 from rerank.rollouts.groups import RolloutGroups
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -57,7 +60,13 @@ def run(tmp_path_factory) -> Path:
     ]
     write_rollouts(folder / "dapo/rollouts", *toy_rollouts())
     (folder / "evaluate").mkdir()
-    write_json(folder / "evaluate/results.json", make_results(rankings, evaluated, 50))
+    results = make_results(rankings, evaluated, 50)
+    results |= difficulty(rankings, evaluated, SplitLists.load(folder, "test"), 50)
+    shuffled = ShuffledRows.of(evaluated.rows, 2)
+    again = shuffled.as_given([[0, 1, 2, 3]] * (2 * num_rows))  # a ranker that copies what it is shown
+    found = orders.summarize(rankings[0].orders, again, shuffled, 50)
+    results["orders"] = {"num_orders": 2, "rows": num_rows, "rankers": {"sft": found}}
+    write_json(folder / "evaluate/results.json", results)
     write_rankings(rankings, evaluated.rows, folder / "evaluate/rankings.parquet")
     report.write_report(folder, folder / "evaluate", folder / "evaluate/report.html")
     return folder
@@ -113,10 +122,27 @@ def test_the_page_holds_results_stages_notes_and_semantic_ids(run, page):
         assert f"<dt>{name}</dt><dd>{value}</dd>" in page
 
 
+def test_the_page_holds_the_further_tables_of_the_results(run, page):
+    results = json.loads((run / "evaluate/results.json").read_text())
+    rows = [line for line in re.findall(r"<tr>(.*?)</tr>", page.replace("\n", "")) if "<td" in line or "<th" in line]
+    shown = [re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", line)).strip() for line in rows]
+    for table in tables.further_tables(results):
+        assert f'<h3 class="further">{table.title}</h3>' in page
+        for cells in table.rows:
+            assert " ".join(cells) in shown
+    merged = results["orders"]["rankers"]["sft"]["merged"]
+    chart = next(chart for chart in data_of(page, "charts") if chart["title"].startswith("NDCG@5 by the order"))
+    points = {line["name"]: (line["x"], line["y"]) for line in chart["data"]}
+    assert points["each other order"] == (results["orders"]["rankers"]["sft"]["by_order"], ["sft", "sft"])
+    assert points["merged"] == ([merged["N@5"]], ["sft"])
+
+
 def test_charts_hold_the_logged_values(page):
     charts = data_of(page, "charts")
-    first = ["NDCG@5 minus that of the input order, 95 % intervals", "Rank of the relevant item, share of rows"]
-    assert [chart["title"] for chart in charts][:2] == first
+    assert [chart["title"] for chart in charts][:2] == [
+        "NDCG@5 minus that of the input order, 95 % intervals over users",
+        "Rank of the relevant item, share of rows",
+    ]
     reward = next(chart for chart in charts if chart["title"] == "DAPO reward")
     assert reward["data"][0]["y"][:3] == [0.1, 0.2, 0.3]
     # 30 points: a moving mean over 3, so (0.1 + 0.2) / 2 and (0.1 + 0.2 + 0.3) / 3 at its start
@@ -292,6 +318,7 @@ def test_the_headline_says_what_the_interval_says(low, high, verdict):
     row = {"N@5": 0.52, "N@5_minus_no_op": 0.02, "N@5_interval": [low, high]}
     text = report.headline({"rows": {"no_op": {"N@5": 0.5}, "dapo": row}})
     assert verdict in text and "+4.0 % relative" in text
+    assert text.endswith("The interval is over users; another training seed may lie outside.")
 
 
 def test_a_run_so_far_says_what_is_missing(tmp_path, capsys):

@@ -187,7 +187,7 @@ def write_version(path, version):
 @pytest.mark.parametrize("version", ["9", "none"])
 def test_another_schema_version_is_refused(tmp_path, version):
     write_version(tmp_path / "part-00000001-0.parquet", version)
-    message = f"part-00000001-0.parquet has rollout schema version {version} but .* reads 2 and 3; read it with"
+    message = f"part-00000001-0.parquet has rollout schema version {version} but .* reads 2 and 3 and 4; read it with"
     with pytest.raises(ValueError, match=message):
         read_rollouts(tmp_path, ["step"])
 
@@ -196,6 +196,7 @@ def test_two_schema_versions_in_one_folder_are_refused_with_a_file_of_each(tmp_p
     write(tmp_path, rollout(step=0), rollout(step=1))
     for step in (2, 3):
         write_version(tmp_path / f"part-0000000{step}-0.parquet", "1")
-    message = r"part-00000000-0.parquet has rollout schema version 3 but \S*part-00000002-0.parquet has 1; move the"
+    version = f"part-00000000-0.parquet has rollout schema version {SCHEMA_VERSION}"
+    message = version + r" but \S*part-00000002-0.parquet has 1; move the"
     with pytest.raises(ValueError, match=message):
         open_rollouts(tmp_path)

@@ -9,7 +9,7 @@ import yaml
 from toy_run import finish
 
 from rerank.launch import run_dir
-from rerank.launch.files import fingerprint, write_json
+from rerank.launch.files import delete_folder, fingerprint, write_json
 
 
 def test_a_finished_folder_has_all_that_the_next_stage_and_a_reader_need(tmp_path):
@@ -116,3 +116,36 @@ def test_a_half_made_folder_is_resumed_by_its_own_recipe_and_from_its_own_inputs
     replace_data(tmp_path)
     with pytest.raises(ValueError, match="sft.partial was begun with another data folder than the run's"):
         run_dir.refuse_partial_of_another_recipe(tmp_path, "sft", {"seed": 0})
+
+
+def test_a_stage_is_recorded_with_the_inputs_that_it_began_with(tmp_path):
+    """An input that is replaced while the stage runs makes it stale."""
+    finish(tmp_path / "data")
+    run_dir.partial_dir(tmp_path, "semantic_ids").mkdir()
+    run_dir.begin(tmp_path, "semantic_ids", {}, ("data",))
+    replace_data(tmp_path)
+    run_dir.finish(tmp_path, "semantic_ids", {}, {}, ("data",), {})
+    with pytest.raises(ValueError, match="semantic_ids was made from another data folder than the run's; delete"):
+        run_dir.check_finished(tmp_path, "semantic_ids", {})
+
+
+def test_a_stage_is_stale_when_an_input_of_its_input_was_replaced(tmp_path):
+    finish(tmp_path / "data")
+    finish(tmp_path / "semantic_ids", inputs=("data",))
+    finish(tmp_path / "midtrain", inputs=("semantic_ids",))
+    run_dir.check_finished(tmp_path, "midtrain", {})
+    replace_data(tmp_path)
+    with pytest.raises(ValueError, match="/semantic_ids was made from another data folder than the run's; delete"):
+        run_dir.check_finished(tmp_path, "midtrain", {})
+
+
+def test_a_folder_is_deleted_at_once_whatever_an_earlier_deletion_left(tmp_path):
+    delete_folder(tmp_path / "nothing")
+    for name in ("a", "a.deleted"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    delete_folder(tmp_path / "link")
+    assert (tmp_path / "a/file").is_file()
+    delete_folder(tmp_path / "a")
+    assert list(tmp_path.iterdir()) == []

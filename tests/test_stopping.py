@@ -1,5 +1,6 @@
 """Training ends cleanly on a signal or after some minutes, and resumes where it ended."""
 
+import contextlib
 import json
 import os
 import signal
@@ -59,6 +60,65 @@ def test_a_training_ends_after_its_minutes(tmp_path):
     record = Record()
     stopping.train(trainer(tmp_path, record), max_minutes=0.0)
     assert record.steps == [1]
+
+
+class Minutes:
+    """A clock by which each step takes a minute; it begins at some hour."""
+
+    def __init__(self, record: Record, hours: int = 0) -> None:
+        self.record, self.hours = record, hours
+
+    def __call__(self) -> float:
+        return 3600.0 * self.hours + 60.0 * len(self.record.steps)
+
+
+def test_minutes_are_counted_over_resumes(tmp_path):
+    """Of four and a half minutes three led to the checkpoint, so that the second step after it is the last."""
+    steps = []
+    for hours, interrupt_at in enumerate((3, None)):
+        record = Record(interrupt_at)
+        with pytest.raises(KeyboardInterrupt) if interrupt_at else contextlib.nullcontext():
+            stopping.train(trainer(tmp_path, record), 4.5, Minutes(record, hours))
+        steps.append(record.steps)
+    assert steps == [[1, 2, 3], [4, 5]]
+
+
+@pytest.mark.parametrize("restores", [False, True])
+def test_a_resumed_training_counts_and_catches_signals_also_where_callbacks_are_restored(tmp_path, restores):
+    """midtrain has transformers restore them where it keeps the best recall."""
+
+    def resume(interrupt_at: int | None = None) -> list[int]:
+        record = Record(interrupt_at)
+        resumed = trainer(tmp_path, record)
+        resumed.args.restore_callback_states_from_checkpoint = restores
+        with pytest.raises(KeyboardInterrupt) if interrupt_at else contextlib.nullcontext():
+            stopping.train(resumed, max_minutes=60.0)
+        return record.steps
+
+    assert resume(interrupt_at=2) == [1, 2]
+    assert resume(interrupt_at=3) == [3]
+    path = tmp_path / "checkpoint-3/trainer_state.json"
+    state = json.loads(path.read_text())
+    trained = state["stateful_callbacks"]["StopOnSignal"]["attributes"]
+    assert 0 < trained["seconds_before"] < 600
+    trained["seconds_before"] = 3601.0
+    path.write_text(json.dumps(state))
+    assert resume() == [4]
+
+
+def test_a_checkpoint_that_counts_no_minutes_is_resumed_and_counts_from_there(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        stopping.train(trainer(tmp_path, Record(interrupt_at=3)))
+    path = tmp_path / "checkpoint-3/trainer_state.json"
+    state = json.loads(path.read_text())
+    assert state["stateful_callbacks"].pop("StopOnSignal")["attributes"]["seconds_before"] > 0
+    path.write_text(json.dumps(state))
+    record = Record(interrupt_at=4)
+    with pytest.raises(KeyboardInterrupt):
+        stopping.train(trainer(tmp_path, record), 1.5, Minutes(record))
+    last = Record()
+    stopping.train(trainer(tmp_path, last), 1.5, Minutes(last))
+    assert (record.steps, last.steps) == ([4], [5])
 
 
 def test_an_incomplete_checkpoint_is_skipped(tmp_path, caplog):

@@ -173,7 +173,7 @@ def test_grades_part_the_scores_of_all_rows_evenly_and_noise_moves_them(prompter
 
 def test_out_of_fold_scores_of_the_stage_beat_chance(run_path):
     train = read_rows(run_path / "candidates/train.parquet", needs_features=True)
-    scores = evidence.fit_scores(train, run_path / "candidates/valid.parquet", seed=0)
+    scores = evidence.fit_scores(train, seed=0)
     hits = [np.argmax(scores[row.row_id]) == row.target for row in train]
     assert np.mean(hits) > 1 / NUM_CANDIDATES
 
@@ -517,9 +517,11 @@ def test_a_fact_that_the_candidates_lack_is_refused(run_path):
         checked(run_path, {"evidence": "codes"})
 
 
-def test_training_rows_of_one_user_cannot_be_scored_out_of_fold(run_path):
-    write_candidates(run_path / "candidates", train=toy_rows(0, 3))
-    with pytest.raises(ValueError, match="all 3 training rows are of one user"):
+def test_training_rows_of_two_users_cannot_be_scored_out_of_fold(run_path):
+    write_candidates(run_path / "candidates", train=toy_rows(0, 6))
+    with pytest.raises(
+        ValueError, match="the 6 training rows are of 2 of the 3 users at least that scores out of fold"
+    ):
         run_stage(run_path, SHORT)
 
 

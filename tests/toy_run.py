@@ -145,7 +145,7 @@ def toy_rows(counts: Counts, split_seed: int) -> list[dict]:
     rng = np.random.default_rng(split_seed)
     rows = []
     for user, sequence in toy_sequences().items():
-        history = sequence[: rng.integers(3, 7)]
+        history = sequence[split_seed : rng.integers(3, 7)]  # no row of a split is one of another
         target = int((history[-1] + rng.choice([1, 1, 2, 5])) % NUM_ITEMS)
         candidates, scores = (one[0] for one in counts.top_rows([history], NUM_CANDIDATES))
         relevance = (candidates == target).astype(float)
@@ -242,6 +242,7 @@ def rollout(step: int = 0, group: int = 0, **changes: Any) -> dict[str, Any]:
     made |= {"policy_logps": [-0.5, -0.25], "sampling_logps": [-0.5, -0.125]}
     made |= {"reward_components": {"rank_promotion": 1 / 3, "well_formed": None}, "reward": 0.5, "advantage": 1.25}
     made |= {"conditions": {"rank_promotion": True, "well_formed": False}, "kept": True, "discard_reason": None}
+    made |= {"epoch": 0, "seed": 11, "outcome": 1.0}
     return {**made, "failure": None, "order": [1, 0, 2], "target_rank_after": 1, **changes}
 
 

@@ -5,19 +5,29 @@
 """
 
 from rerank.baselines.counts import Counts
-from rerank.baselines.features import FEATURES, NUM_BUCKETS, ItemFacts, feature_rows, fit_edges
-from rerank.baselines.lambdamart import fit_lambdamart, out_of_fold_scores, predict_lambdamart
+from rerank.baselines.features import (
+    FEATURES,
+    NUM_BUCKETS,
+    TEXT_FEATURES,
+    ItemFacts,
+    feature_rows,
+    fit_edges,
+    text_features,
+)
+from rerank.baselines.lambdamart import LambdaMart, fit_lambdamart, out_of_fold_scores
 from rerank.baselines.pairs import UserContributions
 
 __all__ = [
     "FEATURES",
     "NUM_BUCKETS",
+    "TEXT_FEATURES",
     "Counts",
     "ItemFacts",
+    "LambdaMart",
     "UserContributions",
     "feature_rows",
     "fit_edges",
     "fit_lambdamart",
     "out_of_fold_scores",
-    "predict_lambdamart",
+    "text_features",
 ]

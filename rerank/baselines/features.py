@@ -42,6 +42,13 @@ FEATURES = (
     "title_words",  # shared with the last item's title
     "history_length",
 )
+TEXT_FEATURES = (  # those that change with the items' texts
+    *("cosine_last", "cosine_max", "cosine_mean", "cosine_last_three"),
+    *("category_max", "category_mean", "same_brand", "title_words"),
+)
+# Real numbers are rounded: their last digits depend on the machine's linear algebra, and trees part rows by them.
+DECIMALS = dict.fromkeys(("cosine_last", "cosine_max", "cosine_mean", "cosine_last_three"), 2)
+DECIMALS |= dict.fromkeys(("fit_history", "fit_recent"), 9)
 NUM_BUCKETS = 10
 SMOOTHING = 5  # users added to those who had an item, so that a share of few is small
 CHUNK = 1024
@@ -84,6 +91,10 @@ class ItemFacts:
             words=_memberships([title.lower() for title in titles or blank], r"\w+"),
             brands=np.array([names.get(brand, -1) for brand in brands or blank], dtype=np.int64),
         )
+
+    def with_texts_of(self, items: np.ndarray) -> ItemFacts:
+        """The facts of a catalogue whose item k has the text, category and brand of `items[k]`."""
+        return ItemFacts(self.embeddings[items], self.categories[items], self.words[items], self.brands[items])
 
 
 def _memberships(texts: Sequence[str], pattern: str) -> csr_array:
@@ -139,8 +150,12 @@ def feature_rows(
             **_text_facts(counts.facts, recent[rows], candidates[rows]),
         }
         for number, name in enumerate(FEATURES):
-            features[rows, :, number] = columns[name]
+            features[rows, :, number] = _rounded(name, columns[name])
     return features
+
+
+def _rounded(name: str, values: np.ndarray) -> np.ndarray:
+    return np.round(values, DECIMALS[name]) if name in DECIMALS else values
 
 
 def _count_facts(
@@ -148,8 +163,10 @@ def _count_facts(
 ) -> dict[str, np.ndarray]:
     """The features that rest on who chose what; R rows, H recent items, N candidates.
 
-    Popularity stays whole. Subtracting the user's own choice would print the label: an item that 350 chose shows 349
-    to exactly those users who chose it too, and trees read that off (training NDCG@5 up by a fifth, test not at all).
+    The popularity of a row that was counted is one lower for every candidate, whether its user chose it or not: that
+    of the target is the number of other users' choices, as in an unseen row. Subtracting the user's own choices alone
+    would print the label: an item that 350 chose shows 349 to exactly those users who chose it too, and trees read
+    that off (MovieLens-100K: NDCG@5 of trees out of fold .56 in place of .46, on validation rows .45, not .49).
     """
     shape = (*recent.shape, candidates.shape[1])
     history = np.broadcast_to(recent[:, :, None], shape)  # (R, H, N)
@@ -163,6 +180,9 @@ def _count_facts(
         transitions = transitions - lookup(own.transitions, numbers, wanted)
         successors = successors - lookup(own.successors, numbers[:, :3], wanted[:, :3])
         near, takers = near - lookup(own.near, numbers, wanted), takers - own.popularity_of(rows[:, None], recent)
+        was_counted = (own.owners[rows] >= 0)[:, None]
+        popularity = popularity - np.maximum(own.popularity_of(rows[:, None], candidates), was_counted)
+        popularity = np.maximum(popularity, 0)
     shares = near / (takers + SMOOTHING)[:, :, None]
     total = transitions.sum(axis=1) / UNIT
     return {
@@ -175,11 +195,21 @@ def _count_facts(
     }
 
 
+def text_features(facts: ItemFacts, histories: Sequence[np.ndarray], candidates: np.ndarray) -> np.ndarray:
+    """The part of `feature_rows` that rests on texts, (R, N, T) float32, columns as in TEXT_FEATURES."""
+    recent = recent_items(histories, DEPTH)
+    chunks = [slice(start, start + CHUNK) for start in range(0, len(candidates), CHUNK)]
+    found = [_text_facts(facts, recent[chunk], candidates[chunk]) for chunk in chunks]
+    stacked = [np.stack([_rounded(name, of[name]) for name in TEXT_FEATURES], axis=2) for of in found]
+    return np.concatenate(stacked, dtype=np.float32)
+
+
 def _text_facts(facts: ItemFacts, recent: np.ndarray, candidates: np.ndarray) -> dict[str, np.ndarray]:
     """The features that rest on texts and the catalogue."""
     known = (recent >= 0)[:, :, None]  # (R, H, 1)
     vectors = facts.embeddings[recent].astype(np.float32)  # (R, H, d)
     cosines = vectors @ facts.embeddings[candidates].astype(np.float32).transpose(0, 2, 1)  # (R, H, N)
+    cosines = cosines.astype(np.float64)
     categories = _jaccard(facts.categories, recent, candidates)
     last, brands = recent[:, :1], facts.brands[candidates]
     return {

@@ -1,10 +1,17 @@
-"""LambdaMART: boosted trees over the features of `rerank.baselines.features`, the bar for every re-ranker."""
+"""LambdaMART: boosted trees over the features of `rerank.baselines.features`, the bar for every re-ranker.
+
+The number of trees comes from a cross-validation, by whole users, of the rows that it is fitted on, so that no row
+that is scored has a say in it; then all these rows are fitted. Scores are means of several fits: from ten to a hundred
+trees validation NDCG hardly changes, so that the last digit of a feature moves the number of trees, and with it every
+score.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -13,28 +20,81 @@ from rerank.baselines.features import FEATURES
 if TYPE_CHECKING:
     import lightgbm
 
-PATIENCE = 50  # trees without a better validation value before it stops
+PATIENCE = 50  # trees without a better value on the rows left out before it stops
+STOPPING_FOLDS = 4  # of the cross-validation
+NUM_FITS = 5
+LEAST_USERS = 2  # one is left out while the others are fitted
 
 Lists = tuple[Sequence[np.ndarray], Sequence[Sequence[float]]]  # (N, F) features and (N,) relevance of each row
 
 
+@dataclass(frozen=True)
+class LambdaMart:
+    """Fits with different seeds of one number of trees each.
+
+    Attributes:
+        boosters: The fits.
+        num_trees: Of each fit.
+    """
+
+    boosters: tuple[lightgbm.Booster, ...]
+    num_trees: int
+
+    def scores(self, features: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """A score of each candidate, (N,) a row, the mean of all fits; higher is better."""
+        of_fits = self.scores_of_fits(features)
+        return [np.mean(of_row, axis=0) for of_row in zip(*of_fits, strict=True)]
+
+    def scores_of_fits(self, features: Sequence[np.ndarray]) -> list[list[np.ndarray]]:
+        """As `scores`, by each fit alone."""
+        if not len(features):
+            return [[] for _ in self.boosters]
+        rows, ends = np.concatenate(list(features)), np.cumsum([len(row) for row in features])
+        return [np.split(np.asarray(booster.predict(rows)), ends[:-1]) for booster in self.boosters]
+
+
 def fit_lambdamart(
-    train: Lists, valid: Lists, seed: int = 0, min_rows_per_leaf: int = 200, max_rounds: int = 1000
-) -> lightgbm.Booster:
-    """A LightGBM ranker stopped at its best validation NDCG@5; the same seed gives the same trees.
+    train: Lists,
+    users: Sequence[int],
+    seed: int = 0,
+    min_rows_per_leaf: int = 200,
+    max_rounds: int = 1000,
+    num_fits: int = NUM_FITS,
+    stopping_folds: int = STOPPING_FOLDS,
+) -> LambdaMart:
+    """LightGBM rankers with the number of trees that is best for users left out (NDCG@5).
+
+    The same rows in the same order give the same trees, with any number of threads.
 
     Args:
         train: Relevance in whole numbers. Rows without a relevant item teach nothing and are left out.
-        valid: The rows that decide when to stop.
-        seed: Of the feature and row samples.
+        users: The user of each row.
+        seed: Of the cut into users, and the first of the fits' feature and row samples.
         min_rows_per_leaf: Candidates in a leaf at least; lower it for toy data.
         max_rounds: Trees at most.
+        num_fits: Fits of which the scores are means.
+        stopping_folds: Of the STOPPING_FOLDS parts of the users, those that have a say in the number of trees.
     """
     import lightgbm
 
-    dataset = _dataset("training", train)
-    valid_dataset = _dataset("validation", valid, reference=dataset)
-    parameters = {
+    kept = [row for row, values in enumerate(train[1]) if max(values) > 0]
+    if not kept:
+        raise ValueError(f"none of the {len(train[1])} training rows has a relevant candidate; use longer lists.")
+    dataset, folds = _dataset(train, kept), user_folds([users[row] for row in kept], STOPPING_FOLDS, seed)
+    owner = np.repeat(folds, [len(train[1][row]) for row in kept])  # fold of each candidate
+    parts = [(np.flatnonzero(owner != fold), np.flatnonzero(owner == fold)) for fold in range(folds.max() + 1)]
+    if len(parts) < LEAST_USERS:
+        raise ValueError(f"all {len(kept)} training rows are of one user, so that none can be left out; add data.")
+    parameters = _parameters(seed, min_rows_per_leaf)
+    stop = lightgbm.early_stopping(PATIENCE, verbose=False)
+    found = lightgbm.cv(parameters, dataset, max_rounds, folds=parts[:stopping_folds], callbacks=[stop])
+    num_trees = len(cast("list[float]", found["valid ndcg@5-mean"]))  # it ends at the best
+    fits = (lightgbm.train(parameters | {"seed": seed + fit}, dataset, num_trees) for fit in range(num_fits))
+    return LambdaMart(tuple(fits), num_trees)
+
+
+def _parameters(seed: int, min_rows_per_leaf: int) -> dict[str, Any]:
+    return {
         "objective": "lambdarank",
         "metric": "ndcg",
         "eval_at": [5],
@@ -50,61 +110,56 @@ def fit_lambdamart(
         "num_threads": int(os.environ.get("OMP_NUM_THREADS", "2")),
         "verbosity": -1,
     }
-    stop = lightgbm.early_stopping(PATIENCE, verbose=False)
-    return lightgbm.train(parameters, dataset, max_rounds, valid_sets=[valid_dataset], callbacks=[stop])
 
 
-def _dataset(name: str, lists: Lists, reference: lightgbm.Dataset | None = None) -> lightgbm.Dataset:
+def _dataset(lists: Lists, kept: Sequence[int]) -> lightgbm.Dataset:
     import lightgbm
 
     features, relevance = lists
-    kept = [row for row, values in enumerate(relevance) if max(values) > 0]
-    if not kept:
-        raise ValueError(f"none of the {len(relevance)} {name} rows has a relevant candidate; use longer lists.")
     labels = np.concatenate([np.asarray(relevance[row], dtype=float) for row in kept])
     if (labels != np.rint(labels)).any():
         odd = labels[labels != np.rint(labels)][0]
-        raise ValueError(f"relevance {odd} in the {name} rows is not a whole number, as LambdaMART needs; round it.")
+        raise ValueError(f"relevance {odd} in the training rows is not a whole number, as LambdaMART needs; round it.")
     return lightgbm.Dataset(
         np.concatenate([features[row] for row in kept]),
         label=labels,
         group=[len(relevance[row]) for row in kept],
         feature_name=list(FEATURES),
-        reference=reference,
     )
 
 
-def predict_lambdamart(booster: lightgbm.Booster, features: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """A score of each candidate, (N,) a row; higher is better."""
-    if not len(features):
-        return []
-    scores = np.asarray(booster.predict(np.concatenate(list(features))))
-    return np.split(scores, np.cumsum([len(row) for row in features])[:-1])
+def user_folds(users: Sequence[int], num_folds: int, seed: int) -> np.ndarray:
+    """(R,) the fold of each row, from 0: all rows of a user in one, users in random folds of equal size.
+
+    There are fewer folds than `num_folds` where there are fewer users.
+    """
+    names, number = np.unique(np.asarray(users), return_inverse=True)
+    folds: np.ndarray = (np.random.default_rng(seed).permutation(len(names)) % num_folds)[number]
+    return folds
 
 
 def out_of_fold_scores(
-    train: Lists, users: Sequence[int], valid: Lists, num_folds: int = 5, seed: int = 0, **options: int
+    train: Lists, users: Sequence[int], num_folds: int = 5, seed: int = 0, **options: int
 ) -> list[np.ndarray]:
-    """Scores of each training row by a LambdaMART fitted on other users' rows.
+    """Scores of each training row by a LambdaMART fitted, and its number of trees chosen, on other users' rows.
 
     Args:
         train: The rows to score.
         users: The row's user. All rows of a user are in one fold; there is at least one user for each fold.
-        valid: The rows that decide when each fold's fit stops.
         num_folds: Parts into which the users are cut.
-        seed: Of the cut and of the fits.
+        seed: Of the cuts and of the fits.
         **options: Handed to `fit_lambdamart`.
     """
     features, relevance = train
-    names, number = np.unique(np.asarray(users), return_inverse=True)
-    if len(names) < num_folds:
-        raise ValueError(f"{len(names)} users have training rows, fewer than num_folds {num_folds}; use fewer folds.")
-    folds = (np.random.default_rng(seed).permutation(len(names)) % num_folds)[number]
+    if (num_users := len(set(users))) < num_folds:
+        raise ValueError(f"{num_users} users have training rows, fewer than num_folds {num_folds}; use fewer folds.")
+    folds = user_folds(users, num_folds, seed)
     scores: list[np.ndarray] = [np.empty(0)] * len(users)
     for fold in range(num_folds):
         others, held = np.flatnonzero(folds != fold), np.flatnonzero(folds == fold)
         rest = [features[row] for row in others], [relevance[row] for row in others]
-        booster = fit_lambdamart(rest, valid, seed=seed, **options)
-        for row, row_scores in zip(held, predict_lambdamart(booster, [features[row] for row in held]), strict=True):
+        few = {"num_fits": 1, "stopping_folds": 1} | options  # there are num_folds of them, and no figure rests on one
+        fitted = fit_lambdamart(rest, [users[row] for row in others], seed=seed, **few)
+        for row, row_scores in zip(held, fitted.scores([features[row] for row in held]), strict=True):
             scores[row] = row_scores
     return scores

@@ -8,7 +8,7 @@ makes sums, ties and the subtraction of a user's own counts exact; with floats a
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.sparse import csr_array
@@ -114,6 +114,10 @@ class UserContributions:
         wanted = owners * self.num_items + items
         found = np.minimum(np.searchsorted(self.keys, wanted), len(self.keys) - 1)
         return np.where((owners >= 0) & (items >= 0) & (self.keys[found] == wanted), found, -1)
+
+    def of_rows(self, rows: np.ndarray) -> UserContributions:
+        """The same of some of the rows."""
+        return replace(self, owners=self.owners[rows])
 
     def popularity_of(self, rows: np.ndarray, items: np.ndarray) -> np.ndarray:
         """Number of times that the row's user had each item, elementwise."""

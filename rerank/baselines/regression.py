@@ -3,6 +3,7 @@
 With X the users' items as 0/1 and P = (X'X + RIDGE I)^-1 the weight of item a in the prediction of item b is
 -P[a, b] / P[b, b] (EASE, Steck 2019). The score of b after a history is the sum over the history's items. Without a
 user x, P becomes P + (P x)(P x)' / (1 - x' P x) (Sherman and Morrison 1950), so leaving a user out needs no new fit.
+The weight of an item in its own prediction is 0.
 """
 
 from __future__ import annotations
@@ -68,7 +69,11 @@ class ItemRegression:
                 for total, weight in zip(sums, weights, strict=True)
             ]
             diagonal = diagonal + wanted**2 / rest
-        whole, recent = (np.where(places >= 0, -total / diagonal, 0) for total in sums)
+        # -P[b, b] / P[b, b] = -1 is what an item of the history adds to its own score
+        itself = (np.take_along_axis(weight.toarray(), places, axis=1) for weight in weights)
+        whole, recent = (
+            np.where(places >= 0, added - total / diagonal, 0) for total, added in zip(sums, itself, strict=True)
+        )
         return whole, recent
 
     def _matrix(self, histories: Sequence[np.ndarray], values: np.ndarray) -> csr_array:

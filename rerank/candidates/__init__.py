@@ -3,7 +3,7 @@
 In: the data and semantic_ids folders, the midtrain folder too with `source: model`. Out: `train.parquet` (rows of the
 split `rerank`), `valid.parquet`, `test.parquet`, `features.json` (names and bucket edges) and `evidence.npz` (counts).
 A list without the target is kept with `hit` false: it counts end to end and is no training row. Training lists are out
-of fold: `transitions` subtracts the user's own counts, the mid-trained model must not have seen the rows' targets.
+of fold: `transitions` subtracts the user's own counts, and a model that has seen the rows' targets is refused.
 
     accelerate launch --config_file recipes/accelerate/cpu.yaml -m rerank.candidates \
         --config recipes/ml100k/4_candidates.yaml
@@ -11,7 +11,8 @@ of fold: `transitions` subtracts the user's own counts, the mid-trained model mu
 
 import logging
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +20,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rerank.baselines import FEATURES, Counts, ItemFacts, UserContributions, feature_rows, fit_edges
+from rerank.candidates.augmentation import AugmentationArguments, further_lists
+from rerank.candidates.seen_targets import refuse_seen_targets
 from rerank.catalogue import Catalogue
-from rerank.launch import recipe, run_dir
+from rerank.launch import run_dir
 from rerank.launch.files import write_json
 from rerank.launch.stages import Stage
 from rerank.launch.values import check_choice, check_range, option
@@ -38,7 +41,7 @@ MAX_HISTORY = 20  # items of the history in a prompt for a model's list
 
 
 @dataclass
-class CandidatesArguments(recipe.StageArguments):
+class CandidatesArguments(AugmentationArguments):
     """Options of the candidates stage."""
 
     source: str = option("transitions", "transitions (counts), model (mid-trained, by beams) or lists (yours).")
@@ -51,7 +54,7 @@ class CandidatesArguments(recipe.StageArguments):
     model_dir: str | None = option(
         None,
         "With source model: a folder that the sft stage made with task next_item, in place of the run's "
-        "mid-trained model. It must not have seen the targets of the training rows.",
+        "mid-trained model. One that has seen the targets of the training rows is refused where its run is there.",
     )
     num_beams: int = option(
         20, "With source model: beams a row, at least num_candidates; 0: its item head, in one pass."
@@ -65,6 +68,8 @@ class CandidatesArguments(recipe.StageArguments):
             raise ValueError(f"source is {self.source} and lists is {self.lists}; lists goes with source lists only")
         check_range("batch_size", self.batch_size, least=1)
         check_range("num_candidates", self.num_candidates, least=2)
+        if self.pool_size is not None:
+            check_range("pool_size", self.pool_size, above=self.num_candidates)
         if self.source == "model" and self.num_beams != 0:
             check_range("num_beams", self.num_beams, least=self.num_candidates)
         if self.model_dir is not None and self.source != "model":
@@ -91,15 +96,19 @@ def check(args: CandidatesArguments) -> None:
             "source is model but num_rerank of the data stage is all, so the mid-trained model has seen the targets "
             "of the training lists; set num_rerank to a number, or source to transitions"
         )
+    if args.model_dir is not None:
+        refuse_seen_targets(Path(args.model_dir), args.run_dir)
     rows, item_ids = TargetRows.load(args.run_dir), read_item_ids(args.run_dir)
-    free = len(item_ids) - max(map(len, rows.histories))
+    free = len(item_ids) - max(len(np.unique(history)) for history in rows.histories)
     if args.lists is not None:
         read_lists(args.lists, rows.row_ids, item_ids, args.num_candidates)
-    elif free < args.num_candidates:
-        raise ValueError(
-            f"num_candidates is {args.num_candidates} but the longest history leaves {free} of {len(item_ids)} items; "
-            f"use at most {free}"
-        )
+    for name in ("num_candidates", "pool_size"):
+        length = getattr(args, name) or 0
+        if length > free and (name == "pool_size" or args.lists is None):
+            raise ValueError(
+                f"{name} is {length} but the longest history leaves {free} of {len(item_ids)} items; "
+                f"use at most {free}"
+            )
 
 
 def check_model_dir(args: CandidatesArguments, folder: Path) -> None:
@@ -163,20 +172,40 @@ def _nested(values: np.ndarray) -> pa.Array:
     return column
 
 
-def write_split(path: Path, rows: TargetRows, lists: dict[str, np.ndarray]) -> dict[str, float]:
-    """Write the rows of a split with their lists and return their counts and recall."""
-    relevance = lists["relevance"]
+def as_table(rows: TargetRows, lists: Mapping[str, np.ndarray], number: int = 0) -> pa.Table:
+    """Rows with their lists, and the number of the list among those of the row."""
+    relevance = (lists["candidates"] == rows.targets[:, None]).astype(float)
+    return pa.table(
+        {
+            "row_id": rows.row_ids,
+            "list_number": pa.array([number] * len(rows), pa.int64()),
+            "user": rows.users,
+            "history": pa.array(rows.histories, pa.list_(pa.int64())),
+            "candidates": _nested(lists["candidates"]),
+            "relevance": _nested(relevance),
+            **{name: _nested(lists[name]) for name in ("first_stage_scores", "first_stage_ranks")},
+            "target": rows.targets,
+            "hit": relevance.any(axis=1),
+            "features": _nested(lists["features"]),
+        }
+    )
+
+
+def further_tables(
+    args: CandidatesArguments, rows: TargetRows, counts: Counts, own: UserContributions, first_id: int
+) -> Iterator[pa.Table]:
+    """The further lists of the training rows, with row ids of their own from `first_id` on."""
+    for number in range(1, args.lists_per_row):
+        drawn = further_lists(args, args.num_candidates, rows, counts, own, number)
+        chosen = replace(rows.take(drawn.rows), histories=drawn.histories)
+        chosen = replace(chosen, row_ids=chosen.row_ids + number * first_id)
+        yield as_table(chosen, drawn.columns, number)
+
+
+def measure(lists: Mapping[str, np.ndarray], rows: TargetRows) -> dict[str, float]:
+    """Counts and recall of the lists of a split."""
+    relevance = lists["candidates"] == rows.targets[:, None]
     hit = relevance.any(axis=1)
-    columns = {
-        "row_id": rows.row_ids,
-        "user": rows.users,
-        "history": pa.array(rows.histories, pa.list_(pa.int64())),
-        **{name: _nested(lists[name]) for name in ("candidates", "relevance", "first_stage_scores")},
-        "target": rows.targets,
-        "hit": hit,
-        "features": _nested(lists["features"]),
-    }
-    pq.write_table(pa.table(columns), path)
     cuts = sorted({1, min(5, relevance.shape[1]), relevance.shape[1]})
     recall = {f"recall@{cut}": float(relevance[:, :cut].any(axis=1).mean()) for cut in cuts}
     return {"rows": len(rows), "hits": int(hit.sum()), "missed": int((~hit).sum()), **recall}
@@ -193,7 +222,7 @@ def main(args: CandidatesArguments, out_dir: Path) -> dict[str, object]:
     candidates, scores = make_lists(args, rows, counts, own)
     lists = {
         "candidates": candidates,
-        "relevance": (candidates == rows.targets[:, None]).astype(float),
+        "first_stage_ranks": np.tile(np.arange(1, candidates.shape[1] + 1), (len(candidates), 1)),
         "first_stage_scores": scores,
         "features": feature_rows(counts, rows.histories, candidates, scores, own),
     }
@@ -201,14 +230,21 @@ def main(args: CandidatesArguments, out_dir: Path) -> dict[str, object]:
     edges = {name: fit_edges(train[:, :, number].ravel()) for number, name in enumerate(FEATURES)}
     counts.save(out_dir / "evidence.npz")
     write_json(out_dir / FEATURES_FILE, {"names": list(FEATURES), "edges": edges})
-    splits = {}
+    splits, num_further = {}, 0
     for split, name in FILES.items():
         chosen = np.flatnonzero(rows.splits == split)
         of_split = {column: values[chosen] for column, values in lists.items()}
-        splits[name] = write_split(out_dir / f"{name}.parquet", rows.take(chosen), of_split)
+        of_rows = rows.take(chosen)
+        tables, splits[name] = [as_table(of_rows, of_split)], measure(of_split, of_rows)
+        if split == "rerank":
+            first_id = int(rows.row_ids.max()) + 1
+            tables += further_tables(args, of_rows, counts, own.of_rows(chosen), first_id)
+            num_further = sum(map(len, tables[1:]))
+        pq.write_table(pa.concat_tables(tables), out_dir / f"{name}.parquet")
         logger.info("%s: %s of %s lists hold the target", name, splits[name]["hits"], splits[name]["rows"])
     seconds = time.perf_counter() - started
-    return {"source": args.source, "num_candidates": args.num_candidates, "splits": splits, "seconds": seconds}
+    sizes = {"source": args.source, "num_candidates": args.num_candidates, "further_lists": num_further}
+    return {**sizes, "splits": splits, "seconds": seconds}
 
 
 STAGE = Stage(
@@ -218,4 +254,5 @@ STAGE = Stage(
     check=check,
     inputs=("data", "semantic_ids"),
     optional_inputs=optional_inputs,
+    files=("lists", "model_dir"),
 )

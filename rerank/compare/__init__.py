@@ -2,7 +2,7 @@
 
 Each variant is a recipe folder, or one recipe folder with overrides. A run of a variant and seed is an ordinary run in
 `OUT/<variant>-seed<k>`, made by the same launcher as `rerank run`, so finished stages are skipped and interrupted ones
-continue. All variants must ask for the same data. A stage up to which two runs have the same recipes, data always, is
+continue. With each seed all variants must ask for the same data. A stage up to which two runs have the same recipes is
 made once and shared.
 """
 
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rerank.compare import curves, tables
+from rerank.compare import seeds as seeding
 from rerank.compare.evaluations import RunsOf
 from rerank.launch import pipeline
 from rerank.launch import run_dir as runs
@@ -19,8 +20,6 @@ from rerank.launch.files import write_text
 from rerank.launch.stages import load_stage
 from rerank.launch.values import check_range
 from rerank.results.tables import counted
-
-SEEDED_STAGES = ("midtrain", "traces", "sft", "dapo")
 
 
 @dataclass(frozen=True)
@@ -46,11 +45,21 @@ def read_variants(recipe_dirs: Sequence[str], words: Sequence[Sequence[str]] | N
     return variants
 
 
-def variant_steps(variant: Variant, out: str | Path, seed: int, minutes_per_run: float | None) -> list[pipeline.Step]:
-    """The steps of one run: its seed in every trained stage, its minutes in equal parts over the training stages."""
+def variant_steps(
+    variant: Variant,
+    out: str | Path,
+    seed: int,
+    minutes_per_run: float | None,
+    seed_from: str = seeding.DEFAULT_FIRST,
+) -> list[pipeline.Step]:
+    """The steps of one run: its seed in every stage that has one, from `seed_from` on, and its training minutes.
+
+    The minutes are cut in equal parts over the training stages.
+    """
     plain = pipeline.read_steps(variant.recipe_dir, str(out), variant.overrides)
+    seeding.check_first(seed_from, plain)
     stages = [step.stage for step in plain]
-    overrides = [*variant.overrides, *(f"{stage}.seed={seed}" for stage in stages if stage in SEEDED_STAGES)]
+    overrides = [*variant.overrides, *seeding.overrides(plain, seed, seed_from)]
     if minutes_per_run is not None:
         trained = [stage for stage in stages if load_stage(stage).trains]
         overrides += [f"{stage}.max_minutes={minutes_per_run / len(trained):.3f}" for stage in trained]
@@ -86,16 +95,17 @@ def check_same_data(variants: Sequence[Sequence[pipeline.Step]]) -> None:
 
 def report(variants: Sequence[Variant], runs_of: RunsOf, minutes_per_run: float | None, target: Path) -> str:
     """The text of the results file: variants, data and tables; a picture is drawn beside it."""
-    some_run = next(iter(runs_of.values()))[0]
-    data = runs.read_metrics(some_run, "data")
-    results = json.loads((runs.stage_dir(some_run, "evaluate") / "results.json").read_text())
+    of_first = next(iter(runs_of.values()))
+    data = runs.read_metrics(of_first[0], "data")
+    results = [json.loads((runs.stage_dir(run, "evaluate") / "results.json").read_text()) for run in of_first]
     budget = f", at most {minutes_per_run:g} training minutes a run" if minutes_per_run is not None else ""
-    task, num_seeds = results.get("task", "rerank"), len(next(iter(runs_of.values())))
+    task, num_seeds = results[0].get("task", "rerank"), len(of_first)
     words_of = {variant.name: [Path(variant.recipe_dir).name, *variant.overrides] for variant in variants}
     lines = [
         f"# Comparison of {', '.join(runs_of)}",
         "",
         f"{counted(len(runs_of), 'variant')}, {counted(num_seeds, 'seed')}{budget}. {tables.rows_of(results)}",
+        *(["", seeding.sentence(runs_of)] if num_seeds > 1 else []),
         "",
         *(f"- data: {name}, sha256 {digest}" for name, digest in data["sources"].items()),
         "",
@@ -112,6 +122,7 @@ def report(variants: Sequence[Variant], runs_of: RunsOf, minutes_per_run: float 
 def compare(
     variants: Sequence[Variant],
     num_seeds: int,
+    seed_from: str,
     minutes_per_run: float | None,
     out: str,
     results: str | None,
@@ -124,13 +135,14 @@ def compare(
         check_range("--minutes_per_run", minutes_per_run, above=0)
     folders = {v.name: [Path(out) / f"{v.name}-seed{seed}" for seed in range(num_seeds)] for v in variants}
     steps_of = {
-        run: variant_steps(variant, run, seed, minutes_per_run)
+        run: variant_steps(variant, run, seed, minutes_per_run, seed_from)
         for variant in variants
         for seed, run in enumerate(folders[variant.name])
     }
-    check_same_data(list(steps_of.values()))
+    for of_seed in zip(*folders.values(), strict=True):
+        check_same_data([steps_of[run] for run in of_seed])
     for variant in variants:  # a misspelt key of the last one should not show after hours of the others
-        pipeline.check_steps(steps_of[folders[variant.name][0]])
+        pipeline.check_steps(steps_of[folders[variant.name][0]], accelerate)
     earlier: dict[Path, Sequence[pipeline.Step]] = {}
     for run, steps in steps_of.items():
         share_stages(run, steps, earlier)

@@ -1,12 +1,13 @@
 """Evaluations of finished runs, as `rerank compare` reads them.
 
-A variant is one evaluation for each of its seeds. R rows of an evaluation: users where it ranks held-out sets.
+A variant is one evaluation for each of its seeds. Seeds of one data and first stage have the same rows; others may
+not: then the rows are those of all seeds, and a value is NaN where its seed lacks the row. R rows, S seeds.
 """
 
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -25,6 +26,7 @@ from rerank.results.rankings import Ranking, Values, metrics_per_row
 logger = logging.getLogger(__name__)
 
 FAILED = "parse failures"
+PRUNING = "pruning"  # beside the rankers' metrics: whether beam search prunes each target
 
 RunsOf = Mapping[str, Sequence[Path]]  # variant -> the run of each seed
 
@@ -34,14 +36,32 @@ class Evaluation:
     """A run with a finished evaluate stage.
 
     Attributes:
-        rows: (R,) ids; users with their items where it ranks held-out sets.
+        rows: (R,) ids with users, and what else is the same for all rankers.
         users: (R,).
         values: Ranker to its metrics.
     """
 
-    rows: list[object]
+    rows: list[tuple[object, ...]]
     users: np.ndarray
     values: dict[str, Values]
+
+    def on(self: "E", rows: list[tuple[object, ...]], users: np.ndarray) -> "E":
+        """The same on more rows, NaN where it lacks them."""
+        if rows == self.rows:
+            return self
+        place = {row: number for number, row in enumerate(rows)}
+        places = [place[row] for row in self.rows]
+
+        def spread_out(values: np.ndarray) -> np.ndarray:
+            of_all = np.full((len(rows), *values.shape[1:]), np.nan)
+            of_all[places] = values
+            return of_all
+
+        values = {
+            name: {metric: spread_out(found) for metric, found in of_ranker.items()}
+            for name, of_ranker in self.values.items()
+        }
+        return replace(self, rows=rows, users=users, values=values)
 
 
 E = TypeVar("E", bound=Evaluation)
@@ -78,7 +98,8 @@ class ListEvaluation(Evaluation):
         recipe = folders["dapo"] / "recipe.yaml"
         without_trace = recipe.is_file() and yaml.safe_load(recipe.read_text()).get("without_trace")
         start = "sft_no_trace" if without_trace else "sft"
-        return cls(shown["row_id"].tolist(), shown["user"].to_numpy(), values, folders, start)
+        rows: list[tuple[object, ...]] = list(zip(shown["row_id"], shown["user"], strict=True))
+        return cls(rows, shown["user"].to_numpy(), values, folders, start)
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,12 +107,15 @@ class NextItemEvaluation(Evaluation):
     """A run that ranked the catalogue for the next item.
 
     Attributes:
-        one_hop: (R,) whether counting could have found the target.
-        pruning: Of its beam search; None where it was not measured.
+        pruning: Of its beam search on its own rows; None where it was not measured.
     """
 
-    one_hop: np.ndarray
     pruning: Pruning | None
+
+    @property
+    def one_hop(self) -> np.ndarray:
+        """(R,) whether counting could have found the target."""
+        return np.array([row[-1] for row in self.rows], dtype=bool)
 
     @classmethod
     def load(cls, run: Path) -> "NextItemEvaluation":
@@ -103,11 +127,15 @@ class NextItemEvaluation(Evaluation):
             for name, lines in by_ranker.items()
         }
         first = next(iter(by_ranker.values()))
-        row_ids, users, one_hop = (first[name].to_numpy() for name in ("row_id", "user", "one_hop"))
+        row_ids = first["row_id"].to_numpy()
         if not file.is_file():
             logger.info("%s: pruning by beam search was not measured; set evaluate.pruning=true", file.parent)
         measured = Pruning.read(file, row_ids) if file.is_file() else None
-        return cls(row_ids.tolist(), users, values, one_hop, measured)
+        if measured is not None:
+            columns = measured.is_top, measured.is_pruned, measured.violates.any(axis=1)
+            values[PRUNING] = dict(zip(("top", "pruned", "violated"), map(np.asarray, columns), strict=True))
+        rows = [tuple(row) for row in first[["row_id", "user", "target", "one_hop"]].to_numpy().tolist()]
+        return cls(rows, first["user"].to_numpy(), values, measured)
 
 
 def load_sets(run: Path) -> Evaluation:
@@ -119,7 +147,7 @@ def load_sets(run: Path) -> Evaluation:
         for name, lines in by_ranker.items()
     }
     first = next(iter(by_ranker.values()))
-    rows: list[object] = list(zip(first["user"], map(tuple, first["targets"]), strict=True))
+    rows: list[tuple[object, ...]] = list(zip(first["user"], map(tuple, first["targets"]), strict=True))
     return Evaluation(rows, first["user"].to_numpy(), values)
 
 
@@ -134,18 +162,35 @@ def _items(lines: pd.DataFrame, length: int) -> np.ndarray:
 
 
 def load_all(load: Callable[[Path], E], runs_of: RunsOf, what: str) -> dict[str, list[E]]:
-    """Every run of every variant; refuses one that was evaluated on other rows, which `what` names, than the first."""
+    """Every run of every variant, on the rows of all seeds.
+
+    Raises:
+        ValueError: When a variant was evaluated on other rows, which `what` names, than the first with the same seed.
+    """
     read = {name: [load(run) for run in folders] for name, folders in runs_of.items()}
-    first = next(iter(read))
+    first, of_first = next(iter(read.items()))
     for name, seeds in read.items():
-        for seed, found in enumerate(seeds):
-            if found.rows != read[first][0].rows:
+        for seed, (found, wanted) in enumerate(zip(seeds, of_first, strict=True)):
+            if found.rows != wanted.rows:
                 raise ValueError(
                     f"variant {name}, seed {seed}, was evaluated on other {what} than {first}; use one split"
                 )
-    return read
+    user_of = {row: user for found in of_first for row, user in zip(found.rows, found.users, strict=True)}
+    rows, users = list(user_of), np.array(list(user_of.values()))
+    return {name: [found.on(rows, users) for found in seeds] for name, seeds in read.items()}
 
 
-def mean(seeds: Sequence[Evaluation], ranker: str, metric: str) -> np.ndarray:
-    """(R,) a metric of each row, the mean over seeds."""
-    return np.asarray(np.mean([seed.values[ranker][metric] for seed in seeds], axis=0))
+def by_seed(seeds: Sequence[Evaluation], ranker: str, metric: str) -> np.ndarray:
+    """(S, R) a metric of each seed's ranking of each row."""
+    return np.array([seed.values[ranker][metric] for seed in seeds], dtype=float)
+
+
+def mean(seeds: Sequence[Evaluation], ranker: str, metric: str, chosen: np.ndarray | slice = slice(None)) -> float:
+    """The mean of a metric over the chosen rows of all seeds."""
+    return float(np.nanmean(by_seed(seeds, ranker, metric)[:, chosen]))
+
+
+def count_seeds(seeds: Sequence[Evaluation], ranker: str, metric: str) -> int:
+    """Number of seeds that a baseline's values rest on: 1 where they are the same with all."""
+    values = by_seed(seeds, ranker, metric)
+    return 1 if all(np.array_equal(values[0], other, equal_nan=True) for other in values) else len(seeds)

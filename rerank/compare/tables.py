@@ -5,13 +5,12 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from rerank.compare import evaluations
-from rerank.compare.evaluations import ListEvaluation, RunsOf, Variants, mean
+from rerank.compare import evaluations, slices
+from rerank.compare.evaluations import ListEvaluation, RunsOf, Variants, by_seed, count_seeds, mean
 from rerank.next_item import held_out_sets, recall
-from rerank.next_item.pruning import Pruning
-from rerank.results.intervals import Sampling
+from rerank.results.intervals import LEAVES_SEEDS_OUT, Sampling
 from rerank.results.rankers import of_task
-from rerank.results.tables import NO_VALUE, Results, interval, markdown_table, number
+from rerank.results.tables import NO_VALUE, Results, interval, markdown_table, number, percent
 
 METRICS, COMPARED = ("R@1", "R@5", "N@5"), ("N@5", "R@1")  # of lists of candidates
 COMPARED_NEXT = ("R@10", "N@10")
@@ -19,30 +18,40 @@ CATALOGUE_MODELS = [ranker.name for ranker in of_task("next_item") if ranker.sta
 SEARCH = "sft"  # ranks the catalogue by beam search
 
 Line = tuple[Sequence[evaluations.Evaluation], str]  # seeds and the ranker
-Prunings = Mapping[str, Sequence[Pruning]]  # variant -> that of each seed, where it was measured
+Measured = Mapping[str, Sequence[evaluations.NextItemEvaluation]]  # the variants whose pruning was measured
 
 
-def rows_of(results: Results) -> str:
-    """Which rows were evaluated, and how to read the tables."""
-    task = results.get("task", "rerank")
+def rows_of(results: Sequence[Results]) -> str:
+    """Which rows were evaluated, and how to read the tables, from the results of each seed of a variant."""
+    first, num_seeds = results[0], len(results)
+    task = first.get("task", "rerank")
+    intervals = f"Intervals: 95 %, {LEAVES_SEEDS_OUT}."
+    if num_seeds > 1:
+        intervals = f"Intervals: 95 %, over users and {num_seeds} training seeds."
     if task == "held_out_sets":
         return (
-            f"{results['n']} users, {results['split']}: all that is held out of a user, found from the training items."
-            "\nRecall@k is hits over min(k, number of held-out items). Intervals: 95 %, paired bootstrap, users "
-            "drawn, of the mean over seeds."
+            f"{_count(results, 'n')} users, {first['split']}: all that is held out of a user, found from the training "
+            f"items.\nRecall@k is hits over min(k, number of held-out items). {intervals}"
         )
-    intervals = "Intervals: 95 %, paired bootstrap, whole users drawn, of the mean over seeds."
     if task == "next_item":
         return (
-            f"{results['n']['all']} {results['split']} rows, all items ranked, {results['num_beams']} beams.\n"
-            f"{intervals} One hop: the target is among the 50 most frequent direct training successors of the "
-            "history's items."
+            f"{_count([of_seed['n'] for of_seed in results], 'all')} {first['split']} rows, all items ranked, "
+            f"{first['num_beams']} beams.\n{intervals} One hop: the target is among the 50 most frequent direct "
+            "training successors of the history's items."
         )
+    list_recall = percent(float(np.mean([of_seed["hit_share"] for of_seed in results])))
     return (
-        f"{results['n']} {results['split']} rows whose list holds a relevant item, of {results['n_all']}.\n"
+        f"{_count(results, 'n')} {first['split']} rows whose list holds a relevant item, of "
+        f"{_count(results, 'n_all')} (list recall {list_recall}).\n"
         f"{intervals} A completion that is no ranking scores zero. The difference to sft is, for dapo, to the model "
         "of the sft stage that it started from."
     )
+
+
+def _count(results: Sequence[Results], key: str) -> str:
+    """A number of rows; seeds whose lists or splits differ may have different ones."""
+    counts = [of_seed[key] for of_seed in results]
+    return str(counts[0]) if min(counts) == max(counts) else f"{min(counts)} to {max(counts)} (by seed)"
 
 
 def minus(
@@ -51,13 +60,13 @@ def minus(
     """A cell: the difference of a metric on the chosen rows, with its interval; nothing without the other line."""
     if other is None:
         return NO_VALUE
-    return interval(*sampling.difference(*(mean(*one, metric)[chosen] for one in (line, other))))
+    return interval(*sampling.difference(*(by_seed(*one, metric)[:, chosen] for one in (line, other))))
 
 
 def spread(line: Line, metric: str, chosen: np.ndarray | slice = slice(None)) -> str:
     """A cell: the standard deviation of a metric on the chosen rows over seeds."""
     seeds, ranker = line
-    found = [seed.values[ranker][metric][chosen].mean() for seed in seeds]
+    found = np.nanmean(by_seed(seeds, ranker, metric)[:, chosen], axis=1)
     return number(float(np.std(found, ddof=1))) if len(found) > 1 else NO_VALUE
 
 
@@ -77,12 +86,12 @@ def list_lines(runs_of: RunsOf) -> list[str]:
         rankers += [(variant, seeds, name) for name in own]
     sampling, values, differences = Sampling(of_first[0].users), [], []
     for variant, seeds, ranker in rankers:
-        cells = [number(mean(seeds, ranker, metric).mean()) for metric in METRICS]
+        cells = [number(mean(seeds, ranker, metric)) for metric in METRICS]
         references: list[Line | None] = [(of_first, "no_op"), None, None]
         if variant == NO_VALUE:
-            values.append([variant, ranker, "1", *cells, NO_VALUE, NO_VALUE])
+            values.append([variant, ranker, str(count_seeds(seeds, ranker, "N@5")), *cells, NO_VALUE, NO_VALUE])
         else:
-            failed = f"{mean(seeds, ranker, evaluations.FAILED).mean():.1%}"
+            failed = f"{mean(seeds, ranker, evaluations.FAILED):.1%}"
             values.append([variant, ranker, str(len(seeds)), *cells, failed, spread((seeds, ranker), "N@5")])
             start = seeds[0].start if ranker == "dapo" else "sft"
             if ranker != start and (start in seeds[0].values or _shared(seeds, of_first, start)):
@@ -91,11 +100,12 @@ def list_lines(runs_of: RunsOf) -> list[str]:
                 references[2] = (of_first, ranker)
         pairs = itertools.product(COMPARED, references)
         cells = [minus((seeds, ranker), other, metric, sampling) for metric, other in pairs]
-        differences.append([variant, ranker, *cells])
+        differences.append([variant, ranker, values[-1][2], *cells])
     heads = ["variant", "ranker", "seeds", *METRICS, evaluations.FAILED, "spread of N@5"]
     minus_heads = [f"{metric} − {other}" for metric in COMPARED for other in ("no-op", "sft", first)]
-    table = markdown_table(["variant", "ranker", *minus_heads], differences[1:], 2)  # the no-op stands first
-    return [*markdown_table(heads, values, 2), "", *table]
+    table = markdown_table(["variant", "ranker", "seeds", *minus_heads], differences[1:], 2)  # the no-op stands first
+    run = next(iter(runs_of.values()))[0]
+    return [*markdown_table(heads, values, 2), "", *table, *slices.list_lines(run, rankers)]
 
 
 def _shared(seeds: Sequence[ListEvaluation], others: Sequence[ListEvaluation], ranker: str) -> bool:
@@ -113,8 +123,11 @@ def next_item_lines(runs_of: RunsOf) -> list[str]:
         if chosen.any():
             table = group_lines(read, recall.METRICS, COMPARED_NEXT, chosen)
             lines += ["", f"{recall.GROUPS[group]}, {int(chosen.sum())} rows:", "", *table]
-    found = {name: [seed.pruning for seed in seeds if seed.pruning is not None] for name, seeds in read.items()}
-    measured = {name: seeds for name, seeds in found.items() if len(seeds) == len(read[name])}
+    of_first, run = next(iter(read.values())), next(iter(runs_of.values()))[0]
+    rankers = [(NO_VALUE, of_first, r.name) for r in of_task("next_item") if r.is_baseline]
+    rankers += [(name, seeds, r) for name, seeds in read.items() for r in CATALOGUE_MODELS if r in seeds[0].values]
+    lines += slices.next_item_lines(run, rankers)
+    measured = {name: seeds for name, seeds in read.items() if all(seed.pruning is not None for seed in seeds)}
     return [*lines, *pruning_lines(measured), *pair_lines(read, COMPARED_NEXT, measured)][1:]
 
 
@@ -138,7 +151,7 @@ def group_lines(
         if not found:
             raise ValueError(f"variant {name} was evaluated without its sft model; let evaluate.models hold sft")
     first, of_first = next(iter(variants.items()))
-    baselines = [(of_first[:1], r.name) for r in of_task("next_item") if r.is_baseline]  # the same in all runs
+    baselines: list[Line] = [(of_first, ranker.name) for ranker in of_task("next_item") if ranker.is_baseline]
     references = [next(line for line in baselines if line[1] == recall.REFERENCE), lines[first][0]]
     sampling, rows = Sampling(of_first[0].users[chosen]), []
     for name, found in {NO_VALUE: baselines, **lines}.items():
@@ -146,43 +159,48 @@ def group_lines(
             others = [None if line == other else other for other in references]
             if found is baselines:
                 others[1] = None
-            cells = [number(mean(*line, metric)[chosen].mean()) for metric in metrics]
+            num_seeds = count_seeds(*line, compared[0]) if found is baselines else len(line[0])
+            cells = [str(num_seeds), *(number(mean(*line, metric, chosen)) for metric in metrics)]
+            cells.append(spread(line, compared[0], chosen) if num_seeds > 1 else NO_VALUE)
             pairs = itertools.product(others, compared)
-            cells += [spread(line, compared[0], chosen), *(minus(line, o, m, sampling, chosen) for o, m in pairs)]
-            rows.append([name, line[1], str(len(line[0])), *cells])
+            rows.append([name, line[1], *cells, *(minus(line, o, m, sampling, chosen) for o, m in pairs)])
     heads = [f"{metric} - {other}" for other in (recall.REFERENCE, first) for metric in compared]
     return markdown_table(["variant", "ranker", "seeds", *metrics, f"spread of {compared[0]}", *heads], rows, 2)
 
 
-def pair_lines(variants: Variants, compared: Sequence[str], measured: Prunings) -> list[str]:
+def pair_lines(variants: Variants, compared: Sequence[str], measured: Measured) -> list[str]:
     """By ranker that two variants have, each variant against every one before it; of the search its pruning too."""
     sampling, lines = Sampling(next(iter(variants.values()))[0].users), []
     for ranker in CATALOGUE_MODELS:
         asked = {name: (seeds, ranker) for name, seeds in variants.items() if ranker in seeds[0].values}
         with_pruning = ranker == SEARCH and len(measured) > 1
-        heads = ["variant", "minus", *compared, *(["pruned, points", "violation, points"] if with_pruning else [])]
+        more = ["pruned, points", "violation, points"] if with_pruning else []
         rows = []
         for other, name in itertools.combinations(asked, 2):
-            cells = [name, other, *(minus(asked[name], asked[other], metric, sampling) for metric in compared)]
+            cells = [name, other, str(len(asked[name][0]))]
+            cells += [minus(asked[name], asked[other], metric, sampling) for metric in compared]
             rows.append(cells + (_pruning_differences(measured, name, other, sampling) if with_pruning else []))
         if rows:
+            heads = ["variant", "minus", "seeds", *compared, *more]
             lines += ["", f"Differences between variants, {ranker}, all rows:", "", *markdown_table(heads, rows, 2)]
     return lines
 
 
-def pruning_lines(measured: Prunings) -> list[str]:
+def pruning_lines(measured: Measured) -> list[str]:
     """Pruning by beam search, over all seeds, of the variants where it was measured."""
     if not measured:
         return []
-    steps, rows = max(seeds[0].violates.shape[1] for seeds in measured.values()), []
-    for name, seeds in measured.items():
-        pruned, top, violated = _over_seeds(seeds)
+    read = {name: [seed.pruning for seed in seeds if seed.pruning is not None] for name, seeds in measured.items()}
+    steps, rows = max(seeds[0].violates.shape[1] for seeds in read.values()), []
+    for name, seeds in read.items():
+        top, pruned = (sum(map(np.sum, of)) for of in ([s.is_top for s in seeds], [s.is_pruned for s in seeds]))
         rates = [seed.summary()["pruning_rate"] for seed in seeds]
-        by_step = np.mean([seed.violates for seed in seeds], axis=(0, 1))  # (L,)
-        cells = [name, str(len(top)), f"{top.sum() / len(seeds):.1f}"]
-        cells.append(f"{pruned.sum() / top.sum():.1%}" if top.any() else NO_VALUE)
+        violates = np.concatenate([seed.violates for seed in seeds])  # (rows of all seeds, L)
+        cells = [name, f"{len(violates) / len(seeds):.0f}", f"{top / len(seeds):.1f}"]
+        cells.append(f"{pruned / top:.1%}" if top else NO_VALUE)
         cells.append(f"{np.std(rates, ddof=1):.1%}" if len(rates) > 1 and None not in rates else NO_VALUE)
-        cells += [f"{violated.mean():.1%}", *(f"{share:.1%}" for share in by_step)]
+        by_step = violates.mean(axis=0)
+        cells += [f"{violates.any(axis=1).mean():.1%}", *(f"{share:.1%}" for share in by_step)]
         rows.append(cells + [NO_VALUE] * (steps - len(by_step)))
     heads = ["variant", "n", "targets in the top", "pruned of them", "spread", "violation"]
     return [
@@ -195,23 +213,20 @@ def pruning_lines(measured: Prunings) -> list[str]:
     ]
 
 
-def _pruning_differences(measured: Prunings, name: str, other: str, sampling: Sampling) -> list[str]:
+def _pruning_differences(measured: Measured, name: str, other: str, sampling: Sampling) -> list[str]:
     """Of the pruned share and of the share of violated targets, in points; nothing where not measured in both."""
     if name not in measured or other not in measured:
         return [NO_VALUE] * 2
-    (*pruned, violated), (*others, violated_there) = _over_seeds(measured[name]), _over_seeds(measured[other])
-    differences = sampling.rate_difference(*pruned, *others), sampling.difference(violated, violated_there)
+    of_rates, violated = [], []
+    for seeds in (measured[name], measured[other]):
+        of_rates += [np.nan_to_num(by_seed(seeds, evaluations.PRUNING, column)) for column in ("pruned", "top")]
+        violated.append(by_seed(seeds, evaluations.PRUNING, "violated"))
+    differences = sampling.rate_difference(*of_rates), sampling.difference(*violated)
     cells = []
     for found, bounds in differences:
         points = [f"{100 * value:+.1f}" for value in (found, *bounds)]
         cells.append(NO_VALUE if np.isnan([found, *bounds]).any() else f"{points[0]} [{points[1]}, {points[2]}]")
     return cells
-
-
-def _over_seeds(seeds: Sequence[Pruning]) -> np.ndarray:
-    """(3, R): seeds in which the target is pruned, and is in the top; share of them in which a token is violated."""
-    pruned, top = (np.sum(found, axis=0) for found in zip(*((s.is_pruned, s.is_top) for s in seeds), strict=True))
-    return np.array([pruned, top, np.mean([seed.violates.any(axis=1) for seed in seeds], axis=0)])
 
 
 LINES: dict[str, Callable[[RunsOf], list[str]]] = {  # by task of the evaluate stage

@@ -7,12 +7,16 @@ completions masked, soft overlong punishment, dynamic sampling (`groups`, `sampl
 the trainer (`vllm_mode: colocate`) or from a server (`vllm_mode: server`, whose launch line `rerank run --dry-run`
 prints).
 
+By default each sampling has one update, at which the ratio is 1 and clipping does nothing. `steps_per_generation`
+above `gradient_accumulation_steps` makes it several, each on a part of the rollouts; `num_iterations` above 1 repeats
+them.
+
     accelerate launch --config_file recipes/accelerate/cpu.yaml -m rerank.dapo --config recipes/ml100k/7_dapo.yaml
 """
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,17 +25,18 @@ from trl import GRPOConfig, ModelConfig, get_peft_config
 
 from rerank import scoring
 from rerank.catalogue import Catalogue
+from rerank.dapo.checks import check_batches, check_lengths, check_rewards, prompt_lengths, warn_of_repeats
 from rerank.dapo.gains import gain_at_equal_ranks, gain_over_training
 from rerank.dapo.prompt_stream import PromptStream
-from rerank.launch import recipe, run_dir, stopping
+from rerank.launch import run_dir, stopping, validation
 from rerank.launch.files import write_json
 from rerank.launch.stages import Stage
 from rerank.launch.values import check_choice, check_range, option
 from rerank.models import base as base_model
 from rerank.models import engine, group_attention, server
+from rerank.models.ranker import complete_greedily
 from rerank.models.saving import check_model, save_ranker
-from rerank.prompts import completion
-from rerank.rows import PromptedRow, Prompter, RankingRow, reward_columns, training_rows
+from rerank.rows import PromptedRow, Prompter, training_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,12 +45,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-MASKED_ROWS_COUNT_NOTHING = ("dapo", "cispo", "vespo")  # losses of TRL that divide by the tokens of the whole step
+RENAMED_KEYS = {"shuffle_candidates": "give it to the candidates stage, with lists_per_row"}
 PAPERS_LIMIT = 20480  # tokens of a completion (arXiv:2503.14476), where no limit is known yet
 
 
 @dataclass
-class DapoArguments(recipe.StageArguments):
+class DapoArguments(validation.ValidatedArguments):
     """Options of the dapo stage."""
 
     rewards: list[dict] | str = option(
@@ -56,7 +61,6 @@ class DapoArguments(recipe.StageArguments):
     dynamic_sampling: bool = option(True, "Drop groups whose completions all have one outcome, sample new prompts.")
     outcome: str = option(scoring.RANK_GAIN, "Completions of a useful group differ in it: rank_gain or a reward.")
     max_sampling_rounds: int = option(3, "Rounds of sampling in a step at most; then it runs on the groups there are.")
-    shuffle_candidates: bool = option(False, "Show candidates in random order; rewards keep the first stage's ranks.")
     group_forward: bool = option(True, "Compute the prompt once for all completions of a group in a micro-batch.")
     max_logp_gap: float = option(0.05, "Stop when sampling and training log-probabilities differ by more on average.")
     probe: bool = option(True, "`rerank run` refuses rewards that `rerank probe` refuses.")
@@ -83,7 +87,7 @@ class DapoConfig(GRPOConfig):
 
     loss_type: str = option("dapo", "Normalisation of the loss; `dapo`: all tokens alike.")
     epsilon: float = option(0.2, "Lower clip range.")
-    epsilon_high: float | None = option(0.28, "Upper clip range (clip-higher).")
+    epsilon_high: float | None = option(0.28, "Upper clip range (clip-higher); does nothing at one update a rollout.")
     beta: float = option(0.0, "Weight of the KL term; DAPO has none.")
     mask_truncated_completions: bool = option(True, "No loss on truncated completions.")
     use_vllm: bool = option(True, "Sample rollouts with vLLM.")
@@ -102,37 +106,12 @@ def check(args: DapoArguments, training_args: DapoConfig, model_args: ModelConfi
         raise FileNotFoundError(f"{folder} is missing; set no_trace_control: true in the sft recipe")
     known_limit = token_limit(training_args, folder) if is_made else training_args.max_completion_length
     check_rewards(args.load_rewards(), known_limit or PAPERS_LIMIT)
+    if run_dir.is_finished(args.run_dir, "candidates"):
+        validation.validation_rows(args.run_dir, args.eval_rows)
     if is_made:
         check_model(folder, Catalogue.load(args.run_dir))
-
-
-def check_batches(args: DapoArguments, config: DapoConfig) -> None:
-    """Refuse groups that do not fit into a process's batch, and a loss that would count padding."""
-    if args.dynamic_sampling and config.loss_type not in MASKED_ROWS_COUNT_NOTHING:
-        raise ValueError(
-            f"loss_type {config.loss_type} would count the masked rows of padding groups; use "
-            f"one of {', '.join(MASKED_ROWS_COUNT_NOTHING)}, or set dynamic_sampling: false"
-        )
-    size = config.num_generations
-    batch = config.per_device_train_batch_size * config.steps_per_generation
-    if batch % size:
-        raise ValueError(
-            f"a process samples {batch} completions at a time (per_device_train_batch_size x steps_per_generation), "
-            f"which num_generations {size} does not divide; change one of them"
-        )
-    if args.group_forward and config.per_device_train_batch_size % size:
-        raise ValueError(
-            f"per_device_train_batch_size is {config.per_device_train_batch_size}, but group_forward takes "
-            f"whole groups of num_generations {size}; make it a multiple, or set group_forward: false"
-        )
-
-
-def check_rewards(rewards: Sequence[scoring.Reward], max_completion_tokens: int) -> None:
-    """Call each reward on a gold and a junk completion, so that one which breaks does so before a model is loaded."""
-    row = RankingRow(row_id=0, user=0, history=(2, 3), candidates=(0, 1), relevance=(0.0, 1.0))
-    asked = PromptedRow(row, "", ["<s_a_0><s_b_0>", "<s_a_0><s_b_1>"], max_completion_tokens)
-    texts = [completion("why", [1, 0], asked.labels), "no ranking"]
-    scoring.score(rewards, texts, {**reward_columns([asked, asked]), "completion_ids": [[0], [0]]})
+    if run_dir.is_finished(args.run_dir, "traces"):
+        warn_of_repeats(training_args, len(training_rows(args.run_dir, args.rows)))
 
 
 def start_dir(args: DapoArguments) -> Path:
@@ -147,8 +126,13 @@ def token_limit(config: DapoConfig, base_dir: Path) -> int:
     return json.loads((base_dir / "generation.json").read_text())["max_completion_tokens"]
 
 
-def prepare(args: DapoArguments, config: DapoConfig, prompter: Prompter, base_dir: Path) -> PromptStream:
-    """The prompts; sets lengths that the recipe leaves open, and refuses prompts that do not fit."""
+def prepare(
+    args: DapoArguments, config: DapoConfig, prompter: Prompter, base_dir: Path
+) -> tuple[PromptStream, list[PromptedRow]]:
+    """The prompts to train on and the validation rows, as they are asked.
+
+    Sets lengths that the recipe leaves open, and refuses prompts that do not fit.
+    """
     rows = training_rows(args.run_dir, args.rows, prompter.needs_features)
     num_groups = config.generation_batch_size // config.num_generations
     if len(rows) < num_groups:  # TRL would have no batch, and end at once
@@ -157,33 +141,15 @@ def prepare(args: DapoArguments, config: DapoConfig, prompter: Prompter, base_di
             "per_device_train_batch_size or gradient_accumulation_steps smaller, or set rows: all"
         )
     config.max_completion_length = token_limit(config, base_dir)
-    prompts = PromptStream(rows, prompter, config.seed, config.max_completion_length, args.shuffle_candidates)
-    lengths = prompt_lengths(prompts)
+    limit = config.max_completion_length
+    prompts = PromptStream(rows, prompter, config.seed, limit)
+    held_out = validation.validation_rows(args.run_dir, args.eval_rows, prompter.needs_features)
+    asked = [prompter.ask(row, limit) for row in held_out]
+    lengths = prompt_lengths(prompter, [*(prompts.ask(row) for row in prompts.rows), *asked])
     if config.vllm_max_model_length is None:
         config.vllm_max_model_length = max(lengths.values()) + config.max_completion_length
     check_lengths(lengths, config.vllm_max_model_length, config.max_completion_length)
-    return prompts
-
-
-def prompt_lengths(prompts: PromptStream) -> dict[int, int]:
-    """Tokens of each row's prompt, by row id."""
-    tokenizer = prompts.prompter.tokenizer
-    assert tokenizer is not None  # as of every prompter that a model is trained with
-    tokens = tokenizer([prompts.prompter.prompt(row) for row in prompts.rows]).input_ids
-    return {row.row_id: len(ids) for row, ids in zip(prompts.rows, tokens, strict=True)}
-
-
-def check_lengths(lengths: Mapping[int, int], max_length: int, max_completion_length: int) -> None:
-    """Refuse an engine whose context is too short for a prompt and a completion, naming the rows."""
-    room = max_length - max_completion_length
-    long = [row_id for row_id, length in lengths.items() if length > room]
-    if long:
-        shown = ", ".join(map(str, long[:3])) + (", ..." if len(long) > 3 else "")
-        raise ValueError(
-            f"{len(long)} of {len(lengths)} prompts (row_id {shown}) have more than {room} tokens, the longest "
-            f"{max(lengths.values())}: vllm_max_model_length is {max_length} and a completion takes up to "
-            f"{max_completion_length}; raise the first or lower max_history of the traces stage"
-        )
+    return prompts, asked
 
 
 def make_trainer(
@@ -197,7 +163,8 @@ def make_trainer(
     """The trainer with its engine; LoRA's first weights follow from the seed."""
     from transformers import ProgressCallback, set_seed
 
-    from rerank.dapo.trainer import DapoTrainer, ShortProgress
+    from rerank.dapo.tracking import ShortProgress
+    from rerank.dapo.trainer import DapoTrainer
 
     engine.keep_weights_live()
     if args.group_forward:
@@ -212,21 +179,36 @@ def make_trainer(
     return trainer
 
 
+def completer(trainer: "DapoTrainer", max_completion_tokens: int) -> validation.Complete:
+    """Greedy completions by the model in training: through its engine, or without one through transformers."""
+
+    def complete(asked: Sequence[PromptedRow]) -> list[str]:
+        texts = [row.prompt for row in asked]
+        if trainer.use_vllm:
+            return trainer.generate_greedily(texts)
+        return complete_greedily(trainer, texts, max_completion_tokens)
+
+    return complete
+
+
 def main(args: DapoArguments, training_args: DapoConfig, model_args: ModelConfig, out_dir: Path) -> dict:
     """Train with rollouts, save the model and what ranking with it needs; returns the stage's metrics."""
-    from rerank.dapo.trainer import GAP
+    from rerank.dapo.tracking import GAP
 
     base_dir = start_dir(args)
     model, tokenizer = base_model.load_pretrained(str(base_dir), model_args)
     tokenizer.padding_side = "left"
     prompter = Prompter.of_run(args.run_dir, tokenizer)
-    prompts = prepare(args, training_args, prompter, base_dir)
+    prompts, held_out = prepare(args, training_args, prompter, base_dir)
     if training_args.vllm_mode == "server":
         server.check_vocabulary(training_args, tokenizer, prompter.catalogue.semantic_ids)
     trainer = make_trainer(args, training_args, model_args, prompts, model, out_dir)
+    checks = validation.Validation(args, held_out, completer(trainer, prompts.max_completion_tokens), trainer)
     trainer.continue_from(stopping.last_checkpoint(training_args.output_dir))
     stopping.train(trainer, args.max_minutes)
-    base_model.save_trained(trainer, tokenizer, base_dir, out_dir / "model")
+    base_model.save_trained(trainer, tokenizer, base_dir, out_dir / "model", checks.finish())
+    if checks.kept_step == 0:
+        logger.warning("no check was better than that of the sft model, which is kept; see dapo/log_history.json")
     steps = [entry for entry in trainer.state.log_history if "rollouts/reward" in entry]
     if trainer.accelerator.is_main_process:
         save_ranker(args.run_dir, prompter, out_dir / "model", not args.without_trace, prompts.max_completion_tokens)
@@ -238,6 +220,7 @@ def main(args: DapoArguments, training_args: DapoConfig, model_args: ModelConfig
         "steps": trainer.state.global_step,
         "rows": len(prompts.rows),
         "prompts_drawn": trainer.sampler.state.num_drawn,
+        **checks.summary(),
         **gain_over_training([entry["rollouts/reward"] for entry in steps]),
         **gain_at_equal_ranks(trainer.writer.folder),
     }
@@ -249,6 +232,7 @@ STAGE = Stage(
     main=main,
     check=check,
     inputs=("data", "semantic_ids", "midtrain", "candidates", "traces", "sft"),
+    plugins={"rewards": "rewards"},
     trains=True,
-    renamed_keys=scoring.RENAMED_KEYS,
+    renamed_keys={**scoring.RENAMED_KEYS, **RENAMED_KEYS},
 )

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from rerank.dapo.prompt_stream import PromptStream
-from rerank.dapo.sampler import in_shares
+from rerank.launch.processes import in_shares
 from rerank.prompts import parse_completion
 from rerank.rollouts import metrics as rollout_metrics
 from rerank.rows import PromptedRow
@@ -16,6 +16,16 @@ from rerank.rows import PromptedRow
 NUM_ROWS, EVERY = 16, 10  # rows of a check, and steps from one to the next: under 1 % of the completions of a training
 
 GenerateGreedily = Callable[[Sequence[str]], Sequence[str]]
+
+
+def is_due(step: int, num_updates: int) -> bool:
+    """Whether a check falls on this optimizer step or one of those that follow before rollouts are sampled again.
+
+    Args:
+        step: For which rollouts are sampled.
+        num_updates: Steps that train on them.
+    """
+    return -step % EVERY < num_updates
 
 
 def consistency(prompts: PromptStream, generate: GenerateGreedily) -> dict[str, float]:

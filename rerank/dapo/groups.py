@@ -24,6 +24,7 @@ class Completion:
         text: Its text without special tokens.
         sampling_logps: Log-probability of each token by the engine that sampled it; None where it tells none.
         truncated: Whether the token limit cut it off.
+        seed: Of its sampling; None where the engine takes none.
     """
 
     prompt_ids: list[int]
@@ -31,6 +32,7 @@ class Completion:
     text: str
     sampling_logps: list[float] | None
     truncated: bool
+    seed: int | None = None
 
 
 @dataclass
@@ -40,10 +42,11 @@ class Rollout:
     Attributes:
         rewards: Value of each reward that applies.
         conditions: Whether the condition of each reward holds.
-        total: Weighted sum of the rewards.
+        total: Weighted sum of the rewards; None where none applies.
         order: The ranking it states, as positions into the candidates shown; None for no ranking.
         failure: Why it is no ranking; None for one.
         outcome: Members of a useful group differ in it; None where it does not apply.
+        masked: Whether it is left out of the loss, as the token limit cut it off.
         advantage: Once computed, of one that is trained on.
         policy_logps: Log-probability of each token by the model in training, alike.
     """
@@ -51,10 +54,11 @@ class Rollout:
     completion: Completion
     rewards: dict[str, float]
     conditions: dict[str, bool]
-    total: float
+    total: float | None
     order: list[int] | None
     failure: str | None
     outcome: float | None
+    masked: bool = False
     advantage: float | None = None
     policy_logps: list[float] | None = None
 
@@ -109,6 +113,8 @@ def record(group: Group, rollout: Rollout, run: str) -> dict[str, object]:
         "run": run,
         "round": group.round,
         "group": group.number,
+        "epoch": group.prompt.epoch,
+        "seed": completion.seed,
         "target": None if row.target is None else row.candidates[row.target],
         "completion": completion.text,
         "completion_ids": completion.ids,
@@ -117,11 +123,12 @@ def record(group: Group, rollout: Rollout, run: str) -> dict[str, object]:
         "reward_components": rollout.rewards,
         "conditions": rollout.conditions,
         "reward": rollout.total,
+        "outcome": rollout.outcome,
         "advantage": rollout.advantage,
         "truncated": completion.truncated,
         "failure": rollout.failure,
         "order": rollout.order,
         "target_rank_after": row.place_of_target(rollout.order),
-        "kept": group.discard_reason is None,
-        "discard_reason": group.discard_reason,
+        "kept": group.discard_reason is None and not rollout.masked,
+        "discard_reason": "truncated" if rollout.masked else group.discard_reason,
     }

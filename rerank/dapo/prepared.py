@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
+from accelerate.utils import broadcast_object_list
 from trl import GRPOTrainer
 
 from rerank.dapo.groups import Completion, Group, Rollout, request_seed
@@ -23,7 +24,7 @@ class Prepared:
 
     Attributes:
         resume_from: State of the sampler when rollouts were last stored, for checkpoints.
-        micro_batches_left: Those whose loss is still to be computed for the first time.
+        micro_batches_left: Those whose loss is still to be computed by the weights that sampled them.
         requests: Prompts of the completions that are being sampled; empty for greedy decoding.
         groups: This process's groups of completions, once chosen.
         num_trained: How many of them, the first, are trained on; the others are padding.
@@ -79,11 +80,14 @@ class PreparedTrainer(GRPOTrainer):
     def generate(self, prompts: Sequence[TrainingPrompt]) -> list[Completion]:
         """Completions of prompts by the present weights, each with a seed of its own."""
         self.prepared.requests = list(prompts)
+        seeds = self.engine_seeds()
         prompt_ids, ids, _, texts, logps, *_ = self._generate([prompt.asked.prompt for prompt in prompts])
         self.prepared.requests = []
         ends = (*self.eos_token_ids, self._tokenizer.pad_token_id)
         return [
-            Completion(list(prompt_ids[i]), list(ids[i]), text, logps and list(logps[i]), ids[i][-1] not in ends)
+            Completion(
+                list(prompt_ids[i]), list(ids[i]), text, logps and list(logps[i]), ids[i][-1] not in ends, seeds[i]
+            )
             for i, text in enumerate(texts)
         ]
 
@@ -103,6 +107,16 @@ class PreparedTrainer(GRPOTrainer):
             request_seed(self.sampling_seed, prompt.asked.row.row_id, prompt.epoch, i % size)
             for i, prompt in enumerate(self.prepared.requests)
         ]
+
+    def engine_seeds(self) -> list[int | None]:
+        """The seed with which the engine samples each completion; None where it takes none."""
+        if not self.use_vllm:
+            return [None] * len(self.prepared.requests)
+        own = self.request_seeds()
+        if not self._asks_server():
+            return [*own]
+        first = broadcast_object_list([own[0]])[0]  # of the main process, which asks for all
+        return [first + i % self.num_generations for i in range(len(own))]
 
     def _generate(self, prompts):
         if not self.prepared.groups:

@@ -4,21 +4,16 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
-
-from accelerate import PartialState
-from accelerate.utils import gather_object
 
 from rerank.dapo.groups import Completion, Group, Rollout, num_prompts
 from rerank.dapo.prompt_stream import PromptStream, TrainingPrompt
+from rerank.launch.processes import in_shares
 from rerank.prompts import parse_completion
 from rerank.rows import PromptedRow, reward_columns
 from rerank.scoring import RANK_GAIN, Scores
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
-U = TypeVar("U")
 Generate = Callable[[Sequence[TrainingPrompt]], Sequence[Completion]]
 Score = Callable[[Sequence[str], Mapping[str, object]], Scores]
 FRUITLESS_STEPS = 3  # first steps without one useful group that stop the run: nothing would ever be learned
@@ -35,6 +30,8 @@ class SamplingOptions:
         is_dynamic: Whether groups whose completions all have one outcome are dropped, and new prompts sampled;
             otherwise all groups count as useful.
         keeps_surplus: Whether useful groups beyond a call of `collect` are for the next one, if of the same step.
+        masks_truncated: Whether completions that the token limit cut off are left out of the loss. They have no
+            reward and no outcome then, so that they neither make a group useful nor enter its mean.
     """
 
     num_generations: int
@@ -42,6 +39,7 @@ class SamplingOptions:
     max_rounds: int = 1
     is_dynamic: bool = False
     keeps_surplus: bool = False
+    masks_truncated: bool = True
 
 
 @dataclass
@@ -96,7 +94,7 @@ class GroupSampler:
         self.generate, self.score, self.prompts, self.options = generate, score, prompts, options
         self.state = SamplerState()
         self._surplus: list[Group] = []
-        self._step, self._num_prompts, self._num_collected = -1, 0, 0
+        self._step, self._num_prompts, self._num_useful, self._num_collected = -1, 0, 0, 0
 
     def collect(self, step: int, wanted: int) -> tuple[StepGroups, dict[str, float]]:
         """Groups of an optimizer step, and metrics of sampling them.
@@ -113,10 +111,11 @@ class GroupSampler:
         if step != self._step:
             stale = self.drop_stale()
             metrics["groups/discarded_stale"] = len(stale)
-            self._step, self._num_prompts = step, 0
+            self._step, self._num_prompts, self._num_useful = step, 0, 0
         useful, sampled, num_rounds = self._surplus, list[Group](), 0
         while len(useful) < wanted and num_rounds < self.options.max_rounds:
             found = self._sample_round(wanted, wanted - len(useful), num_rounds)
+            self._num_useful += sum(group.is_useful() for group in found)
             useful = [*useful, *filter(self.is_kept, found)]
             sampled, num_rounds = [*sampled, *found], num_rounds + 1
         kept, self._surplus = useful[:wanted], useful[wanted:]
@@ -141,7 +140,9 @@ class GroupSampler:
 
     def _sample_round(self, wanted: int, missing: int, round: int) -> list[Group]:
         """Groups of the next prompts, in their order."""
-        count = num_prompts(missing, self.state.share_useful, wanted) if self.options.is_dynamic else wanted
+        # the rounds of this step tell more than those before: at first nothing is known
+        share = self._num_useful / self._num_prompts if self._num_prompts else self.state.share_useful
+        count = num_prompts(missing, share, wanted) if self.options.is_dynamic else wanted
         prompts = self.prompts.take(self.state.num_drawn, count)
         numbered = list(enumerate(prompts, start=self._num_prompts))
         self._num_prompts += count
@@ -167,15 +168,18 @@ class GroupSampler:
         parsed, paid = parse_completion(completion.text, asked.labels), scores.totals[i].item()
         values = dict(zip(scores.names, scores.values[i].tolist(), strict=True))
         rewards = {name: value for name, value in values.items() if not math.isnan(value)}
-        by_rank = self.options.outcome == RANK_GAIN
+        of_order = self.options.outcome == RANK_GAIN
+        outcome = asked.row.rank_gain(parsed.order) if of_order else rewards.get(self.options.outcome)
+        masked = completion.truncated and self.options.masks_truncated
         return Rollout(
             completion,
-            rewards,
+            {} if masked else rewards,
             dict(zip(scores.names, scores.conditions[i].tolist(), strict=True)),
-            0.0 if math.isnan(paid) else paid,
+            None if masked or math.isnan(paid) else paid,
             parsed.order,
             parsed.failure,
-            asked.row.rank_gain(parsed.order) if by_rank else rewards.get(self.options.outcome),
+            None if masked else outcome,
+            masked,
         )
 
     def _measure(self, sampled: Sequence[Group], num_rounds: int, num_missing: int) -> dict[str, float]:
@@ -191,6 +195,7 @@ class GroupSampler:
             "groups/rounds": num_rounds,
             "groups/prompts": len(sampled),
             "groups/prompts_drawn": state.num_drawn,
+            "groups/draws_per_row": state.num_drawn / len(self.prompts.rows),
             "groups/missing": num_missing,
         }
 
@@ -210,13 +215,3 @@ def _discard(groups: Sequence[Group], reason: str) -> list[Group]:
     for group in groups:
         group.discard_reason = reason
     return list(groups)
-
-
-def in_shares(work: Callable[[Sequence[T]], list[U]], items: Sequence[T]) -> list[U]:
-    """`work` of all items, in their order, an equal share by each process; a short share repeats the last item."""
-    processes = PartialState()
-    share = -(-len(items) // processes.num_processes)
-    first = processes.process_index * share
-    filled = [*items, *[items[-1]] * (share * processes.num_processes - len(items))]
-    done: list[U] = gather_object(work(filled[first : first + share]))
-    return done[: len(items)]

@@ -1,24 +1,25 @@
 """DAPO on TRL's GRPOTrainer: dynamic sampling, whole groups, rollouts stored and held to be on-policy."""
 
-import json
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from datasets import Dataset
-from transformers import PreTrainedModel, ProgressCallback
+from transformers import PreTrainedModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.trainer.utils import split_tensor_dict
 
 from rerank import scoring
-from rerank.dapo.consistency import EVERY, consistency
+from rerank.dapo.checkpoint import BatchInUse, load_batch, load_state, save_state
+from rerank.dapo.consistency import consistency, is_due
 from rerank.dapo.groups import Group, record
 from rerank.dapo.prepared import Prepared, PreparedTrainer
 from rerank.dapo.prompt_stream import PromptStream
-from rerank.dapo.sampler import GroupSampler, SamplerState, SamplingOptions, StepGroups
+from rerank.dapo.sampler import GroupSampler, SamplingOptions, StepGroups
+from rerank.dapo.tracking import GAP, LARGEST_GAP, log_traces
 from rerank.rollouts import metrics as rollout_metrics
 from rerank.rollouts.store import RolloutWriter, to_table
 
@@ -26,22 +27,6 @@ if TYPE_CHECKING:
     from peft import PeftConfig
 
     from rerank.dapo import DapoArguments, DapoConfig
-
-GAP = "sampling/sampling_logp_difference/mean"
-LARGEST_GAP = "sampling/sampling_logp_difference/max"
-SAMPLING_FILE = "sampling.json"
-SHOWN = (  # of all that is logged, what a step prints beside its progress bar
-    *("loss", "rollouts/reward", "rollouts/rank_gain", "rollouts/copy_rate", "rollouts/no_ranking"),
-    *("groups/share_useful", GAP, "step_time"),
-)
-
-
-class ShortProgress(ProgressCallback):
-    """The progress bar of transformers, which prints a few figures of a step in place of a hundred."""
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        shown = {name.rpartition("sampling/")[2]: logs[name] for name in SHOWN if name in logs}
-        super().on_log(args, state, control, logs=shown or logs, **kwargs)
 
 
 class DapoTrainer(PreparedTrainer):
@@ -55,13 +40,19 @@ class DapoTrainer(PreparedTrainer):
     3. `choose_groups`: take this process's share of the useful groups, and padding where they are too few.
     4. `compute_advantages`: hand the completions and rewards to TRL, which computes advantages and pads tensors.
     5. `mask_padding`: leave padding groups out of the loss.
-    6. `compute_loss`: forward pass and loss of a micro-batch, by TRL.
-    7. `measure_gap`: compare its log-probabilities with those at sampling.
-    8. `store_rollouts`: store what was trained on, after the last micro-batch.
-    9. `log_gap`: log the mean gap, and stop the run when rollouts are off-policy.
+    6. `show_groups`: show one kept and one discarded group in trackio, where `report_to` names it.
+    7. `compute_loss`: forward pass and loss of a micro-batch, by TRL.
+    8. `measure_gap`: compare its log-probabilities with those at sampling.
+    9. `store_rollouts`: store what was trained on, after the last micro-batch.
+    10. `log_gap`: log the mean gap, and stop the run when rollouts are off-policy.
 
-    Steps 1 to 5 make a generation batch, in `_generate_and_score_completions`; the others follow its micro-batches.
+    Steps 1 to 6 make a generation batch, in `_generate_and_score_completions`; the others follow its micro-batches.
     They hand each other `prepared` and nothing else.
+
+    Where a batch has several updates (`num_iterations` above 1, or `steps_per_generation` above
+    `gradient_accumulation_steps`), the weights that sampled it are gone after the first. TRL then computes
+    log-probabilities at sampling, for the ratio that DAPO clips (eq. 10), and steps 8 to 10 follow step 6 with the
+    whole batch. With one update the ratio is 1 everywhere, and clipping does nothing.
 
     Args:
         args: Options of the stage.
@@ -95,21 +86,28 @@ class DapoTrainer(PreparedTrainer):
             group_forward=args.group_forward,
         )
         self.writer = RolloutWriter(rollout_dir, self.accelerator.process_index)
+        self.generate_every = config.steps_per_generation * self.num_iterations  # micro-batches, as in TRL
         # an optimizer step samples more than once, all of it with the same weights
-        keeps_surplus = config.steps_per_generation * self.num_iterations < config.gradient_accumulation_steps
+        keeps_surplus = self.generate_every < config.gradient_accumulation_steps
         rounds = args.max_sampling_rounds if args.dynamic_sampling else 1
-        sampling = SamplingOptions(self.num_generations, args.outcome, rounds, args.dynamic_sampling, keeps_surplus)
+        sampling = SamplingOptions(
+            self.num_generations,
+            args.outcome,
+            rounds,
+            args.dynamic_sampling,
+            keeps_surplus=keeps_surplus,
+            masks_truncated=config.mask_truncated_completions,
+        )
         self.sampler = GroupSampler(self.generate, self.score, prompts, sampling)
 
     # The steps, in order
 
     def _prepare_inputs(self, generation_batch):
         """Keeps the completions of a prompt in one micro-batch, where TRL shuffles them."""
-        per_generation = self.args.steps_per_generation
-        if self._step % (per_generation * self.num_iterations) == 0 or self._buffered_inputs is None:
+        if self._step % self.generate_every == 0 or self._buffered_inputs is None:
             batch = self._generate_and_score_completions(generation_batch)
-            self._buffered_inputs = split_tensor_dict(batch, per_generation)
-        return self._buffered_inputs[self._step % per_generation]
+            self._buffered_inputs = split_tensor_dict(batch, self.args.steps_per_generation)
+        return self._buffered_inputs[self._step % self.args.steps_per_generation]
 
     def _generate_and_score_completions(self, inputs):
         num_groups = len(inputs) * self.accelerator.num_processes // self.num_generations
@@ -119,12 +117,17 @@ class DapoTrainer(PreparedTrainer):
         self.choose_groups(sampled, num_groups)
         output = self.compute_advantages()
         self.mask_padding(output)
+        self.show_groups(sampled)
         output["rollout"] = torch.arange(len(self.prepared.rollouts))
+        if "old_per_token_logps" in output:  # of the whole batch
+            self.prepared.micro_batches_left = 1
+            self._hold_on_policy(output)
         return output
 
     def check_consistency(self) -> None:
         """In the steps that are due, log how alike the policy ranks rows in two orders."""
-        if self.use_vllm and self.state.global_step % EVERY == 0:
+        updates = -(-self.generate_every // self.args.gradient_accumulation_steps)
+        if self.use_vllm and is_due(self.state.global_step, updates):
             self._log_means(consistency(self.prompts, self.generate_greedily))
 
     def sample_groups(self, num_groups: int) -> StepGroups:
@@ -167,14 +170,17 @@ class DapoTrainer(PreparedTrainer):
         mask[len(self.prepared.trained) :] = 0
         output["num_items_in_batch"] = self.accelerator.gather(mask.sum()).sum()
 
+    def show_groups(self, found: StepGroups) -> None:
+        """Log a kept and a discarded group of an optimizer step's first sampling as traces."""
+        is_first = self._step % self.args.gradient_accumulation_steps == 0
+        if "trackio" in self.args.report_to and is_first and self.accelerator.is_main_process:
+            kept = self.prepared.groups[: self.prepared.num_trained]  # whose advantages this process knows
+            log_traces([*kept[:1], *found.discarded[:1]], self.state.global_step)
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if self.prepared.micro_batches_left:
-            self.prepared.micro_batches_left -= 1
-            self.measure_gap(inputs)
-            if not self.prepared.micro_batches_left:
-                self.store_rollouts()
-                self.log_gap()
+            self._hold_on_policy(inputs)
         return loss
 
     def measure_gap(self, inputs: dict[str, torch.Tensor]) -> None:
@@ -216,6 +222,14 @@ class DapoTrainer(PreparedTrainer):
 
     # Their parts
 
+    def _hold_on_policy(self, inputs: dict[str, torch.Tensor]) -> None:
+        """Steps 8 to 10, the last two of them after the last micro-batch."""
+        self.prepared.micro_batches_left -= 1
+        self.measure_gap(inputs)
+        if not self.prepared.micro_batches_left:
+            self.store_rollouts()
+            self.log_gap()
+
     def score(self, completions: Sequence[str], columns: Mapping[str, object]) -> scoring.Scores:
         """Rewards of completions, which may log as in TRL."""
         own = {"trainer_state": self.state, "log_extra": self._log_completion_extra, "log_metric": self._log_metric}
@@ -253,21 +267,23 @@ class DapoTrainer(PreparedTrainer):
             return result
 
     def _save_checkpoint(self, model, trial):
+        self._store_discarded(self.sampler.drop_stale())  # the weights have changed: no step trains on them
         self.writer.flush(wait=True)  # a run that continues from this checkpoint does not sample these again
+        folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        folder.mkdir(parents=True, exist_ok=True)
         if self.args.should_save:
-            folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / SAMPLING_FILE).write_text(json.dumps(asdict(self.prepared.resume_from)))
+            save_state(folder, self.prepared.resume_from)
+        if self._step % self.generate_every:
+            BatchInUse(self._step, self._buffered_inputs).save(folder, self.accelerator.process_index)
         super()._save_checkpoint(model, trial)
 
     def continue_from(self, checkpoint: str | None) -> None:
         """Continue sampling where a checkpoint left off, or start without one; delete rollouts of later steps."""
-        step = 0
+        step, num_processes = 0, self.accelerator.num_processes
         if checkpoint is not None:
-            path = Path(checkpoint) / SAMPLING_FILE
-            if not path.is_file():
-                raise FileNotFoundError(f"{path} is missing: no checkpoint of this stage; delete {checkpoint}")
-            self.sampler.state = SamplerState(**json.loads(path.read_text()))
+            self.sampler.state = load_state(Path(checkpoint))
             self.prepared = Prepared(replace(self.sampler.state))
+            if batch := load_batch(Path(checkpoint), self.accelerator.process_index, num_processes):
+                self._step, self._buffered_inputs = batch.step, batch.inputs
             step = int(checkpoint.rpartition("-")[2])
-        self.writer.discard_from(step, self.accelerator.num_processes)
+        self.writer.discard_from(step, num_processes)

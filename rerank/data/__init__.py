@@ -115,4 +115,10 @@ def main(args: DataArguments, out_dir: Path) -> dict[str, object]:
     return metrics
 
 
-STAGE = Stage(name="data", arguments=(DataArguments,), main=main, check=check)
+STAGE = Stage(
+    name="data",
+    arguments=(DataArguments,),
+    main=main,
+    check=check,
+    files=("interactions", "items"),
+)

@@ -1,8 +1,9 @@
 r"""Stage 8: rank held-out rows with every ranker and measure each.
 
-In: the folders of all stages before it. Out: `results.json`, `results.md` and `rankings.parquet` (every order and
-completion, so that anybody can compute the numbers again). With the tasks next_item and held_out_sets the whole
-catalogue is ranked: `results.json`, `results.md`, `lists.parquet`, and with next_item `pruning.parquet` if asked for.
+In: the folders of all stages before it. Out: `results.json`, `results.md`, `rankings.parquet` (every order and
+completion, so that anybody can compute the numbers again) and `orders.parquet` (rankings of rows in other orders).
+With the tasks next_item and held_out_sets the whole catalogue is ranked: `results.json`, `results.md`,
+`lists.parquet`, and with next_item `pruning.parquet` if asked for.
 `rerank report RUN_DIR` writes the results and the run into one page; `rerank run` does so after this stage.
 
     accelerate launch --config_file recipes/accelerate/cpu.yaml -m rerank.evaluate \
@@ -10,7 +11,6 @@ catalogue is ranked: `results.json`, `results.md`, `lists.parquet`, and with nex
 """
 
 import logging
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,17 +19,21 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from rerank.catalogue import Catalogue
 from rerank.evaluate import next_item
+from rerank.evaluate.ranking import Questions, Ranked, rank
 from rerank.launch import recipe, run_dir
 from rerank.launch.files import write_json, write_text, write_whole
 from rerank.launch.stages import Stage
 from rerank.launch.values import check_choice, check_range, option
-from rerank.models.ranker import Answer, RankingModel, generate_answers
+from rerank.models.ranker import Answer, RankingModel
 from rerank.next_item.encoder import SETTINGS
-from rerank.next_item.model import NextItemModel, likelihood_orders
-from rerank.results import tables
+from rerank.results import orders, tables
+from rerank.results.orders import MAX_ROWS, ShuffledRows
 from rerank.results.rankers import SPLITS, TASKS, Ranker, models_of_task, of_task
-from rerank.results.rankings import EvaluatedRows, Ranking, make_results
+from rerank.results.rankings import EvaluatedRows, Ranking, difficulty, make_results, shared_ids
+from rerank.results.shuffled_texts import shows_texts
+from rerank.results.slices import SplitLists
 from rerank.rows import RankingRow
 
 logger = logging.getLogger(__name__)
@@ -78,6 +82,14 @@ class EvaluateArguments(recipe.StageArguments):
         False, "next_item: measure how many targets among the most probable items beam search prunes."
     )
     num_bootstrap: int = option(2000, "Bootstrap samples of an interval.")
+    orders: int = option(
+        4,
+        f"Task rerank: random orders in which the candidates of {MAX_ROWS} rows at most are shown besides, for order "
+        "robustness; 0: none.",
+    )
+    shuffle_texts: bool = option(
+        False, "Task rerank: a control row of each ranker that reads lists, with item texts shuffled among the items."
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -96,7 +108,10 @@ class EvaluateArguments(recipe.StageArguments):
                 f"lists names {', '.join(self.lists)}; it goes with task next_item, and with other names than "
                 f"{', '.join(names)}"
             )
-        check_range("max_rows", self.max_rows, least=0)
+        if self.shuffle_texts and self.task != "rerank":
+            raise ValueError(f"shuffle_texts goes with task rerank, but task is {self.task}; leave it out")
+        for name in ("max_rows", "orders"):
+            check_range(name, getattr(self, name), least=0)
         for name in ("batch_size", "num_bootstrap", "num_beams"):
             check_range(name, getattr(self, name), least=1)
 
@@ -105,7 +120,8 @@ def optional_inputs(args: EvaluateArguments) -> tuple[str, ...]:
     """Stages that are read only for a task; next items of the mid-trained model alone need no sft stage."""
     if args.task == "rerank":
         return ("sft", "candidates", "dapo")
-    return ("sft",) if "sft" in args.models or args.pruning else ()
+    needs_sft = args.task == "held_out_sets" or "sft" in args.models or args.pruning
+    return ("sft",) if needs_sft else ()
 
 
 def check(args: EvaluateArguments) -> None:
@@ -119,7 +135,13 @@ def check(args: EvaluateArguments) -> None:
         return
     for ranker in rankers_of(args):
         if ranker.kind == "generates" and run_dir.is_finished(args.run_dir, ranker.stage):
-            RankingModel.load(ranker.model_dir(args.run_dir)).load_tokenizer()
+            model = RankingModel.load(ranker.model_dir(args.run_dir))
+            model.load_tokenizer()
+            if args.shuffle_texts and not shows_texts(model.prompter.settings):
+                raise ValueError(
+                    f"shuffle_texts is true, but prompts of {model.folder} show no title, category or text fact, "
+                    "so that nothing would change; leave it out, or show them by item_fields of the traces stage"
+                )
 
 
 def refuse_ranker(folder: Path) -> None:
@@ -133,23 +155,22 @@ def refuse_ranker(folder: Path) -> None:
 def rankers_of(args: EvaluateArguments) -> Iterator[Ranker]:
     """The baselines and the models that are asked for; a control that was not trained is left out."""
     for ranker in of_task("rerank"):
+        if ranker.control_of:
+            continue
         if ranker.is_optional and ranker.name in args.models and not ranker.model_dir(args.run_dir).is_dir():
             logger.info("no %s row: %s was not trained", ranker.name, ranker.model_dir(args.run_dir))
         elif ranker.is_baseline or ranker.name in args.models:
             yield ranker
 
 
-def rank(ranker: Ranker, args: EvaluateArguments, rows: Sequence[RankingRow]) -> Ranking:
-    """The rows ranked by one ranker."""
-    if ranker.orders is not None:
-        return Ranking(ranker.name, ranker.orders(run_dir.stage_dir(args.run_dir, "candidates"), rows))
-    if ranker.kind == "likelihood":
-        began = time.perf_counter()
-        orders = likelihood_orders(NextItemModel.load_midtrained(Path(args.run_dir), "float32"), rows, args.batch_size)
-        return Ranking(ranker.name, orders, seconds=time.perf_counter() - began)
-    answers, seconds = generate_answers(RankingModel.load(ranker.model_dir(args.run_dir)), rows)
-    logger.info("%s: %.0f s for %d completions", ranker.name, seconds, len(answers))
-    return Ranking.of_answers(ranker.name, answers, seconds)
+def kept_steps(args: EvaluateArguments) -> dict[str, dict[str, Any]]:
+    """The kept step of each model that validation rows chose while it trained, of how many, by how many looks."""
+    sft, dapo = (
+        run_dir.read_metrics(args.run_dir, stage) if run_dir.is_finished(args.run_dir, stage) else {}
+        for stage in ("sft", "dapo")
+    )
+    metrics = {"sft_no_trace": sft.get("no_trace", {}), "sft": sft, "dapo": dapo}
+    return {name: found["kept"] for name, found in metrics.items() if name in args.models and "kept" in found}
 
 
 def write_rankings(rankings: Sequence[Ranking], rows: Sequence[RankingRow], path: Path) -> None:
@@ -167,6 +188,23 @@ def write_rankings(rankings: Sequence[Ranking], rows: Sequence[RankingRow], path
     write_whole(path, lambda temporary: pq.write_table(table, temporary))
 
 
+def write_orders(
+    ranked: Sequence[Ranked], shuffled: ShuffledRows, num_bootstrap: int, path: Path
+) -> dict[str, Any] | None:
+    """Write the rankings of rows in other orders; returns each ranker's order robustness, None without orders."""
+    if not shuffled.shown:
+        return None
+    checked = [one for one in ranked if one.again]
+    records = [line for one in checked for line in shuffled.records(one.ranking.name, one.again)]
+    table = pa.Table.from_pylist(records, schema=orders.TABLE)
+    write_whole(path, lambda temporary: pq.write_table(table, temporary))
+    found = {}
+    for one in checked:
+        given = [(one.ranking.orders or [])[place] for place in shuffled.places]
+        found[one.ranking.name] = orders.summarize(given, one.again, shuffled, num_bootstrap)
+    return {"num_orders": len(shuffled.shown), "rows": len(shuffled.rows), "rankers": found}
+
+
 def main(args: EvaluateArguments, out_dir: Path) -> dict[str, Any]:
     """Rank, measure and write the tables; returns the split, n and N@5 of each ranker."""
     if args.task == "next_item":
@@ -175,11 +213,17 @@ def main(args: EvaluateArguments, out_dir: Path) -> dict[str, Any]:
         return next_item.evaluate_sets(args, out_dir)
     evaluated = EvaluatedRows.load(run_dir.stage_dir(args.run_dir, "candidates"), args.split, args.max_rows)
     logger.info("%d %s rows", len(evaluated.rows), args.split)
-    rankings = [rank(ranker, args, evaluated.rows) for ranker in rankers_of(args)]
+    asked = Questions.of(args, evaluated.rows)
+    ranked = [rank(ranker, args, asked) for ranker in rankers_of(args)]
+    rankings = [one.ranking for one in ranked] + [one.control for one in ranked if one.control is not None]
     results = make_results(rankings, evaluated, args.num_bootstrap)
+    results |= difficulty(rankings, evaluated, SplitLists.load(args.run_dir, args.split), args.num_bootstrap)
+    results["shared_ids"] = shared_ids(Catalogue.load(args.run_dir), evaluated.rows)
+    results["orders"] = write_orders(ranked, asked.shuffled, args.num_bootstrap, out_dir / "orders.parquet")
     if run_dir.is_finished(args.run_dir, "dapo"):
         dapo = run_dir.read_metrics(args.run_dir, "dapo")
         results["dapo"] = {name: dapo[name] for name in DAPO_METRICS if name in dapo}
+    results["kept"] = kept_steps(args)
     write_json(out_dir / "results.json", results)
     write_text(out_dir / "results.md", tables.markdown(results))
     write_rankings(rankings, evaluated.rows, out_dir / "rankings.parquet")
@@ -194,4 +238,5 @@ STAGE = Stage(
     check=check,
     inputs=("data", "semantic_ids", "midtrain"),
     optional_inputs=optional_inputs,
+    files=("lists",),
 )

@@ -1,8 +1,9 @@
-"""Atomic writes, and fingerprints of files."""
+"""Atomic writes and deletions, and fingerprints of files."""
 
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -35,10 +36,26 @@ def write_json(path: str | Path, value: object) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def delete_folder(folder: Path) -> None:
+    """Delete a folder, or a link to one, if it is there; at no moment is it there in part."""
+    if folder.is_symlink():
+        folder.unlink()
+    elif folder.exists():
+        deleted = folder.with_name(f"{folder.name}.deleted")
+        shutil.rmtree(deleted, ignore_errors=True)  # of a deletion that was killed
+        folder.rename(deleted)
+        shutil.rmtree(deleted)
+
+
+def files_of(path: Path) -> list[Path]:
+    """A file, or the files of a folder in order; what Python has compiled is left out."""
+    return [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file() and p.suffix != ".pyc")
+
+
 def fingerprint(path: str | Path) -> str:
     """The sha256 of a file, or of the names and contents of a folder's files."""
     path, digest = Path(path), hashlib.sha256()
-    for file in [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file()):
+    for file in files_of(path):
         digest.update(b"" if file == path else str(file.relative_to(path)).encode())
         with file.open("rb") as handle:
             hashlib.file_digest(handle, lambda: digest)

@@ -16,7 +16,9 @@ from pathlib import Path
 from rerank.launch import recipe
 from rerank.launch import run_dir as runs
 from rerank.launch.files import write_whole
+from rerank.launch.named_files import ACCELERATE_VARIABLE
 from rerank.launch.stages import STAGES, load_stage
+from rerank.plugins import did_you_mean
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +85,7 @@ def _split_overrides(words: Sequence[str], stages: Sequence[str]) -> dict[str, d
         if not (equals and dot and key):
             raise ValueError(f"{word!r} is not an override; write STAGE.key=value, such as dapo.max_steps=10")
         if stage not in stages:
-            raise ValueError(f"{word!r}: there is no stage {stage!r}; stages of this recipe are {', '.join(stages)}")
+            raise ValueError(f"{word!r}: {_no_stage(stage, stages)}")
         given.setdefault(stage, {})[key] = value
     return given
 
@@ -93,7 +95,7 @@ def select(steps: Sequence[Step], first: str | None, last: str | None, only: str
     names = [step.stage for step in steps]
     for name in (first, last, only):
         if name is not None and name not in names:
-            raise ValueError(f"there is no stage {name!r}; stages of this recipe are {', '.join(names)}")
+            raise ValueError(_no_stage(name, names))
     if only:
         return [step for step in steps if step.stage == only]
     start, end = names.index(first) if first else 0, names.index(last) if last else len(names) - 1
@@ -102,28 +104,53 @@ def select(steps: Sequence[Step], first: str | None, last: str | None, only: str
     return list(steps[start : end + 1])
 
 
-def check_steps(steps: Sequence[Step]) -> list[Step]:
-    """Check every step before anything is launched; returns those that are not finished.
+def _no_stage(name: str, known: Sequence[str]) -> str:
+    return f"there is no stage {name!r}{did_you_mean(name, known)}; stages of this recipe are {', '.join(known)}"
 
-    The recipe of a finished step is only compared with the one that made it, which needs no heavy import.
+
+def forced(steps: Sequence[Step], selected: Sequence[Step], stage: str | None) -> list[str]:
+    """The selected stages that `--force STAGE` makes again: it and those after it."""
+    if stage is None:
+        return []
+    known, names = ([step.stage for step in some] for some in (steps, selected))
+    if stage not in known:
+        raise ValueError(f"--force {stage}: {_no_stage(stage, known)}")
+    if stage not in names:
+        raise ValueError(f"--force {stage}: only {', '.join(names)} are selected; change --from, --to or --only")
+    return names[names.index(stage) :]
+
+
+def check_steps(steps: Sequence[Step], accelerate: str | None = None, remake: Sequence[str] = ()) -> list[Step]:
+    """Check every step before anything is launched; returns those that are to be launched.
+
+    The recipe and the files of a finished step are only compared with those that made it, which needs no heavy import.
+
+    Args:
+        steps: Of the command.
+        accelerate: The accelerate file of the command.
+        remake: Stages to make again, finished or not.
     """
-    waiting = [step for step in steps if not runs.is_finished(step.run_dir, step.stage)]
-    remade, made = [step.stage for step in waiting], list[str]()
-    for step in steps:
-        if step not in waiting:
-            try:
-                runs.check_finished(step.run_dir, step.stage, step.keys, remade)
-            except ValueError:
-                recipe.resolve(step.stage, step.keys, str(step.path))  # a misspelt key is what should be named
-                raise
-    for step in waiting:
-        arguments = recipe.resolve(step.stage, step.keys, str(step.path))
-        recipe.check_inputs(step.stage, arguments[0], made)
-        runs.refuse_held(step.run_dir, step.stage)
-        runs.refuse_partial_of_another_recipe(step.run_dir, step.stage, step.keys)
-        load_stage(step.stage).check(*arguments)
-        made.append(step.stage)
+    with runs.as_unfinished(steps[0].run_dir, remake):
+        waiting = [step for step in steps if not runs.is_finished(step.run_dir, step.stage)]
+        remade, made = [step.stage for step in waiting], list[str]()
+        for step in steps:
+            if step not in waiting:
+                _check_finished(step, remade, accelerate)
+        for step in waiting:
+            arguments = recipe.resolve(step.stage, step.keys, str(step.path))
+            recipe.check_inputs(step.stage, arguments[0], made, accelerate)
+            runs.refuse_held(step.run_dir, step.stage)
+            if step.stage not in remake:
+                runs.refuse_partial_of_another_recipe(step.run_dir, step.stage, step.keys, accelerate)
+            load_stage(step.stage).check(*arguments)
+            made.append(step.stage)
     return waiting
+
+
+def _check_finished(step: Step, remade: Sequence[str], accelerate: str | None) -> None:
+    if runs.difference(step.stage, runs.read_record(step.run_dir, step.stage).given, step.keys):
+        recipe.resolve(step.stage, step.keys, str(step.path))  # a misspelt key is what should be named
+    runs.check_finished(step.run_dir, step.stage, step.keys, remade, accelerate)
 
 
 def launch_words(step: Step, accelerate: str) -> list[str]:
@@ -140,6 +167,7 @@ def run_step(step: Step, accelerate: str) -> int:
     where = recipe.load(accelerate)
     threads = max(1, (os.cpu_count() or 1) // (where.get("num_processes") or 1))
     environment = {"OMP_NUM_THREADS": str(threads), **recipe.ENVIRONMENT, **os.environ, "PYTHONPATH": _python_path()}
+    environment[ACCELERATE_VARIABLE] = accelerate
     environment["ACCELERATE_USE_CPU"] = str(where.get("use_cpu", False))  # its launcher forgets it for two processes
     child = subprocess.Popen(
         [sys.executable, "-m", "accelerate.commands.launch", "--quiet", *launch_words(step, accelerate)],
@@ -183,23 +211,34 @@ def _signal_tree(pid: int, number: int, chosen: Callable[[Sequence[str]], bool])
                     process.send_signal(number)
 
 
-def run(steps: Sequence[Step], accelerate: str, say: Callable[[str], None]) -> int:
-    """Check and launch the steps that are not finished; returns the exit code of the first that fails, or 0."""
-    waiting = check_steps(steps)
+def run(steps: Sequence[Step], accelerate: str, say: Callable[[str], None], remake: Sequence[str] = ()) -> int:
+    """Check and launch the steps that are not finished; returns the exit code of the first that fails, or 0.
+
+    Args:
+        steps: Of the command.
+        accelerate: The accelerate file.
+        say: Takes a line.
+        remake: Stages to make again, finished or not.
+    """
+    waiting = check_steps(steps, accelerate, remake)
     if not Path(accelerate).is_file():
         raise FileNotFoundError(f"accelerate file {accelerate} is not there; recipes/accelerate holds some")
+    for stage in remake:
+        if runs.is_finished(steps[0].run_dir, stage):
+            say(f"{stage} is kept as {stage}.replaced until the new one is finished")
+        runs.set_aside(steps[0].run_dir, stage)
     for number, step in enumerate(steps, start=1):
         name = f"[{number}/{len(steps)}] {step.stage}"
         if step not in waiting:
             say(f"{name}: finished already")
-        elif code := _launch_step(step, name, accelerate, say):
+        elif code := _launch_step(step, name, accelerate, say, "the same command" + " without --force" * bool(remake)):
             return code
         _write_missing_report(step)
     return 0
 
 
-def _launch_step(step: Step, name: str, accelerate: str, say: Callable[[str], None]) -> int:
-    """Launch a step, unless its rewards fail the probe; returns its exit code."""
+def _launch_step(step: Step, name: str, accelerate: str, say: Callable[[str], None], again: str) -> int:
+    """Launch a step, unless its rewards fail the probe; returns its exit code. `again` is the command to resume by."""
     if step.stage == "dapo":
         from rerank import probe
 
@@ -212,10 +251,10 @@ def _launch_step(step: Step, name: str, accelerate: str, say: Callable[[str], No
     code = run_step(step, accelerate)
     if code:
         say(f"{name} {'was stopped' if code == 130 else f'failed with exit code {code}'}; "
-            "the same command continues from here")  # fmt: skip
+            f"{again} continues from here")  # fmt: skip
         return code
     if not runs.is_finished(step.run_dir, step.stage):
-        say(f"{name} ended without a result; the same command tries it again")
+        say(f"{name} ended without a result; {again} tries it again")
         return 1
     say(f"{name}: {time.monotonic() - begin:.0f} s")
     return 0
@@ -231,7 +270,7 @@ def _write_missing_report(step: Step) -> None:
         write_whole(path, lambda temporary: report.write_report(step.run_dir, folder, temporary))
 
 
-def describe(steps: Sequence[Step], accelerate: str) -> list[str]:
+def describe(steps: Sequence[Step], accelerate: str, remake: Sequence[str] = ()) -> list[str]:
     """The lines of `--dry-run`: a launch line per step, and that of the server where rollouts come from one."""
     lines = []
     for step in steps:
@@ -240,7 +279,7 @@ def describe(steps: Sequence[Step], accelerate: str) -> list[str]:
 
             model = runs.stage_dir(step.run_dir, "sft") / "model"
             lines.append(server.launch_line(model, _port(step.keys), step.keys.get("vllm_max_model_length")) + " &")
-        done = runs.is_finished(step.run_dir, step.stage)
+        done = step.stage not in remake and runs.is_finished(step.run_dir, step.stage)
         line = shlex.join(["accelerate", "launch", *launch_words(step, accelerate)])
         lines.append(("# finished: " if done else "") + line)
     return lines

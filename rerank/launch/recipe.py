@@ -18,9 +18,10 @@ from typing import Any
 
 import yaml
 
+from rerank.launch import named_files, trackers
 from rerank.launch import run_dir as runs
 from rerank.launch.stages import Stage, load_stage
-from rerank.launch.values import type_hints, typed_value
+from rerank.launch.values import default_of, type_hints, typed_value
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +39,7 @@ ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine lives and dies with its stage
     "TOKENIZERS_PARALLELISM": "false",
     "TRL_EXPERIMENTAL_SILENCE": "1",
+    "WANDB_PROJECT": trackers.PROJECT,
     # TRL 1.16 warns at every vLLM but 0.22 to 0.31; all that is used of it works with the 0.32 that the CPU needs.
     "PYTHONWARNINGS": "ignore:TRL currently supports vLLM",
 }
@@ -123,6 +125,7 @@ def resolve(stage: str, keys: Keys, source: str) -> tuple[Any, ...]:
         ValueError: One line that names the recipe, the key, the value and the cure.
     """
     import torch
+    from transformers import TrainingArguments
     from trl import TrlParser
 
     from rerank.models.engine import is_slow_in_bfloat16
@@ -131,17 +134,26 @@ def resolve(stage: str, keys: Keys, source: str) -> tuple[Any, ...]:
     hints = type_hints(declared.arguments)
     check_keys(keys, list(hints), declared.renamed_keys, source)
     for option in dataclasses.fields(declared.arguments[0]):
-        if option.name not in keys and runs.default_of(option) is dataclasses.MISSING:
+        if option.name not in keys and default_of(option) is dataclasses.MISSING:
             raise ValueError(f"{source}: {option.name} is missing; add it to the recipe or give --{option.name}")
     typed = {key: typed_value(key, value, hints[key], source) for key, value in keys.items()}
     if "output_dir" in hints:
         typed["output_dir"] = str(runs.partial_dir(str(typed["run_dir"]), stage) / "checkpoints")
+        in_trackers = {
+            "run_name": trackers.default_run_name(str(typed["run_dir"]), stage),
+            "project": trackers.PROJECT,
+        }
+        typed = {**in_trackers, **typed}
     asked_for_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"  # by the accelerate file
     if "use_cpu" in hints and "use_cpu" not in typed and (asked_for_cpu or not torch.accelerator.is_available()):
         logger.info("%s: %s, so the CPU trains", source, "asked for" if asked_for_cpu else "there is no GPU here")
         typed["use_cpu"] = True  # else a recipe with bf16, which a CPU has too, could not even be checked
     try:
         parsed: tuple[Any, ...] = TrlParser(declared.arguments).parse_dict(typed)
+        for options in parsed:
+            if isinstance(options, TrainingArguments):
+                assert isinstance(options.report_to, list)  # once transformers has read it
+                trackers.check_trackers(options.report_to)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{source}: {one_line(error)}") from error
     if typed.get("bf16") and is_slow_in_bfloat16():
@@ -159,19 +171,31 @@ def resolved_recipe(arguments: Sequence[Any], keys: Keys) -> Keys:
     return {**keys, **dataclasses.asdict(arguments[0])}
 
 
-def check_inputs(stage: str, args: StageArguments, made: Sequence[str] = ()) -> list[str]:
+def check_inputs(
+    stage: str, args: StageArguments, made: Sequence[str] = (), accelerate: str | None = None
+) -> list[str]:
     """The stages whose folders a stage reads with these arguments.
 
+    Args:
+        stage: Its name.
+        args: Its own.
+        made: The earlier stages of the same command that will be made before it.
+        accelerate: The accelerate file of the command.
+
     Raises:
-        FileNotFoundError: When one is neither finished nor in `made`, the earlier stages of the same command.
+        FileNotFoundError: When one is neither finished nor in `made`.
+        ValueError: When one was made from other files or inputs than the run's.
     """
     inputs = load_stage(stage).inputs_of(args)
     for name in inputs:
-        if name not in made and not runs.is_finished(args.run_dir, name):
+        if name in made:
+            continue
+        if not runs.is_finished(args.run_dir, name):
             raise FileNotFoundError(
                 f"{stage} needs {runs.stage_dir(args.run_dir, name)}, which is not there; "
                 f"run the stage {name} first (`rerank run RECIPE_DIR --out {args.run_dir} --to {stage}`)"
             )
+        runs.check_origin(args.run_dir, name, made, accelerate)
     return inputs
 
 
@@ -207,7 +231,7 @@ def launch(stage: str) -> None:
     try:
         _run(stage, sys.argv[1:])
     except KeyboardInterrupt:
-        _fail(f"{stage} was stopped; the same command continues from its last checkpoint", 130)
+        _fail(f"{stage} was stopped; launched again, it continues from its last checkpoint", 130)
 
 
 def _fail(message: str, code: int) -> typing.NoReturn:
@@ -226,23 +250,23 @@ def _is_ours(error: BaseException) -> bool:
 
 def _run(stage: str, argv: Sequence[str]) -> None:
     """Parse, lock, check, run and finish one stage."""
-    is_main = os.environ.get("RANK", "0") == "0"
+    is_main, accelerate = os.environ.get("RANK", "0") == "0", os.environ.get(named_files.ACCELERATE_VARIABLE)
     with contextlib.ExitStack() as held:
         try:
             keys, source = _command_line(argv)
             arguments = resolve(stage, keys, source)
             run_dir, declared = arguments[0].run_dir, load_stage(stage)
             if runs.is_finished(run_dir, stage):
-                runs.check_finished(run_dir, stage, keys)
+                runs.check_finished(run_dir, stage, keys, accelerate=accelerate)
                 logger.info("%s is finished already", runs.stage_dir(run_dir, stage))
                 return
-            inputs = check_inputs(stage, arguments[0])
+            inputs = check_inputs(stage, arguments[0], accelerate=accelerate)
             folder = runs.partial_dir(run_dir, stage)
             if is_main:
                 held.enter_context(runs.lock(folder))
-                runs.refuse_partial_of_another_recipe(run_dir, stage, keys)
+                runs.refuse_partial_of_another_recipe(run_dir, stage, keys, accelerate)
                 declared.check(*arguments)
-                runs.begin(run_dir, stage, keys, inputs)
+                runs.begin(run_dir, stage, keys, inputs, named_files.named_files(declared, keys, accelerate))
         except (ValueError, FileNotFoundError) as error:
             _fail(one_line(error), 2)
         metrics = _main(declared, arguments, folder)

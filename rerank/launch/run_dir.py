@@ -1,7 +1,9 @@
 """The folder of a stage: its artifact, its recipe as resolved, versions and metrics.
 
 A stage works in `RUN_DIR/<stage>.partial` under a lock, and the folder is renamed to `RUN_DIR/<stage>` at the end. So
-a folder with the final name is complete, whenever a run was killed.
+a folder with the final name is complete, whenever a run was killed. Its record holds the recipe, the ids of the stages
+that it was made from and the content of the files that the recipe names: a folder that any of these has left behind is
+refused by name, and so is what was made from it.
 """
 
 import contextlib
@@ -10,6 +12,7 @@ import json
 import os
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,8 +21,11 @@ from typing import Any
 import filelock
 import yaml
 
-from rerank.launch.files import write_json, write_text
+from rerank.launch import named_files
+from rerank.launch.files import delete_folder, write_json, write_text
+from rerank.launch.named_files import FileRecord, NamedFile
 from rerank.launch.stages import load_stage
+from rerank.launch.values import default_of
 
 Values = Mapping[str, object]  # of a recipe's keys, or metrics
 
@@ -29,8 +35,11 @@ PACKAGES = "rerank torch transformers trl peft accelerate deepspeed vllm vllm-cp
 # Keys that may differ between the recipe that made a folder and the one that skips it: they change the display, the
 # check beforehand, or the device, which belongs to the accelerate file and is not compared.
 PRESENTATION_KEYS = frozenset(
-    {"run_dir", "report_to", "logging_steps", "disable_tqdm", "run_name", "log_level", "probe", "use_cpu"}
+    "run_dir report_to run_name project trackio_space_id logging_steps disable_tqdm log_level probe use_cpu".split()
 )
+
+
+_AS_UNFINISHED: ContextVar[frozenset[Path]] = ContextVar("_AS_UNFINISHED", default=frozenset())
 
 
 def stage_dir(run_dir: str | Path, stage: str) -> Path:
@@ -40,7 +49,18 @@ def stage_dir(run_dir: str | Path, stage: str) -> Path:
 
 def is_finished(run_dir: str | Path, stage: str) -> bool:
     """Whether the stage's folder is complete."""
-    return (stage_dir(run_dir, stage) / "stage.json").is_file()
+    folder = stage_dir(run_dir, stage)
+    return folder not in _AS_UNFINISHED.get() and (folder / "stage.json").is_file()
+
+
+@contextlib.contextmanager
+def as_unfinished(run_dir: str | Path, stages: Sequence[str]) -> Iterator[None]:
+    """Let these stages count as unfinished within it, as they will be once they are set aside."""
+    token = _AS_UNFINISHED.set(frozenset(stage_dir(run_dir, stage) for stage in stages))
+    try:
+        yield
+    finally:
+        _AS_UNFINISHED.reset(token)
 
 
 def read_metrics(run_dir: str | Path, stage: str) -> dict[str, Any]:
@@ -65,16 +85,37 @@ def versions() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class StageRecord:
-    """`stage.json` of a finished stage: its id, the keys of its recipe, the ids of the folders it was made from."""
+    """`stage.json` of a finished stage, `begun.json` of one that is not.
+
+    Attributes:
+        id: Another one each time that the stage is made; empty while it is unfinished.
+        given: The keys of its recipe.
+        inputs: The ids of the stages that it is made from.
+        files: The files that the recipe names, as they were when it began; none in folders of earlier versions.
+    """
 
     id: str
     given: dict[str, object]
     inputs: dict[str, str]
+    files: tuple[FileRecord, ...] = ()
+
+    @classmethod
+    def load(cls, path: Path) -> "StageRecord":
+        """Read a record; that of an unfinished stage has no id in earlier versions."""
+        found = json.loads(path.read_text())
+        files = tuple(FileRecord(**file) for file in found.get("files", ()))
+        return cls(found.get("id", ""), found["given"], found["inputs"], files)
 
 
 def read_record(run_dir: str | Path, stage: str) -> StageRecord:
     """The record of a finished stage."""
-    return StageRecord(**json.loads((stage_dir(run_dir, stage) / "stage.json").read_text()))
+    return StageRecord.load(stage_dir(run_dir, stage) / "stage.json")
+
+
+def _read_begun(run_dir: str | Path, stage: str) -> StageRecord | None:
+    """The record of an unfinished stage, where it has begun."""
+    path = partial_dir(run_dir, stage) / "begun.json"
+    return StageRecord.load(path) if path.is_file() else None
 
 
 def difference(stage: str, made_with: Values, wanted: Values) -> str | None:
@@ -91,11 +132,6 @@ def difference(stage: str, made_with: Values, wanted: Values) -> str | None:
     return None
 
 
-def default_of(option: "dataclasses.Field[Any]") -> object:
-    """The default of a dataclass's option; `dataclasses.MISSING` where it must be given."""
-    return option.default if option.default_factory is dataclasses.MISSING else option.default_factory()
-
-
 def _is_default(stage: str, key: str, *values: object) -> bool:
     """Whether one of the values is the default of the stage's option."""
     arguments = load_stage(stage).arguments  # slow to import, so only where it matters
@@ -103,16 +139,32 @@ def _is_default(stage: str, key: str, *values: object) -> bool:
     return bool(options) and default_of(options[0]) in values
 
 
-def check_finished(run_dir: str | Path, stage: str, given: Values, remade: Sequence[str] = ()) -> None:
-    """Refuse a finished folder that another recipe made, or that was made from other inputs than the run's.
-
-    Args:
-        remade: Stages that the same command is about to run again.
-    """
+def check_finished(
+    run_dir: str | Path, stage: str, given: Values, remade: Sequence[str] = (), accelerate: str | None = None
+) -> None:
+    """Refuse a finished folder that another recipe made, or that `check_origin` refuses."""
     folder = stage_dir(run_dir, stage)
     if changed := difference(stage, read_record(run_dir, stage).given, given):
         raise ValueError(f"{folder} was made by another recipe: {changed}; {_cure(folder)}")
-    check_inputs(run_dir, stage, remade)
+    check_origin(run_dir, stage, remade, accelerate)
+
+
+def check_origin(run_dir: str | Path, stage: str, remade: Sequence[str] = (), accelerate: str | None = None) -> None:
+    """Refuse a finished folder made from other files or inputs than the run's, and one whose inputs were so made.
+
+    Args:
+        run_dir: Folder of the run.
+        stage: Name of the stage.
+        remade: Stages that the same command is about to run again.
+        accelerate: The accelerate file of the command.
+    """
+    origins = [stage]
+    for name in origins:  # which grows
+        record, folder = read_record(run_dir, name), stage_dir(run_dir, name)
+        if changed := named_files.changed(record.files, accelerate):
+            raise ValueError(f"{folder} was made from another content of {changed}; {_cure(folder)}")
+        check_inputs(run_dir, name, remade)
+        origins += [other for other in record.inputs if other not in origins and is_finished(run_dir, other)]
 
 
 def check_inputs(run_dir: str | Path, stage: str, remade: Sequence[str] = ()) -> None:
@@ -123,7 +175,9 @@ def check_inputs(run_dir: str | Path, stage: str, remade: Sequence[str] = ()) ->
 
 
 def _cure(folder: Path) -> str:
-    return f"delete {folder} and the stages after it, or choose another --out"
+    return (
+        f"delete {folder} and the stages after it, as `rerank run --force {folder.name}` does, or choose another --out"
+    )
 
 
 def _replaced(run_dir: str | Path, inputs: Mapping[str, str], remade: Sequence[str] = ()) -> str | None:
@@ -138,23 +192,47 @@ def _ids(run_dir: str | Path, stages: Sequence[str]) -> dict[str, str]:
     return {name: read_record(run_dir, name).id for name in stages}
 
 
-def begin(run_dir: str | Path, stage: str, given: Values, inputs: Sequence[str]) -> None:
-    """Record the recipe and the inputs with which an unfinished stage is begun."""
-    record = {"given": dict(given), "inputs": _ids(run_dir, inputs)}
-    write_json(partial_dir(run_dir, stage) / "begun.json", record)
+def begin(
+    run_dir: str | Path, stage: str, given: Values, inputs: Sequence[str], files: Sequence[NamedFile] = ()
+) -> None:
+    """Record the recipe, the inputs and the named files with which an unfinished stage is begun or resumed."""
+    before = _read_begun(run_dir, stage)
+    records = named_files.record(files, before.files if before else ())
+    begun = StageRecord("", dict(given), _ids(run_dir, inputs), tuple(records))
+    write_json(partial_dir(run_dir, stage) / "begun.json", dataclasses.asdict(begun))
 
 
-def refuse_partial_of_another_recipe(run_dir: str | Path, stage: str, given: Values) -> None:
-    """Refuse to resume an unfinished stage with another recipe or other inputs than it was begun with."""
-    file = partial_dir(run_dir, stage) / "begun.json"
-    if not file.is_file():
+def refuse_partial_of_another_recipe(
+    run_dir: str | Path, stage: str, given: Values, accelerate: str | None = None
+) -> None:
+    """Refuse to resume an unfinished stage with another recipe, other files or other inputs than it was begun with."""
+    begun, folder = _read_begun(run_dir, stage), partial_dir(run_dir, stage)
+    if begun is None:
         return
-    begun = json.loads(file.read_text())
-    cure = "delete it to start the stage anew, or choose another --out"
-    if changed := difference(stage, begun["given"], given):
-        raise ValueError(f"{file.parent} was begun by another recipe: {changed}; {cure}")
-    if name := _replaced(run_dir, begun["inputs"]):
-        raise ValueError(f"{file.parent} was begun with another {name} folder than the run's; {cure}")
+    cure = f"delete it to start the stage anew, as `rerank run --force {stage}` does, or choose another --out"
+    if changed := difference(stage, begun.given, given):
+        raise ValueError(f"{folder} was begun by another recipe: {changed}; {cure}")
+    if changed := named_files.changed(begun.files, accelerate):
+        raise ValueError(f"{folder} was begun with another content of {changed}; {cure}")
+    if name := _replaced(run_dir, begun.inputs):
+        raise ValueError(f"{folder} was begun with another {name} folder than the run's; {cure}")
+
+
+def replaced_dir(run_dir: str | Path, stage: str) -> Path:
+    """The folder of a finished stage that is being made again."""
+    return Path(run_dir) / f"{stage}.replaced"
+
+
+def set_aside(run_dir: str | Path, stage: str) -> None:
+    """Make way for a stage that is to be made again.
+
+    A finished folder is renamed to `<stage>.replaced` and deleted once the new one is finished, an unfinished one is
+    deleted.
+    """
+    if is_finished(run_dir, stage):
+        delete_folder(replaced_dir(run_dir, stage))
+        stage_dir(run_dir, stage).rename(replaced_dir(run_dir, stage))
+    delete_folder(partial_dir(run_dir, stage))
 
 
 def partial_dir(run_dir: str | Path, stage: str) -> Path:
@@ -191,13 +269,18 @@ def refuse_held(run_dir: str | Path, stage: str) -> None:
 def finish(
     run_dir: str | Path, stage: str, given: Values, resolved: Values, inputs: Sequence[str], metrics: Values
 ) -> None:
-    """Write the recipe, versions, metrics and record beside the artifact and give the folder its final name."""
-    folder = partial_dir(run_dir, stage)
+    """Write the recipe, versions, metrics and record beside the artifact and give the folder its final name.
+
+    Inputs and files are recorded as they were when the stage began.
+    """
+    folder, begun = partial_dir(run_dir, stage), _read_begun(run_dir, stage)
     write_text(folder / "recipe.yaml", yaml.safe_dump(dict(resolved), sort_keys=True, allow_unicode=True))
     write_json(folder / "versions.json", versions())
     write_json(folder / "metrics.json", metrics)
-    record = StageRecord(uuid.uuid4().hex, dict(given), _ids(run_dir, inputs))
+    ids = _ids(run_dir, inputs) | (begun.inputs if begun else {})
+    record = StageRecord(uuid.uuid4().hex, dict(given), ids, begun.files if begun else ())
     write_json(folder / "stage.json", dataclasses.asdict(record))
-    for name in ("begun.json", "holder.pid", "lock"):
-        (folder / name).unlink(missing_ok=True)
-    folder.replace(stage_dir(run_dir, stage))
+    finished = folder.replace(stage_dir(run_dir, stage))
+    for name in ("begun.json", "holder.pid", "lock"):  # only now: a run that was killed before still knows its recipe
+        (finished / name).unlink(missing_ok=True)
+    delete_folder(replaced_dir(run_dir, stage))

@@ -21,6 +21,8 @@ class Stage:
         check: Takes the arguments; refuses what can be known before the stage starts.
         inputs: Stages whose folders it always reads.
         optional_inputs: Takes its own arguments; returns further stages whose folders it reads.
+        files: Options that name files or folders, or mappings to such.
+        plugins: Options that list plugins, or name a file with such a list -> the package of their short names.
         trains: Whether every process of a launch takes part, and `max_minutes` can end it.
         renamed_keys: Keys that earlier recipes had -> how to write them now.
     """
@@ -31,6 +33,8 @@ class Stage:
     check: Callable[..., None]
     inputs: tuple[str, ...] = ()
     optional_inputs: Callable[[Any], Sequence[str]] = lambda args: ()
+    files: tuple[str, ...] = ()
+    plugins: Mapping[str, str] = field(default_factory=dict)
     trains: bool = False
     renamed_keys: Mapping[str, str] = field(default_factory=dict)
 

@@ -31,6 +31,11 @@ def option(default: typing.Any, help: str) -> typing.Any:
     return dataclasses.field(default=default, metadata={"help": help})
 
 
+def default_of(option: "dataclasses.Field[typing.Any]") -> object:
+    """The default of a dataclass's option; `dataclasses.MISSING` where it must be given."""
+    return option.default if option.default_factory is dataclasses.MISSING else option.default_factory()
+
+
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
     """Refuse an option's value that is none of the choices."""
     if value not in choices:

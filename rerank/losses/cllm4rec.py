@@ -146,7 +146,8 @@ class cllm4rec(AuxiliaryLoss):
         if self.mask_share:
             found["masked_prompts"] = int((batch["targets"] >= 0).any(dim=1).sum()) if "targets" in batch else 0
         else:
-            found["head_targets"] = int(((batch["items"] >= 0) & (batch["labels"] != -100)).sum())
+            is_target = (batch["items"] >= 0) & (batch["labels"] != -100)
+            found["head_targets"] = int(is_target[batch["task"] == self.task_numbers[NEXT_ITEM]].sum())
         if self.regularisation:
             for name, is_content in (("history_ids", False), ("content_ids", True)):
                 found[name] = int((self._places(batch, is_content) >= 0).sum())
@@ -160,7 +161,8 @@ class cllm4rec(AuxiliaryLoss):
         return found
 
     def _next_loss(self, inputs: LossInputs, embedding: nn.Embedding) -> torch.Tensor:
-        chosen = inputs.items >= 0
+        # rows of other losses have items under loss, too: the related items of `iirg` are no next items
+        chosen = (inputs.items >= 0) & (inputs.tasks == self.task_numbers[NEXT_ITEM])
         scores = self.module.head(inputs.hidden[chosen], embedding.weight)
         total = nn.functional.cross_entropy(scores, inputs.items[chosen], reduction="sum")
         return total / max(inputs.counts["head_targets"], 1)

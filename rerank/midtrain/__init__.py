@@ -163,6 +163,7 @@ def train_new_rows(
     config = dataclasses.replace(
         config,
         output_dir=f"{config.output_dir}_new_rows",
+        run_name=f"{config.run_name}_new_rows",
         max_steps=num_steps(len(dataset), args.token_epochs, config),
         learning_rate=args.token_learning_rate,
     )
@@ -254,5 +255,6 @@ STAGE = Stage(
     main=main,
     check=check,
     inputs=("data", "semantic_ids"),
+    files=("model_name_or_path", "general_text"),
     trains=True,
 )

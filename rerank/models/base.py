@@ -1,6 +1,7 @@
 """Models: a pretrained one loaded, a small Qwen3-shaped one made, tokens added, a trained one saved."""
 
 import contextlib
+import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -190,19 +191,31 @@ def add_tokens(
     return ids
 
 
-def save_trained(trainer: "Trainer", tokenizer: "PreTrainedTokenizerBase", base_dir: str | Path, folder: Path) -> None:
+def save_trained(
+    trainer: "Trainer",
+    tokenizer: "PreTrainedTokenizerBase",
+    base_dir: str | Path,
+    folder: Path,
+    kept: Path | None = None,
+) -> None:
     """Save a trainer's model as a plain model folder, a LoRA adapter merged into the model of `base_dir`.
 
     Every process must call it, since a sharded model is gathered.
+
+    Args:
+        kept: Where `trainer.save_model` has saved the weights to take in place of the present ones.
     """
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
     is_adapter = isinstance(trainer.accelerator.unwrap_model(trainer.model), PeftModel)
     saved = folder.with_name(f"{folder.name}_adapter") if is_adapter else folder
-    trainer.save_model(str(saved))
+    if kept is None:
+        trainer.save_model(str(saved))
     if not trainer.accelerator.is_main_process:
         return
+    if kept is not None:
+        shutil.copytree(kept, saved, dirs_exist_ok=True)
     if is_adapter:
         base = AutoModelForCausalLM.from_pretrained(base_dir, dtype="float32")  # its folder may have no tokenizer
         PeftModel.from_pretrained(base, str(saved)).merge_and_unload().save_pretrained(folder)

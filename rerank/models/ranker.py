@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rerank.catalogue import check_vocabulary
+from rerank.catalogue import Catalogue, check_vocabulary
 from rerank.prompts import parse_completion
-from rerank.rows import Prompter, RankingRow
+from rerank.rows import PromptedRow, Prompter, RankingRow
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase, Trainer
 
 FILES = ("config.json", "prompt.json", "catalogue.parquet", "features.json", "generation.json")
 
@@ -55,6 +55,14 @@ class RankingModel:
 
 
 @dataclass(frozen=True)
+class Batch:
+    """Rows to answer together, and the catalogue whose texts their prompts show; None for the model's own."""
+
+    rows: Sequence[RankingRow]
+    catalogue: Catalogue | None = None
+
+
+@dataclass(frozen=True)
 class Answer:
     """One parsed completion: its `order` (positions into the candidates, best first), or the `failure`."""
 
@@ -74,27 +82,42 @@ def read_answer(text: str, num_tokens: int, truncated: bool, labels: Sequence[st
 
 def generate_answers(model: RankingModel, rows: Sequence[RankingRow]) -> tuple[list[Answer], float]:
     """A greedy completion of each row's prompt, and the seconds that it took without the engine's start."""
+    return generate_batches(model, [Batch(rows)])[0]
+
+
+def generate_batches(model: RankingModel, batches: Sequence[Batch]) -> list[tuple[list[Answer], float]]:
+    """`generate_answers` of each batch, one after the other by one engine."""
     from rerank.models import engine as vllm_engine
 
     tokenizer = model.load_tokenizer()
-    prompter = replace(model.prompter, tokenizer=tokenizer)
-    prompts = [prompter.prompt(row) for row in rows]
+    asked = [ask(model, batch, tokenizer) for batch in batches]
+    prompts = [row.prompt for rows in asked for row in rows]
     max_length = max(len(ids) for ids in tokenizer(prompts).input_ids) + model.max_completion_tokens
     _check_positions(model, max_length)
     engine = vllm_engine.open_engine(model.folder, max_length)
+    found = []
     try:
-        began = time.perf_counter()
-        completions = vllm_engine.generate(engine, prompts, model.max_completion_tokens)
-        seconds = time.perf_counter() - began
+        for rows in asked:
+            began = time.perf_counter()
+            texts = [row.prompt for row in rows]
+            completions = vllm_engine.generate(engine, texts, model.max_completion_tokens) if texts else []
+            seconds = time.perf_counter() - began
+            answers = [
+                read_answer(completion.text, len(completion.token_ids), completion.truncated, row.labels)
+                for row, (completion,) in zip(rows, completions, strict=True)
+            ]
+            found.append((answers, seconds))
     finally:
         engine.llm_engine.engine_core.shutdown()  # the next model's engine needs the memory
         del engine
         gc.collect()
-    answers = [
-        read_answer(completion.text, len(completion.token_ids), completion.truncated, prompter.labels(row))
-        for row, (completion,) in zip(rows, completions, strict=True)
-    ]
-    return answers, seconds
+    return found
+
+
+def ask(model: RankingModel, batch: Batch, tokenizer: "PreTrainedTokenizerBase") -> list[PromptedRow]:
+    """The rows of a batch with the prompts that the model answers."""
+    prompter = replace(model.prompter, tokenizer=tokenizer, catalogue=batch.catalogue or model.prompter.catalogue)
+    return [prompter.ask(row, model.max_completion_tokens) for row in batch.rows]
 
 
 def _check_positions(model: RankingModel, max_length: int) -> None:
@@ -107,3 +130,31 @@ def _check_positions(model: RankingModel, max_length: int) -> None:
             f"{model.folder}: a prompt of {max_length - answer} tokens and a completion of {answer} do not "
             f"fit into the model's {positions} positions; lower max_history or max_completion_tokens."
         )
+
+
+def complete_greedily(trainer: "Trainer", prompts: Sequence[str], max_tokens: int, batch_size: int = 128) -> list[str]:
+    """The most probable completion of each prompt by a model in training, through transformers.
+
+    Nothing is inherited from the model's generation_config. Prompts of like length share a batch.
+    """
+    import torch
+    from transformers import GenerationConfig, PreTrainedTokenizerBase
+    from trl.models.utils import unwrap_model_for_generation
+
+    tokenizer = trainer.processing_class
+    assert isinstance(tokenizer, PreTrainedTokenizerBase)
+    ids = tokenizer(list(prompts)).input_ids
+    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    config = GenerationConfig(do_sample=False, max_new_tokens=max_tokens, **ends)
+    order = sorted(range(len(ids)), key=lambda place: len(ids[place]))
+    texts = [""] * len(ids)
+    with unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator) as model, torch.no_grad():
+        for start in range(0, len(order), batch_size):
+            places = order[start : start + batch_size]
+            padded = tokenizer.pad(
+                {"input_ids": [ids[place] for place in places]}, padding_side="left", return_tensors="pt"
+            ).to(trainer.accelerator.device)
+            made = model.generate(**padded, generation_config=config)[:, padded.input_ids.shape[1] :]
+            for place, text in zip(places, tokenizer.batch_decode(made, skip_special_tokens=True), strict=True):
+                texts[place] = text
+    return texts

@@ -30,6 +30,14 @@ SETTINGS, INDEX = "next_item.json", "prefix_index"  # beside a trained model: ho
 ItemRow = dict[str, Any]
 
 
+def written_items(catalogue: Catalogue, item_text: str) -> list[str]:
+    """The text by which each item is written: its semantic id, or its title on a line of its own."""
+    if item_text == "semantic_id":
+        return catalogue.semantic_ids
+    pairs = zip(catalogue.titles, catalogue.item_ids, strict=True)
+    return [f"{' '.join(title.split()) or item_id}\n" for title, item_id in pairs]
+
+
 @dataclass(frozen=True)
 class NextItemEncoder:
     """Makes rows of items: mappings of equally long lists, and of `sequence` and `num_given` as `row` takes them.
@@ -81,12 +89,7 @@ class NextItemEncoder:
     @cached_property
     def tokens(self) -> list[list[int]]:
         """The token sequence of each item; of two items with one title the same."""
-        if self.item_text == "semantic_id":
-            texts = self.catalogue.semantic_ids
-        else:
-            pairs = zip(self.catalogue.titles, self.catalogue.item_ids, strict=True)
-            texts = [f"{' '.join(title.split()) or item_id}\n" for title, item_id in pairs]
-        return self._token_ids(texts)
+        return self._token_ids(written_items(self.catalogue, self.item_text))
 
     def _token_ids(self, text: str | list[str]) -> list[Any]:
         return self.tokenizer(text, add_special_tokens=False).input_ids

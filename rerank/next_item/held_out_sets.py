@@ -16,7 +16,7 @@ from rerank.catalogue import Catalogue
 from rerank.launch import run_dir
 from rerank.next_item.model import NextItemModel
 from rerank.next_item.recall import REFERENCE, baseline_lists, difference, filled, means_and_differences
-from rerank.results.intervals import Sampling
+from rerank.results.intervals import LEAVES_SEEDS_OUT, Sampling
 from rerank.results.tables import NO_VALUE, Results, markdown_table, number
 from rerank.rows import choose_rows, training_sequences
 
@@ -104,7 +104,8 @@ def markdown(results: Results) -> str:
     lines = [
         f"# All that is held out of a user: {results['n']} users, {results['split']}",
         "",
-        "Recall@k is hits over min(k, number of held-out items). Differences with 95 % intervals, paired bootstrap.",
+        "Recall@k is hits over min(k, number of held-out items). Differences with intervals: 95 %, "
+        f"{LEAVES_SEEDS_OUT}.",
         "",
         *markdown_table(heads, cells),
     ]

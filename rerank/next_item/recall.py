@@ -21,7 +21,9 @@ from rerank.catalogue import Catalogue
 from rerank.launch import run_dir as runs
 from rerank.next_item.encoder import SETTINGS, NextItemEncoder
 from rerank.next_item.model import NextItemModel
-from rerank.results.intervals import Sampling
+from rerank.next_item.slices import shared_texts, shared_texts_sentence, slice_lines, slice_results
+from rerank.results.intervals import LEAVES_SEEDS_OUT, Sampling
+from rerank.results.slices import Slices
 from rerank.results.tables import NO_VALUE, Results, counted, interval, markdown_table, number
 from rerank.rows import TargetRows, training_sequences
 from rerank.rows.lists import read_lists
@@ -68,11 +70,21 @@ def baseline_lists(
 ) -> tuple[Counts, dict[str, np.ndarray]]:
     """Counts of a run's training sequences, and the (R, length) lists of the rankers that rest on them."""
     counts = Counts.fit(training_sequences(runs.stage_dir(run, "data")), num_items)
-    fewest_free = num_items - max(len(np.unique(history)) for history in histories)
     return counts, {
         "popularity": popular_lists(counts.popularity, histories, length),
-        REFERENCE: filled(counts.top_rows(histories, min(length, fewest_free))[0].tolist(), length),
+        REFERENCE: transition_lists(counts, histories, length),
     }
+
+
+def transition_lists(counts: Counts, histories: Sequence[np.ndarray], length: int) -> np.ndarray:
+    """(R, length) best items of the counting baseline that a history does not hold; -1 where there are no more."""
+    free = np.array([counts.num_items - len(np.unique(history)) for history in histories])
+    lists = np.full((len(histories), length), -1)
+    for wanted in np.unique(np.minimum(free, length)).tolist():
+        rows = np.flatnonzero(np.minimum(free, length) == wanted)
+        if wanted:
+            lists[rows, :wanted] = counts.top_rows([histories[row] for row in rows], wanted)[0]
+    return lists
 
 
 def is_one_hop(counts: Counts, histories: Sequence[np.ndarray], targets: np.ndarray) -> np.ndarray:
@@ -141,11 +153,13 @@ class FoundLists:
         rows: Of one split.
         one_hop: (R,) whether counting could have found the target.
         lists: Ranker to (R, 10) items.
+        slices: Of the rows.
     """
 
     rows: TargetRows
     one_hop: np.ndarray
     lists: dict[str, np.ndarray]
+    slices: Slices
 
     @property
     def groups(self) -> dict[str, np.ndarray]:
@@ -201,7 +215,8 @@ def find_lists(
         items, _ = read_lists(path, whole.row_ids, catalogue.item_ids, LIST_LENGTH)
         found[name] = items[np.isin(whole.row_ids, rows.row_ids)]
     found |= model_lists(run, rows.histories, num_beams, models)
-    return FoundLists(rows, is_one_hop(counts, rows.histories, rows.targets), found)
+    slices = Slices.of_rows(run, whole).taken(np.searchsorted(whole.row_ids, rows.row_ids))
+    return FoundLists(rows, is_one_hop(counts, rows.histories, rows.targets), found, slices)
 
 
 def summarise(found: FoundLists, run: Path, num_beams: int, num_samples: int = 2000) -> Results:
@@ -221,6 +236,8 @@ def summarise(found: FoundLists, run: Path, num_beams: int, num_samples: int = 2
         "num_beams": num_beams,
         "midtrain_splits": runs.midtrain_splits(run),
         "rows": {name: {group: of_group(name, group) for group in groups} for name in values},
+        "slices": slice_results(values, REFERENCE, found.slices, found.rows.users, num_samples),
+        "shared_texts": shared_texts(run, found.rows.targets, values),
     }
 
 
@@ -245,8 +262,9 @@ def markdown(results: Results) -> str:
     lines = [
         f"# The next item among all items: {rows}, {seeds}, {results['num_beams']} beams",
         "",
-        f"Differences to {REFERENCE} with 95 % intervals, paired bootstrap, whole users drawn. One hop: the target is "
-        f"among the {MOST_SUCCESSORS} most frequent direct training successors of the history's items.",
+        f"Differences to {REFERENCE} with intervals: 95 %, {LEAVES_SEEDS_OUT}. One hop: the target is among the "
+        f"{MOST_SUCCESSORS} most frequent direct training successors of the history's items. "
+        + shared_texts_sentence(results["shared_texts"]),
     ]
     if "rerank" not in results["midtrain_splits"]:
         lines += [
@@ -262,4 +280,4 @@ def markdown(results: Results) -> str:
                 for name, of in results["rows"].items()
             ]
             lines += ["", f"{words}, {results['n'][group]} rows:", "", *markdown_table(heads, cells)]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *slice_lines(results["slices"])]) + "\n"

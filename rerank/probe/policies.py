@@ -7,14 +7,14 @@ import random
 import re
 from collections.abc import Callable, Sequence
 
-from rerank.metrics import best_first
+from rerank.metrics import best_first, kendall_tau
 from rerank.probe.rows import ProbeRow
-from rerank.prompts import THINK, THINK_END, completion, spaced
+from rerank.prompts import THINK, THINK_END, completion, parse_completion, spaced
 
 Policy = Callable[[ProbeRow, random.Random], str]
 
 
-def _answer(row: ProbeRow, order: Sequence[int]) -> str:
+def answer(row: ProbeRow, order: Sequence[int]) -> str:
     """A ranking after a trace that cites its first candidate and claims nothing."""
     return completion(f"best{spaced(row.labels[order[0]])}", order, row.labels)
 
@@ -34,7 +34,7 @@ def _oracle_labels(row: ProbeRow) -> list[str]:
 
 def input_order(row: ProbeRow, rng: random.Random) -> str:
     """The order shown: the no-op."""
-    return _answer(row, _shown(row))
+    return answer(row, _shown(row))
 
 
 def no_trace(row: ProbeRow, rng: random.Random) -> str:
@@ -49,28 +49,48 @@ def swap_neighbours(row: ProbeRow, rng: random.Random) -> str:
     if places:
         place = rng.choice(places)
         order[place - 1 : place + 1] = order[place], order[place - 1]
-    return _answer(row, order)
+    return answer(row, order)
+
+
+def second_to_first(row: ProbeRow, rng: random.Random) -> str:
+    """A near-copy: the first two candidates change places."""
+    first, second, *others = _shown(row)
+    return answer(row, [second, first, *others])
 
 
 def reverse(row: ProbeRow, rng: random.Random) -> str:
     """The order shown, last first."""
-    return _answer(row, _shown(row)[::-1])
+    return answer(row, _shown(row)[::-1])
 
 
 def random_order(row: ProbeRow, rng: random.Random) -> str:
     """A random permutation."""
-    return _answer(row, rng.sample(_shown(row), len(row.labels)))
+    return answer(row, rng.sample(_shown(row), len(row.labels)))
 
 
 def last_to_first(row: ProbeRow, rng: random.Random) -> str:
     """The last candidate first, the others as shown."""
     *others, last = _shown(row)
-    return _answer(row, [last, *others])
+    return answer(row, [last, *others])
+
+
+def first_to_last(row: ProbeRow, rng: random.Random) -> str:
+    """The first candidate last, the others as shown."""
+    first, *others = _shown(row)
+    return answer(row, [*others, first])
+
+
+def target_to(place: int, row: ProbeRow, rng: random.Random) -> str:
+    """The target at a place from 0, the others as shown: the value of that place, no policy of the table."""
+    target = row.row.target
+    assert target is not None  # as in every row of the probe
+    others = [candidate for candidate in _shown(row) if candidate != target]
+    return answer(row, [*others[:place], target, *others[place:]])
 
 
 def by_popularity(row: ProbeRow, rng: random.Random) -> str:
     """The candidate that most users took first; ties stay as shown."""
-    return _answer(row, best_first(row.popularity))
+    return answer(row, best_first(row.popularity))
 
 
 def duplicate(row: ProbeRow, rng: random.Random) -> str:
@@ -114,12 +134,46 @@ def junk_with_target(row: ProbeRow, rng: random.Random) -> str:
 
 def oracle(row: ProbeRow, rng: random.Random) -> str:
     """The best order there is."""
-    return _answer(row, best_first(row.row.relevance))
+    return answer(row, best_first(row.row.relevance))
 
 
-# In the order of the table; the first is the one that others are compared with, the last is the measure of all.
-POLICIES: tuple[Policy, ...] = (
-    *(input_order, no_trace, swap_neighbours, reverse, random_order, last_to_first, by_popularity),
-    *(duplicate, omission, foreign_item, truncated, empty, junk, junk_with_target, oracle),
+# With the kind of each, in the order of the table: the first is the one that others are compared with. A copy is the
+# order shown or nearly so, a blind order does not look at the row, a fact is one that an honest policy may rest on.
+POLICIES: tuple[tuple[Policy, str], ...] = (
+    *((policy, "copy") for policy in (input_order, no_trace, swap_neighbours, second_to_first)),
+    *((policy, "blind") for policy in (reverse, random_order, last_to_first, first_to_last)),
+    (by_popularity, "fact"),
+    *((policy, "no ranking") for policy in (duplicate, omission, foreign_item, truncated, empty)),
+    *((policy, "no ranking") for policy in (junk, junk_with_target)),
 )
 RANDOM = (swap_neighbours, random_order)  # those whose completions differ from draw to draw
+NEAR = 0.8  # Kendall's tau with the order shown, above which an order is a copy of it
+
+
+def all_of(rows: Sequence[ProbeRow], best_fixed_order: Policy) -> list[tuple[Policy, str]]:
+    """The policies of a table and their kinds: POLICIES, the best blind order, a sort by each fact, the oracle.
+
+    In short lists a near-copy is none: what changes as much as NEAR allows counts as a blind order there.
+    """
+    found = [(policy, _kind(policy, kind, rows)) for policy, kind in POLICIES]
+    place = [kind for _, kind in found].index("fact")
+    facts = [(_by_fact(name), "fact") for name in rows[0].fact_names]
+    return [*found[:place], (best_fixed_order, "blind"), found[place], *facts, *found[place + 1 :], (oracle, "oracle")]
+
+
+def _kind(policy: Policy, kind: str, rows: Sequence[ProbeRow]) -> str:
+    if kind != "copy":
+        return kind
+    orders = [parse_completion(policy(row, random.Random(0)), row.labels).order for row in rows]
+    taus = [kendall_tau(order) for order in orders if order is not None]
+    return "copy" if sum(taus) / len(taus) > NEAR else "blind"
+
+
+def _by_fact(name: str) -> Policy:
+    """The candidate with the highest value of a fact first; ties stay as shown."""
+
+    def by_fact(row: ProbeRow, rng: random.Random) -> str:
+        return answer(row, best_first(row.fact(name)))
+
+    by_fact.__name__ = f"by_{name}"
+    return by_fact

@@ -13,7 +13,7 @@ import numpy as np
 from rerank import rows
 from rerank.launch import run_dir
 from rerank.prompts import PromptSettings
-from rerank.rows import PromptedRow, Prompter
+from rerank.rows import PromptedRow, Prompter, RankingRow
 
 NEEDED = ("data", "semantic_ids", "candidates")
 SEED = 42  # of the dapo stage where its recipe has none: TrainingArguments' default
@@ -23,9 +23,17 @@ _TOKEN = re.compile(r"<[^<>]*>|\w+|[^\w\s]")
 
 @dataclass(frozen=True)
 class ProbeRow(PromptedRow):
-    """A training row as it is asked, and how often users took each of its candidates in training."""
+    """A training row as it is asked, how often other users took each of its candidates, and its facts' names."""
 
     popularity: Sequence[int]
+    feature_names: Sequence[str] = ()
+    fact_names: Sequence[str] = ()
+
+    def fact(self, name: str) -> list[float]:
+        """(N,) a feature of the candidates, one of `fact_names`."""
+        assert self.row.features is not None  # where there are facts
+        values: list[float] = self.row.features[:, list(self.feature_names).index(name)].tolist()
+        return values
 
 
 def read_rows(keys: Mapping[str, Any], num_rows: int) -> tuple[list[ProbeRow], str]:
@@ -33,9 +41,10 @@ def read_rows(keys: Mapping[str, Any], num_rows: int) -> tuple[list[ProbeRow], s
 
     Where the traces stage has not run, it has not yet said which rows are whose and what a label is: then these are
     all rows whose list holds a relevant item, ranked by semantic id.
+    Of a row's lists only the first stage's own is taken (`candidates.augmentation`).
 
     Args:
-        keys: The recipe's: run_dir, rows, shuffle_candidates, seed, max_completion_length, without_trace.
+        keys: The recipe's: run_dir, rows, max_completion_length, without_trace.
         num_rows: Their number, drawn at random; 0 for all.
 
     Raises:
@@ -56,13 +65,35 @@ def read_rows(keys: Mapping[str, Any], num_rows: int) -> tuple[list[ProbeRow], s
     else:
         prompter, what = Prompter.of_run(run, settings=PromptSettings()), "rows (no traces yet)"
         found = rows.read_rows(run_dir.stage_dir(run, "candidates") / "train.parquet")
-    chosen = rows.choose_rows(found, num_rows, seed=0)
-    if keys.get("shuffle_candidates"):
-        chosen = [rows.shuffle(row, keys.get("seed", SEED), epoch=0) for row in chosen]
-    taken = np.bincount(rows.training_items(run_dir.stage_dir(run, "data"))[1], minlength=len(prompter.catalogue))
+    # a row's further lists are drawn so that their order says less: they would make copying look harmless
+    chosen = rows.choose_rows([row for row in found if row.list_number == 0], num_rows, seed=0)
+    popularity = others_choices(chosen, rows.training_sequences(run_dir.stage_dir(run, "data")), prompter)
     limit = _max_completion_tokens(keys)
     asked = (prompter.ask(row, limit) for row in chosen)
-    return [ProbeRow(**vars(row), popularity=taken[list(row.row.candidates)].tolist()) for row in asked], what
+    facts = prompter.settings.evidence_names if prompter.needs_features else []
+    return [
+        ProbeRow(
+            **vars(row),
+            popularity=of_row,
+            feature_names=prompter.names,
+            fact_names=facts,
+        )
+        for row, of_row in zip(asked, popularity, strict=True)
+    ], what
+
+
+def others_choices(
+    asked: Sequence[RankingRow], sequences: Mapping[int, np.ndarray], prompter: Prompter
+) -> list[list[int]]:
+    """(N,) how often users other than the row's took each of its candidates in training, per row."""
+    items = np.concatenate(list(sequences.values()))
+    taken = np.bincount(items, minlength=len(prompter.catalogue))
+    found = []
+    for row in asked:
+        own = np.empty(0, dtype=np.int64) if row.user is None else sequences.get(row.user, np.empty(0, dtype=np.int64))
+        candidates = np.array(row.candidates)
+        found.append((taken[candidates] - (own[:, None] == candidates).sum(axis=0)).tolist())
+    return found
 
 
 def _max_completion_tokens(keys: Mapping[str, Any]) -> int:

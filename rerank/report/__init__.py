@@ -15,7 +15,7 @@ from rerank.launch.stages import STAGES
 from rerank.report import charts, cheating, page, rollouts, semantic_ids
 from rerank.report.rows import read_ranked_rows, sample_rows
 from rerank.results import tables
-from rerank.results.rankers import GENERATING, RANKERS
+from rerank.results.rankers import GENERATING, of_task
 from rerank.rollouts.groups import RolloutGroups
 
 Section = dict[str, Any]  # what a template shows of a part
@@ -60,7 +60,7 @@ def write_report(run_dir: str | Path, evaluate_dir: str | Path, path: str | Path
         first=first,
         name=run_dir.resolve().name,
         columns=tables.COLUMNS,
-        rankers={ranker.name: ranker.description for ranker in RANKERS},
+        rankers={ranker.name: ranker.description for ranker in of_task("rerank")},
         rollouts=found.get("sample"),
         stages=stages,
         missing=missing,
@@ -84,7 +84,12 @@ def _results(run_dir: Path, evaluate_dir: Path, missing: dict[str, str]) -> Sect
         "headline": headline(results),
         "table": {ranker: tables.cells(ranker, row) for ranker, row in results["rows"].items()},
         "notes": tables.notes(results),
-        "charts": [charts.gain_chart(results), charts.place_chart(rows, results)],
+        "charts": [
+            charts.gain_chart(results),
+            charts.place_chart(rows, results),
+            *([charts.order_chart(results["orders"])] if results.get("orders") else []),
+        ],
+        "further": tables.further_tables(results),
         "sampled": name,
         "samples": samples,
     }
@@ -116,7 +121,8 @@ def headline(results: Mapping[str, Any]) -> str:
     verdict = "above the input order" if low > 0 else "below the input order" if high < 0 else "no clear difference"
     return (
         f"{name}: NDCG@5 {row['N@5']:.4f}, input order {no_op:.4f}{relative}; difference "
-        f"{tables.interval(row['N@5_minus_no_op'], row['N@5_interval'])}: {verdict}."
+        f"{tables.interval(row['N@5_minus_no_op'], row['N@5_interval'])}: {verdict}. The interval is "
+        "over users; another training seed may lie outside."
     )
 
 

@@ -10,18 +10,25 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
+from rerank.launch.run_dir import is_finished, read_metrics
 from rerank.report.page import FROM_ZERO, STEPS, Chart, chart
 from rerank.report.rows import RankedRow
 from rerank.results.rankers import GENERATING
 
 MIDTRAIN, SFT, DAPO = (f"{stage}/log_history.json" for stage in ("midtrain", "sft", "dapo"))
+NO_TRACE = "sft/log_history_no_trace.json"
+KEPT = {SFT: ("kept",), NO_TRACE: ("no_trace", "kept"), DAPO: ("kept",)}  # log -> where its stage's metrics tell it
+CHECKED = ("eval_N@5", "eval_R@1")
 AGREEMENT = ("rollouts/consistency/kendall_tau", "rollouts/consistency/same_first")
 CURVES = (  # title, log, keys of it or patterns of them
     ("Mid-training loss", MIDTRAIN, ("loss", "loss_*")),
     ("Mid-training: the next item on validation rows", MIDTRAIN, ("eval_R@10", "eval_N@10")),
     ("SFT loss", SFT, ("loss", "eval_loss")),
-    ("SFT without trace: loss", "sft/log_history_no_trace.json", ("loss", "eval_loss")),
+    ("SFT: validation rows, ranked greedily", SFT, CHECKED),
+    ("SFT without trace: loss", NO_TRACE, ("loss", "eval_loss")),
+    ("SFT without trace: validation rows, ranked greedily", NO_TRACE, CHECKED),
     ("DAPO reward", DAPO, ("reward",)),
+    ("DAPO: validation rows, ranked greedily", DAPO, CHECKED),
     ("DAPO reward of all groups sampled, kept or not", DAPO, ("rollouts/reward",)),
     ("DAPO groups that differ in outcome, share of those sampled", DAPO, ("groups/share_useful",)),
     ("DAPO agreement of rankings of the same rows shown in two orders", DAPO, AGREEMENT),
@@ -39,7 +46,8 @@ def gain_chart(results: Mapping[str, Any]) -> Chart:
     below = [gain - row["N@5_interval"][0] for row, gain in zip(rows, gains, strict=True)]
     error = {"type": "data", "array": above, "arrayminus": below, "thickness": 2, "width": 6}
     points = go.Scatter(x=gains, y=names, mode="markers", error_x=error, marker={"size": 10})
-    return chart(go.Figure(points), "NDCG@5 minus that of the input order, 95 % intervals", xaxis={"tickformat": "+"})
+    title = "NDCG@5 minus that of the input order, 95 % intervals over users"
+    return chart(go.Figure(points), title, xaxis={"tickformat": "+"})
 
 
 def place_chart(rows: Sequence[RankedRow], results: Mapping[str, Any]) -> Chart:
@@ -52,6 +60,21 @@ def place_chart(rows: Sequence[RankedRow], results: Mapping[str, Any]) -> Chart:
         figure.add_scatter(x=list(range(1, last + 1)), y=shares.tolist(), mode="lines+markers", name=name)
     axes = {"xaxis": {"title": {"text": "rank"}, "dtick": 1}, "yaxis": {"tickformat": ".0%", **FROM_ZERO}}
     return chart(figure, "Rank of the relevant item, share of rows", **axes)
+
+
+def order_chart(orders: Mapping[str, Any]) -> Chart:
+    """NDCG@5 of each ranker on rows as given, in each other order, and of the ranking merged over these orders."""
+    figure, rankers = go.Figure(), dict(reversed(orders["rankers"].items()))
+    points = {
+        "each other order": [(value, name) for name, found in rankers.items() for value in found["by_order"]],
+        "as given": [(found["given"]["N@5"], name) for name, found in rankers.items()],
+        "merged": [(found["merged"]["N@5"], name) for name, found in rankers.items()],
+    }
+    for (kind, places), symbol in zip(points.items(), ("line-ns-open", "circle", "diamond-open"), strict=True):
+        values, names = zip(*places, strict=True)
+        marker = {"size": 12, "symbol": symbol, "line": {"width": 2}}
+        figure.add_scatter(x=values, y=names, mode="markers", name=kind, marker=marker)
+    return chart(figure, f"NDCG@5 by the order in which candidates are shown, {orders['rows']} rows")
 
 
 def training_charts(run_dir: Path) -> list[Chart]:
@@ -70,6 +93,17 @@ def training_charts(run_dir: Path) -> list[Chart]:
             if is_long:
                 mean = pd.Series(values).rolling(len(values) // 10, min_periods=1).mean()
                 figure.add_scatter(x=steps, y=mean.tolist(), name=f"{label}, moving mean")
+        if figure.data and keys == CHECKED and (kept := _kept_step(run_dir, log)) is not None:
+            figure.add_vline(x=kept, line_dash="dot", annotation_text=f"kept: step {kept}")
         if figure.data:
             charts.append(chart(figure, title, xaxis=STEPS))
     return charts
+
+
+def _kept_step(run_dir: Path, log: str) -> int | None:
+    """The step of a log whose model its stage has kept; None where it did not look at validation rows."""
+    stage = log.partition("/")[0]
+    found: Any = read_metrics(run_dir, stage) if is_finished(run_dir, stage) else {}
+    for name in KEPT[log]:
+        found = found.get(name, {})
+    return found.get("step")

@@ -5,13 +5,13 @@ The evaluate stage ranks with them in this order, its option `models` takes the 
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 
-from rerank.baselines import fit_lambdamart, predict_lambdamart
+from rerank.baselines import fit_lambdamart
 from rerank.baselines.counts import RECENCY
 from rerank.baselines.features import TRANSITIONS
 from rerank.baselines.pairs import UNIT
@@ -24,7 +24,23 @@ LAMBDAMART_SEED = 0  # one fit for every run, so that variants share the baselin
 _RERANK, _CATALOGUE = TASKS[:1], TASKS[1:]
 
 Orders = list[list[int]]  # positions into each row's candidates, best first
-Baseline = Callable[[Path, Sequence[RankingRow]], Orders | None]  # from the folder of the candidates stage and rows
+
+
+@dataclass(frozen=True)
+class FittedOrders:
+    """The orders of a baseline whose scores are means of several fits.
+
+    Attributes:
+        orders: By the means.
+        of_fits: By each fit alone.
+    """
+
+    orders: Orders
+    of_fits: list[Orders]
+
+
+# From the folder of the candidates stage and rows to their orders.
+Baseline = Callable[[Path, Sequence[RankingRow]], Orders | FittedOrders | None]
 
 
 @dataclass(frozen=True)
@@ -41,6 +57,8 @@ class Ranker:
         stage: That trains its model.
         folder: Of its model, in that of the stage.
         is_optional: Whether the stage may leave it out.
+        is_fitted: Of a baseline: whether it has learned to rank lists of candidates.
+        control_of: The ranker that it repeats with the items' texts shuffled; empty for a ranker of its own.
     """
 
     name: str
@@ -51,6 +69,13 @@ class Ranker:
     stage: str = ""
     folder: str = "model"
     is_optional: bool = False
+    is_fitted: bool = False
+    control_of: str = ""
+
+    @property
+    def reads_lists(self) -> bool:
+        """Whether it reads a list of candidates: other orders of the list, or other texts, may change its ranking."""
+        return self.kind == "generates" or self.is_fitted
 
     @property
     def is_baseline(self) -> bool:
@@ -92,13 +117,18 @@ def transitions(candidates_dir: Path, rows: Sequence[RankingRow]) -> Orders:
     return orders
 
 
-def lambdamart(candidates_dir: Path, rows: Sequence[RankingRow]) -> Orders:
-    """The order of LambdaMART fitted on all training lists that hold a relevant item, stopped on validation lists."""
-    files = (candidates_dir / f"{split}.parquet" for split in ("train", "valid"))
-    read = [read_rows(file, needs_features=True) for file in files]
-    train, valid = ((_features(part), [row.relevance for row in part]) for part in read)
-    booster = fit_lambdamart(train, valid, seed=LAMBDAMART_SEED)
-    return [best_first(scores) for scores in predict_lambdamart(booster, _features(rows))]
+def lambdamart(candidates_dir: Path, rows: Sequence[RankingRow]) -> FittedOrders:
+    """The order of LambdaMART fitted on all training lists that hold a relevant item, and on nothing else."""
+    train = read_rows(candidates_dir / "train.parquet", needs_features=True)
+    users = cast("list[int]", [row.user for row in train])
+    fitted = fit_lambdamart((_features(train), [row.relevance for row in train]), users, seed=LAMBDAMART_SEED)
+    by_fits = [_best_first(rows, scores) for scores in fitted.scores_of_fits(_features(rows))]
+    return FittedOrders(_best_first(rows, fitted.scores(_features(rows))), by_fits)
+
+
+def _best_first(rows: Sequence[RankingRow], scores: Sequence[np.ndarray]) -> Orders:
+    """Ties by first-stage rank, in whatever order the candidates are shown."""
+    return [np.lexsort((np.array(row.ranks), -of_row)).tolist() for row, of_row in zip(rows, scores, strict=True)]
 
 
 def _features(rows: Sequence[RankingRow]) -> list[np.ndarray]:
@@ -112,7 +142,7 @@ RANKERS: tuple[Ranker, ...] = (
     Ranker("oracle", "relevant items first: what no ranker can exceed", _RERANK, orders=oracle),
     Ranker("popularity", "counts of the training sequences", _CATALOGUE),
     Ranker("transitions", "counts of who follows whom in the training sequences", TASKS, orders=transitions),
-    Ranker("lambdamart", "boosted trees over the same evidence", _RERANK, orders=lambdamart),
+    Ranker("lambdamart", "boosted trees over the same evidence", _RERANK, orders=lambdamart, is_fitted=True),
     Ranker(
         "midtrained", "likelihood of each candidate under the mid-trained model", TASKS[:2], "likelihood",
         stage="midtrain",
@@ -126,17 +156,29 @@ RANKERS: tuple[Ranker, ...] = (
     ),
     Ranker("dapo", "fine-tuned, then reinforced", _RERANK, "generates", stage="dapo"),
 )  # fmt: skip
-COMPARISONS = (("dapo", "sft"), ("sft", "sft_no_trace"), ("dapo", "lambdamart"))  # what results.json compares
+CONTROL = "_shuffled_texts"
+COMPARISONS = (  # what results.json compares
+    *(("dapo", "sft"), ("sft", "sft_no_trace"), ("dapo", "lambdamart")),
+    *((name, name + CONTROL) for name in ("dapo", "sft", "lambdamart")),
+)
 
 
 def of_task(task: str) -> list[Ranker]:
-    """The rankers of a task of the evaluate stage, in the order of tables."""
-    return [ranker for ranker in RANKERS if task in ranker.tasks]
+    """The rankers of a task of the evaluate stage, in the order of tables; controls come last."""
+    found = [ranker for ranker in RANKERS if task in ranker.tasks]
+    return found + [control(ranker) for ranker in found if ranker.reads_lists and task == "rerank"]
+
+
+def control(ranker: Ranker) -> Ranker:
+    """The line of a ranker that is asked with the items' texts shuffled among the items."""
+    described = f"{ranker.name} with the items' texts shuffled among the items: a control"
+    name = ranker.name + CONTROL
+    return replace(ranker, name=name, description=described, tasks=_RERANK, orders=None, control_of=ranker.name)
 
 
 def models_of_task(task: str) -> list[Ranker]:
     """Those of `of_task` that the option `models` names."""
-    return [ranker for ranker in of_task(task) if ranker.kind in ("likelihood", "generates")]
+    return [ranker for ranker in of_task(task) if ranker.kind in ("likelihood", "generates") and not ranker.control_of]
 
 
 _STAGES = [ranker.stage for ranker in RANKERS]

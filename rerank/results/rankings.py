@@ -12,15 +12,18 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
+from rerank.catalogue import Catalogue, shared
 from rerank.metrics import METRICS, ZERO_METRICS, mean_random_metrics, ranking_metrics
 from rerank.models.ranker import Answer
 from rerank.prompts import FAILURES
-from rerank.results.intervals import Sampling
-from rerank.results.rankers import COMPARISONS
+from rerank.results.intervals import LEAVES_SEEDS_OUT, Sampling
+from rerank.results.rankers import COMPARISONS, FittedOrders, Orders
+from rerank.results.slices import SplitLists, measure
 from rerank.rows import RankingRow, choose_rows, read_rows
 
 SAMPLE_SEED = 0  # the same rows in every run, so that they can be compared
 INTERVAL_METRICS = ("N@5", "R@1")
+SLICED = "N@5"
 
 Values = dict[str, np.ndarray]  # metric -> its value on each row, (R,)
 
@@ -68,12 +71,21 @@ class Ranking:
         orders: Positions into each row's candidates, best first, or None; None for an expectation over all orders.
         answers: Of a model that writes its ranking.
         seconds: That all rows took.
+        of_fits: The orders of each fit alone, where `orders` are by the mean scores of several.
     """
 
     name: str
     orders: Sequence[list[int] | None] | None
     answers: list[Answer] | None = None
     seconds: float | None = None
+    of_fits: Sequence[list[list[int]]] = ()
+
+    @classmethod
+    def of_baseline(cls, name: str, found: Orders | FittedOrders | None) -> "Ranking":
+        """The ranking of a baseline."""
+        if isinstance(found, FittedOrders):
+            return cls(name, found.orders, of_fits=found.of_fits)
+        return cls(name, found)
 
     @classmethod
     def of_answers(cls, name: str, answers: list[Answer], seconds: float) -> "Ranking":
@@ -160,11 +172,45 @@ def make_results(rankings: Sequence[Ranking], evaluated: EvaluatedRows, num_boot
         "n": len(evaluated.rows),
         "n_all": evaluated.num_all,
         "hit_share": evaluated.hit_share,
-        "intervals": "95 %, paired bootstrap of the difference to no_op, whole users drawn",
+        "intervals": f"95 %, {LEAVES_SEEDS_OUT}",
         "rows": {ranking.name: summarize(ranking, evaluated, values["no_op"], sampling) for ranking in rankings},
         "comparisons": {
             f"{first}_vs_{second}": compare(values[first], values[second], sampling)
             for first, second in COMPARISONS
             if first in values and second in values
         },
+        "fits": {
+            ranking.name: spread_of_fits(ranking, evaluated.relevance) for ranking in rankings if ranking.of_fits
+        },
     }
+
+
+def spread_of_fits(ranking: Ranking, relevance: Sequence[Sequence[float]]) -> dict[str, Any]:
+    """Number of the fits whose mean scores rank, and the standard deviation of N@5 among them."""
+    alone = [metrics_per_row(Ranking(ranking.name, orders), relevance)["N@5"].mean() for orders in ranking.of_fits]
+    return {"num": len(alone), "N@5_spread": float(np.std(alone, ddof=1))}
+
+
+def difficulty(
+    rankings: Sequence[Ranking], evaluated: EvaluatedRows, lists: SplitLists, num_bootstrap: int
+) -> dict[str, Any]:
+    """Further content of results.json: `lists`, the first stage's, and `slices`, each ranker's SLICED on them.
+
+    Args:
+        rankings: `no_op` among them.
+        evaluated: The rows.
+        lists: Of all rows of the split.
+        num_bootstrap: Samples of an interval.
+    """
+    values = {ranking.name: metrics_per_row(ranking, evaluated.relevance)[SLICED] for ranking in rankings}
+    members = lists.members([row.row_id for row in evaluated.rows])
+    slices = {"metric": SLICED, "reference": "no_op", "n": {name: int(of.sum()) for name, of in members.items()}}
+    found = measure(values, values["no_op"], members, evaluated.users, num_bootstrap)
+    return {"lists": lists.summary(), "slices": {**slices, "rankers": found}}
+
+
+def shared_ids(catalogue: Catalogue, rows: Sequence[RankingRow]) -> dict[str, int]:
+    """Items of the catalogue that share their semantic id, and rows whose list shows two items of one id."""
+    ids = catalogue.semantic_ids
+    colliding = [any(shared([ids[item] for item in row.candidates])) for row in rows]
+    return {"items": sum(shared(ids)), "rows": sum(colliding)}

@@ -23,11 +23,10 @@ from rerank.rollouts.metrics import SAME_REWARD, dapo_keys, rank_gains, reward_v
 from rerank.rollouts.schema import GROUP_KEYS
 from rerank.rollouts.store import open_rollouts
 from rerank.rows import column_names
-from rerank.scoring import RANK_GAIN, Reward, check_outcome, load_rewards, read_rewards, total
+from rerank.scoring import RANK_GAIN, Reward, check_aggregation, check_outcome, load_rewards, read_rewards, total
 from rerank.scoring import score as score_rewards
 
 SCALE_REWARDS = "group"  # DapoConfig's default
-AGGREGATION = "sum_then_normalize"  # the only one that is known here, TRL's default
 READ_KEYS = ("rewards", "scale_rewards", "outcome", "multi_objective_aggregation")
 ROUNDING = 1e-3  # advantages below are 0: what rounding leaves of a 32-bit total, over 1e-4
 BATCH_SIZE = 4096
@@ -67,8 +66,7 @@ def read_scoring(path: str | Path, run_dir: str | Path) -> Scoring:
         scale = "group" if scale else "none"
     if scale not in ("group", "batch", "none"):
         raise ValueError(f"{path}: scale_rewards is {scale!r}; choose group, batch or none")
-    if keys.get("multi_objective_aggregation", AGGREGATION) != AGGREGATION:
-        raise ValueError(f"{path}: rescoring knows {AGGREGATION} only; remove multi_objective_aggregation")
+    check_aggregation(keys, str(path))
     outcome = keys.get("outcome", of_run.get("outcome", RANK_GAIN))
     try:
         check_outcome(outcome, rewards)
@@ -93,9 +91,11 @@ def rescore(run_dir: str | Path, scoring: Scoring) -> pd.DataFrame:
     for reward in scoring.rewards:
         _check_columns(reward, opened.absent, run_dir)
     columns = [name for name in column_names() if name not in opened.absent]
-    others = ("kept", "prompt", "completion", "completion_ids", "reward", "advantage", "reward_components")
-    table = opened.read(list(dict.fromkeys([*GROUP, *others, "target_rank", "target_rank_after", *columns])))
-    values = score(table, scoring.rewards, columns)
+    others = ["kept", "discard_reason", "prompt", "completion", "completion_ids", "reward", "advantage"]
+    others += ["reward_components", "target_rank", "target_rank_after"]
+    table = opened.read(list(dict.fromkeys([*GROUP, *others, *columns])))
+    masked = table["discard_reason"].to_pandas() == "truncated"  # these have neither reward nor outcome
+    values = {name: np.where(masked, np.nan, found) for name, found in score(table, scoring.rewards, columns).items()}
     frame: pd.DataFrame = table.select([*GROUP, "row_id", "kept"]).to_pandas()
     frame.insert(3, "member", frame.groupby(GROUP).cumcount() + 1)
     frame["stored/reward"] = table["reward"].to_pandas()
@@ -109,7 +109,7 @@ def rescore(run_dir: str | Path, scoring: Scoring) -> pd.DataFrame:
         frame[f"{side}/differs"] = grouped.transform("max") - grouped.transform("min") > SAME_REWARD
         signs.append(np.sign(advantage).where(frame[f"{side}/differs"] & (advantage.abs() > ROUNDING), 0))
     frame["sign_changes"] = signs[0] * signs[1] < 0
-    gains = {RANK_GAIN: np.nan_to_num(rank_gains(table), nan=-np.inf)}  # no ranking is below every rank
+    gains = {RANK_GAIN: np.where(masked, np.nan, np.nan_to_num(rank_gains(table), nan=-np.inf))}  # -inf: no ranking
     stored, outcome = reward_values(table), dapo_keys(run_dir).get("outcome", RANK_GAIN)
     frame["stored/useful"] = _differ(frame, (gains | stored).get(outcome))
     frame["new/useful"] = _differ(frame, (gains | values)[scoring.outcome])

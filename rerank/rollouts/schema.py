@@ -12,7 +12,7 @@ from rerank.rows.prompter import REWARD_COLUMNS
 
 Rollout = dict[str, Any]  # one value a column of SCHEMA
 
-SCHEMA_VERSION = "3"
+SCHEMA_VERSION = "4"
 RENAMED = {"target_rank_before": "target_rank", "reward_gates": "conditions"}  # column of version 2 -> its name now
 GROUP_KEYS = ("step", "round", "group")  # rollouts that agree in them answer the same prompt
 
@@ -22,6 +22,8 @@ SCHEMA = pa.schema(
         ("run", pa.string()),  # name of the run's folder
         ("round", pa.int64()),  # sampling round of dynamic sampling, 0 the first
         ("group", pa.int64()),  # number of the prompt within step and round
+        ("epoch", pa.int64()),  # pass over the rows, from 0; candidates may be shown in another order in each
+        ("seed", pa.int64()),  # of its sampling; null where the engine takes none
         *((column.name, column.type) for column in REWARD_COLUMNS),  # what rewards are told of the row
         ("target", pa.int64()),  # item that the row is about: the best relevant candidate
         ("prompt", pa.string()),
@@ -32,13 +34,14 @@ SCHEMA = pa.schema(
         ("reward_components", pa.map_(pa.string(), pa.float64())),  # each reward after condition, before weight
         ("conditions", pa.map_(pa.string(), pa.bool_())),  # whether a reward's condition held; true without one
         ("reward", pa.float64()),
+        ("outcome", pa.float64()),  # members of a useful group differ in it; -inf: rank gain of what is no ranking
         ("advantage", pa.float64()),
         ("truncated", pa.bool_()),
         ("failure", pa.string()),  # null for a ranking, else one of prompts.FAILURES
         ("order", pa.list_(pa.int64())),  # positions into candidates, best first; null for no ranking
         ("target_rank_after", pa.int64()),  # null for no ranking
         ("kept", pa.bool_()),  # whether it was trained on
-        ("discard_reason", pa.string()),  # null for a kept one, else all_equal, surplus or stale
+        ("discard_reason", pa.string()),  # null for a kept one, else truncated, all_equal, surplus or stale
     ],
     metadata={"schema_version": SCHEMA_VERSION},
 )

@@ -24,7 +24,8 @@ from rerank.rollouts.schema import RENAMED, SCHEMA, SCHEMA_VERSION, Rollout
 
 logger = logging.getLogger(__name__)
 
-OLD_NAMES = {"2": {name: old for old, name in RENAMED.items()}, SCHEMA_VERSION: {}}  # by version that can be read
+# by version that can be read; columns that it lacks are null
+OLD_NAMES = {"2": {name: old for old, name in RENAMED.items()}, "3": {}, SCHEMA_VERSION: {}}
 _NAMES = dict.fromkeys(SCHEMA.names)  # looked up for each record
 _MAPS = [field.name for field in SCHEMA if pa.types.is_map(field.type)]
 _PART = re.compile(r"part-(\d+)-(\d+)(-\d+)?\.parquet")

@@ -19,7 +19,7 @@ from rerank.launch import run_dir
 
 T = TypeVar("T")
 COLUMNS = ("row_id", "user", "history", "candidates", "relevance")  # of a candidates table; the others are optional
-OPTIONAL = ("features", "fields")
+OPTIONAL = ("first_stage_ranks", "list_number", "features", "fields")
 USES = ("sft", "dapo", "all")
 
 
@@ -36,6 +36,7 @@ class RankingRow:
         ranks: (N,) first-stage rank of each candidate, from 1; their order where not given.
         features: (N, F) float32, columns as in features.json; None without them.
         fields: Further columns of the row, by name.
+        list_number: Of the lists that a training row has, from 0 (`candidates.augmentation`).
     """
 
     row_id: int
@@ -46,6 +47,7 @@ class RankingRow:
     ranks: tuple[int, ...] = ()
     features: np.ndarray | None = field(default=None, compare=False, repr=False)
     fields: Mapping[str, Any] = field(default_factory=dict)
+    list_number: int = 0
 
     def __post_init__(self) -> None:
         if not self.ranks:
@@ -68,8 +70,10 @@ class RankingRow:
             candidates=tuple(record["candidates"]),
             relevance=tuple(record.get("relevance") or ()),
             user=record.get("user"),
+            ranks=tuple(record.get("first_stage_ranks") or ()),
             features=np.asarray(features, dtype=np.float32) if features else None,
             fields=json.loads(record["fields"]) if record.get("fields") else {},
+            list_number=record.get("list_number") or 0,
         )
 
     @property

@@ -123,4 +123,11 @@ def _check_distinct(copies: np.ndarray, codebook_size: int, source: str) -> None
         )
 
 
-STAGE = Stage(name="semantic_ids", arguments=(SemanticIdsArguments,), main=main, check=check, inputs=("data",))
+STAGE = Stage(
+    name="semantic_ids",
+    arguments=(SemanticIdsArguments,),
+    main=main,
+    check=check,
+    inputs=("data",),
+    files=("encoder", "embeddings"),
+)

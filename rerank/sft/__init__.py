@@ -2,6 +2,7 @@
 
 Task `rerank`. In: midtrain, candidates and traces. Out: `model/`, and with `no_trace_control` also `model_no_trace/`,
 trained for the same number of steps on the same rows with an empty trace: the difference is the worth of reasoning.
+Both are the best of their checks on validation rows (`rerank.launch.validation`).
 Task `next_item`. In: midtrain. Out: `model/`, which writes the item that follows a history.
 
 A list of named losses is minimised, by default `nll` with GR2's weights (arXiv:2606.31984 eq. 3); `rerank losses`
@@ -22,17 +23,19 @@ import pyarrow.parquet as pq
 from trl import ModelConfig, SFTConfig, get_peft_config
 
 from rerank.catalogue import Catalogue
-from rerank.launch import model_card, recipe, run_dir, stopping
+from rerank.launch import model_card, run_dir, stopping, validation
 from rerank.launch.files import write_json
 from rerank.launch.stages import Stage
 from rerank.launch.values import check_choice, check_range, option
+from rerank.losses import FOLDER as LOSSES
 from rerank.losses import Losses, Row, load_losses
 from rerank.models import base as base_model
 from rerank.models.dropout import residual_dropout
+from rerank.models.ranker import complete_greedily
 from rerank.models.saving import check_model, save_ranker, write_card
 from rerank.next_item.encoder import ITEM_TEXTS, NextItemEncoder
 from rerank.prompts import THINK_END
-from rerank.rows import Prompter, training_rows
+from rerank.rows import PromptedRow, Prompter, training_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -46,7 +49,7 @@ TARGETS = ("all", "last")
 
 
 @dataclass
-class SftArguments(recipe.StageArguments):
+class SftArguments(validation.ValidatedArguments):
     """Options of the sft stage."""
 
     task: str = option("rerank", "rerank: candidates to trace and ranking; next_item: history to next item.")
@@ -78,6 +81,8 @@ def check(args: SftArguments, training_args: SFTConfig, model_args: ModelConfig)
         raise ValueError("packing is not for the sft stage, whose rows are asked for one by one; set it to false")
     if training_args.loss_type not in ("nll", "chunked_nll") or training_args.label_smoothing_factor:
         raise ValueError("loss_type and label_smoothing_factor are TRL's; the recipe's losses: say what is minimised")
+    if args.task == "rerank" and run_dir.is_finished(args.run_dir, "candidates"):
+        validation.validation_rows(args.run_dir, args.eval_rows)
     if run_dir.is_finished(args.run_dir, "midtrain") and run_dir.is_finished(args.run_dir, "semantic_ids"):
         check_model(start_dir(args), Catalogue.load(args.run_dir))
 
@@ -141,6 +146,7 @@ def train_and_save(
     tokenizer: "PreTrainedTokenizerBase",
     folder: Path,
     save: Callable[[], object],
+    checks: validation.Validation | None = None,
 ) -> dict[str, Any]:
     """Train from the last checkpoint on and write the model folder and the log; returns the metrics.
 
@@ -150,12 +156,16 @@ def train_and_save(
         tokenizer: Of the model.
         folder: Of the model.
         save: Called by the main process, writes what asking the model needs into `folder`.
+        checks: Choose the state that is saved; without them it is the last.
     """
     from rerank.sft.trainer import PARAMETERS_FILE
 
     with residual_dropout(trainer.model, args.dropout):
         stopping.train(trainer, args.max_minutes)
-    base_model.save_trained(trainer, tokenizer, start_dir(args), folder)
+    kept = None if checks is None else checks.finish()
+    base_model.save_trained(trainer, tokenizer, start_dir(args), folder, kept)
+    if kept is not None:
+        trainer.load_loss_parameters(kept)
     (folder / PARAMETERS_FILE).unlink(missing_ok=True)  # for checkpoints; a loss saves what is to stay
     if trainer.accelerator.is_main_process:
         name = f"log_history{folder.name.removeprefix('model')}.json"
@@ -164,7 +174,9 @@ def train_and_save(
             loss.save(folder)
         save()
     stopping.release(trainer)
-    return {"steps": trainer.state.global_step, "train_loss": trainer.state.log_history[-1].get("train_loss")}
+    losses = [entry["train_loss"] for entry in trainer.state.log_history if "train_loss" in entry]
+    chosen = {} if checks is None else checks.summary()
+    return {"steps": trainer.state.global_step, "train_loss": losses[-1] if losses else None, **chosen}
 
 
 def start_dir(args: SftArguments) -> Path:
@@ -184,8 +196,14 @@ def fit(
     losses = load_losses(args.losses, args.task)
     trainer = make_trainer(config, model_args, model, tokenizer, {"rerank": encoded}, losses, trace_end=trace_end)
     limit = max(lengths) + max(lengths) // 4  # room for traces somewhat longer than any seen
+    rows = validation.validation_rows(args.run_dir, args.eval_rows, prompter.needs_features)
+
+    def complete(asked: Sequence[PromptedRow]) -> list[str]:
+        return complete_greedily(trainer, [row.prompt for row in asked], limit)
+
+    checks = validation.Validation(args, [prompter.ask(row, limit) for row in rows], complete, trainer)
     save = partial(save_ranker, args.run_dir, prompter, folder, with_trace, limit)
-    metrics = train_and_save(args, trainer, tokenizer, folder, save)
+    metrics = train_and_save(args, trainer, tokenizer, folder, save, checks)
     tokens = {"mean_completion_tokens": sum(lengths) / len(lengths), "max_completion_tokens": max(lengths)}
     return {"rows": len(encoded), **metrics, **tokens}
 
@@ -221,7 +239,7 @@ def main(args: SftArguments, training_args: SFTConfig, model_args: ModelConfig, 
     control = copy.deepcopy(training_args)
     metrics = fit(args, training_args, model_args, out_dir / "model", with_trace=True)
     if args.no_trace_control:
-        control.output_dir = f"{control.output_dir}_no_trace"
+        control.output_dir, control.run_name = f"{control.output_dir}_no_trace", f"{control.run_name}_no_trace"
         control.max_steps = metrics["steps"]
         metrics["no_trace"] = fit(args, control, model_args, out_dir / "model_no_trace", with_trace=False)
     return metrics
@@ -234,5 +252,6 @@ STAGE = Stage(
     check=check,
     inputs=("data", "semantic_ids", "midtrain"),
     optional_inputs=lambda args: ("candidates", "traces") if args.task == "rerank" else (),
+    plugins={"losses": LOSSES},
     trains=True,
 )

@@ -244,12 +244,14 @@ class LossTrainer(SFTTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):  # noqa: ANN001
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        file = Path(resume_from_checkpoint) / PARAMETERS_FILE
+        self.load_loss_parameters(resume_from_checkpoint)
+
+    def load_loss_parameters(self, folder: str | Path) -> None:
+        """Take the parameters of the losses, where they have any, from a folder that `save_model` wrote."""
+        file = Path(folder) / PARAMETERS_FILE
         if len(self.loss_parameters):
             if not file.is_file():
-                raise FileNotFoundError(
-                    f"{file} is missing; delete {resume_from_checkpoint} to continue from the one before"
-                )
+                raise FileNotFoundError(f"{file} is missing; delete {folder} to continue from the one before")
             self.loss_parameters.load_state_dict(torch.load(file, weights_only=True))
 
 

@@ -147,7 +147,7 @@ def _open_teacher(args: TracesArguments, prompter: Prompter, rows: Sequence[Rank
     told = args.strategy == "targeted"
     if args.teacher == "evidence":
         logger.info("the teacher `evidence` is no language model: LambdaMART ranks and templates word its facts")
-        scores = fit_scores(rows, run_dir.stage_dir(args.run_dir, "candidates") / "valid.parquet", args.seed)
+        scores = fit_scores(rows, args.seed)
         return EvidenceTeacher(scores, prompter, args.temperature, args.seed, told)
     teacher = OpenaiTeacher if args.teacher == "openai" else VllmTeacher
     return teacher(args, PromptWriter(prompter, told))
@@ -188,4 +188,5 @@ STAGE = Stage(
     main=main,
     check=check,
     inputs=("data", "semantic_ids", "candidates"),
+    files=("teacher_model",),
 )

@@ -13,7 +13,6 @@ match. Every fact cited stands in the prompt or can be counted there.
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import cast
 
 import numpy as np
@@ -22,10 +21,11 @@ from rerank import prompts
 from rerank.catalogue import Catalogue
 from rerank.grading import GRADES, Facts, by_grade, word_short
 from rerank.prompts import PromptSettings
-from rerank.rows import Prompter, RankingRow, read_rows
+from rerank.rows import Prompter, RankingRow
 from rerank.traces.attempts import Draft
 
 NUM_FOLDS = 5
+LEAST_USERS = 3
 MIN_ROWS_PER_LEAF = 200
 
 
@@ -63,24 +63,24 @@ def _name(item: int, catalogue: Catalogue, settings: PromptSettings) -> str:
     return catalogue.semantic_ids[item] + (f" ({title})" if title and "title" in settings.item_fields else "")
 
 
-def fit_scores(rows: Sequence[RankingRow], valid_path: str | Path, seed: int) -> dict[int, np.ndarray]:
+def fit_scores(rows: Sequence[RankingRow], seed: int) -> dict[int, np.ndarray]:
     """Scores of each row's candidates by a LambdaMART fitted on other users' rows, by row_id, in calibrated units.
 
     Raises:
-        ValueError: When the rows are of one user only.
+        ValueError: When the rows are of fewer than three users.
     """
     from rerank import baselines
 
     users = cast("list[int]", [row.user for row in rows])
     num_users = len(set(users))
-    if num_users < 2:
+    if num_users < LEAST_USERS:
         raise ValueError(
-            f"all {len(rows)} training rows are of one user, so that none can be scored out of fold; add data."
+            f"the {len(rows)} training rows are of {num_users} of the {LEAST_USERS} users at least that scores out of "
+            "fold need: one to score, one to fit, one to choose the number of trees; add data."
         )
-    parts = rows, read_rows(valid_path, needs_features=True)
-    train, valid = (([np.asarray(row.features) for row in part], [row.relevance for row in part]) for part in parts)
+    train = [np.asarray(row.features) for row in rows], [row.relevance for row in rows]
     num_folds, rows_per_leaf = min(NUM_FOLDS, num_users), min(MIN_ROWS_PER_LEAF, max(1, len(rows) // 10))
-    scores = baselines.out_of_fold_scores(train, users, valid, num_folds, seed, min_rows_per_leaf=rows_per_leaf)
+    scores = baselines.out_of_fold_scores(train, users, num_folds, seed, min_rows_per_leaf=rows_per_leaf)
     scale = calibrate(scores, cast("list[int]", [row.target for row in rows]))
     return {row.row_id: scale * row_scores for row, row_scores in zip(rows, scores, strict=True)}
 

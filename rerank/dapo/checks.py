@@ -1,0 +1,83 @@
+"""Checks of a dapo recipe before anything is trained: batches, rewards, rows, lengths of prompts."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from rerank import scoring
+from rerank.prompts import completion
+from rerank.rows import PromptedRow, Prompter, RankingRow, reward_columns
+
+if TYPE_CHECKING:
+    from rerank.dapo import DapoArguments, DapoConfig
+
+logger = logging.getLogger(__name__)
+
+MASKED_ROWS_COUNT_NOTHING = ("dapo", "cispo", "vespo")  # losses of TRL that divide by the tokens of the whole step
+MOST_DRAWS = 2  # of a training row: beyond it rewards rise on these rows and fall on others
+
+
+def check_batches(args: "DapoArguments", config: "DapoConfig") -> None:
+    """Refuse groups that do not fit into a process's batch, and a loss that would count padding."""
+    if args.dynamic_sampling and config.loss_type not in MASKED_ROWS_COUNT_NOTHING:
+        raise ValueError(
+            f"loss_type {config.loss_type} would count the masked rows of padding groups; use "
+            f"one of {', '.join(MASKED_ROWS_COUNT_NOTHING)}, or set dynamic_sampling: false"
+        )
+    size = config.num_generations
+    batch = config.per_device_train_batch_size * config.steps_per_generation
+    if batch % size:
+        raise ValueError(
+            f"a process samples {batch} completions at a time (per_device_train_batch_size x steps_per_generation), "
+            f"which num_generations {size} does not divide; change one of them"
+        )
+    if args.group_forward and config.per_device_train_batch_size % size:
+        raise ValueError(
+            f"per_device_train_batch_size is {config.per_device_train_batch_size}, but group_forward takes "
+            f"whole groups of num_generations {size}; make it a multiple, or set group_forward: false"
+        )
+
+
+def check_rewards(rewards: Sequence[scoring.Reward], max_completion_tokens: int) -> None:
+    """Call each reward on a gold and a junk completion, so that one which breaks does so before a model is loaded."""
+    row = RankingRow(row_id=0, user=0, history=(2, 3), candidates=(0, 1), relevance=(0.0, 1.0))
+    asked = PromptedRow(row, "", ["<s_a_0><s_b_0>", "<s_a_0><s_b_1>"], max_completion_tokens)
+    texts = [completion("why", [1, 0], asked.labels), "no ranking"]
+    scoring.score(rewards, texts, {**reward_columns([asked, asked]), "completion_ids": [[0], [0]]})
+
+
+def warn_of_repeats(config: "DapoConfig", num_rows: int) -> None:
+    """Say that a recipe draws each row more often than MOST_DRAWS, dynamic sampling left out."""
+    draws = config.num_train_epochs
+    if config.max_steps > 0:
+        completions = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
+        prompts = config.max_steps * completions / (config.num_generations * config.num_iterations)
+        draws = prompts / num_rows
+    if draws > MOST_DRAWS:
+        logger.warning(
+            "dapo draws each of its %d training rows %.1f times or more, and learns them by heart; lower max_steps, "
+            "raise lists_per_row of the candidates stage, or set rows: all",
+            num_rows,
+            draws,
+        )
+
+
+def prompt_lengths(prompter: Prompter, asked: Sequence[PromptedRow]) -> dict[int, int]:
+    """Tokens of each row's prompt, by row id."""
+    tokenizer = prompter.tokenizer
+    assert tokenizer is not None  # as of every prompter that a model is trained with
+    tokens = tokenizer([row.prompt for row in asked]).input_ids
+    return {row.row.row_id: len(ids) for row, ids in zip(asked, tokens, strict=True)}
+
+
+def check_lengths(lengths: Mapping[int, int], max_length: int, max_completion_length: int) -> None:
+    """Refuse an engine whose context is too short for a prompt and a completion, naming the rows."""
+    room = max_length - max_completion_length
+    long = [row_id for row_id, length in lengths.items() if length > room]
+    if long:
+        shown = ", ".join(map(str, long[:3])) + (", ..." if len(long) > 3 else "")
+        raise ValueError(
+            f"{len(long)} of {len(lengths)} prompts (row_id {shown}) have more than {room} tokens, the longest "
+            f"{max(lengths.values())}: vllm_max_model_length is {max_length} and a completion takes up to "
+            f"{max_completion_length}; raise the first or lower max_history of the traces stage"
+        )

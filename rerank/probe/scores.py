@@ -1,0 +1,117 @@
+"""Policies paid by the rewards of a recipe, and the scale of what they earn.
+
+D draws, N rows, R rewards.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+
+from rerank import scoring
+from rerank.probe import policies
+from rerank.probe.policies import Policy
+from rerank.probe.rows import ProbeRow, reward_columns
+from rerank.prompts import parse_completion
+from rerank.scoring import RANK_GAIN, Reward
+
+NUM_RANDOM = 100  # random orders of each row, whose mean is the zero
+SAME = 1e-9  # rewards that differ by less are equal
+
+
+@dataclass(frozen=True)
+class Draws:
+    """The scores of one policy.
+
+    Attributes:
+        parts: (D, N, R) pay of each reward after condition and weight, 0 where it does not apply.
+        outcomes: (D, N) what members of a useful group differ in, nan where it does not apply.
+        gains: (D, N) places by which the target rises, below every number for no ranking.
+    """
+
+    parts: np.ndarray
+    outcomes: np.ndarray
+    gains: np.ndarray
+
+    @property
+    def totals(self) -> np.ndarray:
+        """(D, N) sums of what is paid."""
+        return np.asarray(self.parts.sum(axis=2))
+
+    def useful_share(self, others: "Draws") -> float:
+        """The share of rows in which the outcomes of a group of both halves differ."""
+        members = np.concatenate([self.outcomes, others.outcomes])
+        return float((np.fmax.reduce(members) > np.fmin.reduce(members)).mean())
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """Draws of policies, scored by the rewards of a recipe and its outcome."""
+
+    rewards: list[Reward]
+    outcome: str
+    num_draws: int
+
+    def draw(self, policy: Policy, rows: Sequence[ProbeRow], first_seed: int = 0) -> Draws:
+        """Completions of every row; one draw of a policy that is not random, which writes the same in each."""
+        values, gains = [], []
+        for seed in range(first_seed, first_seed + (self.num_draws if policy in policies.RANDOM else 1)):
+            texts = [policy(row, random.Random(f"{seed} {row.row.row_id}")) for row in rows]
+            values.append(scoring.score(self.rewards, texts, reward_columns(rows, texts)).values)
+            orders = [parse_completion(text, row.labels).order for row, text in zip(rows, texts, strict=True)]
+            gains.append([row.row.rank_gain(order) for row, order in zip(rows, orders, strict=True)])
+        paid = np.nan_to_num(values) * [reward.weight for reward in self.rewards]
+        names = [RANK_GAIN, *(reward.name for reward in self.rewards)]
+        outcomes = [gains, *np.moveaxis(np.array(values), -1, 0)][names.index(self.outcome)]
+        return Draws(paid, np.array(outcomes), np.array(gains))
+
+
+@dataclass(frozen=True)
+class Scale:
+    """The zero and the one of shares: means of random orders and of the oracle, of reward and of rank gain."""
+
+    random_reward: float
+    oracle_reward: float
+    random_gain: float
+    oracle_gain: float
+
+    @classmethod
+    def of(cls, scorer: Scorer, rows: Sequence[ProbeRow]) -> "Scale":
+        """On these rows."""
+        drawn = replace(scorer, num_draws=NUM_RANDOM).draw(policies.random_order, rows)
+        best = scorer.draw(policies.oracle, rows)
+        means = (float(values.mean()) for values in (drawn.totals, best.totals, drawn.gains, best.gains))
+        return cls(*means)
+
+    def share(self, reward: float) -> float | None:
+        """None where the oracle earns no more than random orders."""
+        lead = self.oracle_reward - self.random_reward
+        return float(reward - self.random_reward) / lead if lead > SAME else None
+
+    def gain_share(self, gain: float) -> float:
+        """Of a mean rank gain; the oracle gains on every row."""
+        return (gain - self.random_gain) / (self.oracle_gain - self.random_gain)
+
+
+def best_blind_order(scorer: Scorer, rows: Sequence[ProbeRow]) -> Policy:
+    """The policy that shows every list of a length in one and the same order, the best by these rewards.
+
+    An assignment problem: of each place shown to a place in the ranking, by the mean reward of the rows whose target
+    is shown there when it is put there and the others keep their order.
+    """
+    from scipy.optimize import linear_sum_assignment
+
+    orders: dict[int, list[int]] = {}
+    for length in {len(row.labels) for row in rows}:
+        chosen = [row for row in rows if len(row.labels) == length]
+        shown = np.array([row.row.target for row in chosen])
+        paid = [scorer.draw(partial(policies.target_to, place), chosen).totals[0] for place in range(length)]
+        value = np.array([[of_place[shown == place].sum() for of_place in paid] for place in range(length)])
+        orders[length] = np.argsort(linear_sum_assignment(-value)[1]).tolist()
+
+    def best_fixed_order(row: ProbeRow, rng: random.Random) -> str:
+        return policies.answer(row, orders[len(row.labels)])
+
+    return best_fixed_order

@@ -1,0 +1,181 @@
+"""Where rows are hard: list recall, the first-stage rank of the target, and slices by target and history.
+
+A rows of a split, R of them evaluated, S seeds.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from rerank.launch import run_dir
+from rerank.results.intervals import Column, Sampling
+from rerank.rows import RankingRow, TargetRows, training_items
+
+COLD_MOST = 5  # training interactions of a cold target
+POPULAR_PERCENTILE, SHORT_PERCENTILE = 90, 25  # of the items' training interactions; of the rows' histories
+RANK_GROUPS = (*((rank, rank) for rank in range(1, 11)), (11, 20), (21, 50), (51, 100))
+MISSED = "not in the list"
+COLUMNS = ["row_id", "history", "candidates", "relevance", "target"]  # of a candidates table
+
+K = TypeVar("K")  # names a ranker
+
+
+@dataclass(frozen=True, eq=False)
+class Slices:
+    """Rows by target and by history.
+
+    Attributes:
+        meanings: Name of a slice to its definition, with the thresholds.
+        members: Name of a slice to whether each row is in it, (A,).
+    """
+
+    meanings: dict[str, str]
+    members: dict[str, np.ndarray]
+
+    @classmethod
+    def of(cls, interactions: np.ndarray, targets: np.ndarray, lengths: np.ndarray) -> "Slices":
+        """The slices of rows.
+
+        Args:
+            interactions: Training interactions of each item.
+            targets: (A,) items.
+            lengths: (A,) items of each history.
+        """
+        at_percentile = int(np.percentile(interactions, POPULAR_PERCENTILE, method="higher"))
+        popular = max(COLD_MOST + 1, at_percentile)  # no target is cold and popular
+        short = int(np.percentile(lengths, SHORT_PERCENTILE, method="lower"))
+        meanings = {
+            "cold": f"cold targets: at most {COLD_MOST} training interactions",
+            "popular": f"popular targets: at least {popular} training interactions ({POPULAR_PERCENTILE}th percentile "
+            "of the items)",
+            "short": f"short histories: at most {short} items ({SHORT_PERCENTILE}th percentile of the rows)",
+        }
+        taken = interactions[targets]
+        return cls(meanings, {"cold": taken <= COLD_MOST, "popular": taken >= popular, "short": lengths <= short})
+
+    @classmethod
+    def of_rows(cls, run: str | Path, rows: TargetRows) -> "Slices":
+        """The slices of the rows of a split, which have no lists."""
+        return cls.of(training_interactions(run), rows.targets, np.array([len(history) for history in rows.histories]))
+
+    def taken(self, places: np.ndarray) -> "Slices":
+        """The same slices of the rows at these places."""
+        return Slices(self.meanings, {name: members[places] for name, members in self.members.items()})
+
+    def counts(self) -> dict[str, dict[str, Any]]:
+        """Definition of each slice and its number of rows, for results.json."""
+        return {
+            name: {"meaning": meaning, "rows": int(self.members[name].sum())}
+            for name, meaning in self.meanings.items()
+        }
+
+
+def training_interactions(run: str | Path) -> np.ndarray:
+    """(items,) training interactions of each item of a run."""
+    data_dir = run_dir.stage_dir(run, "data")
+    num_items = pq.read_metadata(data_dir / "items.parquet").num_rows
+    return np.bincount(training_items(data_dir)[1], minlength=num_items)
+
+
+@dataclass(frozen=True, eq=False)
+class SplitLists:
+    """The first-stage lists of all rows of a split.
+
+    Attributes:
+        row_ids: (A,), ascending.
+        ranks: (A,) first-stage rank of the target, 0 where the list lacks it.
+        length: The last first-stage rank of any list.
+        slices: Of these rows.
+    """
+
+    row_ids: np.ndarray
+    ranks: np.ndarray
+    length: int
+    slices: Slices
+
+    @classmethod
+    def load(cls, run: str | Path, split: str) -> "SplitLists":
+        """The lists of a run's candidates stage."""
+        path = run_dir.stage_dir(run, "candidates") / f"{split}.parquet"
+        ranks = [name for name in pq.read_schema(path).names if name == "first_stage_ranks"]  # optional
+        table = pq.read_table(path, columns=[*COLUMNS, *ranks]).sort_by("row_id")
+        rows, targets = [RankingRow.of(record) for record in table.to_pylist()], table["target"].to_numpy()
+        lengths = np.array([len(row.history) for row in rows])
+        return cls(
+            row_ids=np.array([row.row_id for row in rows]),
+            ranks=np.array([row.target_rank or 0 for row in rows]),
+            length=max(max(row.ranks) for row in rows),
+            slices=Slices.of(training_interactions(run), targets, lengths),
+        )
+
+    @property
+    def recall(self) -> float:
+        """Share of the rows whose list holds the target: the ceiling of re-ranking."""
+        return float((self.ranks > 0).mean())
+
+    def rank_shares(self) -> dict[str, float]:
+        """Share of the rows by first-stage rank of the target, longer lists in groups of ranks; they add up to 1."""
+        groups = [group for group in RANK_GROUPS if group[0] <= self.length]
+        if self.length > groups[-1][1]:
+            groups.append((groups[-1][1] + 1, self.length))
+        names = [str(first) if first == last else f"{first}–{min(last, self.length)}" for first, last in groups]
+        shares = [float(((self.ranks >= first) & (self.ranks <= last)).mean()) for first, last in groups]
+        return {**dict(zip(names, shares, strict=True)), MISSED: 1 - self.recall}
+
+    def members(self, row_ids: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
+        """Slice to whether each of some rows is in it, (R,)."""
+        return self.slices.taken(np.searchsorted(self.row_ids, row_ids)).members
+
+    def summary(self) -> dict[str, Any]:
+        """For results.json."""
+        slices = {name: self._recall_of(name) | counts for name, counts in self.slices.counts().items()}
+        return {
+            "list_recall": self.recall,
+            "list_length": self.length,
+            "target_ranks": self.rank_shares(),
+            "slices": slices,
+        }
+
+    def _recall_of(self, name: str) -> dict[str, float | None]:
+        members = self.slices.members[name]
+        return {"list_recall": float((self.ranks[members] > 0).mean()) if members.any() else None}
+
+
+def measure(
+    values: Mapping[K, Column],
+    reference: Column,
+    members: Mapping[str, np.ndarray],
+    users: np.ndarray,
+    num_samples: int = 2000,
+) -> dict[K, dict[str, Any]]:
+    """A metric of each ranker on each slice.
+
+    Args:
+        values: Ranker to the metric of each row, (R,) or (S, R).
+        reference: The metric of the ranker to compare with.
+        members: Slice to whether each row is in it, (R,).
+        users: (R,).
+        num_samples: Bootstrap samples of an interval.
+
+    Returns:
+        Ranker and slice to `value`, `minus_reference` and `interval`; each None for a slice without rows, and the
+        interval for one of a single user.
+    """
+    found: dict[K, dict[str, Any]] = {ranker: {} for ranker in values}
+    for name, chosen in members.items():
+        sampling = Sampling(users[chosen], num_samples)
+        for ranker, own in values.items():
+            found[ranker][name] = _cell(np.asarray(own)[..., chosen], np.asarray(reference)[..., chosen], sampling)
+    return found
+
+
+def _cell(values: np.ndarray, reference: np.ndarray, sampling: Sampling) -> dict[str, Any]:
+    if not len(sampling.users):
+        return {"value": None, "minus_reference": None, "interval": None}
+    difference, bounds = sampling.difference(values, reference)
+    interval = bounds if len(set(np.asarray(sampling.users).tolist())) > 1 else None
+    return {"value": float(np.nanmean(values)), "minus_reference": difference, "interval": interval}
