@@ -101,6 +101,23 @@ class Endless:
         return [replace(prompt, asked=replace(prompt.asked, row=row)) for row in rows]
 
 
+def test_a_reward_that_is_none_on_every_completion_stops_the_run_by_name():
+    made = sampler(lambda prompt, member: 3 + member)
+    score = made.score
+
+    def with_silent(texts, columns):
+        scores = score(texts, columns)
+        values = np.concatenate([np.asarray(scores.values), np.full((len(texts), 1), np.nan)], axis=1)
+        conditions = np.concatenate([np.asarray(scores.conditions), np.ones((len(texts), 1), dtype=bool)], axis=1)
+        return replace(scores, names=[*scores.names, "silent"], values=values, conditions=conditions)
+
+    made.score = with_silent
+    made.collect(0, 2)
+    made.collect(1, 2)
+    with pytest.raises(ValueError, match="the reward silent was None on every completion of the first 3 steps"):
+        made.collect(2, 2)
+
+
 def test_every_completion_has_a_seed_of_its_own_that_repeats():
     places = [*itertools.product((0, 1), (10, 11), (0, 1), range(8))]  # seed, row, epoch, member
     seeds = [grouping.request_seed(*place) for place in places]

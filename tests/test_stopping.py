@@ -8,20 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_model import Line
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from rerank.launch import stopping
-
-
-class Line(torch.nn.Module):
-    """y = w x, with a loss as transformers wants it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(1))
-
-    def forward(self, x, labels):
-        return {"loss": ((self.weight * x - labels) ** 2).mean()}
 
 
 class Record(TrainerCallback):

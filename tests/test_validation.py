@@ -9,6 +9,7 @@ import pyarrow as pa
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_model import Line
 from toy_run import finish
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -22,17 +23,6 @@ ASKED = [
     PromptedRow(RankingRow(i, (0,), (1, 2, 3, 4), tuple(float(place == i) for place in range(4))), "", LABELS, 9)
     for i in range(4)
 ]
-
-
-class Line(torch.nn.Module):
-    """y = w x, with a loss as transformers wants it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(1))
-
-    def forward(self, x, labels):
-        return {"loss": ((self.weight * x - labels) ** 2).mean()}
 
 
 class Interrupt(TrainerCallback):
@@ -87,6 +77,12 @@ def weight(folder: Path) -> float:
 def test_a_check_is_smoothed_with_its_neighbours():
     assert smoothed([1.0, 2.0, 6.0, 0.0]) == [1.5, 3.0, pytest.approx(8 / 3), 3.0]
     assert smoothed([0.5]) == [0.5]
+
+
+def test_checks_are_due_after_a_share_of_the_run_where_the_recipe_gives_one(tmp_path):
+    trainer, checks = start(tmp_path, lambda step: 1, max_steps=24, every=0.25)
+    stopping.train(trainer)
+    assert [step for step, _ in checks.checks] == [0, 6, 12, 18, 24]
 
 
 @pytest.mark.parametrize(

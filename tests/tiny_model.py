@@ -1,4 +1,4 @@
-"""A model of two layers and its tokenizer, made in memory."""
+"""A model of two layers and its tokenizer, made in memory, and one of a single weight."""
 
 import copy
 from pathlib import Path
@@ -12,6 +12,17 @@ from rerank.prompts import THINK, THINK_END
 
 SHAPE = base_model.SmallModelArguments(hidden_size=32, num_layers=2, num_heads=1, num_kv_heads=1, context_length=256)
 ID_TOKENS = ["<s_a_0>", "<s_a_1>", "<s_b_0>", "<s_b_1>"]
+
+
+class Line(torch.nn.Module):
+    """y = w x, with a loss as transformers wants it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, x, labels):
+        return {"loss": ((self.weight * x - labels) ** 2).mean()}
 
 
 def tiny_tokenizer():

@@ -111,7 +111,7 @@ def check(args: DapoArguments, training_args: DapoConfig, model_args: ModelConfi
     if is_made:
         check_model(folder, Catalogue.load(args.run_dir))
     if run_dir.is_finished(args.run_dir, "traces"):
-        warn_of_repeats(training_args, len(training_rows(args.run_dir, args.rows)))
+        warn_of_repeats(training_args, len(training_rows(args.run_dir, args.rows, skip_features=True)))
 
 
 def start_dir(args: DapoArguments) -> Path:

@@ -95,6 +95,7 @@ class GroupSampler:
         self.state = SamplerState()
         self._surplus: list[Group] = []
         self._step, self._num_prompts, self._num_useful, self._num_collected = -1, 0, 0, 0
+        self._applied: set[str] = set()  # rewards that some completion has got
 
     def collect(self, step: int, wanted: int) -> tuple[StepGroups, dict[str, float]]:
         """Groups of an optimizer step, and metrics of sampling them.
@@ -104,7 +105,7 @@ class GroupSampler:
             wanted: Useful groups to find.
 
         Raises:
-            ValueError: When the first steps had no useful group at all.
+            ValueError: When the first steps had no useful group at all, or a reward was None on every completion.
         """
         metrics: dict[str, float] = {}
         stale: list[Group] = []
@@ -190,6 +191,7 @@ class GroupSampler:
         if num_missing:
             logger.warning("step %d lacks %d groups after %d rounds", self._step, num_missing, num_rounds)
         self._refuse_fruitless(sampled[-1].rollouts[0])
+        self._refuse_silent([rollout for group in sampled for rollout in group.rollouts if not rollout.masked])
         return {
             "groups/share_useful": num_useful / len(sampled),
             "groups/rounds": num_rounds,
@@ -208,6 +210,16 @@ class GroupSampler:
                 f"in {FRUITLESS_STEPS} steps no group differed in the outcome {self.options.outcome!r} "
                 f"(the last is {example.outcome} for {example.completion.text[:80]!r}): look at the rollouts with "
                 "`rerank inspect`, then train the sft stage longer, raise temperature, or name another outcome"
+            )
+
+    def _refuse_silent(self, scored: Sequence[Rollout]) -> None:
+        """Stop when a reward has applied to no completion yet: it is paid to nobody."""
+        self._applied.update(*(rollout.rewards for rollout in scored))
+        silent = [name for rollout in scored[:1] for name in rollout.conditions if name not in self._applied]
+        if silent and self._num_collected >= FRUITLESS_STEPS:
+            raise ValueError(
+                f"the reward {silent[0]} was None on every completion of the first {FRUITLESS_STEPS} steps (the last "
+                f"is {scored[-1].completion.text[:80]!r}); mend it, or take it out of rewards"
             )
 
 

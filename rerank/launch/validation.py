@@ -76,7 +76,7 @@ def validation_rows(run: str | Path, max_rows: int, needs_features: bool = False
         rows = read_rows(folder / "valid.parquet", needs_features=needs_features)
     except ValueError as error:
         raise ValueError(f"{error}; or set eval_rows: 0, and the last model is kept") from None
-    trained = {_identity(row) for row in read_rows(folder / "train.parquet")}
+    trained = {_identity(row) for row in read_rows(folder / "train.parquet", skip_features=True)}
     for row in rows:
         if _identity(row) in trained:
             raise ValueError(
@@ -134,7 +134,9 @@ class Validation(TrainerCallback):
 
     def on_train_begin(self, args: object, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
         """Measure the start."""
-        self.every = int(self.trainer.args.eval_steps or max(1, math.ceil(state.max_steps / NUM_CHECKS)))
+        # the trainer turns a share of the run into steps
+        is_set = self.trainer.args.eval_steps is not None
+        self.every = max(1, int(state.eval_steps) if is_set else math.ceil(state.max_steps / NUM_CHECKS))
         if self.asked and not self.checks:
             self._check()
 

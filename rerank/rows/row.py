@@ -123,12 +123,13 @@ def shuffle(row: RankingRow, seed: int, epoch: int = 0) -> RankingRow:
     return row.shuffled(order.tolist())
 
 
-def read_rows(path: str | Path, needs_features: bool = False) -> list[RankingRow]:
+def read_rows(path: str | Path, needs_features: bool = False, skip_features: bool = False) -> list[RankingRow]:
     """The rows of a candidates table with a relevant candidate, such as RUN_DIR/candidates/train.parquet, by row_id.
 
     Args:
         path: Parquet with COLUMNS.
         needs_features: Refuse rows without features.
+        skip_features: Leave them out, most of the file.
 
     Raises:
         ValueError: When a column is missing, no row is left, or a row lacks the features that are needed.
@@ -141,7 +142,8 @@ def read_rows(path: str | Path, needs_features: bool = False) -> list[RankingRow
             )
     if needs_features:
         check_features(path)
-    table = pq.read_table(path, columns=[*COLUMNS, *(name for name in OPTIONAL if name in names)]).sort_by("row_id")
+    optional = [name for name in OPTIONAL if name in names and not (skip_features and name == "features")]
+    table = pq.read_table(path, columns=[*COLUMNS, *optional]).sort_by("row_id")
     rows = [row for row in map(RankingRow.of, table.to_pylist()) if row.is_hit]
     if not rows:
         raise ValueError(f"{path}: none of its {len(table)} rows lists a relevant item; use longer candidate lists")
@@ -163,7 +165,9 @@ def check_features(path: str | Path) -> None:
         raise ValueError(f"{path}: row_id {lacking['row_id'][0]} has no features, which evidence rests on; {cure}.")
 
 
-def training_rows(run: str | Path, use: str, needs_features: bool = False) -> list[RankingRow]:
+def training_rows(
+    run: str | Path, use: str, needs_features: bool = False, skip_features: bool = False
+) -> list[RankingRow]:
     """The hit rows of the training lists that the traces stage assigned to `sft` or `dapo`, or `all` of them.
 
     Raises:
@@ -173,7 +177,7 @@ def training_rows(run: str | Path, use: str, needs_features: bool = False) -> li
         raise ValueError(f"rows is {use!r}; choose one of {', '.join(USES)}")
     split = pq.read_table(run_dir.stage_dir(run, "traces") / "row_split.parquet").to_pydict()
     used_for = dict(zip(split["row_id"], split["used_for"], strict=True))
-    rows = read_rows(run_dir.stage_dir(run, "candidates") / "train.parquet", needs_features=needs_features)
+    rows = read_rows(run_dir.stage_dir(run, "candidates") / "train.parquet", needs_features, skip_features)
     chosen = [row for row in rows if row.row_id in used_for and use in ("all", used_for[row.row_id])]
     if not chosen:
         raise ValueError(

@@ -66,7 +66,7 @@ def run_dapo(run: str, recipe_file: str, steps: int, out: str) -> dict[str, floa
     base = run_dir.stage_dir(run, "sft") / "model"
     model, tokenizer = base_model.load_pretrained(str(base), model_args)
     tokenizer.padding_side = "left"
-    prompts = dapo.prepare(args, config, Prompter.of_run(run, tokenizer), base)
+    prompts, _ = dapo.prepare(args, config, Prompter.of_run(run, tokenizer), base)
     trainer = dapo.make_trainer(args, config, model_args, prompts, model, Path(out))
     engine.score_labelled_tokens_only()
     generate, sampled, batches = trainer.vllm_generation.llm.generate, [], []
@@ -165,7 +165,7 @@ def run_trl(run: str, recipe_file: str, steps: int, out: str) -> dict[str, float
     base = run_dir.stage_dir(run, "sft") / "model"
     model, tokenizer = base_model.load_pretrained(str(base), model_args)
     tokenizer.padding_side = "left"
-    prompts = dapo.prepare(args, config, Prompter.of_run(run, tokenizer), base)
+    prompts, _ = dapo.prepare(args, config, Prompter.of_run(run, tokenizer), base)
     rewards = args.load_rewards()
     config.reward_weights = [reward.weight for reward in rewards]
     asked = [prompt.asked for prompt in prompts.take(0, len(prompts.rows))]
