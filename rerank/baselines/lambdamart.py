@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 PATIENCE = 50  # trees without a better value on the rows left out before it stops
 STOPPING_FOLDS = 4  # of the cross-validation
 NUM_FITS = 5
+LEARNING_RATE, FAST = 0.03, 0.1  # the latter for scores out of fold
 LEAST_USERS = 2  # one is left out while the others are fitted
 
 Lists = tuple[Sequence[np.ndarray], Sequence[Sequence[float]]]  # (N, F) features and (N,) relevance of each row
@@ -61,6 +62,7 @@ def fit_lambdamart(
     max_rounds: int = 1000,
     num_fits: int = NUM_FITS,
     stopping_folds: int = STOPPING_FOLDS,
+    learning_rate: float = LEARNING_RATE,
 ) -> LambdaMart:
     """LightGBM rankers with the number of trees that is best for users left out (NDCG@5).
 
@@ -74,6 +76,7 @@ def fit_lambdamart(
         max_rounds: Trees at most.
         num_fits: Fits of which the scores are means.
         stopping_folds: Of the STOPPING_FOLDS parts of the users, those that have a say in the number of trees.
+        learning_rate: Of each tree; a larger one needs fewer.
     """
     import lightgbm
 
@@ -85,7 +88,7 @@ def fit_lambdamart(
     parts = [(np.flatnonzero(owner != fold), np.flatnonzero(owner == fold)) for fold in range(folds.max() + 1)]
     if len(parts) < LEAST_USERS:
         raise ValueError(f"all {len(kept)} training rows are of one user, so that none can be left out; add data.")
-    parameters = _parameters(seed, min_rows_per_leaf)
+    parameters = _parameters(seed, min_rows_per_leaf, learning_rate)
     stop = lightgbm.early_stopping(PATIENCE, verbose=False)
     found = lightgbm.cv(parameters, dataset, max_rounds, folds=parts[:stopping_folds], callbacks=[stop])
     num_trees = len(cast("list[float]", found["valid ndcg@5-mean"]))  # it ends at the best
@@ -93,12 +96,12 @@ def fit_lambdamart(
     return LambdaMart(tuple(fits), num_trees)
 
 
-def _parameters(seed: int, min_rows_per_leaf: int) -> dict[str, Any]:
+def _parameters(seed: int, min_rows_per_leaf: int, learning_rate: float = LEARNING_RATE) -> dict[str, Any]:
     return {
         "objective": "lambdarank",
         "metric": "ndcg",
         "eval_at": [5],
-        "learning_rate": 0.03,
+        "learning_rate": learning_rate,
         "num_leaves": 15,
         "min_data_in_leaf": min_rows_per_leaf,
         "feature_fraction": 0.7,
@@ -139,7 +142,7 @@ def user_folds(users: Sequence[int], num_folds: int, seed: int) -> np.ndarray:
 
 
 def out_of_fold_scores(
-    train: Lists, users: Sequence[int], num_folds: int = 5, seed: int = 0, **options: int
+    train: Lists, users: Sequence[int], num_folds: int = 5, seed: int = 0, **options: Any
 ) -> list[np.ndarray]:
     """Scores of each training row by a LambdaMART fitted, and its number of trees chosen, on other users' rows.
 
@@ -158,7 +161,8 @@ def out_of_fold_scores(
     for fold in range(num_folds):
         others, held = np.flatnonzero(folds != fold), np.flatnonzero(folds == fold)
         rest = [features[row] for row in others], [relevance[row] for row in others]
-        few = {"num_fits": 1, "stopping_folds": 1} | options  # there are num_folds of them, and no figure rests on one
+        # there are num_folds of them, and no figure rests on one
+        few = {"num_fits": 1, "stopping_folds": 1, "learning_rate": FAST} | options
         fitted = fit_lambdamart(rest, [users[row] for row in others], seed=seed, **few)
         for row, row_scores in zip(held, fitted.scores([features[row] for row in held]), strict=True):
             scores[row] = row_scores
