@@ -3,6 +3,7 @@
 import inspect
 import shutil
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -232,6 +233,20 @@ def test_the_check_refuses_a_model_of_another_catalogue(toy_run, tmp_path):
     pq.write_table(table.set_column(2, "semantic_id", [ids]), run / "semantic_ids/semantic_ids.parquet")
     with pytest.raises(ValueError, match=r"semantic ids of another catalogue than the model's: .* lacks <s_a_99>"):
         check(NDCG, run=run)
+
+
+def test_further_lists_are_trained_on_unless_the_recipe_leaves_them_out(toy_run, tmp_path):
+    run = copy_stages(toy_run.run, tmp_path / "run", "sft")
+    rows = [row.row_id for row in training_rows(toy_run.run, "dapo")]
+    table = pq.read_table(run / "candidates/train.parquet")
+    further = table["row_id"].to_numpy() == rows[0]
+    numbers = table.column_names.index("list_number")
+    pq.write_table(
+        table.set_column(numbers, "list_number", [further.astype(np.int64)]), run / "candidates/train.parquet"
+    )
+    for options, expected in (({}, rows), ({"further_lists": False}, rows[1:])):
+        args = dapo.DapoArguments(run_dir=str(run), rewards=NDCG, **options)
+        assert [row.row_id for row in dapo.rows_to_train_on(args)] == expected
 
 
 def test_rows_that_are_drawn_more_than_twice_are_warned_of_with_the_numbers(toy_run, tmp_path, caplog):

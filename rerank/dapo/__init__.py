@@ -36,7 +36,7 @@ from rerank.models import base as base_model
 from rerank.models import engine, group_attention, server
 from rerank.models.ranker import complete_greedily
 from rerank.models.saving import check_model, save_ranker
-from rerank.rows import PromptedRow, Prompter, training_rows
+from rerank.rows import PromptedRow, Prompter, RankingRow, training_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -57,6 +57,9 @@ class DapoArguments(validation.ValidatedArguments):
         [], "List of {name, weight, kwargs, condition}, or a file with it such as recipes/rewards/naive.yaml."
     )
     rows: str = option("dapo", "Training rows: `dapo`, those that SFT has not seen, or `all`.")
+    further_lists: bool = option(
+        True, "Train on the further lists of a row too, not on that of the first stage alone."
+    )
     without_trace: bool = option(False, "Start from sft/model_no_trace, to see what the reasoning is worth.")
     dynamic_sampling: bool = option(True, "Drop groups whose completions all have one outcome, sample new prompts.")
     outcome: str = option(scoring.RANK_GAIN, "Completions of a useful group differ in it: rank_gain or a reward.")
@@ -111,7 +114,15 @@ def check(args: DapoArguments, training_args: DapoConfig, model_args: ModelConfi
     if is_made:
         check_model(folder, Catalogue.load(args.run_dir))
     if run_dir.is_finished(args.run_dir, "traces"):
-        warn_of_repeats(training_args, len(training_rows(args.run_dir, args.rows, skip_features=True)))
+        warn_of_repeats(training_args, len(rows_to_train_on(args, skip_features=True)))
+
+
+def rows_to_train_on(
+    args: DapoArguments, needs_features: bool = False, skip_features: bool = False
+) -> list[RankingRow]:
+    """The rows that the recipe names, as `rerank.rows.training_rows` reads them."""
+    rows = training_rows(args.run_dir, args.rows, needs_features, skip_features)
+    return [row for row in rows if args.further_lists or row.list_number == 0]
 
 
 def start_dir(args: DapoArguments) -> Path:
@@ -133,7 +144,7 @@ def prepare(
 
     Sets lengths that the recipe leaves open, and refuses prompts that do not fit.
     """
-    rows = training_rows(args.run_dir, args.rows, prompter.needs_features)
+    rows = rows_to_train_on(args, prompter.needs_features)
     num_groups = config.generation_batch_size // config.num_generations
     if len(rows) < num_groups:  # TRL would have no batch, and end at once
         raise ValueError(
