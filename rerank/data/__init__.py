@@ -148,16 +148,13 @@ class DataArguments(recipe.StageArguments):
             if getattr(self, name):
                 raise ValueError(f"{name} is {getattr(self, name)} but items is not set; name the table of items")
         if self.columns and not self.interactions:
-            raise ValueError(
-                f"columns is {self.columns} but interactions is not set; those of requests are request_columns"
-            )
+            problem = f"columns is {self.columns} but interactions is not set"
+            raise ValueError(f"{problem}; name columns of requests in request_columns")
         for name, default in OF_INTERACTIONS.items() if self.requests else ():
             if getattr(self, name) != default:
                 raise ValueError(f"{name} is {getattr(self, name)} but is for interactions only; remove it")
         if self.requests and self.split == "random":
-            raise ValueError(
-                "split is random but requests are divided by_time, by_user, per_user or as given; take one"
-            )
+            raise ValueError("split is random but requests are split by_time, by_user, per_user or given; take one")
         for name in () if self.requests else OF_REQUESTS:
             if getattr(self, name):
                 raise ValueError(f"{name} is {getattr(self, name)} but requests is not set; name the log or remove it")

@@ -177,9 +177,8 @@ def _refuse_lengths(table: Table, source: Source, lists: Names) -> None:
         bad = (length != size) & ((length > 0) if name == "score" else True)
         counted = table.select("source_row", "request_id", size=size, length=length).filter(bad)
         if row := first_row(counted, source):
-            problem = (
-                f"{lists[name]} has {row['length']} values but request {row['request_id']!r} {row['size']} candidates"
-            )
+            problem = f"{lists[name]} has {row['length']} values but {row['size']} candidates stand in the request"
+            problem += f" {row['request_id']!r}"
             raise ValueError(f"{row['place']}: {problem}; give one value a candidate, null where it is unknown")
 
 

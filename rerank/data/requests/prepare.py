@@ -125,6 +125,4 @@ def _refuse_empty_splits(args: DataArguments, log: RequestLog, levels: np.ndarra
         if not (levels == level).any():
             raise ValueError(f"{path}: split: {args.split} leaves no {split} request of {len(log)}; {cure}")
     if not (log.relevance[levels[log.owners] == 0] > 0).any():
-        raise ValueError(
-            f"{path}: no candidate of a training request has a grade above 0; correct the grades or the split"
-        )
+        raise ValueError(f"{path}: no training request has a candidate with a grade above 0; correct the grades")

@@ -52,8 +52,8 @@ def as_list(column: Column) -> ArrayColumn:
     """A list column, or text with white space between the elements, as a list; empty for a missing cell."""
     if column.type().is_array():
         return column
-    if column.type().is_unknown():  # a JSON key that is null in every line
-        return ibis.null("array<string>")
+    if column.type().is_unknown():  # a JSON key that holds nothing but nulls
+        return column.cast("array<string>")
     words = as_text(column)
     return ibis.ifelse(words == "", ibis.literal([], "array<string>"), words.split(" "))
 
@@ -76,9 +76,7 @@ def field_texts(source: Source, names: Sequence[str]) -> dict[str, Column]:
         require_column(source, "a request", name, "request_fields")
         column = source.table[name]
         if column.type().is_struct() or column.type().is_map():
-            raise ValueError(
-                f"{source.name}: column {name!r} holds objects, no scalars; leave it out of request_fields"
-            )
+            raise ValueError(f"{source.name}: column {name!r} holds objects, no scalars; correct request_fields")
         if column.type().is_array() or column.type().is_unknown():
             column = as_text(column) if column.type().is_array() else ibis.null("string")
         if column.type().is_floating():

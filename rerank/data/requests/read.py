@@ -28,9 +28,7 @@ def read_log(con: ibis.BaseBackend, args: DataArguments) -> RawLog:
         form = "metarank"
     if form in ("mind", "metarank"):
         if args.request_columns:
-            raise ValueError(
-                f"request_columns is set but requests are in the form {form}, whose names are fixed; remove it"
-            )
+            raise ValueError(f"request_columns is set but the names of the form {form} are fixed; remove it")
         refuse_empty_file(path)
     try:
         return _read_form(con, path, form, args)
