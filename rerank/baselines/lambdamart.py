@@ -121,11 +121,8 @@ def _parameters(seed: int, min_rows_per_leaf: int) -> dict[str, Any]:
 def _judged(lists: Lists) -> Lists:
     """The rows without the candidates that nobody has judged."""
     known = [~np.isnan(np.asarray(grades, dtype=float)) for grades in lists[1]]
-    features, relevance = (
-        [values if seen.all() else np.asarray(values)[seen] for values, seen in zip(of_rows, known, strict=True)]
-        for of_rows in lists
-    )
-    return features, relevance
+    features = [of_row if seen.all() else of_row[seen] for of_row, seen in zip(lists[0], known, strict=True)]
+    return features, [np.asarray(grades)[seen] for grades, seen in zip(lists[1], known, strict=True)]
 
 
 def _dataset(lists: Lists, kept: Sequence[int], names: Sequence[str]) -> lightgbm.Dataset:

@@ -3,6 +3,8 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from rerank.compare import evaluations
 from rerank.compare.evaluations import PRUNING, RunsOf, Variants, by_seed
 from rerank.compare.tables import Line
@@ -19,7 +21,7 @@ def write(runs_of: RunsOf, task: str, path: Path) -> None:
     """Write the differences of runs of a task of the evaluate stage; a ranker of no variant has no `variant`."""
     read, metrics = READ[task](runs_of)
     of_first = next(iter(read.values()))
-    values = {}
+    values: dict[bar.Line, dict[str, np.ndarray]] = {}
     for variant, (seeds, ranker) in _rankers(read, task):
         line = (ranker,) if variant == NO_VALUE else (variant, ranker)
         values[line] = {metric: by_seed(seeds, ranker, metric) for metric in metrics}

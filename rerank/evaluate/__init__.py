@@ -185,6 +185,14 @@ def rankers_of(args: EvaluateArguments) -> Iterator[Ranker]:
             yield ranker
 
 
+def can_rank(ranker: Ranker, args: EvaluateArguments, catalogue: Catalogue) -> bool:
+    """Whether there is what a ranker rests on: the mid-trained model scores items by their semantic ids."""
+    if ranker.kind != "likelihood" or (any(catalogue.semantic_ids) and ranker.model_dir(args.run_dir).is_dir()):
+        return True
+    logger.info("no %s row: this run has no model that knows semantic ids", ranker.name)
+    return False
+
+
 def kept_steps(args: EvaluateArguments) -> dict[str, dict[str, Any]]:
     """The kept step of each model that validation rows chose while it trained, of how many, by how many looks."""
     sft, dapo = (
@@ -229,7 +237,7 @@ def write_orders(
 
 def write_bar(rankings: Sequence[Ranking], evaluated: EvaluatedRows, num_bootstrap: int, path: Path) -> None:
     """Write every difference of two rankers."""
-    values = {(name,): of_ranker for name, of_ranker in values_of(rankings, evaluated).items()}
+    values: bar.Lines = {(name,): of_ranker for name, of_ranker in values_of(rankings, evaluated).items()}
     sampling = Sampling(evaluated.users, num_bootstrap)
     bar.write(path, values, evaluated.metrics, sampling, evaluated.split)
 
@@ -245,11 +253,13 @@ def main(args: EvaluateArguments, out_dir: Path) -> dict[str, Any]:
     evaluated = EvaluatedRows.load(candidates_dir, args.split, args.max_rows, args.metrics)
     logger.info("%d %s rows", len(evaluated.rows), args.split)
     asked = Questions.of(args, evaluated.rows)
-    ranked = [rank(ranker, args, asked) for ranker in rankers_of(args)]
+    catalogue = Catalogue.load(args.run_dir)
+    ranked = [rank(ranker, args, asked) for ranker in rankers_of(args) if can_rank(ranker, args, catalogue)]
     rankings = [one.ranking for one in ranked] + [one.control for one in ranked if one.control is not None]
     results = make_results(rankings, evaluated, args.num_bootstrap)
     results |= difficulty(rankings, evaluated, lists, args.num_bootstrap)
-    results["shared_ids"] = shared_ids(Catalogue.load(args.run_dir), evaluated.rows)
+    if any(catalogue.semantic_ids):
+        results["shared_ids"] = shared_ids(catalogue, evaluated.rows)
     results["orders"] = write_orders(ranked, asked.shuffled, args, out_dir / "orders.parquet")
     if run_dir.is_finished(args.run_dir, "dapo"):
         dapo = run_dir.read_metrics(args.run_dir, "dapo")

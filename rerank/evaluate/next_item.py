@@ -35,7 +35,9 @@ def evaluate(args: "EvaluateArguments", out_dir: Path) -> dict[str, object]:
         results["pruning"] = measured.summary()
         text += pruning.markdown(results["pruning"], args.num_beams)
     _write_results(results, text, out_dir)
-    values = {(name,): recall.metrics_of_lists(items, found.rows.targets) for name, items in found.lists.items()}
+    values: bar.Lines = {
+        (name,): recall.metrics_of_lists(items, found.rows.targets) for name, items in found.lists.items()
+    }
     bar.write(out_dir / bar.FILE, values, recall.METRICS, Sampling(found.rows.users, args.num_bootstrap), args.split)
     found.write(out_dir / "lists.parquet")
     recalls = {name: row["all"][f"R@{LIST_LENGTH}"] for name, row in results["rows"].items()}
@@ -48,7 +50,9 @@ def evaluate_sets(args: "EvaluateArguments", out_dir: Path) -> dict[str, object]
     found = held_out_sets.find_sets(Path(args.run_dir), held_out, args.num_beams)
     results = held_out_sets.summarise(held_out, found, args.split, args.num_bootstrap)
     _write_results(results, held_out_sets.markdown(results), out_dir)
-    values = {(name,): held_out_sets.metrics_of_sets(lists, held_out.targets) for name, lists in found.items()}
+    values: bar.Lines = {
+        (name,): held_out_sets.metrics_of_sets(lists, held_out.targets) for name, lists in found.items()
+    }
     sampling = Sampling(held_out.users, args.num_bootstrap)
     bar.write(out_dir / bar.FILE, values, held_out_sets.METRICS, sampling, args.split)
     columns: dict[str, np.ndarray | list[np.ndarray]] = {"user": held_out.users, "targets": held_out.targets}

@@ -95,6 +95,7 @@ def _results(run_dir: Path, evaluate_dir: Path, missing: dict[str, str]) -> Sect
         "further": overview.further_tables(results),
         "sampled": name,
         "samples": samples,
+        "graded": any(shown.get("grade") for sample in samples for shown in sample["incoming"]),
     }
 
 

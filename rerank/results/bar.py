@@ -1,6 +1,6 @@
 """Every difference of two rankers in every metric, with both ends of its interval: `bar.json`.
 
-A ranker's line is any key; R rows, S seeds.
+R rows, S seeds.
 """
 
 import math
@@ -11,15 +11,14 @@ from typing import Any
 import numpy as np
 
 from rerank.launch.files import write_json
-from rerank.results.intervals import Column, Sampling, holds
+from rerank.results.intervals import Sampling, holds
 
 FILE = "bar.json"
 Line = tuple[str, ...]  # words that name a ranker, its own name last
+Lines = Mapping[Line, Mapping[str, np.ndarray]]
 
 
-def every_difference(
-    values: Mapping[Line, Mapping[str, Column]], metrics: Sequence[str], sampling: Sampling
-) -> list[dict[str, Any]]:
+def every_difference(values: Lines, metrics: Sequence[str], sampling: Sampling) -> list[dict[str, Any]]:
     """Of every two rankers and metric the later ranker minus the earlier, on the same rows.
 
     Args:
@@ -36,7 +35,10 @@ def every_difference(
         columns = [np.asarray(values[line][metric], dtype=float) for line in lines]
         means = [float(np.nanmean(column)) for column in columns]
         for (later, earlier), (difference, bounds) in sampling.differences(columns).items():
-            record = {**_named(lines[later], "ranker", "variant"), **_named(lines[earlier], "minus", "minus_variant")}
+            record: dict[str, Any] = {
+                **_named(lines[later], "ranker", "variant"),
+                **_named(lines[earlier], "minus", "minus_variant"),
+            }
             record |= {"metric": metric, "n": len(sampling.users), "value": means[later]}
             record |= {"minus_value": means[earlier], "difference": difference}
             ends = [None if math.isnan(bound) else bound for bound in bounds]
@@ -46,7 +48,7 @@ def every_difference(
 
 def write(
     path: Path,
-    values: Mapping[Line, Mapping[str, Column]],
+    values: Lines,
     metrics: Sequence[str],
     sampling: Sampling,
     split: str,

@@ -132,7 +132,7 @@ def position(candidates_dir: Path, rows: Sequence[RankingRow]) -> Orders:
     lists = pq.read_table(path, columns=names).to_pylist()
     gains = [gains_of(row["relevance"] or []) for row in lists if not row.get("list_number")]
     gains = [of_row for of_row in gains if len(of_row)]
-    length = max(map(len, [*gains, *(row.candidates for row in rows)]))
+    length = max([*(len(of_row) for of_row in gains), *(len(row.candidates) for row in rows)])
     by_place = np.full((len(gains), length), np.nan)
     for line, of_row in zip(by_place, gains, strict=True):
         line[: len(of_row)] = of_row
