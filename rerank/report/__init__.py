@@ -96,6 +96,7 @@ def _results(run_dir: Path, evaluate_dir: Path, missing: dict[str, str]) -> Sect
         "sampled": name,
         "samples": samples,
         "graded": any(shown.get("grade") for sample in samples for shown in sample["incoming"]),
+        "unseen": any(shown.get("unseen") for sample in samples for shown in sample["incoming"]),
     }
 
 
