@@ -24,5 +24,5 @@ def ndcg(
 def _ndcg(completion: str, labels: list[str], relevance: list[float], k: int) -> float | None:
     order = parse_completion(completion, labels).order
     if order is None:
-        return 0.0 if any(relevance) else None
-    return ndcg_at_k([2 ** relevance[position] - 1 for position in order], k)
+        return 0.0 if any(grade > 0 for grade in relevance) else None
+    return ndcg_at_k([relevance[position] for position in order], k)

@@ -31,7 +31,7 @@ class RankingRow:
         row_id: Number of the row.
         history: Items, oldest first.
         candidates: (N,) items.
-        relevance: (N,) grades, 0 for what is not relevant; empty where nobody knows them.
+        relevance: (N,) grades, 0 for what is not relevant, NaN for what was not seen; empty where nobody knows them.
         user: None where nobody is named.
         ranks: (N,) first-stage rank of each candidate, from 1; their order where not given.
         features: (N, F) float32, columns as in features.json; None without them.
@@ -68,7 +68,7 @@ class RankingRow:
             row_id=record["row_id"],
             history=tuple(record["history"]),
             candidates=tuple(record["candidates"]),
-            relevance=tuple(record.get("relevance") or ()),
+            relevance=tuple(math.nan if grade is None else grade for grade in record.get("relevance") or ()),
             user=record.get("user"),
             ranks=tuple(record.get("first_stage_ranks") or ()),
             features=np.asarray(features, dtype=np.float32) if features else None,
