@@ -65,16 +65,16 @@ def test_features_are_those_that_the_data_allow(run):
     metrics, tables = run_stage(run, item_numbers=["year"])
     names = json.loads((run / "out/features.json").read_text())["names"]
     known = [name for name in FEATURES if name not in EMBEDDING_FEATURES]  # nothing is embedded
-    assert names == [*known, "shown", "click_rate", "year", "candidate_price"]
+    assert names == [*known, "shown", "click_rate", "item_year", "candidate_price"]
     assert metrics["constant_features"] == ["same_brand"]  # items have no brand
     row = tables["test"][0]
     by_name = dict(zip(names, np.array(row["features"]).T, strict=True))
     wanted = [1990 + item if item < 39 else np.nan for item in row["candidates"]]
-    assert np.array_equal(by_name["year"], wanted, equal_nan=True)
+    assert np.array_equal(by_name["item_year"], wanted, equal_nan=True)
     wanted = [np.nan if item % 5 == 0 else item for item in row["candidates"]]
     assert np.array_equal(by_name["candidate_price"], wanted, equal_nan=True)
     counts = Counts.load(run / "out/evidence.npz")
-    assert np.array_equal(counts.facts.numbers["year"], [*range(1990, 2029), np.nan], equal_nan=True)
+    assert np.array_equal(counts.facts.numbers["item_year"], [*range(1990, 2029), np.nan], equal_nan=True)
 
 
 def test_click_rates_and_popularity_are_counted_by_hand(run):

@@ -24,6 +24,7 @@ from rerank.launch import run_dir
 from rerank.rows import TargetRows
 from rerank.rows.histories import TRAINING, by_user
 
+ITEM_NUMBER = "item_"  # before the name of an item's number among features, which has names of its own
 NUM_FOLDS = 10  # of the users of training requests
 
 
@@ -138,7 +139,7 @@ def item_facts(run: str | Path, numbers: Sequence[str]) -> ItemFacts:
     embeddings_path = run_dir.stage_dir(run, "semantic_ids") / "embeddings.npy"
     embeddings = np.load(embeddings_path, mmap_mode="r") if embeddings_path.is_file() else None
     brands = items["brand"].to_pylist() if "brand" in items.column_names else None
-    known = {name: _numbers(items, name, path) for name in numbers}
+    known = {f"{ITEM_NUMBER}{name}": _numbers(items, name, path) for name in numbers}
     return ItemFacts.of(
         len(items), embeddings, items["category"].to_pylist(), items["title"].to_pylist(), brands, known
     )
