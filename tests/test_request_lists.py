@@ -77,6 +77,17 @@ def test_features_are_those_that_the_data_allow(run):
     assert np.array_equal(counts.facts.numbers["item_year"], [*range(1990, 2029), np.nan], equal_nan=True)
 
 
+def test_facts_are_cut_into_the_buckets_asked_for(run):
+    run_stage(run, num_buckets=20)
+    stored = json.loads((run / "out/features.json").read_text())
+    edges = stored["edges"]["click_rate"]
+    rows = pq.read_table(run / "out/train.parquet")["features"].to_pylist()
+    rates = [line[stored["names"].index("click_rate")] for row in rows for line in row]
+    buckets, sizes = np.unique(np.searchsorted(edges, rates, side="right"), return_counts=True)
+    assert len(edges) == 19 and buckets.max() == 19 and len(buckets) > 15
+    assert sizes[1:-1].max() < 2 * len(rates) / 19
+
+
 def test_click_rates_and_popularity_are_counted_by_hand(run):
     rows = TargetRows.load(run)
     features, names = features_with(run, Events.load(run, rows), rows)

@@ -263,18 +263,19 @@ def _jaccard(members: csr_array, recent: np.ndarray, candidates: np.ndarray) -> 
     return shared / np.maximum(union, 1)
 
 
-def fit_edges(values: np.ndarray) -> list[float]:
-    """Nine strictly ascending edges that cut a feature into ten buckets.
+def fit_edges(values: np.ndarray, num_buckets: int = NUM_BUCKETS) -> list[float]:
+    """Strictly ascending edges that cut a feature into buckets, one edge less than there are buckets.
 
-    Bucket 0 is for what is not positive, nine buckets of about equal mass for the rest. A value that is common enough
+    Bucket 0 is for what is not positive, the others, of about equal mass, are for the rest. A value that is common enough
     to fill several of them (a count of 1) gets one, and the others are shared anew among the larger values.
 
     Args:
         values: The feature's values on training rows.
+        num_buckets: At least 2.
     """
     positive = np.sort(values[values > 0])
     edges: list[float] = []
-    for left in range(NUM_BUCKETS - 1, 0, -1):
+    for left in range(num_buckets - 1, 0, -1):
         larger = positive[np.searchsorted(positive, edges[-1], side="right") :] if edges else positive
         if not len(larger):
             edges.append(2 * edges[-1] if edges else 1.0)  # for values beyond all that training has

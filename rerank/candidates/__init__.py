@@ -68,6 +68,7 @@ class CandidatesArguments(AugmentationArguments):
     )
     batch_size: int = option(64, "With source model: rows decoded together.")
     item_numbers: list[str] = option([], "Item columns of numbers that become facts about a candidate.")
+    num_buckets: int = option(10, "Buckets of a fact with evidence: codes, as many as the midtrain stage teaches.")
     count_window: float = option(
         86400.0, "Requests split by time: seconds of a window; a training row is counted on what lies before its own."
     )
@@ -79,6 +80,7 @@ class CandidatesArguments(AugmentationArguments):
             self.lists is not None and self.source not in ("lists", "lambdamart")
         ):
             raise ValueError(f"source is {self.source} and lists is {self.lists}; lists goes with source lists only")
+        check_range("num_buckets", self.num_buckets, least=2)
         check_range("count_window", self.count_window, above=0)
         check_range("batch_size", self.batch_size, least=1)
         check_range("num_candidates", self.num_candidates, least=2)
@@ -244,7 +246,7 @@ def main(args: CandidatesArguments, out_dir: Path) -> dict[str, object]:
         lists = reorder(args.run_dir, rows, lists).with_features(names, rows, parts)
     training = np.flatnonzero(rows.splits == "rerank").tolist()
     train = np.concatenate(lists.take(training).features)
-    edges = {name: fit_edges(train[:, number]) for number, name in enumerate(names)}
+    edges = {name: fit_edges(train[:, number], args.num_buckets) for number, name in enumerate(names)}
     counts.save(out_dir / "evidence.npz")
     write_json(out_dir / FEATURES_FILE, {"names": list(names), "edges": edges})
     splits, num_further = {}, 0
