@@ -266,8 +266,8 @@ def _jaccard(members: csr_array, recent: np.ndarray, candidates: np.ndarray) -> 
 def fit_edges(values: np.ndarray, num_buckets: int = NUM_BUCKETS) -> list[float]:
     """Strictly ascending edges that cut a feature into buckets, one edge less than there are buckets.
 
-    Bucket 0 is for what is not positive, the others, of about equal mass, are for the rest. A value that is common enough
-    to fill several of them (a count of 1) gets one, and the others are shared anew among the larger values.
+    Bucket 0 is for what is not positive, the others, of about equal mass, are for the rest. A value that is common
+    enough to fill several of them (a count of 1) gets one, and the others are shared anew among the larger values.
 
     Args:
         values: The feature's values on training rows.

@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rerank.baselines import Counts, Ragged, feature_names, fit_edges
+from rerank.baselines import NUM_BUCKETS, Counts, Ragged, feature_names, fit_edges
 from rerank.candidates.augmentation import AugmentationArguments, further_lists, shuffled_lists
 from rerank.candidates.counting import CountedRows, Events, check_numbers, counted_rows, item_facts
 from rerank.candidates.reordering import reorder
@@ -68,7 +68,9 @@ class CandidatesArguments(AugmentationArguments):
     )
     batch_size: int = option(64, "With source model: rows decoded together.")
     item_numbers: list[str] = option([], "Item columns of numbers that become facts about a candidate.")
-    num_buckets: int = option(10, "Buckets of a fact with evidence: codes, as many as the midtrain stage teaches.")
+    num_buckets: int = option(
+        NUM_BUCKETS, "Buckets of a fact with evidence: codes; mid-training teaches its own num_buckets."
+    )
     count_window: float = option(
         86400.0, "Requests split by time: seconds of a window; a training row is counted on what lies before its own."
     )
