@@ -13,6 +13,7 @@ lists them all.
 
 import copy
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -29,13 +30,14 @@ from rerank.launch.stages import Stage
 from rerank.launch.values import check_choice, check_range, option
 from rerank.losses import FOLDER as LOSSES
 from rerank.losses import Losses, Row, load_losses
+from rerank.metrics import judged
 from rerank.models import base as base_model
 from rerank.models.dropout import residual_dropout
 from rerank.models.ranker import complete_greedily
 from rerank.models.saving import check_model, save_ranker, write_card
 from rerank.next_item.encoder import ITEM_TEXTS, NextItemEncoder
 from rerank.prompts import THINK_END
-from rerank.rows import PromptedRow, Prompter, training_rows
+from rerank.rows import PromptedRow, Prompter, RankingRow, training_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -88,14 +90,28 @@ def check(args: SftArguments, training_args: SFTConfig, model_args: ModelConfig)
 
 
 def examples(prompter: Prompter, run: str, with_trace: bool) -> list[dict[str, list[int]]]:
-    """The accepted attempts of the sft rows, encoded."""
+    """The accepted attempts of the sft rows, encoded, each with its gold order."""
     accepted = pq.read_table(run_dir.stage_dir(run, "traces") / "accepted.parquet").to_pylist()
     rows = {row.row_id: row for row in training_rows(run, "sft")}
+    chosen = [(rows[attempt["row_id"]], attempt) for attempt in accepted if attempt["row_id"] in rows]
     return [
-        prompter.example(rows[attempt["row_id"]], attempt["trace"] if with_trace else None, attempt["order"])
-        for attempt in accepted
-        if attempt["row_id"] in rows
+        prompter.example(row, attempt["trace"] if with_trace else None, gold_order(row, attempt["order"]))
+        for row, attempt in chosen
     ]
+
+
+def gold_order(row: RankingRow, order: Sequence[int]) -> list[int]:
+    """The ranking that a row teaches (positions, best first): by grade, of equal grades in the teacher's order.
+
+    Where the teacher named its best `top_k` only, the others keep the input order behind them. A candidate that was
+    not seen keeps the place that the teacher gave it, so that it is taught neither as good nor as bad.
+
+    Args:
+        row: With the grade of each candidate.
+        order: The teacher's ranking.
+    """
+    by_grade = iter(sorted(judged(order, row.relevance), key=lambda place: -row.relevance[place]))
+    return [place if math.isnan(row.relevance[place]) else next(by_grade) for place in order]
 
 
 def check_lengths(rows: Sequence[Row], max_length: int | None) -> None:
