@@ -26,8 +26,8 @@ def test_ndcg_divides_by_the_best_order():
     # hit at rank 3: (1/log2 4) / (1/log2 2) = 0.5
     assert ndcg_at_k([0, 0, 1, 0], 5) == pytest.approx(0.5)
     assert ndcg_at_k([0, 0, 1, 0], 2) == 0.0
-    # DCG@3 = 1/log2 2 + 0 + 3/log2 4 = 1 + 1.5 = 2.5; ideal 3, 2, 1: 3 + 2/log2 3 + 1/2 = 4.761860
-    assert ndcg_at_k([1, 0, 3, 2], 3) == pytest.approx(2.5 / (3 + 2 / math.log2(3) + 0.5))
+    # gains 1, 0, 7, 3: DCG@3 = 1/log2 2 + 0 + 7/log2 4 = 1 + 3.5 = 4.5; ideal 7, 3, 1: 7 + 3/log2 3 + 1/2
+    assert ndcg_at_k([1, 0, 3, 2], 3) == pytest.approx(4.5 / (7 + 3 / math.log2(3) + 0.5))
 
 
 def test_recall_counts_the_share_of_relevant_items_in_the_first_k():
