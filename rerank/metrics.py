@@ -22,7 +22,7 @@ def best_first(scores: Sequence[float] | np.ndarray) -> list[int]:
     return order
 
 
-def judged(order: Sequence[int], grades: Sequence[float]) -> list[int]:
+def judged_order(order: Sequence[int], grades: Sequence[float]) -> list[int]:
     """A ranking (positions, best first) without the candidates that were not seen.
 
     Args:

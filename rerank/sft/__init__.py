@@ -30,7 +30,7 @@ from rerank.launch.stages import Stage
 from rerank.launch.values import check_choice, check_range, option
 from rerank.losses import FOLDER as LOSSES
 from rerank.losses import Losses, Row, load_losses
-from rerank.metrics import judged
+from rerank.metrics import judged_order
 from rerank.models import base as base_model
 from rerank.models.dropout import residual_dropout
 from rerank.models.ranker import complete_greedily
@@ -110,7 +110,7 @@ def gold_order(row: RankingRow, order: Sequence[int]) -> list[int]:
         row: With the grade of each candidate.
         order: The teacher's ranking.
     """
-    by_grade = iter(sorted(judged(order, row.relevance), key=lambda place: -row.relevance[place]))
+    by_grade = iter(sorted(judged_order(order, row.relevance), key=lambda place: -row.relevance[place]))
     return [place if math.isnan(row.relevance[place]) else next(by_grade) for place in order]
 
 
