@@ -5,8 +5,9 @@ the order shown is 0, 1, 2, 0, so that the target, of grade 2, stands third of f
 """
 
 import json
-import logging
 import math
+import random
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -23,14 +24,18 @@ from rerank.metrics import mean_random_metrics, ndcg_at_k, ranking_metrics, reca
 from rerank.plugins import load_function
 from rerank.probe import policies
 from rerank.probe.rows import ProbeRow
-from rerank.probe.scores import Scorer, best_blind_order
+from rerank.probe.scores import Scale, Scorer, best_blind_order
 from rerank.prompts import Parsed, PromptSettings, completion, parse_completion
+from rerank.report import rollouts as report_rollouts
 from rerank.rollouts import metrics as rollout_metrics
 from rerank.rollouts import rescore, text
-from rerank.rows import Prompter, PromptedRow, RankingRow, check_top_k, read_rows, reward_columns
+from rerank.rollouts.groups import RolloutGroups
+from rerank.rollouts.store import open_rollouts, read_rollouts, to_table
+from rerank.rows import PromptedRow, Prompter, RankingRow, check_top_k, read_rows, reward_columns
 from rerank.traces import TracesArguments, attempts, evidence
 from rerank.traces.teachers import PromptWriter
 
+OLD = Path(__file__).with_name("data") / "toy_run"  # its rollouts have schema version 2
 NOT_SEEN = math.nan
 LABELS = ["1", "2", "3", "4", "5"]
 ROW = RankingRow(7, (9,), (0, 1, 2, 3, 4), (0.0, NOT_SEEN, 1.0, 2.0, 0.0), user=3)
@@ -222,10 +227,10 @@ def test_a_reward_does_not_apply_where_nothing_relevant_was_seen():
 @pytest.mark.parametrize("labels", [LABELS[:3], ["<s_a_0><s_b_0>", "<s_a_0><s_b_1>", "<s_a_1><s_b_0>"]])
 def test_an_answer_of_the_best_k_ranks_all_candidates(labels):
     for order in ([2, 0, 1], [1, 2, 0]):
-        text = completion("why", order, labels, top_k=1)
+        answer = completion("why", order, labels, top_k=1)
         rest = [place for place in range(3) if place != order[0]]
-        assert parse_completion(text, labels, top_k=1) == Parsed(order=[order[0], *rest], trace="why")
-        assert parse_completion(text, labels).failure == "too_few"
+        assert parse_completion(answer, labels, top_k=1) == Parsed(order=[order[0], *rest], trace="why")
+        assert parse_completion(answer, labels).failure == "too_few"
         full = completion("why", order, labels)
         assert parse_completion(full, labels, top_k=1).failure == "too_many"
         for top_k in (3, 4):  # all there are
@@ -257,7 +262,7 @@ def test_a_top_k_above_every_list_is_refused(tmp_path):
     path = tmp_path / "train.parquet"
     pq.write_table(pa.table({"candidates": [[1, 2, 3], [4, 5, 6, 7]]}), path)
     check_top_k(path, 4)
-    with pytest.raises(ValueError, match=r"top_k is 5 but the longest list of .*train.parquet has 4 candidates; lower"):
+    with pytest.raises(ValueError, match="top_k is 5 but the longest list of .*train.parquet has 4 candidates"):
         check_top_k(path, 5)
 
 
@@ -414,3 +419,134 @@ def test_requests_are_the_same_where_their_ids_are():
     assert validation._identity(same) == validation._identity(RankingRow(2, (), (4, 5), user=8, request_id="a"))
     other = RankingRow(1, (9,), (0, 1), (1.0, 0.0), user=3, request_id="b")
     assert validation._identity(same) != validation._identity(other)
+
+
+# --- the probe
+
+
+def probe_rows(lists, top_k=0, ranking="number"):
+    """A row of each list of grades, with the labels of its length."""
+    found = []
+    for number, grades in enumerate(lists):
+        labels = [str(place) if ranking == "number" else f"<s_a_{place}>" for place in range(1, len(grades) + 1)]
+        row = RankingRow(number, (9,), tuple(range(len(grades))), grades, user=number)
+        found.append(ProbeRow(row, "Rank:", labels, 8192, top_k, popularity=list(range(len(grades)))))
+    return found
+
+
+@pytest.mark.parametrize("ranking", ["number", "semantic_id"])
+@pytest.mark.parametrize("top_k", [0, 1, 2, 9])
+def test_every_policy_writes_what_it_says_for_lists_of_any_length(top_k, ranking):
+    rows = probe_rows([(0.0, 1.0), (1.0, NOT_SEEN, 2.0, 0.0, 0.0), (0.0,) * 30 + (1.0, 2.0)], top_k, ranking)
+    fixed = best_blind_order(Scorer(scoring.load_rewards([{"name": "ndcg"}]), "ndcg", 1), rows)
+    for policy, kind in policies.all_of(rows, fixed):
+        for row in rows:
+            order = parse_completion(policy(row, random.Random(0)), row.labels, top_k).order
+            assert (order is None) == (kind == "no ranking"), (policy.__name__, row.labels, order)
+            if policy.__name__ == "oracle":
+                assert order[0] == row.row.target
+            if policy.__name__ == "swap_neighbours":  # nothing is won or lost
+                moved = [row.row.relevance[place] for place in order]
+                np.testing.assert_array_equal(moved, row.row.relevance)
+
+
+def test_one_fixed_order_is_found_on_lists_of_all_lengths():
+    # the positive is shown third in four lists of three to six candidates, and put first; a list of two has no third
+    third = [(0.0, 0.0, 1.0, *[0.0] * more) for more in (0, 1, 1, 3)]
+    rows = probe_rows([*third, (0.0, 1.0)])
+    fixed = best_blind_order(Scorer(scoring.load_rewards([{"name": "rank_promotion"}]), "rank_gain", 1), rows)
+    orders = [parse_completion(fixed(row, random.Random(0)), row.labels).order for row in rows]
+    assert [order[0] for order in orders] == [2, 2, 2, 2, 1]
+    for row, order in zip(rows, orders, strict=True):  # one order for all, of the places that a list has
+        assert order == [place for place in orders[3] if place < len(row.labels)]
+
+
+def test_a_row_has_nothing_to_gain_where_its_best_placed_positive_is_first():
+    lists = [(1.0, 0.0, 2.0), (NOT_SEEN, 2.0, 0.0), (0.0, 1.0, 2.0)]
+    assert [row.row.positive_rank for row in probe_rows(lists)] == [1, 1, 2]
+    scale = Scale.of(Scorer(scoring.load_rewards([{"name": "ndcg"}]), "ndcg", 1), probe_rows(lists[2:]))
+    assert scale.oracle_gain == scale.oracle_reward == 1.0
+    # of six orders the 0 comes first in two, and the first positive is second: 2/3 of a place is won on average
+    assert scale.random_gain == pytest.approx(2 / 3, abs=0.15)
+
+
+# --- what is stored and shown
+
+
+def graded_rollout(**changes):
+    """A rollout of ROW that ranks 1 2 3 0 4: grade 1 is first of those that were seen, and one place is won."""
+    columns = reward_columns([PromptedRow(ROW, "Rank:", LABELS, 16)])
+    told = {name: values[0] for name, values in columns.items() if name != "prompts"}
+    order = [1, 2, 3, 0, 4]
+    places = {"positive_rank": ROW.positive_rank, "positive_rank_after": ROW.place_of_positive(order)}
+    made = {"order": order, "target": 3, "target_rank_after": 3, "completion": completion("why", order, LABELS)}
+    return rollout(**{**told, **places, **made, **changes})
+
+
+NO_RANKING = {"order": None, "failure": "junk", "target_rank_after": None, "positive_rank_after": None}
+
+
+def test_the_store_keeps_what_was_not_seen_and_the_places_of_the_best_positive(tmp_path):
+    write_rollouts(tmp_path, graded_rollout(top_k=2))
+    (back,) = read_rollouts(tmp_path).to_pylist()
+    assert math.isnan(back["relevance"][1]) and back["relevance"][2:] == [1.0, 2.0, 0.0]
+    assert (back["positive_rank"], back["positive_rank_after"], back["top_k"]) == (2, 1, 2)
+    assert (back["target_rank"], back["target_rank_after"]) == (4, 3)
+
+
+def test_metrics_and_viewers_follow_the_best_placed_positive(tmp_path):
+    write_rollouts(tmp_path, graded_rollout(), graded_rollout(group=1, **NO_RANKING))
+    found = rollout_metrics.overall(read_rollouts(tmp_path))
+    assert (found["rank_gain"], found["R@1/before"], found["R@1/after"]) == (1.0, 0.0, 0.5)
+    assert (found["groups/all_best"], found["groups/all_worse"]) == (0.5, 0.5)
+    groups = RolloutGroups(tmp_path)
+    lines = groups.page(sort="group", descending=False)
+    assert [(line["before"], line["after"]) for line in lines] == [(2, 1), (2, None)]
+    shown = graded_rollout()
+    assert text.outcome(shown).startswith("target 2 -> 1")
+    lines = text.outgoing_order(shown, None).plain.splitlines()  # items are numbers: 1 was not seen, 3 has grade 2
+    assert lines == [" 1 ? 1 ↑2", " 2 * 2 ↑3", " 3 *2 3 ↑4", " 4 0 ↓1", " 5 4"]
+    packed = report_rollouts.sample(groups)
+    assert packed["groups"][0][packed["group_fields"].index("relevance")] == [0.0, None, 1.0, 2.0, 0.0]
+    json.dumps(packed, allow_nan=False)  # a page cannot read NaN
+
+
+def test_the_histogram_of_first_ranks_of_long_lists_ends():
+    size = 300
+    row = RankingRow(1, (9,), tuple(range(size)), tuple(float(place == 299) for place in range(size)))
+    columns = reward_columns([PromptedRow(row, "Rank:", [str(place) for place in range(size)], 16)])
+    told = {name: values[0] for name, values in columns.items() if name != "prompts"}
+    orders = [[*range(first, size), *range(first)] for first in (0, 29, 30, 299)]
+    records = [
+        rollout(**told | {"order": order, "target": 299, "positive_rank_after": row.place_of_positive(order)})
+        for order in orders
+    ]
+    found = rollout_metrics.overall(to_table(records))
+    ranks = [name for name in found if name.startswith("first_from/")]
+    assert ranks == [f"first_from/{rank}" for rank in range(1, rollout_metrics.MOST_RANKS + 1)]
+    assert sum(found[name] for name in ranks) == 0.5  # ranks 1 and 30, and not 31 and 300
+    # the last of 300 stays, rises by the 29 and the 30 that went behind it, and becomes the first
+    assert found["rank_gain"] == (0 + 29 + 30 + 299) / 4
+
+
+def test_replay_keeps_groups_of_graded_rows_by_the_main_reward(tmp_path):
+    # every ranking has a positive first, so that rank gains are equal; in group 0 one of the two is better
+    for group, orders in enumerate(([[3, 2, 1, 0, 4], [2, 3, 1, 0, 4]], [[2, 3, 1, 0, 4]] * 2)):
+        made = [{"order": order, "completion": completion("why", order, LABELS)} for order in orders]
+        write_rollouts(tmp_path / "rollouts", *(graded_rollout(group=group, **one) for one in made), rank=group)
+
+    def useful(**keys):
+        (tmp_path / "other.yaml").write_text(json.dumps({"rewards": [{"name": "ndcg"}], **keys}))
+        found = rescore.rescore(tmp_path, rescore.read_scoring(tmp_path / "other.yaml", tmp_path))
+        return found.sort_values("group")["new/useful"].tolist()
+
+    assert useful() == [True, True, False, False]
+    assert useful(outcome="rank_gain") == [False] * 4
+
+
+def test_older_stores_have_the_target_for_positive_and_all_candidates_named():
+    old = open_rollouts(OLD)
+    assert not {"top_k", "positive_rank", "positive_rank_after"} & set(old.absent)
+    for row in old.records("SELECT * FROM rollouts"):
+        places = row["positive_rank"], row["positive_rank_after"]
+        assert (*places, row["top_k"]) == (row["target_rank"], row["target_rank_after"], 0)

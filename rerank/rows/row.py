@@ -146,8 +146,8 @@ class RankingRow:
     def place_of_positive(self, order: Sequence[int] | None) -> int | None:
         """1-based place that a ranking gives its best-placed positive among the judged candidates; None without
         either."""
-        grades = [self.relevance[place] for place in judged_order(order or (), self.relevance)] if self.relevance else []
-        return next((place for place, grade in enumerate(grades, start=1) if grade > 0), None)
+        seen = judged_order(order, self.relevance) if order is not None and self.relevance else []
+        return next((number for number, place in enumerate(seen, start=1) if self.relevance[place] > 0), None)
 
     @cached_property
     def positive_rank(self) -> int | None:
