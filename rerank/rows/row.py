@@ -19,7 +19,10 @@ from rerank.launch import run_dir
 
 T = TypeVar("T")
 COLUMNS = ("row_id", "user", "history", "candidates", "relevance")  # of a candidates table; the others are optional
-OPTIONAL = ("first_stage_ranks", "list_number", "features", "fields")
+OPTIONAL = (
+    *("first_stage_ranks", "list_number", "features", "fields"),
+    *("request_id", "time", "history_times", "history_events"),
+)
 USES = ("sft", "dapo", "all")
 
 
@@ -37,6 +40,10 @@ class RankingRow:
         features: (N, F) float32, columns as in features.json; None without them.
         fields: Further columns of the row, by name.
         list_number: Of the lists that a training row has, from 0 (`candidates.augmentation`).
+        request_id: Original id of a request; None for a row that was made of interactions, as are the next three.
+        time: Of the request, in seconds; None where it is unknown.
+        history_times: Of each item of the history, None where it is unknown; empty where none is known.
+        history_events: Event type of each item of the history, alike.
     """
 
     row_id: int
@@ -48,6 +55,10 @@ class RankingRow:
     features: np.ndarray | None = field(default=None, compare=False, repr=False)
     fields: Mapping[str, Any] = field(default_factory=dict)
     list_number: int = 0
+    request_id: str | None = None
+    time: float | None = None
+    history_times: tuple[float | None, ...] = ()
+    history_events: tuple[str | None, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.ranks:
@@ -74,6 +85,10 @@ class RankingRow:
             features=np.asarray(features, dtype=np.float32) if features else None,
             fields=json.loads(record["fields"]) if record.get("fields") else {},
             list_number=record.get("list_number") or 0,
+            request_id=record.get("request_id"),
+            time=record.get("time"),
+            history_times=tuple(record.get("history_times") or ()),
+            history_events=tuple(record.get("history_events") or ()),
         )
 
     @property
