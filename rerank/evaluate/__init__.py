@@ -121,7 +121,7 @@ def optional_inputs(args: EvaluateArguments) -> tuple[str, ...]:
     if args.task == "rerank":
         return ("sft", "candidates", "dapo")
     needs_sft = args.task == "held_out_sets" or "sft" in args.models or args.pruning
-    return ("sft",) if needs_sft else ()
+    return ("semantic_ids", "midtrain", *(("sft",) if needs_sft else ()))
 
 
 def check(args: EvaluateArguments) -> None:
@@ -153,14 +153,23 @@ def refuse_ranker(folder: Path) -> None:
 
 
 def rankers_of(args: EvaluateArguments) -> Iterator[Ranker]:
-    """The baselines and the models that are asked for; a control that was not trained is left out."""
+    """The baselines and the models that are asked for; a control that was not trained is left out, and the mid-trained
+    model in a run without semantic ids, by which it scores items."""
     for ranker in of_task("rerank"):
-        if ranker.control_of:
+        if ranker.control_of or (ranker.kind == "likelihood" and not scores_items(args, ranker)):
             continue
         if ranker.is_optional and ranker.name in args.models and not ranker.model_dir(args.run_dir).is_dir():
             logger.info("no %s row: %s was not trained", ranker.name, ranker.model_dir(args.run_dir))
         elif ranker.is_baseline or ranker.name in args.models:
             yield ranker
+
+
+def scores_items(args: EvaluateArguments, ranker: Ranker) -> bool:
+    """Whether the run has a model of items' likelihood, and the semantic ids that it writes; says so if not."""
+    missing = [stage for stage in ("semantic_ids", ranker.stage) if not run_dir.is_finished(args.run_dir, stage)]
+    if missing and ranker.name in args.models:
+        logger.info("no %s row: the run has no %s stage", ranker.name, missing[0])
+    return not missing
 
 
 def kept_steps(args: EvaluateArguments) -> dict[str, dict[str, Any]]:
@@ -218,7 +227,8 @@ def main(args: EvaluateArguments, out_dir: Path) -> dict[str, Any]:
     rankings = [one.ranking for one in ranked] + [one.control for one in ranked if one.control is not None]
     results = make_results(rankings, evaluated, args.num_bootstrap)
     results |= difficulty(rankings, evaluated, SplitLists.load(args.run_dir, args.split), args.num_bootstrap)
-    results["shared_ids"] = shared_ids(Catalogue.load(args.run_dir), evaluated.rows)
+    if (catalogue := Catalogue.load(args.run_dir)).has_ids:
+        results["shared_ids"] = shared_ids(catalogue, evaluated.rows)
     results["orders"] = write_orders(ranked, asked.shuffled, args.num_bootstrap, out_dir / "orders.parquet")
     if run_dir.is_finished(args.run_dir, "dapo"):
         dapo = run_dir.read_metrics(args.run_dir, "dapo")
@@ -236,7 +246,8 @@ STAGE = Stage(
     arguments=(EvaluateArguments,),
     main=main,
     check=check,
-    inputs=("data", "semantic_ids", "midtrain"),
+    inputs=("data",),
     optional_inputs=optional_inputs,
+    inputs_if_made=("semantic_ids", "midtrain"),
     files=("lists",),
 )

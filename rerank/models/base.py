@@ -1,6 +1,7 @@
 """Models: a pretrained one loaded, a small Qwen3-shaped one made, tokens added, a trained one saved."""
 
 import contextlib
+import itertools
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
@@ -117,9 +118,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, words: Sequence[str] 
     )
     texts = list(texts)
     weight = 1 + len(texts) // 4  # frequent enough to be merged first
-    bpe.train_from_iterator(
-        texts + [f"{space}{word}" for word in words for space in ("", " ") for _ in range(weight)], trainer
-    )
+    repeated = (f"{space}{word}" for word in words for space in ("", " ") for _ in range(weight))
+    bpe.train_from_iterator(itertools.chain(texts, repeated), trainer)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         pad_token=SPECIAL_TOKENS[0],

@@ -119,7 +119,7 @@ def ask(model: RankingModel, batch: Batch, tokenizer: "PreTrainedTokenizerBase")
 
 
 def _check_positions(model: RankingModel, asked: Sequence[PromptedRow], tokenizer: "PreTrainedTokenizerBase") -> int:
-    """Tokens of the longest prompt and its completion; prompts that do not fit into the model's context are refused."""
+    """Tokens of the longest prompt and its completion; refuses prompts that do not fit into the model's context."""
     lengths, limit = prompt_lengths(tokenizer, asked), model.max_completion_tokens
     name, context = f"the context of {model.folder}", context_length(model.folder)
     check_context(replace(model.prompter, tokenizer=tokenizer), asked, lengths, name, context, limit)

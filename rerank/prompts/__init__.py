@@ -17,9 +17,11 @@ from typing import TYPE_CHECKING
 
 from rerank.catalogue import Catalogue
 from rerank.launch.values import check_choice, check_range, option
-from rerank.prompts.chat import THINK, THINK_END
+from rerank.prompts.chat import THINK as THINK
+from rerank.prompts.chat import THINK_END as THINK_END
 from rerank.prompts.chat import render as render
-from rerank.prompts.facts import FACTS, check_facts
+from rerank.prompts.facts import FACTS as FACTS
+from rerank.prompts.facts import check_facts
 from rerank.prompts.fields import HISTORY_FIELDS, SEMANTIC_ID, UNNAMED, FieldTexts
 from rerank.prompts.fields import clean as clean
 

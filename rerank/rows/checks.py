@@ -32,9 +32,10 @@ def check_fields(run: str | Path, settings: PromptSettings) -> None:
     check_item_fields(settings, items, str(folder / "items.parquet"))
     if any(settings.row_fields.values()) or settings.history_fields:
         columns = pq.read_schema(folder / "rows.parquet").names
-        first = pq.read_table(folder / "rows.parquet", columns=["fields"]).slice(0, 1) if "fields" in columns else []
-        fields = json.loads(first["fields"][0].as_py() or "{}") if len(first) else {}
-        check_row_fields(settings, columns, fields)
+        known = "{}"
+        if "fields" in columns:
+            known = pq.read_table(folder / "rows.parquet", columns=["fields"])["fields"][0].as_py() or known
+        check_row_fields(settings, columns, json.loads(known))
 
 
 def check_letters(folder: str | Path, settings: PromptSettings) -> None:

@@ -215,8 +215,8 @@ def fit(
     def longest(place: int) -> str:
         return f"raise it, or {SHORTER} ({longest_field(prompter, chosen[place])})"
 
-    for limit, name in ((config.max_length, "max_length"), (context, f"the context of {start},")):
-        check_lengths(encoded, limit, name, longest)
+    for name, most in (("max_length", config.max_length), (f"the context of {start},", context)):
+        check_lengths(encoded, most, name, longest)
     lengths = num_labels(encoded)
     limit = max(lengths) + max(lengths) // 4  # room for traces somewhat longer than any seen
     rows = validation.validation_rows(args.run_dir, args.eval_rows, prompter.needs_features)

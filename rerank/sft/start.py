@@ -34,12 +34,12 @@ def check_start(args: "SftArguments", model_args: "ModelConfig") -> None:
     is_midtrained = run_dir.is_finished(args.run_dir, "midtrain")
     if named is not None and is_midtrained:
         raise ValueError(
-            f"model_name_or_path is {named} but {args.run_dir} has a mid-trained model; leave model_name_or_path out of "
-            "the sft recipe, or the midtrain stage out of the run"
+            f"model_name_or_path is {named} but {args.run_dir} has a mid-trained model; leave model_name_or_path out "
+            "of the sft recipe, or the midtrain stage out of the run"
         )
     if named is not None:
         base_model.refuse_quantized(model_args)
-    if (named is None and not is_midtrained) or not Path(start_model(args, model_args)).is_dir():
+    if not is_midtrained and (named is None or not Path(start_model(args, model_args)).is_dir()):
         return
     tokenizer = load_start_tokenizer(args, model_args)
     if args.task == "rerank" and all(run_dir.is_finished(args.run_dir, stage) for stage in ("candidates", "traces")):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from rerank import prompts
 from rerank.prompts import PromptSettings
+from rerank.prompts.facts import UNKNOWN, fact_words
 from rerank.rows import Prompter, RankingRow
 from rerank.traces.attempts import Draft
 
@@ -45,9 +46,10 @@ class PromptWriter:
 
 def explain_codes(settings: PromptSettings) -> str:
     """A sentence on the meaning of the words of `evidence: codes`."""
-    facts = [prompts.FACTS[name] for name in settings.evidence_names]
+    facts = [fact_words(name) for name in settings.evidence_names]
     meanings = ", ".join(f"{word} ({re.sub('{[^}]*}', 'N', phrase)})" for word, phrase in facts)
-    return f"Words such as {facts[-1][0]}:7 are facts in ten steps from 0, the least, to 9: {meanings}."
+    unknown = "" if set(settings.evidence_names) <= set(prompts.FACTS) else f", {UNKNOWN} where it is not known"
+    return f"Words such as {facts[-1][0]}:7 are facts in ten steps from 0, the least, to 9{unknown}: {meanings}."
 
 
 class VllmTeacher:
