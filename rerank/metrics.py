@@ -22,17 +22,31 @@ def best_first(scores: Sequence[float] | np.ndarray) -> list[int]:
     return order
 
 
+def judged(order: Sequence[int], grades: Sequence[float]) -> list[int]:
+    """A ranking (positions, best first) without the candidates that were not seen.
+
+    Args:
+        order: Positions into `grades`.
+        grades: Of the candidates, NaN for those not seen.
+    """
+    return [place for place in order if grades[place] == grades[place]]  # only NaN differs from itself
+
+
+def _seen(gains: Sequence[float]) -> np.ndarray:
+    values = np.asarray(gains, dtype=float)
+    return np.asarray(values[~np.isnan(values)])
+
+
 @cache
 def _discounts(num_items: int) -> np.ndarray:
     return 1.0 / np.log2(np.arange(2, num_items + 2))
 
 
 def ndcg_at_k(gains: Sequence[float], k: int) -> float | None:
-    """NDCG@k of one ranking.
+    """NDCG@k of one ranking, with gain 2^grade - 1.
 
     Args:
-        gains: Relevance of each item, best-ranked first, not negative. It is the gain itself: for the exponential
-            form hand in `2**grade - 1`. With one relevant item both forms are equal.
+        gains: Grade of each item, best-ranked first, not negative; NaN for one that was not seen, which is left out.
         k: Cut-off, at least 1.
 
     Returns:
@@ -40,7 +54,7 @@ def ndcg_at_k(gains: Sequence[float], k: int) -> float | None:
 
     Source: Järvelin & Kekäläinen 2002, with discount log2(rank + 1).
     """
-    values = np.asarray(gains, dtype=float)
+    values = 2.0 ** _seen(gains) - 1
     discounts = _discounts(len(values))[:k]
     ideal = np.sort(values)[::-1][:k] @ discounts
     return float(values[:k] @ discounts / ideal) if ideal > 0 else None
@@ -48,13 +62,13 @@ def ndcg_at_k(gains: Sequence[float], k: int) -> float | None:
 
 def recall_at_k(gains: Sequence[float], k: int) -> float | None:
     """Share of the relevant items that stand in the first k, or None when nothing is relevant."""
-    relevant = np.asarray(gains, dtype=float) > 0
+    relevant = _seen(gains) > 0
     return float(relevant[:k].sum() / relevant.sum()) if relevant.any() else None
 
 
 def reciprocal_rank(gains: Sequence[float]) -> float | None:
     """1 / rank of the first relevant item, or None when nothing is relevant."""
-    relevant = np.asarray(gains, dtype=float) > 0
+    relevant = _seen(gains) > 0
     return float(1.0 / (relevant.argmax() + 1)) if relevant.any() else None
 
 
@@ -67,10 +81,11 @@ def auc(gains: Sequence[float]) -> float | None:
     Source: GR2 technical report, arXiv:2606.31984, eq. 5.
     """
     num_irrelevant, wrong_pairs = 0, 0  # plain numbers: a ranking is too short for arrays to be fast
-    for gain in gains:
+    seen = _seen(gains).tolist()
+    for gain in seen:
         num_irrelevant += gain <= 0
         wrong_pairs += num_irrelevant * (gain > 0)
-    num_pairs = num_irrelevant * (len(gains) - num_irrelevant)
+    num_pairs = num_irrelevant * (len(seen) - num_irrelevant)
     return 1 - wrong_pairs / num_pairs if num_pairs else None
 
 
@@ -89,7 +104,7 @@ def mean_random_metrics(gains: Sequence[float]) -> dict[str, float] | None:
     Each item stands at each rank equally often, so E[DCG@k] is the mean gain times the sum of the discounts and
     E[R@k] = k / n. With m relevant of n items the first stands at rank r with chance C(n - r, m - 1) / C(n, m).
     """
-    values = np.asarray(gains, dtype=float)
+    values = 2.0 ** _seen(gains) - 1
     num_items, num_relevant = len(values), int((values > 0).sum())
     if not num_relevant:
         return None

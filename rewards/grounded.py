@@ -20,7 +20,7 @@ _FACTS = re.compile(rf":(?= |$)| (?={_FACT})")
 
 
 def grounded(
-    completions: list[str], prompts: list[str], candidate_labels: list[list[str]], **columns: object
+    completions: list[str], prompts: list[str], candidate_labels: list[list[str]], top_k: list[int], **columns: object
 ) -> list[float]:
     """Share of the trace's citations that stand in the prompt; 0 where it cites nothing, and without a ranking.
 
@@ -31,11 +31,11 @@ def grounded(
 
     Source: GR2, arXiv:2602.07774, and its technical report ask a trace to cite ids; this check of it is the project's.
     """
-    return [_grounded(*row) for row in zip(completions, prompts, candidate_labels, strict=True)]
+    return [_grounded(*row) for row in zip(completions, prompts, candidate_labels, top_k, strict=True)]
 
 
-def _grounded(completion: str, prompt: str, labels: list[str]) -> float:
-    parsed = parse_completion(completion, labels)
+def _grounded(completion: str, prompt: str, labels: list[str], top_k: int) -> float:
+    parsed = parse_completion(completion, labels, top_k)
     if parsed.order is None or parsed.trace is None:
         return 0.0
     pattern = _CITED_AND_NUMBERS if labels[0].isdecimal() else _CITED

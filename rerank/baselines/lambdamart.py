@@ -67,7 +67,8 @@ def fit_lambdamart(
     The same rows in the same order give the same trees, with any number of threads.
 
     Args:
-        train: Relevance in whole numbers. Rows without a relevant item teach nothing and are left out.
+        train: Relevance in whole numbers; NaN, not seen, is left out. So are rows without a relevant item, which
+            teach nothing.
         users: The user of each row.
         seed: Of the cut into users, and the first of the fits' feature and row samples.
         min_rows_per_leaf: Candidates in a leaf at least; lower it for toy data.
@@ -77,7 +78,8 @@ def fit_lambdamart(
     """
     import lightgbm
 
-    kept = [row for row, values in enumerate(train[1]) if max(values) > 0]
+    train = _judged(train)
+    kept = [row for row, values in enumerate(train[1]) if max(values, default=0) > 0]
     if not kept:
         raise ValueError(f"none of the {len(train[1])} training rows has a relevant candidate; use longer lists.")
     dataset, folds = _dataset(train, kept), user_folds([users[row] for row in kept], STOPPING_FOLDS, seed)
@@ -110,6 +112,14 @@ def _parameters(seed: int, min_rows_per_leaf: int) -> dict[str, Any]:
         "num_threads": int(os.environ.get("OMP_NUM_THREADS", "2")),
         "verbosity": -1,
     }
+
+
+def _judged(lists: Lists) -> Lists:
+    """The lists without the candidates that were not seen (NaN): they are no negatives."""
+    seen = [~np.isnan(np.asarray(grades, dtype=float)) for grades in lists[1]]
+    pairs = zip(*lists, seen, strict=True)
+    kept = [(np.asarray(features)[mask], np.asarray(grades)[mask].tolist()) for features, grades, mask in pairs]
+    return [features for features, _ in kept], [grades for _, grades in kept]
 
 
 def _dataset(lists: Lists, kept: Sequence[int]) -> lightgbm.Dataset:

@@ -61,7 +61,11 @@ class DapoArguments(validation.ValidatedArguments):
     rows: str = option("dapo", "Training rows: `dapo`, those that SFT has not seen, or `all`.")
     without_trace: bool = option(False, "Start from sft/model_no_trace, to see what the reasoning is worth.")
     dynamic_sampling: bool = option(True, "Drop groups whose completions all have one outcome, sample new prompts.")
-    outcome: str = option(scoring.RANK_GAIN, "Completions of a useful group differ in it: rank_gain or a reward.")
+    outcome: str | None = option(
+        None,
+        "Completions of a useful group differ in it: rank_gain or a reward. By default rank_gain, where rows have "
+        "several positives the reward of the largest weight.",
+    )
     max_sampling_rounds: int = option(3, "Rounds of sampling in a step at most; then it runs on the groups there are.")
     group_forward: bool = option(True, "Compute the prompt once for all completions of a group in a micro-batch.")
     max_logp_gap: float = option(0.05, "Stop when sampling and training log-probabilities differ by more on average.")

@@ -74,9 +74,9 @@ class Answer:
     truncated: bool
 
 
-def read_answer(text: str, num_tokens: int, truncated: bool, labels: Sequence[str]) -> Answer:
-    """Parse one completion."""
-    parsed = parse_completion(text, labels)
+def read_answer(text: str, num_tokens: int, truncated: bool, labels: Sequence[str], top_k: int = 0) -> Answer:
+    """Parse one completion, whose row has these labels and asks for the best `top_k` (0: all)."""
+    parsed = parse_completion(text, labels, top_k)
     return Answer(parsed.order, parsed.failure, parsed.trace, text, num_tokens, truncated)
 
 
@@ -101,7 +101,7 @@ def generate_batches(model: RankingModel, batches: Sequence[Batch]) -> list[tupl
             completions = vllm_engine.generate(engine, texts, model.max_completion_tokens) if texts else []
             seconds = time.perf_counter() - began
             answers = [
-                read_answer(completion.text, len(completion.token_ids), completion.truncated, row.labels)
+                read_answer(completion.text, len(completion.token_ids), completion.truncated, row.labels, row.top_k)
                 for row, (completion,) in zip(rows, completions, strict=True)
             ]
             found.append((answers, seconds))

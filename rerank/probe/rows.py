@@ -25,7 +25,7 @@ _TOKEN = re.compile(r"<[^<>]*>|\w+|[^\w\s]")
 class ProbeRow(PromptedRow):
     """A training row as it is asked, how often other users took each of its candidates, and its facts' names."""
 
-    popularity: Sequence[int]
+    popularity: Sequence[int] = ()
     feature_names: Sequence[str] = ()
     fact_names: Sequence[str] = ()
 

@@ -42,7 +42,7 @@ _PRIMING = (
 _ANSWER = (
     "Write your reasoning between <think> and </think>: the broad pattern of the history, the kind of item that "
     "complements it, how each candidate matches; name items by their {names}. After </think> write the {label} "
-    "of all {n} candidates, best first, and nothing else."
+    "of {named} candidates, best first, and nothing else."
 )
 _AGES = "Behind an item of the history stands how long before the request it was taken, such as 2d for two days."
 _LABEL_NAMES = {"semantic_id": "ids", "number": "numbers", "letter": "letters"}
@@ -73,6 +73,7 @@ class PromptSettings:
     ranking: str = option("semantic_id", "Labels of a completion: semantic_id, number, or letter (26 candidates).")
     knowledge_priming: bool = option(False, "Add a sentence of retail and consumption sequence knowledge to the task.")
     task: str = option("full", "Task text: full, or short for tiny models.")
+    top_k: int = option(0, "A completion names the best k, the others keep the order shown; 0: it names all.")
 
     def __post_init__(self) -> None:
         check_choice("evidence", self.evidence, ("none", "codes", "words"))
@@ -94,6 +95,8 @@ class PromptSettings:
         if type(self.max_history) is not int or self.max_history < 1:
             raise ValueError(f"max_history is {self.max_history!r} but must be an integer of at least 1.")
         check_range("max_field_tokens", self.max_field_tokens, least=0)
+        if type(self.top_k) is not int or self.top_k < 0:
+            raise ValueError(f"top_k is {self.top_k!r} but must be an integer of at least 1, or 0 for all candidates.")
 
     @property
     def shows_ids(self) -> bool:
@@ -176,11 +179,16 @@ def word_labels(ranking: str, num: int) -> list[str]:
     return list(ascii_uppercase[:num])
 
 
-def completion(trace: str | None, order: Sequence[int], labels: Sequence[str]) -> str:
-    """The text that ranks the candidates in `order` (positions into `labels`, best first); `trace` None is empty."""
+def completion(trace: str | None, order: Sequence[int], labels: Sequence[str], top_k: int = 0) -> str:
+    """The text that ranks the candidates in `order` (positions into `labels`, best first); `trace` None is empty.
+
+    Args:
+        top_k: How many of them it names, the best; 0 for all.
+    """
     if trace is not None and THINK_END in trace:
         raise ValueError(f"the trace holds {THINK_END}, which would end it early; remove it: {trace[:80]!r}")
-    return f"{THINK}{trace or ''}{THINK_END}" + "".join(spaced(labels[position]) for position in order)
+    written = [labels[position] for position in order[: top_k or None]]
+    return f"{THINK}{trace or ''}{THINK_END}" + "".join(map(spaced, written))
 
 
 def spaced(label: str) -> str:
@@ -188,7 +196,7 @@ def spaced(label: str) -> str:
     return label if label.startswith("<") else f" {label}"
 
 
-def parse_completion(text: str, labels: Sequence[str]) -> Parsed:
+def parse_completion(text: str, labels: Sequence[str], top_k: int = 0) -> Parsed:
     """The ranking that `text` states, or the first reason in this order why it states none; never a repair.
 
     no_trace_end: no `</think>`. junk: something before `<think>`. empty: nothing after `</think>`. junk: something
@@ -196,13 +204,19 @@ def parse_completion(text: str, labels: Sequence[str]) -> Parsed:
     too_many, duplicate, too_few: not each candidate exactly once. White space around labels means nothing, as do
     commas between numbers or letters. Where candidates share a semantic id, its first mention is the first of them
     shown, and so on. Raises for no text, only for labels that `candidate_labels` cannot have made.
+
+    Args:
+        text: The completion.
+        labels: Of the N candidates, in the order shown.
+        top_k: Of the candidates, min(top_k, N) are to be named, the best; the others follow in the order shown, so
+            that `order` has all N. 0: all are to be named.
     """
-    parsed = _parse(text, tuple(labels))
+    parsed = _parse(text, tuple(labels), top_k)
     return parsed if parsed.order is None else Parsed(list(parsed.order), parsed.trace)  # a list that is the caller's
 
 
 @lru_cache(maxsize=8192)  # every reward and condition of a batch reads the same completions
-def _parse(text: str, labels: tuple[str, ...]) -> Parsed:
+def _parse(text: str, labels: tuple[str, ...], top_k: int) -> Parsed:
     places: dict[str, list[int]] = {}  # of the candidates of each label, the last one first
     for place in reversed(range(len(labels))):
         places.setdefault(labels[place], []).append(place)
@@ -220,14 +234,19 @@ def _parse(text: str, labels: tuple[str, ...]) -> Parsed:
     if not answer.strip():
         return Parsed(trace=trace, failure="empty")
     written = _split_ids(answer, labels[0]) if pattern is None else _split_words(answer, pattern)
-    failure = "junk" if written is None else _failure(written, {label: len(of) for label, of in places.items()})
+    wanted = min(top_k or len(labels), len(labels))
+    shown = {label: len(of) for label, of in places.items()}
+    failure = "junk" if written is None else _failure(written, shown, wanted)
     if written is None or failure is not None:
         return Parsed(trace=trace, failure=failure)
-    return Parsed(order=[places[label].pop() for label in written], trace=trace)
+    order = [places[label].pop() for label in written]
+    return Parsed(order=[*order, *sorted(place for of in places.values() for place in of)], trace=trace)
 
 
 def _task_line(num_candidates: int, settings: PromptSettings) -> str:
-    sentences = ["Rank:"]
+    names_some = 0 < settings.top_k < num_candidates
+    named = f"the best {settings.top_k}" if names_some else f"all {num_candidates}"
+    sentences = [f"Rank {named}:" if names_some else "Rank:"]
     if settings.task == "full":
         sentences = [_TASK, *([_AGES] if "time" in settings.history_fields else []), _ANSWER]
     if settings.knowledge_priming:
@@ -237,7 +256,7 @@ def _task_line(num_candidates: int, settings: PromptSettings) -> str:
         names["names"] = _LABEL_NAMES[SEMANTIC_ID]
     if settings.ranking != SEMANTIC_ID:
         names["label"] += ", separated by spaces,"
-    return " ".join(sentences).format(n=num_candidates, **names)
+    return " ".join(sentences).format(n=num_candidates, named=named, **names)
 
 
 def _split_words(answer: str, pattern: re.Pattern[str]) -> list[str] | None:
@@ -260,15 +279,15 @@ def _split_ids(answer: str, label: str) -> list[str] | None:
     return ["".join(token[0] for token in group) for group in groups]
 
 
-def _failure(written: Sequence[str], shown: Mapping[str, int]) -> str | None:
-    """The first failure of the labels written, given how many candidates bear each."""
+def _failure(written: Sequence[str], shown: Mapping[str, int], wanted: int) -> str | None:
+    """The first failure of the labels written, given how many candidates bear each and the number to be written."""
     if any(label not in shown for label in written):
         return "foreign_item"
-    if len(written) > sum(shown.values()):
+    if len(written) > wanted:
         return "too_many"
     if any(number > shown[label] for label, number in Counter(written).items()):
         return "duplicate"
-    return "too_few" if len(written) < sum(shown.values()) else None
+    return "too_few" if len(written) < wanted else None
 
 
 def _check_distinct(name: str, values: Sequence[str]) -> None:

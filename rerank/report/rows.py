@@ -27,10 +27,9 @@ class RankedRow:
     rankings: Mapping[str, Mapping[str, Any]]
 
     def place(self, ranker: str) -> int | None:
-        """Rank of the best-placed relevant item, from 1; None where the ranker gave no order."""
-        order = self.rankings[ranker]["order"]
-        places = (place for place, shown in enumerate(order or [], start=1) if self.row.relevance[shown] > 0)
-        return next(places, None)
+        """Place of the best-placed positive, from 1, among candidates that were seen; None where the ranker gave no
+        order."""
+        return self.row.place_of_positive(self.rankings[ranker]["order"])
 
     def outcome(self, ranker: str) -> str:
         """One of OUTCOMES."""

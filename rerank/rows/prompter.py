@@ -29,12 +29,14 @@ FEATURES_FILE = "features.json"  # names and bucket edges of the features, besid
 
 @dataclass(frozen=True)
 class PromptedRow:
-    """A row as it is asked: its prompt, the label of each candidate shown, and the token limit of an answer."""
+    """A row as it is asked: its prompt, the label of each candidate shown, the token limit of an answer, and how many
+    candidates the answer names, the best (0: all)."""
 
     row: RankingRow
     prompt: str
     labels: list[str]
     max_completion_tokens: int
+    top_k: int = 0
 
 
 @dataclass(frozen=True)
@@ -125,13 +127,14 @@ class Prompter:
 
     def ask(self, row: RankingRow, max_completion_tokens: int) -> PromptedRow:
         """The row with its prompt and labels."""
-        return PromptedRow(row, self.prompt(row), self.labels(row), max_completion_tokens)
+        return PromptedRow(row, self.prompt(row), self.labels(row), max_completion_tokens, self.settings.top_k)
 
     def example(self, row: RankingRow, trace: str | None, order: Sequence[int]) -> dict[str, list[int]]:
         """Token ids and labels of prompt and completion; the two are tokenized apart, as rollouts are."""
         assert self.tokenizer is not None
         prompt = self.tokenizer(self.prompt(row)).input_ids
-        answer = self.tokenizer(completion(trace, order, self.labels(row)), add_special_tokens=False).input_ids
+        text = completion(trace, order, self.labels(row), self.settings.top_k)
+        answer = self.tokenizer(text, add_special_tokens=False).input_ids
         answer = [*answer, self.tokenizer.eos_token_id]
         return {"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer}
 
@@ -191,6 +194,7 @@ REWARD_COLUMNS: tuple[RewardColumn, ...] = (
     RewardColumn("target_rank", pa.int64(), lambda asked: asked.row.target_rank),
     RewardColumn("fields", pa.string(), lambda asked: json.dumps(dict(asked.row.fields), ensure_ascii=False)),
     RewardColumn("max_completion_tokens", pa.int64(), lambda asked: asked.max_completion_tokens),
+    RewardColumn("top_k", pa.int64(), lambda asked: asked.top_k),
 )
 
 

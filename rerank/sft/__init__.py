@@ -14,6 +14,7 @@ lists them all.
 
 import copy
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -30,6 +31,7 @@ from rerank.launch.stages import Stage
 from rerank.launch.values import check_choice, check_range, option
 from rerank.losses import FOLDER as LOSSES
 from rerank.losses import Losses, Row, load_losses
+from rerank.metrics import judged
 from rerank.models import base as base_model
 from rerank.models.dropout import residual_dropout
 from rerank.models.ranker import complete_greedily
@@ -96,14 +98,28 @@ def optional_inputs(args: SftArguments, training_args: SFTConfig, model_args: Mo
 
 
 def examples(prompter: Prompter, run: str, with_trace: bool) -> tuple[list[RankingRow], list[dict[str, list[int]]]]:
-    """The rows of the accepted attempts on the sft rows, and the attempts, encoded."""
+    """The rows of the accepted attempts on the sft rows, and the attempts, encoded with the gold orders."""
     accepted = pq.read_table(run_dir.stage_dir(run, "traces") / "accepted.parquet").to_pylist()
     rows = {row.row_id: row for row in training_rows(run, "sft")}
     attempts = [attempt for attempt in accepted if attempt["row_id"] in rows]
     traces = [attempt["trace"] if with_trace else None for attempt in attempts]
     chosen = [rows[attempt["row_id"]] for attempt in attempts]
-    triples = zip(chosen, traces, attempts, strict=True)
-    return chosen, [prompter.example(row, trace, attempt["order"]) for row, trace, attempt in triples]
+    orders = [gold_order(row, attempt["order"]) for row, attempt in zip(chosen, attempts, strict=True)]
+    return chosen, [prompter.example(*parts) for parts in zip(chosen, traces, orders, strict=True)]
+
+
+def gold_order(row: RankingRow, order: Sequence[int]) -> list[int]:
+    """The ranking that a row teaches (positions, best first): by grade, of equal grades in the teacher's order.
+
+    Where the teacher named its best `top_k` only, the others keep the input order behind them. A candidate that was
+    not seen keeps the place that the teacher gave it, so that it is taught neither as good nor as bad.
+
+    Args:
+        row: With the grade of each candidate.
+        order: The teacher's ranking.
+    """
+    by_grade = iter(sorted(judged(order, row.relevance), key=lambda place: -row.relevance[place]))
+    return [place if math.isnan(row.relevance[place]) else next(by_grade) for place in order]
 
 
 def check_lengths(

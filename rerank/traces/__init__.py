@@ -7,7 +7,8 @@ why it was kept or not), row_split.parquet (row_id, used_for: sft or dapo), prom
 stages share).
 
 Teachers: `vllm` (offline engine), `openai` (any OpenAI-compatible server), `evidence` (no language model). Strategies:
-`rejection` hides the answer and draws until the first item is a most relevant one; `targeted` tells it and draws once.
+`rejection` hides the answer and draws until a ranking is good enough; `targeted` tells it and draws once. A ranking is
+good enough when a most relevant item comes first, or with `accept: ndcg` when it is better than the input order.
 
     accelerate launch --config_file recipes/accelerate/cpu.yaml -m rerank.traces --config recipes/ml100k/5_traces.yaml
 """
@@ -28,7 +29,7 @@ from rerank.launch.stages import Stage
 from rerank.launch.values import check_choice, check_range, option
 from rerank.prompts import PromptSettings
 from rerank.prompts.fields import WITHOUT_IDS
-from rerank.rows import Prompter, RankingRow, check_edges, check_features, choose_rows, read_rows
+from rerank.rows import Prompter, RankingRow, check_edges, check_features, check_top_k, choose_rows, read_rows
 from rerank.rows.checks import check_fields, check_letters
 from rerank.traces.attempts import AttemptStore, Teacher, collect, summarize
 from rerank.traces.evidence import EvidenceTeacher, fit_scores
@@ -38,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 TEACHERS = ("vllm", "openai", "evidence")
 STRATEGIES = ("rejection", "targeted")
+ACCEPT = ("first", "ndcg")
 
 
 @dataclass
@@ -47,7 +49,8 @@ class TracesArguments(recipe.StageArguments):
     teacher: str = option("vllm", "vllm, openai (a server) or evidence (no language model).")
     teacher_model: str | None = option(None, "Folder or hub name; for openai as served.")
     base_url: str = option("http://localhost:8000/v1", "Address of the openai teacher.")
-    strategy: str = option("rejection", "rejection: draw until a most relevant item leads; targeted: tell it.")
+    strategy: str = option("rejection", "rejection: draw until a ranking is accepted; targeted: tell the best items.")
+    accept: str = option("first", "first: a most relevant item leads; ndcg: NDCG above the input order's, or 1.")
     traces_per_row: int = option(1, "Accepted attempts wanted of a row, under rejection.")
     max_attempts: int = option(8, "Draws a row at most, for rejection.")
     temperature: float = option(1.0, "Of sampling; for evidence the scale of its noise.")
@@ -70,6 +73,7 @@ class TracesArguments(recipe.StageArguments):
         super().__post_init__()
         check_choice("teacher", self.teacher, TEACHERS)
         check_choice("strategy", self.strategy, STRATEGIES)
+        check_choice("accept", self.accept, ACCEPT)
         for name in ("max_attempts", "traces_per_row", "max_completion_tokens", "max_concurrency", "batch_size"):
             check_range(name, getattr(self, name), least=1)
         for name in ("temperature", "max_rows", "max_retries", "seed"):
@@ -98,10 +102,11 @@ def check(args: TracesArguments, settings: PromptSettings) -> None:
             check_features(folder / "train.parquet")
         check_edges(folder, settings)
         check_letters(folder, settings)
+        check_top_k(folder / "train.parquet", settings.top_k)
 
 
 def main(args: TracesArguments, settings: PromptSettings, out_dir: Path) -> dict[str, Any]:
-    """Split the rows, let the teacher write, keep completions that put a most relevant item first."""
+    """Split the rows, let the teacher write, keep the completions whose ranking is good enough."""
     train = run_dir.stage_dir(args.run_dir, "candidates") / "train.parquet"
     rows = read_rows(train, needs_features=_needs_features(args, settings))
     prompter = Prompter.of_run(args.run_dir, settings=settings)
@@ -113,7 +118,7 @@ def main(args: TracesArguments, settings: PromptSettings, out_dir: Path) -> dict
     chosen = choose_rows(sft_rows, args.max_rows, args.seed)
     store = AttemptStore(out_dir)
     labels = [prompter.labels(row) for row in chosen]
-    collect(chosen, labels, partial(_open_teacher, args, prompter, rows), store, args)
+    collect(chosen, labels, partial(_open_teacher, args, prompter, rows), store, args, settings.top_k)
     metrics = {
         "teacher": args.teacher,
         "teacher_model": args.teacher_model,

@@ -20,6 +20,7 @@ import numpy as np
 from rerank import prompts
 from rerank.catalogue import Catalogue
 from rerank.grading import GRADES, Facts, by_grade, word_short
+from rerank.metrics import judged
 from rerank.prompts import PromptSettings
 from rerank.rows import Prompter, RankingRow
 from rerank.traces.attempts import Draft
@@ -89,22 +90,26 @@ def fit_scores(rows: Sequence[RankingRow], seed: int) -> dict[int, np.ndarray]:
     train = [np.asarray(row.features) for row in rows], [row.relevance for row in rows]
     num_folds, rows_per_leaf = min(NUM_FOLDS, num_users), min(MIN_ROWS_PER_LEAF, max(1, len(rows) // 10))
     scores = baselines.out_of_fold_scores(train, users, num_folds, seed, min_rows_per_leaf=rows_per_leaf)
-    scale = calibrate(scores, cast("list[int]", [row.target for row in rows]))
+    scale = calibrate(scores, rows)
     return {row.row_id: scale * row_scores for row, row_scores in zip(rows, scores, strict=True)}
 
 
-def calibrate(scores: Sequence[np.ndarray], targets: Sequence[int]) -> float:
-    """The factor in [0.01, 100] that makes softmax(factor * scores) likeliest to draw the targets (positions).
+def calibrate(scores: Sequence[np.ndarray], rows: Sequence[RankingRow]) -> float:
+    """The factor in [0.01, 100] that makes softmax(factor * scores) likeliest to draw, of each row's judged
+    candidates, one of the highest grade.
 
     The scale of LambdaMART's scores means nothing; with it, noise of temperature 1 draws a candidate first about as
-    often as it is the target.
+    often as it is one of the best.
     """
     from scipy.optimize import minimize_scalar
     from scipy.special import logsumexp
 
+    seen = [judged(range(len(row.candidates)), row.relevance) for row in rows]
+    pairs = [(of[places], of[list(row.best)]) for of, places, row in zip(scores, seen, rows, strict=True)]
+
     def nll(log_factor: float) -> float:
-        scaled = [np.exp(log_factor) * row for row in scores]
-        return sum(logsumexp(row) - row[place] for row, place in zip(scaled, targets, strict=True))
+        factor = np.exp(log_factor)
+        return sum(logsumexp(factor * all_seen) - logsumexp(factor * best) for all_seen, best in pairs)
 
     return float(np.exp(minimize_scalar(nll, bounds=(np.log(0.01), np.log(100)), method="bounded").x))
 
@@ -112,7 +117,8 @@ def calibrate(scores: Sequence[np.ndarray], targets: Sequence[int]) -> float:
 class EvidenceTeacher:
     """Adds Gumbel noise to the scores, grades and ranks by them, and words its reasons.
 
-    Draws depend on seed, row and attempt alone. `told` gives the target, and it alone, the top grade.
+    Draws depend on seed, row and attempt alone. `told` gives the candidates of the highest grade, and them alone, the
+    top grade of the trace.
     """
 
     def __init__(
@@ -131,12 +137,12 @@ class EvidenceTeacher:
         order, facts, labels = by_grade(grades), self.prompter.facts(row), self.prompter.labels(row)
         is_short = self.prompter.settings.task == "short"
         trace = word_short(labels, grades, facts) if is_short else word_full(row, order, facts, self.prompter)
-        return Draft(prompts.completion(trace, order, labels))
+        return Draft(prompts.completion(trace, order, labels, self.prompter.settings.top_k))
 
     def _grades(self, row: RankingRow, attempt: int) -> np.ndarray:
         noise = np.random.default_rng((self.seed, row.row_id, attempt)).gumbel(size=len(row.candidates))
         grades = np.searchsorted(self.grade_edges, self.scores[row.row_id] + self.temperature * noise)
         if self.told:
             grades = np.minimum(grades, len(GRADES) - 2)
-            grades[row.target] = len(GRADES) - 1
+            grades[list(row.best)] = len(GRADES) - 1
         return grades

@@ -23,13 +23,15 @@ _TOLD = (
     "The item taken next is {label}. Put it first and explain from the history and the candidates why it fits best, "
     "but reason as if you did not know: never say that you were told."
 )
+_TOLD_SEVERAL = _TOLD.replace("item taken next is", "items taken next are").replace("it first", "them first")
+_TOLD_SEVERAL = _TOLD_SEVERAL.replace("it fits", "they fit")
 
 
 class PromptWriter:
     """Rows to a teacher's user messages.
 
     A teacher reads the student's prompt with the full task text, also where the student's is short, and with the
-    meaning of code words; `told` adds the target.
+    meaning of code words; `told` adds the candidates of the highest grade.
     """
 
     def __init__(self, prompter: Prompter, told: bool) -> None:
@@ -39,8 +41,10 @@ class PromptWriter:
         parts = [self.prompter.message(row)]
         if self.prompter.settings.evidence == "codes":
             parts.append(explain_codes(self.prompter.settings))
-        if self.told and row.target is not None:
-            parts.append(_TOLD.format(label=self.prompter.labels(row)[row.target]))
+        if self.told and row.best:
+            labels = self.prompter.labels(row)
+            told = _TOLD if len(row.best) == 1 else _TOLD_SEVERAL
+            parts.append(told.format(label=", ".join(labels[place] for place in row.best)))
         return "\n".join(parts)
 
 
