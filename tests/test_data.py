@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import shutil
 from pathlib import Path
 
 import datasets
@@ -12,8 +13,8 @@ import pytest
 from toy_run import features_of
 
 from rerank import data
-from rerank.baselines import FEATURES
-from rerank.candidates import fit_counts
+from rerank.baselines import FEATURES, Counts
+from rerank.candidates.counting import check_numbers, item_facts
 from rerank.data.prepare import prepare
 from rerank.data.ready_rows import merge_rows
 from rerank.launch import recipe
@@ -92,8 +93,15 @@ def test_item_columns_that_the_recipe_names_are_kept_so_that_a_shared_brand_is_a
     assert set(table.column_names) == names  # not `id`, which nobody named
     third = table.select(["item_id", "brand", "size"]).to_pylist()[2]
     assert third == {"item_id": "c", "brand": "A", "size": "2"}
-    np.save(tmp_path / "embeddings.npy", np.zeros((8, 2)))
-    counts = fit_counts(tmp_path, tmp_path / "embeddings.npy", {0: np.array([0, 1, 2])})
+    (tmp_path / "run/data").mkdir(parents=True)
+    shutil.copy(tmp_path / "items.parquet", tmp_path / "run/data")
+    facts = item_facts(tmp_path / "run", ["size"])
+    assert facts.numbers["item_size"].tolist() == list(range(8)) and not facts.has_embeddings
+    with pytest.raises(ValueError, match="brand of item 'a' is 'A', no number"):
+        check_numbers(tmp_path / "run", ["brand"])
+    with pytest.raises(ValueError, match="item_numbers holds 'weight' but .*items.parquet has item, .*size"):
+        check_numbers(tmp_path / "run", ["weight"])
+    counts = Counts.fit({0: np.array([0, 1, 2])}, 8, facts)
     same_brand = features_of(counts, [0], [1, 3], [1.0, 0.5])[:, FEATURES.index("same_brand")]
     assert same_brand.tolist() == [1.0, 0.0]  # a and b are both of A, d is of B
 
