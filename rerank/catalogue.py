@@ -87,7 +87,8 @@ class Catalogue:
     def _from_table(cls, table: pa.Table) -> "Catalogue":
         further = [name for name in table.column_names if name not in (*COLUMNS, *NO_TEXTS)]
         fields = {name: _as_texts(table[name]) for name in further if not pa.types.is_nested(table[name].type)}
-        return cls(*(table[name].to_pylist() for name in COLUMNS), fields)
+        item_ids, semantic_ids, titles, categories = (table[name].to_pylist() for name in COLUMNS)
+        return cls(item_ids, semantic_ids, titles, categories, fields)
 
     @property
     def has_ids(self) -> bool:

@@ -38,7 +38,7 @@ from rerank.models import base as base_model
 from rerank.models import names
 from rerank.models.dropout import residual_dropout
 from rerank.prompts import FACTS, MAX_LETTERS, THINK, THINK_END, word_labels
-from rerank.prompts.facts import check_facts
+from rerank.prompts.facts import NUM_BUCKETS, check_facts
 from rerank.prompts.fields import SEMANTIC_ID
 from rerank.rows import by_user, training_items
 from rerank.rows.checks import split_labels
@@ -62,6 +62,7 @@ class MidtrainArguments(recipe.StageArguments, base_model.SmallModelArguments):
     num_documents: int = option(0, "Documents in an epoch; 0: every sequence once.")
     list_facts: list[str] = option(list(FACTS), "Facts on the lines of lists, as evidence_names later.")
     list_labels: str = option("semantic_id", "Labels of lists: semantic_id, number or letter.")
+    num_buckets: int = option(NUM_BUCKETS, "Buckets of a fact in lists, as the candidates stage has them.")
     longest_list: int = option(LONGEST_LIST, "Candidates of a list at most, as later lists have them.")
     max_items: int = option(50, "Items in one sequence document.")
     general_text: str = option("packages", "A text file, or `packages`: descriptions of installed packages.")
@@ -81,7 +82,8 @@ class MidtrainArguments(recipe.StageArguments, base_model.SmallModelArguments):
                 f"list_facts is empty; name facts of candidates/features.json, such as {', '.join(FACTS)}"
             )
         check_facts("list_facts", self.list_facts)
-        check_range("longest_list", self.longest_list, least=2)
+        for name in ("longest_list", "num_buckets"):
+            check_range(name, getattr(self, name), least=2)
         if self.list_labels == "letter":
             check_range("longest_list with list_labels: letter", self.longest_list, most=MAX_LETTERS)
         check_range("eval_recall_rows", self.eval_recall_rows, least=0)

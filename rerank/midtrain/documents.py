@@ -14,7 +14,7 @@ from rerank.catalogue import Catalogue
 from rerank.grading import GRADES, LONGEST_LIST, Facts, by_grade, word_grades, word_short
 from rerank.next_item.encoder import NEXT_ITEMS
 from rerank.prompts import THINK, completion, render, word_labels
-from rerank.prompts.facts import coded
+from rerank.prompts.facts import NUM_BUCKETS, coded
 from rerank.prompts.fields import SEMANTIC_ID, clean
 from rerank.rows import windows
 
@@ -105,6 +105,7 @@ def list_documents(
     catalogue: Catalogue,
     rng: np.random.Generator,
     longest: int = LONGEST_LIST,
+    num_buckets: int = NUM_BUCKETS,
 ) -> Iterator[Document]:
     """Exercises for re-ranking on made-up lists: find a candidate's facts, grade them, sort by grade.
 
@@ -119,6 +120,7 @@ def list_documents(
         catalogue: Of these ids.
         rng: Draws it all.
         longest: Candidates of a list at most.
+        num_buckets: Of a fact.
     """
     most = min(longest, len(catalogue)) if ranking == SEMANTIC_ID else longest
     for place in range(num):
@@ -135,10 +137,11 @@ def list_documents(
         chosen = rng.permutation(len(facts))  # one fact in half of the lists, else any number of them
         num_shown = 1 if rng.random() < 0.5 else int(rng.integers(1, len(facts) + 1))
         shown = [facts[fact] for fact in sorted(chosen[:num_shown])]
-        buckets = rng.integers(0, 10, (size, len(shown)))
+        buckets = rng.integers(0, num_buckets, (size, len(shown)))
         texts = [[coded(name, bucket) for name, bucket in zip(shown, line, strict=True)] for line in buckets.tolist()]
         # the mean of n uniform buckets in units of its standard deviation: each grade about equally frequent
-        grades = np.searchsorted(NORMAL_EDGES, (buckets.mean(axis=1) - 4.5) * np.sqrt(len(shown) / 8.25))
+        above = (buckets.mean(axis=1) - (num_buckets - 1) / 2) * np.sqrt(len(shown) / ((num_buckets**2 - 1) / 12))
+        grades = np.searchsorted(NORMAL_EDGES, above)
         lines = [" ".join([head, *line]) for head, line in zip(heads, texts, strict=True)]
         trace = word_short(labels, grades, Facts(texts, buckets.astype(float), lines))
         prompt = "\n".join(["Rank:", "History:", "Candidates:", *lines])
@@ -178,7 +181,8 @@ def mixed_documents(
         if not (titles := list(title_documents(catalogue))):
             raise ValueError("mixture has titles but no item has a title or a category; leave titles out of it")
         mixed += _draw(titles, wanted["titles"], rng)
-    lists = list_documents(wanted["lists"], args.list_facts, args.list_labels, catalogue, rng, args.longest_list)
+    shape = args.list_labels, catalogue, rng, args.longest_list, args.num_buckets
+    lists = list_documents(wanted["lists"], args.list_facts, *shape)
     places = rng.permutation(len(mixed) + wanted["lists"])
     return [mixed[place] if place < len(mixed) else next(lists) for place in places]
 

@@ -21,13 +21,13 @@ def fixed_words(args: "MidtrainArguments") -> list[str]:
     """The words that a small tokenizer has as one token each: of facts, labels, traces and short prompts."""
     names = [*FACTS, *(name for name in args.list_facts if name not in FACTS)]
     labels = word_labels("letter", args.longest_list) if args.list_labels == "letter" else []
-    return [*code_words(names), *trace_words(args.longest_list, labels), *PROMPT_WORDS]
+    return [*code_words(names, args.num_buckets), *trace_words(args.longest_list, labels), *PROMPT_WORDS]
 
 
 def warn_of_split_words(tokenizer: "PreTrainedTokenizerBase", args: "MidtrainArguments") -> None:
     """Say which words of the recipe's lists the vocabulary has no room for."""
     labels = [] if args.list_labels == SEMANTIC_ID else word_labels(args.list_labels, args.longest_list)
-    words = [f" {word}" for word in (*code_words(args.list_facts), *GRADES, *labels)]
+    words = [f" {word}" for word in (*code_words(args.list_facts, args.num_buckets), *GRADES, *labels)]
     split = [word for word, ids in zip(words, tokenizer(words).input_ids, strict=True) if len(ids) > 1]
     if split:
         logger.warning(

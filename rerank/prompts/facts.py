@@ -29,7 +29,7 @@ FURTHER_FACTS: dict[str, tuple[str, str]] = {
     "shown": ("shown", "shown in {:.0f} lists"),
 }
 UNKNOWN = "?"  # in place of the bucket of a number that is not known
-NUM_BUCKETS = 10
+NUM_BUCKETS = 10  # unless told otherwise
 
 _NAME = re.compile(r"[^\W\d][\w-]*")
 
@@ -50,9 +50,9 @@ def worded(name: str, value: float) -> str:
     return f"{word} unknown" if value != value else phrase.format(value)
 
 
-def code_words(names: Sequence[str]) -> list[str]:
-    """Every word that `coded` can write of the facts: ten buckets of each, and the unknown of those without FACTS."""
-    buckets = [(name, [*range(NUM_BUCKETS), *([] if name in FACTS else [UNKNOWN])]) for name in names]
+def code_words(names: Sequence[str], num_buckets: int = NUM_BUCKETS) -> list[str]:
+    """Every word that `coded` can write of facts: the buckets, and of those that are not in FACTS the unknown one."""
+    buckets = [(name, [*range(num_buckets), *([] if name in FACTS else [UNKNOWN])]) for name in names]
     return [f"{fact_words(name)[0]}:{bucket}" for name, of_name in buckets for bucket in of_name]
 
 

@@ -12,8 +12,9 @@ import pyarrow.parquet as pq
 from rerank.catalogue import NO_TEXTS
 from rerank.launch import run_dir
 from rerank.prompts import MAX_LETTERS, PromptSettings, spaced, word_labels
+from rerank.prompts.facts import code_words
 from rerank.prompts.fields import SEMANTIC_ID, check_item_fields, check_row_fields
-from rerank.rows.prompter import PromptedRow, Prompter
+from rerank.rows.prompter import PromptedRow, Prompter, read_feature_names
 from rerank.rows.row import RankingRow
 
 if TYPE_CHECKING:
@@ -83,6 +84,22 @@ def warn_of_split_labels(tokenizer: "PreTrainedTokenizerBase", folder: Path, set
     if settings.ranking != SEMANTIC_ID:
         _, longest = list_lengths(folder / "train.parquet")
         split_labels(tokenizer, word_labels(settings.ranking, longest))
+
+
+def warn_of_split_codes(tokenizer: "PreTrainedTokenizerBase", folder: Path, settings: PromptSettings) -> None:
+    """Say which words of `evidence: codes` a small model was not taught as one token each."""
+    if settings.evidence != "codes":
+        return
+    _, edges = read_feature_names(folder)
+    num_buckets = {name: len(edges[name]) + 1 for name in settings.evidence_names}
+    words = [f" {word}" for name, number in num_buckets.items() for word in code_words([name], number)]
+    split = [word for word, ids in zip(words, tokenizer(words).input_ids, strict=True) if len(ids) > 1]
+    if split:
+        logger.warning(
+            "%d of %d words of facts, such as%s, are more than one token to the mid-trained model; name the facts in "
+            "list_facts of the midtrain stage, raise its vocab_size, and give it the num_buckets of the candidates",
+            len(split), len(words), split[0],
+        )  # fmt: skip
 
 
 def tokens_of_fields(prompter: Prompter, row: RankingRow) -> dict[str, int]:

@@ -140,7 +140,7 @@ class Prompter:
 
 
 def bucketed(values: np.ndarray, edges: Sequence[float]) -> np.ndarray:
-    """The number of edges at or below each value: 0 to 9, 0 for what is not positive; nan stays nan."""
+    """The number of edges at or below each value, 0 for what is not positive; nan stays nan."""
     return np.where(np.isnan(values), np.nan, np.searchsorted(edges, values, side="right"))
 
 

@@ -14,14 +14,12 @@ lists them all.
 
 import copy
 import logging
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pyarrow.parquet as pq
 from trl import ModelConfig, SFTConfig, get_peft_config
 
 from rerank.catalogue import Catalogue
@@ -31,15 +29,15 @@ from rerank.launch.stages import Stage
 from rerank.launch.values import check_choice, check_range, option
 from rerank.losses import FOLDER as LOSSES
 from rerank.losses import Losses, Row, load_losses
-from rerank.metrics import judged
 from rerank.models import base as base_model
 from rerank.models.dropout import residual_dropout
 from rerank.models.ranker import complete_greedily
 from rerank.models.saving import save_ranker, write_card
 from rerank.next_item.encoder import ITEM_TEXTS, NextItemEncoder
 from rerank.prompts import THINK_END
-from rerank.rows import PromptedRow, Prompter, RankingRow, training_rows
+from rerank.rows import PromptedRow, Prompter
 from rerank.rows.checks import SHORTER, check_context, longest_field, prompt_lengths
+from rerank.sft.examples import check_lengths, examples
 from rerank.sft.start import check_start, load_start, load_start_tokenizer, start_model
 
 if TYPE_CHECKING:
@@ -95,52 +93,6 @@ def optional_inputs(args: SftArguments, training_args: SFTConfig, model_args: Mo
     """A pretrained model takes the place of the mid-trained one."""
     needed = [] if model_args.model_name_or_path is not None else ["midtrain"]
     return [*needed, *(("candidates", "traces") if args.task == "rerank" else ("semantic_ids",))]
-
-
-def examples(prompter: Prompter, run: str, with_trace: bool) -> tuple[list[RankingRow], list[dict[str, list[int]]]]:
-    """The rows of the accepted attempts on the sft rows, and the attempts, encoded with the gold orders."""
-    accepted = pq.read_table(run_dir.stage_dir(run, "traces") / "accepted.parquet").to_pylist()
-    rows = {row.row_id: row for row in training_rows(run, "sft")}
-    attempts = [attempt for attempt in accepted if attempt["row_id"] in rows]
-    traces = [attempt["trace"] if with_trace else None for attempt in attempts]
-    chosen = [rows[attempt["row_id"]] for attempt in attempts]
-    orders = [gold_order(row, attempt["order"]) for row, attempt in zip(chosen, attempts, strict=True)]
-    return chosen, [prompter.example(*parts) for parts in zip(chosen, traces, orders, strict=True)]
-
-
-def gold_order(row: RankingRow, order: Sequence[int]) -> list[int]:
-    """The ranking that a row teaches (positions, best first): by grade, of equal grades in the teacher's order.
-
-    Where the teacher named its best `top_k` only, the others keep the input order behind them. A candidate that was
-    not seen keeps the place that the teacher gave it, so that it is taught neither as good nor as bad.
-
-    Args:
-        row: With the grade of each candidate.
-        order: The teacher's ranking.
-    """
-    by_grade = iter(sorted(judged(order, row.relevance), key=lambda place: -row.relevance[place]))
-    return [place if math.isnan(row.relevance[place]) else next(by_grade) for place in order]
-
-
-def check_lengths(
-    rows: Sequence[Row],
-    max_length: int | None,
-    limit: str = "max_length",
-    longest: Callable[[int], str] = lambda place: "raise it",
-) -> None:
-    """Refuse rows that would be cut, with their number.
-
-    Args:
-        rows: Encoded.
-        max_length: Tokens of a row at most; None for no limit.
-        limit: Its name.
-        longest: From the place of the longest row to what the message says of it.
-    """
-    lengths = [len(row["input_ids"]) for row in rows]
-    too_long = sum(length > (max_length or 1 << 30) for length in lengths)
-    if too_long:
-        told = longest(max(range(len(rows)), key=lengths.__getitem__))
-        raise ValueError(f"{too_long} of {len(rows)} rows are longer than {limit} {max_length}; {told}")
 
 
 def num_labels(rows: Sequence[Row]) -> list[int]:

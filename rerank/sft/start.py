@@ -8,7 +8,7 @@ from rerank.launch import run_dir
 from rerank.models import base as base_model
 from rerank.models import names
 from rerank.prompts import THINK, THINK_END, PromptSettings
-from rerank.rows.checks import warn_of_split_labels
+from rerank.rows.checks import warn_of_split_codes, warn_of_split_labels
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -44,7 +44,10 @@ def check_start(args: "SftArguments", model_args: "ModelConfig") -> None:
     tokenizer = load_start_tokenizer(args, model_args)
     if args.task == "rerank" and all(run_dir.is_finished(args.run_dir, stage) for stage in ("candidates", "traces")):
         folder = run_dir.stage_dir(args.run_dir, "candidates")
-        warn_of_split_labels(tokenizer, folder, PromptSettings.load(run_dir.stage_dir(args.run_dir, "traces")))
+        settings = PromptSettings.load(run_dir.stage_dir(args.run_dir, "traces"))
+        warn_of_split_labels(tokenizer, folder, settings)
+        if is_midtrained and run_dir.read_record(args.run_dir, "midtrain").given.get("model_name_or_path") is None:
+            warn_of_split_codes(tokenizer, folder, settings)
 
 
 def load_start_tokenizer(args: "SftArguments", model_args: "ModelConfig") -> "PreTrainedTokenizerBase":
