@@ -133,9 +133,8 @@ def _check_candidates(candidates: Sequence[int], ids: Sequence[object], settings
     if duplicate is not None:
         raise ValueError(f"{where}: candidates holds {duplicate!r} twice; give each item once.")
     if len(candidates) < 2:
-        raise ValueError(
-            f"{where}: candidates has {len(candidates)} item{'s' * (len(candidates) != 1)}; there is nothing to rank."
-        )
+        number = "1 item" if candidates else "no item"
+        raise ValueError(f"{where}: candidates has {number}; there is nothing to rank.")
     if settings.ranking == "letter" and len(candidates) > MAX_LETTERS:
         raise ValueError(
             f"{where}: candidates has {len(candidates)} items but the model names them by {MAX_LETTERS} letters; give "
@@ -195,17 +194,11 @@ def _with_features(
     candidates = [np.array(row.candidates) for row in rows]
 
     def numbers(name: str, fact: str) -> list[np.ndarray]:
-        """A column of numbers, or of what no prompt shows, nan."""
+        """A column of numbers; zeros for one that no prompt shows."""
         if fact not in shown:
-            return [np.full(len(row.candidates), np.nan) for row in rows]
-        found = []
-        for row, record in zip(rows, records, strict=True):
-            place = f"{where}, row {row.row_id}"
-            values = _listed(record, name, f"evidence_names: {fact}", len(row.candidates), place)
-            found.append(
-                np.array([np.nan if value is None else _number(value, f"{place}: {name}") for value in values])
-            )
-        return found
+            return [np.zeros(len(row.candidates)) for row in rows]
+        pairs = zip(rows, records, strict=True)
+        return [_numbers(record, name, fact, row, f"{where}, row {row.row_id}") for row, record in pairs]
 
     own = [name for name in model.prompter.names if name.startswith(COLUMN)]
     columns = {name: numbers(name.removeprefix(COLUMN), name) for name in own}
@@ -213,6 +206,12 @@ def _with_features(
     histories = [np.array(row.history, dtype=np.int64) for row in rows]
     facts = list_features(model.prompter.names, Counts.load(path), histories, candidates, scores, None, columns)
     return [replace(row, features=features) for row, features in zip(rows, facts, strict=True)]
+
+
+def _numbers(record: Record, name: str, fact: str, row: RankingRow, where: str) -> np.ndarray:
+    """(N,) a number of each candidate, nan for null."""
+    values = _listed(record, name, f"evidence_names: {fact}", len(row.candidates), where)
+    return np.array([np.nan if value is None else _number(value, f"{where}: {name}") for value in values])
 
 
 def check_limit(rows: Sequence[RankingRow], model: RankingModel, where: str) -> None:

@@ -88,7 +88,7 @@ def test_a_ranking_is_written_in_the_original_ids_and_a_failure_as_null(tmp_path
         ({"history": ["m0", "zz"]}, r"rows, row 2: history holds 'zz', which is not in the model's catalogue"),
         ({"candidates": ["m1", "m2", "m1", "m3"]}, r"rows, row 2: candidates holds 'm1' twice"),
         ({"candidates": ["m1"]}, r"rows, row 2: candidates has 1 item; there is nothing to rank"),
-        ({"candidates": []}, r"rows, row 2: candidates has 0 items; there is nothing to rank"),
+        ({"candidates": []}, r"rows, row 2: candidates has no item; there is nothing to rank"),
         ({"candidates": "m1 m2"}, r"row 2: candidates is 'm1 m2' but must be a list"),
         ({"history": None}, r"row 2: history is None but must be a list"),
     ],

@@ -111,8 +111,8 @@ def check(args: CandidatesArguments) -> None:
         check_model_dir(args, Path(args.model_dir))
     if not run_dir.is_finished(args.run_dir, "data"):
         return
-    has_seen = run_dir.read_metrics(args.run_dir, "data")["midtrain_has_seen_rerank_targets"]
-    if has_seen and "midtrain" in optional_inputs(args):
+    reads_midtrain = "midtrain" in optional_inputs(args)
+    if reads_midtrain and run_dir.read_metrics(args.run_dir, "data")["midtrain_has_seen_rerank_targets"]:
         raise ValueError(
             "source is model but num_rerank of the data stage is all, so the mid-trained model has seen the targets "
             "of the training lists; set num_rerank to a number, or source to transitions"
