@@ -153,7 +153,7 @@ def _print_results(run_dir: str) -> None:
     from rich.console import Console
 
     from rerank.launch.run_dir import stage_dir
-    from rerank.results.tables import results_table
+    from rerank.results.overview import results_table
 
     folder = stage_dir(run_dir, "evaluate")
     results = json.loads((folder / "results.json").read_text())

@@ -1,40 +1,102 @@
 """Ranking metrics: pure functions of numbers, used by rewards and by the evaluation alike.
 
-`gains` always means the relevance of each item of one ranking, best-ranked first. A ranking without a relevant item
-has no metric (None): whether it is left out (hit-only) or counts as zero (end-to-end) is for the caller to say.
+`grades` always means the relevance of each item of one ranking, best-ranked first: 0 for what is not relevant, then 1,
+2 ... A NaN is an item that nobody has judged (a candidate that was not seen): every function leaves it out before it
+computes anything, so that the items behind it move up (condensed lists; Sakai 2007, SIGIR). A ranking without a
+relevant item has no metric (None): whether it is left out (hit-only) or counts as zero (end-to-end) is for the caller
+to say.
 """
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Sequence
 from functools import cache
 from math import comb
 
 import numpy as np
 
-METRICS = ("R@1", "R@5", "N@5", "N@10", "MRR")
+METRICS = ("R@1", "R@5", "N@5", "N@10", "MRR")  # by default
 ZERO_METRICS = dict.fromkeys(METRICS, 0.0)  # what a parse failure earns, and a missed list end to end
+_NAME = re.compile(r"(?P<kind>[RN])@(?P<cut>[1-9]\d*)|MRR|AUC")
+
+Grades = Sequence[float] | np.ndarray
 
 
-def best_first(scores: Sequence[float] | np.ndarray) -> list[int]:
-    """Positions by falling score; ties keep their order."""
-    order: list[int] = np.argsort(-np.asarray(scores), kind="stable").tolist()
+@cache
+def parse_metric(name: str) -> tuple[str, int]:
+    """Kind of a metric (R, N, MRR or AUC) and its cut-off, 0 for one without.
+
+    Raises:
+        ValueError: For another name than R@k, N@k (k from 1), MRR and AUC.
+    """
+    found = _NAME.fullmatch(name)
+    if found is None:
+        raise ValueError(f"{name!r} is no metric; write R@k (recall), N@k (NDCG), such as N@10, MRR or AUC")
+    return found["kind"] or name, int(found["cut"] or 0)
+
+
+def first_of(kind: str, names: Sequence[str]) -> str:
+    """The first metric of a kind.
+
+    Raises:
+        ValueError: When there is none.
+    """
+    found = next((name for name in names if parse_metric(name)[0] == kind), None)
+    if found is None:
+        raise ValueError(f"metrics is {', '.join(names) or 'empty'}, without any {kind}@k; add one, such as {kind}@5")
+    return found
+
+
+def compared(names: Sequence[str]) -> tuple[str, str]:
+    """The metrics that get intervals and comparisons: the first N@k, which slices and orders use too, and R@k.
+
+    Raises:
+        ValueError: When there is none, when a name is no metric, or stands twice.
+    """
+    found = first_of("N", names), first_of("R", names)
+    for place, name in enumerate(names):
+        parse_metric(name)
+        if name in names[:place]:
+            raise ValueError(f"metrics is {', '.join(names)}, with {name} twice; leave one out")
+    return found
+
+
+def best_first(scores: Grades) -> list[int]:
+    """Positions by falling score; ties keep their order, NaN come last."""
+    order: list[int] = np.argsort(-np.asarray(scores, dtype=float), kind="stable").tolist()
     return order
 
 
-def judged(order: Sequence[int], grades: Sequence[float]) -> list[int]:
-    """A ranking (positions, best first) without the candidates that were not seen.
+def judged(grades: Grades) -> np.ndarray:
+    """The grades without NaN."""
+    values = np.asarray(grades, dtype=float)
+    return values[~np.isnan(values)]
+
+
+def judged_order(order: Sequence[int], grades: Grades) -> list[int]:
+    """A ranking (positions, best first) without the candidates that nobody has judged.
 
     Args:
         order: Positions into `grades`.
-        grades: Of the candidates, NaN for those not seen.
+        grades: Of the candidates, in the order shown.
     """
     return [place for place in order if grades[place] == grades[place]]  # only NaN differs from itself
 
 
-def _seen(gains: Sequence[float]) -> np.ndarray:
-    values = np.asarray(gains, dtype=float)
-    return np.asarray(values[~np.isnan(values)])
+def has_pairs(grades: Grades) -> bool:
+    """Whether an item is relevant and another, judged one is not, so that rankings differ in every metric."""
+    values = judged(grades)
+    return bool((values > 0).any() and (values <= 0).any())
+
+
+def gains_of(grades: Grades) -> np.ndarray:
+    """The gain 2^g - 1 of each grade g; NaN stays.
+
+    Source: Burges et al. 2005, ICML; the NDCG of GR2's technical report, arXiv:2606.31984.
+    """
+    return np.asarray(np.exp2(np.asarray(grades, dtype=float)) - 1)
 
 
 @cache
@@ -42,37 +104,37 @@ def _discounts(num_items: int) -> np.ndarray:
     return 1.0 / np.log2(np.arange(2, num_items + 2))
 
 
-def ndcg_at_k(gains: Sequence[float], k: int) -> float | None:
-    """NDCG@k of one ranking, with gain 2^grade - 1.
+def ndcg_at_k(grades: Grades, k: int) -> float | None:
+    """NDCG@k of one ranking, with gain `gains_of` and discount log2(rank + 1).
 
     Args:
-        gains: Grade of each item, best-ranked first, not negative; NaN for one that was not seen, which is left out.
+        grades: Grade of each item, best-ranked first, not negative.
         k: Cut-off, at least 1.
 
     Returns:
         A value in [0, 1], or None when nothing is relevant.
 
-    Source: Järvelin & Kekäläinen 2002, with discount log2(rank + 1).
+    Source: Järvelin & Kekäläinen 2002.
     """
-    values = 2.0 ** _seen(gains) - 1
-    discounts = _discounts(len(values))[:k]
-    ideal = np.sort(values)[::-1][:k] @ discounts
-    return float(values[:k] @ discounts / ideal) if ideal > 0 else None
+    gains = gains_of(judged(grades))
+    discounts = _discounts(len(gains))[:k]
+    ideal = np.sort(gains)[::-1][:k] @ discounts
+    return float(gains[:k] @ discounts / ideal) if ideal > 0 else None
 
 
-def recall_at_k(gains: Sequence[float], k: int) -> float | None:
+def recall_at_k(grades: Grades, k: int) -> float | None:
     """Share of the relevant items that stand in the first k, or None when nothing is relevant."""
-    relevant = _seen(gains) > 0
+    relevant = judged(grades) > 0
     return float(relevant[:k].sum() / relevant.sum()) if relevant.any() else None
 
 
-def reciprocal_rank(gains: Sequence[float]) -> float | None:
+def reciprocal_rank(grades: Grades) -> float | None:
     """1 / rank of the first relevant item, or None when nothing is relevant."""
-    relevant = _seen(gains) > 0
+    relevant = judged(grades) > 0
     return float(1.0 / (relevant.argmax() + 1)) if relevant.any() else None
 
 
-def auc(gains: Sequence[float]) -> float | None:
+def auc(grades: Grades) -> float | None:
     """Share of the (relevant, irrelevant) pairs of one ranking in which the relevant item stands higher.
 
     Returns:
@@ -80,39 +142,56 @@ def auc(gains: Sequence[float]) -> float | None:
 
     Source: GR2 technical report, arXiv:2606.31984, eq. 5.
     """
-    num_irrelevant, wrong_pairs = 0, 0  # plain numbers: a ranking is too short for arrays to be fast
-    seen = _seen(gains).tolist()
-    for gain in seen:
-        num_irrelevant += gain <= 0
-        wrong_pairs += num_irrelevant * (gain > 0)
-    num_pairs = num_irrelevant * (len(seen) - num_irrelevant)
+    num_relevant, num_irrelevant, wrong_pairs = 0, 0, 0  # plain numbers: a ranking is too short for arrays to be fast
+    for grade in grades:
+        if grade > 0:
+            num_relevant += 1
+            wrong_pairs += num_irrelevant
+        elif not math.isnan(grade):
+            num_irrelevant += 1
+    num_pairs = num_irrelevant * num_relevant
     return 1 - wrong_pairs / num_pairs if num_pairs else None
 
 
-def ranking_metrics(gains: Sequence[float]) -> dict[str, float] | None:
-    """R@1, R@5, N@5, N@10 and MRR of one ranking, or None when nothing is relevant."""
-    if not any(gain > 0 for gain in gains):
-        return None
-    recalls, ndcg = [recall_at_k(gains, k) for k in (1, 5)], [ndcg_at_k(gains, k) for k in (5, 10)]
-    values = (*recalls, *ndcg, reciprocal_rank(gains))
-    return {name: value for name, value in zip(METRICS, values, strict=True) if value is not None}
+def metric_value(name: str, grades: Grades) -> float | None:
+    """The metric of this name of one ranking, None where it has none."""
+    kind, cut = parse_metric(name)
+    if kind in ("R", "N"):
+        return (recall_at_k if kind == "R" else ndcg_at_k)(grades, cut)
+    return (reciprocal_rank if kind == "MRR" else auc)(grades)
 
 
-def mean_random_metrics(gains: Sequence[float]) -> dict[str, float] | None:
-    """Exact expectation of `ranking_metrics` over all orders of these items, or None when nothing is relevant.
+def ranking_metrics(grades: Grades, names: Sequence[str] = METRICS) -> dict[str, float] | None:
+    """Metrics of one ranking by name, or None when nothing is relevant; for AUC also when everything is."""
+    values = judged(grades)
+    found = {name: value for name in names if (value := metric_value(name, values)) is not None}
+    return found if len(found) == len(names) else None
+
+
+def mean_random_metrics(grades: Grades, names: Sequence[str] = METRICS) -> dict[str, float] | None:
+    """Exact expectation of `ranking_metrics` over all orders of these items, None where that is None.
 
     Each item stands at each rank equally often, so E[DCG@k] is the mean gain times the sum of the discounts and
-    E[R@k] = k / n. With m relevant of n items the first stands at rank r with chance C(n - r, m - 1) / C(n, m).
+    E[R@k] = k / n; each of two items stands higher equally often, so E[AUC] = 1/2. With m relevant of n items the
+    first stands at rank r with chance C(n - r, m - 1) / C(n, m).
     """
-    values = 2.0 ** _seen(gains) - 1
-    num_items, num_relevant = len(values), int((values > 0).sum())
-    if not num_relevant:
+    values = judged(grades)
+    if ranking_metrics(values, names) is None:
         return None
-    discounts, ideal = _discounts(num_items), np.sort(values)[::-1]
-    ndcg = [float(values.mean() * discounts[:k].sum() / (ideal[:k] @ discounts[:k])) for k in (5, 10)]
-    first = [comb(num_items - rank, num_relevant - 1) / rank for rank in range(1, num_items + 1)]
-    recalls = [min(k, num_items) / num_items for k in (1, 5)]
-    return dict(zip(METRICS, (*recalls, *ndcg, sum(first) / comb(num_items, num_relevant)), strict=True))
+    return {name: _mean_random(*parse_metric(name), values) for name in names}
+
+
+def _mean_random(kind: str, cut: int, grades: np.ndarray) -> float:
+    num_items, num_relevant = len(grades), int((grades > 0).sum())
+    if kind == "R":
+        return min(cut, num_items) / num_items
+    if kind == "AUC":
+        return 0.5
+    if kind == "MRR":
+        first = [comb(num_items - rank, num_relevant - 1) / rank for rank in range(1, num_items + 1)]
+        return sum(first) / comb(num_items, num_relevant)
+    gains, discounts = gains_of(grades), _discounts(num_items)[:cut]
+    return float(gains.mean() * discounts.sum() / (np.sort(gains)[::-1][:cut] @ discounts))
 
 
 def kendall_tau(order: Sequence[int]) -> float:

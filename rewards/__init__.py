@@ -33,7 +33,7 @@ the first stage ranks best), `fields` (further columns of the row, as a JSON obj
 limit of the completion) and `top_k` (how many candidates a completion names, the best; 0: all).
 `rerank.rows.REWARD_COLUMNS` defines them. The trainer adds `prompts` (rendered texts) and `completion_ids` (tokens).
 `rerank.prompts.parse_completion(completion, candidate_labels, top_k)` reads a ranking, which has all candidates;
-`rerank.metrics.judged(order, relevance)` leaves out those that were not seen.
+`rerank.metrics.judged_order(order, relevance)` leaves out those that were not seen.
 
 A reward with a `condition` counts 0 where the condition is False. `conditions/` holds them, by the same contract, one
 bool per completion.

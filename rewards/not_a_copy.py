@@ -38,5 +38,5 @@ def _not_a_copy(completion: str, labels: list[str], relevance: list[float], top_
     shown, stated = metrics.auc(relevance), metrics.auc([relevance[position] for position in order])
     if shown is None or stated is None or shown == 1.0 or stated > shown:
         return 1.0
-    distance = 1 - metrics.kendall_tau(metrics.judged(order, relevance))
+    distance = 1 - metrics.kendall_tau(metrics.judged_order(order, relevance))
     return min(1.0, distance / (1 - max_tau)) if max_tau < 1 else float(distance > 0)

@@ -1,6 +1,6 @@
 """How far a ranking moves the target up: the main reward of GR2."""
 
-from rerank.metrics import judged
+from rerank.metrics import judged_order
 from rerank.prompts import parse_completion
 
 
@@ -30,7 +30,7 @@ def _promotion(
     completion: str, labels: list[str], relevance: list[float], ranks: list[int], target_rank: int, top_k: int
 ) -> float:
     before, after = ranks_of_target(completion, labels, relevance, ranks, target_rank, top_k)
-    return -1.0 if after is None else (before - after) / len(judged(range(len(labels)), relevance))
+    return -1.0 if after is None else (before - after) / len(judged_order(range(len(labels)), relevance))
 
 
 def ranks_of_target(
@@ -38,7 +38,7 @@ def ranks_of_target(
 ) -> tuple[int, int | None]:
     """rank_D(target) and rank_o(target) of one completion; rank_o is None for one that is no ranking."""
     target = ranks.index(target_rank)  # raises for a row without a relevant candidate
-    seen = judged(range(len(labels)), relevance)
+    seen = judged_order(range(len(labels)), relevance)
     order = parse_completion(completion, labels, top_k).order
     before = sum(ranks[place] <= target_rank for place in seen)
-    return before, None if order is None else judged(order, relevance).index(target) + 1
+    return before, None if order is None else judged_order(order, relevance).index(target) + 1

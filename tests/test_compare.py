@@ -1,5 +1,6 @@
 """`rerank compare`: the table from finished runs, whose numbers are worked out by hand."""
 
+import json
 from dataclasses import fields
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from rerank.compare import seeds
 from rerank.compare.tables import list_lines
 from rerank.launch.files import write_json
 from rerank.launch.stages import STAGES, load_stage
+from rerank.metrics import METRICS
 
 SEEDED = {"3_midtrain": {}, "6_sft": {}}
 INPUTS = {
@@ -278,3 +280,35 @@ def test_candidates_are_reseeded_where_they_draw_further_lists(tmp_path):
     variant = compare.Variant("a", str(write_recipes(tmp_path / "a")), ("candidates.lists_per_row=2",))
     steps = {step.stage: step for step in compare.variant_steps(variant, tmp_path / "run", 3, None)}
     assert steps["candidates"].keys["seed"] == 3
+
+
+def test_the_bar_beside_the_results_holds_every_difference_over_users_and_seeds(runs, tmp_path):
+    run_compare(runs, tmp_path / "RESULTS-toy.md")
+    bar = json.loads((tmp_path / "RESULTS-toy.bar.json").read_text())
+    assert (bar["seeds"], bar["n"], bar["users"]) == (2, 4, 2) and bar["intervals"].endswith("2 training seeds")
+    lines = [(None, "no_op"), (None, "random"), (None, "oracle"), ("a", "sft"), ("b", "sft"), ("b", "dapo")]
+    found = {}
+    for one in bar["differences"]:
+        names = (one.get("variant"), one["ranker"]), (one.get("minus_variant"), one["minus"])
+        found[(*names, one["metric"])] = one
+    pairs = [(later, earlier) for place, later in enumerate(lines) for earlier in lines[:place]]
+    assert list(found) == [(*pair, metric) for metric in METRICS for pair in pairs]
+    one = found[("b", "sft"), ("a", "sft"), "N@5"]  # as the table has it: right with both seeds, right with one
+    assert one["value"] == 1 and one["minus_value"] == pytest.approx(0.8155, abs=1e-4) and one["n"] == 4
+    assert [one["difference"], one["low"], one["high"]] == pytest.approx([0.1845, -2.1602, 2.5293], abs=1e-4)
+
+
+def test_runs_are_compared_by_the_metrics_of_the_first(runs):
+    for run in runs["out"].iterdir():
+        results = json.loads((run / "evaluate/results.json").read_text())
+        write_json(run / "evaluate/results.json", results | {"metrics": ["R@2", "N@1", "AUC", "N@5"]})
+    run_compare(runs)
+    text = (runs["out"] / "RESULTS.md").read_text()
+    assert "| variant | ranker | seeds | R@2 | N@1 | parse failures | spread of N@1 |" in text
+    assert "N@1 − no-op | N@1 − sft | N@1 − a | R@2 − no-op" in text and "N@1 on slices." in text
+    # the relevant item stands second of six: not in the first place; (6 - 2) / 5 pairs are right
+    assert cells(text)["–", "no_op"][:3] == ["1", "1.0000", "0.0000"]
+    bar = json.loads((runs["out"] / "RESULTS.bar.json").read_text())
+    auc = [one for one in bar["differences"] if one["metric"] == "AUC" and one["ranker"] == "oracle"]
+    assert bar["metrics"] == ["R@2", "N@1", "AUC", "N@5"]
+    assert [(one["minus"], one["difference"]) for one in auc] == [("no_op", pytest.approx(0.2)), ("random", 0.5)]

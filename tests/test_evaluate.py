@@ -19,7 +19,7 @@ from rerank.models import base as base_model
 from rerank.models.ranker import Batch, RankingModel, ask, read_answer
 from rerank.next_item.model import NextItemModel, likelihood_orders
 from rerank.prompts import clean, render
-from rerank.results import rankers, tables
+from rerank.results import overview, rankers
 from rerank.results.rankers import Ranker
 from rerank.results.rankings import EvaluatedRows, Ranking, make_results
 from rerank.rows import RankingRow, read_rows
@@ -50,7 +50,7 @@ def toy_results(users=(0, 0, 1, 1), split="test"):
         RankingRow(number, (9,), (0, 1, 2), tuple(gains), user=user)
         for number, (gains, user) in enumerate(zip(RELEVANCE, users, strict=True))
     ]
-    return make_results(toy_rankings(rows), EvaluatedRows(split, rows, 0.25, 16), num_bootstrap=500)
+    return make_results(toy_rankings(rows), EvaluatedRows(split, rows, 4, 16), num_bootstrap=500)
 
 
 def test_a_parse_failure_scores_zero_and_has_the_input_order_as_its_fallback():
@@ -99,14 +99,14 @@ def test_differences_to_the_input_and_between_models_are_paired_and_whole_users_
 
 
 def test_markdown_and_terminal_show_the_same_row_and_say_when_it_is_not_test():
-    text = tables.markdown(toy_results())
+    text = overview.markdown(toy_results())
     line = next(line for line in text.splitlines() if line.startswith("| sft |"))
     assert "0.5000" in line and "2 (50.0 %): empty 1, too_few 1" in line and "500.0" in line
     assert "4 test rows whose list holds a relevant item, of 16 (list recall 25.0 %)" in text and "NOT" not in text
     assert "of one training seed: another seed may lie outside." in text
-    assert "NOT the test split" in tables.markdown(toy_results(split="valid"))
+    assert "NOT the test split" in overview.markdown(toy_results(split="valid"))
     console = Console(width=80, record=True, file=io.StringIO())  # nothing may be cut off
-    console.print(tables.results_table(toy_results(split="valid")))
+    console.print(overview.results_table(toy_results(split="valid")))
     shown = " ".join(console.export_text().split())
     assert "NOT the test split" in shown and "50.0 %" in shown and "dapo minus sft" in shown and "…" not in shown
 
@@ -309,15 +309,15 @@ def test_results_say_how_far_the_fits_of_a_baseline_differ():
     orders = [[[0, 1, 2]] * 4, [[1, 0, 2]] * 4]
     ranking = Ranking.of_baseline("lambdamart", rankers.FittedOrders(orders[0], orders))
     rankings = [Ranking("no_op", [[0, 1, 2]] * 4), ranking]
-    results = make_results(rankings, EvaluatedRows("test", rows, 1.0, 4), num_bootstrap=5)
+    results = make_results(rankings, EvaluatedRows("test", rows, 4, 4), num_bootstrap=5)
     # the relevant item at ranks 1, 2, 3, 2 by one fit and at 2, 1, 3, 1 by the other
     alone = (1 + SECOND + 0.5 + SECOND) / 4, (SECOND + 1 + 0.5 + 1) / 4
     spread = abs(alone[0] - alone[1]) / np.sqrt(2)
     assert results["fits"] == {"lambdamart": {"num": 2, "N@5_spread": pytest.approx(spread)}}
     assert results["rows"]["lambdamart"]["N@5"] == pytest.approx(alone[0])
-    assert f"2 fits, whose N@5 alone have a standard deviation of {spread:.4f}" in tables.markdown(results)
+    assert f"2 fits, whose N@5 alone have a standard deviation of {spread:.4f}" in overview.markdown(results)
     results["fits"] = {}
-    assert "fits" not in tables.markdown(results)
+    assert "fits" not in overview.markdown(results)
 
 
 def test_a_ranker_is_added_in_one_place(run, monkeypatch):

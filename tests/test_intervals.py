@@ -176,3 +176,17 @@ def test_coverage_of_a_difference_of_rates_over_seeds_is_95_percent():
 def test_one_user_has_no_interval():
     found, bounds = Sampling([3, 3]).difference([[1.0, 2.0], [0.0, 1.0]], [0.0, 0.0])
     assert found == 1.0 and np.isnan(bounds).all()
+
+
+def test_differences_of_every_two_columns_are_those_of_each_pair():
+    rng, users = np.random.default_rng(4), np.random.default_rng(5).integers(20, size=60)
+    columns, sampling = rng.random((4, 60)), Sampling(users, 300, seed=7)
+    lost = np.vstack([np.zeros((1, 60), dtype=bool), rng.random((2, 60)) < 0.2])
+    seeds = [columns[0], rng.random((3, 60)), np.where(lost, np.nan, columns[1])]
+    for of in (list(columns), seeds):
+        found = sampling.differences(of)
+        assert list(found) == [(later, earlier) for later in range(len(of)) for earlier in range(later)]
+        for (later, earlier), (difference, bounds) in found.items():
+            one, ends = sampling.difference(of[later], of[earlier])
+            assert difference == pytest.approx(one) and bounds == pytest.approx(ends)
+    assert Sampling(users).differences([]) == {}

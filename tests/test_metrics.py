@@ -11,23 +11,28 @@ from rerank.metrics import (
     METRICS,
     auc,
     best_first,
+    compared,
+    has_pairs,
     kendall_tau,
     kendall_taus,
     mean_random_metrics,
     ndcg_at_k,
+    parse_metric,
     ranking_metrics,
     recall_at_k,
     reciprocal_rank,
 )
 from rerank.results.intervals import Sampling
 
+NAN = math.nan
+
 
 def test_ndcg_divides_by_the_best_order():
     # hit at rank 3: (1/log2 4) / (1/log2 2) = 0.5
     assert ndcg_at_k([0, 0, 1, 0], 5) == pytest.approx(0.5)
     assert ndcg_at_k([0, 0, 1, 0], 2) == 0.0
-    # DCG@3 = 1/log2 2 + 0 + 3/log2 4 = 1 + 1.5 = 2.5; ideal 3, 2, 1: 3 + 2/log2 3 + 1/2 = 4.761860
-    assert ndcg_at_k([1, 0, 3, 2], 3) == pytest.approx(2.5 / (3 + 2 / math.log2(3) + 0.5))
+    # gains 1, 0, 7, 3: DCG@3 = 1/log2 2 + 0 + 7/log2 4 = 4.5; ideal 7, 3, 1: 7 + 3/log2 3 + 1/2
+    assert ndcg_at_k([1, 0, 3, 2], 3) == pytest.approx(4.5 / (7 + 3 / math.log2(3) + 0.5))
 
 
 def test_recall_counts_the_share_of_relevant_items_in_the_first_k():
@@ -50,11 +55,56 @@ def test_ranking_metrics_of_a_hit_at_rank_seven():
     assert values == pytest.approx({"R@1": 0, "R@5": 0, "N@5": 0, "N@10": 1 / 3, "MRR": 1 / 7})
 
 
-@pytest.mark.parametrize("gains", [[1, 0, 0, 0, 0, 0], [2, 1, 0, 0, 0, 1]])
-def test_random_metrics_equal_the_mean_over_all_orders(gains):
-    orders = [ranking_metrics(order) for order in itertools.permutations(gains)]
-    expected = {name: np.mean([values[name] for values in orders]) for name in METRICS}
-    assert mean_random_metrics(gains) == pytest.approx(expected)
+@pytest.mark.parametrize("grades", [[1, 0, 0, 0, 0, 0], [2, 1, 0, 0, 0, 1], [3, 0], [2, 0, 1], [1, 2, 3, 0, 0, 4]])
+def test_random_metrics_equal_the_mean_over_all_orders(grades):
+    names = (*METRICS, "AUC", "R@2", "N@1", "N@3", "N@100")
+    orders = [ranking_metrics(order, names) for order in itertools.permutations(grades)]
+    expected = {name: np.mean([values[name] for values in orders]) for name in names}
+    assert mean_random_metrics(grades, names) == pytest.approx(expected)
+    assert mean_random_metrics([NAN, *grades[:1], NAN, *grades[1:]], names) == mean_random_metrics(grades, names)
+
+
+def test_random_metrics_of_three_items_by_hand():
+    # gains 3, 1 and 0: mean 4/3; the first relevant item is first with chance 2/3, else second
+    found = mean_random_metrics([0, 2, 1], ("R@1", "N@1", "N@3", "MRR", "AUC"))
+    discounts = 1 + 1 / math.log2(3) + 1 / 2
+    wanted = {"R@1": 1 / 3, "N@1": 4 / 3 / 3, "N@3": 4 / 3 * discounts / (3 + 1 / math.log2(3))}
+    assert found == pytest.approx({**wanted, "MRR": 2 / 3 + 1 / 6, "AUC": 0.5})
+
+
+def test_unjudged_items_are_left_out_before_anything_is_computed():
+    shown, judged_alone = [NAN, 0, NAN, 1, NAN, 2, 0], [0, 1, 2, 0]
+    for metric in (lambda g: ndcg_at_k(g, 2), lambda g: recall_at_k(g, 2), reciprocal_rank, auc, ranking_metrics):
+        assert metric(shown) == metric(judged_alone)
+    assert reciprocal_rank(shown) == 1 / 2 and recall_at_k(shown, 2) == 1 / 2 and auc(shown) == 1 / 2
+    assert ndcg_at_k(shown, 2) == pytest.approx((1 / math.log2(3)) / (3 + 1 / math.log2(3)))  # gains 0, 1 of 3, 1
+    for grades in ([NAN, NAN], [NAN, 0], []):
+        assert all(metric(grades) is None for metric in (reciprocal_rank, ranking_metrics, mean_random_metrics, auc))
+    assert auc([NAN, 1]) is None and ndcg_at_k([NAN, 1], 1) == 1.0
+    assert best_first([NAN, 1, NAN, 2]) == [3, 1, 0, 2]
+
+
+def test_a_list_has_pairs_where_one_judged_item_is_relevant_and_another_is_not():
+    assert [has_pairs(g) for g in ([0, 2], [NAN, 1, 0], [1, 2], [1, NAN], [0, 0], [NAN], [])] == [True] * 2 + [
+        False
+    ] * 5
+
+
+def test_metrics_have_names():
+    assert [parse_metric(name) for name in ("R@1", "N@10", "MRR", "AUC")] == [
+        ("R", 1),
+        ("N", 10),
+        ("MRR", 0),
+        ("AUC", 0),
+    ]
+    for name in ("N@0", "N@-1", "n@5", "N@05", "MRR@10", "NDCG", "R@", ""):
+        with pytest.raises(ValueError, match="is no metric; write R@k"):
+            parse_metric(name)
+    assert compared(METRICS) == ("N@5", "R@1") and compared(("R@9", "MRR", "N@7", "N@1", "R@1")) == ("N@7", "R@9")
+    grades = [0, 2, 0, 1]
+    found = ranking_metrics(grades, ("AUC", "N@3", "R@2", "MRR"))
+    assert found == {"AUC": 1 - 3 / 4, "N@3": ndcg_at_k(grades, 3), "R@2": 1 / 2, "MRR": 1 / 2}
+    assert ranking_metrics([1, 1]) is not None and ranking_metrics([1, 1], ("AUC",)) is None
 
 
 def test_interval_draws_whole_users_and_weighs_them_by_their_rows():

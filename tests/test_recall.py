@@ -186,6 +186,11 @@ def test_every_row_is_ranked_and_the_groups_add_up(run, best, tmp_path, monkeypa
     assert f"| best | {1:.4f} | {1:.4f} |" in text and "the rest" in text and "30 test rows, 1 seed, 10 beams" in text
     check_slices(run, made, text)
     assert "of one training seed: another seed may lie outside." in text
+    bar = json.loads((tmp_path / "bar.json").read_text())
+    found = {(one["ranker"], one["minus"], one["metric"]): one for one in bar["differences"]}
+    assert len(found) == 6 * len(recall.METRICS) and bar["n"] == 30
+    against = found["best", "transitions", "R@5"]
+    assert [against["low"], against["high"]] == pytest.approx([low, high])
     lines = pq.read_table(tmp_path / "lists.parquet").to_pylist()
     assert len(lines) == 4 * 30
     assert all(line["items"][0] == line["target"] for line in lines if line["ranker"] == "best")

@@ -20,7 +20,7 @@ from rerank.report import cheating, rollouts, semantic_ids
 from rerank.report import page as page_parts
 from rerank.report.page import json_text
 from rerank.report.rows import read_ranked_rows, sample_rows
-from rerank.results import orders, tables
+from rerank.results import orders, overview
 from rerank.results.orders import ShuffledRows
 from rerank.results.rankings import EvaluatedRows, Ranking, difficulty, make_results
 from rerank.results.slices import SplitLists
@@ -126,7 +126,7 @@ def test_the_page_holds_the_further_tables_of_the_results(run, page):
     results = json.loads((run / "evaluate/results.json").read_text())
     rows = [line for line in re.findall(r"<tr>(.*?)</tr>", page.replace("\n", "")) if "<td" in line or "<th" in line]
     shown = [re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", line)).strip() for line in rows]
-    for table in tables.further_tables(results):
+    for table in overview.further_tables(results):
         assert f'<h3 class="further">{table.title}</h3>' in page
         for cells in table.rows:
             assert " ".join(cells) in shown

@@ -1,11 +1,16 @@
 """The control whose items bear other items' texts: on item lines, and in every fact computed from texts."""
 
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 from toy_run import NUM_CANDIDATES, NUM_ITEMS, toy_sequences, write_candidates
 
 from rerank.baselines import FEATURES, TEXT_FEATURES, Counts, ItemFacts, feature_rows, text_features
 from rerank.catalogue import Catalogue
+from rerank.launch.files import write_json
 from rerank.prompts import PromptSettings
 from rerank.results.shuffled_texts import ShuffledTexts, other_items, shows_texts
 from rerank.rows import RankingRow
@@ -68,6 +73,18 @@ def test_text_features_are_the_part_of_feature_rows(candidates_dir):
     np.testing.assert_array_equal(text_features(counts.facts, histories, candidates), whole[:, :, columns])
 
 
+def test_text_facts_that_a_run_does_not_have_are_left_out(candidates_dir, tmp_path):
+    folder = Path(shutil.copytree(candidates_dir, tmp_path / "candidates"))
+    kept = [number for number, name in enumerate(FEATURES) if not name.startswith("cosine")]
+    write_json(folder / "features.json", {"names": [FEATURES[number] for number in kept], "edges": {}})
+    rows = rows_by(counts_with_texts_of(range(NUM_ITEMS)))
+    fewer = [replace(row, features=row.features[:, kept]) for row in rows]
+    for row, other in zip(
+        ShuffledTexts.of(folder, fewer).rows, ShuffledTexts.of(candidates_dir, rows).rows, strict=True
+    ):
+        np.testing.assert_array_equal(row.features, other.features[:, kept])
+
+
 def test_rows_without_features_are_left_as_they_are(candidates_dir):
     rows = [RankingRow(0, (1, 2), (3, 4))]
     assert ShuffledTexts.of(candidates_dir, rows).rows == rows
@@ -87,6 +104,7 @@ def test_a_catalogue_keeps_its_ids_and_has_other_texts(candidates_dir):
 def test_prompts_show_texts_by_a_field_or_a_fact():
     assert shows_texts(PromptSettings())
     bare = {"item_fields": ["semantic_id"]}
+    assert shows_texts(PromptSettings(item_fields=["semantic_id", "category"]))
     assert not shows_texts(PromptSettings(**bare)) and not shows_texts(
         PromptSettings(**bare, evidence="codes", evidence_names=["popularity"])
     )

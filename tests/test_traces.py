@@ -152,7 +152,8 @@ def test_a_title_cannot_close_the_trace():
 def test_calibration_finds_the_odds():
     # Two candidates one apart, the upper one best in 3 of 4 rows: exp(f) / (1 + exp(f)) = 3/4, so f = ln 3.
     scores = [np.array([1.0, 0.0])] * 4
-    assert evidence.calibrate(scores, [0, 0, 0, 1]) == pytest.approx(math.log(3), rel=1e-3)
+    rows = [RankingRow(place, (), (0, 1), (0.0, 1.0) if place == 3 else (1.0, 0.0)) for place in range(4)]
+    assert evidence.calibrate(scores, rows) == pytest.approx(math.log(3), rel=1e-3)
 
 
 def test_grades_part_the_scores_of_all_rows_evenly_and_noise_moves_them(prompter):

@@ -24,8 +24,10 @@ PATIENCE = 50  # trees without a better value on the rows left out before it sto
 STOPPING_FOLDS = 4  # of the cross-validation
 NUM_FITS = 5
 LEAST_USERS = 2  # one is left out while the others are fitted
+MOST_GRADE = 30  # LightGBM has gains 2^g - 1 for no higher one
 
-Lists = tuple[Sequence[np.ndarray], Sequence[Sequence[float]]]  # (N, F) features and (N,) relevance of each row
+# (N, F) features and (N,) relevance of each row, NaN for a candidate that nobody has judged
+Lists = tuple[Sequence[np.ndarray], Sequence[Sequence[float] | np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -61,20 +63,22 @@ def fit_lambdamart(
     max_rounds: int = 1000,
     num_fits: int = NUM_FITS,
     stopping_folds: int = STOPPING_FOLDS,
+    names: Sequence[str] = FEATURES,
 ) -> LambdaMart:
     """LightGBM rankers with the number of trees that is best for users left out (NDCG@5).
 
     The same rows in the same order give the same trees, with any number of threads.
 
     Args:
-        train: Relevance in whole numbers; NaN, not seen, is left out. So are rows without a relevant item, which
-            teach nothing.
+        train: Relevance in whole numbers, of gain 2^g - 1. Candidates that nobody has judged are left out, then rows
+            without a relevant one, which teach nothing.
         users: The user of each row.
         seed: Of the cut into users, and the first of the fits' feature and row samples.
         min_rows_per_leaf: Candidates in a leaf at least; lower it for toy data.
         max_rounds: Trees at most.
         num_fits: Fits of which the scores are means.
         stopping_folds: Of the STOPPING_FOLDS parts of the users, those that have a say in the number of trees.
+        names: Of the F features.
     """
     import lightgbm
 
@@ -82,7 +86,7 @@ def fit_lambdamart(
     kept = [row for row, values in enumerate(train[1]) if max(values, default=0) > 0]
     if not kept:
         raise ValueError(f"none of the {len(train[1])} training rows has a relevant candidate; use longer lists.")
-    dataset, folds = _dataset(train, kept), user_folds([users[row] for row in kept], STOPPING_FOLDS, seed)
+    dataset, folds = _dataset(train, kept, names), user_folds([users[row] for row in kept], STOPPING_FOLDS, seed)
     owner = np.repeat(folds, [len(train[1][row]) for row in kept])  # fold of each candidate
     parts = [(np.flatnonzero(owner != fold), np.flatnonzero(owner == fold)) for fold in range(folds.max() + 1)]
     if len(parts) < LEAST_USERS:
@@ -115,14 +119,13 @@ def _parameters(seed: int, min_rows_per_leaf: int) -> dict[str, Any]:
 
 
 def _judged(lists: Lists) -> Lists:
-    """The lists without the candidates that were not seen (NaN): they are no negatives."""
-    seen = [~np.isnan(np.asarray(grades, dtype=float)) for grades in lists[1]]
-    pairs = zip(*lists, seen, strict=True)
-    kept = [(np.asarray(features)[mask], np.asarray(grades)[mask].tolist()) for features, grades, mask in pairs]
-    return [features for features, _ in kept], [grades for _, grades in kept]
+    """The rows without the candidates that nobody has judged."""
+    known = [~np.isnan(np.asarray(grades, dtype=float)) for grades in lists[1]]
+    features = [of_row if seen.all() else of_row[seen] for of_row, seen in zip(lists[0], known, strict=True)]
+    return features, [np.asarray(grades)[seen] for grades, seen in zip(lists[1], known, strict=True)]
 
 
-def _dataset(lists: Lists, kept: Sequence[int]) -> lightgbm.Dataset:
+def _dataset(lists: Lists, kept: Sequence[int], names: Sequence[str]) -> lightgbm.Dataset:
     import lightgbm
 
     features, relevance = lists
@@ -130,11 +133,13 @@ def _dataset(lists: Lists, kept: Sequence[int]) -> lightgbm.Dataset:
     if (labels != np.rint(labels)).any():
         odd = labels[labels != np.rint(labels)][0]
         raise ValueError(f"relevance {odd} in the training rows is not a whole number, as LambdaMART needs; round it.")
+    if labels.max() > MOST_GRADE:
+        raise ValueError(f"relevance {labels.max():g} in the training rows is above {MOST_GRADE}; use lower grades.")
     return lightgbm.Dataset(
         np.concatenate([features[row] for row in kept]),
         label=labels,
         group=[len(relevance[row]) for row in kept],
-        feature_name=list(FEATURES),
+        feature_name=list(names),
     )
 
 
@@ -149,7 +154,12 @@ def user_folds(users: Sequence[int], num_folds: int, seed: int) -> np.ndarray:
 
 
 def out_of_fold_scores(
-    train: Lists, users: Sequence[int], num_folds: int = 5, seed: int = 0, **options: int
+    train: Lists,
+    users: Sequence[int],
+    num_folds: int = 5,
+    seed: int = 0,
+    names: Sequence[str] = FEATURES,
+    **options: int,
 ) -> list[np.ndarray]:
     """Scores of each training row by a LambdaMART fitted, and its number of trees chosen, on other users' rows.
 
@@ -158,6 +168,7 @@ def out_of_fold_scores(
         users: The row's user. All rows of a user are in one fold; there is at least one user for each fold.
         num_folds: Parts into which the users are cut.
         seed: Of the cuts and of the fits.
+        names: Of the F features.
         **options: Handed to `fit_lambdamart`.
     """
     features, relevance = train
@@ -169,7 +180,7 @@ def out_of_fold_scores(
         others, held = np.flatnonzero(folds != fold), np.flatnonzero(folds == fold)
         rest = [features[row] for row in others], [relevance[row] for row in others]
         few = {"num_fits": 1, "stopping_folds": 1} | options  # there are num_folds of them, and no figure rests on one
-        fitted = fit_lambdamart(rest, [users[row] for row in others], seed=seed, **few)
+        fitted = fit_lambdamart(rest, [users[row] for row in others], seed=seed, names=names, **few)
         for row, row_scores in zip(held, fitted.scores([features[row] for row in held]), strict=True):
             scores[row] = row_scores
     return scores

@@ -6,14 +6,13 @@ continue. With each seed all variants must ask for the same data. A stage up to 
 made once and shared.
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rerank.compare import curves, tables
+from rerank.compare import bar, curves, tables
 from rerank.compare import seeds as seeding
-from rerank.compare.evaluations import RunsOf
+from rerank.compare.evaluations import RunsOf, read_results
 from rerank.launch import pipeline
 from rerank.launch import run_dir as runs
 from rerank.launch.files import write_text
@@ -94,10 +93,10 @@ def check_same_data(variants: Sequence[Sequence[pipeline.Step]]) -> None:
 
 
 def report(variants: Sequence[Variant], runs_of: RunsOf, minutes_per_run: float | None, target: Path) -> str:
-    """The text of the results file: variants, data and tables; a picture is drawn beside it."""
+    """The text of the results file: variants, data and tables; every difference and a picture go beside it."""
     of_first = next(iter(runs_of.values()))
     data = runs.read_metrics(of_first[0], "data")
-    results = [json.loads((runs.stage_dir(run, "evaluate") / "results.json").read_text()) for run in of_first]
+    results = [read_results(run) for run in of_first]
     budget = f", at most {minutes_per_run:g} training minutes a run" if minutes_per_run is not None else ""
     task, num_seeds = results[0].get("task", "rerank"), len(of_first)
     words_of = {variant.name: [Path(variant.recipe_dir).name, *variant.overrides] for variant in variants}
@@ -113,6 +112,7 @@ def report(variants: Sequence[Variant], runs_of: RunsOf, minutes_per_run: float 
         "",
         *tables.LINES[task](runs_of),
     ]
+    bar.write(runs_of, task, target.with_suffix(bar.SUFFIX))
     if task == "rerank" and all(runs.is_finished(run, "dapo") for folders in runs_of.values() for run in folders):
         curves.draw(runs_of, target.with_suffix(".png"))
         lines += ["", *curves.table_lines(runs_of), "", f"![curves]({target.stem}.png)"]

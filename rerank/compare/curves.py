@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from rerank.compare.evaluations import ListEvaluation, RunsOf, by_seed, load_all
+from rerank.compare.evaluations import RunsOf, by_seed, list_metrics, load_lists
 from rerank.launch import run_dir as runs
+from rerank.metrics import compared
 from rerank.results.intervals import Sampling
 from rerank.results.tables import NO_VALUE, markdown_table
 from rerank.rollouts.metrics import fifths
@@ -90,16 +91,16 @@ def draw(runs_of: RunsOf, path: Path) -> None:
 
 
 def _draw_final(axes: "Axes", runs_of: RunsOf, colours: Mapping[str, str]) -> None:
-    """N@5 minus the no-op's with its interval: the sft model the variants started from, then each trained one."""
-    read = load_all(ListEvaluation.load, runs_of, "rows")
+    """The first N@k minus the no-op's with its interval: the sft model that variants started from, then each's own."""
+    read, metric = load_lists(runs_of), compared(list_metrics(runs_of))[0]
     first = next(iter(read.values()))
     ranked = {"sft": (first, "sft", "black")} if "sft" in first[0].values else {}
     ranked |= {name: (found, "dapo", colours[name]) for name, found in read.items() if "dapo" in found[0].values}
-    sampling, no_op = Sampling(first[0].users), by_seed(first, "no_op", "N@5")
+    sampling, no_op = Sampling(first[0].users), by_seed(first, "no_op", metric)
     for place, (found, ranker, colour) in enumerate(ranked.values()):
-        gain, (low, high) = sampling.difference(by_seed(found, ranker, "N@5"), no_op)
+        gain, (low, high) = sampling.difference(by_seed(found, ranker, metric), no_op)
         axes.errorbar(gain, place, xerr=[[gain - low], [high - gain]], fmt="o", color=colour, capsize=3)
     axes.set_yticks(range(len(ranked)), list(ranked))
     axes.invert_yaxis()
     axes.axvline(0, color="grey", linewidth=0.8)
-    axes.set(title="N@5 − no-op, 95 % interval")
+    axes.set(title=f"{metric} − no-op, 95 % interval")

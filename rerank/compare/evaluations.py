@@ -8,8 +8,9 @@ import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -17,11 +18,13 @@ import pyarrow.parquet as pq
 import yaml
 
 from rerank.launch import run_dir as runs
+from rerank.metrics import METRICS
 from rerank.next_item import held_out_sets, recall
 from rerank.next_item.pruning import FILE as PRUNING_FILE
 from rerank.next_item.pruning import Pruning
 from rerank.results.rankers import of_task
 from rerank.results.rankings import Ranking, Values, metrics_per_row
+from rerank.results.tables import metrics_of
 
 logger = logging.getLogger(__name__)
 
@@ -81,19 +84,18 @@ class ListEvaluation(Evaluation):
     start: str
 
     @classmethod
-    def load(cls, run: Path) -> "ListEvaluation":
-        """From rankings.parquet, by the lists' relevance."""
-        folder = runs.stage_dir(run, "evaluate")
-        split = json.loads((folder / "results.json").read_text())["split"]
+    def load(cls, run: Path, metrics: Sequence[str] = METRICS) -> "ListEvaluation":
+        """From rankings.parquet, by the lists' relevance: these metrics."""
+        folder, split = runs.stage_dir(run, "evaluate"), read_results(run)["split"]
         path = runs.stage_dir(run, "candidates") / f"{split}.parquet"
         lists = pq.read_table(path, columns=["row_id", "relevance"]).to_pandas().set_index("row_id")
         by_ranker, values = _by_ranker(folder / "rankings.parquet"), {}
         shown = by_ranker["no_op"]
         relevance = lists["relevance"][shown["row_id"]].tolist()
         for name, lines in by_ranker.items():
-            values[name] = metrics_per_row(Ranking(name, lines["order"].tolist()), relevance)
+            values[name] = metrics_per_row(Ranking(name, lines["order"].tolist()), relevance, metrics=metrics)
             values[name][FAILED] = lines["order"].isna().to_numpy(dtype=float)
-        values["random"] = metrics_per_row(Ranking("random", None), relevance)
+        values["random"] = metrics_per_row(Ranking("random", None), relevance, metrics=metrics)
         folders = {r.name: runs.stage_dir(run, r.stage).resolve() for r in of_task("rerank") if r.stage}
         recipe = folders["dapo"] / "recipe.yaml"
         without_trace = recipe.is_file() and yaml.safe_load(recipe.read_text()).get("without_trace")
@@ -178,6 +180,22 @@ def load_all(load: Callable[[Path], E], runs_of: RunsOf, what: str) -> dict[str,
     user_of = {row: user for found in of_first for row, user in zip(found.rows, found.users, strict=True)}
     rows, users = list(user_of), np.array(list(user_of.values()))
     return {name: [found.on(rows, users) for found in seeds] for name, seeds in read.items()}
+
+
+def read_results(run: Path) -> dict[str, Any]:
+    """results.json of a run."""
+    found: dict[str, Any] = json.loads((runs.stage_dir(run, "evaluate") / "results.json").read_text())
+    return found
+
+
+def list_metrics(runs_of: RunsOf) -> tuple[str, ...]:
+    """The metrics of runs that rank lists: those of the first one."""
+    return metrics_of(read_results(next(iter(runs_of.values()))[0]))
+
+
+def load_lists(runs_of: RunsOf) -> dict[str, list[ListEvaluation]]:
+    """Every run that ranks lists, by `list_metrics`."""
+    return load_all(partial(ListEvaluation.load, metrics=list_metrics(runs_of)), runs_of, "rows")
 
 
 def by_seed(seeds: Sequence[Evaluation], ranker: str, metric: str) -> np.ndarray:

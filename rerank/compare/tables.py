@@ -7,12 +7,12 @@ import numpy as np
 
 from rerank.compare import evaluations, slices
 from rerank.compare.evaluations import ListEvaluation, RunsOf, Variants, by_seed, count_seeds, mean
+from rerank.metrics import compared
 from rerank.next_item import held_out_sets, recall
-from rerank.results.intervals import LEAVES_SEEDS_OUT, Sampling
+from rerank.results.intervals import Sampling, holds
 from rerank.results.rankers import of_task
-from rerank.results.tables import NO_VALUE, Results, interval, markdown_table, number, percent
+from rerank.results.tables import NO_VALUE, Results, interval, markdown_table, number, percent, shown_metrics
 
-METRICS, COMPARED = ("R@1", "R@5", "N@5"), ("N@5", "R@1")  # of lists of candidates
 COMPARED_NEXT = ("R@10", "N@10")
 CATALOGUE_MODELS = [ranker.name for ranker in of_task("next_item") if ranker.stage == "sft"]
 SEARCH = "sft"  # ranks the catalogue by beam search
@@ -25,9 +25,7 @@ def rows_of(results: Sequence[Results]) -> str:
     """Which rows were evaluated, and how to read the tables, from the results of each seed of a variant."""
     first, num_seeds = results[0], len(results)
     task = first.get("task", "rerank")
-    intervals = f"Intervals: 95 %, {LEAVES_SEEDS_OUT}."
-    if num_seeds > 1:
-        intervals = f"Intervals: 95 %, over users and {num_seeds} training seeds."
+    intervals = f"Intervals: {holds(num_seeds)}."
     if task == "held_out_sets":
         return (
             f"{_count(results, 'n')} users, {first['split']}: all that is held out of a user, found from the training "
@@ -39,10 +37,12 @@ def rows_of(results: Sequence[Results]) -> str:
             f"{first['num_beams']} beams.\n{intervals} One hop: the target is among the 50 most frequent direct "
             "training successors of the history's items."
         )
-    list_recall = percent(float(np.mean([of_seed["hit_share"] for of_seed in results])))
+    recalls = [of_seed.get("list_recall", of_seed["hit_share"]) for of_seed in results]
+    is_some = any(of_seed.get("n_all_relevant") for of_seed in results)
+    only = f"; {_count(results, 'n_all_relevant')} left out, of relevant items alone" if is_some else ""
     return (
         f"{_count(results, 'n')} {first['split']} rows whose list holds a relevant item, of "
-        f"{_count(results, 'n_all')} (list recall {list_recall}).\n"
+        f"{_count(results, 'n_all')} (list recall {percent(float(np.mean(recalls)))}{only}).\n"
         f"{intervals} A completion that is no ranking scores zero. The difference to sft is, for dapo, to the model "
         "of the sft stage that it started from."
     )
@@ -76,7 +76,8 @@ def list_lines(runs_of: RunsOf) -> list[str]:
     A model that a variant shares with the first one stands there only. Differences are to the no-op, to sft (of dapo:
     the model it started from), and to the same ranker of the first variant.
     """
-    read = evaluations.load_all(ListEvaluation.load, runs_of, "rows")
+    read, metrics = evaluations.load_lists(runs_of), evaluations.list_metrics(runs_of)
+    shown, main = shown_metrics(metrics), compared(metrics)[0]
     first, of_first = next(iter(read.items()))
     baselines = [ranker.name for ranker in of_task("rerank") if ranker.is_baseline]
     rankers = [(NO_VALUE, of_first, name) for name in baselines if name in of_first[0].values]
@@ -86,23 +87,23 @@ def list_lines(runs_of: RunsOf) -> list[str]:
         rankers += [(variant, seeds, name) for name in own]
     sampling, values, differences = Sampling(of_first[0].users), [], []
     for variant, seeds, ranker in rankers:
-        cells = [number(mean(seeds, ranker, metric)) for metric in METRICS]
+        cells = [number(mean(seeds, ranker, metric)) for metric in shown]
         references: list[Line | None] = [(of_first, "no_op"), None, None]
         if variant == NO_VALUE:
-            values.append([variant, ranker, str(count_seeds(seeds, ranker, "N@5")), *cells, NO_VALUE, NO_VALUE])
+            values.append([variant, ranker, str(count_seeds(seeds, ranker, main)), *cells, NO_VALUE, NO_VALUE])
         else:
             failed = f"{mean(seeds, ranker, evaluations.FAILED):.1%}"
-            values.append([variant, ranker, str(len(seeds)), *cells, failed, spread((seeds, ranker), "N@5")])
+            values.append([variant, ranker, str(len(seeds)), *cells, failed, spread((seeds, ranker), main)])
             start = seeds[0].start if ranker == "dapo" else "sft"
             if ranker != start and (start in seeds[0].values or _shared(seeds, of_first, start)):
                 references[1] = (seeds if start in seeds[0].values else of_first, start)
             if seeds is not of_first and ranker in of_first[0].values:
                 references[2] = (of_first, ranker)
-        pairs = itertools.product(COMPARED, references)
+        pairs = itertools.product(compared(metrics), references)
         cells = [minus((seeds, ranker), other, metric, sampling) for metric, other in pairs]
         differences.append([variant, ranker, values[-1][2], *cells])
-    heads = ["variant", "ranker", "seeds", *METRICS, evaluations.FAILED, "spread of N@5"]
-    minus_heads = [f"{metric} − {other}" for metric in COMPARED for other in ("no-op", "sft", first)]
+    heads = ["variant", "ranker", "seeds", *shown, evaluations.FAILED, f"spread of {main}"]
+    minus_heads = [f"{metric} − {other}" for metric in compared(metrics) for other in ("no-op", "sft", first)]
     table = markdown_table(["variant", "ranker", "seeds", *minus_heads], differences[1:], 2)  # the no-op stands first
     run = next(iter(runs_of.values()))[0]
     return [*markdown_table(heads, values, 2), "", *table, *slices.list_lines(run, rankers)]

@@ -1,9 +1,9 @@
 r"""Stage 8: rank held-out rows with every ranker and measure each.
 
-In: the folders of all stages before it. Out: `results.json`, `results.md`, `rankings.parquet` (every order and
-completion, so that anybody can compute the numbers again) and `orders.parquet` (rankings of rows in other orders).
-With the tasks next_item and held_out_sets the whole catalogue is ranked: `results.json`, `results.md`,
-`lists.parquet`, and with next_item `pruning.parquet` if asked for.
+In: the folders of all stages before it. Out: `results.json`, `results.md`, `bar.json` (every difference of two rankers
+with its interval), `rankings.parquet` (every order and completion, so that anybody can compute the numbers again) and
+`orders.parquet` (rankings of rows in other orders). With the tasks next_item and held_out_sets the whole catalogue is
+ranked: `results.json`, `results.md`, `bar.json`, `lists.parquet`, and with next_item `pruning.parquet` if asked for.
 `rerank report RUN_DIR` writes the results and the run into one page; `rerank run` does so after this stage.
 
     accelerate launch --config_file recipes/accelerate/cpu.yaml -m rerank.evaluate \
@@ -26,15 +26,17 @@ from rerank.launch import recipe, run_dir
 from rerank.launch.files import write_json, write_text, write_whole
 from rerank.launch.stages import Stage
 from rerank.launch.values import check_choice, check_range, option
+from rerank.metrics import METRICS, compared
 from rerank.models.ranker import Answer, RankingModel
 from rerank.next_item.encoder import SETTINGS
-from rerank.results import orders, tables
+from rerank.results import bar, orders, overview
+from rerank.results.intervals import Sampling
 from rerank.results.orders import MAX_ROWS, ShuffledRows
 from rerank.results.rankers import SPLITS, TASKS, Ranker, models_of_task, of_task
-from rerank.results.rankings import EvaluatedRows, Ranking, difficulty, make_results, shared_ids
+from rerank.results.rankings import EvaluatedRows, Ranking, difficulty, make_results, shared_ids, values_of
 from rerank.results.shuffled_texts import shows_texts
-from rerank.results.slices import SplitLists
-from rerank.rows import RankingRow
+from rerank.results.slices import LEAST_ROWS, MOST_VALUES, SplitLists, check_columns
+from rerank.rows import RankingRow, read_feature_names
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +83,16 @@ class EvaluateArguments(recipe.StageArguments):
     pruning: bool = option(
         False, "next_item: measure how many targets among the most probable items beam search prunes."
     )
+    metrics: list[str] = option(
+        list(METRICS),
+        "Task rerank: metrics, each R@k, N@k, MRR or AUC. The first N@k and the first R@k get intervals; slices and "
+        "order robustness show the first N@k.",
+    )
+    slices: list[str] = option(
+        list,
+        "Task rerank: columns of requests and users, of the data stage's request_fields, by whose values rows are "
+        f"sliced: each of {LEAST_ROWS} rows at least, {MOST_VALUES} of a column at most, and the others.",
+    )
     num_bootstrap: int = option(2000, "Bootstrap samples of an interval.")
     orders: int = option(
         4,
@@ -110,6 +122,10 @@ class EvaluateArguments(recipe.StageArguments):
             )
         if self.shuffle_texts and self.task != "rerank":
             raise ValueError(f"shuffle_texts goes with task rerank, but task is {self.task}; leave it out")
+        compared(self.metrics)  # refuses what is no metric
+        for name, default in (("metrics", list(METRICS)), ("slices", [])):
+            if self.task != "rerank" and getattr(self, name) != default:
+                raise ValueError(f"{name} goes with task rerank, but task is {self.task}; leave it out")
         for name in ("max_rows", "orders"):
             check_range(name, getattr(self, name), least=0)
         for name in ("batch_size", "num_bootstrap", "num_beams"):
@@ -133,6 +149,8 @@ def check(args: EvaluateArguments) -> None:
         if "sft" in optional_inputs(args) and run_dir.is_finished(args.run_dir, "sft"):
             refuse_ranker(run_dir.stage_dir(args.run_dir, "sft") / "model")
         return
+    if run_dir.is_finished(args.run_dir, "candidates"):
+        check_columns(run_dir.stage_dir(args.run_dir, "candidates") / f"{args.split}.parquet", args.slices)
     for ranker in rankers_of(args):
         if ranker.kind == "generates" and run_dir.is_finished(args.run_dir, ranker.stage):
             model = RankingModel.load(ranker.model_dir(args.run_dir))
@@ -153,10 +171,13 @@ def refuse_ranker(folder: Path) -> None:
 
 
 def rankers_of(args: EvaluateArguments) -> Iterator[Ranker]:
-    """The baselines and the models that are asked for; a control that was not trained is left out, and the mid-trained
-    model in a run without semantic ids, by which it scores items."""
+    """The baselines and the models that are asked for; a control that was not trained is left out.
+
+    So is a baseline whose feature the candidates do not have.
+    """
+    features = read_feature_names(run_dir.stage_dir(args.run_dir, "candidates"))[0]
     for ranker in of_task("rerank"):
-        if ranker.control_of or (ranker.kind == "likelihood" and not scores_items(args, ranker)):
+        if ranker.control_of or (ranker.needs_feature and ranker.needs_feature not in features):
             continue
         if ranker.is_optional and ranker.name in args.models and not ranker.model_dir(args.run_dir).is_dir():
             logger.info("no %s row: %s was not trained", ranker.name, ranker.model_dir(args.run_dir))
@@ -164,12 +185,12 @@ def rankers_of(args: EvaluateArguments) -> Iterator[Ranker]:
             yield ranker
 
 
-def scores_items(args: EvaluateArguments, ranker: Ranker) -> bool:
-    """Whether the run has a model of items' likelihood, and the semantic ids that it writes; says so if not."""
-    missing = [stage for stage in ("semantic_ids", ranker.stage) if not run_dir.is_finished(args.run_dir, stage)]
-    if missing and ranker.name in args.models:
-        logger.info("no %s row: the run has no %s stage", ranker.name, missing[0])
-    return not missing
+def can_rank(ranker: Ranker, args: EvaluateArguments, catalogue: Catalogue) -> bool:
+    """Whether there is what a ranker rests on: the mid-trained model scores items by their semantic ids."""
+    if ranker.kind != "likelihood" or (catalogue.has_ids and ranker.model_dir(args.run_dir).is_dir()):
+        return True
+    logger.info("no %s row: this run has no model that knows semantic ids", ranker.name)
+    return False
 
 
 def kept_steps(args: EvaluateArguments) -> dict[str, dict[str, Any]]:
@@ -198,7 +219,7 @@ def write_rankings(rankings: Sequence[Ranking], rows: Sequence[RankingRow], path
 
 
 def write_orders(
-    ranked: Sequence[Ranked], shuffled: ShuffledRows, num_bootstrap: int, path: Path
+    ranked: Sequence[Ranked], shuffled: ShuffledRows, args: EvaluateArguments, path: Path
 ) -> dict[str, Any] | None:
     """Write the rankings of rows in other orders; returns each ranker's order robustness, None without orders."""
     if not shuffled.shown:
@@ -210,35 +231,48 @@ def write_orders(
     found = {}
     for one in checked:
         given = [(one.ranking.orders or [])[place] for place in shuffled.places]
-        found[one.ranking.name] = orders.summarize(given, one.again, shuffled, num_bootstrap)
+        found[one.ranking.name] = orders.summarize(given, one.again, shuffled, args.num_bootstrap, args.metrics)
     return {"num_orders": len(shuffled.shown), "rows": len(shuffled.rows), "rankers": found}
 
 
+def write_bar(rankings: Sequence[Ranking], evaluated: EvaluatedRows, num_bootstrap: int, path: Path) -> None:
+    """Write every difference of two rankers."""
+    values: bar.Lines = {(name,): of_ranker for name, of_ranker in values_of(rankings, evaluated).items()}
+    sampling = Sampling(evaluated.users, num_bootstrap)
+    bar.write(path, values, evaluated.metrics, sampling, evaluated.split)
+
+
 def main(args: EvaluateArguments, out_dir: Path) -> dict[str, Any]:
-    """Rank, measure and write the tables; returns the split, n and N@5 of each ranker."""
+    """Rank, measure and write the tables; returns the split, n and the first N@k of each ranker."""
     if args.task == "next_item":
         return next_item.evaluate(args, out_dir)
     if args.task == "held_out_sets":
         return next_item.evaluate_sets(args, out_dir)
-    evaluated = EvaluatedRows.load(run_dir.stage_dir(args.run_dir, "candidates"), args.split, args.max_rows)
+    lists = SplitLists.load(args.run_dir, args.split, args.slices)
+    candidates_dir = run_dir.stage_dir(args.run_dir, "candidates")
+    evaluated = EvaluatedRows.load(candidates_dir, args.split, args.max_rows, args.metrics)
     logger.info("%d %s rows", len(evaluated.rows), args.split)
     asked = Questions.of(args, evaluated.rows)
-    ranked = [rank(ranker, args, asked) for ranker in rankers_of(args)]
+    catalogue = Catalogue.load(args.run_dir)
+    ranked = [rank(ranker, args, asked) for ranker in rankers_of(args) if can_rank(ranker, args, catalogue)]
     rankings = [one.ranking for one in ranked] + [one.control for one in ranked if one.control is not None]
     results = make_results(rankings, evaluated, args.num_bootstrap)
-    results |= difficulty(rankings, evaluated, SplitLists.load(args.run_dir, args.split), args.num_bootstrap)
-    if (catalogue := Catalogue.load(args.run_dir)).has_ids:
+    results |= difficulty(rankings, evaluated, lists, args.num_bootstrap)
+    if catalogue.has_ids:
         results["shared_ids"] = shared_ids(catalogue, evaluated.rows)
-    results["orders"] = write_orders(ranked, asked.shuffled, args.num_bootstrap, out_dir / "orders.parquet")
+    results["orders"] = write_orders(ranked, asked.shuffled, args, out_dir / "orders.parquet")
     if run_dir.is_finished(args.run_dir, "dapo"):
         dapo = run_dir.read_metrics(args.run_dir, "dapo")
         results["dapo"] = {name: dapo[name] for name in DAPO_METRICS if name in dapo}
     results["kept"] = kept_steps(args)
     write_json(out_dir / "results.json", results)
-    write_text(out_dir / "results.md", tables.markdown(results))
+    write_text(out_dir / "results.md", overview.markdown(results))
+    write_bar(rankings, evaluated, args.num_bootstrap, out_dir / bar.FILE)
     write_rankings(rankings, evaluated.rows, out_dir / "rankings.parquet")
     logger.info("`rerank report %s` writes the page of this run", args.run_dir)
-    return {"split": args.split, "n": results["n"], "N@5": {name: row["N@5"] for name, row in results["rows"].items()}}
+    main_metric = evaluated.compared[0]
+    values = {name: row[main_metric] for name, row in results["rows"].items()}
+    return {"split": args.split, "n": results["n"], main_metric: values}
 
 
 STAGE = Stage(

@@ -11,6 +11,8 @@ from rerank.launch.files import write_json, write_text
 from rerank.next_item import held_out_sets, pruning, recall
 from rerank.next_item.model import NextItemModel
 from rerank.next_item.recall import LIST_LENGTH
+from rerank.results import bar
+from rerank.results.intervals import Sampling
 from rerank.results.tables import Results
 
 if TYPE_CHECKING:
@@ -20,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 def evaluate(args: "EvaluateArguments", out_dir: Path) -> dict[str, object]:
-    """Write results.json, results.md, lists.parquet, pruning.parquet if asked for; returns the split, n, each R@10."""
+    """Write the results, bar.json, lists.parquet, pruning.parquet if asked for; returns the split, n, each R@10."""
     run = Path(args.run_dir)
     found = recall.find_lists(run, args.split, args.lists, args.models, args.num_beams, args.max_rows)
     logger.info("%d %s rows", len(found.rows), args.split)
@@ -33,17 +35,26 @@ def evaluate(args: "EvaluateArguments", out_dir: Path) -> dict[str, object]:
         results["pruning"] = measured.summary()
         text += pruning.markdown(results["pruning"], args.num_beams)
     _write_results(results, text, out_dir)
+    values: bar.Lines = {
+        (name,): recall.metrics_of_lists(items, found.rows.targets) for name, items in found.lists.items()
+    }
+    bar.write(out_dir / bar.FILE, values, recall.METRICS, Sampling(found.rows.users, args.num_bootstrap), args.split)
     found.write(out_dir / "lists.parquet")
     recalls = {name: row["all"][f"R@{LIST_LENGTH}"] for name, row in results["rows"].items()}
     return {"split": args.split, "n": results["n"]["all"], f"R@{LIST_LENGTH}": recalls}
 
 
 def evaluate_sets(args: "EvaluateArguments", out_dir: Path) -> dict[str, object]:
-    """Write results.json, results.md and lists.parquet; returns the split, n and each ranker's metrics."""
+    """Write results.json, results.md, bar.json, lists.parquet; returns the split, n and each ranker's metrics."""
     held_out = held_out_sets.HeldOut.load(Path(args.run_dir), args.split, args.max_rows)
     found = held_out_sets.find_sets(Path(args.run_dir), held_out, args.num_beams)
     results = held_out_sets.summarise(held_out, found, args.split, args.num_bootstrap)
     _write_results(results, held_out_sets.markdown(results), out_dir)
+    values: bar.Lines = {
+        (name,): held_out_sets.metrics_of_sets(lists, held_out.targets) for name, lists in found.items()
+    }
+    sampling = Sampling(held_out.users, args.num_bootstrap)
+    bar.write(out_dir / bar.FILE, values, held_out_sets.METRICS, sampling, args.split)
     columns: dict[str, np.ndarray | list[np.ndarray]] = {"user": held_out.users, "targets": held_out.targets}
     recall.write_lists(out_dir / "lists.parquet", held_out_sets.LISTS, columns, found)
     return {name: results[name] for name in ("split", "n", "rows")}

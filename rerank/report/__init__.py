@@ -12,9 +12,10 @@ from typing import Any
 from rerank.catalogue import Catalogue
 from rerank.launch import run_dir as runs
 from rerank.launch.stages import STAGES
+from rerank.metrics import compared, parse_metric
 from rerank.report import charts, cheating, page, rollouts, semantic_ids
 from rerank.report.rows import read_ranked_rows, sample_rows
-from rerank.results import tables
+from rerank.results import overview, tables
 from rerank.results.rankers import GENERATING, of_task
 from rerank.rollouts.groups import RolloutGroups
 
@@ -59,7 +60,7 @@ def write_report(run_dir: str | Path, evaluate_dir: str | Path, path: str | Path
         extra_scripts=["rollouts.js"] if found else [],
         first=first,
         name=run_dir.resolve().name,
-        columns=tables.COLUMNS,
+        columns=results["columns"] if results else [],
         rankers={ranker.name: ranker.description for ranker in of_task("rerank")},
         rollouts=found.get("sample"),
         stages=stages,
@@ -80,18 +81,22 @@ def _results(run_dir: Path, evaluate_dir: Path, missing: dict[str, str]) -> Sect
     rows = read_ranked_rows(run_dir, evaluate_dir, results["split"])
     name, samples = sample_rows(rows, results, Catalogue.load(run_dir))
     return {
-        "title": tables.title(results),
+        "title": overview.title(results),
         "headline": headline(results),
-        "table": {ranker: tables.cells(ranker, row) for ranker, row in results["rows"].items()},
-        "notes": tables.notes(results),
+        "columns": overview.columns(results),
+        "table": {ranker: overview.cells(ranker, results) for ranker in results["rows"]},
+        "notes": overview.notes(results),
         "charts": [
             charts.gain_chart(results),
             charts.place_chart(rows, results),
-            *([charts.order_chart(results["orders"])] if results.get("orders") else []),
+            *([charts.order_chart(results)] if results.get("orders") else []),
+            *charts.click_charts(run_dir),
         ],
-        "further": tables.further_tables(results),
+        "further": overview.further_tables(results),
         "sampled": name,
         "samples": samples,
+        "graded": any(shown.get("grade") for sample in samples for shown in sample["incoming"]),
+        "unseen": any(shown.get("unseen") for sample in samples for shown in sample["incoming"]),
     }
 
 
@@ -115,14 +120,15 @@ def headline(results: Mapping[str, Any]) -> str:
     name = next((name for name in (*GENERATING, "midtrained") if name in results["rows"]), None)
     if name is None:
         return "No language model was evaluated."
-    row, no_op = results["rows"][name], results["rows"]["no_op"]["N@5"]
-    relative = f", {100 * row['N@5_minus_no_op'] / no_op:+.1f} % relative" if no_op else ""
-    low, high = row["N@5_interval"]
+    metric = compared(tables.metrics_of(results))[0]
+    row, no_op = results["rows"][name], results["rows"]["no_op"][metric]
+    difference, (low, high) = row[f"{metric}_minus_no_op"], row[f"{metric}_interval"]
+    relative = f", {100 * difference / no_op:+.1f} % relative" if no_op else ""
     verdict = "above the input order" if low > 0 else "below the input order" if high < 0 else "no clear difference"
     return (
-        f"{name}: NDCG@5 {row['N@5']:.4f}, input order {no_op:.4f}{relative}; difference "
-        f"{tables.interval(row['N@5_minus_no_op'], row['N@5_interval'])}: {verdict}. The interval is "
-        "over users; another training seed may lie outside."
+        f"{name}: NDCG@{parse_metric(metric)[1]} {row[metric]:.4f}, input order {no_op:.4f}{relative}; difference "
+        f"{tables.interval(difference, (low, high))}: {verdict}. The interval is over users; another training seed "
+        "may lie outside."
     )
 
 
@@ -133,11 +139,15 @@ def stage_facts(run_dir: str | Path) -> dict[str, list[tuple[str, str]]]:
 
 
 def _facts(metrics: Mapping[str, object], prefix: str = "") -> list[tuple[str, str]]:
-    """Plain values first, then those of nested mappings; lists longer than three are left to metrics.json."""
+    """Plain values first, then those of nested mappings; long lists and lists of mappings are left out."""
     nested = {name: value for name, value in metrics.items() if isinstance(value, dict)}
     plain = ((name, value) for name, value in metrics.items() if name not in nested)
-    facts = [(prefix + name, _printed(v)) for name, v in plain if not isinstance(v, list) or len(v) <= 3]
+    facts = [(prefix + name, _printed(value)) for name, value in plain if _is_short(value)]
     return facts + [fact for name, value in nested.items() for fact in _facts(value, f"{prefix}{name} / ")]
+
+
+def _is_short(value: object) -> bool:
+    return not isinstance(value, list) or (len(value) <= 3 and not any(isinstance(part, dict) for part in value))
 
 
 def _printed(value: object) -> str:

@@ -11,13 +11,16 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from rerank.launch.run_dir import is_finished, read_metrics
+from rerank.metrics import compared, parse_metric
 from rerank.report.page import FROM_ZERO, STEPS, Chart, chart
 from rerank.report.rows import RankedRow
 from rerank.results.rankers import GENERATING
+from rerank.results.tables import metrics_of
 
 MIDTRAIN, SFT, DAPO = (f"{stage}/log_history.json" for stage in ("midtrain", "sft", "dapo"))
 NO_TRACE = "sft/log_history_no_trace.json"
 KEPT = {SFT: ("kept",), NO_TRACE: ("no_trace", "kept"), DAPO: ("kept",)}  # log -> where its stage's metrics tell it
+MOST_TICKS = 30  # of an axis of ranks with a number each
 CHECKED = ("eval_N@5", "eval_R@1")
 AGREEMENT = ("rollouts/consistency/kendall_tau", "rollouts/consistency/same_first")
 CURVES = (  # title, log, keys of it or patterns of them
@@ -38,15 +41,16 @@ CURVES = (  # title, log, keys of it or patterns of them
 
 
 def gain_chart(results: Mapping[str, Any]) -> Chart:
-    """NDCG@5 of each ranker minus that of the input order, with intervals."""
+    """The first NDCG@k of each ranker minus that of the input order, with intervals."""
+    metric = compared(metrics_of(results))[0]
     names = [name for name in results["rows"] if name not in ("no_op", "random", "oracle")][::-1]
     rows = [results["rows"][name] for name in names]
-    gains = [row["N@5_minus_no_op"] for row in rows]
-    above = [row["N@5_interval"][1] - gain for row, gain in zip(rows, gains, strict=True)]
-    below = [gain - row["N@5_interval"][0] for row, gain in zip(rows, gains, strict=True)]
+    gains = [row[f"{metric}_minus_no_op"] for row in rows]
+    above = [row[f"{metric}_interval"][1] - gain for row, gain in zip(rows, gains, strict=True)]
+    below = [gain - row[f"{metric}_interval"][0] for row, gain in zip(rows, gains, strict=True)]
     error = {"type": "data", "array": above, "arrayminus": below, "thickness": 2, "width": 6}
     points = go.Scatter(x=gains, y=names, mode="markers", error_x=error, marker={"size": 10})
-    title = "NDCG@5 minus that of the input order, 95 % intervals over users"
+    title = f"NDCG@{parse_metric(metric)[1]} minus that of the input order, 95 % intervals over users"
     return chart(go.Figure(points), title, xaxis={"tickformat": "+"})
 
 
@@ -58,23 +62,41 @@ def place_chart(rows: Sequence[RankedRow], results: Mapping[str, Any]) -> Chart:
         places = [place for ranked in rows if (place := ranked.place(name)) is not None]
         shares = np.bincount(places, minlength=last + 1)[1:] / len(rows)
         figure.add_scatter(x=list(range(1, last + 1)), y=shares.tolist(), mode="lines+markers", name=name)
-    axes = {"xaxis": {"title": {"text": "rank"}, "dtick": 1}, "yaxis": {"tickformat": ".0%", **FROM_ZERO}}
-    return chart(figure, "Rank of the relevant item, share of rows", **axes)
+    ticks = {"dtick": 1} if last <= MOST_TICKS else {}
+    axes = {"xaxis": {"title": {"text": "rank"}, **ticks}, "yaxis": {"tickformat": ".0%", **FROM_ZERO}}
+    has_several = any(sum(grade > 0 for grade in ranked.row.relevance) > 1 for ranked in rows)
+    which = "best-placed relevant item" if has_several else "relevant item"
+    return chart(figure, f"Rank of the {which}, share of rows", **axes)
 
 
-def order_chart(orders: Mapping[str, Any]) -> Chart:
-    """NDCG@5 of each ranker on rows as given, in each other order, and of the ranking merged over these orders."""
+def click_charts(run_dir: Path) -> list[Chart]:
+    """The share of relevant candidates at each place of the requests, where the data stage has counted it."""
+    data: Mapping[str, Any] = read_metrics(run_dir, "data") if is_finished(run_dir, "data") else {}
+    places = data.get("click_rate_by_place")
+    if not places:
+        return []
+    x, shares = [place["place"] for place in places], [place["share"] for place in places]
+    counts = [f"{place['clicked']} of {place['shown']}" for place in places]
+    figure = go.Figure(go.Scatter(x=x, y=shares, text=counts, mode="lines+markers"))
+    axes = {"xaxis": {"title": {"text": "place"}}, "yaxis": {"tickformat": ".0%", **FROM_ZERO}}
+    return [chart(figure, "Click rate by place shown, all requests", **axes)]
+
+
+def order_chart(results: Mapping[str, Any]) -> Chart:
+    """The first NDCG@k of each ranker on rows as given, in each other order, and of the ranking merged over these."""
+    orders, metric = results["orders"], compared(metrics_of(results))[0]
     figure, rankers = go.Figure(), dict(reversed(orders["rankers"].items()))
     points = {
         "each other order": [(value, name) for name, found in rankers.items() for value in found["by_order"]],
-        "as given": [(found["given"]["N@5"], name) for name, found in rankers.items()],
-        "merged": [(found["merged"]["N@5"], name) for name, found in rankers.items()],
+        "as given": [(found["given"][metric], name) for name, found in rankers.items()],
+        "merged": [(found["merged"][metric], name) for name, found in rankers.items()],
     }
     for (kind, places), symbol in zip(points.items(), ("line-ns-open", "circle", "diamond-open"), strict=True):
         values, names = zip(*places, strict=True)
         marker = {"size": 12, "symbol": symbol, "line": {"width": 2}}
         figure.add_scatter(x=values, y=names, mode="markers", name=kind, marker=marker)
-    return chart(figure, f"NDCG@5 by the order in which candidates are shown, {orders['rows']} rows")
+    title = f"NDCG@{parse_metric(metric)[1]} by the order in which candidates are shown, {orders['rows']} rows"
+    return chart(figure, title)
 
 
 def training_charts(run_dir: Path) -> list[Chart]:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from rerank.metrics import METRICS, reciprocal_rank_fusion
+from rerank.metrics import METRICS, compared, reciprocal_rank_fusion
 from rerank.results.intervals import Sampling
 from rerank.results.rankings import Ranking, metrics_per_row
 from rerank.rollouts.metrics import agreement
@@ -21,7 +21,6 @@ from rerank.rows import RankingRow, choose_rows, shuffle
 
 MAX_ROWS = 500  # of the evaluated rows: four orders of them cost about as much as two evaluations of 1,000 rows
 SEED = 0  # the same rows and orders for every ranker and run
-COMPARED = "N@5"
 TABLE = pa.schema(
     [("row_id", pa.int64()), ("user", pa.int64()), ("ranker", pa.string()), ("number", pa.int64())]
     # positions into the row's candidates: as shown, and as ranked, best first, null for no ranking
@@ -70,7 +69,8 @@ class ShuffledRows:
     def _placed(row: RankingRow, shown: RankingRow, order: Order) -> Order:
         if order is None:
             return None
-        return [row.ranks.index(shown.ranks[place]) for place in order]
+        place_of = {rank: place for place, rank in enumerate(row.ranks)}
+        return [place_of[shown.ranks[place]] for place in order]
 
     def records(self, ranker: str, orders: Sequence[Sequence[Order]]) -> list[dict[str, Any]]:
         """Lines of TABLE: every ranking of a ranker."""
@@ -97,7 +97,11 @@ def between(orders: Sequence[Sequence[Order]]) -> dict[str, float | None]:
 
 
 def summarize(
-    given: Sequence[Order], orders: Sequence[Sequence[Order]], shuffled: ShuffledRows, num_samples: int
+    given: Sequence[Order],
+    orders: Sequence[Sequence[Order]],
+    shuffled: ShuffledRows,
+    num_samples: int,
+    metrics: Sequence[str] = METRICS,
 ) -> dict[str, Any]:
     """Of one ranker, for results.json.
 
@@ -106,25 +110,26 @@ def summarize(
         orders: K lists of S, those of the rows in other orders.
         shuffled: The rows.
         num_samples: Bootstrap samples of an interval.
+        metrics: Names.
 
     Returns:
         Metrics of three rankings of the rows: `given`; `shuffled`, the mean over orders; `merged`. Of the last two
-        the difference to the first in COMPARED, with its interval. COMPARED of each order and its standard deviation
-        over orders. The agreement of `between`.
+        the difference to the first in the first N@k, with its interval. This metric of each order and its standard
+        deviation over orders. The agreement of `between`.
     """
-    relevance = [row.relevance for row in shuffled.rows]
+    relevance, main = [row.relevance for row in shuffled.rows], compared(metrics)[0]
     sampling = Sampling(np.array([row.user for row in shuffled.rows]), num_samples)
-    by_order = [metrics_per_row(Ranking("", one), relevance) for one in orders]
+    by_order = [metrics_per_row(Ranking("", one), relevance, metrics=metrics) for one in orders]
     fused = [merged(of_row) for of_row in zip(*orders, strict=True)]
     values = {
-        "given": metrics_per_row(Ranking("", given), relevance),
-        "shuffled": {name: np.mean([one[name] for one in by_order], axis=0) for name in METRICS},
-        "merged": metrics_per_row(Ranking("", fused), relevance),
+        "given": metrics_per_row(Ranking("", given), relevance, metrics=metrics),
+        "shuffled": {name: np.mean([one[name] for one in by_order], axis=0) for name in metrics},
+        "merged": metrics_per_row(Ranking("", fused), relevance, metrics=metrics),
     }
-    found: dict[str, Any] = {kind: {m: float(of[m].mean()) for m in METRICS} for kind, of in values.items()}
+    found: dict[str, Any] = {kind: {m: float(of[m].mean()) for m in metrics} for kind, of in values.items()}
     for kind in ("shuffled", "merged"):
-        difference = sampling.difference(values[kind][COMPARED], values["given"][COMPARED])
+        difference = sampling.difference(values[kind][main], values["given"][main])
         found[kind] |= {"minus_given": difference[0], "interval": difference[1]}
-    found["by_order"] = [float(one[COMPARED].mean()) for one in by_order]
+    found["by_order"] = [float(one[main].mean()) for one in by_order]
     found["spread"] = float(np.std(found["by_order"], ddof=1)) if len(by_order) > 1 else None
     return found | between(orders)

@@ -10,17 +10,19 @@ from pathlib import Path
 from typing import Literal, cast
 
 import numpy as np
+import pyarrow.parquet as pq
 
 from rerank.baselines import fit_lambdamart
 from rerank.baselines.counts import RECENCY
 from rerank.baselines.features import TRANSITIONS
 from rerank.baselines.pairs import UNIT
-from rerank.metrics import best_first
+from rerank.metrics import best_first, gains_of
 from rerank.rows import RankingRow, read_feature_names, read_rows
 
 TASKS = ("rerank", "next_item", "held_out_sets")  # of the evaluate stage
 SPLITS = ("test", "valid")
 LAMBDAMART_SEED = 0  # one fit for every run, so that variants share the baseline
+CLICK_RATE = "click_rate"  # a feature of candidates of requests alone
 _RERANK, _CATALOGUE = TASKS[:1], TASKS[1:]
 
 Orders = list[list[int]]  # positions into each row's candidates, best first
@@ -58,6 +60,7 @@ class Ranker:
         folder: Of its model, in that of the stage.
         is_optional: Whether the stage may leave it out.
         is_fitted: Of a baseline: whether it has learned to rank lists of candidates.
+        needs_feature: Of a baseline: without this feature of the candidates it has no line.
         control_of: The ranker that it repeats with the items' texts shuffled; empty for a ranker of its own.
     """
 
@@ -70,6 +73,7 @@ class Ranker:
     folder: str = "model"
     is_optional: bool = False
     is_fitted: bool = False
+    needs_feature: str = ""
     control_of: str = ""
 
     @property
@@ -117,11 +121,42 @@ def transitions(candidates_dir: Path, rows: Sequence[RankingRow]) -> Orders:
     return orders
 
 
+def position(candidates_dir: Path, rows: Sequence[RankingRow]) -> Orders:
+    """By the mean gain of the candidates at each place of the training lists, ties by place.
+
+    Lists without a relevant item count, as do all but the first list of a row not; a place that no training list has
+    comes after all that one has.
+    """
+    path = candidates_dir / "train.parquet"
+    names = [name for name in pq.read_schema(path).names if name in ("relevance", "list_number")]
+    lists = pq.read_table(path, columns=names).to_pylist()
+    gains = [gains_of(row["relevance"] or []) for row in lists if not row.get("list_number")]
+    gains = [of_row for of_row in gains if len(of_row)]
+    length = max([*(len(of_row) for of_row in gains), *(len(row.candidates) for row in rows)])
+    by_place = np.full((len(gains), length), np.nan)
+    for line, of_row in zip(by_place, gains, strict=True):
+        line[: len(of_row)] = of_row
+    shown = (~np.isnan(by_place)).sum(axis=0)
+    means = np.where(shown > 0, np.nansum(by_place, axis=0) / np.maximum(shown, 1), -1.0)
+    return [best_first(means[: len(row.candidates)]) for row in rows]
+
+
+def _by_feature(name: str) -> Baseline:
+    """By a feature, highest first, ties in the order of the first stage."""
+
+    def orders(candidates_dir: Path, rows: Sequence[RankingRow]) -> Orders:
+        column = read_feature_names(candidates_dir)[0].index(name)
+        return _best_first(rows, [features[:, column] for features in _features(rows)])
+
+    return orders
+
+
 def lambdamart(candidates_dir: Path, rows: Sequence[RankingRow]) -> FittedOrders:
     """The order of LambdaMART fitted on all training lists that hold a relevant item, and on nothing else."""
-    train = read_rows(candidates_dir / "train.parquet", needs_features=True)
+    train, names = read_rows(candidates_dir / "train.parquet", needs_features=True), read_feature_names(candidates_dir)
     users = cast("list[int]", [row.user for row in train])
-    fitted = fit_lambdamart((_features(train), [row.relevance for row in train]), users, seed=LAMBDAMART_SEED)
+    lists = _features(train), [row.relevance for row in train]
+    fitted = fit_lambdamart(lists, users, seed=LAMBDAMART_SEED, names=names[0])
     by_fits = [_best_first(rows, scores) for scores in fitted.scores_of_fits(_features(rows))]
     return FittedOrders(_best_first(rows, fitted.scores(_features(rows))), by_fits)
 
@@ -140,7 +175,17 @@ RANKERS: tuple[Ranker, ...] = (
     Ranker("no_op", "input order, as the first stage gave it", _RERANK, orders=no_op),
     Ranker("random", "expected value over all orders", _RERANK, orders=expectation),
     Ranker("oracle", "relevant items first: what no ranker can exceed", _RERANK, orders=oracle),
-    Ranker("popularity", "counts of the training sequences", _CATALOGUE),
+    Ranker(
+        "position", "mean gain of each place of the training lists", _RERANK, orders=position, needs_feature=CLICK_RATE
+    ),
+    Ranker(
+        "popularity", "counts of the training sequences", TASKS, orders=_by_feature("popularity"),
+        needs_feature=CLICK_RATE,
+    ),
+    Ranker(
+        "click_rate", "smoothed share of an item's training impressions with feedback, ties in the order shown",
+        _RERANK, orders=_by_feature(CLICK_RATE), needs_feature=CLICK_RATE,
+    ),
     Ranker("transitions", "counts of who follows whom in the training sequences", TASKS, orders=transitions),
     Ranker("lambdamart", "boosted trees over the same evidence", _RERANK, orders=lambdamart, is_fitted=True),
     Ranker(

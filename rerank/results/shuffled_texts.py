@@ -1,7 +1,7 @@
 """A control: every item bears the text of another one, so that what a ranker knows from texts is lost.
 
-Titles and categories on item lines, and the facts computed from texts, are those of the other item. Semantic ids and
-all counts stay.
+Titles, categories and other columns on item lines, and the facts computed from texts, are those of the other item.
+Semantic ids and all counts stay.
 """
 
 from collections.abc import Sequence
@@ -37,7 +37,9 @@ class ShuffledTexts:
         counts = Counts.load(candidates_dir / "evidence.npz")
         sources = other_items(counts.num_items)
         facts = counts.facts.with_texts_of(sources)
-        columns = [read_feature_names(candidates_dir)[0].index(name) for name in TEXT_FEATURES]
+        names = read_feature_names(candidates_dir)[0]
+        shown = [number for number, name in enumerate(TEXT_FEATURES) if name in names]  # without embeddings fewer
+        columns = [names.index(TEXT_FEATURES[number]) for number in shown]
         shuffled = list(rows)
         for length in {len(row.candidates) for row in rows if row.features is not None}:
             chosen = [k for k, row in enumerate(rows) if row.features is not None and len(row.candidates) == length]
@@ -45,7 +47,7 @@ class ShuffledTexts:
             values = text_features(facts, histories, np.array([rows[k].candidates for k in chosen]))
             for k, of_row in zip(chosen, values, strict=True):
                 features = np.array(rows[k].features)
-                features[:, columns] = of_row
+                features[:, columns] = of_row[:, shown]
                 shuffled[k] = replace(rows[k], features=features)
         return cls(shuffled, sources)
 

@@ -1,10 +1,15 @@
-"""Where rows are hard: list recall, the first-stage rank of the target, and slices by target and history.
+"""Where rows are hard: list recall, the first-stage rank of the target, and slices by target, history and columns.
+
+A row of requests has no one target: there it stands for the relevant candidates of the highest grade. The best-placed
+of them has the first-stage rank, and the mean of their training interactions makes the row cold or popular.
 
 A rows of a split, R of them evaluated, S seeds.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,6 +17,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from rerank.launch import run_dir
+from rerank.metrics import judged
 from rerank.results.intervals import Column, Sampling
 from rerank.rows import RankingRow, TargetRows, training_items
 
@@ -20,21 +26,26 @@ POPULAR_PERCENTILE, SHORT_PERCENTILE = 90, 25  # of the items' training interact
 RANK_GROUPS = (*((rank, rank) for rank in range(1, 11)), (11, 20), (21, 50), (51, 100))
 MISSED = "not in the list"
 COLUMNS = ["row_id", "history", "candidates", "relevance", "target"]  # of a candidates table
+OPTIONAL = ("first_stage_ranks", "fields")
+LEAST_ROWS, MOST_VALUES = 20, 10  # of a value of a column that has a slice; such values of a column
+NO_VALUE = "none"  # of a row that lacks the column
 
 K = TypeVar("K")  # names a ranker
 
 
 @dataclass(frozen=True, eq=False)
 class Slices:
-    """Rows by target and by history.
+    """Rows by target, by history and by the values of columns.
 
     Attributes:
         meanings: Name of a slice to its definition, with the thresholds.
         members: Name of a slice to whether each row is in it, (A,).
+        columns: Name of a column to its slices.
     """
 
     meanings: dict[str, str]
     members: dict[str, np.ndarray]
+    columns: dict[str, list[str]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, interactions: np.ndarray, targets: np.ndarray, lengths: np.ndarray) -> "Slices":
@@ -45,17 +56,48 @@ class Slices:
             targets: (A,) items.
             lengths: (A,) items of each history.
         """
+        return cls._by_counts(interactions, interactions[targets], lengths)
+
+    @classmethod
+    def of_requests(cls, interactions: np.ndarray, rows: Sequence[RankingRow], lengths: np.ndarray) -> "Slices":
+        """As `of`, by the relevant candidates of the highest grade; without any a row is neither cold nor popular."""
+        best = [[row.candidates[place] for place in best_places(row)] for row in rows]
+        taken = np.array([interactions[items].mean() if items else np.nan for items in best])
+        return cls._by_counts(interactions, taken, lengths, ", mean of the best-graded candidates")
+
+    @classmethod
+    def _by_counts(cls, interactions: np.ndarray, taken: np.ndarray, lengths: np.ndarray, of: str = "") -> "Slices":
+        """By the training interactions of each row's target, (A,)."""
         at_percentile = int(np.percentile(interactions, POPULAR_PERCENTILE, method="higher"))
         popular = max(COLD_MOST + 1, at_percentile)  # no target is cold and popular
         short = int(np.percentile(lengths, SHORT_PERCENTILE, method="lower"))
         meanings = {
-            "cold": f"cold targets: at most {COLD_MOST} training interactions",
-            "popular": f"popular targets: at least {popular} training interactions ({POPULAR_PERCENTILE}th percentile "
-            "of the items)",
+            "cold": f"cold targets: at most {COLD_MOST} training interactions{of}",
+            "popular": f"popular targets: at least {popular} training interactions{of} ({POPULAR_PERCENTILE}th "
+            "percentile of the items)",
             "short": f"short histories: at most {short} items ({SHORT_PERCENTILE}th percentile of the rows)",
         }
-        taken = interactions[targets]
         return cls(meanings, {"cold": taken <= COLD_MOST, "popular": taken >= popular, "short": lengths <= short})
+
+    def with_columns(self, fields: Sequence[Mapping[str, Any]], columns: Iterable[str]) -> "Slices":
+        """Further slices: the rows of each value that LEAST_ROWS have, the MOST_VALUES most frequent; the others.
+
+        Args:
+            fields: A mappings of a row's columns to its values.
+            columns: To slice by, each there in some row.
+        """
+        meanings, members, found = dict(self.meanings), dict(self.members), {}
+        for column in columns:
+            values = np.array([_value_text(of_row.get(column)) for of_row in fields])
+            frequent = [
+                value for value, rows in Counter(values.tolist()).most_common(MOST_VALUES) if rows >= LEAST_ROWS
+            ]
+            of_column = {f"{column}={value}": values == value for value in frequent}
+            if (rest := ~np.isin(values, np.array(frequent, dtype=values.dtype))).any():
+                of_column[f"{column}: other values"] = rest
+            found[column], members = list(of_column), members | of_column
+            meanings |= {name: name.replace("=", ": ", 1) for name in of_column}
+        return replace(self, meanings=meanings, members=members, columns=found)
 
     @classmethod
     def of_rows(cls, run: str | Path, rows: TargetRows) -> "Slices":
@@ -64,7 +106,7 @@ class Slices:
 
     def taken(self, places: np.ndarray) -> "Slices":
         """The same slices of the rows at these places."""
-        return Slices(self.meanings, {name: members[places] for name, members in self.members.items()})
+        return replace(self, members={name: members[places] for name, members in self.members.items()})
 
     def counts(self) -> dict[str, dict[str, Any]]:
         """Definition of each slice and its number of rows, for results.json."""
@@ -79,6 +121,33 @@ def training_interactions(run: str | Path) -> np.ndarray:
     data_dir = run_dir.stage_dir(run, "data")
     num_items = pq.read_metadata(data_dir / "items.parquet").num_rows
     return np.bincount(training_items(data_dir)[1], minlength=num_items)
+
+
+def _value_text(value: object) -> str:
+    return NO_VALUE if value is None else str(value)
+
+
+def best_places(row: RankingRow) -> list[int]:
+    """Positions of the relevant candidates of the highest grade; none where no candidate is relevant."""
+    best = max(judged(row.relevance), default=0.0)
+    return [place for place, grade in enumerate(row.relevance) if grade == best > 0]
+
+
+def check_columns(path: Path, columns: Sequence[str]) -> None:
+    """Refuse columns to slice by that no row of a candidates table has.
+
+    Raises:
+        ValueError: Naming those there are.
+    """
+    has_fields = "fields" in pq.read_schema(path).names
+    texts = pq.read_table(path, columns=["fields"])["fields"].unique().to_pylist() if has_fields else []
+    known = sorted({name for text in texts if text for name in json.loads(text)})
+    for column in columns:
+        if column not in known:
+            raise ValueError(
+                f"slices holds {column!r}, but no row of {path} has this column; it has {', '.join(known) or 'none'}; "
+                "name it in request_fields of the data stage, or leave it out"
+            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,18 +167,27 @@ class SplitLists:
     slices: Slices
 
     @classmethod
-    def load(cls, run: str | Path, split: str) -> "SplitLists":
-        """The lists of a run's candidates stage."""
+    def load(cls, run: str | Path, split: str, columns: Sequence[str] = ()) -> "SplitLists":
+        """The lists of a run's candidates stage, with slices by these columns of the rows' `fields`.
+
+        Raises:
+            ValueError: When no row has one of the columns.
+        """
         path = run_dir.stage_dir(run, "candidates") / f"{split}.parquet"
-        ranks = [name for name in pq.read_schema(path).names if name == "first_stage_ranks"]  # optional
-        table = pq.read_table(path, columns=[*COLUMNS, *ranks]).sort_by("row_id")
-        rows, targets = [RankingRow.of(record) for record in table.to_pylist()], table["target"].to_numpy()
-        lengths = np.array([len(row.history) for row in rows])
+        check_columns(path, columns)
+        optional = [name for name in pq.read_schema(path).names if name in OPTIONAL]
+        table = pq.read_table(path, columns=[*COLUMNS, *optional]).sort_by("row_id")
+        rows, targets = [RankingRow.of(record) for record in table.to_pylist()], table["target"]
+        lengths, interactions = np.array([len(row.history) for row in rows]), training_interactions(run)
+        if targets.null_count:
+            slices = Slices.of_requests(interactions, rows, lengths)
+        else:
+            slices = Slices.of(interactions, targets.to_numpy(), lengths)
         return cls(
             row_ids=np.array([row.row_id for row in rows]),
-            ranks=np.array([row.target_rank or 0 for row in rows]),
+            ranks=np.array([min((row.ranks[place] for place in best_places(row)), default=0) for row in rows]),
             length=max(max(row.ranks) for row in rows),
-            slices=Slices.of(training_interactions(run), targets, lengths),
+            slices=slices.with_columns([row.fields for row in rows], columns),
         )
 
     @property

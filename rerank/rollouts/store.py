@@ -238,7 +238,7 @@ def _check_versions(first: Mapping[str, Path]) -> str:
         )
     if version not in OLD_NAMES:
         raise ValueError(
-            f"{path} has rollout schema version {version} but this code reads {' and '.join(OLD_NAMES)}; "
+            f"{path} has rollout schema version {version} but this code reads {', '.join(OLD_NAMES)}; "
             "read it with the version of rerank that wrote it"
         )
     return version

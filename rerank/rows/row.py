@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from rerank.launch import run_dir
-from rerank.metrics import judged
+from rerank.metrics import judged_order
 
 T = TypeVar("T")
 COLUMNS = ("row_id", "user", "history", "candidates", "relevance")  # of a candidates table; the others are optional
@@ -146,8 +146,8 @@ class RankingRow:
     def place_of_positive(self, order: Sequence[int] | None) -> int | None:
         """1-based place that a ranking gives its best-placed positive among the judged candidates; None without
         either."""
-        grades = [self.relevance[place] for place in judged(order or (), self.relevance)] if self.relevance else []
-        return next((place for place, grade in enumerate(grades, start=1) if grade > 0), None)
+        seen = judged_order(order, self.relevance) if order is not None and self.relevance else []
+        return next((number for number, place in enumerate(seen, start=1) if self.relevance[place] > 0), None)
 
     @cached_property
     def positive_rank(self) -> int | None:

@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 
 from rerank.launch import run_dir
 from rerank.losses import Row
-from rerank.metrics import judged
+from rerank.metrics import judged_order
 from rerank.rows import Prompter, RankingRow, training_rows
 
 
@@ -32,7 +32,7 @@ def gold_order(row: RankingRow, order: Sequence[int]) -> list[int]:
         row: With the grade of each candidate.
         order: The teacher's ranking.
     """
-    by_grade = iter(sorted(judged(order, row.relevance), key=lambda place: -row.relevance[place]))
+    by_grade = iter(sorted(judged_order(order, row.relevance), key=lambda place: -row.relevance[place]))
     return [place if math.isnan(row.relevance[place]) else next(by_grade) for place in order]
 
 

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from rerank import prompts
 from rerank.launch.files import write_whole
-from rerank.metrics import judged, ndcg_at_k
+from rerank.metrics import judged_order, ndcg_at_k
 from rerank.rows import RankingRow
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def refusal(row: RankingRow, order: Sequence[int], accept: str) -> str | None:
     if accept == "ndcg":
         after, before = (ndcg_at_k(grades, len(grades)) or 0.0 for grades in (ranked, shown))
         return None if after > before or after == 1 else "no_better"
-    return None if judged(order, row.relevance)[0] in row.best else "target_not_first"
+    return None if judged_order(order, row.relevance)[0] in row.best else "target_not_first"
 
 
 def judge(

@@ -20,7 +20,7 @@ import numpy as np
 from rerank import prompts
 from rerank.catalogue import Catalogue
 from rerank.grading import GRADES, Facts, by_grade, word_short
-from rerank.metrics import judged
+from rerank.metrics import judged_order
 from rerank.prompts import PromptSettings
 from rerank.rows import Prompter, RankingRow
 from rerank.traces.attempts import Draft
@@ -104,7 +104,7 @@ def calibrate(scores: Sequence[np.ndarray], rows: Sequence[RankingRow]) -> float
     from scipy.optimize import minimize_scalar
     from scipy.special import logsumexp
 
-    seen = [judged(range(len(row.candidates)), row.relevance) for row in rows]
+    seen = [judged_order(range(len(row.candidates)), row.relevance) for row in rows]
     pairs = [(of[places], of[list(row.best)]) for of, places, row in zip(scores, seen, rows, strict=True)]
 
     def nll(log_factor: float) -> float:

@@ -26,5 +26,5 @@ def _not_a_suboptimal_copy(completion: str, labels: list[str], relevance: list[f
     order = parse_completion(completion, labels, top_k).order
     if order is None:
         return False
-    seen = metrics.judged(order, relevance)
+    seen = metrics.judged_order(order, relevance)
     return seen != sorted(seen) or metrics.auc(relevance) in (None, 1.0)
