@@ -37,7 +37,7 @@ from rerank.next_item.encoder import ITEM_TEXTS, NextItemEncoder
 from rerank.prompts import THINK_END
 from rerank.rows import PromptedRow, Prompter
 from rerank.rows.checks import SHORTER, check_context, longest_field, prompt_lengths
-from rerank.sft.examples import check_lengths, examples
+from rerank.sft.rows import check_lengths, examples
 from rerank.sft.start import check_start, load_start, load_start_tokenizer, start_model
 
 if TYPE_CHECKING:
