@@ -222,8 +222,8 @@ def changed_list(row, value):
     ("changes", "message"),
     [
         ({"candidates": changed_list(3, ["i0", "i9"])}, "l.parquet, row 3: candidate 'i9' is not among the items"),
-        ({"candidates": changed_list(2, ["i0"])}, "l.parquet, row 2: 1 candidates but a list has 2"),
-        ({"candidates": changed_list(9, None)}, "l.parquet, row 9: 0 candidates but a list has 2"),
+        ({"candidates": changed_list(2, ["i0"])}, "l.parquet, row 2: 1 candidates, too few to rank; give at least 2"),
+        ({"candidates": changed_list(9, None)}, "l.parquet, row 9: 0 candidates, too few to rank"),
         ({"candidates": changed_list(4, ["i5", "i5"])}, "l.parquet, row 4: candidate 'i5' appears twice"),
         ({"candidates": None}, "has no column 'candidates' but row_id; rename or add it"),
         ({"candidates": ["i0"] * 9}, "column 'candidates' holds string but must hold a list a row"),

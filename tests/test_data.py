@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import shutil
 from pathlib import Path
 
 import datasets
@@ -12,10 +13,9 @@ import pytest
 from toy_run import features_of
 
 from rerank import data
-from rerank.baselines import FEATURES
-from rerank.candidates import fit_counts
+from rerank.baselines import FEATURES, Counts
+from rerank.candidates.counting import check_numbers, item_facts
 from rerank.data.prepare import prepare
-from rerank.data.ready_rows import merge_rows
 from rerank.launch import recipe
 
 # One user with eight interactions, one with six, each in order of time.
@@ -92,8 +92,15 @@ def test_item_columns_that_the_recipe_names_are_kept_so_that_a_shared_brand_is_a
     assert set(table.column_names) == names  # not `id`, which nobody named
     third = table.select(["item_id", "brand", "size"]).to_pylist()[2]
     assert third == {"item_id": "c", "brand": "A", "size": "2"}
-    np.save(tmp_path / "embeddings.npy", np.zeros((8, 2)))
-    counts = fit_counts(tmp_path, tmp_path / "embeddings.npy", {0: np.array([0, 1, 2])})
+    (tmp_path / "run/data").mkdir(parents=True)
+    shutil.copy(tmp_path / "items.parquet", tmp_path / "run/data")
+    facts = item_facts(tmp_path / "run", ["size"])
+    assert facts.numbers["item_size"].tolist() == list(range(8)) and not facts.has_embeddings
+    with pytest.raises(ValueError, match="brand of item 'a' is 'A', no number"):
+        check_numbers(tmp_path / "run", ["brand"])
+    with pytest.raises(ValueError, match="item_numbers holds 'weight' but .*items.parquet has item, .*size"):
+        check_numbers(tmp_path / "run", ["weight"])
+    counts = Counts.fit({0: np.array([0, 1, 2])}, 8, facts)
     same_brand = features_of(counts, [0], [1, 3], [1.0, 0.5])[:, FEATURES.index("same_brand")]
     assert same_brand.tolist() == [1.0, 0.0]  # a and b are both of A, d is of B
 
@@ -206,44 +213,11 @@ def test_items_have_title_category_and_the_text_of_the_recipe(tmp_path):
     assert second["text"] == "The b. category: x, y"
 
 
-def test_ready_rows_keep_their_split_and_history_and_become_one_sequence_per_user(tmp_path):
-    # The second row overlaps the first by two items, the test row jumps over d: d was seen, but is no target.
-    rows = [("train", "u", 1, "a b c"), ("train", "u", 2, "b c d"), ("valid", "u", 3, "c d e")]
-    rows += [("test", "u", 5, "e f g"), ("train", "v", 1, "x a b c")]
-    found = run(tmp_path, rows, "split,user,time,items", split="given", num_rerank=1)
-    assert found["sequences"]["u"] == list("abcdefg")
-    assert found["splits"]["u"] == ["train", "train", "train", "rerank", "valid", "test", "test"]
-    assert found["rows"] == [
-        ("u", "rerank", ["b", "c"], "d"),
-        ("u", "valid", ["c", "d"], "e"),
-        ("u", "test", ["e", "f"], "g"),
-        ("v", "rerank", ["x", "a", "b"], "c"),
-    ]
-
-
-def test_ready_rows_as_history_and_item_hold_out_the_latest_training_rows(tmp_path):
-    rows = [("train", "u", 1, "a b", "c"), ("train", "u", 2, "b c", "d"), ("train", "u", 3, "c d", "e")]
-    rows += [("train", "v", 4, "a b", "f"), ("test", "u", 5, "d e", "f")]
-    options = {"split": "given", "columns": {"time": "when"}, "valid_fraction": 0.25}
-    found = run(tmp_path, rows, "split,user,when,history,item", **options)
-    # four training rows, the latest quarter is v's; the items it brings along are held out with it
-    assert found["splits"] == {"u": ["train"] * 4 + ["rerank", "test"], "v": ["valid"] * 3}
-    assert found["metrics"]["rows"] == {"rerank": 1, "valid": 1, "test": 1}
-
-
 def test_interactions_with_a_split_column_keep_it(tmp_path):
     splits = ["history", "train", "train", "train", "validation", "test"]
     rows = [("u", item, split) for item, split in zip("abcdef", splits, strict=True)]
     found = run(tmp_path, rows, "user,item,split", split="given")
     assert found["splits"]["u"] == ["train"] * 3 + ["rerank", "valid", "test"]
-
-
-def test_merging_rows_takes_the_longest_overlap():
-    table = merge_rows([0, 0], [[1, 1, 2], [1, 2, 1]], [None, 3.0], ["train", "train"])
-    # 1 1 2, then 1 2 lies over its end and 1 is new
-    assert table["item"].to_pylist() == [1, 1, 2, 1]
-    assert table["available"].to_pylist() == [0, 0, 2, 2]
-    assert table["time"].to_pylist() == [None, None, None, 3.0]
 
 
 def test_the_movielens_recipe_gives_the_published_row_counts(tmp_path):

@@ -7,6 +7,7 @@ from rerank import data
 GOOD = "user,item,time\n" + "".join(f"u,{item},{time}\n" for time, item in enumerate("abcdefgh"))
 NO_TIME = "user,item,position,when\nu,a,1,\nu,b,0,3\n"
 SPLIT, BY_TIME, WHEN = {"split": "given"}, {"split": "by_time"}, {"columns": {"time": "when"}}
+REBUILD = {**SPLIT, "rebuild": True}
 LOPSIDED = {"split": "by_time", "valid_fraction": 0.5, "test_fraction": 0.45}
 
 BAD_ROWS = {  # after the header of a file of interactions
@@ -47,9 +48,9 @@ BAD_SPLITS = [  # options, interactions, message
     (SPLIT, GOOD, "split is given but .* has no column 'split'; map it in columns"),
     (BY_TIME, NO_TIME, "split is by_time but .* has no column 'time'; map it in columns"),
     ({**BY_TIME, **WHEN}, NO_TIME, "t.csv line 2: the time is empty but split is by_time"),
-    (SPLIT, "split,user,items\ntrain,u,a b\ntest,u,b c\n", "no valid part, and without a time no training rows are"),
-    (SPLIT, "split,user,items\ntra,u,a b\n", "line 2: split is 'tra', not a split .train, history, valid"),
-    (SPLIT, "split,user,items\ntrain,u,\nvalid,u,a b\n", "line 2: items is empty; fill it or remove the row"),
+    (REBUILD, "split,user,items\ntrain,u,a b\ntest,u,b c\n", "no valid part, and without a time no training rows are"),
+    (REBUILD, "split,user,items\ntra,u,a b\n", "line 2: split is 'tra', not a split .train, history, valid"),
+    (REBUILD, "split,user,items\ntrain,u,\nvalid,u,a b\n", "line 2: items is empty; fill it or remove the row"),
 ]
 NOT_THERE = {  # message -> options
     "interactions is nowhere.csv, which does not exist; correct the path": {"interactions": "nowhere.csv"},
@@ -60,7 +61,7 @@ NOT_THERE = {  # message -> options
 BAD_OPTIONS = {
     "format is 'xml'.* one of auto, csv": {"format": "xml"},
     "items_format is 'xml'.* one of": {"items_format": "xml"},
-    "split is 'sideways'.* one of per_user, by_time, random, given": {"split": "sideways"},
+    "split is 'sideways'.* one of per_user, by_time, by_user, random, given": {"split": "sideways"},
     "num_test is 0 but must be at least 1": {"num_test": 0},
     "num_valid is 0 but": {"num_valid": 0},
     "min_history is 0 but": {"min_history": 0},

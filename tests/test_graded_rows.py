@@ -17,7 +17,7 @@ import pytest
 from scripted_dapo import SETTINGS, sampler, stream
 from toy_run import CATALOGUE, rollout, write_rollouts
 
-from rerank import scoring, sft
+from rerank import scoring
 from rerank.baselines import FEATURES
 from rerank.dapo.groups import record
 from rerank.launch import validation
@@ -34,6 +34,7 @@ from rerank.rollouts import rescore, text
 from rerank.rollouts.groups import RolloutGroups
 from rerank.rollouts.store import open_rollouts, read_rollouts, to_table
 from rerank.rows import PromptedRow, Prompter, RankingRow, check_top_k, read_rows, reward_columns
+from rerank.sft.rows import gold_order
 from rerank.traces import TracesArguments, attempts, evidence
 from rerank.traces.teachers import PromptWriter
 
@@ -327,20 +328,20 @@ def test_what_is_accepted_is_an_option():
     ],
 )
 def test_the_gold_order_goes_by_grade_then_teacher(teacher, gold):
-    assert sft.gold_order(ROW, teacher) == gold
+    assert gold_order(ROW, teacher) == gold
 
 
 def test_the_gold_order_of_the_best_k_keeps_the_input_order_behind_them():
     order = attempts.judge(ROW, LABELS, 1, attempts.Draft(text_of("34")), top_k=2)["order"]
     assert order == [3, 4, 0, 1, 2]
-    assert sft.gold_order(ROW, order) == [3, 2, 4, 1, 0]  # 1 was not seen, and keeps the fourth place
+    assert gold_order(ROW, order) == [3, 2, 4, 1, 0]  # 1 was not seen, and keeps the fourth place
 
 
 def test_with_one_positive_the_gold_order_is_that_of_an_accepted_teacher():
     rng = np.random.default_rng(0)
     for _ in range(50):
         others = rng.permutation([0, 1, 3, 4]).tolist()
-        assert sft.gold_order(SINGLE, [2, *others]) == [2, *others]
+        assert gold_order(SINGLE, [2, *others]) == [2, *others]
 
 
 # --- the teacher evidence

@@ -305,6 +305,14 @@ def test_grounded_reads_numbers_and_facts_of_numbered_candidates():
     assert values == [1.0, 0.5, 0.0]
 
 
+def test_grounded_reads_fields_of_items_without_ids_and_facts_by_name():
+    prompt = "Rank:\nHistory:\n Dune | Sci-fi | 2d\nCandidates:\n A. Alien | brand: Fox candidate_price:3\n B. Heat"
+    traces = ['like "Dune"', '"Alien" by "Fox"', '"Heat"', '"Covenant"', "candidate_price:3", "candidate_price:4", "A"]
+    texts = [completion(trace, [1, 0], ["A", "B"]) for trace in traces]
+    values = grounded(texts, prompts=[prompt] * 7, candidate_labels=[["A", "B"]] * 7, top_k=[0] * 7)
+    assert values == [1.0, 1.0, 1.0, 0.0, 1.0, 0.0, 0.0]
+
+
 def test_overlong_follows_the_cases_of_its_equation():
     function = load_function("overlong", "rewards", cache_tokens=20)
     ids = [[7] * length for length in (0, 80, 85, 90, 100, 101, 45)]

@@ -91,7 +91,7 @@ def read(path):
 def test_a_short_trace_grades_every_candidate_and_cites_true_facts_of_the_best(prompter, ranking):
     words = {FACTS[name][0]: FEATURES.index(name) for name in FACTS}
     asked, rng, cited = prompter(**SHORT, ranking=ranking), np.random.default_rng(3), []
-    known = {*grading.EVIDENCE_WORDS, *(f"{word}:{bucket}" for word in words for bucket in range(10))}
+    known = {*grading.trace_words(), *(f"{word}:{bucket}" for word in words for bucket in range(10))}
     for row in ranking_rows(5, 40):
         labels = asked.labels(row)
         grades = rng.integers(0, len(grading.GRADES), NUM_CANDIDATES)

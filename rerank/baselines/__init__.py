@@ -5,7 +5,9 @@
 """
 
 from rerank.baselines.counts import Counts
+from rerank.baselines.evidence import Ragged, feature_names, list_features, of_one_length
 from rerank.baselines.features import (
+    EMBEDDING_FEATURES,
     FEATURES,
     NUM_BUCKETS,
     TEXT_FEATURES,
@@ -18,16 +20,21 @@ from rerank.baselines.lambdamart import LambdaMart, fit_lambdamart, out_of_fold_
 from rerank.baselines.pairs import UserContributions
 
 __all__ = [
+    "EMBEDDING_FEATURES",
     "FEATURES",
     "NUM_BUCKETS",
     "TEXT_FEATURES",
     "Counts",
     "ItemFacts",
     "LambdaMart",
+    "Ragged",
     "UserContributions",
+    "feature_names",
     "feature_rows",
     "fit_edges",
     "fit_lambdamart",
+    "list_features",
+    "of_one_length",
     "out_of_fold_scores",
     "text_features",
 ]

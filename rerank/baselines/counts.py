@@ -25,6 +25,7 @@ CHUNK = 1024
 MATRICES = ("transitions", "successors", "near")
 FACT_MATRICES = ("categories", "words")
 PARTS = ("data", "indices", "indptr")  # of a sparse matrix
+NUMBER = "number:"  # before the name of an item's number in the file
 
 
 @dataclass(frozen=True)
@@ -37,15 +38,23 @@ class Counts:
     popularity: np.ndarray  # (items,)
     regression: ItemRegression
     facts: ItemFacts
+    feedback: np.ndarray | None = None  # (2, items) lists that showed the item, and in which it was relevant
 
     @classmethod
-    def fit(cls, sequences: Sequences, num_items: int, facts: ItemFacts | None = None) -> Counts:
+    def fit(
+        cls,
+        sequences: Sequences,
+        num_items: int,
+        facts: ItemFacts | None = None,
+        feedback: np.ndarray | None = None,
+    ) -> Counts:
         """Counts of the given sequences.
 
         Args:
             sequences: User to items, oldest first.
             num_items: Size of the catalogue.
             facts: About the items, beside the sequences.
+            feedback: (2, items) number of lists that showed each item, and of those in which it was relevant.
         """
         owners, items = flatten(sequences)
         matrices = []
@@ -54,7 +63,7 @@ class Counts:
             matrices.append(matrix_of(first, second, weight, (num_items, num_items)))
         popularity, regression = np.bincount(items, minlength=num_items), ItemRegression.fit(owners, items, num_items)
         transitions, successors, near = matrices
-        return cls(transitions, successors, near, popularity, regression, facts or ItemFacts.of(num_items))
+        return cls(transitions, successors, near, popularity, regression, facts or ItemFacts.of(num_items), feedback)
 
     @property
     def num_items(self) -> int:
@@ -65,6 +74,8 @@ class Counts:
         """Write everything to one npz file, whole or not at all."""
         arrays = {"popularity": self.popularity, "embeddings": self.facts.embeddings, "brands": self.facts.brands}
         arrays |= {"inverse": self.regression.inverse, "places": self.regression.places}
+        arrays |= {} if self.feedback is None else {"feedback": self.feedback}
+        arrays |= {f"{NUMBER}{name}": values for name, values in self.facts.numbers.items()}
         matrices = {name: getattr(self, name) for name in MATRICES}
         matrices |= {name: getattr(self.facts, name) for name in FACT_MATRICES}
         for name, matrix in matrices.items():
@@ -84,10 +95,12 @@ class Counts:
                 return csr_array(parts, shape=tuple(arrays[f"{name}_shape"]))
 
             categories, words = map(matrix, FACT_MATRICES)
-            facts = ItemFacts(arrays["embeddings"], categories, words, arrays["brands"])
+            numbers = {name.removeprefix(NUMBER): arrays[name] for name in arrays.files if name.startswith(NUMBER)}
+            facts = ItemFacts(arrays["embeddings"], categories, words, arrays["brands"], numbers)
+            feedback = arrays["feedback"] if "feedback" in arrays.files else None
             regression = ItemRegression(arrays["inverse"], arrays["places"])
             transitions, successors, near = map(matrix, MATRICES)
-            return cls(transitions, successors, near, arrays["popularity"], regression, facts)
+            return cls(transitions, successors, near, arrays["popularity"], regression, facts, feedback)
 
     def own(self, users: Sequence[int] | np.ndarray, sequences: Sequences) -> UserContributions:
         """The contributions of each row's user to these counts, for `top_rows` and `feature_rows`."""

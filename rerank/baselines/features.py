@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -42,14 +42,20 @@ FEATURES = (
     "title_words",  # shared with the last item's title
     "history_length",
 )
+EMBEDDING_FEATURES = ("cosine_last", "cosine_max", "cosine_mean", "cosine_last_three")
+FEEDBACK_FEATURES = (  # of counts that know which items were shown
+    "shown",  # lists that showed the item and whose user could judge it
+    "click_rate",  # share of these in which it was relevant, smoothed: CLICK_PRIOR lists at the mean rate are added
+)
 TEXT_FEATURES = (  # those that change with the items' texts
-    *("cosine_last", "cosine_max", "cosine_mean", "cosine_last_three"),
+    *EMBEDDING_FEATURES,
     *("category_max", "category_mean", "same_brand", "title_words"),
 )
 # Real numbers are rounded: their last digits depend on the machine's linear algebra, and trees part rows by them.
-DECIMALS = dict.fromkeys(("cosine_last", "cosine_max", "cosine_mean", "cosine_last_three"), 2)
+DECIMALS = dict.fromkeys(EMBEDDING_FEATURES, 2)
 DECIMALS |= dict.fromkeys(("fit_history", "fit_recent"), 9)
 NUM_BUCKETS = 10
+CLICK_PRIOR = 10
 SMOOTHING = 5  # users added to those who had an item, so that a share of few is small
 CHUNK = 1024
 
@@ -62,6 +68,7 @@ class ItemFacts:
     categories: csr_array  # (items, categories) 0/1
     words: csr_array  # (items, title words) 0/1
     brands: np.ndarray  # (items,) number of the brand, -1: none
+    numbers: Mapping[str, np.ndarray] = field(default_factory=dict)  # feature -> (items,), nan where unknown
 
     @classmethod
     def of(
@@ -71,6 +78,7 @@ class ItemFacts:
         categories: Sequence[str] | None = None,
         titles: Sequence[str] | None = None,
         brands: Sequence[str] | None = None,
+        numbers: Mapping[str, np.ndarray] | None = None,
     ) -> ItemFacts:
         """Facts of a catalogue; what is not given is unknown for every item.
 
@@ -80,6 +88,7 @@ class ItemFacts:
             categories: One text an item, its categories parted by `,`, `;`, `|` or `>`.
             titles: One text an item.
             brands: One text an item, empty where there is none.
+            numbers: Further features by name, one number an item.
         """
         blank = [""] * num_items
         vectors = np.zeros((num_items, 1)) if embeddings is None else np.asarray(embeddings, dtype=np.float32)
@@ -90,11 +99,18 @@ class ItemFacts:
             categories=_memberships(categories or blank, r"[^,;|>]+"),
             words=_memberships([title.lower() for title in titles or blank], r"\w+"),
             brands=np.array([names.get(brand, -1) for brand in brands or blank], dtype=np.int64),
+            numbers=dict(numbers or {}),
         )
+
+    @property
+    def has_embeddings(self) -> bool:
+        """Whether the text of any item is known as a vector."""
+        return bool(self.embeddings.any())
 
     def with_texts_of(self, items: np.ndarray) -> ItemFacts:
         """The facts of a catalogue whose item k has the text, category and brand of `items[k]`."""
-        return ItemFacts(self.embeddings[items], self.categories[items], self.words[items], self.brands[items])
+        texts = self.embeddings[items], self.categories[items], self.words[items], self.brands[items]
+        return ItemFacts(*texts, self.numbers)
 
 
 def _memberships(texts: Sequence[str], pattern: str) -> csr_array:
@@ -247,18 +263,19 @@ def _jaccard(members: csr_array, recent: np.ndarray, candidates: np.ndarray) -> 
     return shared / np.maximum(union, 1)
 
 
-def fit_edges(values: np.ndarray) -> list[float]:
-    """Nine strictly ascending edges that cut a feature into ten buckets.
+def fit_edges(values: np.ndarray, num_buckets: int = NUM_BUCKETS) -> list[float]:
+    """Strictly ascending edges that cut a feature into buckets, one edge less than there are buckets.
 
-    Bucket 0 is for what is not positive, nine buckets of about equal mass for the rest. A value that is common enough
-    to fill several of them (a count of 1) gets one, and the others are shared anew among the larger values.
+    Bucket 0 is for what is not positive, the others, of about equal mass, are for the rest. A value that is common
+    enough to fill several of them (a count of 1) gets one, and the others are shared anew among the larger values.
 
     Args:
         values: The feature's values on training rows.
+        num_buckets: At least 2.
     """
     positive = np.sort(values[values > 0])
     edges: list[float] = []
-    for left in range(NUM_BUCKETS - 1, 0, -1):
+    for left in range(num_buckets - 1, 0, -1):
         larger = positive[np.searchsorted(positive, edges[-1], side="right") :] if edges else positive
         if not len(larger):
             edges.append(2 * edges[-1] if edges else 1.0)  # for values beyond all that training has

@@ -11,7 +11,7 @@ of fold: `transitions` subtracts the user's own counts, and a model that has see
 
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,8 +19,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rerank.baselines import FEATURES, Counts, ItemFacts, UserContributions, feature_rows, fit_edges
-from rerank.candidates.augmentation import AugmentationArguments, further_lists
+from rerank.baselines import NUM_BUCKETS, Counts, Ragged, feature_names, fit_edges
+from rerank.candidates.augmentation import AugmentationArguments, further_lists, shuffled_lists
+from rerank.candidates.counting import CountedRows, Events, check_numbers, counted_rows, item_facts
+from rerank.candidates.reordering import reorder
+from rerank.candidates.row_lists import RowLists, as_table, is_hit
 from rerank.candidates.seen_targets import refuse_seen_targets
 from rerank.catalogue import Catalogue
 from rerank.launch import run_dir
@@ -30,12 +33,12 @@ from rerank.launch.values import check_choice, check_range, option
 from rerank.next_item.encoder import SETTINGS
 from rerank.next_item.item_head import FILE as HEAD_FILE
 from rerank.next_item.model import NextItemModel
-from rerank.rows import FEATURES_FILE, TargetRows, training_sequences
+from rerank.rows import FEATURES_FILE, TargetRows, has_lists
 from rerank.rows.lists import read_lists
 
 logger = logging.getLogger(__name__)
 
-SOURCES = ("transitions", "model", "lists")
+SOURCES = ("transitions", "model", "lists", "requests", "lambdamart")
 FILES = {"rerank": "train", "valid": "valid", "test": "test"}  # split of a row -> name of its file
 MAX_HISTORY = 20  # items of the history in a prompt for a model's list
 
@@ -44,7 +47,11 @@ MAX_HISTORY = 20  # items of the history in a prompt for a model's list
 class CandidatesArguments(AugmentationArguments):
     """Options of the candidates stage."""
 
-    source: str = option("transitions", "transitions (counts), model (mid-trained, by beams) or lists (yours).")
+    source: str = option(
+        "transitions",
+        "transitions (counts), model (mid-trained, by beams), lists (yours), requests (those of the log), or "
+        "lambdamart: lists, requests or transitions, re-ordered by trees fitted on other users' or earlier rows.",
+    )
     num_candidates: int = option(10, "Length of a list.")
     lists: str | None = option(
         None,
@@ -60,12 +67,23 @@ class CandidatesArguments(AugmentationArguments):
         20, "With source model: beams a row, at least num_candidates; 0: its item head, in one pass."
     )
     batch_size: int = option(64, "With source model: rows decoded together.")
+    item_numbers: list[str] = option([], "Item columns of numbers that become facts about a candidate.")
+    num_buckets: int = option(
+        NUM_BUCKETS, "Buckets of a fact with evidence: codes; mid-training teaches its own num_buckets."
+    )
+    count_window: float = option(
+        86400.0, "Requests split by time: seconds of a window; a training row is counted on what lies before its own."
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("source", self.source, SOURCES)
-        if (self.source == "lists") != (self.lists is not None):
+        if (self.source == "lists" and self.lists is None) or (
+            self.lists is not None and self.source not in ("lists", "lambdamart")
+        ):
             raise ValueError(f"source is {self.source} and lists is {self.lists}; lists goes with source lists only")
+        check_range("num_buckets", self.num_buckets, least=2)
+        check_range("count_window", self.count_window, above=0)
         check_range("batch_size", self.batch_size, least=1)
         check_range("num_candidates", self.num_candidates, least=2)
         if self.pool_size is not None:
@@ -79,8 +97,10 @@ class CandidatesArguments(AugmentationArguments):
 
 
 def optional_inputs(args: CandidatesArguments) -> tuple[str, ...]:
-    """Lists of the mid-trained model come from its folder."""
-    return ("midtrain",) if args.source == "model" and args.model_dir is None else ()
+    """Lists of a model come from its folder, and by semantic ids."""
+    if args.source != "model":
+        return ()
+    return ("semantic_ids",) if args.model_dir is not None else ("semantic_ids", "midtrain")
 
 
 def check(args: CandidatesArguments) -> None:
@@ -91,17 +111,21 @@ def check(args: CandidatesArguments) -> None:
         check_model_dir(args, Path(args.model_dir))
     if not run_dir.is_finished(args.run_dir, "data"):
         return
-    if optional_inputs(args) and run_dir.read_metrics(args.run_dir, "data")["midtrain_has_seen_rerank_targets"]:
+    reads_midtrain = "midtrain" in optional_inputs(args)
+    if reads_midtrain and run_dir.read_metrics(args.run_dir, "data")["midtrain_has_seen_rerank_targets"]:
         raise ValueError(
             "source is model but num_rerank of the data stage is all, so the mid-trained model has seen the targets "
             "of the training lists; set num_rerank to a number, or source to transitions"
         )
     if args.model_dir is not None:
         refuse_seen_targets(Path(args.model_dir), args.run_dir)
+    check_numbers(args.run_dir, args.item_numbers)
+    if check_requests(args):
+        return
     rows, item_ids = TargetRows.load(args.run_dir), read_item_ids(args.run_dir)
     free = len(item_ids) - max(len(np.unique(history)) for history in rows.histories)
     if args.lists is not None:
-        read_lists(args.lists, rows.row_ids, item_ids, args.num_candidates)
+        read_lists(args.lists, rows.row_ids, item_ids)
     for name in ("num_candidates", "pool_size"):
         length = getattr(args, name) or 0
         if length > free and (name == "pool_size" or args.lists is None):
@@ -109,6 +133,23 @@ def check(args: CandidatesArguments) -> None:
                 f"{name} is {length} but the longest history leaves {free} of {len(item_ids)} items; "
                 f"use at most {free}"
             )
+
+
+def check_requests(args: CandidatesArguments) -> bool:
+    """Whether the rows are requests; refuses a source that does not go with the rows, and lists of another kind."""
+    is_log = has_lists(args.run_dir)
+    if is_log != (args.source == "requests") and not (is_log and args.source == "lambdamart"):
+        rows = "are requests, which bring their lists" if is_log else "are no requests"
+        cure = "requests or lambdamart" if is_log else "transitions, or name requests in the data recipe"
+        raise ValueError(f"source is {args.source} but the rows of the data stage {rows}; set source to {cure}")
+    if is_log and args.lists is not None:
+        raise ValueError(f"lists is {args.lists} but the rows of the data stage are requests; leave it out")
+    if is_log and (args.pool_size or args.cut_histories or args.first_stages != ["transitions"]):
+        raise ValueError(
+            "pool_size, cut_histories and first_stages draw lists from a first stage, but the rows are requests, "
+            "which bring their lists; set shuffle_candidates alone"
+        )
+    return is_log
 
 
 def check_model_dir(args: CandidatesArguments, folder: Path) -> None:
@@ -127,25 +168,20 @@ def read_item_ids(run: str | Path) -> list[str]:
     return items.sort_by("item")["item_id"].to_pylist()
 
 
-def fit_counts(data_dir: Path, embeddings_path: Path, sequences: dict[int, np.ndarray]) -> Counts:
-    """Counts of the training sequences with the texts' embeddings, categories, titles and (where given) brands."""
-    items = pq.read_table(data_dir / "items.parquet").sort_by("item")
-    brands = items["brand"].to_pylist() if "brand" in items.column_names else None
-    embeddings = np.load(embeddings_path, mmap_mode="r")
-    facts = ItemFacts.of(len(items), embeddings, items["category"].to_pylist(), items["title"].to_pylist(), brands)
-    return Counts.fit(sequences, len(items), facts)
-
-
-def make_lists(
-    args: CandidatesArguments, rows: TargetRows, counts: Counts, own: UserContributions
-) -> tuple[np.ndarray, np.ndarray]:
-    """(R, N) items in first-stage order and (R, N) scores."""
+def make_lists(args: CandidatesArguments, rows: TargetRows, counts: Counts, parts: Sequence[CountedRows]) -> RowLists:
+    """The lists before `source: lambdamart` orders them anew."""
+    if rows.lists is not None:
+        return RowLists.of_log(rows)
+    items: Ragged
+    scores: Ragged
     if args.lists is not None:
         logger.info("own lists: that training lists are out of fold is for %s to ensure", args.lists)
-        return read_lists(args.lists, rows.row_ids, read_item_ids(args.run_dir), args.num_candidates)
-    if args.source == "model":
-        return model_lists(args, rows)
-    return counts.top_rows(rows.histories, args.num_candidates, own)
+        items, scores = read_lists(args.lists, rows.row_ids, read_item_ids(args.run_dir))
+    elif args.source == "model":
+        items, scores = map(list, model_lists(args, rows))
+    else:
+        items, scores = map(list, counts.top_rows(rows.histories, args.num_candidates, parts[0].own))
+    return RowLists.of_first_stage(rows, items, scores)
 
 
 def model_lists(args: CandidatesArguments, rows: TargetRows) -> tuple[np.ndarray, np.ndarray]:
@@ -164,87 +200,77 @@ def model_lists(args: CandidatesArguments, rows: TargetRows) -> tuple[np.ndarray
     return np.array(found.items), np.array(found.logps)
 
 
-def _nested(values: np.ndarray) -> pa.Array:
-    """A two- or three-dimensional array as an Arrow column of lists."""
-    column = pa.array(values.reshape(-1))
-    for width in values.shape[:0:-1]:
-        column = pa.ListArray.from_arrays(pa.array(np.arange(0, len(column) + 1, width, dtype=np.int32)), column)
-    return column
-
-
-def as_table(rows: TargetRows, lists: Mapping[str, np.ndarray], number: int = 0) -> pa.Table:
-    """Rows with their lists, and the number of the list among those of the row."""
-    relevance = (lists["candidates"] == rows.targets[:, None]).astype(float)
-    return pa.table(
-        {
-            "row_id": rows.row_ids,
-            "list_number": pa.array([number] * len(rows), pa.int64()),
-            "user": rows.users,
-            "history": pa.array(rows.histories, pa.list_(pa.int64())),
-            "candidates": _nested(lists["candidates"]),
-            "relevance": _nested(relevance),
-            **{name: _nested(lists[name]) for name in ("first_stage_scores", "first_stage_ranks")},
-            "target": rows.targets,
-            "hit": relevance.any(axis=1),
-            "features": _nested(lists["features"]),
-        }
-    )
-
-
 def further_tables(
-    args: CandidatesArguments, rows: TargetRows, counts: Counts, own: UserContributions, first_id: int
+    args: CandidatesArguments, rows: TargetRows, lists: RowLists, part: CountedRows, first_id: int
 ) -> Iterator[pa.Table]:
     """The further lists of the training rows, with row ids of their own from `first_id` on."""
     for number in range(1, args.lists_per_row):
-        drawn = further_lists(args, args.num_candidates, rows, counts, own, number)
-        chosen = replace(rows.take(drawn.rows), histories=drawn.histories)
-        chosen = replace(chosen, row_ids=chosen.row_ids + number * first_id)
-        yield as_table(chosen, drawn.columns, number)
+        if rows.lists is not None:
+            chosen, drawn = rows, shuffled_lists(args, lists, number)
+        else:
+            assert part.own is not None
+            found = further_lists(args, args.num_candidates, rows, part.counts, part.own, number)
+            chosen, drawn = replace(rows.take(found.rows), histories=found.histories), found.lists(rows)
+        yield as_table(replace(chosen, row_ids=chosen.row_ids + number * first_id), drawn, number)
 
 
-def measure(lists: Mapping[str, np.ndarray], rows: TargetRows) -> dict[str, float]:
+def measure(lists: RowLists) -> dict[str, float]:
     """Counts and recall of the lists of a split."""
-    relevance = lists["candidates"] == rows.targets[:, None]
-    hit = relevance.any(axis=1)
-    cuts = sorted({1, min(5, relevance.shape[1]), relevance.shape[1]})
-    recall = {f"recall@{cut}": float(relevance[:, :cut].any(axis=1).mean()) for cut in cuts}
-    return {"rows": len(rows), "hits": int(hit.sum()), "missed": int((~hit).sum()), **recall}
+    best = [int(np.argmax(grades > 0)) if (grades > 0).any() else None for grades in lists.relevance]  # first positive
+    lengths = [len(items) for items in lists.candidates]
+    hits = sum(map(is_hit, lists.relevance))
+    cuts = sorted({1, min(5, max(lengths)), max(lengths)})
+    recall = {f"recall@{cut}": float(np.mean([place is not None and place < cut for place in best])) for cut in cuts}
+    return {"rows": len(best), "hits": hits, "missed": sum(place is None for place in best), **recall}
+
+
+def log_constant(names: Sequence[str], features: np.ndarray) -> list[str]:
+    """Say which features are the same for all candidates of the training lists; returns their names.
+
+    Args:
+        names: (F,) of the features.
+        features: (candidates, F).
+    """
+    constant = [name for name, values in zip(names, features.T, strict=True) if len(np.unique(values)) == 1]
+    if constant:
+        logger.info("the same for every candidate in training, so that they tell nothing: %s", ", ".join(constant))
+    return constant
 
 
 def main(args: CandidatesArguments, out_dir: Path) -> dict[str, object]:
     """Make the lists, look up facts about each candidate, and write them by split."""
     started = time.perf_counter()
-    data_dir = run_dir.stage_dir(args.run_dir, "data")
-    rows, sequences = TargetRows.load(args.run_dir), training_sequences(data_dir)
-    counts = fit_counts(data_dir, run_dir.stage_dir(args.run_dir, "semantic_ids") / "embeddings.npy", sequences)
-    # Only training rows were counted: -1, no user, subtracts nothing.
-    own = counts.own(np.where(rows.splits == "rerank", rows.users, -1), sequences)
-    candidates, scores = make_lists(args, rows, counts, own)
-    lists = {
-        "candidates": candidates,
-        "first_stage_ranks": np.tile(np.arange(1, candidates.shape[1] + 1), (len(candidates), 1)),
-        "first_stage_scores": scores,
-        "features": feature_rows(counts, rows.histories, candidates, scores, own),
-    }
-    train = lists["features"][rows.splits == "rerank"]
-    edges = {name: fit_edges(train[:, :, number].ravel()) for number, name in enumerate(FEATURES)}
+    rows = TargetRows.load(args.run_dir)
+    events, facts = Events.load(args.run_dir, rows), item_facts(args.run_dir, args.item_numbers)
+    counts = events.counts(facts)
+    parts = list(counted_rows(args.run_dir, rows, counts, events, args.count_window, args.seed))
+    lists = make_lists(args, rows, counts, parts)
+    names = feature_names(counts, list(lists.columns))
+    lists = lists.with_features(names, rows, parts)
+    if args.source == "lambdamart":
+        lists = reorder(args.run_dir, rows, lists).with_features(names, rows, parts)
+    training = np.flatnonzero(rows.splits == "rerank").tolist()
+    train = np.concatenate(lists.take(training).features)
+    edges = {name: fit_edges(train[:, number], args.num_buckets) for number, name in enumerate(names)}
     counts.save(out_dir / "evidence.npz")
-    write_json(out_dir / FEATURES_FILE, {"names": list(FEATURES), "edges": edges})
+    write_json(out_dir / FEATURES_FILE, {"names": list(names), "edges": edges})
     splits, num_further = {}, 0
     for split, name in FILES.items():
         chosen = np.flatnonzero(rows.splits == split)
-        of_split = {column: values[chosen] for column, values in lists.items()}
-        of_rows = rows.take(chosen)
-        tables, splits[name] = [as_table(of_rows, of_split)], measure(of_split, of_rows)
+        of_split, of_rows = lists.take(chosen.tolist()), rows.take(chosen)
+        tables, splits[name] = [as_table(of_rows, of_split)], measure(of_split)
         if split == "rerank":
+            part = replace(parts[0], own=None if parts[0].own is None else parts[0].own.of_rows(chosen))
             first_id = int(rows.row_ids.max()) + 1
-            tables += further_tables(args, of_rows, counts, own.of_rows(chosen), first_id)
+            tables += further_tables(args, of_rows, of_split, part, first_id)
             num_further = sum(map(len, tables[1:]))
         pq.write_table(pa.concat_tables(tables), out_dir / f"{name}.parquet")
         logger.info("%s: %s of %s lists hold the target", name, splits[name]["hits"], splits[name]["rows"])
     seconds = time.perf_counter() - started
-    sizes = {"source": args.source, "num_candidates": args.num_candidates, "further_lists": num_further}
-    return {**sizes, "splits": splits, "seconds": seconds}
+    longest = max(len(items) for items in lists.candidates)
+    sizes = {"source": args.source, "num_candidates": longest, "further_lists": num_further}
+    constant = {} if rows.lists is None else {"constant_features": log_constant(names, train)}
+    return {**sizes, **constant, "splits": splits, "seconds": seconds}
 
 
 STAGE = Stage(
@@ -252,7 +278,8 @@ STAGE = Stage(
     arguments=(CandidatesArguments,),
     main=main,
     check=check,
-    inputs=("data", "semantic_ids"),
+    inputs=("data",),
     optional_inputs=optional_inputs,
+    inputs_if_made=("semantic_ids",),
     files=("lists", "model_dir"),
 )

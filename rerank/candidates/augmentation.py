@@ -9,11 +9,12 @@ R rows, N candidates of a list, M items of the longer list they are drawn from.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from rerank.baselines import Counts, UserContributions, feature_rows
+from rerank.candidates.row_lists import RowLists
 from rerank.launch import recipe
 from rerank.launch.values import check_choice, check_range, option
 from rerank.rows import TargetRows
@@ -65,6 +66,14 @@ class DrawnLists:
     rows: np.ndarray
     histories: list[np.ndarray]
     columns: dict[str, np.ndarray]
+
+    def lists(self, rows: TargetRows) -> RowLists:
+        """Of the training rows `rows`."""
+        chosen = rows.take(self.rows)
+        made = RowLists.of_first_stage(
+            chosen, list(self.columns["candidates"]), list(self.columns["first_stage_scores"])
+        )
+        return replace(made, ranks=list(self.columns["first_stage_ranks"]), features=list(self.columns["features"]))
 
 
 def by_transitions(counts: Counts, histories: Sequence[np.ndarray], n: int, own: UserContributions) -> Ranked:
@@ -150,6 +159,12 @@ def further_lists(
     columns = {name: np.take_along_axis(values, shown, axis=1) for name, values in columns.items()}
     features = np.take_along_axis(features, shown[:, :, None], axis=1)
     return DrawnLists(hits, kept, {**columns, "features": features})
+
+
+def shuffled_lists(args: AugmentationArguments, lists: RowLists, number: int) -> RowLists:
+    """List `number`, from 1, of each training request: its candidates in random order, their facts unchanged."""
+    rng = np.random.default_rng([args.seed, number])
+    return lists.shown_as([rng.permutation(len(items)).tolist() for items in lists.candidates])
 
 
 def _cut(history: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -1,21 +1,28 @@
-"""Stage: tables and splits from raw interactions and items; the only code that knows raw formats.
+"""Stage: tables and splits from requests or raw interactions, and items; the only code that knows raw formats.
 
-In: two tables that the recipe names (files, a package's files, a `datasets` name). Out: `items.parquet`,
-`users.parquet`, `interactions.parquet` and `rows.parquet` with integer items and users, and a summary.
+In: requests (lists that were shown, with graded feedback), interactions, or both, and items (files, a package's files,
+a `datasets` name). Out: `items.parquet`, `users.parquet`, `interactions.parquet` and `rows.parquet` with integer items
+and users, and a summary.
 
     accelerate launch --config_file recipes/accelerate/cpu.yaml -m rerank.data --config recipes/ml100k/1_data.yaml
 """
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from rerank.launch import recipe
 from rerank.launch.stages import Stage
 from rerank.launch.values import check_choice, check_range, option
 
-SPLITS = ("per_user", "by_time", "random", "given")
+SPLITS = ("per_user", "by_time", "by_user", "random", "given")
 FORMATS = ("csv", "tsv", "jsonl", "parquet", "recbole", "s3rec", "datasets")
+REQUESTS_FORMATS = ("wide", "long", "mind", "metarank")
+ITEMS_FORMATS = (*FORMATS, "mind", "metarank")
+OF_REQUESTS = ("request_columns", "request_fields", "candidate_fields", "grades", "history_gap", "test_users")
+OF_INTERACTIONS = {  # option that requests do not have -> its default
+    "min_user_interactions": 0, "min_item_interactions": 0, "num_rerank": 1, "min_history": 2, "rebuild": False,
+}  # fmt: skip
 
 logger = logging.getLogger(__name__)
 
@@ -24,21 +31,42 @@ logger = logging.getLogger(__name__)
 class DataArguments(recipe.StageArguments):
     """Options of the data stage."""
 
-    interactions: str = field(
-        metadata={
-            "help": "A file, package:NAME/FILE, or a datasets folder or name NAME[:CONFIG][@SPLIT]; ${VARIABLE} works."
-        }
+    requests: str | None = option(
+        None, "Lists that were shown, with graded feedback: a file or a datasets folder; ${VARIABLE} works."
+    )
+    interactions: str | None = option(
+        None,
+        "A file, package:NAME/FILE, or a datasets folder or name NAME[:CONFIG][@SPLIT]; ${VARIABLE} works. Beside "
+        "requests: what users took elsewhere.",
     )
     items: str | None = option(None, "Items, named as interactions are; their text if any.")
+    requests_format: str = option(
+        "auto",
+        "wide: one line a request, lists in cells; long: one line a candidate; mind: behaviors.tsv; metarank: "
+        "events in one JSONL file; auto: by the columns, the file's name or its first event.",
+    )
     format: str = option("auto", f"auto (by the suffix) or {', '.join(FORMATS)}.")
-    items_format: str = option("auto", "Format of items, as for interactions.")
+    items_format: str = option("auto", "Format of items, as for interactions; mind: news.tsv; metarank: item events.")
+    request_columns: dict[str, str] | None = option(
+        None,
+        "Columns of requests, {request: ..., user: ..., time: ..., history: ..., candidates: ..., relevance: ..., "
+        "scores: ..., split: ...}; of the long form item, score and position instead of lists.",
+    )
+    request_fields: list[str] | None = option(None, "Columns of a request or its user to keep, such as query, device.")
+    candidate_fields: list[str] | None = option(None, "Numeric columns of the candidates to keep.")
+    grades: dict[str, float] | None = option(
+        None, "metarank: grade of each type of interaction; by default {click: 1}."
+    )
+    history_gap: float = option(
+        0.0, "Seconds before a request whose interactions are not yet in its history, as they are of the same session."
+    )
     columns: dict[str, str] | None = option(
         None,
         "Columns of interactions, {user: ..., item: ..., time: ..., position: ..., split: ...}, where "
         "they differ from these; ready rows have items, or history and item. position orders before time.",
     )
     item_columns: dict[str, str] | None = option(
-        None, "Columns of items, {item: ..., title: ..., category: ..., brand: ...}."
+        None, "Columns of items, {item: ..., title: ..., category: ..., brand: ...} and any others to keep."
     )
     text_columns: list[str] | None = option(
         None, "Item columns of the sentence encoder's text; by default title, category."
@@ -50,32 +78,60 @@ class DataArguments(recipe.StageArguments):
     min_item_interactions: int = option(0, "k-core: fewest interactions of an item.")
     split: str = option(
         "per_user",
-        "per_user: from the end of each sequence; by_time: the latest fractions of all interactions; "
-        "random: fractions of each user's, whatever their order; given: by the split column.",
+        "per_user: from the end of each sequence; by_time: the latest fractions of all interactions or requests; "
+        "by_user: fractions of the users of requests; random: fractions of each user's interactions, whatever their "
+        "order; given: by the split column.",
     )
-    num_test: int = option(1, "per_user: test targets of a user.")
+    num_test: int = option(1, "per_user: test targets (requests) of a user.")
     num_valid: int = option(1, "per_user: validation targets of a user, before those.")
     num_rerank: int | str = option(
         1,
         "Last training interactions of a user that train the re-ranker and are kept out of mid-training; "
         "all: every one, and mid-training sees them too.",
     )
-    min_history: int = option(2, "Fewest items before a target.")
+    min_history: int = option(2, "Fewest items before a target; requests need none.")
     valid_fraction: float = option(
-        0.1, "by_time, random: share of interactions; given without a valid part: of train."
+        0.1, "by_time, random: share of interactions; by_user: of users; given without a valid part: of train."
     )
-    test_fraction: float = option(0.1, "by_time: latest share of all; random: of a user's.")
-    seed: int = option(0, "Seed of split: random.")
+    test_fraction: float = option(0.1, "by_time: latest share of all; random: of a user's; by_user: of users.")
+    test_users: str | None = option(
+        None, "by_user: a file of the test users, one id a line; validation users are drawn from the others."
+    )
+    rebuild: bool = option(
+        False, "Put ready rows (a history and its target, already split) back into one sequence a user."
+    )
+    seed: int = option(0, "Seed of split: random and by_user.")
     terms: str = option("", "Terms of use of the data; the card of every model quotes them.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("format", "items_format"):
-            check_choice(name, getattr(self, name), ("auto", *FORMATS))
+        self._check_choices()
+        self._check_ranges()
+        self._check_sources()
+        if self.split == "given" and (self.min_user_interactions or self.min_item_interactions):
+            raise ValueError("split: given takes interactions as they are; remove min_user_ and min_item_interactions")
+        if self.rebuild and self.split != "given":
+            raise ValueError(f"rebuild is true but split is {self.split}; ready rows have a split: given")
+        if self.test_users and self.split != "by_user":
+            raise ValueError(f"test_users is set but split is {self.split}; set split: by_user")
+        for kind, grade in (self.grades or {}).items():
+            if not isinstance(grade, int | float):
+                raise ValueError(f"grades has {grade!r} for {kind}; give a number of at least 0")
+            check_range(f"the grade of {kind}", grade, least=0)
+
+    def _check_choices(self) -> None:
+        for name, choices in (
+            ("format", FORMATS),
+            ("items_format", ITEMS_FORMATS),
+            ("requests_format", REQUESTS_FORMATS),
+        ):
+            check_choice(name, getattr(self, name), ("auto", *choices))
         check_choice("split", self.split, SPLITS)
+
+    def _check_ranges(self) -> None:
         for name in ("num_test", "num_valid", "min_history"):
             check_range(name, getattr(self, name), least=1)
-        for name in ("min_user_interactions", "min_item_interactions"):
+        for name in ("min_user_interactions", "min_item_interactions", "history_gap"):
             check_range(name, getattr(self, name), least=0)
         if self.num_rerank != "all" and not (isinstance(self.num_rerank, int) and self.num_rerank >= 1):
             raise ValueError(f"num_rerank is {self.num_rerank!r} but must be a whole number of at least 1, or all")
@@ -83,11 +139,27 @@ class DataArguments(recipe.StageArguments):
             check_range(name, getattr(self, name), above=0, below=1)
         if self.valid_fraction + self.test_fraction >= 1:
             raise ValueError("valid_fraction and test_fraction together leave nothing to train on; try 0.1 each")
-        if self.split == "given" and (self.min_user_interactions or self.min_item_interactions):
-            raise ValueError("split: given takes interactions as they are; remove min_user_ and min_item_interactions")
+
+    def _check_sources(self) -> None:
+        """Refuse a recipe without data, and options of a source that it does not name."""
+        if not (self.requests or self.interactions):
+            raise ValueError("neither requests nor interactions is set; name the file of one")
         for name in () if self.items else ("item_columns", "text_columns", "category_separator"):
             if getattr(self, name):
                 raise ValueError(f"{name} is {getattr(self, name)} but items is not set; name the table of items")
+        if self.columns and not self.interactions:
+            problem = f"columns is {self.columns} but interactions is not set"
+            raise ValueError(f"{problem}; name columns of requests in request_columns")
+        for name, default in OF_INTERACTIONS.items() if self.requests else ():
+            if getattr(self, name) != default:
+                raise ValueError(f"{name} is {getattr(self, name)} but is for interactions only; remove it")
+        if self.requests and self.split == "random":
+            raise ValueError("split is random but requests are split by_time, by_user, per_user or given; take one")
+        for name in () if self.requests else OF_REQUESTS:
+            if getattr(self, name):
+                raise ValueError(f"{name} is {getattr(self, name)} but requests is not set; name the log or remove it")
+        if self.split == "by_user" and not self.requests:
+            raise ValueError("split is by_user but requests is not set; interactions are split per_user or by_time")
 
 
 def check(args: DataArguments) -> None:
@@ -104,14 +176,14 @@ def check(args: DataArguments) -> None:
 
 def main(args: DataArguments, out_dir: Path) -> dict[str, object]:
     """Write the tables of the stage; returns their counts."""
-    from rerank.data.prepare import prepare, summary
+    from rerank.data.prepare import prepare
 
     prepared = prepare(args)
     prepared.write(out_dir)
-    metrics = summary(args, prepared)
+    metrics = prepared.summary(args)
     logger.info("%(users)d users, %(items)d items, %(interactions)d interactions; rows: %(rows)s", metrics)
-    if metrics["midtrain_has_seen_rerank_targets"]:
-        logger.info("num_rerank is all: mid-training has seen the targets that train the re-ranker")
+    for line in prepared.notes(metrics):
+        logger.info(line)
     return metrics
 
 
@@ -120,5 +192,5 @@ STAGE = Stage(
     arguments=(DataArguments,),
     main=main,
     check=check,
-    files=("interactions", "items"),
+    files=("requests", "interactions", "items", "test_users"),
 )

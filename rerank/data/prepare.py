@@ -13,7 +13,8 @@ from ibis.expr.types import Table
 
 from rerank.data import DataArguments, ready_rows, splits, tables
 from rerank.data.readers import Names, Source, read_source
-from rerank.launch.files import fingerprint
+from rerank.data.requests.prepare import PreparedRequests, prepare_requests
+from rerank.data.summary import Sizes, by_split, shared_summary
 
 ROW_SPLITS = ("rerank", "valid", "test")
 
@@ -40,17 +41,30 @@ class Prepared:
     def count(self, is_row: bool) -> dict[str, int]:
         """Number of interactions, or of rows, by split."""
         split = self.interactions["split"]
-        counts = (split.take(pa.array(self.targets)) if is_row else split).value_counts()
-        return {entry["values"]: entry["counts"] for entry in counts.to_pylist()}
+        return by_split(split.take(pa.array(self.targets)) if is_row else split)
+
+    def summary(self, args: DataArguments) -> dict[str, object]:
+        """Counts of what was read, kept and split; terms and fingerprints of the sources."""
+        rows = self.count(is_row=True)
+        sizes = Sizes(self.num_read, self.num_duplicates, {split: rows[split] for split in ROW_SPLITS})
+        return shared_summary(args, self.items, self.users, self.interactions, sizes, self.sources)
+
+    def notes(self, metrics: dict[str, object]) -> list[str]:
+        """Lines for the log on what is unusual in the tables."""
+        has_seen = metrics["midtrain_has_seen_rerank_targets"]
+        return ["num_rerank is all: mid-training has seen the targets that train the re-ranker"] if has_seen else []
 
 
-def prepare(args: DataArguments) -> Prepared:
+def prepare(args: DataArguments) -> Prepared | PreparedRequests:
     """Tables and split of a recipe, by Ibis expressions on an embedded DuckDB; refuses what `check` does."""
     with tempfile.TemporaryDirectory() as spill_dir:  # else DuckDB spills into the working folder
         con = ibis.duckdb.connect(temp_directory=spill_dir)
         try:
+            if args.requests:
+                return prepare_requests(con, args)
+            assert args.interactions
             source = read_source(con, args.interactions, args.format, "interactions")
-            is_rows = args.split == "given" and ready_rows.is_ready_rows(source, args.columns)
+            is_rows = ready_rows.is_to_be_rebuilt(source, args.columns, args.split, args.rebuild)
             prepared = (_from_ready_rows if is_rows else _from_interactions)(con, args, source)
         finally:
             con.disconnect()
@@ -91,7 +105,7 @@ def _from_ready_rows(con: ibis.BaseBackend, args: DataArguments, source: Source)
     items, sources = _read_items(con, args, ready_rows.explode(rows), source)
     users, items = tables.number_users(rows), tables.number_items(items)
     held_out = splits.hold_out_latest(rows, args.valid_fraction)
-    sequences = ready_rows.sequences_of(con, held_out, items, users)
+    sequences = ready_rows.sequences_of(con, source, held_out, items, users)
     return _computed(args, items, users, sequences, tables.count(rows), 0, sources)
 
 
@@ -140,28 +154,3 @@ def _refuse_empty_splits(args: DataArguments, prepared: Prepared) -> None:
                 f"split: {args.split} leaves no user with a {split} row (min_history {args.min_history}, "
                 f"{len(prepared.users)} users); {cure}"
             )
-
-
-def summary(args: DataArguments, prepared: Prepared) -> dict[str, object]:
-    """Counts of what was read, kept and split; terms and fingerprints of the sources."""
-    users, times = prepared.interactions["user"].to_numpy(), prepared.interactions["time"].to_numpy()
-    rows = prepared.count(is_row=True)
-    same_user = users[1:] == users[:-1]
-    ties = same_user & (times[1:] == times[:-1])
-    lengths = np.bincount(users)
-    return {
-        "users": len(prepared.users),
-        "items": len(prepared.items),
-        "interactions": len(users),
-        "interactions_read": prepared.num_read,
-        "duplicates_removed": prepared.num_duplicates,
-        "interactions_of_split": prepared.count(is_row=False),
-        "rows": {split: rows[split] for split in ROW_SPLITS},
-        "sequence_length": {"least": int(lengths.min()), "mean": float(lengths.mean()), "most": int(lengths.max())},
-        # Where this is high, the file's order decides what a target is, and directed counts see that order.
-        "share_of_time_ties": float(ties.sum() / max(1, same_user.sum())),
-        "items_without_text": int(np.sum(prepared.items["text"].to_numpy(zero_copy_only=False) == "")),
-        "midtrain_has_seen_rerank_targets": args.num_rerank == "all",
-        "terms": args.terms,
-        "sources": {Path(p).name: fingerprint(p) if Path(p).exists() else None for p in prepared.sources},
-    }

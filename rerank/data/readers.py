@@ -55,7 +55,7 @@ def read_source(con: ibis.BaseBackend, value: str, given_format: str, key: str) 
     path = names.locate(value, key)
     form = format_of(path, given_format, key)
     if form == "datasets":
-        return Source(path, _number_rows(_read_dataset(con, path, key)), "row")
+        return Source(path, number_rows(_read_dataset(con, path, key)), "row")
     if not Path(path).is_file():
         raise FileNotFoundError(f"{key} is {path}, which does not exist; correct the path")
     try:
@@ -72,27 +72,30 @@ def unreadable(name: str, error: duckdb.Error) -> ValueError:
 
 def _read_file(con: ibis.BaseBackend, path: str, form: str) -> Source:
     if form in _DELIMITERS:
-        return Source(path, _number_rows(_read_delimited(con, path, form)), first_row=2)
+        return Source(path, number_rows(_read_delimited(con, path, form)), first_row=2)
     if form == "jsonl":
-        _refuse_empty(path)
+        refuse_empty_file(path)
         table = con.read_json(path, format="newline_delimited", sample_size=-1, map_inference_threshold=-1)
-        return Source(path, _number_rows(table))
+        return Source(path, number_rows(table))
     if form == "parquet":
-        return Source(path, _number_rows(_read_parquet(con, path)), "row")
+        return Source(path, number_rows(_read_parquet(con, path)), "row")
     return Source(path, _read_s3rec(con, path))
 
 
-def _number_rows(table: Table) -> Table:
+def number_rows(table: Table) -> Table:
+    """The table with `source_row`, the order of the input."""
     return table.mutate(source_row=ibis.row_number().cast("int64"))
 
 
-def _open(path: str) -> io.TextIOBase:
+def open_text(path: str) -> io.TextIOBase:
+    """A text file, gzipped if named so."""
     opener = gzip.open if path.endswith(".gz") else open
     return opener(path, "rt", encoding="utf-8-sig", newline="")
 
 
-def _refuse_empty(path: str) -> None:
-    with _open(path) as file:
+def refuse_empty_file(path: str) -> None:
+    """Refuse a file that is empty, or no text."""
+    with open_text(path) as file:
         try:
             start = file.read(1)
         except (gzip.BadGzipFile, UnicodeDecodeError) as error:
@@ -104,8 +107,8 @@ def _refuse_empty(path: str) -> None:
 def _read_delimited(con: ibis.BaseBackend, path: str, form: str) -> Table:
     """Columns are read as text, by the header's names: nothing is guessed from a sample of rows."""
     delimiter, quote = _DELIMITERS[form], '"' if form == "csv" else ""
-    _refuse_empty(path)
-    with _open(path) as file:
+    refuse_empty_file(path)
+    with open_text(path) as file:
         header = next(csv.reader(file, delimiter=delimiter, quoting=csv.QUOTE_MINIMAL if quote else csv.QUOTE_NONE))
     columns = [name.split(":")[0] for name in header] if form == "recbole" else header
     if len(set(columns)) < len(columns):
@@ -123,12 +126,12 @@ def _read_parquet(con: ibis.BaseBackend, path: str) -> Table:
 
 def _read_s3rec(con: ibis.BaseBackend, path: str) -> Table:
     """`user item item ...` a line, or the JSON object `{item: [attribute, ...]}`; order is the file's."""
-    _refuse_empty(path)
+    refuse_empty_file(path)
     if ".json" in Path(path).suffixes:
         attributes = _load_json_object(path)
         columns = {"item": list(attributes), "category": [[str(a) for a in ids] for ids in attributes.values()]}
-        return _number_rows(ibis.memtable(pa.table(columns)))
-    with _open(path) as file:
+        return number_rows(ibis.memtable(pa.table(columns)))
+    with open_text(path) as file:
         lines = [line.split() for line in file]
     columns = {
         "user": [words[0] for words in lines for _ in words[1:]],
@@ -140,7 +143,7 @@ def _read_s3rec(con: ibis.BaseBackend, path: str) -> Table:
 
 
 def _load_json_object(path: str) -> dict[str, list]:
-    with _open(path) as file:
+    with open_text(path) as file:
         try:
             value = json.load(file)
         except json.JSONDecodeError:

@@ -16,11 +16,24 @@ from rerank.data.readers import Names, Source, as_seconds, as_text, pick_columns
 from rerank.data.tables import materialise, refuse_bad_values, refuse_empty, split_name
 
 COLUMNS = ("user", "time", "split", "items", "history", "item")
+MOST_TORN = 0.01  # share of a user's further rows that may not continue those before
 
 
-def is_ready_rows(source: Source, columns: Names | None) -> bool:
-    """Whether a source holds whole rows (an `items` or a `history` column) and not single interactions."""
-    return bool({"items", "history"} & {*(columns or {}), *source.table.columns})
+def is_to_be_rebuilt(source: Source, columns: Names | None, split: str, rebuild: bool) -> bool:
+    """Whether a source holds whole rows (an `items` or a `history` column) and not single interactions.
+
+    Raises:
+        ValueError: When such rows are to stay what they are, or single interactions are to be rebuilt.
+    """
+    held = sorted({"items", "history"} & {*(columns or {}), *source.table.columns})
+    if held and split == "given" and not rebuild:
+        problem = f"{source.name} has the column {held[0]}: whole rows, not single interactions"
+        cure = "set rebuild: true to put overlapping histories back into one sequence a user"
+        raise ValueError(f"{problem}; {cure}, or name lists that were shown as requests")
+    if rebuild and not held:
+        problem = f"rebuild is true but {source.name} has neither a column items nor history"
+        raise ValueError(f"{problem}; remove rebuild, or map one in columns")
+    return rebuild
 
 
 def read_ready_rows(con: ibis.BaseBackend, source: Source, columns: Names | None) -> Table:
@@ -63,33 +76,59 @@ def explode(rows: Table) -> Table:
     return rows.select("source_row", item_ids=_.item_ids).unnest("item_ids", offset="place").rename(item_id="item_ids")
 
 
-def sequences_of(con: ibis.BaseBackend, rows: Table, items: Table, users: Table) -> Table:
+def sequences_of(con: ibis.BaseBackend, source: Source, rows: Table, items: Table, users: Table) -> Table:
     """Interactions of every user from ready rows: user, item, position, time, split, available.
 
     Items that only a row's history brings take the row's split, so nothing of a held-out row is trained on.
+
+    Raises:
+        ValueError: When more than 1 % of the rows do not continue those of their user before them.
     """
     order = ["user", "time", "source_row"]
     rows = rows.join(users, "user_id").select(*order, "split", "item_ids")
     cells = explode(rows).join(items, "item_id").select("source_row", "place", "item")
     flat = cells.join(rows.select(*order), "source_row").order_by([*order, "place"]).select("item").to_pyarrow()
-    table = rows.order_by(order).select("user", "time", "split", length=_.item_ids.length()).to_pyarrow()
+    columns = {"length": _.item_ids.length(), "source_row": _.source_row}
+    table = rows.order_by(order).select("user", "time", "split", **columns).to_pyarrow()
     ends = np.cumsum(table["length"].to_numpy())
     windows = [window.tolist() for window in np.split(flat["item"].to_numpy(), ends[:-1])]
-    merged = merge_rows(table["user"].to_pylist(), windows, table["time"].to_pylist(), table["split"].to_pylist())
+    owners, splits = table["user"].to_pylist(), table["split"].to_pylist()
+    merged, torn = merge_rows(owners, windows, table["time"].to_pylist(), splits)
+    _refuse_torn(
+        source, table["source_row"].take(pa.array(torn, pa.int64())).to_pylist(), len(owners) - len({*owners})
+    )
     return con.create_table(ibis.util.gen_name("sequences"), ibis.memtable(merged), temp=True)
+
+
+def _refuse_torn(source: Source, torn: list[int], num_following: int) -> None:
+    """Refuse rows of which too many do not continue the rows before them; `torn` are their places in the input."""
+    if len(torn) > MOST_TORN * num_following:
+        share = f"as in {len(torn)} of {num_following} rows that follow another of their user, above {MOST_TORN:.0%}"
+        problem = f"its history does not continue the user's rows before it, {share}"
+        cure = "give single interactions, or name lists that were shown as requests"
+        raise ValueError(f"{source.place(min(torn))}: {problem}; rebuild would make false sequences; {cure}")
 
 
 def merge_rows(
     users: Sequence[int], windows: Sequence[list[int]], times: Sequence[float | None], splits: Sequence[str]
-) -> pa.Table:
-    """Interactions from rows in the order of (user, time, input): each window is laid over the end of the sequence."""
+) -> tuple[pa.Table, list[int]]:
+    """Interactions from rows in the order of (user, time, input): each window is laid over the end of the sequence.
+
+    Returns:
+        The interactions, and the rows that do not continue the sequence: not their whole history is its end, or, at a
+        change of split, where rows in between may be missing, not even the beginning of their history.
+    """
     records: list[tuple] = []
+    torn: list[int] = []
     sequence: list[int] = []
-    user_before = None
-    for user, window, time, split in zip(users, windows, times, splits, strict=True):
-        if user != user_before:
-            sequence, user_before = [], user
+    user_before = split_before = None
+    for row, (user, window, time, split) in enumerate(zip(users, windows, times, splits, strict=True)):
+        is_first = user != user_before
+        sequence = [] if is_first else sequence
         overlap = _overlap(sequence, window[:-1])
+        needed = len(window) - 1 if split == split_before else min(1, len(window) - 1)
+        torn += [row] if not is_first and overlap < needed else []
+        user_before, split_before = user, split
         for item in window[overlap:-1]:
             records.append((user, item, len(sequence), None, split, 0))
             sequence.append(item)
@@ -98,7 +137,8 @@ def merge_rows(
     columns = zip(*records, strict=True)
     types = {"user": "int64", "item": "int64", "position": "int64", "time": "float64", "split": "string"}
     types["available"] = "int64"
-    return pa.table({n: pa.array(c, pa.type_for_alias(t)) for (n, t), c in zip(types.items(), columns, strict=True)})
+    arrays = {n: pa.array(c, pa.type_for_alias(t)) for (n, t), c in zip(types.items(), columns, strict=True)}
+    return pa.table(arrays), torn
 
 
 def _overlap(sequence: list[int], history: list[int]) -> int:

@@ -47,7 +47,10 @@ def read_items(
     category_separator: str | None,
 ) -> Table:
     """Items in file order: source_row, item_id, title, category, text, then the other columns of the recipe."""
-    names = pick_columns(source, item_columns, "item_columns", ("item", "title", "category", "brand"))
+    for name in {*(item_columns or {})} & {"item_id", "text", "source_row"}:
+        raise ValueError(f"item_columns has the key {name!r}, which items.parquet has already; take another name")
+    known = ("item", "title", "category", "brand", *(item_columns or {}))
+    names = pick_columns(source, item_columns, "item_columns", known)
     require_column(source, "item", names.get("item", "item"), "item_columns")
     columns = {name: as_text(source.table[column]) for name, column in names.items()}
     if category_separator and "category" in columns:

@@ -212,7 +212,7 @@ def find_lists(
     rows = whole.of_split(split, max_rows, SAMPLE_SEED)
     counts, found = baseline_lists(run, len(catalogue), rows.histories, LIST_LENGTH)
     for name, path in lists.items():
-        items, _ = read_lists(path, whole.row_ids, catalogue.item_ids, LIST_LENGTH)
+        items = np.stack(read_lists(path, whole.row_ids, catalogue.item_ids, LIST_LENGTH)[0])
         found[name] = items[np.isin(whole.row_ids, rows.row_ids)]
     found |= model_lists(run, rows.histories, num_beams, models)
     slices = Slices.of_rows(run, whole).taken(np.searchsorted(whole.row_ids, rows.row_ids))

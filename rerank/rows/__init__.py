@@ -4,7 +4,15 @@
 are what a reward is told of it. `histories` reads what has no list yet.
 """
 
-from rerank.rows.histories import TargetRows, by_user, training_items, training_sequences, windows
+from rerank.rows.histories import (
+    LoggedLists,
+    TargetRows,
+    by_user,
+    has_lists,
+    training_items,
+    training_sequences,
+    windows,
+)
 from rerank.rows.prompter import (
     FEATURES_FILE,
     REWARD_COLUMNS,
@@ -28,6 +36,7 @@ from rerank.rows.row import (
 
 __all__ = [
     "FEATURES_FILE",
+    "LoggedLists",
     "REWARD_COLUMNS",
     "PromptedRow",
     "Prompter",
@@ -40,6 +49,7 @@ __all__ = [
     "check_top_k",
     "choose_rows",
     "column_names",
+    "has_lists",
     "read_feature_names",
     "read_rows",
     "reward_columns",

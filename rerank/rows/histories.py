@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
@@ -15,6 +16,8 @@ from rerank.launch import run_dir
 from rerank.rows.row import choose_rows
 
 TRAINING = ("train", "rerank")  # splits of which nothing is held out
+DETAILS = ("request_id", "time", "history_times", "history_events", "fields")  # of requests, handed on as they are
+COLUMN = "candidate_"  # before the name of a candidate's number
 
 
 def training_items(data_dir: Path, splits: Sequence[str] = TRAINING) -> tuple[np.ndarray, np.ndarray]:
@@ -43,12 +46,62 @@ def windows(history: np.ndarray, max_items: int) -> Iterator[np.ndarray]:
 
 
 @dataclass(frozen=True)
-class TargetRows:
-    """The rows of data/rows.parquet, which have no list yet: histories and the items that follow.
+class LoggedLists:
+    """The lists that the rows of data/rows.parquet hold where they are requests.
 
     Attributes:
-        row_ids, users, targets, splits: (R,).
+        candidates: R arrays of items in first-stage order.
+        relevance: R arrays of grades, nan for a candidate that was not seen.
+        scores: R arrays of first-stage scores; without any in the log, N + 1 minus the place.
+        columns: Numbers of the candidates, R arrays each, nan where unknown.
+        details: (R rows) the columns of DETAILS.
+    """
+
+    candidates: list[np.ndarray]
+    relevance: list[np.ndarray]
+    scores: list[np.ndarray]
+    columns: dict[str, list[np.ndarray]]
+    details: pa.Table
+
+    @classmethod
+    def of(cls, table: pa.Table) -> "LoggedLists":
+        """Those of a table with the columns of rows.parquet."""
+        candidates = _split_lists(table["candidates"])
+        scores = _split_lists(table["scores"])
+        scores = [
+            np.arange(len(items), 0, -1.0) if not len(of_row) else of_row
+            for items, of_row in zip(candidates, scores, strict=True)
+        ]
+        names = [name for name in table.column_names if name.startswith(COLUMN)]
+        columns = {name: [values.astype(float) for values in _split_lists(table[name])] for name in names}
+        relevance = [grades.astype(float) for grades in _split_lists(table["relevance"])]
+        return cls(candidates, relevance, scores, columns, table.select(DETAILS))
+
+    def take(self, chosen: Sequence[int] | np.ndarray) -> "LoggedLists":
+        """The lists at these places."""
+        parts = (self.candidates, self.relevance, self.scores)
+        candidates, relevance, scores = ([values[row] for row in chosen] for values in parts)
+        columns = {name: [values[row] for row in chosen] for name, values in self.columns.items()}
+        return LoggedLists(
+            candidates, relevance, scores, columns, self.details.take(pa.array(np.asarray(chosen, dtype=np.int64)))
+        )
+
+
+def _split_lists(column: pa.ChunkedArray) -> list[np.ndarray]:
+    """A column of lists as an array a row, empty for null; null entries are nan."""
+    ends = np.cumsum(pc.fill_null(pc.list_value_length(column), 0).to_numpy())
+    return np.split(pc.list_flatten(column).to_numpy(), ends[:-1]) if len(ends) else []
+
+
+@dataclass(frozen=True)
+class TargetRows:
+    """The rows of data/rows.parquet: histories, and the items that follow or the lists that the log holds.
+
+    Attributes:
+        row_ids, users, splits: (R,).
         histories: R arrays of items, oldest first.
+        targets: (R,), -1 where the rows are requests.
+        lists: Of requests; None where a first stage has yet to make them.
     """
 
     row_ids: np.ndarray
@@ -56,16 +109,18 @@ class TargetRows:
     histories: list[np.ndarray]
     targets: np.ndarray
     splits: np.ndarray
+    lists: LoggedLists | None = None
 
     @classmethod
     def load(cls, run: str | Path) -> "TargetRows":
         """The rows of a run's data stage."""
         path = run_dir.stage_dir(run, "data") / "rows.parquet"
-        table = pq.read_table(path, columns=["row_id", "user", "split", "history", "target"]).combine_chunks()
-        history = pc.list_flatten(table["history"]).to_numpy()
-        ends = np.cumsum(pc.list_value_length(table["history"]).to_numpy())
-        row_ids, users, targets, splits = (table[name].to_numpy() for name in ("row_id", "user", "target", "split"))
-        return cls(row_ids, users, np.split(history, ends[:-1]), targets, splits)
+        is_log, columns = has_lists(run), ["row_id", "user", "split", "history", "target"]
+        table = pq.read_table(path, columns=None if is_log else columns).combine_chunks()
+        row_ids, users, splits = (table[name].to_numpy() for name in ("row_id", "user", "split"))
+        targets = pc.fill_null(table["target"], -1).to_numpy()
+        lists = LoggedLists.of(table) if is_log else None
+        return cls(row_ids, users, _split_lists(table["history"]), targets, splits, lists)
 
     def of_split(self, split: str, max_rows: int = 0, seed: int = 0) -> "TargetRows":
         """The rows of a split, `max_rows` of them drawn at random; all for 0."""
@@ -74,7 +129,13 @@ class TargetRows:
     def take(self, chosen: Sequence[int] | np.ndarray) -> "TargetRows":
         """The rows at these places."""
         row_ids, users, histories = self.row_ids[chosen], self.users[chosen], [self.histories[row] for row in chosen]
-        return TargetRows(row_ids, users, histories, self.targets[chosen], self.splits[chosen])
+        lists = None if self.lists is None else self.lists.take(chosen)
+        return TargetRows(row_ids, users, histories, self.targets[chosen], self.splits[chosen], lists)
 
     def __len__(self) -> int:
         return len(self.row_ids)
+
+
+def has_lists(run: str | Path) -> bool:
+    """Whether the rows of a run are requests, which bring their lists."""
+    return "candidates" in pq.read_schema(run_dir.stage_dir(run, "data") / "rows.parquet").names

@@ -7,18 +7,20 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+LEAST = 2  # candidates of a list
+
 
 def read_lists(
-    path: str | Path, row_ids: np.ndarray, item_ids: Sequence[str], length: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """The lists in the order of `row_ids`: (R, N) items and (R, N) scores.
+    path: str | Path, row_ids: np.ndarray, item_ids: Sequence[str], length: int | None = None
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """The lists in the order of `row_ids`: R arrays of N items and of N scores.
 
     Args:
         path: Parquet file with row_id, candidates (original item ids, best first) and optionally scores. Without
             scores a candidate's score is N + 1 minus its place.
         row_ids: (R,) of the rows that need a list.
         item_ids: Original id of each item.
-        length: N, the length that each list must have.
+        length: N of every list; None where lists may differ, in at least two candidates each.
 
     Raises:
         ValueError: Naming the file and the row (from 1) of the first list that does not fit.
@@ -26,8 +28,8 @@ def read_lists(
     table = _read_table(path)
     numbers = {str(item_id): item for item, item_id in enumerate(item_ids)}
     places = {int(row_id): place for place, row_id in enumerate(row_ids)}
-    items = np.zeros((len(places), length), dtype=np.int64)
-    scores = np.tile(np.arange(length, 0, -1.0), (len(places), 1))
+    items: list[np.ndarray] = [np.empty(0)] * len(places)
+    scores = list(items)
     left = set(places)
     for number, record in enumerate(table.to_pylist(), start=1):
         where, row_id = f"{path}, row {number}", record["row_id"]
@@ -35,9 +37,10 @@ def read_lists(
             problem = "appears twice" if row_id in places else "is not in data/rows.parquet"
             raise ValueError(f"{where}: row_id {row_id} {problem}; give each row of data/rows.parquet one list")
         left.remove(row_id)
-        items[places[row_id]] = _numbered(record["candidates"], numbers, length, where)
-        if "scores" in record:
-            scores[places[row_id]] = _finite_scores(record["scores"], length, where)
+        found = np.array(_numbered(record["candidates"], numbers, length, where))
+        items[places[row_id]] = found
+        given = _finite_scores(record["scores"], len(found), where) if "scores" in record else None
+        scores[places[row_id]] = np.arange(len(found), 0, -1.0) if given is None else np.array(given)
     if left:
         first = next(row_id for row_id in places if row_id in left)
         raise ValueError(f"{path} has no list for row_id {first}; give each row of data/rows.parquet one list")
@@ -62,11 +65,15 @@ def _read_table(path: str | Path) -> pa.Table:
     return table
 
 
-def _numbered(candidates: Sequence[object] | None, numbers: dict[str, int], length: int, where: str) -> list[int]:
+def _numbered(
+    candidates: Sequence[object] | None, numbers: dict[str, int], length: int | None, where: str
+) -> list[int]:
     """The items of one list of original ids."""
     names = [str(name) for name in candidates or []]
-    if len(names) != length:
+    if length is not None and len(names) != length:
         raise ValueError(f"{where}: {len(names)} candidates but a list has {length}; give exactly that many")
+    if len(names) < LEAST:
+        raise ValueError(f"{where}: {len(names)} candidates, too few to rank; give at least {LEAST}")
     for place, name in enumerate(names):
         if name not in numbers:
             raise ValueError(f"{where}: candidate {name!r} is not among the items; use the ids of the data stage")

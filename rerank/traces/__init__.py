@@ -1,6 +1,7 @@
 """Stage: a teacher's reasoning, sampled, judged, kept or rejected.
 
-In: candidates/ (training rows whose list holds a relevant item), data/ and semantic_ids/ (the catalogue).
+In: candidates/ (training rows whose list holds a relevant item), data/ and semantic_ids/ (the catalogue; prompts that
+show no semantic ids do without the second).
 Out: accepted.parquet (row_id, trace, order: positions into candidates, best first), attempts.parquet (every draw and
 why it was kept or not), row_split.parquet (row_id, used_for: sft or dapo), prompt.json (the prompt that all later
 stages share).
@@ -27,7 +28,9 @@ from rerank.launch import recipe, run_dir
 from rerank.launch.stages import Stage
 from rerank.launch.values import check_choice, check_range, option
 from rerank.prompts import PromptSettings
+from rerank.prompts.fields import WITHOUT_IDS
 from rerank.rows import Prompter, RankingRow, check_edges, check_features, check_top_k, choose_rows, read_rows
+from rerank.rows.checks import check_fields, check_letters
 from rerank.traces.attempts import AttemptStore, Teacher, collect, summarize
 from rerank.traces.evidence import EvidenceTeacher, fit_scores
 from rerank.traces.teachers import OpenaiTeacher, PromptWriter, VllmTeacher, check_server, find_model
@@ -89,6 +92,8 @@ def check(args: TracesArguments, settings: PromptSettings) -> None:
     """Refuse a teacher that is not there and candidates without the evidence that is asked for."""
     if args.teacher == "vllm":
         find_model(str(args.teacher_model))
+    if run_dir.is_finished(args.run_dir, "data"):
+        check_fields(args.run_dir, settings)
     if run_dir.is_finished(args.run_dir, "candidates"):
         if args.teacher == "openai":  # until the stage can start, its server need not run
             check_server(args.base_url, str(args.teacher_model))
@@ -96,6 +101,7 @@ def check(args: TracesArguments, settings: PromptSettings) -> None:
         if _needs_features(args, settings):
             check_features(folder / "train.parquet")
         check_edges(folder, settings)
+        check_letters(folder, settings)
         check_top_k(folder / "train.parquet", settings.top_k)
 
 
@@ -192,6 +198,9 @@ STAGE = Stage(
     arguments=(TracesArguments, PromptSettings),
     main=main,
     check=check,
-    inputs=("data", "semantic_ids", "candidates"),
+    inputs=("data", "candidates"),
+    optional_inputs=lambda args, settings: ("semantic_ids",) if settings.shows_ids else (),
+    inputs_if_made=("semantic_ids",),
+    do_without={"semantic_ids": WITHOUT_IDS},
     files=("teacher_model",),
 )

@@ -70,8 +70,10 @@ def gives_answer_away(trace: str, label: str) -> bool:
     """
     if _GIVE_AWAY.search(trace):
         return True
-    gap, name = r"\W*?(?:\w+\W+){0,5}?", re.escape(label)
-    near = rf"\b{_TOLD}\b{gap}(?<!\d){name}(?!\d)|(?<!\d){name}(?!\d){gap}\b{_TOLD}\b"
+    gap, name = r"\W*?(?:\w+\W+){0,5}?", rf"(?<!\d){re.escape(label)}(?!\d)"
+    if label.isalpha():
+        name = rf"(?<!\w)(?-i:{label})(?!\w)"  # a letter, not one of a word
+    near = rf"\b{_TOLD}\b{gap}{name}|{name}{gap}\b{_TOLD}\b"
     return label in trace and re.search(near, trace, re.IGNORECASE) is not None
 
 

@@ -41,11 +41,13 @@ def categories_of(item: int, catalogue: Catalogue, settings: PromptSettings) -> 
 def word_full(row: RankingRow, order: Sequence[int], facts: Facts, prompter: Prompter) -> str:
     """A trace in sentences that explains a ranking (positions, best first)."""
     shown = prompter.catalogue, prompter.settings
+    labels = prompter.labels(row)
     history, candidates = row.history[-prompter.settings.max_history :], row.candidates
     counts = Counter(name for item in reversed(history) for name in categories_of(item, *shown))
     # the two most frequent categories, of equals the most recent
     pattern = [f"{name} in {times} of {len(history)} items" for name, times in counts.most_common(2)]
-    lines = [f"Broad pattern: {'; '.join([*pattern, f'the last item is {_name(history[-1], *shown)}'])}."]
+    pattern += [f"the last item is {_name(history[-1], prompter)}"] if history else ["no history is known"]
+    lines = [f"Broad pattern: {'; '.join(pattern)}."]
     for name in categories_of(candidates[order[0]], *shown)[:1]:
         like = sum(name in categories_of(item, *shown) for item in candidates)
         lines.append(f"What complements it: {name}, as in {like} of {len(candidates)} candidates.")
@@ -55,13 +57,19 @@ def word_full(row: RankingRow, order: Sequence[int], facts: Facts, prompter: Pro
     for word, position in [*first, ("Last", order[-1])]:
         cited = facts.cited(position, 3 if word == "Best match" else 2, lowest=word == "Last")
         cited = cited or categories_of(candidates[position], *shown)[:1]
-        lines.append(f"{word}: {'; '.join([_name(candidates[position], *shown), *cited])}.")
+        lines.append(f"{word}: {'; '.join([_name(candidates[position], prompter, labels[position]), *cited])}.")
     return " ".join(lines)
 
 
-def _name(item: int, catalogue: Catalogue, settings: PromptSettings) -> str:
-    title = prompts.clean(catalogue.titles[item])
-    return catalogue.semantic_ids[item] + (f" ({title})" if title and "title" in settings.item_fields else "")
+def _name(item: int, prompter: Prompter, label: str = "") -> str:
+    """An item as a trace names it: by its semantic id, or its label where prompts show no ids, and its title."""
+    settings, catalogue = prompter.settings, prompter.catalogue
+    title = prompter.texts.item(item, "title") if "title" in settings.item_fields else ""
+    if settings.shows_ids:
+        label = catalogue.semantic_ids[item]
+    if not label:
+        return title or prompts.clean(catalogue.item_ids[item])
+    return label + (f" ({title})" if title else "")
 
 
 def fit_scores(rows: Sequence[RankingRow], seed: int) -> dict[int, np.ndarray]:

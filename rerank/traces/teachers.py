@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from rerank import prompts
-from rerank.prompts import PromptSettings
+from rerank.prompts.facts import UNKNOWN, fact_words
 from rerank.rows import Prompter, RankingRow
 from rerank.traces.attempts import Draft
 
@@ -39,7 +39,7 @@ class PromptWriter:
     def __call__(self, row: RankingRow) -> str:
         parts = [self.prompter.message(row)]
         if self.prompter.settings.evidence == "codes":
-            parts.append(explain_codes(self.prompter.settings))
+            parts.append(explain_codes(self.prompter))
         if self.told and row.best:
             labels = self.prompter.labels(row)
             told = _TOLD if len(row.best) == 1 else _TOLD_SEVERAL
@@ -47,11 +47,15 @@ class PromptWriter:
         return "\n".join(parts)
 
 
-def explain_codes(settings: PromptSettings) -> str:
+def explain_codes(prompter: Prompter) -> str:
     """A sentence on the meaning of the words of `evidence: codes`."""
-    facts = [prompts.FACTS[name] for name in settings.evidence_names]
+    names = prompter.settings.evidence_names
+    facts, most = [fact_words(name) for name in names], len(prompter.edges[names[0]])
     meanings = ", ".join(f"{word} ({re.sub('{[^}]*}', 'N', phrase)})" for word, phrase in facts)
-    return f"Words such as {facts[-1][0]}:7 are facts in ten steps from 0, the least, to 9: {meanings}."
+    unknown = "" if set(names) <= set(prompts.FACTS) else f", {UNKNOWN} where it is not known"
+    steps = "ten" if most == 9 else str(most + 1)
+    example = f"{facts[-1][0]}:{min(7, most)}"
+    return f"Words such as {example} are facts in {steps} steps from 0, the least, to {most}{unknown}: {meanings}."
 
 
 class VllmTeacher:

@@ -1,0 +1,89 @@
+"""The interactions of each user, and which of them a request may have as its history.
+
+R requests, E events: a user takes an item, through a request or in a table of interactions.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from rerank.data.requests.log import RequestLog
+
+
+@dataclass(frozen=True)
+class Events:
+    """What users took.
+
+    Attributes:
+        users, items: (E,), numbers.
+        times: (E,), seconds, NaN where unknown.
+        requests: (E,), the number of the request, -1 for one of the table of interactions.
+        levels: (E,), number of the split: 0 for training.
+        kinds: (E,), event type or None.
+    """
+
+    users: np.ndarray
+    items: np.ndarray
+    times: np.ndarray
+    requests: np.ndarray
+    levels: np.ndarray
+    kinds: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.users)
+
+    def columns(self) -> tuple[np.ndarray, ...]:
+        """The arrays in the order of the attributes."""
+        return self.users, self.items, self.times, self.requests, self.levels, self.kinds
+
+    def take(self, chosen: np.ndarray) -> "Events":
+        """The events at these places, or where a mask holds."""
+        return Events(*(column[chosen] for column in self.columns()))
+
+    def then(self, further: "Events") -> "Events":
+        """These events, then the further ones."""
+        pairs = zip(self.columns(), further.columns(), strict=True)
+        return Events(*(np.concatenate(pair) for pair in pairs))
+
+
+def positives(log: RequestLog, levels: np.ndarray) -> Events:
+    """The candidates with a grade above 0 as events, in the order of the log."""
+    chosen = np.flatnonzero(log.relevance > 0)
+    owners = log.owners[chosen]
+    kinds = log.events.take(pa.array(chosen)).to_numpy(zero_copy_only=False)
+    return Events(log.users[owners], log.items[chosen], log.feedback_times[chosen], owners, levels[owners], kinds)
+
+
+def in_order(log: RequestLog, taken: Events) -> Events:
+    """Events by user, then time, then input (the table of interactions first), then the list shown."""
+    filled = np.where(taken.requests < 0, -np.inf, log.ordering_times[np.maximum(taken.requests, 0)])
+    times = np.where(np.isnan(taken.times), filled, taken.times)
+    return taken.take(np.lexsort((np.arange(len(taken)), taken.requests, times, taken.users)))
+
+
+class Histories:
+    """The history of every request, joined from events: those before its time, a gap of seconds kept free.
+
+    An event of a later split than the request's is never part of it. Where a request or an event has no time, earlier
+    in the input counts as before; a table of interactions is before every request of a log without times.
+    """
+
+    def __init__(self, log: RequestLog, events: Events, levels: np.ndarray, gap: float) -> None:
+        """From events in order, the split of each request, and the seconds before it whose events are left out."""
+        self.log, self.events, self.levels, self.gap = log, events, levels, gap
+        self.starts = np.searchsorted(events.users, np.arange(log.users.max() + 2))
+        self.has_times = not np.isnan(log.times).all()
+
+    def places(self, request: int) -> np.ndarray:
+        """The events of a request's history, oldest first."""
+        user, time = self.log.users[request], self.log.times[request]
+        start, end = self.starts[user : user + 2]
+        times, requests = self.events.times[start:end], self.events.requests[start:end]
+        is_earlier = requests < request  # in the input; -1 is before all
+        if np.isnan(time):
+            is_earlier &= (requests >= 0) | (not self.has_times)
+        else:
+            is_earlier = np.where(np.isnan(times), is_earlier, times < time - self.gap)
+        may_be_seen = self.events.levels[start:end] <= self.levels[request]
+        return start + np.flatnonzero(is_earlier & (requests != request) & may_be_seen)
