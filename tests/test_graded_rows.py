@@ -18,7 +18,6 @@ from scripted_dapo import SETTINGS, sampler, stream
 from toy_run import CATALOGUE, rollout, write_rollouts
 
 from rerank import scoring
-from rerank.baselines import FEATURES
 from rerank.dapo.groups import record
 from rerank.launch import validation
 from rerank.metrics import auc as metrics_auc
@@ -27,7 +26,7 @@ from rerank.plugins import load_function
 from rerank.probe import policies
 from rerank.probe.rows import ProbeRow
 from rerank.probe.scores import Scale, Scorer, best_blind_order
-from rerank.prompts import Parsed, PromptSettings, completion, parse_completion
+from rerank.prompts import Parsed, PromptSettings, completion, parse_completion, word_labels
 from rerank.report import rollouts as report_rollouts
 from rerank.rollouts import metrics as rollout_metrics
 from rerank.rollouts import rescore, text
@@ -349,7 +348,7 @@ def test_with_one_positive_the_gold_order_is_that_of_an_accepted_teacher():
 
 def evidence_row(row_id, grades):
     size = len(grades)
-    features = np.random.default_rng(row_id).random((size, len(FEATURES)), dtype=np.float32)
+    features = np.random.default_rng(row_id).random((size, 3), dtype=np.float32)
     features[:, 0] += np.nan_to_num(np.array(grades))  # the first feature tells the grade
     return RankingRow(row_id, (9,), tuple(range(size)), tuple(grades), user=row_id, features=features)
 
@@ -366,7 +365,7 @@ def test_calibration_asks_how_often_one_of_the_best_seen_candidates_is_drawn():
 def test_the_evidence_teacher_scores_and_ranks_lists_of_any_length():
     lists = [(0.0, 1.0), (2.0, 0.0, NOT_SEEN, 1.0, 0.0, 2.0, 0.0), (*[0.0] * 23, 1.0), (*[0.0, 1.0, 2.0] * 100,)]
     rows = [evidence_row(number, lists[number % 4]) for number in range(40)]
-    scores = evidence.fit_scores(rows, seed=0)
+    scores = evidence.fit_scores(rows, ["click_rate", "shown", "candidate_price"], seed=0)
     assert {row.row_id: len(scores[row.row_id]) for row in rows} == {row.row_id: len(row.candidates) for row in rows}
     prompter = Prompter(stream(1).prompter.catalogue, SETTINGS)
     rows = [row for row in rows if len(row.candidates) < 100]  # of as many items as the catalogue has
@@ -447,16 +446,17 @@ def probe_rows(lists, top_k=0, ranking="number"):
     """A row of each list of grades, with the labels of its length."""
     found = []
     for number, grades in enumerate(lists):
-        labels = [str(place) if ranking == "number" else f"<s_a_{place}>" for place in range(1, len(grades) + 1)]
+        ids = [f"<s_a_{place}>" for place in range(len(grades))]
+        labels = ids if ranking == "semantic_id" else word_labels(ranking, len(grades))
         row = RankingRow(number, (9,), tuple(range(len(grades))), grades, user=number)
         found.append(ProbeRow(row, "Rank:", labels, 8192, top_k, popularity=list(range(len(grades)))))
     return found
 
 
-@pytest.mark.parametrize("ranking", ["number", "semantic_id"])
+@pytest.mark.parametrize("ranking", ["number", "semantic_id", "letter"])
 @pytest.mark.parametrize("top_k", [0, 1, 2, 9])
 def test_every_policy_writes_what_it_says_for_lists_of_any_length(top_k, ranking):
-    rows = probe_rows([(0.0, 1.0), (1.0, NOT_SEEN, 2.0, 0.0, 0.0), (0.0,) * 30 + (1.0, 2.0)], top_k, ranking)
+    rows = probe_rows([(0.0, 1.0), (1.0, NOT_SEEN, 2.0, 0.0, 0.0), (0.0,) * 24 + (1.0, 2.0)], top_k, ranking)
     fixed = best_blind_order(Scorer(scoring.load_rewards([{"name": "ndcg"}]), "ndcg", 1), rows)
     for policy, kind in policies.all_of(rows, fixed):
         for row in rows:

@@ -174,7 +174,7 @@ def test_grades_part_the_scores_of_all_rows_evenly_and_noise_moves_them(prompter
 
 def test_out_of_fold_scores_of_the_stage_beat_chance(run_path):
     train = read_rows(run_path / "candidates/train.parquet", needs_features=True)
-    scores = evidence.fit_scores(train, seed=0)
+    scores = evidence.fit_scores(train, FEATURES, seed=0)
     hits = [np.argmax(scores[row.row_id]) == row.target for row in train]
     assert np.mean(hits) > 1 / NUM_CANDIDATES
 
