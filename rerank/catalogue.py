@@ -1,10 +1,10 @@
-"""The items in prompts and reports: original id, semantic id, title and category, in item order."""
+"""The items in prompts and reports: original id, semantic id, title, category and other texts, in item order."""
 
 import re
 import string
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 COLUMNS = ("item_id", "semantic_id", "title", "category")
+NO_TEXTS = ("item", "item_id", "source_row")  # columns of items.parquet that are no text of an item
 MAX_LEVELS = len(string.ascii_lowercase)  # of a semantic id: a letter each
 
 
@@ -41,12 +42,21 @@ def shared(texts: Sequence[str]) -> list[bool]:
 
 @dataclass
 class Catalogue:
-    """Four lists of equal length, indexed by the integer `item`."""
+    """Lists of equal length, indexed by the integer `item`.
+
+    Attributes:
+        item_ids: As the user's files have them.
+        semantic_ids: Such as `<s_a_12><s_b_3>`; empty texts in a run without them.
+        titles: Empty where an item has none.
+        categories: Likewise.
+        fields: Further texts by name: the other columns of items.parquet, or those that a model's prompts show.
+    """
 
     item_ids: list[str]
     semantic_ids: list[str]
     titles: list[str]
     categories: list[str]
+    fields: dict[str, list[str]] = field(default_factory=dict, compare=False)  # a model's folder has some of a run's
 
     def __len__(self) -> int:
         return len(self.item_ids)
@@ -56,34 +66,65 @@ class Catalogue:
         """The catalogue of a model folder (its catalogue.parquet) or of a run (its data and semantic_ids stages)."""
         folder = Path(folder)
         if (folder / "catalogue.parquet").is_file():
-            return cls._from_columns(pq.read_table(folder / "catalogue.parquet").to_pydict())
+            return cls._from_table(pq.read_table(folder / "catalogue.parquet"))
         items_path, ids_path = folder / "data/items.parquet", folder / "semantic_ids/semantic_ids.parquet"
-        for path in (items_path, ids_path):
-            if not path.is_file():
-                raise FileNotFoundError(f"{path} is missing; give a model folder or a run with finished semantic ids.")
-        items = pq.read_table(items_path, columns=["item", "item_id", "title", "category"]).sort_by("item").to_pydict()
-        ids = pq.read_table(ids_path, columns=["item", "semantic_id"]).sort_by("item").to_pydict()
-        if items["item"] != ids["item"]:
+        if not items_path.is_file():
+            raise FileNotFoundError(
+                f"{items_path} is missing; give a model folder or a run with a finished data stage."
+            )
+        items = pq.read_table(items_path).sort_by("item")
+        if not ids_path.is_file():
+            return cls._from_table(items.append_column("semantic_id", pa.array([""] * len(items), pa.string())))
+        ids = pq.read_table(ids_path, columns=["item", "semantic_id"]).sort_by("item")
+        if items["item"].to_pylist() != ids["item"].to_pylist():
             raise ValueError(
-                f"{ids_path} has {len(ids['item'])} items but {items_path} has {len(items['item'])}, or other ones; "
+                f"{ids_path} has {len(ids)} items but {items_path} has {len(items)}, or other ones; "
                 "run the semantic_ids stage again."
             )
-        return cls._from_columns({**items, "semantic_id": ids["semantic_id"]})
+        return cls._from_table(items.append_column("semantic_id", ids["semantic_id"]))
 
     @classmethod
-    def _from_columns(cls, columns: dict[str, list[str]]) -> "Catalogue":
-        return cls(*(columns[name] for name in COLUMNS))
+    def _from_table(cls, table: pa.Table) -> "Catalogue":
+        further = [name for name in table.column_names if name not in (*COLUMNS, *NO_TEXTS)]
+        fields = {name: _as_texts(table[name]) for name in further if not pa.types.is_nested(table[name].type)}
+        item_ids, semantic_ids, titles, categories = (table[name].to_pylist() for name in COLUMNS)
+        return cls(item_ids, semantic_ids, titles, categories, fields)
+
+    @property
+    def has_ids(self) -> bool:
+        """Whether items have semantic ids."""
+        return any(self.semantic_ids)
+
+    @property
+    def columns(self) -> list[str]:
+        """The names that `texts` knows."""
+        return ["title", "category", *self.fields]
+
+    def texts(self, name: str) -> list[str]:
+        """The texts of a field, by item."""
+        return {"title": self.titles, "category": self.categories, **self.fields}[name]
 
     def with_texts_of(self, items: Sequence[int]) -> "Catalogue":
-        """The same items, item k with title and category of `items[k]`."""
-        titles, categories = ([texts[item] for item in items] for texts in (self.titles, self.categories))
-        return replace(self, titles=titles, categories=categories)
+        """The same items, item k with the texts of `items[k]`."""
 
-    def save(self, folder: str | Path) -> None:
-        """Write `folder`/catalogue.parquet."""
+        def moved(texts: Sequence[str]) -> list[str]:
+            return [texts[item] for item in items]
+
+        fields = {name: moved(texts) for name, texts in self.fields.items()}
+        return replace(self, titles=moved(self.titles), categories=moved(self.categories), fields=fields)
+
+    def save(self, folder: str | Path, fields: Sequence[str] = ()) -> None:
+        """Write `folder`/catalogue.parquet, with these of the further fields."""
         columns = (self.item_ids, self.semantic_ids, self.titles, self.categories)
-        table = pa.table(dict(zip(COLUMNS, columns, strict=True)))
+        further = {name: self.fields[name] for name in fields if name in self.fields}
+        table = pa.table({**dict(zip(COLUMNS, columns, strict=True)), **further})
         pq.write_table(table, Path(folder) / "catalogue.parquet")
+
+
+def _as_texts(column: pa.ChunkedArray) -> list[str]:
+    """A column as texts, empty for null, numbers as short as they are written."""
+    values = column.to_pylist()
+    return ["" if one is None else f"{one:.15g}" if isinstance(one, float) else str(one) for one in values]
 
 
 def check_vocabulary(tokenizer: "PreTrainedTokenizerBase", semantic_ids: Sequence[str], where: str | Path) -> None:

@@ -11,8 +11,17 @@ import numpy as np
 from rerank.prompts import spaced
 
 GRADES = ("bad", "poor", "weak", "fair", "good", "strong", "top")
-# The fixed words of a short trace: with the words of facts all that a small tokenizer needs beside ids.
-EVIDENCE_WORDS: tuple[str, ...] = (*GRADES, "best", *map(str, range(1, 11)))
+LONGEST_LIST = 10  # candidates whose numbers a small tokenizer knows, unless told otherwise
+
+
+def trace_words(longest: int = LONGEST_LIST, labels: Sequence[str] = ()) -> list[str]:
+    """The fixed words of a short trace: with the words of facts all that a small tokenizer needs beside ids.
+
+    Args:
+        longest: Candidates of the longest list, whose numbers are among the words.
+        labels: Further ones.
+    """
+    return [*GRADES, "best", *map(str, range(1, longest + 1)), *labels]
 
 
 @dataclass(frozen=True)

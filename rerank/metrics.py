@@ -75,6 +75,16 @@ def judged(grades: Grades) -> np.ndarray:
     return values[~np.isnan(values)]
 
 
+def judged_order(order: Sequence[int], grades: Grades) -> list[int]:
+    """A ranking (positions, best first) without the candidates that nobody has judged.
+
+    Args:
+        order: Positions into `grades`.
+        grades: Of the candidates, in the order shown.
+    """
+    return [place for place in order if grades[place] == grades[place]]  # only NaN differs from itself
+
+
 def has_pairs(grades: Grades) -> bool:
     """Whether an item is relevant and another, judged one is not, so that rankings differ in every metric."""
     values = judged(grades)

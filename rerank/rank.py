@@ -1,8 +1,10 @@
 """Re-rank new rows with a trained model: `rerank rank MODEL_DIR --rows FILE --out FILE`.
 
-Rows come as Parquet, JSONL or CSV with `history` (oldest first) and `candidates` (first-stage order), both of original
-item ids: lists, or in CSV ids parted by spaces. Every column is kept; `ranking` (best first, null where the completion
-is no ranking), `failure` and `trace` are added.
+Rows come as Parquet, JSONL or CSV with `history` (oldest first) and `candidates` (first-stage order, of any length),
+both of original item ids: lists, or in CSV ids parted by spaces. Where the model's prompts show them, rows have
+further columns: those of the user and the request by their names, `time` and `history_times` (seconds),
+`history_events`, `scores` of the first stage, and numbers of the candidates by their names, one for each. Every column
+is kept; `ranking` (best first, null where the completion is no ranking), `failure` and `trace` are added.
 """
 
 import json
@@ -18,7 +20,9 @@ import pyarrow.parquet as pq
 
 from rerank.launch.files import write_text, write_whole
 from rerank.models.ranker import Answer, RankingModel, generate_answers
+from rerank.prompts import MAX_LETTERS, PromptSettings, completion
 from rerank.rows import RankingRow
+from rerank.rows.histories import COLUMN
 
 COLUMNS = ("history", "candidates")
 ADDED = ("ranking", "failure", "trace")
@@ -34,7 +38,9 @@ def rank_rows(model_dir: str | Path, rows_path: str | Path, out_path: str | Path
     if not out_path.parent.is_dir():
         raise FileNotFoundError(f"{out_path.parent} is not a folder; make it, or choose another --out.")
     records = read_records(rows_path)
-    answers, _ = generate_answers(model, encode_rows(records, model, str(rows_path)))
+    rows = encode_rows(records, model, str(rows_path))
+    check_limit(rows, model, str(rows_path))
+    answers, _ = generate_answers(model, rows)
     write_records([add_answer(record, answer) for record, answer in zip(records, answers, strict=True)], out_path)
 
 
@@ -93,7 +99,7 @@ def _read_table(path: Path) -> list[Record]:
 
 
 def encode_rows(records: Sequence[Record], model: RankingModel, where: str) -> list[RankingRow]:
-    """Items instead of ids, numbered from 1, with features where the prompt shows evidence.
+    """Items instead of ids, numbered from 1, with the fields and features that the prompts show.
 
     Args:
         records: The rows of a file.
@@ -101,52 +107,125 @@ def encode_rows(records: Sequence[Record], model: RankingModel, where: str) -> l
         where: The file, for messages.
     """
     items = {item_id: item for item, item_id in enumerate(model.prompter.catalogue.item_ids)}
-    rows = []
+    settings, rows = model.prompter.settings, []
     for number, record in enumerate(records, start=1):
-        history, candidates = (_items(record[name], items, f"{where}, row {number}: {name}") for name in COLUMNS)
-        _check_candidates(candidates, record["candidates"], model, f"{where}, row {number}")
-        rows.append(RankingRow(number, history, candidates))
-    return _with_features(rows, model) if model.prompter.needs_features else rows
+        place = f"{where}, row {number}"
+        history, candidates = (_items(record[name], items, f"{place}: {name}") for name in COLUMNS)
+        _check_candidates(candidates, record["candidates"], settings, place)
+        names = {name: key for key, of_key in settings.row_fields.items() for name in of_key}
+        fields = {name: _shown(record, name, key, place) for name, key in names.items()}
+        past = _past(record, len(history), settings.history_fields, place)
+        rows.append(RankingRow(number, history, candidates, fields=fields, **past))
+    return _with_features(rows, records, model, where) if model.prompter.needs_features else rows
 
 
 def _items(ids: object, items: Mapping[str, int], where: str) -> tuple[int, ...]:
-    if not isinstance(ids, list) or not ids:
-        raise ValueError(f"{where} is {ids!r} but must be a list of at least one item id.")
+    if not isinstance(ids, list):
+        raise ValueError(f"{where} is {ids!r} but must be a list of item ids.")
     for item_id in ids:
         if str(item_id) not in items:
             raise ValueError(f"{where} holds {item_id!r}, which is not in the model's catalogue; leave it out.")
     return tuple(items[str(item_id)] for item_id in ids)
 
 
-def _check_candidates(candidates: Sequence[int], ids: Sequence[object], model: RankingModel, where: str) -> None:
+def _check_candidates(candidates: Sequence[int], ids: Sequence[object], settings: PromptSettings, where: str) -> None:
     duplicate = next((ids[i] for i, item in enumerate(candidates) if item in candidates[:i]), None)
     if duplicate is not None:
         raise ValueError(f"{where}: candidates holds {duplicate!r} twice; give each item once.")
     if len(candidates) < 2:
-        raise ValueError(f"{where}: candidates has 1 item; there is nothing to rank.")
-    if model.num_candidates not in (None, len(candidates)):
+        number = "1 item" if candidates else "no item"
+        raise ValueError(f"{where}: candidates has {number}; there is nothing to rank.")
+    if settings.ranking == "letter" and len(candidates) > MAX_LETTERS:
         raise ValueError(
-            f"{where}: candidates has {len(candidates)} items but the model ranks lists of {model.num_candidates}; "
-            f"give {model.num_candidates}, or train one with candidates.num_candidates={len(candidates)}."
+            f"{where}: candidates has {len(candidates)} items but the model names them by {MAX_LETTERS} letters; give "
+            f"at most {MAX_LETTERS}, or train a model with ranking: number."
         )
 
 
-def _with_features(rows: Sequence[RankingRow], model: RankingModel) -> list[RankingRow]:
-    """The rows with facts about each candidate, from the counts in the model folder."""
-    from rerank.baselines import Counts, feature_rows
+def _shown(record: Record, name: str, option: str, where: str) -> Any:
+    """A value that the prompts show."""
+    if name not in record:
+        raise ValueError(f"{where}: column {name!r} is missing, which the model's prompts show ({option}); add it.")
+    return record[name]
+
+
+def _past(record: Record, length: int, shown: Sequence[str], where: str) -> dict[str, Any]:
+    """`time`, `history_times` and `history_events` of a row, as far as prompts show them."""
+    found: dict[str, Any] = {}
+    if "time" in shown:
+        time = _shown(record, "time", "history_fields: time", where)
+        found["time"] = None if time is None else _number(time, f"{where}: time")
+        times = _listed(record, "history_times", "history_fields: time", length, where)
+        found["history_times"] = tuple(
+            None if then is None else _number(then, f"{where}: history_times") for then in times
+        )
+    if "event" in shown:
+        found["history_events"] = tuple(_listed(record, "history_events", "history_fields: event", length, where))
+    return found
+
+
+def _listed(record: Record, name: str, option: str, length: int, where: str) -> list[Any]:
+    """A column of lists, in CSV parted by spaces, one entry for each item."""
+    value = _shown(record, name, option, where)
+    values = value.split() if isinstance(value, str) else value if isinstance(value, list) else [value]
+    values = [] if value is None else values
+    if len(values) != length:
+        raise ValueError(f"{where}: {name} has {len(values)} entries but there are {length} items; give one for each.")
+    return values
+
+
+def _number(value: object, where: str) -> float:
+    try:
+        return float(value)  # type: ignore[arg-type]  # anything else is refused
+    except (TypeError, ValueError):
+        raise ValueError(f"{where} holds {value!r} but must hold numbers.") from None
+
+
+def _with_features(
+    rows: Sequence[RankingRow], records: Sequence[Record], model: RankingModel, where: str
+) -> list[RankingRow]:
+    """The rows with facts about each candidate: from the counts in the model folder, and from their own columns."""
+    from rerank.baselines import Counts, list_features
 
     path = model.folder / "evidence.npz"
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing, but the model's prompts show evidence; copy the whole folder.")
-    counts, known = Counts.load(path), list(rows)
-    for length in {len(row.candidates) for row in rows}:
-        chosen = [place for place, row in enumerate(rows) if len(row.candidates) == length]
-        candidates = np.array([rows[place].candidates for place in chosen])
-        unknown = np.zeros(candidates.shape)  # the first stage's scores: no prompt shows them
-        features = feature_rows(counts, [np.array(rows[place].history) for place in chosen], candidates, unknown, None)
-        for place, of_row in zip(chosen, features, strict=True):
-            known[place] = replace(rows[place], features=of_row)
-    return known
+    shown = model.prompter.settings.evidence_names
+    candidates = [np.array(row.candidates) for row in rows]
+
+    def numbers(name: str, fact: str) -> list[np.ndarray]:
+        """A column of numbers; zeros for one that no prompt shows."""
+        if fact not in shown:
+            return [np.zeros(len(row.candidates)) for row in rows]
+        pairs = zip(rows, records, strict=True)
+        return [_numbers(record, name, fact, row, f"{where}, row {row.row_id}") for row, record in pairs]
+
+    own = [name for name in model.prompter.names if name.startswith(COLUMN)]
+    columns = {name: numbers(name.removeprefix(COLUMN), name) for name in own}
+    scores = numbers("scores", "first_stage_score")
+    histories = [np.array(row.history, dtype=np.int64) for row in rows]
+    facts = list_features(model.prompter.names, Counts.load(path), histories, candidates, scores, None, columns)
+    return [replace(row, features=features) for row, features in zip(rows, facts, strict=True)]
+
+
+def _numbers(record: Record, name: str, fact: str, row: RankingRow, where: str) -> np.ndarray:
+    """(N,) a number of each candidate, nan for null."""
+    values = _listed(record, name, f"evidence_names: {fact}", len(row.candidates), where)
+    return np.array([np.nan if value is None else _number(value, f"{where}: {name}") for value in values])
+
+
+def check_limit(rows: Sequence[RankingRow], model: RankingModel, where: str) -> None:
+    """Refuse lists whose ranking alone, without a trace, is longer than the model's answers may be."""
+    tokenizer, limit, top_k = model.load_tokenizer(), model.max_completion_tokens, model.prompter.settings.top_k
+    for row in rows:
+        text = completion(None, range(len(row.candidates)), model.prompter.labels(row), top_k)
+        needed = len(tokenizer(text, add_special_tokens=False).input_ids) + 1  # and its end
+        if needed > limit:
+            raise ValueError(
+                f"{where}, row {row.row_id}: a ranking of {len(row.candidates)} candidates takes {needed} tokens but "
+                f"max_completion_tokens in {model.folder / 'generation.json'} is {limit}; give a shorter list, or "
+                "train a model on lists as long."
+            )
 
 
 def add_answer(record: Record, answer: Answer) -> Record:

@@ -5,7 +5,7 @@ C completions, R rewards.
 
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 
@@ -16,7 +16,7 @@ from rerank.launch import recipe
 from rerank.plugins import Function, check_entry, load_function, parameters
 from rerank.rows import column_names
 
-RANK_GAIN = "rank_gain"  # the outcome of a completion that is no reward's: places that the target moved up
+RANK_GAIN = "rank_gain"  # the outcome of a completion that is no reward's: places that the best positive moved up
 AGGREGATION = "sum_then_normalize"  # TRL's default, the only one that totals are known for
 KEYS = ("name", "weight", "kwargs", "condition")
 EXAMPLE = "{name: ndcg, weight: 1.0}"
@@ -117,10 +117,38 @@ def total(values: npt.NDArray[np.float64], weights: Sequence[float]) -> npt.NDAr
     return np.where(np.isnan(values).all(axis=1), np.nan, np.nansum(values * np.asarray(weights), axis=1))
 
 
-def check_outcome(outcome: str, rewards: Sequence[Reward]) -> None:
+def choose_outcome(given: str | None, rewards: Sequence[Reward], relevance: Iterable[Sequence[float]]) -> str:
+    """The outcome in which the completions of a useful group differ: the recipe's, or else one that fits its rows.
+
+    Where each row has one positive it is `rank_gain`, which says of a ranking all that a single positive can. Where
+    some row has several it is the main reward: that of the largest weight, of equals the one named first.
+
+    Args:
+        given: The recipe's `outcome`; None where it names none.
+        rewards: Of the recipe.
+        relevance: The grades of each row.
+    """
+    if given is not None:
+        return given
+    if not has_several_positives(relevance):
+        return RANK_GAIN
+    return main_reward({reward.name: reward.weight for reward in rewards})
+
+
+def has_several_positives(relevance: Iterable[Sequence[float]]) -> bool:
+    """Whether the grades of some row are above 0 for more than one candidate."""
+    return any(sum(grade > 0 for grade in grades) > 1 for grades in relevance)
+
+
+def main_reward(weights: Mapping[str, float]) -> str:
+    """The reward of the largest weight, of equals the first."""
+    return max(weights, key=weights.__getitem__)
+
+
+def check_outcome(outcome: str | None, rewards: Sequence[Reward]) -> None:
     """Refuse an outcome that the rewards of a recipe do not report."""
     known = [RANK_GAIN, *(reward.name for reward in rewards)]
-    if outcome not in known:
+    if outcome is not None and outcome not in known:
         raise ValueError(f"outcome is {outcome!r}, but the recipe's rewards report only {', '.join(known)}")
 
 

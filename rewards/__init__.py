@@ -26,12 +26,14 @@ The contract, each sentence a test in tests/test_rewards.py, which also checks y
    gold answer (a reward that only punishes says so: `punishes only`).
 
 Columns of every row: `row_id`, `user`, `history` (items, oldest first), `candidates` (items, in the order shown),
-`relevance` (of each candidate), `candidate_labels` (how a completion names each candidate), `first_stage_ranks`
-(1-based rank of each candidate in the first stage's list), `target_rank` (first-stage rank of the target: the most
-relevant candidate, of equals the one that the first stage ranks best), `fields` (further columns of the row, as a JSON
-object) and `max_completion_tokens` (token limit of the completion). `rerank.rows.REWARD_COLUMNS` defines them. The
-trainer adds `prompts` (rendered texts) and `completion_ids` (tokens).
-`rerank.prompts.parse_completion(completion, candidate_labels)` reads a ranking.
+`relevance` (grade of each candidate: 0 shown, 1 clicked, 2 bought ...; NaN: not seen, never a negative),
+`candidate_labels` (how a completion names each candidate), `first_stage_ranks` (1-based rank of each candidate in the
+first stage's list), `target_rank` (first-stage rank of the target: the most relevant candidate, of equals the one that
+the first stage ranks best), `fields` (further columns of the row, as a JSON object), `max_completion_tokens` (token
+limit of the completion) and `top_k` (how many candidates a completion names, the best; 0: all).
+`rerank.rows.REWARD_COLUMNS` defines them. The trainer adds `prompts` (rendered texts) and `completion_ids` (tokens).
+`rerank.prompts.parse_completion(completion, candidate_labels, top_k)` reads a ranking, which has all candidates;
+`rerank.metrics.judged_order(order, relevance)` leaves out those that were not seen.
 
 A reward with a `condition` counts 0 where the condition is False. `conditions/` holds them, by the same contract, one
 bool per completion.

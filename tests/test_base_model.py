@@ -3,6 +3,7 @@
 import pytest
 import torch
 from tiny_model import ID_TOKENS, save_tiny_model, tiny_model, tiny_tokenizer
+from toy_run import finish
 from transformers import AutoModelForCausalLM
 from trl import ModelConfig
 
@@ -118,8 +119,12 @@ def test_two_packed_files_in_one_folder_are_refused(tmp_path):
 def test_a_card_says_so_when_the_terms_are_not_stated(tmp_path):
     (tmp_path / "data").mkdir()
     write_json(tmp_path / "data/metrics.json", {"items": 3, "users": 2, "interactions": 9, "terms": ""})
-    what = model_card.ranker(num_candidates=10, trace=True)
-    model_card.write(tmp_path, tmp_path, "dapo", what, base="Qwen/Qwen3-8B")
+    finish(tmp_path / "sft")
+    model_card.write(tmp_path, tmp_path, "dapo", model_card.ranker(10, 10, trace=True), base="Qwen/Qwen3-8B")
     card = (tmp_path / "README.md").read_text()
-    assert "Base model: Qwen/Qwen3-8B\n- Stages of training: midtrain, sft, dapo\n" in card
-    assert "The recipe states none" in card and "10 candidates" in card
+    assert "Base model: Qwen/Qwen3-8B\n- Stages of training: sft, dapo\n" in card
+    assert "The recipe states none" in card and "history and 10 candidates" in card
+    finish(tmp_path / "midtrain")
+    model_card.write(tmp_path, tmp_path, "dapo", model_card.ranker(2, 24, trace=False), base=None)
+    card = (tmp_path / "README.md").read_text()
+    assert "midtrain, sft, dapo\n" in card and "history and 2 to 24 candidates" in card

@@ -161,15 +161,14 @@ def test_targets_of_the_reranker_are_read_only_when_the_summary_says_so(tmp_path
 
 def test_only_the_answer_of_a_document_has_loss_and_a_prompt_is_how_a_sequence_begins():
     _, tokenizer, _ = model_with_ids()
-    row = documents.encode(documents.Document("caption", "Describe:<s_a_1>", "drama"), tokenizer, None)
+    row = documents.encode(documents.Document("caption", "Describe:<s_a_1>", "drama"), tokenizer)
     prompt = tokenizer("<|user|>Describe:<s_a_1><|assistant|>").input_ids
     answer = [*tokenizer("drama").input_ids, tokenizer.eos_token_id]
     assert row == {"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer}
     document = documents.Document("sequence", "Next items:", "<s_a_1><s_b_0>", ends=False)
-    assert documents.encode(document, tokenizer, None)["labels"][-2:] == tokenizer("<s_a_1><s_b_0>").input_ids
-    assert len(documents.encode(document, tokenizer, 3)["input_ids"]) == 3
+    assert documents.encode(document, tokenizer)["labels"][-2:] == tokenizer("<s_a_1><s_b_0>").input_ids
     prompt = NextItemEncoder(CATALOGUE, tokenizer, "semantic_id", 2).next_item_prompt([4])
-    assert prompt == documents.encode(document, tokenizer, None)["input_ids"]  # asked as a sequence begins
+    assert prompt == documents.encode(document, tokenizer)["input_ids"]  # asked as a sequence begins
     assert tokenizer.decode(prompt) == "<|user|>Next items:<|assistant|><s_a_1><s_b_0>"
 
 

@@ -39,7 +39,7 @@ def trainer(folder, recall=None, callbacks=None, **options):
 def loss_of_each_token(document):
     """One document alone, no padding, plain cross-entropy."""
     model, tokenizer, _ = model_with_ids()
-    row = encode(document, tokenizer, None)
+    row = encode(document, tokenizer)
     ids, labels = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"])[1:]
     with torch.no_grad():
         losses = torch.nn.functional.cross_entropy(model(ids).logits[0, :-1], labels, reduction="none")

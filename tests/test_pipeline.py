@@ -196,9 +196,10 @@ def test_a_forced_stage_and_those_after_it_are_made_again_and_nothing_is_lost_be
     run_dir.begin(run, "data", {"num_test": 7}, ())  # of another recipe, which does not matter any more
     remake = pipeline.forced(finished, finished, "data")
     assert remake == ["data", "candidates"]
-    # candidates needs the stage semantic_ids, which this recipe lacks: refused before anything is moved
+    steps = pipeline.read_steps(tmp_path / "toy", str(run), ["candidates.source=model"])
+    # a model's lists need the stage semantic_ids, which this recipe lacks: refused before anything is moved
     with pytest.raises(FileNotFoundError, match="candidates needs .*semantic_ids, which is not there"):
-        pipeline.run(finished, CPU, said.append, remake)
+        pipeline.run(steps, CPU, said.append, remake)
     assert {path.name for path in run.iterdir()} == {"data", "data.partial", "candidates"} and not said
 
     (tmp_path / "bad.yaml").write_text("no_such_key: 1\n")

@@ -222,4 +222,5 @@ def test_next_items_of_the_midtrained_model_alone_need_no_sft_stage(run):
     assert inputs(task="next_item", models=["midtrained"]) == ["data", "semantic_ids", "midtrain"]
     assert inputs(task="next_item") == inputs(task="held_out_sets") == ["data", "semantic_ids", "midtrain", "sft"]
     assert inputs(task="held_out_sets", models=[])[-1] == "sft"  # which ranks the sets whatever `models` says
-    assert inputs() == ["data", "semantic_ids", "midtrain", "sft", "candidates", "dapo"]
+    assert inputs() == ["data", "sft", "candidates", "dapo"]  # lists are ranked in a run without semantic ids, too
+    assert evaluate.STAGE.inputs_if_made == ("semantic_ids", "midtrain")

@@ -109,14 +109,14 @@ def test_the_resolved_recipe_has_the_defaults_of_the_stage_and_what_was_given_to
 
 
 def test_an_input_is_there_or_made_before(tmp_path):
-    args = SimpleNamespace(run_dir=str(tmp_path))
+    args = [SimpleNamespace(run_dir=str(tmp_path))]
     assert recipe.check_inputs("semantic_ids", args, made=["data"]) == ["data"]
     with pytest.raises(FileNotFoundError, match="semantic_ids needs .*data, which is not there; run the stage data"):
         recipe.check_inputs("semantic_ids", args)
     finish(tmp_path / "data")
     recipe.check_inputs("semantic_ids", args)
     for source, extra in (("model", ["midtrain"]), ("transitions", [])):  # lists of a model need it, others do not
-        args = SimpleNamespace(run_dir=str(tmp_path), source=source, model_dir=None)
+        args = [SimpleNamespace(run_dir=str(tmp_path), source=source, model_dir=None)]
         inputs = recipe.check_inputs("candidates", args, made=["semantic_ids", "midtrain"])
         assert inputs == ["data", "semantic_ids", *extra]
 

@@ -301,8 +301,16 @@ def test_grounded_is_the_share_of_citations_that_the_prompt_holds(trace, expecte
 def test_grounded_reads_numbers_and_facts_of_numbered_candidates():
     prompt = "Candidates:\n 1.<s_a_4><s_b_5> next:1 like:8\n 2.<s_a_6><s_b_7> next:0 like:2"
     texts = [f"<think>{trace}</think> 2 1" for trace in (" 1 weak 2 top best 2 like:2", " 2 next:8", " 3 best 10")]
-    values = grounded(texts, prompts=[prompt] * 3, candidate_labels=[["1", "2"]] * 3)
+    values = grounded(texts, prompts=[prompt] * 3, candidate_labels=[["1", "2"]] * 3, top_k=[0] * 3)
     assert values == [1.0, 0.5, 0.0]
+
+
+def test_grounded_reads_fields_of_items_without_ids_and_facts_by_name():
+    prompt = "Rank:\nHistory:\n Dune | Sci-fi | 2d\nCandidates:\n A. Alien | brand: Fox candidate_price:3\n B. Heat"
+    traces = ['like "Dune"', '"Alien" by "Fox"', '"Heat"', '"Covenant"', "candidate_price:3", "candidate_price:4", "A"]
+    texts = [completion(trace, [1, 0], ["A", "B"]) for trace in traces]
+    values = grounded(texts, prompts=[prompt] * 7, candidate_labels=[["A", "B"]] * 7, top_k=[0] * 7)
+    assert values == [1.0, 1.0, 1.0, 0.0, 1.0, 0.0, 0.0]
 
 
 def test_overlong_follows_the_cases_of_its_equation():

@@ -187,7 +187,7 @@ def write_version(path, version):
 @pytest.mark.parametrize("version", ["9", "none"])
 def test_another_schema_version_is_refused(tmp_path, version):
     write_version(tmp_path / "part-00000001-0.parquet", version)
-    message = f"part-00000001-0.parquet has rollout schema version {version} but .* reads 2 and 3 and 4; read it with"
+    message = f"part-00000001-0.parquet has rollout schema version {version} but .* reads 2, 3, 4, 5; read it with"
     with pytest.raises(ValueError, match=message):
         read_rollouts(tmp_path, ["step"])
 

@@ -16,6 +16,7 @@ ROWS = {
     "candidate_labels": [["1", "2", "3"]] * 2,
     "first_stage_ranks": [[1, 2, 3]] * 2,
     "target_rank": [2, 2],
+    "top_k": [0, 0],
 }
 GOLD, DEMOTED, JUNK = "<think></think>2,1,3", "<think></think>1,3,2", "best is 2"
 FORM = {"name": "well_formed", "weight": -0.2, "condition": "promoted_or_kept_first"}

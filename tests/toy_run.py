@@ -243,7 +243,9 @@ def rollout(step: int = 0, group: int = 0, **changes: Any) -> dict[str, Any]:
     made |= {"reward_components": {"rank_promotion": 1 / 3, "well_formed": None}, "reward": 0.5, "advantage": 1.25}
     made |= {"conditions": {"rank_promotion": True, "well_formed": False}, "kept": True, "discard_reason": None}
     made |= {"epoch": 0, "seed": 11, "outcome": 1.0}
-    return {**made, "failure": None, "order": [1, 0, 2], "target_rank_after": 1, **changes}
+    made |= {"failure": None, "order": [1, 0, 2], "target_rank_after": 1, **changes}
+    places = {"positive_rank": made["target_rank"], "positive_rank_after": made["target_rank_after"]}
+    return {**places, **made}  # the target is the one positive
 
 
 def write_rollouts(folder: Path, *records: dict[str, Any], rank: int = 0) -> None:

@@ -97,8 +97,10 @@ class CandidatesArguments(AugmentationArguments):
 
 
 def optional_inputs(args: CandidatesArguments) -> tuple[str, ...]:
-    """Lists of the mid-trained model come from its folder."""
-    return ("midtrain",) if args.source == "model" and args.model_dir is None else ()
+    """Lists of a model come from its folder, and by semantic ids."""
+    if args.source != "model":
+        return ()
+    return ("semantic_ids",) if args.model_dir is not None else ("semantic_ids", "midtrain")
 
 
 def check(args: CandidatesArguments) -> None:
@@ -109,7 +111,8 @@ def check(args: CandidatesArguments) -> None:
         check_model_dir(args, Path(args.model_dir))
     if not run_dir.is_finished(args.run_dir, "data"):
         return
-    if optional_inputs(args) and run_dir.read_metrics(args.run_dir, "data")["midtrain_has_seen_rerank_targets"]:
+    reads_midtrain = "midtrain" in optional_inputs(args)
+    if reads_midtrain and run_dir.read_metrics(args.run_dir, "data")["midtrain_has_seen_rerank_targets"]:
         raise ValueError(
             "source is model but num_rerank of the data stage is all, so the mid-trained model has seen the targets "
             "of the training lists; set num_rerank to a number, or source to transitions"
@@ -275,7 +278,8 @@ STAGE = Stage(
     arguments=(CandidatesArguments,),
     main=main,
     check=check,
-    inputs=("data", "semantic_ids"),
+    inputs=("data",),
     optional_inputs=optional_inputs,
+    inputs_if_made=("semantic_ids",),
     files=("lists", "model_dir"),
 )

@@ -25,7 +25,7 @@ from trl import GRPOConfig, ModelConfig, get_peft_config
 
 from rerank import scoring
 from rerank.catalogue import Catalogue
-from rerank.dapo.checks import check_batches, check_lengths, check_rewards, prompt_lengths, warn_of_repeats
+from rerank.dapo.checks import check_batches, check_rewards, warn_of_repeats
 from rerank.dapo.gains import gain_at_equal_ranks, gain_over_training
 from rerank.dapo.prompt_stream import PromptStream
 from rerank.launch import run_dir, stopping, validation
@@ -36,7 +36,9 @@ from rerank.models import base as base_model
 from rerank.models import engine, group_attention, server
 from rerank.models.ranker import complete_greedily
 from rerank.models.saving import check_model, save_ranker
+from rerank.prompts import THINK, THINK_END, PromptSettings
 from rerank.rows import PromptedRow, Prompter, RankingRow, training_rows
+from rerank.rows.checks import check_context, prompt_lengths
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -62,7 +64,11 @@ class DapoArguments(validation.ValidatedArguments):
     )
     without_trace: bool = option(False, "Start from sft/model_no_trace, to see what the reasoning is worth.")
     dynamic_sampling: bool = option(True, "Drop groups whose completions all have one outcome, sample new prompts.")
-    outcome: str = option(scoring.RANK_GAIN, "Completions of a useful group differ in it: rank_gain or a reward.")
+    outcome: str | None = option(
+        None,
+        "Completions of a useful group differ in it: rank_gain or a reward. By default rank_gain, where rows have "
+        "several positives the reward of the largest weight.",
+    )
     max_sampling_rounds: int = option(3, "Rounds of sampling in a step at most; then it runs on the groups there are.")
     group_forward: bool = option(True, "Compute the prompt once for all completions of a group in a micro-batch.")
     max_logp_gap: float = option(0.05, "Stop when sampling and training log-probabilities differ by more on average.")
@@ -111,7 +117,7 @@ def check(args: DapoArguments, training_args: DapoConfig, model_args: ModelConfi
     check_rewards(args.load_rewards(), known_limit or PAPERS_LIMIT)
     if run_dir.is_finished(args.run_dir, "candidates"):
         validation.validation_rows(args.run_dir, args.eval_rows)
-    if is_made:
+    if is_made and PromptSettings.load(folder).shows_ids:
         check_model(folder, Catalogue.load(args.run_dir))
     if run_dir.is_finished(args.run_dir, "traces"):
         warn_of_repeats(training_args, len(rows_to_train_on(args, skip_features=True)))
@@ -156,10 +162,17 @@ def prepare(
     prompts = PromptStream(rows, prompter, config.seed, limit)
     held_out = validation.validation_rows(args.run_dir, args.eval_rows, prompter.needs_features)
     asked = [prompter.ask(row, limit) for row in held_out]
-    lengths = prompt_lengths(prompter, [*(prompts.ask(row) for row in prompts.rows), *asked])
+    every = [*(prompts.ask(row) for row in prompts.rows), *asked]
+    assert prompter.tokenizer is not None  # as of every prompter that a model is trained with
+    lengths = prompt_lengths(prompter.tokenizer, every)
     if config.vllm_max_model_length is None:
-        config.vllm_max_model_length = max(lengths.values()) + config.max_completion_length
-    check_lengths(lengths, config.vllm_max_model_length, config.max_completion_length)
+        config.vllm_max_model_length = max(lengths) + limit
+    context = base_model.context_length(base_dir)
+    for name, most in (
+        ("vllm_max_model_length", config.vllm_max_model_length),
+        (f"the context of {base_dir}", context),
+    ):
+        check_context(prompter, every, lengths, name, most, limit)
     return prompts, asked
 
 
@@ -207,12 +220,14 @@ def main(args: DapoArguments, training_args: DapoConfig, model_args: ModelConfig
     from rerank.dapo.tracking import GAP
 
     base_dir = start_dir(args)
-    model, tokenizer = base_model.load_pretrained(str(base_dir), model_args)
+    tokenizer = base_model.load_tokenizer(str(base_dir), model_args)
     tokenizer.padding_side = "left"
     prompter = Prompter.of_run(args.run_dir, tokenizer)
     prompts, held_out = prepare(args, training_args, prompter, base_dir)
     if training_args.vllm_mode == "server":
-        server.check_vocabulary(training_args, tokenizer, prompter.catalogue.semantic_ids)
+        ids = prompter.catalogue.semantic_ids if prompter.catalogue.has_ids else [THINK, THINK_END]
+        server.check_vocabulary(training_args, tokenizer, ids)
+    model, _ = base_model.load_pretrained(str(base_dir), model_args)
     trainer = make_trainer(args, training_args, model_args, prompts, model, out_dir)
     checks = validation.Validation(args, held_out, completer(trainer, prompts.max_completion_tokens), trainer)
     trainer.continue_from(stopping.last_checkpoint(training_args.output_dir))
@@ -242,7 +257,8 @@ STAGE = Stage(
     arguments=(DapoArguments, DapoConfig, ModelConfig),
     main=main,
     check=check,
-    inputs=("data", "semantic_ids", "midtrain", "candidates", "traces", "sft"),
+    inputs=("data", "candidates", "traces", "sft"),
+    inputs_if_made=("semantic_ids", "midtrain"),
     plugins={"rewards": "rewards"},
     trains=True,
     renamed_keys={**scoring.RENAMED_KEYS, **RENAMED_KEYS},

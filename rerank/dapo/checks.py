@@ -1,12 +1,12 @@
-"""Checks of a dapo recipe before anything is trained: batches, rewards, rows, lengths of prompts."""
+"""Checks of a dapo recipe before anything is trained: batches, rewards, rows."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rerank import scoring
 from rerank.prompts import completion
-from rerank.rows import PromptedRow, Prompter, RankingRow, reward_columns
+from rerank.rows import PromptedRow, RankingRow, reward_columns
 
 if TYPE_CHECKING:
     from rerank.dapo import DapoArguments, DapoConfig
@@ -59,25 +59,4 @@ def warn_of_repeats(config: "DapoConfig", num_rows: int) -> None:
             "raise lists_per_row of the candidates stage, or set rows: all",
             num_rows,
             draws,
-        )
-
-
-def prompt_lengths(prompter: Prompter, asked: Sequence[PromptedRow]) -> dict[int, int]:
-    """Tokens of each row's prompt, by row id."""
-    tokenizer = prompter.tokenizer
-    assert tokenizer is not None  # as of every prompter that a model is trained with
-    tokens = tokenizer([row.prompt for row in asked]).input_ids
-    return {row.row.row_id: len(ids) for row, ids in zip(asked, tokens, strict=True)}
-
-
-def check_lengths(lengths: Mapping[int, int], max_length: int, max_completion_length: int) -> None:
-    """Refuse an engine whose context is too short for a prompt and a completion, naming the rows."""
-    room = max_length - max_completion_length
-    long = [row_id for row_id, length in lengths.items() if length > room]
-    if long:
-        shown = ", ".join(map(str, long[:3])) + (", ..." if len(long) > 3 else "")
-        raise ValueError(
-            f"{len(long)} of {len(lengths)} prompts (row_id {shown}) have more than {room} tokens, the longest "
-            f"{max(lengths.values())}: vllm_max_model_length is {max_length} and a completion takes up to "
-            f"{max_completion_length}; raise the first or lower max_history of the traces stage"
         )

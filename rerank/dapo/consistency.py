@@ -48,6 +48,6 @@ def consistency(prompts: PromptStream, generate: GenerateGreedily) -> dict[str, 
 def _rank(asked: Sequence[PromptedRow], generate: GenerateGreedily) -> list[list[int] | None]:
     """Items of each row, best first; None for no ranking."""
     completions = generate([row.prompt for row in asked])
-    orders = [parse_completion(text, row.labels).order for row, text in zip(asked, completions, strict=True)]
-    pairs = zip(asked, orders, strict=True)
-    return [order and [row.row.candidates[place] for place in order] for row, order in pairs]
+    answers = zip(asked, completions, strict=True)
+    parsed = [(row.row, parse_completion(text, row.labels, row.top_k).order) for row, text in answers]
+    return [order and [row.candidates[place] for place in order] for row, order in parsed]

@@ -129,6 +129,8 @@ def record(group: Group, rollout: Rollout, run: str) -> dict[str, object]:
         "failure": rollout.failure,
         "order": rollout.order,
         "target_rank_after": row.place_of_target(rollout.order),
+        "positive_rank": row.positive_rank,
+        "positive_rank_after": row.place_of_positive(rollout.order),
         "kept": group.discard_reason is None and not rollout.masked,
         "discard_reason": "truncated" if rollout.masked else group.discard_reason,
     }

@@ -166,7 +166,7 @@ class GroupSampler:
 
     def _rollout(self, asked: PromptedRow, completion: Completion, scores: Scores, i: int) -> Rollout:
         """Completion number `i` of a batch with its scores."""
-        parsed, paid = parse_completion(completion.text, asked.labels), scores.totals[i].item()
+        parsed, paid = parse_completion(completion.text, asked.labels, asked.top_k), scores.totals[i].item()
         values = dict(zip(scores.names, scores.values[i].tolist(), strict=True))
         rewards = {name: value for name, value in values.items() if not math.isnan(value)}
         of_order = self.options.outcome == RANK_GAIN

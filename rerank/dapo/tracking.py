@@ -19,7 +19,7 @@ SHOWN = (  # of all that is logged, what a step prints beside its progress bar
 )
 OWN_KEYS = (  # columns of the store
     *("kept", "discard_reason", "outcome", "round", "epoch", "row_id", "target_rank", "target_rank_after"),
-    *("failure", "truncated"),
+    *("positive_rank", "positive_rank_after", "failure", "truncated"),
 )
 
 

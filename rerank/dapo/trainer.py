@@ -1,5 +1,6 @@
 """DAPO on TRL's GRPOTrainer: dynamic sampling, whole groups, rollouts stored and held to be on-policy."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from peft import PeftConfig
 
     from rerank.dapo import DapoArguments, DapoConfig
+
+logger = logging.getLogger(__name__)
 
 
 class DapoTrainer(PreparedTrainer):
@@ -90,9 +93,11 @@ class DapoTrainer(PreparedTrainer):
         # an optimizer step samples more than once, all of it with the same weights
         keeps_surplus = self.generate_every < config.gradient_accumulation_steps
         rounds = args.max_sampling_rounds if args.dynamic_sampling else 1
+        outcome = scoring.choose_outcome(args.outcome, self.rewards, (row.relevance for row in prompts.rows))
+        logger.info("completions of a useful group differ in %s", outcome)
         sampling = SamplingOptions(
             self.num_generations,
-            args.outcome,
+            outcome,
             rounds,
             args.dynamic_sampling,
             keeps_surplus=keeps_surplus,

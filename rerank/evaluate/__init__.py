@@ -137,7 +137,7 @@ def optional_inputs(args: EvaluateArguments) -> tuple[str, ...]:
     if args.task == "rerank":
         return ("sft", "candidates", "dapo")
     needs_sft = args.task == "held_out_sets" or "sft" in args.models or args.pruning
-    return ("sft",) if needs_sft else ()
+    return ("semantic_ids", "midtrain", *(("sft",) if needs_sft else ()))
 
 
 def check(args: EvaluateArguments) -> None:
@@ -187,7 +187,7 @@ def rankers_of(args: EvaluateArguments) -> Iterator[Ranker]:
 
 def can_rank(ranker: Ranker, args: EvaluateArguments, catalogue: Catalogue) -> bool:
     """Whether there is what a ranker rests on: the mid-trained model scores items by their semantic ids."""
-    if ranker.kind != "likelihood" or (any(catalogue.semantic_ids) and ranker.model_dir(args.run_dir).is_dir()):
+    if ranker.kind != "likelihood" or (catalogue.has_ids and ranker.model_dir(args.run_dir).is_dir()):
         return True
     logger.info("no %s row: this run has no model that knows semantic ids", ranker.name)
     return False
@@ -258,7 +258,7 @@ def main(args: EvaluateArguments, out_dir: Path) -> dict[str, Any]:
     rankings = [one.ranking for one in ranked] + [one.control for one in ranked if one.control is not None]
     results = make_results(rankings, evaluated, args.num_bootstrap)
     results |= difficulty(rankings, evaluated, lists, args.num_bootstrap)
-    if any(catalogue.semantic_ids):
+    if catalogue.has_ids:
         results["shared_ids"] = shared_ids(catalogue, evaluated.rows)
     results["orders"] = write_orders(ranked, asked.shuffled, args, out_dir / "orders.parquet")
     if run_dir.is_finished(args.run_dir, "dapo"):
@@ -280,7 +280,8 @@ STAGE = Stage(
     arguments=(EvaluateArguments,),
     main=main,
     check=check,
-    inputs=("data", "semantic_ids", "midtrain"),
+    inputs=("data",),
     optional_inputs=optional_inputs,
+    inputs_if_made=("semantic_ids", "midtrain"),
     files=("lists",),
 )

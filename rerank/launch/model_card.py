@@ -14,6 +14,10 @@ LANGUAGE_MODEL = """A language model that knows a catalogue
 
 Knows every item as a few tokens, its semantic id, and is the start of a re-ranker (the stages sft and dapo). It is no
 ranker itself. The weights load with `AutoModelForCausalLM`."""
+WITHOUT_IDS = """A small language model that sorts lists
+
+Knows the words of a catalogue's items and how to sort lists by their facts, and is the start of a re-ranker (the
+stages sft and dapo). It is no ranker itself. The weights load with `AutoModelForCausalLM`."""
 NEXT_ITEM = """A model of next items
 
 Reads a user's history as items and writes the item that follows, by beam search over the catalogue. Load it with
@@ -36,9 +40,10 @@ tags: [recommendation, re-ranking]
 """
 
 
-def ranker(num_candidates: int, trace: bool) -> str:
-    """The title and paragraph of a ranking model."""
+def ranker(shortest: int, longest: int, trace: bool) -> str:
+    """The title and paragraph of a ranking model, trained on lists of these lengths."""
     answer = "its reasons and then the candidates" if trace else "the candidates"
+    num_candidates = str(longest) if shortest == longest else f"{shortest} to {longest}"
     return RANKER.format(num_candidates=num_candidates, answer=answer)
 
 
@@ -53,11 +58,11 @@ def write(folder: Path, run: str | Path, stage: str, what: str, base: str | None
         base: The base model's name; None for a small model made from the recipe.
     """
     data = run_dir.read_metrics(run, "data")
-    before = list(STAGES)[: list(STAGES).index(stage) + 1]
+    before = [name for name in list(STAGES)[: list(STAGES).index(stage)] if run_dir.is_finished(run, name)]
     text = CARD.format(
         what=what,
         base=base or "a small Qwen3-shaped one, trained from random weights",
-        stages=", ".join(name for name in before if load_stage(name).trains),
+        stages=", ".join(name for name in [*before, stage] if load_stage(name).trains),
         **{name: data[name] for name in ("items", "users", "interactions")},
         terms=data.get("terms") or "The recipe states none (`terms` of the data stage). Ask whoever owns the data.",
     )

@@ -138,7 +138,7 @@ def check_steps(steps: Sequence[Step], accelerate: str | None = None, remake: Se
                 _check_finished(step, remade, accelerate)
         for step in waiting:
             arguments = recipe.resolve(step.stage, step.keys, str(step.path))
-            recipe.check_inputs(step.stage, arguments[0], made, accelerate)
+            recipe.check_inputs(step.stage, arguments, made, accelerate)
             runs.refuse_held(step.run_dir, step.stage)
             if step.stage not in remake:
                 runs.refuse_partial_of_another_recipe(step.run_dir, step.stage, step.keys, accelerate)

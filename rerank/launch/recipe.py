@@ -172,30 +172,34 @@ def resolved_recipe(arguments: Sequence[Any], keys: Keys) -> Keys:
 
 
 def check_inputs(
-    stage: str, args: StageArguments, made: Sequence[str] = (), accelerate: str | None = None
+    stage: str, arguments: Sequence[Any], made: Sequence[str] = (), accelerate: str | None = None
 ) -> list[str]:
-    """The stages whose folders a stage reads with these arguments.
+    """The stages whose folders a stage reads with these arguments, and those that it would read if the run had them.
 
     Args:
         stage: Its name.
-        args: Its own.
+        arguments: Its dataclasses, its own first.
         made: The earlier stages of the same command that will be made before it.
         accelerate: The accelerate file of the command.
 
     Raises:
-        FileNotFoundError: When one is neither finished nor in `made`.
+        FileNotFoundError: When one that it needs is neither finished nor in `made`.
         ValueError: When one was made from other files or inputs than the run's.
     """
-    inputs = load_stage(stage).inputs_of(args)
+    declared, run_dir = load_stage(stage), arguments[0].run_dir
+    needed = declared.inputs_of(*arguments)
+    inputs = list(dict.fromkeys([*needed, *declared.inputs_if_made]))
     for name in inputs:
         if name in made:
             continue
-        if not runs.is_finished(args.run_dir, name):
+        if runs.is_finished(run_dir, name):
+            runs.check_origin(run_dir, name, made, accelerate)
+        elif name in needed:
+            without = f"; or {declared.do_without[name]}" if name in declared.do_without else ""
             raise FileNotFoundError(
-                f"{stage} needs {runs.stage_dir(args.run_dir, name)}, which is not there; "
-                f"run the stage {name} first (`rerank run RECIPE_DIR --out {args.run_dir} --to {stage}`)"
+                f"{stage} needs {runs.stage_dir(run_dir, name)}, which is not there; "
+                f"run the stage {name} first (`rerank run RECIPE_DIR --out {run_dir} --to {stage}`){without}"
             )
-        runs.check_origin(args.run_dir, name, made, accelerate)
     return inputs
 
 
@@ -260,7 +264,7 @@ def _run(stage: str, argv: Sequence[str]) -> None:
                 runs.check_finished(run_dir, stage, keys, accelerate=accelerate)
                 logger.info("%s is finished already", runs.stage_dir(run_dir, stage))
                 return
-            inputs = check_inputs(stage, arguments[0], accelerate=accelerate)
+            inputs = check_inputs(stage, arguments, accelerate=accelerate)
             folder = runs.partial_dir(run_dir, stage)
             if is_main:
                 held.enter_context(runs.lock(folder))

@@ -90,7 +90,8 @@ class StageRecord:
     Attributes:
         id: Another one each time that the stage is made; empty while it is unfinished.
         given: The keys of its recipe.
-        inputs: The ids of the stages that it is made from.
+        inputs: The ids of the stages that it is made from; empty for one that it reads only where the run has it, and
+            that the run did not have.
         files: The files that the recipe names, as they were when it began; none in folders of earlier versions.
     """
 
@@ -169,9 +170,15 @@ def check_origin(run_dir: str | Path, stage: str, remade: Sequence[str] = (), ac
 
 def check_inputs(run_dir: str | Path, stage: str, remade: Sequence[str] = ()) -> None:
     """Refuse a finished folder that was made from other inputs than the run's, or from stages to be `remade`."""
-    folder = stage_dir(run_dir, stage)
-    if name := _replaced(run_dir, read_record(run_dir, stage).inputs, remade):
-        raise ValueError(f"{folder} was made from another {name} folder than the run's; {_cure(folder)}")
+    folder, inputs = stage_dir(run_dir, stage), read_record(run_dir, stage).inputs
+    if name := _replaced(run_dir, inputs, remade):
+        raise ValueError(f"{folder} was made {_other(name, inputs)}; {_cure(folder)}")
+
+
+def _other(name: str, inputs: Mapping[str, str]) -> str:
+    if not inputs[name]:
+        return f"without a {name} folder, which the run has or is about to have"
+    return f"from another {name} folder than the run's"
 
 
 def _cure(folder: Path) -> str:
@@ -188,8 +195,8 @@ def _replaced(run_dir: str | Path, inputs: Mapping[str, str], remade: Sequence[s
 
 
 def _ids(run_dir: str | Path, stages: Sequence[str]) -> dict[str, str]:
-    """The ids of finished stages."""
-    return {name: read_record(run_dir, name).id for name in stages}
+    """The ids of stages, empty for one that is not finished: the run does without it."""
+    return {name: read_record(run_dir, name).id if is_finished(run_dir, name) else "" for name in stages}
 
 
 def begin(
@@ -215,7 +222,8 @@ def refuse_partial_of_another_recipe(
     if changed := named_files.changed(begun.files, accelerate):
         raise ValueError(f"{folder} was begun with another content of {changed}; {cure}")
     if name := _replaced(run_dir, begun.inputs):
-        raise ValueError(f"{folder} was begun with another {name} folder than the run's; {cure}")
+        how = _other(name, begun.inputs).replace("from another", "with another")
+        raise ValueError(f"{folder} was begun {how}; {cure}")
 
 
 def replaced_dir(run_dir: str | Path, stage: str) -> Path:

@@ -20,7 +20,9 @@ class Stage:
         main: Takes the arguments and the folder to write into; returns metrics.
         check: Takes the arguments; refuses what can be known before the stage starts.
         inputs: Stages whose folders it always reads.
-        optional_inputs: Takes its own arguments; returns further stages whose folders it reads.
+        optional_inputs: Takes its arguments; returns further stages whose folders it reads with these.
+        inputs_if_made: Stages that a recipe may leave out, and whose folders it reads where the run has them.
+        do_without: Stage -> how a recipe does without it, where this one needs it only with some arguments.
         files: Options that name files or folders, or mappings to such.
         plugins: Options that list plugins, or name a file with such a list -> the package of their short names.
         trains: Whether every process of a launch takes part, and `max_minutes` can end it.
@@ -32,15 +34,17 @@ class Stage:
     main: Callable[..., dict[str, Any]]
     check: Callable[..., None]
     inputs: tuple[str, ...] = ()
-    optional_inputs: Callable[[Any], Sequence[str]] = lambda args: ()
+    optional_inputs: Callable[..., Sequence[str]] = lambda *arguments: ()
+    inputs_if_made: tuple[str, ...] = ()
+    do_without: Mapping[str, str] = field(default_factory=dict)
     files: tuple[str, ...] = ()
     plugins: Mapping[str, str] = field(default_factory=dict)
     trains: bool = False
     renamed_keys: Mapping[str, str] = field(default_factory=dict)
 
-    def inputs_of(self, args: object) -> list[str]:
-        """The stages that it reads with these arguments."""
-        return [*self.inputs, *self.optional_inputs(args)]
+    def inputs_of(self, *arguments: object) -> list[str]:
+        """The stages that it cannot do without, with these arguments."""
+        return [*self.inputs, *self.optional_inputs(*arguments)]
 
 
 _NAMES = ("data", "semantic_ids", "midtrain", "candidates", "traces", "sft", "dapo", "evaluate")

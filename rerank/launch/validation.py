@@ -87,14 +87,18 @@ def validation_rows(run: str | Path, max_rows: int, needs_features: bool = False
 
 
 def _identity(row: RankingRow) -> tuple[object, ...]:
-    """User, history and relevant items: two rows in which they are equal are the same request."""
+    """The id of a request; else user, history and relevant items: two rows in which they are equal are the same."""
+    if row.request_id is not None:
+        return (row.request_id,)
     relevant = frozenset(item for item, grade in zip(row.candidates, row.relevance, strict=True) if grade > 0)
     return row.user, row.history, relevant
 
 
 def measure(asked: Sequence[PromptedRow], completions: Sequence[str]) -> dict[str, float]:
-    """N@5 and R@1, 0 for what is no ranking; the share of such, and of rankings the share of copies."""
-    orders = [parse_completion(text, row.labels).order for text, row in zip(completions, asked, strict=True)]
+    """N@5 and R@1 without candidates that were not seen, 0 for what is no ranking; the share of such, and of rankings
+    the share of copies of the whole list."""
+    pairs = zip(completions, asked, strict=True)
+    orders = [parse_completion(text, row.labels, row.top_k).order for text, row in pairs]
     values = [
         ZERO_METRICS if order is None else ranking_metrics([row.row.relevance[place] for place in order])
         for order, row in zip(orders, asked, strict=True)

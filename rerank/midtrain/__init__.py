@@ -1,12 +1,13 @@
 """Stage 3: teach a language model the semantic ids.
 
 In: the data and semantic_ids folders. Out: `model/`, a Hugging Face folder whose tokenizer knows every id token.
+In a run without semantic ids it teaches a small model to read and sort lists, and the words of titles.
 
 A pretrained model goes through two phases: phase one trains only the added tokens' embedding (and head) rows, phase
 two everything, or a LoRA adapter that is merged on saving. A small model made from the recipe skips phase one.
 Four families of documents are mixed (GR2 sec. 2.4 by way of OneRec-Think, arXiv:2510.11639, table 5): sequences,
 captions both ways, histories told in words, and general text. A fifth of our own, lists to rank, is for models that
-are too small to bring along the reading and sorting of lists.
+are too small to bring along the reading and sorting of lists, and a sixth, titles, for those without semantic ids.
 
     accelerate launch --config_file recipes/accelerate/cpu.yaml \
         -m rerank.midtrain --config recipes/ml100k/3_midtrain.yaml
@@ -25,18 +26,22 @@ import numpy as np
 from trl import ModelConfig, SFTConfig, get_peft_config
 
 from rerank.catalogue import Catalogue, id_tokens
-from rerank.grading import EVIDENCE_WORDS
+from rerank.grading import LONGEST_LIST
 from rerank.launch import model_card, recipe, run_dir, stopping
 from rerank.launch.files import write_json
 from rerank.launch.stages import Stage
 from rerank.launch.values import check_choice, check_range, option
-from rerank.midtrain.documents import PROMPT_WORDS, TASKS, Document, encoded_dataset, mixed_documents
+from rerank.midtrain.documents import OF_IDS, TASKS, Document, encoded_dataset, mixed_documents
 from rerank.midtrain.new_rows import load_rows, save_rows, train_only_rows
+from rerank.midtrain.words import fixed_words, warn_of_split_words
 from rerank.models import base as base_model
 from rerank.models import names
 from rerank.models.dropout import residual_dropout
-from rerank.prompts import FACTS, THINK, THINK_END
+from rerank.prompts import FACTS, MAX_LETTERS, THINK, THINK_END, word_labels
+from rerank.prompts.facts import NUM_BUCKETS, check_facts
+from rerank.prompts.fields import SEMANTIC_ID
 from rerank.rows import by_user, training_items
+from rerank.rows.checks import split_labels
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -52,11 +57,13 @@ class MidtrainArguments(recipe.StageArguments, base_model.SmallModelArguments):
     """Options of the midtrain stage; `model_name_or_path` (TRL's) names a pretrained base model."""
 
     mixture: dict[str, float] = option(
-        PUBLISHED_MIXTURE, "Share of documents of each task: sequence, persona, caption, text, lists."
+        PUBLISHED_MIXTURE, "Share of documents of each task: sequence, persona, caption, text, lists, titles."
     )
     num_documents: int = option(0, "Documents in an epoch; 0: every sequence once.")
     list_facts: list[str] = option(list(FACTS), "Facts on the lines of lists, as evidence_names later.")
-    list_labels: str = option("semantic_id", "Labels of lists: semantic_id or number.")
+    list_labels: str = option("semantic_id", "Labels of lists: semantic_id, number or letter.")
+    num_buckets: int = option(NUM_BUCKETS, "Buckets of a fact in lists, as the candidates stage has them.")
+    longest_list: int = option(LONGEST_LIST, "Candidates of a list at most, as later lists have them.")
     max_items: int = option(50, "Items in one sequence document.")
     general_text: str = option("packages", "A text file, or `packages`: descriptions of installed packages.")
     token_epochs: float = option(1.0, "Epochs of phase one.")
@@ -69,9 +76,16 @@ class MidtrainArguments(recipe.StageArguments, base_model.SmallModelArguments):
     def __post_init__(self) -> None:
         recipe.StageArguments.__post_init__(self)
         base_model.SmallModelArguments.__post_init__(self)
-        check_choice("list_labels", self.list_labels, ("semantic_id", "number"))
-        if not self.list_facts or set(self.list_facts) - set(FACTS):
-            raise ValueError(f"list_facts is {self.list_facts}; name some of {', '.join(FACTS)}")
+        check_choice("list_labels", self.list_labels, ("semantic_id", "number", "letter"))
+        if not self.list_facts:
+            raise ValueError(
+                f"list_facts is empty; name facts of candidates/features.json, such as {', '.join(FACTS)}"
+            )
+        check_facts("list_facts", self.list_facts)
+        for name in ("longest_list", "num_buckets"):
+            check_range(name, getattr(self, name), least=2)
+        if self.list_labels == "letter":
+            check_range("longest_list with list_labels: letter", self.longest_list, most=MAX_LETTERS)
         check_range("eval_recall_rows", self.eval_recall_rows, least=0)
         check_range("patience", self.patience, least=0)
         check_range("max_items", self.max_items, least=2)  # a history and its next item
@@ -81,8 +95,21 @@ class MidtrainArguments(recipe.StageArguments, base_model.SmallModelArguments):
                 f"patience is {self.patience} but nothing is evaluated; set eval_recall_rows, such as 1000"
             )
         unknown = sorted(set(self.mixture) - set(TASKS))
-        if unknown or not self.mixture.get("sequence", 0) > 0 or min(self.mixture.values()) < 0:
-            raise ValueError(f"mixture is {self.mixture}; give shares of {', '.join(TASKS)}, that of sequence above 0")
+        if unknown or not sum(self.mixture.values()) > 0 or min(self.mixture.values()) < 0:
+            raise ValueError(f"mixture is {self.mixture}; give shares of {', '.join(TASKS)}, one of them above 0")
+        if not self.num_documents and not self.mixture.get("sequence", 0) > 0:
+            raise ValueError(
+                f"num_documents is 0, every sequence once, but mixture is {self.mixture}, without sequence; set "
+                "num_documents, such as 10000"
+            )
+
+    @property
+    def tasks_of_ids(self) -> list[str]:
+        """What the documents do with semantic ids, as options."""
+        tasks = [f"mixture: {task}" for task in OF_IDS if self.mixture.get(task)]
+        if self.list_labels == SEMANTIC_ID and self.mixture.get("lists"):
+            tasks.append("list_labels: semantic_id")
+        return tasks + (["eval_recall_rows"] if self.eval_recall_rows else [])
 
 
 def check(args: MidtrainArguments, training_args: SFTConfig, model_args: ModelConfig) -> None:
@@ -94,7 +121,10 @@ def check(args: MidtrainArguments, training_args: SFTConfig, model_args: ModelCo
             "out; set model_name_or_path and token_epochs above 0, or use_peft false"
         )
     if model_args.model_name_or_path is not None:
-        names.resolve(model_args.model_name_or_path, "model_name_or_path")
+        start = names.resolve(model_args.model_name_or_path, "model_name_or_path")
+        if args.list_labels != SEMANTIC_ID and args.mixture.get("lists") and Path(start).is_dir():
+            labels = word_labels(args.list_labels, args.longest_list)
+            split_labels(base_model.load_tokenizer(start, model_args), labels)
     check_packing(args, training_args, model_args)
     if args.eval_recall_rows and not training_args.eval_steps:
         raise ValueError(f"eval_recall_rows is {args.eval_recall_rows} but eval_steps is not set; set it, such as 500")
@@ -132,12 +162,14 @@ def fresh_model(
         model, tokenizer = base_model.load_pretrained(settings.model_name_or_path, settings)
     else:
         texts = [f"{document.prompt}\n{document.answer}" for document in documents]
-        words = [f"{code}:{bucket}" for code, _ in FACTS.values() for bucket in range(10)]
-        tokenizer = base_model.train_tokenizer(texts, args.vocab_size, [*words, *EVIDENCE_WORDS, *PROMPT_WORDS])
+        tokenizer = base_model.train_tokenizer(texts, args.vocab_size, fixed_words(args))
+        warn_of_split_words(tokenizer, args)
         model = base_model.make_small_model(args, tokenizer, seed)
         model.set_attn_implementation(settings.attn_implementation or "sdpa")
-    shape = run_dir.read_metrics(args.run_dir, "semantic_ids")
-    tokens = [*id_tokens(shape["levels"], shape["codebook_size"]), THINK, THINK_END]
+    tokens = [THINK, THINK_END]
+    if run_dir.is_finished(args.run_dir, "semantic_ids"):
+        shape = run_dir.read_metrics(args.run_dir, "semantic_ids")
+        tokens = [*id_tokens(shape["levels"], shape["codebook_size"]), *tokens]
     return model, tokenizer, base_model.add_tokens(model, tokenizer, tokens, seed)
 
 
@@ -234,7 +266,7 @@ def main(args: MidtrainArguments, training_args: SFTConfig, model_args: ModelCon
         stopping.train(trainer, args.max_minutes)
     base_model.save_trained(trainer, tokenizer, base_dir, out_dir / "model")
     if trainer.accelerator.is_main_process:
-        what = model_card.LANGUAGE_MODEL
+        what = model_card.LANGUAGE_MODEL if catalogue.has_ids else model_card.WITHOUT_IDS
         model_card.write(out_dir / "model", args.run_dir, "midtrain", what, model_args.model_name_or_path)
         write_json(out_dir / "log_history.json", trainer.state.log_history)
     metrics = {
@@ -254,7 +286,13 @@ STAGE = Stage(
     arguments=(MidtrainArguments, SFTConfig, ModelConfig),
     main=main,
     check=check,
-    inputs=("data", "semantic_ids"),
+    inputs=("data",),
+    optional_inputs=lambda args, *others: ("semantic_ids",) if args.tasks_of_ids else (),
+    inputs_if_made=("semantic_ids",),
+    do_without={
+        "semantic_ids": "leave sequence, persona, caption and eval_recall_rows out of the midtrain recipe (mixture: "
+        "{lists: 0.9, titles: 0.1}) and set list_labels to number or letter"
+    },
     files=("model_name_or_path", "general_text"),
     trains=True,
 )

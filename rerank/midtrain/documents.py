@@ -1,5 +1,6 @@
-"""Documents of mid-training: the four families of GR2 and OneRec-Think, and lists to rank."""
+"""Documents of mid-training: the four families of GR2 and OneRec-Think, lists to rank, and titles."""
 
+import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -10,9 +11,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from rerank.catalogue import Catalogue
-from rerank.grading import GRADES, Facts, by_grade, word_grades, word_short
+from rerank.grading import GRADES, LONGEST_LIST, Facts, by_grade, word_grades, word_short
 from rerank.next_item.encoder import NEXT_ITEMS
-from rerank.prompts import FACTS, THINK, completion, render
+from rerank.prompts import THINK, completion, render, word_labels
+from rerank.prompts.facts import NUM_BUCKETS, coded
+from rerank.prompts.fields import SEMANTIC_ID, clean
 from rerank.rows import windows
 
 if TYPE_CHECKING:
@@ -22,10 +25,12 @@ if TYPE_CHECKING:
 
     from rerank.midtrain import MidtrainArguments
 
-TASKS = ("sequence", "persona", "caption", "text", "lists")
+logger = logging.getLogger(__name__)
+
+TASKS = ("sequence", "persona", "caption", "text", "lists", "titles")
+OF_IDS = ("sequence", "persona", "caption")  # tasks that write items by their semantic ids
 # Fixed words of the documents and of short prompts; a small tokenizer makes each one token.
 PROMPT_WORDS = ("Rank:", "History:", "Candidates:", "Next", "items:", "Describe:", "Which", "item:", "User:", "likes")
-LONGEST_LIST = 10
 GRADED_SHARE = 0.4  # of the lists begin with the grades
 NORMAL_EDGES = (-1.07, -0.57, -0.18, 0.18, 0.57, 1.07)  # cut a normal distribution into sevenths
 WINDOW = 16  # batches within which documents are put in order of length
@@ -63,6 +68,13 @@ def caption_documents(catalogue: Catalogue) -> Iterator[Document]:
             yield Document("caption", "Which item: " + words, semantic_id)
 
 
+def title_documents(catalogue: Catalogue) -> Iterator[Document]:
+    """Title and category of each item, whose words prompts show."""
+    for title, category in zip(catalogue.titles, catalogue.categories, strict=True):
+        if words := " | ".join(text for text in map(clean, (title, category)) if text):
+            yield Document("titles", "", words, ends=False)
+
+
 def persona_documents(
     histories: Sequence[np.ndarray], catalogue: Catalogue, rng: np.random.Generator
 ) -> Iterator[Document]:
@@ -79,47 +91,61 @@ def persona_documents(
         yield Document("persona", "User:" + _ids(catalogue, items), f"likes {told}; lately {latest}")
 
 
+def list_labels(ranking: str, size: int, catalogue: Catalogue, rng: np.random.Generator) -> list[str]:
+    """The labels of a made-up list: numbers or letters, or the ids of random items."""
+    if ranking == SEMANTIC_ID:
+        return [catalogue.semantic_ids[item] for item in rng.permutation(len(catalogue))[:size]]
+    return word_labels(ranking, size)
+
+
 def list_documents(
-    num: int, facts: Sequence[str], labels: str, catalogue: Catalogue, rng: np.random.Generator
+    num: int,
+    facts: Sequence[str],
+    ranking: str,
+    catalogue: Catalogue,
+    rng: np.random.Generator,
+    longest: int = LONGEST_LIST,
+    num_buckets: int = NUM_BUCKETS,
 ) -> Iterator[Document]:
     """Exercises for re-ranking on made-up lists: find a candidate's facts, grade them, sort by grade.
 
-    Lists grow from at most two to at most ten candidates in the first half: read in this order, short ones
+    Lists grow from at most two to at most `longest` candidates in the first half: read in this order, short ones
     teach to read long ones. Most lists show facts in random buckets, and the grade is that of their mean; the others
     begin with the grades and are only to be sorted.
 
     Args:
         num: Exercises.
-        facts: Names of facts, as in `prompts.FACTS`.
-        labels: `number`, or `semantic_id`: lines then begin with ids of random items.
+        facts: Names of facts, as in `prompts.facts`.
+        ranking: `number` or `letter`; or `semantic_id`: lines then begin with ids of random items.
         catalogue: Of these ids.
         rng: Draws it all.
+        longest: Candidates of a list at most.
+        num_buckets: Of a fact.
     """
-    longest = min(LONGEST_LIST, len(catalogue)) if labels == "semantic_id" else LONGEST_LIST
+    most = min(longest, len(catalogue)) if ranking == SEMANTIC_ID else longest
     for place in range(num):
-        size = min(longest, int(rng.integers(1, 3 + int(min(1, 2 * place / num) * (LONGEST_LIST - 2)))))
-        label_texts = [str(number) for number in range(1, size + 1)]
-        heads = [f" {number}." for number in label_texts]
-        if labels == "semantic_id":
-            heads = label_texts = [catalogue.semantic_ids[item] for item in rng.permutation(len(catalogue))[:size]]
+        size = min(most, int(rng.integers(1, 3 + int(min(1, 2 * place / num) * (longest - 2)))))
+        labels = list_labels(ranking, size, catalogue, rng)
+        heads = labels if ranking == SEMANTIC_ID else [f" {label}." for label in labels]
         if rng.random() < GRADED_SHARE:
             grades = rng.integers(0, len(GRADES), size)
             order = by_grade(grades)
-            trace = word_grades(label_texts, grades)
-            _, given, answer = completion(trace, order, label_texts).partition(trace)
+            trace = word_grades(labels, grades)
+            _, given, answer = completion(trace, order, labels).partition(trace)
             yield Document("lists", "Rank:", answer, given=THINK + given)
             continue
         chosen = rng.permutation(len(facts))  # one fact in half of the lists, else any number of them
         num_shown = 1 if rng.random() < 0.5 else int(rng.integers(1, len(facts) + 1))
         shown = [facts[fact] for fact in sorted(chosen[:num_shown])]
-        buckets = rng.integers(0, 10, (size, len(shown)))
-        texts = [[f"{FACTS[name][0]}:{bucket}" for name, bucket in zip(shown, line, strict=True)] for line in buckets]
+        buckets = rng.integers(0, num_buckets, (size, len(shown)))
+        texts = [[coded(name, bucket) for name, bucket in zip(shown, line, strict=True)] for line in buckets.tolist()]
         # the mean of n uniform buckets in units of its standard deviation: each grade about equally frequent
-        grades = np.searchsorted(NORMAL_EDGES, (buckets.mean(axis=1) - 4.5) * np.sqrt(len(shown) / 8.25))
+        above = (buckets.mean(axis=1) - (num_buckets - 1) / 2) * np.sqrt(len(shown) / ((num_buckets**2 - 1) / 12))
+        grades = np.searchsorted(NORMAL_EDGES, above)
         lines = [" ".join([head, *line]) for head, line in zip(heads, texts, strict=True)]
-        trace = word_short(label_texts, grades, Facts(texts, buckets.astype(float), lines))
+        trace = word_short(labels, grades, Facts(texts, buckets.astype(float), lines))
         prompt = "\n".join(["Rank:", "History:", "Candidates:", *lines])
-        yield Document("lists", prompt, completion(trace, by_grade(grades), label_texts))
+        yield Document("lists", prompt, completion(trace, by_grade(grades), labels))
 
 
 def text_documents(source: str, length: int = 400) -> Iterator[Document]:
@@ -140,7 +166,7 @@ def mixed_documents(
 ) -> list[Document]:
     """Documents of each task by its share, `num_documents` in all, in random order but for the lists, which grow."""
     rng = np.random.default_rng(seed)
-    sequence = list(sequence_documents(histories, catalogue, args.max_items))
+    sequence = list(sequence_documents(histories, catalogue, args.max_items)) if catalogue.has_ids else []
     shares = sum(args.mixture.values())
     total = args.num_documents / shares if args.num_documents else len(sequence) / args.mixture["sequence"]
     wanted = Counter({task: round(total * share) for task, share in args.mixture.items()})
@@ -151,7 +177,12 @@ def mixed_documents(
     ]
     if wanted["text"]:
         mixed += _draw(list(text_documents(args.general_text)), wanted["text"], rng)
-    lists = list_documents(wanted["lists"], args.list_facts, args.list_labels, catalogue, rng)
+    if wanted["titles"]:
+        if not (titles := list(title_documents(catalogue))):
+            raise ValueError("mixture has titles but no item has a title or a category; leave titles out of it")
+        mixed += _draw(titles, wanted["titles"], rng)
+    shape = args.list_labels, catalogue, rng, args.longest_list, args.num_buckets
+    lists = list_documents(wanted["lists"], args.list_facts, *shape)
     places = rng.permutation(len(mixed) + wanted["lists"])
     return [mixed[place] if place < len(mixed) else next(lists) for place in places]
 
@@ -164,13 +195,13 @@ def _draw(documents: Sequence[Document], num: int, rng: np.random.Generator) -> 
     return [documents[i] for order in rounds for i in order][:num]
 
 
-def encode(document: Document, tokenizer: "PreTrainedTokenizerBase", max_length: int | None) -> dict[str, list[int]]:
+def encode(document: Document, tokenizer: "PreTrainedTokenizerBase") -> dict[str, list[int]]:
     """Token ids and labels; -100 where there is no loss."""
     texts = [render(tokenizer, document.prompt) if document.prompt else "", document.given, document.answer]
     prompt, given, answer = (tokenizer(text, add_special_tokens=False).input_ids if text else [] for text in texts)
     prompt, answer = prompt + given, answer + ([tokenizer.eos_token_id] if document.ends else [])
     ids, labels = prompt + answer, [-100] * len(prompt) + answer
-    return {"input_ids": ids[:max_length], "labels": labels[:max_length]}
+    return {"input_ids": ids, "labels": labels}
 
 
 def in_batches(lengths: Sequence[int], batch_size: int, rng: np.random.Generator) -> list[int]:
@@ -195,11 +226,18 @@ def encoded_dataset(
     from datasets import Dataset
     from trl import pack_dataset
 
-    rows, token_counts = [], Counter[str]()
+    rows, token_counts, num_cut = [], Counter[str](), 0
     for document in documents:
-        row, task = encode(document, tokenizer, config.max_length), TASKS.index(document.task)
+        whole, task = encode(document, tokenizer), TASKS.index(document.task)
+        row = {name: values[: config.max_length] for name, values in whole.items()}
+        num_cut += document.task == "lists" and len(row["labels"]) < len(whole["labels"])
         token_counts[document.task] += sum(label != -100 for label in row["labels"][1:])
         rows.append({**row, "task": [task] * (len(row["labels"]) if config.packing else 1)})
+    if num_cut:
+        logger.warning(
+            "%d lists are longer than max_length %d, so that the end of their ranking is cut off; raise it, or lower "
+            "longest_list", num_cut, config.max_length,
+        )  # fmt: skip
     lengths = [len(row["input_ids"]) for row in rows]
     order = in_batches(lengths, config.per_device_train_batch_size, np.random.default_rng(config.seed))
     dataset = Dataset.from_list([rows[i] for i in order])

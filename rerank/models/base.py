@@ -1,6 +1,8 @@
 """Models: a pretrained one loaded, a small Qwen3-shaped one made, tokens added, a trained one saved."""
 
 import contextlib
+import itertools
+import json
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -48,19 +50,17 @@ def load_pretrained(
         name: As `names.resolve` takes it.
         settings: TRL's, of which `dtype`, `attn_implementation` and `model_revision` are followed.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     name = names.resolve(name, "model")
     kwargs = {"dtype": (settings and settings.dtype) or "float32"}
     if settings is not None:
         refuse_quantized(settings)
         kwargs |= {"attn_implementation": settings.attn_implementation, "revision": settings.model_revision}
+    tokenizer = load_tokenizer(name, settings)
     files = list(Path(name).glob("*.gguf")) if Path(name).is_dir() else []
     if not files:
-        return AutoModelForCausalLM.from_pretrained(name, **kwargs), AutoTokenizer.from_pretrained(name)
-    if len(files) > 1:
-        raise ValueError(f"model folder {name} has {len(files)} .gguf files; leave one")
-    tokenizer = AutoTokenizer.from_pretrained(name, gguf_file=files[0].name)
+        return AutoModelForCausalLM.from_pretrained(name, **kwargs), tokenizer
     packed = AutoModelForCausalLM.from_pretrained(name, gguf_file=files[0].name, **kwargs)
     # A model loaded from GGUF refuses to be saved: the same weights in a model made from its plain configuration.
     dropped = ("quantization_config", "_name_or_path", "architectures")
@@ -69,6 +69,26 @@ def load_pretrained(
     model.load_state_dict(packed.state_dict())
     model.tie_weights()
     return model, tokenizer
+
+
+def load_tokenizer(name: str, settings: "ModelConfig | None" = None) -> "PreTrainedTokenizerBase":
+    """The tokenizer of `load_pretrained`, without the model."""
+    from transformers import AutoTokenizer
+
+    name = names.resolve(name, "model")
+    files = [file.name for file in Path(name).glob("*.gguf")] if Path(name).is_dir() else []
+    if len(files) > 1:
+        raise ValueError(f"model folder {name} has {len(files)} .gguf files; leave one")
+    if files:
+        return AutoTokenizer.from_pretrained(name, gguf_file=files[0])
+    return AutoTokenizer.from_pretrained(name, revision=settings.model_revision if settings else "main")
+
+
+def context_length(name: str | Path) -> int | None:
+    """Tokens of prompt and completion that the model of a folder was made for; None where its folder does not say."""
+    path = Path(name) / "config.json"
+    config = json.loads(path.read_text()) if path.is_file() else {}
+    return config.get("text_config", config).get("max_position_embeddings")
 
 
 def refuse_quantized(settings: "ModelConfig") -> None:
@@ -98,9 +118,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, words: Sequence[str] 
     )
     texts = list(texts)
     weight = 1 + len(texts) // 4  # frequent enough to be merged first
-    bpe.train_from_iterator(
-        texts + [f"{space}{word}" for word in words for space in ("", " ") for _ in range(weight)], trainer
-    )
+    repeated = (f"{space}{word}" for word in words for space in ("", " ") for _ in range(weight))
+    bpe.train_from_iterator(itertools.chain(texts, repeated), trainer)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         pad_token=SPECIAL_TOKENS[0],

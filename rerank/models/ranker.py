@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rerank.catalogue import Catalogue, check_vocabulary
+from rerank.models.base import context_length
 from rerank.prompts import parse_completion
 from rerank.rows import PromptedRow, Prompter, RankingRow
+from rerank.rows.checks import check_context, prompt_lengths
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, Trainer
@@ -26,13 +28,11 @@ class RankingModel:
         folder: Where it is.
         prompter: Turns rows into prompts and labels; it has no tokenizer.
         max_completion_tokens: Token limit of an answer.
-        num_candidates: Length of the lists that it was trained on, where the folder names it.
     """
 
     folder: Path
     prompter: Prompter
     max_completion_tokens: int
-    num_candidates: int | None
 
     @classmethod
     def load(cls, folder: str | Path) -> "RankingModel":
@@ -42,15 +42,15 @@ class RankingModel:
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"{folder / name} is missing; give a model folder of the sft or dapo stage.")
         generation = json.loads((folder / "generation.json").read_text())
-        limits = generation["max_completion_tokens"], generation.get("num_candidates")
-        return cls(folder, Prompter.of_model(folder), *limits)
+        return cls(folder, Prompter.of_model(folder), generation["max_completion_tokens"])
 
     def load_tokenizer(self) -> "PreTrainedTokenizerBase":
-        """Its tokenizer; one that lacks a semantic id of the catalogue beside it is refused."""
+        """Its tokenizer; one that lacks a semantic id of the catalogue beside it is refused, if prompts show ids."""
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(self.folder)
-        check_vocabulary(tokenizer, self.prompter.catalogue.semantic_ids, str(self.folder))
+        if self.prompter.settings.shows_ids:
+            check_vocabulary(tokenizer, self.prompter.catalogue.semantic_ids, str(self.folder))
         return tokenizer
 
 
@@ -74,9 +74,9 @@ class Answer:
     truncated: bool
 
 
-def read_answer(text: str, num_tokens: int, truncated: bool, labels: Sequence[str]) -> Answer:
-    """Parse one completion."""
-    parsed = parse_completion(text, labels)
+def read_answer(text: str, num_tokens: int, truncated: bool, labels: Sequence[str], top_k: int = 0) -> Answer:
+    """Parse one completion, whose row has these labels and asks for the best `top_k` (0: all)."""
+    parsed = parse_completion(text, labels, top_k)
     return Answer(parsed.order, parsed.failure, parsed.trace, text, num_tokens, truncated)
 
 
@@ -91,9 +91,7 @@ def generate_batches(model: RankingModel, batches: Sequence[Batch]) -> list[tupl
 
     tokenizer = model.load_tokenizer()
     asked = [ask(model, batch, tokenizer) for batch in batches]
-    prompts = [row.prompt for rows in asked for row in rows]
-    max_length = max(len(ids) for ids in tokenizer(prompts).input_ids) + model.max_completion_tokens
-    _check_positions(model, max_length)
+    max_length = _check_positions(model, [row for rows in asked for row in rows], tokenizer)
     engine = vllm_engine.open_engine(model.folder, max_length)
     found = []
     try:
@@ -103,7 +101,7 @@ def generate_batches(model: RankingModel, batches: Sequence[Batch]) -> list[tupl
             completions = vllm_engine.generate(engine, texts, model.max_completion_tokens) if texts else []
             seconds = time.perf_counter() - began
             answers = [
-                read_answer(completion.text, len(completion.token_ids), completion.truncated, row.labels)
+                read_answer(completion.text, len(completion.token_ids), completion.truncated, row.labels, row.top_k)
                 for row, (completion,) in zip(rows, completions, strict=True)
             ]
             found.append((answers, seconds))
@@ -120,16 +118,12 @@ def ask(model: RankingModel, batch: Batch, tokenizer: "PreTrainedTokenizerBase")
     return [prompter.ask(row, model.max_completion_tokens) for row in batch.rows]
 
 
-def _check_positions(model: RankingModel, max_length: int) -> None:
-    """Refuse prompts that do not fit into the model's positions with their completions."""
-    config = json.loads((model.folder / "config.json").read_text())
-    positions = config.get("text_config", config).get("max_position_embeddings")
-    if positions is not None and max_length > positions:
-        answer = model.max_completion_tokens
-        raise ValueError(
-            f"{model.folder}: a prompt of {max_length - answer} tokens and a completion of {answer} do not "
-            f"fit into the model's {positions} positions; lower max_history or max_completion_tokens."
-        )
+def _check_positions(model: RankingModel, asked: Sequence[PromptedRow], tokenizer: "PreTrainedTokenizerBase") -> int:
+    """Tokens of the longest prompt and its completion; refuses prompts that do not fit into the model's context."""
+    lengths, limit = prompt_lengths(tokenizer, asked), model.max_completion_tokens
+    name, context = f"the context of {model.folder}", context_length(model.folder)
+    check_context(replace(model.prompter, tokenizer=tokenizer), asked, lengths, name, context, limit)
+    return max(lengths) + limit
 
 
 def complete_greedily(trainer: "Trainer", prompts: Sequence[str], max_tokens: int, batch_size: int = 128) -> list[str]:

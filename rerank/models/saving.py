@@ -10,14 +10,22 @@ import yaml
 from rerank.catalogue import Catalogue, check_vocabulary
 from rerank.launch import model_card, run_dir
 from rerank.launch.files import write_json
-from rerank.models import names
+from rerank.models.base import load_tokenizer
 from rerank.rows import FEATURES_FILE
+from rerank.rows.checks import list_lengths
 
 if TYPE_CHECKING:
     from rerank.rows import Prompter
 
 
-def save_ranker(run: str | Path, prompter: "Prompter", folder: Path, trace: bool, max_completion_tokens: int) -> None:
+def save_ranker(
+    run: str | Path,
+    prompter: "Prompter",
+    folder: Path,
+    trace: bool,
+    max_completion_tokens: int,
+    base: str | None = None,
+) -> None:
     """Save what ranking new rows with the model of `folder` needs: prompt settings, catalogue, evidence, lengths.
 
     Args:
@@ -26,33 +34,40 @@ def save_ranker(run: str | Path, prompter: "Prompter", folder: Path, trace: bool
         folder: STAGE/model or STAGE.partial/model.
         trace: Whether its completions hold a trace.
         max_completion_tokens: Of a completion.
+        base: The pretrained model that this stage starts from, where no earlier stage of the run has made its model.
     """
     prompter.settings.save(folder)
-    prompter.catalogue.save(folder)
+    prompter.catalogue.save(folder, prompter.settings.item_fields)
+    candidates_dir = run_dir.stage_dir(run, "candidates")
     for name in (FEATURES_FILE, "evidence.npz"):
-        shutil.copy2(run_dir.stage_dir(run, "candidates") / name, folder / name)
-    num_candidates = run_dir.read_metrics(run, "candidates")["num_candidates"]
-    generation = {"max_completion_tokens": max_completion_tokens, "trace": trace, "num_candidates": num_candidates}
+        shutil.copy2(candidates_dir / name, folder / name)
+    shortest, longest = list_lengths(candidates_dir / "train.parquet")
+    generation = {"max_completion_tokens": max_completion_tokens, "trace": trace, "num_candidates": longest}
     write_json(folder / "generation.json", generation)
-    write_card(run, folder, folder.parent.name.removesuffix(".partial"), model_card.ranker(num_candidates, trace))
+    what = model_card.ranker(shortest, longest, trace)
+    write_card(run, folder, folder.parent.name.removesuffix(".partial"), what, base)
 
 
-def write_card(run: str | Path, folder: Path, stage: str, what: str) -> None:
-    """Write the README.md of a model that a stage trained from the run's mid-trained one.
+def write_card(run: str | Path, folder: Path, stage: str, what: str, base: str | None = None) -> None:
+    """Write the README.md of a model that a stage of the run trained.
 
     Args:
         run: Folder of the run.
         folder: Of the model.
         stage: The model's last training stage.
         what: A title and a paragraph.
+        base: The pretrained model that this stage starts from, where no earlier stage of the run has made its model.
     """
-    midtrain = yaml.safe_load((run_dir.stage_dir(run, "midtrain") / "recipe.yaml").read_text())
-    model_card.write(folder, run, stage, what, midtrain.get("model_name_or_path"))
+    model_card.write(folder, run, stage, what, base or _base_model(run))
+
+
+def _base_model(run: str | Path) -> str | None:
+    """The pretrained model that the first training stage of a run started from; None for a small one made by it."""
+    paths = [run_dir.stage_dir(run, stage) / "recipe.yaml" for stage in ("midtrain", "sft")]
+    first = next((path for path in paths if path.is_file()), None)
+    return None if first is None else yaml.safe_load(first.read_text()).get("model_name_or_path")
 
 
 def check_model(model_dir: str | Path, catalogue: Catalogue) -> None:
     """Refuse a model folder that is not there or whose tokenizer lacks a semantic id of the catalogue."""
-    from transformers import AutoTokenizer
-
-    folder = names.resolve(str(model_dir), "model")
-    check_vocabulary(AutoTokenizer.from_pretrained(folder), catalogue.semantic_ids, str(model_dir))
+    check_vocabulary(load_tokenizer(str(model_dir)), catalogue.semantic_ids, str(model_dir))

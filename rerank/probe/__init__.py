@@ -6,7 +6,7 @@ within a group, so that neither a constant nor a scale of the rewards changes wh
 told in shares: 0 is the mean of random orders on the same rows, 1 the oracle. A good first stage is better than random
 orders, and a copy of it earns that; the bars are therefore on the share less that of the rank gain alone, which is 0
 for every order where a reward pays for rank and a constant. The verdict falls on the rows whose target is not first
-already.
+already. Where a row has several positives, the target of what is said here is the best-placed of them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -221,10 +221,10 @@ def probe(keys: Mapping[str, Any], num_rows: int = 0, max_blind: float = MAX_BLI
     scoring.check_aggregation(keys, "the dapo recipe")
     rows, what = read_rows(keys, num_rows)
     rewards = scoring.load_rewards(scoring.read_rewards(keys.get("rewards"), "the dapo recipe"))
-    outcome = keys.get("outcome", RANK_GAIN)
-    scoring.check_outcome(outcome, rewards)
-    open_rows = [row for row in rows if row.row.target_rank != 1]
-    first_rows = [row for row in rows if row.row.target_rank == 1]
+    scoring.check_outcome(keys.get("outcome"), rewards)
+    outcome = scoring.choose_outcome(keys.get("outcome"), rewards, (row.row.relevance for row in rows))
+    open_rows = [row for row in rows if row.row.positive_rank != 1]
+    first_rows = [row for row in rows if row.row.positive_rank == 1]
     if not open_rows:
         raise ValueError(f"the target of all {len(rows)} rows is first already, so there is nothing to gain; add rows")
     outcomes = _outcomes(open_rows, first_rows, Scorer(rewards, outcome, max(1, group_size // 2)))

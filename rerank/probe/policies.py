@@ -1,6 +1,6 @@
 """The policies that are probed: completions that lazy ones would write for a row, and an honest one.
 
-Positions are those of the candidates as shown.
+Positions are those of the candidates as shown. Where the recipe asks for the best `top_k`, a completion names those.
 """
 
 import random
@@ -16,12 +16,12 @@ Policy = Callable[[ProbeRow, random.Random], str]
 
 def answer(row: ProbeRow, order: Sequence[int]) -> str:
     """A ranking after a trace that cites its first candidate and claims nothing."""
-    return completion(f"best{spaced(row.labels[order[0]])}", order, row.labels)
+    return completion(f"best{spaced(row.labels[order[0]])}", order, row.labels, row.top_k)
 
 
 def _list(row: ProbeRow, labels: Sequence[str]) -> str:
-    """Labels after a trace as `_answer` writes it, whether they are a ranking or not."""
-    return f"{THINK}best{spaced(labels[0])}{THINK_END}" + "".join(map(spaced, labels))
+    """Labels after the trace of the oracle, whether they are a ranking or not."""
+    return f"{THINK}best{spaced(_oracle_labels(row)[0])}{THINK_END}" + "".join(map(spaced, labels))
 
 
 def _shown(row: ProbeRow) -> list[int]:
@@ -29,7 +29,8 @@ def _shown(row: ProbeRow) -> list[int]:
 
 
 def _oracle_labels(row: ProbeRow) -> list[str]:
-    return [row.labels[position] for position in best_first(row.row.relevance)]
+    """The labels that the oracle writes."""
+    return [row.labels[position] for position in best_first(row.row.relevance)][: row.top_k or None]
 
 
 def input_order(row: ProbeRow, rng: random.Random) -> str:
@@ -39,13 +40,13 @@ def input_order(row: ProbeRow, rng: random.Random) -> str:
 
 def no_trace(row: ProbeRow, rng: random.Random) -> str:
     """The order shown, after an empty trace."""
-    return completion(None, _shown(row), row.labels)
+    return completion(None, _shown(row), row.labels, row.top_k)
 
 
 def swap_neighbours(row: ProbeRow, rng: random.Random) -> str:
-    """A near-copy: two neighbours change places, neither of them relevant, so that nothing is won or lost."""
-    order, gains = _shown(row), row.row.relevance
-    places = [place for place in order[1:] if gains[place] == gains[place - 1] == 0]
+    """A near-copy: two neighbours of equal relevance change places, so that nothing is won or lost."""
+    order, gains = _shown(row)[: row.top_k or None], row.row.relevance
+    places = [place for place in order[1:] if gains[place] == gains[place - 1]]
     if places:
         place = rng.choice(places)
         order[place - 1 : place + 1] = order[place], order[place - 1]
@@ -80,12 +81,16 @@ def first_to_last(row: ProbeRow, rng: random.Random) -> str:
     return answer(row, [*others, first])
 
 
-def target_to(place: int, row: ProbeRow, rng: random.Random) -> str:
-    """The target at a place from 0, the others as shown: the value of that place, no policy of the table."""
-    target = row.row.target
-    assert target is not None  # as in every row of the probe
-    others = [candidate for candidate in _shown(row) if candidate != target]
-    return answer(row, [*others[:place], target, *others[place:]])
+def positive_of(row: ProbeRow) -> int:
+    """A positive of the row, drawn by its id where it has several."""
+    return random.Random(row.row.row_id).choice(row.row.positives)
+
+
+def positive_to(place: int, row: ProbeRow, rng: random.Random) -> str:
+    """`positive_of` at a place from 0, the others as shown: the value of that place, no policy of the table."""
+    moved = positive_of(row)
+    others = [candidate for candidate in _shown(row) if candidate != moved]
+    return answer(row, [*others[:place], moved, *others[place:]])
 
 
 def by_popularity(row: ProbeRow, rng: random.Random) -> str:
@@ -96,7 +101,7 @@ def by_popularity(row: ProbeRow, rng: random.Random) -> str:
 def duplicate(row: ProbeRow, rng: random.Random) -> str:
     """The oracle's ranking with its first candidate again in place of the last: no ranking, like the next five."""
     labels = _oracle_labels(row)
-    return _list(row, [*labels[:-1], labels[0]])
+    return _list(row, [*labels[:-1], labels[0]] if len(labels) > 1 else labels * 2)
 
 
 def omission(row: ProbeRow, rng: random.Random) -> str:
@@ -106,9 +111,12 @@ def omission(row: ProbeRow, rng: random.Random) -> str:
 
 def foreign_item(row: ProbeRow, rng: random.Random) -> str:
     """The oracle's ranking with an item that is no candidate in place of the last."""
-    labels = _oracle_labels(row)
-    foreign = str(len(labels) + 1) if labels[0].isdecimal() else re.sub("[0-9]+", "999999", row.labels[0])
-    return _list(row, [*labels[:-1], foreign])
+    first, number = row.labels[0], len(row.labels)
+    if first.isdecimal():
+        foreign = str(number + 1)
+    else:
+        foreign = chr(ord(first) + number) if first.isalpha() else re.sub("[0-9]+", "999999", first)
+    return _list(row, [*_oracle_labels(row)[:-1], foreign])
 
 
 def truncated(row: ProbeRow, rng: random.Random) -> str:
@@ -164,7 +172,7 @@ def all_of(rows: Sequence[ProbeRow], best_fixed_order: Policy) -> list[tuple[Pol
 def _kind(policy: Policy, kind: str, rows: Sequence[ProbeRow]) -> str:
     if kind != "copy":
         return kind
-    orders = [parse_completion(policy(row, random.Random(0)), row.labels).order for row in rows]
+    orders = [parse_completion(policy(row, random.Random(0)), row.labels, row.top_k).order for row in rows]
     taus = [kendall_tau(order) for order in orders if order is not None]
     return "copy" if sum(taus) / len(taus) > NEAR else "blind"
 

@@ -15,7 +15,7 @@ from rerank.launch import run_dir
 from rerank.prompts import PromptSettings
 from rerank.rows import PromptedRow, Prompter, RankingRow
 
-NEEDED = ("data", "semantic_ids", "candidates")
+NEEDED = ("data", "candidates")
 SEED = 42  # of the dapo stage where its recipe has none: TrainingArguments' default
 NO_LIMIT = 1 << 20  # tokens of a completion, where neither recipe nor sft stage sets a limit
 _TOKEN = re.compile(r"<[^<>]*>|\w+|[^\w\s]")
@@ -25,7 +25,7 @@ _TOKEN = re.compile(r"<[^<>]*>|\w+|[^\w\s]")
 class ProbeRow(PromptedRow):
     """A training row as it is asked, how often other users took each of its candidates, and its facts' names."""
 
-    popularity: Sequence[int]
+    popularity: Sequence[int] = ()
     feature_names: Sequence[str] = ()
     fact_names: Sequence[str] = ()
 
@@ -40,7 +40,7 @@ def read_rows(keys: Mapping[str, Any], num_rows: int) -> tuple[list[ProbeRow], s
     """Rows of the run that a dapo recipe names, and in a few words which rows they are.
 
     Where the traces stage has not run, it has not yet said which rows are whose and what a label is: then these are
-    all rows whose list holds a relevant item, ranked by semantic id.
+    all rows whose list holds a relevant item, ranked by semantic id, or by number in a run without semantic ids.
     Of a row's lists only the first stage's own is taken (`candidates.augmentation`).
 
     Args:
@@ -63,7 +63,9 @@ def read_rows(keys: Mapping[str, Any], num_rows: int) -> tuple[list[ProbeRow], s
             raise ValueError(f"rows is {use!r}; choose dapo or all")
         found, what = rows.training_rows(run, use, prompter.needs_features), "training rows of dapo"
     else:
-        prompter, what = Prompter.of_run(run, settings=PromptSettings()), "rows (no traces yet)"
+        has_ids = run_dir.is_finished(run, "semantic_ids")
+        settings = PromptSettings() if has_ids else PromptSettings(item_fields=["title"], ranking="number")
+        prompter, what = Prompter.of_run(run, settings=settings), "rows (no traces yet)"
         found = rows.read_rows(run_dir.stage_dir(run, "candidates") / "train.parquet")
     # a row's further lists are drawn so that their order says less: they would make copying look harmless
     chosen = rows.choose_rows([row for row in found if row.list_number == 0], num_rows, seed=0)

@@ -28,7 +28,7 @@ class Draws:
     Attributes:
         parts: (D, N, R) pay of each reward after condition and weight, 0 where it does not apply.
         outcomes: (D, N) what members of a useful group differ in, nan where it does not apply.
-        gains: (D, N) places by which the target rises, below every number for no ranking.
+        gains: (D, N) places by which the best-placed positive rises, below every number for no ranking.
     """
 
     parts: np.ndarray
@@ -60,7 +60,8 @@ class Scorer:
         for seed in range(first_seed, first_seed + (self.num_draws if policy in policies.RANDOM else 1)):
             texts = [policy(row, random.Random(f"{seed} {row.row.row_id}")) for row in rows]
             values.append(scoring.score(self.rewards, texts, reward_columns(rows, texts)).values)
-            orders = [parse_completion(text, row.labels).order for row, text in zip(rows, texts, strict=True)]
+            pairs = zip(rows, texts, strict=True)
+            orders = [parse_completion(text, row.labels, row.top_k).order for row, text in pairs]
             gains.append([row.row.rank_gain(order) for row, order in zip(rows, orders, strict=True)])
         paid = np.nan_to_num(values) * [reward.weight for reward in self.rewards]
         names = [RANK_GAIN, *(reward.name for reward in self.rewards)]
@@ -96,22 +97,26 @@ class Scale:
 
 
 def best_blind_order(scorer: Scorer, rows: Sequence[ProbeRow]) -> Policy:
-    """The policy that shows every list of a length in one and the same order, the best by these rewards.
+    """The policy that shows every list in one and the same order of its places, the best by these rewards.
 
-    An assignment problem: of each place shown to a place in the ranking, by the mean reward of the rows whose target
-    is shown there when it is put there and the others keep their order.
+    An assignment problem: of each place shown to a place in the ranking, by the rewards of the rows with a positive
+    (`policies.positive_of`) shown there when it is put there, in a shorter list last, and the others keep their order.
+    It is solved once for rows of all lengths, since an order for each length would fit the few rows of that length; a
+    list takes the order of the places that it has.
     """
     from scipy.optimize import linear_sum_assignment
 
-    orders: dict[int, list[int]] = {}
-    for length in {len(row.labels) for row in rows}:
-        chosen = [row for row in rows if len(row.labels) == length]
-        shown = np.array([row.row.target for row in chosen])
-        paid = [scorer.draw(partial(policies.target_to, place), chosen).totals[0] for place in range(length)]
-        value = np.array([[of_place[shown == place].sum() for of_place in paid] for place in range(length)])
-        orders[length] = np.argsort(linear_sum_assignment(-value)[1]).tolist()
+    shown = np.array([policies.positive_of(row) for row in rows])
+    lengths = np.array([len(row.labels) for row in rows])
+    value = np.zeros((lengths.max(), lengths.max()))  # (place shown, place in the ranking)
+    paid = np.zeros(len(rows))
+    for place in range(lengths.max()):
+        long = np.flatnonzero(lengths > place)
+        paid[long] = scorer.draw(partial(policies.positive_to, place), [rows[row] for row in long]).totals[0]
+        value[:, place] = [paid[shown == of].sum() for of in range(len(value))]
+    order = np.argsort(linear_sum_assignment(-value)[1]).tolist()
 
     def best_fixed_order(row: ProbeRow, rng: random.Random) -> str:
-        return policies.answer(row, orders[len(row.labels)])
+        return policies.answer(row, [place for place in order if place < len(row.labels)])
 
     return best_fixed_order

@@ -7,7 +7,7 @@
   const titleOf = new Map(data.items.map(([title, id]) => [id, title]));
   const PAGE = 50;
 
-  const moved = rollout => rollout.target_rank - rollout.target_rank_after;
+  const moved = rollout => rollout.positive_rank - rollout.positive_rank_after;  // the best-placed positive
   function outcome(rollout) {
     if (rollout.failure !== null) return "no ranking";
     return moved(rollout) > 0 ? "moved up" : moved(rollout) < 0 ? "moved down" : "stayed";
@@ -17,7 +17,7 @@
   const COLUMNS = [  // name, what is shown, what is sorted by
     ["step", r => r.group.step, r => r.group.step],
     ["row", r => r.group.row_id, r => r.group.row_id],
-    ["target", r => `${r.target_rank} → ${r.target_rank_after ?? "none"}`, r => r.failure ? -Infinity : moved(r)],
+    ["target", r => `${r.positive_rank} → ${r.positive_rank_after ?? "none"}`, r => r.failure ? -Infinity : moved(r)],
     ["reward", r => number(r.reward), r => r.reward ?? -Infinity],
     ["advantage", r => number(r.advantage), r => r.advantage ?? -Infinity],
     ["tokens", r => r.tokens, r => r.tokens],
@@ -86,9 +86,10 @@
   function order(group, positions, isIncoming) {
     const list = make("ol");
     positions.forEach((position, place) => {
-      const isRelevant = group.relevance[position] > 0, before = group.first_stage_ranks[position];
-      const line = make("li", data.items[group.candidates[position]][0] + (isRelevant ? " ★" : ""));
-      if (isRelevant) line.className = "relevant";
+      const grade = group.relevance[position], before = group.first_stage_ranks[position];
+      const mark = grade === null ? " (not seen)" : grade > 0 ? ` ★${grade === 1 ? "" : grade}` : "";
+      const line = make("li", data.items[group.candidates[position]][0] + mark);
+      if (grade > 0) line.className = "relevant";
       if (!isIncoming && before !== place + 1)
         line.append(" ", make("small", `${before > place + 1 ? "↑" : "↓"} from ${before}`, "from"));
       list.append(line);
@@ -99,7 +100,7 @@
   function card(rollout, title) {
     const section = make("section", undefined, "card");
     section.append(make("h3", title));
-    const target = rollout.failure ?? `target ${rollout.target_rank} → ${rollout.target_rank_after}`;
+    const target = rollout.failure ?? `target ${rollout.positive_rank} → ${rollout.positive_rank_after}`;
     const words = [target, ...(rollout.truncated ? ["truncated"] : []), fate(rollout), `${rollout.tokens} tokens`];
     section.append(make("p", words.join(", "), rollout.failure === null ? "" : "failure"));
     const facts = make("dl");

@@ -17,7 +17,7 @@ MAX_BYTES = 4_300_000  # of data in the page
 GROUP_FIELDS = (*GROUP_KEYS, "row_id", "user", "prompt", "history", "candidates", "relevance", "first_stage_ranks")
 ITEM_FIELDS = ("history", "candidates")
 ROLLOUT_FIELDS = (
-    *("completion", "failure", "truncated", "order", "target_rank", "target_rank_after", "reward", "advantage"),
+    *("completion", "failure", "truncated", "order", "positive_rank", "positive_rank_after", "reward", "advantage"),
     *("reward_components", "conditions", "tokens", "kept", "discard_reason"),
 )
 # Groups are drawn one from each step and outcome, then a second, until the estimated bytes are used up: a `<` takes
@@ -74,7 +74,8 @@ def _packed(drawn: Sequence[Rollout], catalogue: Catalogue | None) -> dict[str, 
         key = tuple(rollout[name] for name in GROUP_KEYS)
         if key not in groups:
             items = {name: [places.setdefault(item, len(places)) for item in rollout[name]] for name in ITEM_FIELDS}
-            group = {**rollout, **items, "prompt": visible(rollout["prompt"])}
+            grades = [_short(grade) for grade in rollout["relevance"]]
+            group = {**rollout, **items, "relevance": grades, "prompt": visible(rollout["prompt"])}
             groups[key] = len(groups), [group[name] for name in GROUP_FIELDS]
         rollouts.append([groups[key][0], *_values(rollout, rewards)])
     fields = {"group_fields": GROUP_FIELDS, "rollout_fields": ("group", *ROLLOUT_FIELDS), "rewards": rewards}

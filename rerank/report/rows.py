@@ -15,7 +15,6 @@ import pyarrow.parquet as pq
 
 from rerank.catalogue import Catalogue
 from rerank.launch import run_dir as runs
-from rerank.metrics import judged
 from rerank.results import tables
 from rerank.results.rankers import GENERATING
 from rerank.rows import RankingRow, read_rows
@@ -35,8 +34,7 @@ class RankedRow:
 
     def place(self, ranker: str) -> int | None:
         """Rank of the best-placed relevant item among those judged, from 1; None where the ranker gave no order."""
-        grades = judged([self.row.relevance[shown] for shown in self.rankings[ranker]["order"] or []])
-        return next((place for place, grade in enumerate(grades, start=1) if grade > 0), None)
+        return self.row.place_of_positive(self.rankings[ranker]["order"])
 
     def outcome(self, ranker: str) -> str:
         """One of OUTCOMES."""

@@ -13,6 +13,7 @@ import numpy as np
 from rerank.baselines import TEXT_FEATURES, Counts, text_features
 from rerank.catalogue import Catalogue
 from rerank.prompts import PromptSettings
+from rerank.prompts.fields import SEMANTIC_ID
 from rerank.rows import RankingRow, read_feature_names
 
 SEED = 0  # the same texts for every ranker and run
@@ -64,6 +65,6 @@ def other_items(num_items: int) -> np.ndarray:
 
 
 def shows_texts(settings: PromptSettings) -> bool:
-    """Whether prompts show titles, categories, other columns of items or facts from texts."""
+    """Whether prompts show titles, categories, other texts of items or facts from texts."""
     facts = [] if settings.evidence == "none" else settings.evidence_names
-    return bool(set(settings.item_fields) - {"semantic_id"} or set(TEXT_FEATURES) & set(facts))
+    return bool(set(settings.item_fields) - {SEMANTIC_ID} or set(TEXT_FEATURES) & set(facts))

@@ -27,7 +27,7 @@ COLUMNS_AGAINST = (  # of the list beside another run's
 _LIST = """
 SELECT step, round, "group", any_value(row_id) AS row_id, any_value("user") AS "user", count(*) AS rollouts,
     count(*) FILTER (kept) AS kept, any_value(discard_reason) AS discarded, max(reward) AS best, avg(reward) AS mean,
-    count(failure) AS failures, any_value(target_rank) AS "before", min(target_rank_after) AS after,
+    count(failure) AS failures, any_value(positive_rank) AS "before", min(positive_rank_after) AS after,
     count(*) FILTER ({where}) AS matching
 FROM rollouts GROUP BY step, round, "group" HAVING matching > 0
 """

@@ -4,17 +4,19 @@ A metric is the mean of a value over the rollouts (or groups) that have it; kept
 
 - `copy_rate`: rankings that equal the first stage's order; `shown_copy_rate`: that equal the order shown, which is
   another one where candidates are shuffled. `kendall_tau`: of rankings with the first stage's order, 1 for a copy.
-- `first_from/R`: rankings whose first item has first-stage rank R, a histogram over R.
+- `first_from/R`: rankings whose first item has first-stage rank R, a histogram over R up to MOST_RANKS.
 - `no_ranking`, and `failure/KIND` of each kind in prompts.FAILURES; `truncated`; `length_tokens` of a completion.
 - `reward` in total, `reward/NAME` of each reward where it applies; `condition/NAME`: rollouts in which its condition
   held, all without one; `reward_share/NAME`: its weighted mean over the sum of the magnitudes of all weighted means,
   which compares format with rank.
-- `rank_gain`: places that a ranking moves the target up. `R@K/before` and `R@K/after`: rollouts whose target is among
-  the first K; one without a ranking has it nowhere.
+- `rank_gain`: places that the best-placed positive stands higher in a ranking than in the first stage's order, among
+  candidates that were seen; where one is relevant, that a ranking moves the target up. `R@K/before` and `R@K/after`:
+  rollouts with a positive among the first K; one without a ranking has it nowhere.
 - `target_cited`: traces that name the target, by its label, semantic id or title; `rank_gain/cited` and
   `rank_gain/not_cited`: the gain of those that do and do not.
-- `kept`: rollouts trained on. Of groups: `groups/all_best`, every member has the target first; else
-  `groups/all_worse`, each moves it down or gives no ranking; else `groups/all_equal`, all have it at one place.
+- `kept`: rollouts trained on. Of groups: `groups/all_best`, every member has a positive first; else
+  `groups/all_worse`, each moves the best one down or gives no ranking; else `groups/all_equal`, all have it at one
+  place.
   `groups/same_reward`: all totals are the same, so that nothing can be learnt.
 """
 
@@ -40,9 +42,10 @@ Steps = TypeVar("Steps", Sequence[float], np.ndarray, "pd.Series[float]", pd.Dat
 COLUMNS = (  # those of schema.SCHEMA that the metrics need
     *(*GROUP_KEYS, "target", "completion", "completion_ids", "reward_components", "conditions"),
     *("reward", "truncated", "failure", "order", "candidates", "candidate_labels", "first_stage_ranks"),
-    *("target_rank", "target_rank_after", "kept"),
+    *("positive_rank", "positive_rank_after", "kept"),
 )
 CUT_OFFS = (1, 3, 5, 10)
+MOST_RANKS = 30  # of first_from: lists may have hundreds of candidates
 SAME_REWARD = 1e-6  # totals are sums of 32-bit floats
 
 
@@ -118,7 +121,7 @@ def agreement(first: Sequence[Sequence[int] | None], second: Sequence[Sequence[i
 
 def _rollout_values(table: pa.Table, weights: Mapping[str, float] | None, catalogue: Catalogue | None) -> pd.DataFrame:
     """One row a rollout, one column a number, indexed by step; NaN where the rollout has no such value."""
-    before, after = _numbers(table["target_rank"]), _numbers(table["target_rank_after"])
+    before, after = _numbers(table["positive_rank"]), _numbers(table["positive_rank_after"])
     gain, cited = rank_gains(table), _citations(table, catalogue)
     failure = table["failure"].to_numpy()
     values = {
@@ -141,7 +144,7 @@ def _rollout_values(table: pa.Table, weights: Mapping[str, float] | None, catalo
 
 def _group_values(table: pa.Table) -> pd.DataFrame:
     """One row a group, one column a number, indexed by step."""
-    before, after = _numbers(table["target_rank"]), _numbers(table["target_rank_after"])
+    before, after = _numbers(table["positive_rank"]), _numbers(table["positive_rank_after"])
     keys = [pd.Index(table[name].to_numpy(), name=name) for name in GROUP_KEYS]
     places = np.nan_to_num(after)  # 0 without a ranking
     members = {"reward": _numbers(table["reward"]), "place": places, "worse": np.where(after <= before, 0.0, 1.0)}
@@ -166,7 +169,7 @@ def _order_values(table: pa.Table) -> dict[str, np.ndarray]:
     starts = np.cumsum(lengths) - lengths
     order = pc.list_flatten(ranked["order"]).to_numpy()
     ranks = pc.list_flatten(ranked["first_stage_ranks"]).to_numpy()[np.repeat(starts, lengths) + order]
-    first_from = [f"first_from/{rank}" for rank in range(1, int(lengths.max(initial=0)) + 1)]
+    first_from = [f"first_from/{rank}" for rank in range(1, min(MOST_RANKS, int(lengths.max(initial=0))) + 1)]
     names = ("copy_rate", "shown_copy_rate", "kendall_tau", *first_from)
     values = {name: np.full(table.num_rows, np.nan) for name in names}
     for length in np.unique(lengths):
@@ -181,8 +184,8 @@ def _order_values(table: pa.Table) -> dict[str, np.ndarray]:
 
 
 def rank_gains(table: pa.Table) -> np.ndarray:
-    """Places by which each rollout moves its target up, NaN without a ranking."""
-    return np.asarray(_numbers(table["target_rank"]) - _numbers(table["target_rank_after"]))
+    """Places by which each rollout moves the best-placed positive up, NaN without a ranking."""
+    return np.asarray(_numbers(table["positive_rank"]) - _numbers(table["positive_rank_after"]))
 
 
 def reward_values(table: pa.Table) -> dict[str, np.ndarray]:

@@ -19,11 +19,22 @@ from rich.table import Table
 
 from rerank.launch import recipe
 from rerank.plugins import parameters
-from rerank.rollouts.metrics import SAME_REWARD, dapo_keys, rank_gains, reward_values
+from rerank.rollouts.metrics import SAME_REWARD, dapo_keys, rank_gains, reward_values, reward_weights
 from rerank.rollouts.schema import GROUP_KEYS
 from rerank.rollouts.store import open_rollouts
 from rerank.rows import column_names
-from rerank.scoring import RANK_GAIN, Reward, check_aggregation, check_outcome, load_rewards, read_rewards, total
+from rerank.scoring import (
+    RANK_GAIN,
+    Reward,
+    check_aggregation,
+    check_outcome,
+    choose_outcome,
+    has_several_positives,
+    load_rewards,
+    main_reward,
+    read_rewards,
+    total,
+)
 from rerank.scoring import score as score_rewards
 
 SCALE_REWARDS = "group"  # DapoConfig's default
@@ -41,12 +52,13 @@ class Scoring:
     Attributes:
         rewards: The functions with their weights.
         scale_rewards: The scale of advantages.
-        outcome: What the members of a group that is learnt from differ in: a reward's name, or rank_gain.
+        outcome: What the members of a group that is learnt from differ in: a reward's name, or rank_gain; None: by
+            the rows (`scoring.choose_outcome`).
     """
 
     rewards: list[Reward]
     scale_rewards: str
-    outcome: str
+    outcome: str | None
 
 
 def read_scoring(path: str | Path, run_dir: str | Path) -> Scoring:
@@ -67,7 +79,7 @@ def read_scoring(path: str | Path, run_dir: str | Path) -> Scoring:
     if scale not in ("group", "batch", "none"):
         raise ValueError(f"{path}: scale_rewards is {scale!r}; choose group, batch or none")
     check_aggregation(keys, str(path))
-    outcome = keys.get("outcome", of_run.get("outcome", RANK_GAIN))
+    outcome = keys.get("outcome", of_run.get("outcome"))
     try:
         check_outcome(outcome, rewards)
     except ValueError as error:
@@ -92,7 +104,7 @@ def rescore(run_dir: str | Path, scoring: Scoring) -> pd.DataFrame:
         _check_columns(reward, opened.absent, run_dir)
     columns = [name for name in column_names() if name not in opened.absent]
     others = ["kept", "discard_reason", "prompt", "completion", "completion_ids", "reward", "advantage"]
-    others += ["reward_components", "target_rank", "target_rank_after"]
+    others += ["reward_components", "positive_rank", "positive_rank_after"]
     table = opened.read(list(dict.fromkeys([*GROUP, *others, *columns])))
     masked = table["discard_reason"].to_pandas() == "truncated"  # these have neither reward nor outcome
     values = {name: np.where(masked, np.nan, found) for name, found in score(table, scoring.rewards, columns).items()}
@@ -110,9 +122,9 @@ def rescore(run_dir: str | Path, scoring: Scoring) -> pd.DataFrame:
         signs.append(np.sign(advantage).where(frame[f"{side}/differs"] & (advantage.abs() > ROUNDING), 0))
     frame["sign_changes"] = signs[0] * signs[1] < 0
     gains = {RANK_GAIN: np.where(masked, np.nan, np.nan_to_num(rank_gains(table), nan=-np.inf))}  # -inf: no ranking
-    stored, outcome = reward_values(table), dapo_keys(run_dir).get("outcome", RANK_GAIN)
-    frame["stored/useful"] = _differ(frame, (gains | stored).get(outcome))
-    frame["new/useful"] = _differ(frame, (gains | values)[scoring.outcome])
+    stored, relevance = reward_values(table), table["relevance"].to_pylist()
+    frame["stored/useful"] = _differ(frame, (gains | stored).get(_stored_outcome(run_dir, relevance)))
+    frame["new/useful"] = _differ(frame, (gains | values)[choose_outcome(scoring.outcome, scoring.rewards, relevance)])
     parts = [pd.DataFrame(stored).add_prefix("stored/"), pd.DataFrame(values).add_prefix("new/")]
     return pd.concat([frame, *parts], axis=1)
 
@@ -126,6 +138,13 @@ def _check_columns(reward: Reward, absent: Sequence[str], run_dir: str | Path) -
                     f"reward {reward.name} needs the column {name}, which the rollouts of {run_dir} lack: an older "
                     "version stored them; leave that reward out, or run the dapo stage again"
                 )
+
+
+def _stored_outcome(run_dir: str | Path, relevance: Sequence[Sequence[float]]) -> str:
+    """The outcome that the run's dapo stage had; rank_gain where no recipe tells."""
+    given = dapo_keys(run_dir).get("outcome")
+    weights = reward_weights(run_dir) if given is None and has_several_positives(relevance) else None
+    return main_reward(weights) if weights else str(given or RANK_GAIN)
 
 
 def _differ(frame: pd.DataFrame, outcomes: np.ndarray | None) -> pd.Series:

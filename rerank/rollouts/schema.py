@@ -1,7 +1,7 @@
 """The columns of a stored rollout: one Parquet row for each sampled completion.
 
 In SQL `order`, `group` and `user` are reserved words and stand in double quotes. The target is the most relevant
-candidate, of equals the one that the first stage ranks best.
+candidate, of equals the one that the first stage ranks best. A positive is a candidate of a grade above 0.
 """
 
 from typing import Any
@@ -12,8 +12,11 @@ from rerank.rows.prompter import REWARD_COLUMNS
 
 Rollout = dict[str, Any]  # one value a column of SCHEMA
 
-SCHEMA_VERSION = "4"
+SCHEMA_VERSION = "5"
 RENAMED = {"target_rank_before": "target_rank", "reward_gates": "conditions"}  # column of version 2 -> its name now
+# Columns that versions before 5 lack: the target was the one positive, and a completion named all candidates.
+BEFORE_5 = {"positive_rank": "target_rank", "positive_rank_after": "target_rank_after"}
+KNOWN = {"top_k": 0}
 GROUP_KEYS = ("step", "round", "group")  # rollouts that agree in them answer the same prompt
 
 SCHEMA = pa.schema(
@@ -39,7 +42,9 @@ SCHEMA = pa.schema(
         ("truncated", pa.bool_()),
         ("failure", pa.string()),  # null for a ranking, else one of prompts.FAILURES
         ("order", pa.list_(pa.int64())),  # positions into candidates, best first; null for no ranking
-        ("target_rank_after", pa.int64()),  # null for no ranking
+        ("target_rank_after", pa.int64()),  # among all candidates, as target_rank; null for no ranking
+        ("positive_rank", pa.int64()),  # of the first stage's best-placed positive, among candidates that were seen
+        ("positive_rank_after", pa.int64()),  # of the ranking's best-placed positive, alike; null for no ranking
         ("kept", pa.bool_()),  # whether it was trained on
         ("discard_reason", pa.string()),  # null for a kept one, else truncated, all_equal, surplus or stale
     ],

@@ -20,12 +20,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rerank.launch.files import write_whole
-from rerank.rollouts.schema import RENAMED, SCHEMA, SCHEMA_VERSION, Rollout
+from rerank.rollouts.schema import BEFORE_5, KNOWN, RENAMED, SCHEMA, SCHEMA_VERSION, Rollout
 
 logger = logging.getLogger(__name__)
 
-# by version that can be read; columns that it lacks are null
-OLD_NAMES = {"2": {name: old for old, name in RENAMED.items()}, "3": {}, SCHEMA_VERSION: {}}
+# by version that can be read: where a column has another source; columns that it lacks are null
+OLD_NAMES = {
+    "2": {name: old for old, name in RENAMED.items()} | BEFORE_5 | {"positive_rank": "target_rank_before"},
+    "3": BEFORE_5,
+    "4": BEFORE_5,
+    SCHEMA_VERSION: {},
+}
 _NAMES = dict.fromkeys(SCHEMA.names)  # looked up for each record
 _MAPS = [field.name for field in SCHEMA if pa.types.is_map(field.type)]
 _PART = re.compile(r"part-(\d+)-(\d+)(-\d+)?\.parquet")
@@ -118,7 +123,7 @@ class OpenRollouts:
         connection: Has the view `rollouts`, the rows of `parts` in order of step.
         parts: The files that are whole.
         damaged: The files that are cut off, or whose footer is no Parquet.
-        absent: Columns of SCHEMA that an older store lacks; they are null.
+        absent: Columns of SCHEMA that an older store lacks and whose values are not known; they are null.
     """
 
     connection: duckdb.DuckDBPyConnection
@@ -190,8 +195,9 @@ def open_rollouts(run_dir: str | Path) -> OpenRollouts:
         raise _no_rollouts(run_dir)
     stored = set.intersection(*(set(footer.schema.to_arrow_schema().names) for footer in whole.values()))
     sources = {name: OLD_NAMES[version].get(name, name) for name in SCHEMA.names}
-    absent = [name for name, source in sources.items() if source not in stored]
-    return OpenRollouts(_connect(list(whole), sources, absent), list(whole), damaged, absent)
+    lacking = [name for name, source in sources.items() if source not in stored]
+    absent = [name for name in lacking if name not in KNOWN]
+    return OpenRollouts(_connect(list(whole), sources, lacking), list(whole), damaged, absent)
 
 
 def read_rollouts(run_dir: str | Path, columns: Sequence[str] = SCHEMA.names) -> pa.Table:
@@ -232,19 +238,20 @@ def _check_versions(first: Mapping[str, Path]) -> str:
         )
     if version not in OLD_NAMES:
         raise ValueError(
-            f"{path} has rollout schema version {version} but this code reads {' and '.join(OLD_NAMES)}; "
+            f"{path} has rollout schema version {version} but this code reads {', '.join(OLD_NAMES)}; "
             "read it with the version of rerank that wrote it"
         )
     return version
 
 
-def _connect(parts: Iterable[Path], sources: Mapping[str, str], absent: Sequence[str]) -> duckdb.DuckDBPyConnection:
-    """A connection with the view `rollouts`: the columns of SCHEMA, each from its source; null where it is absent."""
+def _connect(parts: Iterable[Path], sources: Mapping[str, str], lacking: Sequence[str]) -> duckdb.DuckDBPyConnection:
+    """A connection with the view `rollouts`: the columns of SCHEMA, each from its source; of those that the parts lack
+    the values in KNOWN, else null."""
     connection = duckdb.connect()
     paths = [glob.escape(str(path)) for path in parts]  # DuckDB takes `[`, `*` and `?` for patterns
     types = dict(zip(SCHEMA.names, connection.from_arrow(SCHEMA.empty_table()).types, strict=True))
     columns = (
-        f'NULL::{types[name]} AS "{name}"' if name in absent else f'"{source}" AS "{name}"'
+        f'{KNOWN.get(name, "NULL")}::{types[name]} AS "{name}"' if name in lacking else f'"{source}" AS "{name}"'
         for name, source in sources.items()
     )
     connection.read_parquet(paths).project(", ".join(columns)).create_view("rollouts")

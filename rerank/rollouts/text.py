@@ -5,6 +5,7 @@ Model output is shown as `rich.text.Text`, never as markup, so that no completio
 
 import re
 from collections.abc import Mapping, Sequence
+from math import isnan
 
 from rich.console import Console
 from rich.rule import Rule
@@ -39,8 +40,9 @@ def heading(group: Sequence[Rollout]) -> str:
 
 
 def outcome(rollout: Rollout) -> str:
-    """A rollout's outcome: the target's ranks or why it is no ranking, and whether it was trained on."""
-    before, after = rollout["target_rank"], rollout["target_rank_after"]
+    """A rollout's outcome: the places of the best-placed positive, or why it is no ranking, and whether it was trained
+    on."""
+    before, after = rollout["positive_rank"], rollout["positive_rank_after"]
     words = [f"target {before} -> {after}" if rollout["failure"] is None else f"no ranking ({rollout['failure']})"]
     if rollout["truncated"]:
         words.append("truncated")
@@ -56,7 +58,7 @@ def reward_parts(rollout: Rollout) -> list[str]:
 
 
 def incoming_order(rollout: Rollout, catalogue: Catalogue | None) -> Text:
-    """The first stage's order, one numbered line an item; relevant items carry a star."""
+    """The first stage's order, one numbered line an item; relevant items carry a star and a grade that is not 1."""
     lines = [_line(rank, item_text(rollout, old, catalogue)) for rank, old in enumerate(_incoming(rollout), start=1)]
     return Text("\n").join(lines)
 
@@ -97,10 +99,13 @@ def _incoming(rollout: Rollout) -> list[int]:
 
 
 def item_text(rollout: Rollout, position: int, catalogue: Catalogue | None) -> Text:
-    """A shown candidate by its title, with a star where it is relevant."""
-    item, is_relevant = rollout["candidates"][position], rollout["relevance"][position] > 0
+    """A shown candidate by its title, with a star where it is relevant, and its grade if that is not 1; a question
+    mark where it was not seen."""
+    item, grade = rollout["candidates"][position], rollout["relevance"][position]
     name = str(item) if catalogue is None else visible(catalogue.titles[item] or catalogue.item_ids[item])
-    return Text(f"{'* ' if is_relevant else ''}{name}", style="bold green" if is_relevant else "")
+    if not grade > 0:
+        return Text(f"? {name}" if isnan(grade) else name)
+    return Text(f"*{'' if grade == 1 else f'{grade:g}'} {name}", style="bold green")
 
 
 def with_titles(text: str, titles: Mapping[str, str]) -> str:

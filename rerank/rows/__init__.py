@@ -24,7 +24,15 @@ from rerank.rows.prompter import (
     read_feature_names,
     reward_columns,
 )
-from rerank.rows.row import RankingRow, check_features, choose_rows, read_rows, shuffle, training_rows
+from rerank.rows.row import (
+    RankingRow,
+    check_features,
+    check_top_k,
+    choose_rows,
+    read_rows,
+    shuffle,
+    training_rows,
+)
 
 __all__ = [
     "FEATURES_FILE",
@@ -38,6 +46,7 @@ __all__ = [
     "by_user",
     "check_edges",
     "check_features",
+    "check_top_k",
     "choose_rows",
     "column_names",
     "has_lists",

@@ -6,6 +6,7 @@ N candidates of a row, F features of a candidate.
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,9 @@ import pyarrow as pa
 from rerank.catalogue import Catalogue
 from rerank.grading import Facts
 from rerank.launch import run_dir
-from rerank.prompts import FACTS, PromptSettings, candidate_labels, completion, render, rerank_prompt
+from rerank.prompts import PromptSettings, candidate_labels, completion, render, rerank_prompt
+from rerank.prompts.facts import coded, worded
+from rerank.prompts.fields import FieldTexts, check_catalogue
 from rerank.rows.row import RankingRow
 
 if TYPE_CHECKING:
@@ -26,12 +29,14 @@ FEATURES_FILE = "features.json"  # names and bucket edges of the features, besid
 
 @dataclass(frozen=True)
 class PromptedRow:
-    """A row as it is asked: its prompt, the label of each candidate shown, and the token limit of an answer."""
+    """A row as it is asked: its prompt, the label of each candidate shown, the token limit of an answer, and how many
+    candidates the answer names, the best (0: all)."""
 
     row: RankingRow
     prompt: str
     labels: list[str]
     max_completion_tokens: int
+    top_k: int = 0
 
 
 @dataclass(frozen=True)
@@ -43,7 +48,10 @@ class Prompter:
         settings: What a prompt shows.
         names: Names of the columns of `RankingRow.features`.
         edges: Bucket edges of each feature.
-        tokenizer: Renders prompts by its chat template; without one a prompt is its user message.
+        tokenizer: Renders prompts by its chat template and cuts long fields; without one a prompt is its user message.
+
+    Raises:
+        ValueError: When the settings name fields of items that the catalogue lacks.
     """
 
     catalogue: Catalogue
@@ -51,6 +59,14 @@ class Prompter:
     names: Sequence[str] = ()
     edges: Mapping[str, Sequence[float]] = field(default_factory=dict)
     tokenizer: "PreTrainedTokenizerBase | None" = None
+
+    def __post_init__(self) -> None:
+        check_catalogue(self.settings, self.catalogue)
+
+    @cached_property
+    def texts(self) -> FieldTexts:
+        """Writes items and fields."""
+        return FieldTexts(self.catalogue, self.settings, self.tokenizer)
 
     @classmethod
     def of_run(
@@ -83,22 +99,22 @@ class Prompter:
         if not self.needs_features:
             size = len(row.candidates)
             return Facts([[] for _ in range(size)], np.zeros((size, 0)), [""] * size)
-        facts, is_coded = self.settings.evidence_names, self.settings.evidence == "codes"
-        for name in facts:
+        names, is_coded = self.settings.evidence_names, self.settings.evidence == "codes"
+        for name in names:
             if row.features is None or name not in self.names or (is_coded and name not in self.edges):
                 raise ValueError(f"evidence {name!r} has no feature or edges; run the candidates stage again.")
-        values = np.asarray(row.features, dtype=float)[:, [list(self.names).index(name) for name in facts]]
-        if is_coded:  # the number of edges at or below a value: 0 to 9, 0 for what is not positive
-            columns = zip(facts, values.T, strict=True)
-            values = np.stack([np.searchsorted(self.edges[name], of, side="right") for name, of in columns], axis=1)
-        wordings = [FACTS[name][0] + ":{}" if is_coded else FACTS[name][1] for name in facts]
-        texts = [[wording.format(value) for wording, value in zip(wordings, line, strict=True)] for line in values]
+        values = np.asarray(row.features, dtype=float)[:, [list(self.names).index(name) for name in names]]
+        if is_coded:
+            columns = zip(names, values.T, strict=True)
+            values = np.stack([bucketed(of_name, self.edges[name]) for name, of_name in columns], axis=1)
+        word = coded if is_coded else worded
+        texts = [[word(name, value) for name, value in zip(names, line, strict=True)] for line in values.tolist()]
         lines = [" " + " ".join(line) if is_coded else ": " + "; ".join(line) for line in texts]
-        return Facts(texts, values.astype(float), lines)
+        return Facts(texts, with_means(values), lines)
 
     def message(self, row: RankingRow) -> str:
         """The user message."""
-        return rerank_prompt(row.history, row.candidates, self.facts(row).lines, self.catalogue, self.settings)
+        return rerank_prompt(row, self.facts(row).lines, self.texts)
 
     def prompt(self, row: RankingRow) -> str:
         """The text that the model completes."""
@@ -111,15 +127,28 @@ class Prompter:
 
     def ask(self, row: RankingRow, max_completion_tokens: int) -> PromptedRow:
         """The row with its prompt and labels."""
-        return PromptedRow(row, self.prompt(row), self.labels(row), max_completion_tokens)
+        return PromptedRow(row, self.prompt(row), self.labels(row), max_completion_tokens, self.settings.top_k)
 
     def example(self, row: RankingRow, trace: str | None, order: Sequence[int]) -> dict[str, list[int]]:
         """Token ids and labels of prompt and completion; the two are tokenized apart, as rollouts are."""
         assert self.tokenizer is not None
         prompt = self.tokenizer(self.prompt(row)).input_ids
-        answer = self.tokenizer(completion(trace, order, self.labels(row)), add_special_tokens=False).input_ids
+        text = completion(trace, order, self.labels(row), self.settings.top_k)
+        answer = self.tokenizer(text, add_special_tokens=False).input_ids
         answer = [*answer, self.tokenizer.eos_token_id]
         return {"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer}
+
+
+def bucketed(values: np.ndarray, edges: Sequence[float]) -> np.ndarray:
+    """The number of edges at or below each value, 0 for what is not positive; nan stays nan."""
+    return np.where(np.isnan(values), np.nan, np.searchsorted(edges, values, side="right"))
+
+
+def with_means(values: np.ndarray) -> np.ndarray:
+    """(N, facts) values with the mean of a column in place of nan, and 0 in a column of nan alone."""
+    known = ~np.isnan(values)
+    means = np.where(known, values, 0).sum(axis=0) / np.maximum(known.sum(axis=0), 1)
+    return np.where(known, values, means)
 
 
 def read_feature_names(folder: str | Path) -> tuple[list[str], dict[str, list[float]]]:
@@ -165,6 +194,7 @@ REWARD_COLUMNS: tuple[RewardColumn, ...] = (
     RewardColumn("target_rank", pa.int64(), lambda asked: asked.row.target_rank),
     RewardColumn("fields", pa.string(), lambda asked: json.dumps(dict(asked.row.fields), ensure_ascii=False)),
     RewardColumn("max_completion_tokens", pa.int64(), lambda asked: asked.max_completion_tokens),
+    RewardColumn("top_k", pa.int64(), lambda asked: asked.top_k),
 )
 
 

@@ -1,9 +1,10 @@
-"""Stage 6: fine-tune the mid-trained model on accepted traces, or on next items.
+"""Stage 6: fine-tune the mid-trained model, or a pretrained one, on accepted traces, or on next items.
 
 Task `rerank`. In: midtrain, candidates and traces. Out: `model/`, and with `no_trace_control` also `model_no_trace/`,
 trained for the same number of steps on the same rows with an empty trace: the difference is the worth of reasoning.
 Both are the best of their checks on validation rows (`rerank.launch.validation`).
 Task `next_item`. In: midtrain. Out: `model/`, which writes the item that follows a history.
+A recipe without a midtrain stage names a pretrained model in `model_name_or_path`.
 
 A list of named losses is minimised, by default `nll` with GR2's weights (arXiv:2606.31984 eq. 3); `rerank losses`
 lists them all.
@@ -19,7 +20,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pyarrow.parquet as pq
 from trl import ModelConfig, SFTConfig, get_peft_config
 
 from rerank.catalogue import Catalogue
@@ -32,10 +32,13 @@ from rerank.losses import Losses, Row, load_losses
 from rerank.models import base as base_model
 from rerank.models.dropout import residual_dropout
 from rerank.models.ranker import complete_greedily
-from rerank.models.saving import check_model, save_ranker, write_card
+from rerank.models.saving import save_ranker, write_card
 from rerank.next_item.encoder import ITEM_TEXTS, NextItemEncoder
 from rerank.prompts import THINK_END
-from rerank.rows import PromptedRow, Prompter, training_rows
+from rerank.rows import PromptedRow, Prompter
+from rerank.rows.checks import SHORTER, check_context, longest_field, prompt_lengths
+from rerank.sft.rows import check_lengths, examples
+from rerank.sft.start import check_start, load_start, load_start_tokenizer, start_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -83,26 +86,13 @@ def check(args: SftArguments, training_args: SFTConfig, model_args: ModelConfig)
         raise ValueError("loss_type and label_smoothing_factor are TRL's; the recipe's losses: say what is minimised")
     if args.task == "rerank" and run_dir.is_finished(args.run_dir, "candidates"):
         validation.validation_rows(args.run_dir, args.eval_rows)
-    if run_dir.is_finished(args.run_dir, "midtrain") and run_dir.is_finished(args.run_dir, "semantic_ids"):
-        check_model(start_dir(args), Catalogue.load(args.run_dir))
+    check_start(args, model_args)
 
 
-def examples(prompter: Prompter, run: str, with_trace: bool) -> list[dict[str, list[int]]]:
-    """The accepted attempts of the sft rows, encoded."""
-    accepted = pq.read_table(run_dir.stage_dir(run, "traces") / "accepted.parquet").to_pylist()
-    rows = {row.row_id: row for row in training_rows(run, "sft")}
-    return [
-        prompter.example(rows[attempt["row_id"]], attempt["trace"] if with_trace else None, attempt["order"])
-        for attempt in accepted
-        if attempt["row_id"] in rows
-    ]
-
-
-def check_lengths(rows: Sequence[Row], max_length: int | None) -> None:
-    """Refuse rows that would be cut, with their number."""
-    too_long = sum(len(row["input_ids"]) > (max_length or 1 << 30) for row in rows)
-    if too_long:
-        raise ValueError(f"{too_long} of {len(rows)} rows are longer than max_length {max_length}; raise it")
+def optional_inputs(args: SftArguments, training_args: SFTConfig, model_args: ModelConfig) -> list[str]:
+    """A pretrained model takes the place of the mid-trained one."""
+    needed = [] if model_args.model_name_or_path is not None else ["midtrain"]
+    return [*needed, *(("candidates", "traces") if args.task == "rerank" else ("semantic_ids",))]
 
 
 def num_labels(rows: Sequence[Row]) -> list[int]:
@@ -144,6 +134,7 @@ def train_and_save(
     args: SftArguments,
     trainer: "LossTrainer",
     tokenizer: "PreTrainedTokenizerBase",
+    base_dir: str,
     folder: Path,
     save: Callable[[], object],
     checks: validation.Validation | None = None,
@@ -154,6 +145,7 @@ def train_and_save(
         args: Of the stage.
         trainer: Made by `make_trainer`; its memory is released at the end.
         tokenizer: Of the model.
+        base_dir: Of the model that it started from.
         folder: Of the model.
         save: Called by the main process, writes what asking the model needs into `folder`.
         checks: Choose the state that is saved; without them it is the last.
@@ -163,7 +155,7 @@ def train_and_save(
     with residual_dropout(trainer.model, args.dropout):
         stopping.train(trainer, args.max_minutes)
     kept = None if checks is None else checks.finish()
-    base_model.save_trained(trainer, tokenizer, start_dir(args), folder, kept)
+    base_model.save_trained(trainer, tokenizer, base_dir, folder, kept)
     if kept is not None:
         trainer.load_loss_parameters(kept)
     (folder / PARAMETERS_FILE).unlink(missing_ok=True)  # for checkpoints; a loss saves what is to stay
@@ -179,31 +171,36 @@ def train_and_save(
     return {"steps": trainer.state.global_step, "train_loss": losses[-1] if losses else None, **chosen}
 
 
-def start_dir(args: SftArguments) -> Path:
-    """The mid-trained model to start from."""
-    return run_dir.stage_dir(args.run_dir, "midtrain") / "model"
-
-
 def fit(
     args: SftArguments, config: SFTConfig, model_args: ModelConfig, folder: Path, with_trace: bool
 ) -> dict[str, Any]:
     """Train one re-ranker into `folder`; returns its metrics."""
-    model, tokenizer = base_model.load_pretrained(str(start_dir(args)), model_args)
+    tokenizer, start = load_start_tokenizer(args, model_args), start_model(args, model_args)
     prompter = Prompter.of_run(args.run_dir, tokenizer)
-    encoded = examples(prompter, args.run_dir, with_trace)
+    chosen, encoded = examples(prompter, args.run_dir, with_trace)
+    context = base_model.context_length(start)
+
+    def longest(place: int) -> str:
+        return f"raise it, or {SHORTER} ({longest_field(prompter, chosen[place])})"
+
+    for name, most in (("max_length", config.max_length), (f"the context of {start},", context)):
+        check_lengths(encoded, most, name, longest)
     lengths = num_labels(encoded)
+    limit = max(lengths) + max(lengths) // 4  # room for traces somewhat longer than any seen
+    rows = validation.validation_rows(args.run_dir, args.eval_rows, prompter.needs_features)
+    held_out = [prompter.ask(row, limit) for row in rows]
+    check_context(prompter, held_out, prompt_lengths(tokenizer, held_out), f"the context of {start}", context, limit)
+    model, base_dir = load_start(args, model_args, config.seed, folder.parent)
     trace_end = tokenizer.convert_tokens_to_ids(THINK_END) if with_trace else None
     losses = load_losses(args.losses, args.task)
     trainer = make_trainer(config, model_args, model, tokenizer, {"rerank": encoded}, losses, trace_end=trace_end)
-    limit = max(lengths) + max(lengths) // 4  # room for traces somewhat longer than any seen
-    rows = validation.validation_rows(args.run_dir, args.eval_rows, prompter.needs_features)
 
     def complete(asked: Sequence[PromptedRow]) -> list[str]:
         return complete_greedily(trainer, [row.prompt for row in asked], limit)
 
-    checks = validation.Validation(args, [prompter.ask(row, limit) for row in rows], complete, trainer)
-    save = partial(save_ranker, args.run_dir, prompter, folder, with_trace, limit)
-    metrics = train_and_save(args, trainer, tokenizer, folder, save, checks)
+    checks = validation.Validation(args, held_out, complete, trainer)
+    save = partial(save_ranker, args.run_dir, prompter, folder, with_trace, limit, model_args.model_name_or_path)
+    metrics = train_and_save(args, trainer, tokenizer, base_dir, folder, save, checks)
     tokens = {"mean_completion_tokens": sum(lengths) / len(lengths), "max_completion_tokens": max(lengths)}
     return {"rows": len(encoded), **metrics, **tokens}
 
@@ -211,7 +208,8 @@ def fit(
 def fit_next_item(args: SftArguments, config: SFTConfig, model_args: ModelConfig, folder: Path) -> dict[str, Any]:
     """Train a model of next items into `folder`; returns its metrics."""
     losses = load_losses(args.losses, "next_item")
-    model, tokenizer = base_model.load_pretrained(str(start_dir(args)), model_args)
+    tokenizer = load_start_tokenizer(args, model_args)
+    model, base_dir = load_start(args, model_args, config.seed, folder.parent)
     source = (args.run_dir, config.seed, config.max_length)
     shape = (args.item_text, args.max_items, losses.constrained)
     encoder = NextItemEncoder(Catalogue.load(args.run_dir), tokenizer, *shape, *source)
@@ -226,9 +224,10 @@ def fit_next_item(args: SftArguments, config: SFTConfig, model_args: ModelConfig
 
     def save() -> None:
         encoder.save(folder)
-        write_card(args.run_dir, folder, "sft", model_card.NEXT_ITEM)
+        write_card(args.run_dir, folder, "sft", model_card.NEXT_ITEM, model_args.model_name_or_path)
 
-    return {"rows": numbers, "tokens_under_loss": tokens, **train_and_save(args, trainer, tokenizer, folder, save)}
+    trained = train_and_save(args, trainer, tokenizer, base_dir, folder, save)
+    return {"rows": numbers, "tokens_under_loss": tokens, **trained}
 
 
 def main(args: SftArguments, training_args: SFTConfig, model_args: ModelConfig, out_dir: Path) -> dict[str, Any]:
@@ -250,8 +249,11 @@ STAGE = Stage(
     arguments=(SftArguments, SFTConfig, ModelConfig),
     main=main,
     check=check,
-    inputs=("data", "semantic_ids", "midtrain"),
-    optional_inputs=lambda args: ("candidates", "traces") if args.task == "rerank" else (),
+    inputs=("data",),
+    optional_inputs=optional_inputs,
+    inputs_if_made=("semantic_ids",),
+    do_without={"midtrain": "name a pretrained model in model_name_or_path of the sft recipe"},
+    files=("model_name_or_path",),
     plugins={"losses": LOSSES},
     trains=True,
 )

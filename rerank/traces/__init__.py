@@ -1,12 +1,14 @@
 """Stage: a teacher's reasoning, sampled, judged, kept or rejected.
 
-In: candidates/ (training rows whose list holds a relevant item), data/ and semantic_ids/ (the catalogue).
+In: candidates/ (training rows whose list holds a relevant item), data/ and semantic_ids/ (the catalogue; prompts that
+show no semantic ids do without the second).
 Out: accepted.parquet (row_id, trace, order: positions into candidates, best first), attempts.parquet (every draw and
 why it was kept or not), row_split.parquet (row_id, used_for: sft or dapo), prompt.json (the prompt that all later
 stages share).
 
 Teachers: `vllm` (offline engine), `openai` (any OpenAI-compatible server), `evidence` (no language model). Strategies:
-`rejection` hides the answer and draws until the first item is a most relevant one; `targeted` tells it and draws once.
+`rejection` hides the answer and draws until a ranking is good enough; `targeted` tells it and draws once. A ranking is
+good enough when a most relevant item comes first, or with `accept: ndcg` when it is better than the input order.
 
     accelerate launch --config_file recipes/accelerate/cpu.yaml -m rerank.traces --config recipes/ml100k/5_traces.yaml
 """
@@ -26,7 +28,9 @@ from rerank.launch import recipe, run_dir
 from rerank.launch.stages import Stage
 from rerank.launch.values import check_choice, check_range, option
 from rerank.prompts import PromptSettings
-from rerank.rows import Prompter, RankingRow, check_edges, check_features, choose_rows, read_rows
+from rerank.prompts.fields import WITHOUT_IDS
+from rerank.rows import Prompter, RankingRow, check_edges, check_features, check_top_k, choose_rows, read_rows
+from rerank.rows.checks import check_fields, check_letters
 from rerank.traces.attempts import AttemptStore, Teacher, collect, summarize
 from rerank.traces.evidence import EvidenceTeacher, fit_scores
 from rerank.traces.teachers import OpenaiTeacher, PromptWriter, VllmTeacher, check_server, find_model
@@ -35,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 TEACHERS = ("vllm", "openai", "evidence")
 STRATEGIES = ("rejection", "targeted")
+ACCEPT = ("first", "ndcg")
 
 
 @dataclass
@@ -44,7 +49,8 @@ class TracesArguments(recipe.StageArguments):
     teacher: str = option("vllm", "vllm, openai (a server) or evidence (no language model).")
     teacher_model: str | None = option(None, "Folder or hub name; for openai as served.")
     base_url: str = option("http://localhost:8000/v1", "Address of the openai teacher.")
-    strategy: str = option("rejection", "rejection: draw until a most relevant item leads; targeted: tell it.")
+    strategy: str = option("rejection", "rejection: draw until a ranking is accepted; targeted: tell the best items.")
+    accept: str = option("first", "first: a most relevant item leads; ndcg: NDCG above the input order's, or 1.")
     traces_per_row: int = option(1, "Accepted attempts wanted of a row, under rejection.")
     max_attempts: int = option(8, "Draws a row at most, for rejection.")
     temperature: float = option(1.0, "Of sampling; for evidence the scale of its noise.")
@@ -67,6 +73,7 @@ class TracesArguments(recipe.StageArguments):
         super().__post_init__()
         check_choice("teacher", self.teacher, TEACHERS)
         check_choice("strategy", self.strategy, STRATEGIES)
+        check_choice("accept", self.accept, ACCEPT)
         for name in ("max_attempts", "traces_per_row", "max_completion_tokens", "max_concurrency", "batch_size"):
             check_range(name, getattr(self, name), least=1)
         for name in ("temperature", "max_rows", "max_retries", "seed"):
@@ -85,6 +92,8 @@ def check(args: TracesArguments, settings: PromptSettings) -> None:
     """Refuse a teacher that is not there and candidates without the evidence that is asked for."""
     if args.teacher == "vllm":
         find_model(str(args.teacher_model))
+    if run_dir.is_finished(args.run_dir, "data"):
+        check_fields(args.run_dir, settings)
     if run_dir.is_finished(args.run_dir, "candidates"):
         if args.teacher == "openai":  # until the stage can start, its server need not run
             check_server(args.base_url, str(args.teacher_model))
@@ -92,10 +101,12 @@ def check(args: TracesArguments, settings: PromptSettings) -> None:
         if _needs_features(args, settings):
             check_features(folder / "train.parquet")
         check_edges(folder, settings)
+        check_letters(folder, settings)
+        check_top_k(folder / "train.parquet", settings.top_k)
 
 
 def main(args: TracesArguments, settings: PromptSettings, out_dir: Path) -> dict[str, Any]:
-    """Split the rows, let the teacher write, keep completions that put a most relevant item first."""
+    """Split the rows, let the teacher write, keep the completions whose ranking is good enough."""
     train = run_dir.stage_dir(args.run_dir, "candidates") / "train.parquet"
     rows = read_rows(train, needs_features=_needs_features(args, settings))
     prompter = Prompter.of_run(args.run_dir, settings=settings)
@@ -107,7 +118,7 @@ def main(args: TracesArguments, settings: PromptSettings, out_dir: Path) -> dict
     chosen = choose_rows(sft_rows, args.max_rows, args.seed)
     store = AttemptStore(out_dir)
     labels = [prompter.labels(row) for row in chosen]
-    collect(chosen, labels, partial(_open_teacher, args, prompter, rows), store, args)
+    collect(chosen, labels, partial(_open_teacher, args, prompter, rows), store, args, settings.top_k)
     metrics = {
         "teacher": args.teacher,
         "teacher_model": args.teacher_model,
@@ -147,7 +158,7 @@ def _open_teacher(args: TracesArguments, prompter: Prompter, rows: Sequence[Rank
     told = args.strategy == "targeted"
     if args.teacher == "evidence":
         logger.info("the teacher `evidence` is no language model: LambdaMART ranks and templates word its facts")
-        scores = fit_scores(rows, args.seed)
+        scores = fit_scores(rows, prompter.names, args.seed)
         return EvidenceTeacher(scores, prompter, args.temperature, args.seed, told)
     teacher = OpenaiTeacher if args.teacher == "openai" else VllmTeacher
     return teacher(args, PromptWriter(prompter, told))
@@ -187,6 +198,9 @@ STAGE = Stage(
     arguments=(TracesArguments, PromptSettings),
     main=main,
     check=check,
-    inputs=("data", "semantic_ids", "candidates"),
+    inputs=("data", "candidates"),
+    optional_inputs=lambda args, settings: ("semantic_ids",) if settings.shows_ids else (),
+    inputs_if_made=("semantic_ids",),
+    do_without={"semantic_ids": WITHOUT_IDS},
     files=("teacher_model",),
 )

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from rerank import prompts
 from rerank.launch.files import write_whole
+from rerank.metrics import judged_order, ndcg_at_k
 from rerank.rows import RankingRow
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ SCHEMA = pa.schema(
         "order": pa.list_(pa.int64()),
         "failure": pa.string(),
         "accepted": pa.bool_(),
-        "reason": pa.string(),  # accepted, a failure of prompts.FAILURES, empty_trace or target_not_first
+        "reason": pa.string(),  # accepted, a failure of prompts.FAILURES, empty_trace, target_not_first or no_better
         "target_rank_in": pa.int64(),
         "truncated": pa.bool_(),
         "gives_answer_away": pa.bool_(),
@@ -69,29 +70,49 @@ def gives_answer_away(trace: str, label: str) -> bool:
     """
     if _GIVE_AWAY.search(trace):
         return True
-    gap, name = r"\W*?(?:\w+\W+){0,5}?", re.escape(label)
-    near = rf"\b{_TOLD}\b{gap}(?<!\d){name}(?!\d)|(?<!\d){name}(?!\d){gap}\b{_TOLD}\b"
+    gap, name = r"\W*?(?:\w+\W+){0,5}?", rf"(?<!\d){re.escape(label)}(?!\d)"
+    if label.isalpha():
+        name = rf"(?<!\w)(?-i:{label})(?!\w)"  # a letter, not one of a word
+    near = rf"\b{_TOLD}\b{gap}{name}|{name}{gap}\b{_TOLD}\b"
     return label in trace and re.search(near, trace, re.IGNORECASE) is not None
 
 
-def judge(row: RankingRow, labels: Sequence[str], attempt: int, draft: Draft) -> dict[str, object]:
-    """A draft as a line of attempts.parquet: accepted when it holds a trace and a valid ranking with a most relevant
-    candidate first.
+def refusal(row: RankingRow, order: Sequence[int], accept: str) -> str | None:
+    """Why a ranking is not good enough for a row, None where it is; candidates that were not seen do not count.
 
     Args:
-        row: With a relevant candidate.
+        row: A hit.
+        order: Positions, best first.
+        accept: `first`: a candidate of the highest grade must stand first. `ndcg`: the NDCG of the whole list must be
+            above that of the first stage's order, or 1.
+    """
+    ranked, shown = ([row.relevance[place] for place in places] for places in (order, row.first_stage_order))
+    if accept == "ndcg":
+        after, before = (ndcg_at_k(grades, len(grades)) or 0.0 for grades in (ranked, shown))
+        return None if after > before or after == 1 else "no_better"
+    return None if judged_order(order, row.relevance)[0] in row.best else "target_not_first"
+
+
+def judge(
+    row: RankingRow, labels: Sequence[str], attempt: int, draft: Draft, accept: str = "first", top_k: int = 0
+) -> dict[str, object]:
+    """A draft as a line of attempts.parquet: accepted when it holds a trace and a valid ranking that `refusal` passes.
+
+    Args:
+        row: A hit.
         labels: As `prompts.candidate_labels` gives them for the row.
         attempt: Number of the draw, from 1.
         draft: For this row.
+        accept: As for `refusal`.
+        top_k: As for `prompts.parse_completion`.
     """
-    assert row.target is not None
-    parsed = prompts.parse_completion(draft.text, labels)
+    parsed = prompts.parse_completion(draft.text, labels, top_k)
     reason = parsed.failure
     if parsed.order is not None:
-        is_best = row.relevance[parsed.order[0]] == max(row.relevance)
-        reason = "accepted" if is_best else "target_not_first"
+        reason = refusal(row, parsed.order, accept) or "accepted"
         if not (parsed.trace or "").strip():
             reason = "empty_trace"
+    best = [labels[place] for place in row.best]
     return {
         "row_id": row.row_id,
         "user": row.user,
@@ -104,7 +125,7 @@ def judge(row: RankingRow, labels: Sequence[str], attempt: int, draft: Draft) ->
         "reason": reason,
         "target_rank_in": row.target_rank,
         "truncated": draft.truncated,
-        "gives_answer_away": parsed.trace is not None and gives_answer_away(parsed.trace, labels[row.target]),
+        "gives_answer_away": any(gives_answer_away(parsed.trace or "", label) for label in best),
     }
 
 
@@ -147,6 +168,7 @@ def collect(
     open_teacher: Callable[[], Teacher],
     store: AttemptStore,
     args: "TracesArguments",
+    top_k: int = 0,
 ) -> None:
     """Ask the teacher for each row until `traces_per_row` drafts are accepted or `draws_per_row` are made, one draw of
     every open row at a time; draws already stored are not repeated.
@@ -156,7 +178,8 @@ def collect(
         labels: The candidates' labels per row.
         open_teacher: Called once, and only when a row is open.
         store: Where attempts are kept, `batch_size` of them at a time.
-        args: Limits, and the seed; draws of different attempts never share one.
+        args: Limits, what is accepted, and the seed; draws of different attempts never share one.
+        top_k: As for `prompts.parse_completion`.
     """
     from tqdm.auto import tqdm
 
@@ -175,10 +198,13 @@ def collect(
             for start in range(0, len(drawn), args.batch_size):
                 batch = drawn[start : start + args.batch_size]
                 drafts = teacher([rows[i] for i in batch], attempt, args.seed + attempt * len(rows) + batch[0])
-                judged = [judge(rows[i], labels[i], attempt, draft) for i, draft in zip(batch, drafts, strict=True)]
-                store.add(judged)
+                lines = [
+                    judge(rows[i], labels[i], attempt, draft, args.accept, top_k)
+                    for i, draft in zip(batch, drafts, strict=True)
+                ]
+                store.add(lines)
                 made.update(rows[i].row_id for i in batch)
-                accepted.update(rows[i].row_id for i, line in zip(batch, judged, strict=True) if line["accepted"])
+                accepted.update(rows[i].row_id for i, line in zip(batch, lines, strict=True) if line["accepted"])
                 bar.update(sum(not is_open(i) for i in batch))
 
 

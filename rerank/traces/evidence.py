@@ -20,6 +20,7 @@ import numpy as np
 from rerank import prompts
 from rerank.catalogue import Catalogue
 from rerank.grading import GRADES, Facts, by_grade, word_short
+from rerank.metrics import judged_order
 from rerank.prompts import PromptSettings
 from rerank.rows import Prompter, RankingRow
 from rerank.traces.attempts import Draft
@@ -40,11 +41,13 @@ def categories_of(item: int, catalogue: Catalogue, settings: PromptSettings) -> 
 def word_full(row: RankingRow, order: Sequence[int], facts: Facts, prompter: Prompter) -> str:
     """A trace in sentences that explains a ranking (positions, best first)."""
     shown = prompter.catalogue, prompter.settings
+    labels = prompter.labels(row)
     history, candidates = row.history[-prompter.settings.max_history :], row.candidates
     counts = Counter(name for item in reversed(history) for name in categories_of(item, *shown))
     # the two most frequent categories, of equals the most recent
     pattern = [f"{name} in {times} of {len(history)} items" for name, times in counts.most_common(2)]
-    lines = [f"Broad pattern: {'; '.join([*pattern, f'the last item is {_name(history[-1], *shown)}'])}."]
+    pattern += [f"the last item is {_name(history[-1], prompter)}"] if history else ["no history is known"]
+    lines = [f"Broad pattern: {'; '.join(pattern)}."]
     for name in categories_of(candidates[order[0]], *shown)[:1]:
         like = sum(name in categories_of(item, *shown) for item in candidates)
         lines.append(f"What complements it: {name}, as in {like} of {len(candidates)} candidates.")
@@ -54,17 +57,28 @@ def word_full(row: RankingRow, order: Sequence[int], facts: Facts, prompter: Pro
     for word, position in [*first, ("Last", order[-1])]:
         cited = facts.cited(position, 3 if word == "Best match" else 2, lowest=word == "Last")
         cited = cited or categories_of(candidates[position], *shown)[:1]
-        lines.append(f"{word}: {'; '.join([_name(candidates[position], *shown), *cited])}.")
+        lines.append(f"{word}: {'; '.join([_name(candidates[position], prompter, labels[position]), *cited])}.")
     return " ".join(lines)
 
 
-def _name(item: int, catalogue: Catalogue, settings: PromptSettings) -> str:
-    title = prompts.clean(catalogue.titles[item])
-    return catalogue.semantic_ids[item] + (f" ({title})" if title and "title" in settings.item_fields else "")
+def _name(item: int, prompter: Prompter, label: str = "") -> str:
+    """An item as a trace names it: by its semantic id, or its label where prompts show no ids, and its title."""
+    settings, catalogue = prompter.settings, prompter.catalogue
+    title = prompter.texts.item(item, "title") if "title" in settings.item_fields else ""
+    if settings.shows_ids:
+        label = catalogue.semantic_ids[item]
+    if not label:
+        return title or prompts.clean(catalogue.item_ids[item])
+    return label + (f" ({title})" if title else "")
 
 
-def fit_scores(rows: Sequence[RankingRow], seed: int) -> dict[int, np.ndarray]:
+def fit_scores(rows: Sequence[RankingRow], names: Sequence[str], seed: int) -> dict[int, np.ndarray]:
     """Scores of each row's candidates by a LambdaMART fitted on other users' rows, by row_id, in calibrated units.
+
+    Args:
+        rows: To score.
+        names: Of the columns of their features.
+        seed: Of the folds and of the fits.
 
     Raises:
         ValueError: When the rows are of fewer than three users.
@@ -80,23 +94,27 @@ def fit_scores(rows: Sequence[RankingRow], seed: int) -> dict[int, np.ndarray]:
         )
     train = [np.asarray(row.features) for row in rows], [row.relevance for row in rows]
     num_folds, rows_per_leaf = min(NUM_FOLDS, num_users), min(MIN_ROWS_PER_LEAF, max(1, len(rows) // 10))
-    scores = baselines.out_of_fold_scores(train, users, num_folds, seed, min_rows_per_leaf=rows_per_leaf)
-    scale = calibrate(scores, cast("list[int]", [row.target for row in rows]))
+    scores = baselines.out_of_fold_scores(train, users, num_folds, seed, names, min_rows_per_leaf=rows_per_leaf)
+    scale = calibrate(scores, rows)
     return {row.row_id: scale * row_scores for row, row_scores in zip(rows, scores, strict=True)}
 
 
-def calibrate(scores: Sequence[np.ndarray], targets: Sequence[int]) -> float:
-    """The factor in [0.01, 100] that makes softmax(factor * scores) likeliest to draw the targets (positions).
+def calibrate(scores: Sequence[np.ndarray], rows: Sequence[RankingRow]) -> float:
+    """The factor in [0.01, 100] that makes softmax(factor * scores) likeliest to draw, of each row's judged
+    candidates, one of the highest grade.
 
     The scale of LambdaMART's scores means nothing; with it, noise of temperature 1 draws a candidate first about as
-    often as it is the target.
+    often as it is one of the best.
     """
     from scipy.optimize import minimize_scalar
     from scipy.special import logsumexp
 
+    seen = [judged_order(range(len(row.candidates)), row.relevance) for row in rows]
+    pairs = [(of[places], of[list(row.best)]) for of, places, row in zip(scores, seen, rows, strict=True)]
+
     def nll(log_factor: float) -> float:
-        scaled = [np.exp(log_factor) * row for row in scores]
-        return sum(logsumexp(row) - row[place] for row, place in zip(scaled, targets, strict=True))
+        factor = np.exp(log_factor)
+        return sum(logsumexp(factor * all_seen) - logsumexp(factor * best) for all_seen, best in pairs)
 
     return float(np.exp(minimize_scalar(nll, bounds=(np.log(0.01), np.log(100)), method="bounded").x))
 
@@ -104,7 +122,8 @@ def calibrate(scores: Sequence[np.ndarray], targets: Sequence[int]) -> float:
 class EvidenceTeacher:
     """Adds Gumbel noise to the scores, grades and ranks by them, and words its reasons.
 
-    Draws depend on seed, row and attempt alone. `told` gives the target, and it alone, the top grade.
+    Draws depend on seed, row and attempt alone. `told` gives the candidates of the highest grade, and them alone, the
+    top grade of the trace.
     """
 
     def __init__(
@@ -123,12 +142,12 @@ class EvidenceTeacher:
         order, facts, labels = by_grade(grades), self.prompter.facts(row), self.prompter.labels(row)
         is_short = self.prompter.settings.task == "short"
         trace = word_short(labels, grades, facts) if is_short else word_full(row, order, facts, self.prompter)
-        return Draft(prompts.completion(trace, order, labels))
+        return Draft(prompts.completion(trace, order, labels, self.prompter.settings.top_k))
 
     def _grades(self, row: RankingRow, attempt: int) -> np.ndarray:
         noise = np.random.default_rng((self.seed, row.row_id, attempt)).gumbel(size=len(row.candidates))
         grades = np.searchsorted(self.grade_edges, self.scores[row.row_id] + self.temperature * noise)
         if self.told:
             grades = np.minimum(grades, len(GRADES) - 2)
-            grades[row.target] = len(GRADES) - 1
+            grades[list(row.best)] = len(GRADES) - 1
         return grades

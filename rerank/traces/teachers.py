@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from rerank import prompts
-from rerank.prompts import PromptSettings
+from rerank.prompts.facts import UNKNOWN, fact_words
 from rerank.rows import Prompter, RankingRow
 from rerank.traces.attempts import Draft
 
@@ -22,13 +22,15 @@ _TOLD = (
     "The item taken next is {label}. Put it first and explain from the history and the candidates why it fits best, "
     "but reason as if you did not know: never say that you were told."
 )
+_TOLD_SEVERAL = _TOLD.replace("item taken next is", "items taken next are").replace("it first", "them first")
+_TOLD_SEVERAL = _TOLD_SEVERAL.replace("it fits", "they fit")
 
 
 class PromptWriter:
     """Rows to a teacher's user messages.
 
     A teacher reads the student's prompt with the full task text, also where the student's is short, and with the
-    meaning of code words; `told` adds the target.
+    meaning of code words; `told` adds the candidates of the highest grade.
     """
 
     def __init__(self, prompter: Prompter, told: bool) -> None:
@@ -37,17 +39,23 @@ class PromptWriter:
     def __call__(self, row: RankingRow) -> str:
         parts = [self.prompter.message(row)]
         if self.prompter.settings.evidence == "codes":
-            parts.append(explain_codes(self.prompter.settings))
-        if self.told and row.target is not None:
-            parts.append(_TOLD.format(label=self.prompter.labels(row)[row.target]))
+            parts.append(explain_codes(self.prompter))
+        if self.told and row.best:
+            labels = self.prompter.labels(row)
+            told = _TOLD if len(row.best) == 1 else _TOLD_SEVERAL
+            parts.append(told.format(label=", ".join(labels[place] for place in row.best)))
         return "\n".join(parts)
 
 
-def explain_codes(settings: PromptSettings) -> str:
+def explain_codes(prompter: Prompter) -> str:
     """A sentence on the meaning of the words of `evidence: codes`."""
-    facts = [prompts.FACTS[name] for name in settings.evidence_names]
+    names = prompter.settings.evidence_names
+    facts, most = [fact_words(name) for name in names], len(prompter.edges[names[0]])
     meanings = ", ".join(f"{word} ({re.sub('{[^}]*}', 'N', phrase)})" for word, phrase in facts)
-    return f"Words such as {facts[-1][0]}:7 are facts in ten steps from 0, the least, to 9: {meanings}."
+    unknown = "" if set(names) <= set(prompts.FACTS) else f", {UNKNOWN} where it is not known"
+    steps = "ten" if most == 9 else str(most + 1)
+    example = f"{facts[-1][0]}:{min(7, most)}"
+    return f"Words such as {example} are facts in {steps} steps from 0, the least, to {most}{unknown}: {meanings}."
 
 
 class VllmTeacher:

@@ -1,13 +1,15 @@
 """The condition of GR2's conditional reward, as its equation is printed."""
 
-from rewards.rank_promotion import rank_promotion
+from rewards.rank_promotion import ranks_of_target
 
 
 def promoted_or_first(
     completions: list[str],
     candidate_labels: list[list[str]],
+    relevance: list[list[float]],
     first_stage_ranks: list[list[int]],
     target_rank: list[int],
+    top_k: list[int],
     **columns: object,
 ) -> list[bool]:
     """True when R_rank > 0 or rank_D(target) = 1: the target moves up, or the first stage had it first.
@@ -18,6 +20,6 @@ def promoted_or_first(
 
     Source: GR2, arXiv:2602.07774, the conditional reward of its section on reinforcement learning.
     """
-    gains = rank_promotion(completions, candidate_labels, first_stage_ranks, target_rank)
-    # -1 is that of no ranking
-    return [gain > 0 or (rank == 1 and gain > -1) for gain, rank in zip(gains, target_rank, strict=True)]
+    rows = zip(completions, candidate_labels, relevance, first_stage_ranks, target_rank, top_k, strict=True)
+    ranks = [ranks_of_target(*row) for row in rows]
+    return [after is not None and (after < before or before == 1) for before, after in ranks]

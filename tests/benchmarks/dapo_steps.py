@@ -167,7 +167,7 @@ def run_trl(run: str, recipe_file: str, steps: int, out: str) -> dict[str, float
 
         def _calculate_rewards(self, inputs, prompts, completions, ids):  # noqa: ANN001, ANN202
             gains = [
-                rows[row["row_id"]].rank_gain(parse_completion(text, row["candidate_labels"]).order)
+                rows[row["row_id"]].rank_gain(parse_completion(text, row["candidate_labels"], row["top_k"]).order)
                 for row, text in zip(inputs, completions, strict=True)
             ]
             size = self.num_generations

@@ -62,7 +62,8 @@ def _records(rng: np.random.Generator, items: Catalogue) -> list[dict]:
             "run": "synthetic", "round": 0, "group": group, "row_id": int(rng.integers(GROUPS_A_PART)), "user": group,
             "prompt": "\n".join(["Rank:", f"History:{''.join(items.semantic_ids[i] for i in history)}", *lines]),
             "target": candidates[target], "history": history, "candidates": candidates, "candidate_labels": LABELS,
-            "target_rank": target + 1, "fields": "{}", "max_completion_tokens": 64,
+            "target_rank": target + 1, "positive_rank": target + 1, "fields": "{}", "max_completion_tokens": 64,
+            "top_k": 0,
             "relevance": [float(place == target) for place in range(NUM_CANDIDATES)],
             "first_stage_ranks": list(range(1, NUM_CANDIDATES + 1)),
         }  # fmt: skip
@@ -102,4 +103,5 @@ def _answer(rng: np.random.Generator, row: dict) -> dict:
         "failure": "too_few" if is_short else None,
         "order": None if is_short else order,
         "target_rank_after": after,
+        "positive_rank_after": after,
     }  # fmt: skip

@@ -1,0 +1,36 @@
+"""The words that the tokenizer of a small model has as one token each."""
+
+import logging
+from typing import TYPE_CHECKING
+
+from rerank.grading import GRADES, trace_words
+from rerank.midtrain.documents import PROMPT_WORDS
+from rerank.prompts import FACTS, word_labels
+from rerank.prompts.facts import code_words
+from rerank.prompts.fields import SEMANTIC_ID
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from rerank.midtrain import MidtrainArguments
+
+logger = logging.getLogger(__name__)
+
+
+def fixed_words(args: "MidtrainArguments") -> list[str]:
+    """The words that a small tokenizer has as one token each: of facts, labels, traces and short prompts."""
+    names = [*FACTS, *(name for name in args.list_facts if name not in FACTS)]
+    labels = word_labels("letter", args.longest_list) if args.list_labels == "letter" else []
+    return [*code_words(names, args.num_buckets), *trace_words(args.longest_list, labels), *PROMPT_WORDS]
+
+
+def warn_of_split_words(tokenizer: "PreTrainedTokenizerBase", args: "MidtrainArguments") -> None:
+    """Say which words of the recipe's lists the vocabulary has no room for."""
+    labels = [] if args.list_labels == SEMANTIC_ID else word_labels(args.list_labels, args.longest_list)
+    words = [f" {word}" for word in (*code_words(args.list_facts, args.num_buckets), *GRADES, *labels)]
+    split = [word for word, ids in zip(words, tokenizer(words).input_ids, strict=True) if len(ids) > 1]
+    if split:
+        logger.warning(
+            "vocab_size %d leaves %d of %d words of lists in several tokens, such as %r; raise it",
+            args.vocab_size, len(split), len(words), split[0],
+        )  # fmt: skip

@@ -1,0 +1,295 @@
+"""Row -> chat prompt, completion -> ranking. The only code that knows the text format.
+
+A prompt is one user message: a task line, the user and the request (where they are shown), the history (oldest first)
+and the candidates in the order shown. A completion is `<think>` trace `</think>` and then the candidates' labels, best
+first: semantic ids, numbers or letters. `facts` words the facts on candidate lines, `fields` writes all other texts.
+"""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from string import ascii_uppercase
+from typing import TYPE_CHECKING
+
+from rerank.catalogue import Catalogue
+from rerank.launch.values import check_choice, check_range, option
+from rerank.prompts.chat import THINK as THINK
+from rerank.prompts.chat import THINK_END as THINK_END
+from rerank.prompts.chat import render as render
+from rerank.prompts.facts import FACTS as FACTS
+from rerank.prompts.facts import check_facts
+from rerank.prompts.fields import HISTORY_FIELDS, SEMANTIC_ID, UNNAMED, FieldTexts
+from rerank.prompts.fields import clean as clean
+
+if TYPE_CHECKING:
+    from rerank.rows.row import RankingRow
+
+FAILURES = ("no_trace_end", "empty", "junk", "foreign_item", "duplicate", "too_few", "too_many")
+MAX_LETTERS = 26  # candidates that letters can name
+
+_TASK = (
+    "You are an expert re-ranker of recommendations. Below are the items a user took, oldest first, and {n} "
+    "candidates. Reorder the {n} candidates so that the one the user takes next comes first."
+)
+_PRIMING = (
+    "Use what is known of how people buy and consume: an item calls for what completes it (shampoo, then conditioner, "
+    "then styling), a series for its next part, a used-up product for its replacement."
+)
+_ANSWER = (
+    "Write your reasoning between <think> and </think>: the broad pattern of the history, the kind of item that "
+    "complements it, how each candidate matches; name items by their {names}. After </think> write the {label} "
+    "of {named} candidates, best first, and nothing else."
+)
+_AGES = "Behind an item of the history stands how long before the request it was taken, such as 2d for two days."
+_LABEL_NAMES = {"semantic_id": "ids", "number": "numbers", "letter": "letters"}
+
+_ID_TOKEN = re.compile(r"<s_([a-z]+)_[0-9]+>")
+_SEPARATORS = re.compile(r"[\s,]+")
+_WORDS = {"number": re.compile("[0-9]+"), "letter": re.compile("[A-Z]")}  # labels that are words between spaces
+
+
+@dataclass
+class PromptSettings:
+    """Fields of a prompt and labels of a completion; saved as prompt.json beside every trained model."""
+
+    item_fields: list[str] = option(
+        [SEMANTIC_ID, *UNNAMED],
+        "Fields on an item line: semantic_id (needed where completions write it), title, category, and any column of "
+        "items that item_columns or text_columns of the data stage name.",
+    )
+    user_fields: list[str] = option([], "Columns of request_fields of the data stage on a line User.")
+    request_fields: list[str] = option([], "Columns of request_fields of the data stage on a line Request.")
+    history_fields: list[str] = option([], "Behind an item of the history: time (its age, such as 2d), event (type).")
+    max_field_tokens: int = option(0, "Tokens of a field's text (words in the traces stage); 0: all of it.")
+    evidence: str = option("none", "Facts on candidate lines: none, codes (bucketed words) or words (phrases).")
+    evidence_names: list[str] = option(
+        list(FACTS), "Which facts stand on a candidate line, in order: any of candidates/features.json."
+    )
+    max_history: int = option(10, "How many of the latest history items are shown.")
+    ranking: str = option("semantic_id", "Labels of a completion: semantic_id, number, or letter (26 candidates).")
+    knowledge_priming: bool = option(False, "Add a sentence of retail and consumption sequence knowledge to the task.")
+    task: str = option("full", "Task text: full, or short for tiny models.")
+    top_k: int = option(0, "A completion names the best k, the others keep the order shown; 0: it names all.")
+
+    def __post_init__(self) -> None:
+        check_choice("evidence", self.evidence, ("none", "codes", "words"))
+        check_choice("ranking", self.ranking, tuple(_LABEL_NAMES))
+        check_choice("task", self.task, ("full", "short"))
+        for name in ("item_fields", "user_fields", "request_fields", "history_fields", "evidence_names"):
+            _check_distinct(name, getattr(self, name))
+        for name in self.history_fields:
+            check_choice("a name in history_fields", name, tuple(HISTORY_FIELDS))
+        check_facts("evidence_names", self.evidence_names)
+        if not self.item_fields:
+            raise ValueError("item_fields is empty, so that items have no text; name title, or another column.")
+        if not self.shows_ids and self.ranking == SEMANTIC_ID:
+            raise ValueError(
+                f"item_fields is {self.item_fields} but must hold semantic_id; add it, or rank by number or letter."
+            )
+        if self.evidence != "none" and not self.evidence_names:
+            raise ValueError(f"evidence_names is empty but evidence is {self.evidence}; name facts or use none.")
+        if type(self.max_history) is not int or self.max_history < 1:
+            raise ValueError(f"max_history is {self.max_history!r} but must be an integer of at least 1.")
+        check_range("max_field_tokens", self.max_field_tokens, least=0)
+        if type(self.top_k) is not int or self.top_k < 0:
+            raise ValueError(f"top_k is {self.top_k!r} but must be an integer of at least 1, or 0 for all candidates.")
+
+    @property
+    def shows_ids(self) -> bool:
+        """Whether prompts show semantic ids, which the model then has to know."""
+        return SEMANTIC_ID in self.item_fields
+
+    @property
+    def row_fields(self) -> dict[str, list[str]]:
+        """The options that name fields of the user and of the request, with these names."""
+        return {"user_fields": self.user_fields, "request_fields": self.request_fields}
+
+    def save(self, folder: str | Path) -> None:
+        """Write `folder`/prompt.json."""
+        (Path(folder) / "prompt.json").write_text(json.dumps(asdict(self), indent=2) + "\n")
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "PromptSettings":
+        """The settings that `save` wrote into `folder`."""
+        path = Path(folder) / "prompt.json"
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing; give the folder of a model trained by the sft or dapo stage.")
+        return cls(**json.loads(path.read_text()))
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """A parsed completion: exactly one of `order` (positions into the labels, best first) and `failure`.
+
+    `trace` is the text between the tags, None where they are not in place.
+    """
+
+    order: list[int] | None = None
+    trace: str | None = None
+    failure: str | None = None
+
+
+def rerank_prompt(row: "RankingRow", facts: Sequence[str], texts: FieldTexts) -> str:
+    """The user message for one row.
+
+    Args:
+        row: Its history and its candidates in the order shown.
+        facts: What stands behind each candidate's item (`grading.Facts.lines`).
+        texts: Writes items and fields.
+    """
+    settings = texts.settings
+    lines = [
+        _task_line(len(row.candidates), settings),
+        *texts.row_lines(row),
+        *texts.history_lines(row),
+        "Candidates:",
+    ]
+    labels = candidate_labels(row.candidates, texts.catalogue, settings)
+    for label, item, fact in zip(labels, row.candidates, facts, strict=True):
+        prefix = "" if settings.ranking == SEMANTIC_ID else f" {label}."
+        lines.append(prefix + texts.item_line(item) + fact)
+    return "\n".join(lines)
+
+
+def candidate_labels(candidates: Sequence[int], catalogue: Catalogue, settings: PromptSettings) -> list[str]:
+    """The label that a completion writes for each candidate, in the order shown.
+
+    Raises:
+        ValueError: When there are more candidates than letters.
+    """
+    if settings.ranking == SEMANTIC_ID:
+        return [catalogue.semantic_ids[item] for item in candidates]
+    return word_labels(settings.ranking, len(candidates))
+
+
+def word_labels(ranking: str, num: int) -> list[str]:
+    """`num` labels of one word each: from 1 on, or from A on.
+
+    Raises:
+        ValueError: When there are more candidates than letters.
+    """
+    if ranking == "number":
+        return [str(number) for number in range(1, num + 1)]
+    if num > MAX_LETTERS:
+        raise ValueError(f"{num} candidates but {MAX_LETTERS} letters to name them; set ranking: number")
+    return list(ascii_uppercase[:num])
+
+
+def completion(trace: str | None, order: Sequence[int], labels: Sequence[str], top_k: int = 0) -> str:
+    """The text that ranks the candidates in `order` (positions into `labels`, best first); `trace` None is empty.
+
+    Args:
+        top_k: How many of them it names, the best; 0 for all.
+    """
+    if trace is not None and THINK_END in trace:
+        raise ValueError(f"the trace holds {THINK_END}, which would end it early; remove it: {trace[:80]!r}")
+    written = [labels[position] for position in order[: top_k or None]]
+    return f"{THINK}{trace or ''}{THINK_END}" + "".join(map(spaced, written))
+
+
+def spaced(label: str) -> str:
+    """A label as it stands in a running text: a number or letter after a space, an id as it is."""
+    return label if label.startswith("<") else f" {label}"
+
+
+def parse_completion(text: str, labels: Sequence[str], top_k: int = 0) -> Parsed:
+    """The ranking that `text` states, or the first reason in this order why it states none; never a repair.
+
+    no_trace_end: no `</think>`. junk: something before `<think>`. empty: nothing after `</think>`. junk: something
+    that is not a whole label there (another tag, words, part of an id). foreign_item: a whole label of no candidate.
+    too_many, duplicate, too_few: not each candidate exactly once. White space around labels means nothing, as do
+    commas between numbers or letters. Where candidates share a semantic id, its first mention is the first of them
+    shown, and so on. Raises for no text, only for labels that `candidate_labels` cannot have made.
+
+    Args:
+        text: The completion.
+        labels: Of the N candidates, in the order shown.
+        top_k: Of the candidates, min(top_k, N) are to be named, the best; the others follow in the order shown, so
+            that `order` has all N. 0: all are to be named.
+    """
+    parsed = _parse(text, tuple(labels), top_k)
+    return parsed if parsed.order is None else Parsed(list(parsed.order), parsed.trace)  # a list that is the caller's
+
+
+@lru_cache(maxsize=8192)  # every reward and condition of a batch reads the same completions
+def _parse(text: str, labels: tuple[str, ...], top_k: int) -> Parsed:
+    places: dict[str, list[int]] = {}  # of the candidates of each label, the last one first
+    for place in reversed(range(len(labels))):
+        places.setdefault(labels[place], []).append(place)
+    pattern = next((words for words in _WORDS.values() if labels and words.fullmatch(labels[0])), None)
+    if not labels or (len(places) < len(labels) and pattern is not None):
+        raise ValueError(
+            f"candidates need distinct numbers, and at least one, but have {list(labels)}; check the row."
+        )
+    head, end, answer = text.partition(THINK_END)
+    if not end:
+        return Parsed(failure="no_trace_end")
+    if not head.lstrip().startswith(THINK):
+        return Parsed(failure="junk")
+    trace = head.lstrip()[len(THINK) :]
+    if not answer.strip():
+        return Parsed(trace=trace, failure="empty")
+    written = _split_ids(answer, labels[0]) if pattern is None else _split_words(answer, pattern)
+    wanted = min(top_k or len(labels), len(labels))
+    shown = {label: len(of) for label, of in places.items()}
+    failure = "junk" if written is None else _failure(written, shown, wanted)
+    if written is None or failure is not None:
+        return Parsed(trace=trace, failure=failure)
+    order = [places[label].pop() for label in written]
+    return Parsed(order=[*order, *sorted(place for of in places.values() for place in of)], trace=trace)
+
+
+def _task_line(num_candidates: int, settings: PromptSettings) -> str:
+    names_some = 0 < settings.top_k < num_candidates
+    named = f"the best {settings.top_k}" if names_some else f"all {num_candidates}"
+    sentences = [f"Rank {named}:" if names_some else "Rank:"]
+    if settings.task == "full":
+        sentences = [_TASK, *([_AGES] if "time" in settings.history_fields else []), _ANSWER]
+    if settings.knowledge_priming:
+        sentences.insert(1, _PRIMING)
+    names = {"label": _LABEL_NAMES[settings.ranking], "names": _LABEL_NAMES[settings.ranking]}
+    if settings.shows_ids:
+        names["names"] = _LABEL_NAMES[SEMANTIC_ID]
+    if settings.ranking != SEMANTIC_ID:
+        names["label"] += ", separated by spaces,"
+    return " ".join(sentences).format(n=num_candidates, named=named, **names)
+
+
+def _split_words(answer: str, pattern: re.Pattern[str]) -> list[str] | None:
+    """The numbers or letters written, None when anything else stands there."""
+    written = [word for word in _SEPARATORS.split(answer) if word]
+    return written if written and all(pattern.fullmatch(word) for word in written) else None
+
+
+def _split_ids(answer: str, label: str) -> list[str] | None:
+    """The semantic ids written, each with the levels of `label`, None when anything else stands there."""
+    tokens = list(_ID_TOKEN.finditer(answer))
+    levels = _ID_TOKEN.findall(label)
+    if not levels:
+        raise ValueError(f"candidate label {label!r} is neither a number nor a semantic id; check the row.")
+    if _ID_TOKEN.sub("", answer).strip() or len(tokens) % len(levels):
+        return None
+    groups = [tokens[start : start + len(levels)] for start in range(0, len(tokens), len(levels))]
+    if any([token[1] for token in group] != levels for group in groups):  # letters name levels
+        return None
+    return ["".join(token[0] for token in group) for group in groups]
+
+
+def _failure(written: Sequence[str], shown: Mapping[str, int], wanted: int) -> str | None:
+    """The first failure of the labels written, given how many candidates bear each and the number to be written."""
+    if any(label not in shown for label in written):
+        return "foreign_item"
+    if len(written) > wanted:
+        return "too_many"
+    if any(number > shown[label] for label, number in Counter(written).items()):
+        return "duplicate"
+    return "too_few" if len(written) < wanted else None
+
+
+def _check_distinct(name: str, values: Sequence[str]) -> None:
+    if isinstance(values, str) or len(set(values)) != len(values):
+        raise ValueError(f"{name} is {values!r} but must be a list that names each of its entries once.")
