@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-
 if TYPE_CHECKING:
     import lightgbm
 
