@@ -7,10 +7,11 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
-from toy_run import CATALOGUE, NUM_ITEMS, toy_sequences, write_run
+from toy_run import CATALOGUE, NUM_ITEMS, SETTINGS, toy_sequences, write_run
 
 from rerank import rank
-from rerank.baselines import Counts, feature_rows
+from rerank.baselines import Counts, ItemFacts, feature_rows
+from rerank.launch.files import write_json
 from rerank.models.ranker import Answer, RankingModel
 
 ROWS = [
@@ -130,3 +131,103 @@ def test_what_is_not_there_is_refused_before_a_model_runs(model_dir, tmp_path):
     ):
         with pytest.raises((FileNotFoundError, ValueError), match=message):
             rank.rank_rows(model, tmp_path / rows, tmp_path / out)
+
+
+# --- rows of what a log has
+
+
+SHOWN = {
+    "item_fields": ["semantic_id", "brand"],
+    "user_fields": ["age"],
+    "request_fields": ["device"],
+    "history_fields": ["time", "event"],
+    "evidence_names": ["first_stage_score", "candidate_price", "popularity", "stock"],
+}
+LOGGED = {"history": ["m0", "m1"], "candidates": ["m2", "m3", "m4"], "age": 30, "device": "tv", "time": 172800}
+LOGGED |= {"history_times": [0, None], "history_events": ["click", None]}
+LOGGED |= {"scores": [3.5, 2, 1], "price": [1.0, None, 3.0]}
+
+
+@pytest.fixture
+def log_model(model_dir, tmp_path):
+    """A model whose prompts show fields of items, users and requests, and numbers of candidates and of items."""
+    folder = shutil.copytree(model_dir, tmp_path / "model")
+    fields = {"brand": [f"b{item}" for item in range(NUM_ITEMS)]}
+    replace(CATALOGUE, fields=fields).save(folder, ["brand"])
+    replace(SETTINGS, **SHOWN, evidence="words", ranking="letter").save(folder)
+    facts = ItemFacts.of(NUM_ITEMS, numbers={"stock": np.arange(NUM_ITEMS) / 2})
+    Counts.fit(toy_sequences(), NUM_ITEMS, facts).save(folder / "evidence.npz")
+    names = ["candidate_price", "stock", "candidate_unshown", "popularity", "first_stage_score"]
+    write_json(folder / "features.json", {"names": names, "edges": {}})
+    return RankingModel.load(folder)
+
+
+def test_rows_bring_the_fields_and_numbers_that_the_prompts_show(log_model):
+    popularity = Counts.fit(toy_sequences(), NUM_ITEMS).popularity
+    (row,) = rank.encode_rows([LOGGED], log_model, "rows")
+    counted = [f"chosen {popularity[item]} times by others; stock {item / 2:.2f}" for item in (2, 3, 4)]
+    assert log_model.prompter.message(row).split("\n") == [
+        "Rank:",
+        "User: age: 30",
+        "Request: device: tv",
+        "History:",
+        f"{CATALOGUE.semantic_ids[0]} brand: b0 | 2d | click",
+        f"{CATALOGUE.semantic_ids[1]} brand: b1",
+        "Candidates:",
+        f" A.{CATALOGUE.semantic_ids[2]} brand: b2: first-stage score 3.50; candidate_price 1.00; {counted[0]}",
+        f" B.{CATALOGUE.semantic_ids[3]} brand: b3: first-stage score 2.00; candidate_price unknown; {counted[1]}",
+        f" C.{CATALOGUE.semantic_ids[4]} brand: b4: first-stage score 1.00; candidate_price 3.00; {counted[2]}",
+    ]
+
+
+def test_lists_of_csv_hold_numbers_parted_by_spaces(log_model, tmp_path):
+    names = [*LOGGED]
+    cells = {"history": "m0 m1", "candidates": "m2 m3 m4", "history_times": "0 1", "history_events": "click buy"}
+    cells |= {"scores": "3.5 2 1", "price": "1 2 3"}
+    line = ",".join(cells.get(name, str(LOGGED[name])) for name in names)
+    new = ",".join("" if name.startswith("history") else cells.get(name, str(LOGGED[name])) for name in names)
+    (tmp_path / "rows.csv").write_text("\n".join([",".join(names), line, new]) + "\n")
+    row, of_new_user = rank.encode_rows(rank.read_records(tmp_path / "rows.csv"), log_model, "rows")
+    assert row.history_times == (0.0, 1.0) and row.history_events == ("click", "buy")
+    assert of_new_user.history == () == of_new_user.history_times
+    assert row.features[:, 0].tolist() == [1, 2, 3] and row.features[:, 4].tolist() == [3.5, 2, 1]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"age": ...},
+            r"row 1: column 'age' is missing, which the model's prompts show \(user_fields\); add",
+        ),
+        ({"device": ...}, r"column 'device' is missing, which the model's prompts show \(request_fields\)"),
+        ({"time": ...}, r"column 'time' is missing, which the model's prompts show \(history_fields: time\)"),
+        ({"history_events": ...}, r"column 'history_events' is missing, .* \(history_fields: event\)"),
+        ({"price": ...}, r"column 'price' is missing, which .* \(evidence_names: candidate_price\)"),
+        ({"scores": ...}, r"column 'scores' is missing, which .* \(evidence_names: first_stage_score\)"),
+        ({"scores": [1, 2]}, r"row 1: scores has 2 entries but there are 3 items; give one for each"),
+        ({"history_times": [1]}, r"row 1: history_times has 1 entries but there are 2 items"),
+        ({"price": ["a", 1, 2]}, r"row 1: price holds 'a' but must hold numbers"),
+        ({"time": "noon"}, r"row 1: time holds 'noon' but must hold numbers"),
+    ],
+)
+def test_what_prompts_show_and_a_row_lacks_is_refused_by_name(log_model, change, message):
+    changed = {name: value for name, value in {**LOGGED, **change}.items() if value is not ...}
+    with pytest.raises(ValueError, match=message):
+        rank.encode_rows([changed], log_model, "rows")
+
+
+def test_a_list_may_have_any_length_that_letters_and_the_token_limit_allow(model_dir, model, tmp_path):
+    long = {"history": [], "candidates": [f"m{item}" for item in range(NUM_ITEMS)]}
+    rows = rank.encode_rows([ROWS[0], long], model, "rows")  # trained on lists of four
+    assert [len(row.candidates) for row in rows] == [4, 12] and rows[1].history == ()
+    needed = 2 + 2 * NUM_ITEMS + 1  # two tags, ids of two tokens, and the end
+    rank.check_limit(rows, replace(model, max_completion_tokens=needed), "rows")
+    message = rf"rows, row 2: a ranking of 12 candidates takes {needed} tokens but max_completion_tokens in .* is 16"
+    with pytest.raises(ValueError, match=message):
+        rank.check_limit(rows, model, "rows")
+    model.prompter.catalogue.item_ids.extend(f"n{item}" for item in range(20))
+    letters = replace(model, prompter=replace(model.prompter, settings=replace(SETTINGS, ranking="letter")))
+    many = {"history": [], "candidates": letters.prompter.catalogue.item_ids[:27]}
+    with pytest.raises(ValueError, match="row 1: candidates has 27 items but the model names them by 26 letters"):
+        rank.encode_rows([many], letters, "rows")

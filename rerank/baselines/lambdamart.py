@@ -15,8 +15,6 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from rerank.baselines.features import FEATURES
-
 if TYPE_CHECKING:
     import lightgbm
 
@@ -63,7 +61,7 @@ def fit_lambdamart(
     max_rounds: int = 1000,
     num_fits: int = NUM_FITS,
     stopping_folds: int = STOPPING_FOLDS,
-    names: Sequence[str] = FEATURES,
+    names: Sequence[str] = (),
 ) -> LambdaMart:
     """LightGBM rankers with the number of trees that is best for users left out (NDCG@5).
 
@@ -78,7 +76,7 @@ def fit_lambdamart(
         max_rounds: Trees at most.
         num_fits: Fits of which the scores are means.
         stopping_folds: Of the STOPPING_FOLDS parts of the users, those that have a say in the number of trees.
-        names: Of the F features.
+        names: Of the F features, where the trees are to know them.
     """
     import lightgbm
 
@@ -139,7 +137,7 @@ def _dataset(lists: Lists, kept: Sequence[int], names: Sequence[str]) -> lightgb
         np.concatenate([features[row] for row in kept]),
         label=labels,
         group=[len(relevance[row]) for row in kept],
-        feature_name=list(names),
+        feature_name=list(names) or "auto",
     )
 
 
@@ -158,7 +156,7 @@ def out_of_fold_scores(
     users: Sequence[int],
     num_folds: int = 5,
     seed: int = 0,
-    names: Sequence[str] = FEATURES,
+    names: Sequence[str] = (),
     **options: int,
 ) -> list[np.ndarray]:
     """Scores of each training row by a LambdaMART fitted, and its number of trees chosen, on other users' rows.
@@ -168,7 +166,7 @@ def out_of_fold_scores(
         users: The row's user. All rows of a user are in one fold; there is at least one user for each fold.
         num_folds: Parts into which the users are cut.
         seed: Of the cuts and of the fits.
-        names: Of the F features.
+        names: Of the F features, where the trees are to know them.
         **options: Handed to `fit_lambdamart`.
     """
     features, relevance = train

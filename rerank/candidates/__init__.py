@@ -242,6 +242,8 @@ def main(args: CandidatesArguments, out_dir: Path) -> dict[str, object]:
     started = time.perf_counter()
     rows = TargetRows.load(args.run_dir)
     events, facts = Events.load(args.run_dir, rows), item_facts(args.run_dir, args.item_numbers)
+    if not facts.has_embeddings:
+        logger.info("the texts have no embeddings, which the stage semantic_ids makes: no facts of their similarity")
     counts = events.counts(facts)
     parts = list(counted_rows(args.run_dir, rows, counts, events, args.count_window, args.seed))
     lists = make_lists(args, rows, counts, parts)

@@ -30,14 +30,14 @@ def reorder(run: str | Path, rows: TargetRows, lists: RowLists) -> RowLists:
     scores: list[np.ndarray] = [-of_row.astype(float) for of_row in lists.ranks]
     train = lists.take(training)
     known = train.features, [of_row.tolist() for of_row in train.relevance]
-    users, options = rows.users[training].tolist(), {"min_rows_per_leaf": rows_per_leaf(len(training))}
-    fitted = fit_lambdamart(known, users, seed=SEED, **options)
+    users, least = rows.users[training].tolist(), rows_per_leaf(len(training))
+    fitted = fit_lambdamart(known, users, seed=SEED, min_rows_per_leaf=least)
     for place, of_row in zip(held_out, fitted.scores(lists.take(held_out).features), strict=True):
         scores[place] = of_row
     found = (
         scores_from_before(train, users, times_of(rows)[training])
         if is_by_time(run)
-        else out_of_fold_scores(known, users, seed=SEED, **options)
+        else out_of_fold_scores(known, users, seed=SEED, min_rows_per_leaf=least)
     )
     for place, scored in zip(training, found, strict=True):
         scores[place] = scores[place] if scored is None else scored
@@ -69,8 +69,8 @@ def scores_from_before(train: RowLists, users: Sequence[int], times: np.ndarray)
         if earlier and later:
             part = train.take(earlier)
             rows = part.features, [of_row.tolist() for of_row in part.relevance]
-            options = {"min_rows_per_leaf": rows_per_leaf(len(earlier))}
-            fitted = fit_lambdamart(rows, [users[row] for row in earlier], seed=SEED, **options)
+            least = rows_per_leaf(len(earlier))
+            fitted = fit_lambdamart(rows, [users[row] for row in earlier], seed=SEED, min_rows_per_leaf=least)
             for row, scored in zip(later, fitted.scores(train.take(later).features), strict=True):
                 found[row] = scored
         begin = end

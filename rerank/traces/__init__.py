@@ -15,7 +15,7 @@ good enough when a most relevant item comes first, or with `accept: ndcg` when i
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,11 +29,27 @@ from rerank.launch.stages import Stage
 from rerank.launch.values import check_choice, check_range, option
 from rerank.prompts import PromptSettings
 from rerank.prompts.fields import WITHOUT_IDS
-from rerank.rows import Prompter, RankingRow, check_edges, check_features, check_top_k, choose_rows, read_rows
+from rerank.rows import (
+    Prompter,
+    RankingRow,
+    check_edges,
+    check_features,
+    check_top_k,
+    choose_rows,
+    read_feature_names,
+    read_rows,
+)
 from rerank.rows.checks import check_fields, check_letters
 from rerank.traces.attempts import AttemptStore, Teacher, collect, summarize
 from rerank.traces.evidence import EvidenceTeacher, fit_scores
-from rerank.traces.teachers import OpenaiTeacher, PromptWriter, VllmTeacher, check_server, find_model
+from rerank.traces.teachers import (
+    OpenaiTeacher,
+    PromptWriter,
+    VllmTeacher,
+    check_prompts,
+    check_server,
+    find_model,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +116,7 @@ def check(args: TracesArguments, settings: PromptSettings) -> None:
         folder = run_dir.stage_dir(args.run_dir, "candidates")
         if _needs_features(args, settings):
             check_features(folder / "train.parquet")
-        check_edges(folder, settings)
+        check_edges(folder, without_similarity(folder, settings))
         check_letters(folder, settings)
         check_top_k(folder / "train.parquet", settings.top_k)
 
@@ -109,6 +125,7 @@ def main(args: TracesArguments, settings: PromptSettings, out_dir: Path) -> dict
     """Split the rows, let the teacher write, keep the completions whose ranking is good enough."""
     train = run_dir.stage_dir(args.run_dir, "candidates") / "train.parquet"
     rows = read_rows(train, needs_features=_needs_features(args, settings))
+    settings = without_similarity(train.parent, settings)
     prompter = Prompter.of_run(args.run_dir, settings=settings)
     sft_users = users_for_sft([row.user for row in rows], args.rows_for_sft, args.seed)
     used_for = ["sft" if row.user in sft_users else "dapo" for row in rows]
@@ -116,6 +133,8 @@ def main(args: TracesArguments, settings: PromptSettings, out_dir: Path) -> dict
     pq.write_table(split, out_dir / "row_split.parquet")
     sft_rows = [row for row in rows if row.user in sft_users]
     chosen = choose_rows(sft_rows, args.max_rows, args.seed)
+    if args.teacher == "vllm":
+        check_prompts(args, PromptWriter(prompter, args.strategy == "targeted"), chosen)
     store = AttemptStore(out_dir)
     labels = [prompter.labels(row) for row in chosen]
     collect(chosen, labels, partial(_open_teacher, args, prompter, rows), store, args, settings.top_k)
@@ -134,6 +153,20 @@ def main(args: TracesArguments, settings: PromptSettings, out_dir: Path) -> dict
     _log(metrics)
     _write(out_dir, store, settings)
     return metrics
+
+
+def without_similarity(candidates_dir: Path, settings: PromptSettings) -> PromptSettings:
+    """The settings; without facts of similarity, and a word of it, in a run whose texts have no embeddings."""
+    from rerank.baselines.features import EMBEDDING_FEATURES
+
+    names, _ = read_feature_names(candidates_dir)
+    absent = [name for name in settings.evidence_names if name in EMBEDDING_FEATURES and name not in names]
+    if settings.evidence == "none" or not absent:
+        return settings
+    logger.warning(
+        "prompts leave out %s: the texts have no embeddings, which the stage semantic_ids makes", ", ".join(absent)
+    )
+    return replace(settings, evidence_names=[name for name in settings.evidence_names if name not in absent])
 
 
 def users_for_sft(users: Sequence[int | None], share: float, seed: int) -> set[int]:
