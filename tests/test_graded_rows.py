@@ -17,7 +17,7 @@ import pytest
 from scripted_dapo import SETTINGS, sampler, stream
 from toy_run import CATALOGUE, rollout, write_rollouts
 
-from rerank import scoring
+from rerank import probe, scoring
 from rerank.dapo.groups import record
 from rerank.launch import validation
 from rerank.metrics import auc as metrics_auc
@@ -487,6 +487,21 @@ def test_a_row_has_nothing_to_gain_where_its_best_placed_positive_is_first():
     assert scale.oracle_gain == scale.oracle_reward == 1.0
     # of six orders the 0 comes first in two, and the first positive is second: 2/3 of a place is won on average
     assert scale.random_gain == pytest.approx(2 / 3, abs=0.15)
+
+
+@pytest.mark.parametrize(
+    ("kind", "share", "gain_share", "excess"),
+    [
+        ("blind", -0.2, -0.8, -0.45),  # it loses most of the rank, and NDCG pays less for the last places: no gift
+        ("blind", 0.3, -0.1, 0.05),  # what it earns above random orders is not for rank: 0.3 - 0.25
+        ("blind", 0.5, 0.4, -0.15),  # (0.5 - 0.4) - 0.25
+        ("copy", -0.2, -0.8, 0.63),  # (-0.2 + 0.8) + 0.03: a copy must cost against its rank, however low that is
+    ],
+)
+def test_an_order_that_earns_no_more_than_random_orders_is_not_refused(kind, share, gain_share, excess):
+    numbers = dict.fromkeys(("spread", "above_no_op", "useful_with_no_op", "useful_with_random"), 0.0)
+    outcome = probe.Outcome("p", kind, 1.0, 0.0, share, gain_share, **numbers, reward_if_first=None, parts={})
+    assert outcome.excess(0.25) == pytest.approx(excess)
 
 
 # --- what is stored and shown

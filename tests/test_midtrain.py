@@ -296,8 +296,8 @@ def test_patience_outlives_an_interruption(train, monkeypatch):
     ({"max_items": 1}, "max_items is 1 but must be at least 2"),  # one item is no history
     ({"eval_recall_rows": -1}, "eval_recall_rows is -1 but must be at least 0"),
     ({"patience": 2}, "patience is 2 but nothing is evaluated; set eval_recall_rows"),
-    ({"mixture": {"sequence": 1.0, "captions": 1.0}}, "mixture is .*; give shares of sequence, .*, lists, that"),
-    ({"mixture": {"caption": 1.0}}, "that of sequence above 0"),
+    ({"mixture": {"sequence": 1.0, "captions": 1.0}}, "mixture is .*; give shares of sequence, .*, lists, titles"),
+    ({"mixture": {"caption": 1.0}}, "num_documents is 0, every sequence once, but mixture"),
     ({"mixture": {"sequence": 1, "text": -1}}, "mixture is .*; give shares of sequence"),
 ])  # fmt: skip
 def test_options_of_no_use_are_refused(options, message):

@@ -198,7 +198,7 @@ def test_lists_of_csv_hold_numbers_parted_by_spaces(log_model, tmp_path):
     [
         (
             {"age": ...},
-            r"rows, row 1: column 'age' is missing, which the model's prompts show \(user_fields\); add it",
+            r"row 1: column 'age' is missing, which the model's prompts show \(user_fields\); add",
         ),
         ({"device": ...}, r"column 'device' is missing, which the model's prompts show \(request_fields\)"),
         ({"time": ...}, r"column 'time' is missing, which the model's prompts show \(history_fields: time\)"),
@@ -229,7 +229,5 @@ def test_a_list_may_have_any_length_that_letters_and_the_token_limit_allow(model
     model.prompter.catalogue.item_ids.extend(f"n{item}" for item in range(20))
     letters = replace(model, prompter=replace(model.prompter, settings=replace(SETTINGS, ranking="letter")))
     many = {"history": [], "candidates": letters.prompter.catalogue.item_ids[:27]}
-    with pytest.raises(
-        ValueError, match="rows, row 1: candidates has 27 items but the model names them by 26 letters"
-    ):
+    with pytest.raises(ValueError, match="row 1: candidates has 27 items but the model names them by 26 letters"):
         rank.encode_rows([many], letters, "rows")

@@ -196,6 +196,22 @@ def test_facts_of_similarity_are_left_out_where_texts_have_no_embeddings(run, ca
     assert metrics["accepted"] > 0 and PromptSettings.load(out_dir).evidence_names == ["popularity"]
 
 
+def test_a_prompt_beyond_the_teachers_context_is_named_before_its_engine_starts(run, tmp_path):
+    base = save_tiny_model(tmp_path / "base", id_tokens=False)
+    teacher = {"teacher": "vllm", "teacher_model": str(base), "max_rows": 3}
+    settings = PromptSettings(ranking="number", item_fields=["title", "category"], task="short")
+    (tmp_path / "out").mkdir()
+    message = r"^3 of 3 prompts \(row_id .*: {} is {} and .* of 4 candidates, item_fields: title takes \d+\); raise it"
+    args = traces.TracesArguments(run_dir=str(run), **teacher, teacher_max_length=40)
+    with pytest.raises(ValueError, match=message.format("teacher_max_length", 40)):
+        traces.main(args, settings, tmp_path / "out")
+    args = traces.TracesArguments(run_dir=str(run), **teacher)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 50}))
+    with pytest.raises(ValueError, match=message.format(rf"the context of {base}", 50)):
+        traces.main(args, settings, tmp_path / "out")
+
+
 def test_the_probe_ranks_by_number_before_the_traces_stage(run):
     shutil.rmtree(run / "traces")
     (asked, *_), what = probe_rows.read_rows({"run_dir": str(run)}, 5)

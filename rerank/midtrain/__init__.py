@@ -105,7 +105,7 @@ class MidtrainArguments(recipe.StageArguments, base_model.SmallModelArguments):
 
     @property
     def tasks_of_ids(self) -> list[str]:
-        """What the documents do with semantic ids, as options."""
+        """The options by which documents hold semantic ids."""
         tasks = [f"mixture: {task}" for task in OF_IDS if self.mixture.get(task)]
         if self.list_labels == SEMANTIC_ID and self.mixture.get("lists"):
             tasks.append("list_labels: semantic_id")

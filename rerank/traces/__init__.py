@@ -42,7 +42,14 @@ from rerank.rows import (
 from rerank.rows.checks import check_fields, check_letters
 from rerank.traces.attempts import AttemptStore, Teacher, collect, summarize
 from rerank.traces.evidence import EvidenceTeacher, fit_scores
-from rerank.traces.teachers import OpenaiTeacher, PromptWriter, VllmTeacher, check_server, find_model
+from rerank.traces.teachers import (
+    OpenaiTeacher,
+    PromptWriter,
+    VllmTeacher,
+    check_prompts,
+    check_server,
+    find_model,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -126,6 +133,8 @@ def main(args: TracesArguments, settings: PromptSettings, out_dir: Path) -> dict
     pq.write_table(split, out_dir / "row_split.parquet")
     sft_rows = [row for row in rows if row.user in sft_users]
     chosen = choose_rows(sft_rows, args.max_rows, args.seed)
+    if args.teacher == "vllm":
+        check_prompts(args, PromptWriter(prompter, args.strategy == "targeted"), chosen)
     store = AttemptStore(out_dir)
     labels = [prompter.labels(row) for row in chosen]
     collect(chosen, labels, partial(_open_teacher, args, prompter, rows), store, args, settings.top_k)

@@ -8,8 +8,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from rerank import prompts
+from rerank.models.base import context_length, load_tokenizer
 from rerank.prompts.facts import UNKNOWN, fact_words
-from rerank.rows import Prompter, RankingRow
+from rerank.rows import PromptedRow, Prompter, RankingRow
+from rerank.rows.checks import check_context, prompt_lengths
 from rerank.traces.attempts import Draft
 
 if TYPE_CHECKING:
@@ -56,6 +58,16 @@ def explain_codes(prompter: Prompter) -> str:
     steps = "ten" if most == 9 else str(most + 1)
     example = f"{facts[-1][0]}:{min(7, most)}"
     return f"Words such as {example} are facts in {steps} steps from 0, the least, to {most}{unknown}: {meanings}."
+
+
+def check_prompts(args: "TracesArguments", write_prompt: PromptWriter, rows: Sequence[RankingRow]) -> None:
+    """Refuse prompts that the offline engine could not read, before it starts."""
+    model = find_model(str(args.teacher_model))
+    tokenizer, context = load_tokenizer(model), args.teacher_max_length or context_length(model)
+    limit = "teacher_max_length" if args.teacher_max_length else f"the context of {model}"
+    asked = [PromptedRow(row, prompts.render(tokenizer, write_prompt(row)), [], 1) for row in rows]
+    prompter = replace(write_prompt.prompter, tokenizer=tokenizer)
+    check_context(prompter, asked, prompt_lengths(tokenizer, asked), limit, context, 1)
 
 
 class VllmTeacher:
