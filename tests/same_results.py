@@ -47,7 +47,7 @@ RENAMED = {
     r"soft_overlong_punishment_reward": "overlong",
     r"masks?_first": "constrained",
 }
-ADDED = ("fields", "max_completion_tokens")  # columns of rollouts
+ADDED = ("fields", "max_completion_tokens", "top_k", "positive_rank", "positive_rank_after")  # columns of rollouts
 REMOVED = ("traces/features.json",)  # files
 # Keys and columns that no two runs share, then such parts of a line.
 VOLATILE = re.compile(r"(\w+_)?seconds(_per_row)?|\w+_per_second|\w+_runtime|step_time|ms/row|id|inputs|run_dir")
@@ -66,6 +66,9 @@ EXCEPTIONS = {
         r"evaluate/results\.json: (metrics|list_recall|n_all_relevant|n_without_relevant): missing|"
         r"evaluate/bar\.json: missing"
     ),
+    "prompts have further options": r"/prompt\.json: \w+: missing",
+    "the outcome follows from the rows where a recipe names none": r"/recipe\.yaml: outcome: 'rank_gain' \| None",
+    "the page tells the places of the best positive": r"rollout_fields: \d+: 'target_rank(_after)?' \| 'positive_rank",
     "words": r"such as `when: |'Share of items whose prefix holds",
 }
 

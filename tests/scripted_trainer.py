@@ -43,7 +43,7 @@ def config(folder, **options):
 
 def make_trainer(
     folder, script=unequal, rounds=1, count=8, logp=None, max_logp_gap=1.0, kind=Scripted, grouped=True, model=None,
-    peft=None, **options,
+    peft=None, outcome="num_tokens", prompts=None, **options,
 ):  # fmt: skip
     words = tokenizer()
     model = model or tiny_model(words)
@@ -51,10 +51,11 @@ def make_trainer(
         group_attention.prepare_model(model)
     torch.manual_seed(0)
     args = dapo.DapoArguments(
-        run_dir="run", rewards=ENTRIES, outcome="num_tokens", max_sampling_rounds=max(1, rounds),
+        run_dir="run", rewards=ENTRIES, outcome=outcome, max_sampling_rounds=max(1, rounds),
         dynamic_sampling=rounds > 0, max_logp_gap=max_logp_gap, group_forward=grouped,
     )  # fmt: skip
-    made = kind(args, config(folder, **options), model, stream(count, tokenizer=words), folder / "rollouts", peft)
+    prompts = prompts or stream(count, tokenizer=words)
+    made = kind(args, config(folder, **options), model, prompts, folder / "rollouts", peft)
     made.sampling_logp, made.lengths = logp, script
     return made
 

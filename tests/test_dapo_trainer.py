@@ -2,7 +2,9 @@
 
 import inspect
 import json
+import logging
 import re
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -10,7 +12,7 @@ import pytest
 import requests
 import torch
 from scripted_dapo import CATALOGUE, LIMIT, SIZE, first_drawn, random_tokens, stream, useful_for
-from scripted_trainer import assert_same, logged, make_trainer, plain_trainer, stored, weights
+from scripted_trainer import assert_same, logged, make_trainer, plain_trainer, stored, tokenizer, weights
 from tiny_model import tiny_model
 from transformers import ProgressCallback
 from trl.generation.vllm_generation import VLLMGeneration
@@ -307,3 +309,19 @@ def test_a_server_that_stays_away_or_takes_no_weights_ends_the_run_with_a_checkp
 def test_a_checkpoint_of_another_trainer_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"sampling.json is missing: no checkpoint of this stage; delete"):
         make_trainer(tmp_path).continue_from(str(tmp_path / "checkpoint-2"))
+
+
+def test_the_outcome_follows_from_the_training_rows_and_is_logged(tmp_path, caplog):
+    caplog.set_level(logging.INFO, "rerank.dapo.trainer")
+    single, several = (stream(8, tokenizer=tokenizer()) for _ in range(2))
+    several.rows = [replace(row, relevance=(0.0, 1.0, 2.0, 0.0)) for row in several.rows]
+    for prompts, given, outcome in (
+        (single, None, "rank_gain"),
+        (several, None, "num_tokens"),  # the first of two rewards of one weight
+        (several, "rank_gain", "rank_gain"),
+        (single, "evenness", "evenness"),
+    ):
+        caplog.clear()
+        made = make_trainer(tmp_path, prompts=prompts, outcome=given)
+        assert made.sampler.options.outcome == outcome
+        assert f"completions of a useful group differ in {outcome}" in caplog.text

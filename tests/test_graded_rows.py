@@ -7,17 +7,18 @@ the order shown is 0, 1, 2, 0, so that the target, of grade 2, stands third of f
 import json
 import math
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from scripted_dapo import SETTINGS, stream
+from scripted_dapo import SETTINGS, sampler, stream
 from toy_run import CATALOGUE, rollout, write_rollouts
 
-from rerank import scoring
-from rerank.baselines import FEATURES
+from rerank import probe, scoring
+from rerank.dapo.groups import record
 from rerank.launch import validation
 from rerank.metrics import auc as metrics_auc
 from rerank.metrics import mean_random_metrics, ndcg_at_k, ranking_metrics, recall_at_k, reciprocal_rank
@@ -25,7 +26,7 @@ from rerank.plugins import load_function
 from rerank.probe import policies
 from rerank.probe.rows import ProbeRow
 from rerank.probe.scores import Scale, Scorer, best_blind_order
-from rerank.prompts import Parsed, PromptSettings, completion, parse_completion
+from rerank.prompts import Parsed, PromptSettings, completion, parse_completion, word_labels
 from rerank.report import rollouts as report_rollouts
 from rerank.rollouts import metrics as rollout_metrics
 from rerank.rollouts import rescore, text
@@ -347,7 +348,7 @@ def test_with_one_positive_the_gold_order_is_that_of_an_accepted_teacher():
 
 def evidence_row(row_id, grades):
     size = len(grades)
-    features = np.random.default_rng(row_id).random((size, len(FEATURES)), dtype=np.float32)
+    features = np.random.default_rng(row_id).random((size, 3), dtype=np.float32)
     features[:, 0] += np.nan_to_num(np.array(grades))  # the first feature tells the grade
     return RankingRow(row_id, (9,), tuple(range(size)), tuple(grades), user=row_id, features=features)
 
@@ -364,7 +365,7 @@ def test_calibration_asks_how_often_one_of_the_best_seen_candidates_is_drawn():
 def test_the_evidence_teacher_scores_and_ranks_lists_of_any_length():
     lists = [(0.0, 1.0), (2.0, 0.0, NOT_SEEN, 1.0, 0.0, 2.0, 0.0), (*[0.0] * 23, 1.0), (*[0.0, 1.0, 2.0] * 100,)]
     rows = [evidence_row(number, lists[number % 4]) for number in range(40)]
-    scores = evidence.fit_scores(rows, seed=0)
+    scores = evidence.fit_scores(rows, ["click_rate", "shown", "candidate_price"], seed=0)
     assert {row.row_id: len(scores[row.row_id]) for row in rows} == {row.row_id: len(row.candidates) for row in rows}
     prompter = Prompter(stream(1).prompter.catalogue, SETTINGS)
     rows = [row for row in rows if len(row.candidates) < 100]  # of as many items as the catalogue has
@@ -406,6 +407,22 @@ def test_the_outcome_is_rank_gain_until_a_row_has_several_positives():
     assert scoring.choose_outcome("rank_gain", rewards, [ROW.relevance]) == "rank_gain"
 
 
+def test_a_sampler_reads_the_best_k_of_graded_rows():
+    rewards = scoring.load_rewards([{"name": "ndcg"}])
+    ids = [f"<s_a_{item}>" for item in range(4)]  # of the first row, whose third candidate of four is the target
+    for written, ranked in (([2], [2, 0, 1, 3]), ([2, 0], None)):
+        text = completion("why", written, ids)
+        made = sampler(lambda prompt, member: 5, count=1, rewards=rewards, text=text, outcome="ndcg")
+        settings = replace(made.prompts.prompter.settings, top_k=1)
+        made.prompts.prompter = replace(made.prompts.prompter, settings=settings)
+        (group,) = made.collect(0, 1)[0].sampled
+        assert [rollout.order for rollout in group.rollouts] == [ranked] * 4
+        assert group.rollouts[0].rewards == {"ndcg": 0.0 if ranked is None else 1.0}
+        stored = record(group, group.rollouts[0], "toy")
+        assert (stored["top_k"], stored["positive_rank"]) == (1, 3)
+        assert stored["positive_rank_after"] == (None if ranked is None else 1)
+
+
 def test_validation_measures_what_was_seen_and_knows_top_k():
     asked = [PromptedRow(ROW, "", LABELS, 9, top_k=2)] * 3
     found = validation.measure(asked, [text_of("32"), text_of("10"), text_of(SHOWN)])
@@ -429,16 +446,17 @@ def probe_rows(lists, top_k=0, ranking="number"):
     """A row of each list of grades, with the labels of its length."""
     found = []
     for number, grades in enumerate(lists):
-        labels = [str(place) if ranking == "number" else f"<s_a_{place}>" for place in range(1, len(grades) + 1)]
+        ids = [f"<s_a_{place}>" for place in range(len(grades))]
+        labels = ids if ranking == "semantic_id" else word_labels(ranking, len(grades))
         row = RankingRow(number, (9,), tuple(range(len(grades))), grades, user=number)
         found.append(ProbeRow(row, "Rank:", labels, 8192, top_k, popularity=list(range(len(grades)))))
     return found
 
 
-@pytest.mark.parametrize("ranking", ["number", "semantic_id"])
+@pytest.mark.parametrize("ranking", ["number", "semantic_id", "letter"])
 @pytest.mark.parametrize("top_k", [0, 1, 2, 9])
 def test_every_policy_writes_what_it_says_for_lists_of_any_length(top_k, ranking):
-    rows = probe_rows([(0.0, 1.0), (1.0, NOT_SEEN, 2.0, 0.0, 0.0), (0.0,) * 30 + (1.0, 2.0)], top_k, ranking)
+    rows = probe_rows([(0.0, 1.0), (1.0, NOT_SEEN, 2.0, 0.0, 0.0), (0.0,) * 24 + (1.0, 2.0)], top_k, ranking)
     fixed = best_blind_order(Scorer(scoring.load_rewards([{"name": "ndcg"}]), "ndcg", 1), rows)
     for policy, kind in policies.all_of(rows, fixed):
         for row in rows:
@@ -457,7 +475,7 @@ def test_one_fixed_order_is_found_on_lists_of_all_lengths():
     rows = probe_rows([*third, (0.0, 1.0)])
     fixed = best_blind_order(Scorer(scoring.load_rewards([{"name": "rank_promotion"}]), "rank_gain", 1), rows)
     orders = [parse_completion(fixed(row, random.Random(0)), row.labels).order for row in rows]
-    assert [order[0] for order in orders] == [2, 2, 2, 2, 1]
+    assert [order[0] for order in orders[:4]] == [2] * 4
     for row, order in zip(rows, orders, strict=True):  # one order for all, of the places that a list has
         assert order == [place for place in orders[3] if place < len(row.labels)]
 
@@ -469,6 +487,21 @@ def test_a_row_has_nothing_to_gain_where_its_best_placed_positive_is_first():
     assert scale.oracle_gain == scale.oracle_reward == 1.0
     # of six orders the 0 comes first in two, and the first positive is second: 2/3 of a place is won on average
     assert scale.random_gain == pytest.approx(2 / 3, abs=0.15)
+
+
+@pytest.mark.parametrize(
+    ("kind", "share", "gain_share", "excess"),
+    [
+        ("blind", -0.2, -0.8, -0.45),  # it loses most of the rank, and NDCG pays less for the last places: no gift
+        ("blind", 0.3, -0.1, 0.05),  # what it earns above random orders is not for rank: 0.3 - 0.25
+        ("blind", 0.5, 0.4, -0.15),  # (0.5 - 0.4) - 0.25
+        ("copy", -0.2, -0.8, 0.63),  # (-0.2 + 0.8) + 0.03: a copy must cost against its rank, however low that is
+    ],
+)
+def test_an_order_that_earns_no_more_than_random_orders_is_not_refused(kind, share, gain_share, excess):
+    numbers = dict.fromkeys(("spread", "above_no_op", "useful_with_no_op", "useful_with_random"), 0.0)
+    outcome = probe.Outcome("p", kind, 1.0, 0.0, share, gain_share, **numbers, reward_if_first=None, parts={})
+    assert outcome.excess(0.25) == pytest.approx(excess)
 
 
 # --- what is stored and shown

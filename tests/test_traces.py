@@ -174,7 +174,7 @@ def test_grades_part_the_scores_of_all_rows_evenly_and_noise_moves_them(prompter
 
 def test_out_of_fold_scores_of_the_stage_beat_chance(run_path):
     train = read_rows(run_path / "candidates/train.parquet", needs_features=True)
-    scores = evidence.fit_scores(train, seed=0)
+    scores = evidence.fit_scores(train, FEATURES, seed=0)
     hits = [np.argmax(scores[row.row_id]) == row.target for row in train]
     assert np.mean(hits) > 1 / NUM_CANDIDATES
 
@@ -531,3 +531,43 @@ def test_a_teacher_that_never_ranks_the_target_first_is_refused(run_path, served
     write_candidates(run_path / "candidates", train=last)
     with pytest.raises(ValueError, match=r"none of 6 attempts on 6 rows was accepted \(.*target_not_first"):
         run_stage(run_path, {}, max_attempts=1, **served)
+
+
+def make_graded(run_path):
+    """Give every row further grades: 2 for a second candidate, and one that was not seen; returns them by row_id."""
+    path = run_path / "candidates/train.parquet"
+    table = read(path)
+    for line in table:
+        places = np.random.default_rng(line["row_id"]).permutation(NUM_CANDIDATES)
+        line["relevance"][places[0]], line["relevance"][places[1]] = 2.0, None
+    pq.write_table(pa.Table.from_pylist(table), path)
+    return {line["row_id"]: line["relevance"] for line in table}
+
+
+@pytest.mark.parametrize("accept", ["first", "ndcg"])
+@pytest.mark.parametrize("top_k", [0, 2])
+def test_the_stage_accepts_rankings_of_graded_rows_by_option(run_path, accept, top_k):
+    grades = make_graded(run_path)
+    _, out_dir = run_stage(run_path, {**SHORT, "top_k": top_k}, accept=accept, max_attempts=3)
+
+    def dcg(order, row_id):
+        seen = [grades[row_id][place] for place in order if grades[row_id][place] is not None]
+        return sum((2**grade - 1) / math.log2(rank + 1) for rank, grade in enumerate(seen, start=1))
+
+    lines = read(out_dir / "attempts.parquet")
+    for line in lines:
+        row_id, order = line["row_id"], line["order"]
+        assert line["completion"].partition("</think>")[2].count("<s_a_") == (top_k or NUM_CANDIDATES)
+        assert sorted(order) == list(range(NUM_CANDIDATES)) and (not top_k or order[2:] == sorted(order[2:]))
+        best = max(grade for grade in grades[row_id] if grade is not None)
+        first = next(grade for grade in (grades[row_id][place] for place in order) if grade is not None)
+        shown = dcg(range(NUM_CANDIDATES), row_id)
+        ideal = dcg(sorted(order, key=lambda place: -(grades[row_id][place] or 0)), row_id)
+        is_better = dcg(order, row_id) > shown + 1e-9 or dcg(order, row_id) == pytest.approx(ideal)
+        assert line["accepted"] == (first == best if accept == "first" else is_better)
+    assert 0 < sum(line["accepted"] for line in lines) < len(lines)
+
+
+def test_a_top_k_above_every_list_is_refused_before_the_stage(run_path):
+    with pytest.raises(ValueError, match="top_k is 9 but the longest list of .*train.parquet has 4 candidates; lower"):
+        checked(run_path, {**SHORT, "top_k": 9})

@@ -89,10 +89,15 @@ class Outcome:
         return None if self.share is None else self.share - (self.gain_share or 0.0)
 
     def excess(self, max_blind: float) -> float:
-        """By how much `beyond_rank` is above the bar of its kind; what has none is below every bar."""
-        if self.beyond_rank is None or self.kind not in BARS:
+        """By how much `beyond_rank` is above the bar of its kind; what has none is below every bar.
+
+        A blind order that loses rank against random orders is held against them: it earns nothing by being worse.
+        """
+        if self.beyond_rank is None or self.share is None or self.kind not in BARS:
             return -np.inf
-        return self.beyond_rank - (MAX_COPY if BARS[self.kind] else max_blind)
+        if BARS[self.kind]:
+            return self.beyond_rank - MAX_COPY
+        return min(self.beyond_rank, self.share) - max_blind
 
 
 BARS = {"copy": True, "no ranking": True, "blind": False}  # kind -> whether its bar is that of copies

@@ -191,7 +191,7 @@ def _open_teacher(args: TracesArguments, prompter: Prompter, rows: Sequence[Rank
     told = args.strategy == "targeted"
     if args.teacher == "evidence":
         logger.info("the teacher `evidence` is no language model: LambdaMART ranks and templates word its facts")
-        scores = fit_scores(rows, args.seed)
+        scores = fit_scores(rows, prompter.names, args.seed)
         return EvidenceTeacher(scores, prompter, args.temperature, args.seed, told)
     teacher = OpenaiTeacher if args.teacher == "openai" else VllmTeacher
     return teacher(args, PromptWriter(prompter, told))

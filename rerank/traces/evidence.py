@@ -72,8 +72,13 @@ def _name(item: int, prompter: Prompter, label: str = "") -> str:
     return label + (f" ({title})" if title else "")
 
 
-def fit_scores(rows: Sequence[RankingRow], seed: int) -> dict[int, np.ndarray]:
+def fit_scores(rows: Sequence[RankingRow], names: Sequence[str], seed: int) -> dict[int, np.ndarray]:
     """Scores of each row's candidates by a LambdaMART fitted on other users' rows, by row_id, in calibrated units.
+
+    Args:
+        rows: To score.
+        names: Of the columns of their features.
+        seed: Of the folds and of the fits.
 
     Raises:
         ValueError: When the rows are of fewer than three users.
@@ -89,7 +94,7 @@ def fit_scores(rows: Sequence[RankingRow], seed: int) -> dict[int, np.ndarray]:
         )
     train = [np.asarray(row.features) for row in rows], [row.relevance for row in rows]
     num_folds, rows_per_leaf = min(NUM_FOLDS, num_users), min(MIN_ROWS_PER_LEAF, max(1, len(rows) // 10))
-    scores = baselines.out_of_fold_scores(train, users, num_folds, seed, min_rows_per_leaf=rows_per_leaf)
+    scores = baselines.out_of_fold_scores(train, users, num_folds, seed, names, min_rows_per_leaf=rows_per_leaf)
     scale = calibrate(scores, rows)
     return {row.row_id: scale * row_scores for row, row_scores in zip(rows, scores, strict=True)}
 
