@@ -21,10 +21,13 @@ from rerank.launch.stages import load_stage
 
 CPU = "recipes/accelerate/cpu.yaml"
 DATA = {"interactions": "${HERE}/interactions.csv", "items": "${HERE}/items.csv"}
+REQUESTS = {"requests": "${HERE}/requests.jsonl", "test_users": "${HERE}/users.txt", "split": "by_user"}
 IN_A_FILE = {"rewards": "HERE/mine.yaml", "outcome": "rank_gain"}
 INPUTS = {  # file: the stage whose recipe names it, the key, and what the toy's recipe has to say for it
     "interactions.csv": ("data", "interactions", DATA),
     "items.csv": ("data", "items", DATA),
+    "requests.jsonl": ("data", "requests", REQUESTS),
+    "users.txt": ("data", "test_users", REQUESTS),
     "embeddings.npy": ("semantic_ids", "embeddings", {"embeddings": "${HERE}/embeddings.npy"}),
     "encoder/config.json": ("semantic_ids", "encoder", {"encoder": "HERE/encoder", "embeddings": None}),
     "accelerate.yaml": ("midtrain", "the accelerate file", {}),

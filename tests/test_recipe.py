@@ -68,7 +68,7 @@ REFUSED = [
     ("sft", {"max_minutes": []}, "max_minutes is \\[\\] but must be float | None"),
     ("candidates", {"num_candidate": 5}, "unknown key 'num_candidate'; did you mean num_candidates"),
     ("candidates", {"xyzzy": 5}, "unknown key 'xyzzy'; `--help` of the stage lists its keys"),
-    ("data", {}, "interactions is missing; add it to the recipe or give --interactions"),
+    ("data", {}, "neither requests nor interactions is set; name the file of one"),
     ("candidates", {"run_dir": ""}, "run_dir is empty; name the folder of the run"),
     ("candidates", {"num_candidates": 1}, "num_candidates is 1 but must be at least 2"),
 ]
@@ -78,6 +78,11 @@ REFUSED = [
 def test_a_key_or_value_that_does_not_fit_is_refused_with_the_recipes_name(stage, keys, message):
     with pytest.raises(ValueError, match=f"^9.yaml: {message}"):
         recipe.resolve(stage, {"run_dir": "run"} | keys, "9.yaml")
+
+
+def test_a_key_that_every_recipe_needs_is_asked_for():
+    with pytest.raises(ValueError, match="^9.yaml: run_dir is missing; add it to the recipe or give --run_dir"):
+        recipe.resolve("data", {"interactions": "a.csv"}, "9.yaml")
 
 
 def test_a_choice_and_a_range_name_what_is_allowed():

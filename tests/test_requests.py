@@ -4,6 +4,7 @@ import json
 import logging
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from request_logs import (
     HISTORIES,
@@ -23,6 +24,7 @@ from request_logs import (
     write_table,
 )
 
+from rerank import data
 from rerank.data.prepare import prepare
 
 FORMS = (
@@ -200,6 +202,16 @@ def test_metaranks_fields_are_scores_and_columns(tmp_path):
     first, second = (json.loads(row["fields"]) for row in found["rows"][:2])
     assert first == {"query": None, "tags": None, "session": None}
     assert second == {"query": "red cat", "tags": "x, y", "session": "s1"}
+
+
+@pytest.mark.parametrize("form", ["mind", "metarank"])
+def test_interactions_take_the_items_of_such_a_log(tmp_path, form):
+    news = [f"{item}\tsport\tgolf\tFilm {item}\t\t\t\t" for item in "abcdefgh"]
+    events = [json.dumps(item_event(item, title=f"Film {item}", category="sport")) for item in "abcdefgh"]
+    path = write_lines(tmp_path / "told.gz", news if form == "mind" else events)
+    taken = write_csv(tmp_path / "t.csv", "user,item,time", [("u", item, n) for n, item in enumerate("abcdefgh")])
+    data.main(data.DataArguments(run_dir="run", interactions=taken, items=path, items_format=form), tmp_path)
+    assert pq.read_table(tmp_path / "items.parquet")["text"].to_pylist()[1] == "Film b. category: sport"
 
 
 def test_metaranks_item_fields_become_columns_of_which_the_last_event_holds(tmp_path):

@@ -14,6 +14,7 @@ from ibis.expr.types import Table
 from rerank.data import DataArguments, ready_rows, splits, tables
 from rerank.data.readers import Names, Source, read_source
 from rerank.data.requests.prepare import PreparedRequests, prepare_requests
+from rerank.data.requests.read import item_source
 from rerank.data.summary import Sizes, by_split, shared_summary
 
 ROW_SPLITS = ("rerank", "valid", "test")
@@ -76,7 +77,7 @@ def _read_items(con: ibis.BaseBackend, args: DataArguments, used: Table, source:
     """The items, which must hold every used one, and the names of all sources; without a catalogue the used items."""
     if not args.items:
         return tables.items_of(used), [source.name]
-    catalogue = read_source(con, args.items, args.items_format, "items")
+    catalogue = item_source(con, args)
     items = tables.read_items(con, catalogue, args.item_columns, args.text_columns, args.category_separator)
     if row := tables.first_row(used.anti_join(items, "item_id"), source):
         problem = f"item {row['item_id']!r} is not in {catalogue.name}"

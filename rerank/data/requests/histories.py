@@ -13,7 +13,7 @@ from rerank.data.requests.log import RequestLog
 
 @dataclass(frozen=True)
 class Events:
-    """What users took.
+    """Items that users took.
 
     Attributes:
         users, items: (E,), numbers.

@@ -73,25 +73,29 @@ def _has_events(path: str) -> bool:
     return isinstance(first, dict) and "event" in first and "candidates" not in first
 
 
+def item_source(con: ibis.BaseBackend, args: DataArguments) -> Source:
+    """The table of items that `items` names, not yet checked."""
+    assert args.items
+    form = args.items_format
+    if form == "auto" and args.items == args.requests:
+        form = "metarank"
+    if form not in ("metarank", "mind"):
+        return read_source(con, args.items, form, "items")
+    path = _existing(args.items, "items")
+    refuse_empty_file(path)
+    try:
+        if form == "mind":
+            return Source(path, forms.read_headerless(con, path, _NEWS_COLUMNS))
+        return metarank.read_items(con, path)
+    except duckdb.Error as error:
+        raise unreadable(path, error) from None
+
+
 def read_items(con: ibis.BaseBackend, args: DataArguments) -> tuple[pa.Table, str | None]:
     """The items with their numbers, and where they were read; none without `items`."""
     if not args.items:
         types = {name: pa.string() for name in tables.ITEM_COLUMNS} | {"item": pa.int64(), "source_row": pa.int64()}
         return pa.schema(types).empty_table(), None
-    form = args.items_format
-    if form == "auto" and args.items == args.requests:
-        form = "metarank"
-    if form in ("metarank", "mind"):
-        path = _existing(args.items, "items")
-        refuse_empty_file(path)
-    try:
-        if form == "metarank":
-            source = metarank.read_items(con, path)
-        elif form == "mind":
-            source = Source(path, forms.read_headerless(con, path, _NEWS_COLUMNS))
-        else:
-            source = read_source(con, args.items, form, "items")
-    except duckdb.Error as error:
-        raise unreadable(args.items, error) from None
+    source = item_source(con, args)
     items = tables.read_items(con, source, args.item_columns, args.text_columns, args.category_separator)
     return tables.number_items(items).order_by("item").to_pyarrow(), source.name
