@@ -284,6 +284,17 @@ def test_a_control_of_texts_that_no_prompt_shows_is_refused(run):
         evaluate.check(evaluate.EvaluateArguments(run_dir=str(run), shuffle_texts=True))
 
 
+def test_without_semantic_ids_or_a_model_that_knows_them_there_is_no_likelihood(run):
+    args = evaluate.EvaluateArguments(run_dir=str(run))
+    by_name = {ranker.name: ranker for ranker in rankers.RANKERS}
+    without_ids = replace(CATALOGUE, semantic_ids=[""] * NUM_ITEMS)
+    assert evaluate.can_rank(by_name["midtrained"], args, CATALOGUE)
+    assert not evaluate.can_rank(by_name["midtrained"], args, without_ids)
+    assert all(evaluate.can_rank(by_name[name], args, without_ids) for name in ("no_op", "lambdamart", "sft"))
+    shutil.rmtree(run / "midtrain/model")
+    assert not evaluate.can_rank(by_name["midtrained"], args, CATALOGUE)
+
+
 def test_without_orders_there_is_no_table_of_them(run):
     (run / "evaluate").mkdir()
     args = evaluate.EvaluateArguments(run_dir=str(run), models=[], num_bootstrap=5, orders=0)

@@ -138,6 +138,8 @@ def test_a_row_has_the_first_stage_rank_and_the_popularity_of_its_best_graded_ca
     # the best-graded items have 2, 9 and 4 clicks; of row 4 the mean of 0 and 0; row 5 has 0
     assert members["cold"] == [0, 2, 4, 5] and members["popular"] == [1]
     assert lists.slices.meanings["cold"].endswith("training interactions, mean of the best-graded candidates")
+    table = tables.rank_table(lists.summary(), 7)
+    assert table.text.startswith("Share of all 7 rows (target: the candidate of the highest grade, of equals the one")
 
 
 def test_the_mean_over_equally_graded_candidates_decides(tmp_path):
@@ -354,12 +356,8 @@ def test_of_a_long_list_the_page_shows_the_first_and_those_that_matter(long_run)
     report.write_report(long_run, long_run / "evaluate", long_run / "page.html")
     page = (long_run / "page.html").read_text()
     for words in (
-        " more</li>",
-        "★2",
-        "· not seen",
-        "Ranks in brackets leave out",
-        "Click rate by place shown",
-        "best-placed relevant item moved",
+        *(" more</li>", "★2", "· not seen", "Ranks in brackets leave out"),
+        *("Click rate by place shown", "best-placed relevant item moved"),
     ):
         assert words in page
     assert "NDCG@10 minus that of the input order" in page and "NDCG@10 by the order in which" in page

@@ -79,9 +79,8 @@ def test_text_facts_that_a_run_does_not_have_are_left_out(candidates_dir, tmp_pa
     write_json(folder / "features.json", {"names": [FEATURES[number] for number in kept], "edges": {}})
     rows = rows_by(counts_with_texts_of(range(NUM_ITEMS)))
     fewer = [replace(row, features=row.features[:, kept]) for row in rows]
-    for row, other in zip(
-        ShuffledTexts.of(folder, fewer).rows, ShuffledTexts.of(candidates_dir, rows).rows, strict=True
-    ):
+    found, whole = ShuffledTexts.of(folder, fewer).rows, ShuffledTexts.of(candidates_dir, rows).rows
+    for row, other in zip(found, whole, strict=True):
         np.testing.assert_array_equal(row.features, other.features[:, kept])
 
 

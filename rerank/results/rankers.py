@@ -124,8 +124,8 @@ def transitions(candidates_dir: Path, rows: Sequence[RankingRow]) -> Orders:
 def position(candidates_dir: Path, rows: Sequence[RankingRow]) -> Orders:
     """By the mean gain of the candidates at each place of the training lists, ties by place.
 
-    Lists without a relevant item count, as do all but the first list of a row not; a place that no training list has
-    comes after all that one has.
+    Lists without a relevant item count too; of a training row with several lists only the first counts. A place that
+    no training list has comes after those that one has.
     """
     path = candidates_dir / "train.parquet"
     names = [name for name in pq.read_schema(path).names if name in ("relevance", "list_number")]

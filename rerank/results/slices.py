@@ -28,6 +28,7 @@ MISSED = "not in the list"
 COLUMNS = ["row_id", "history", "candidates", "relevance", "target"]  # of a candidates table
 OPTIONAL = ("first_stage_ranks", "fields")
 LEAST_ROWS, MOST_VALUES = 20, 10  # of a value of a column that has a slice; such values of a column
+BEST_GRADED = "the candidate of the highest grade, of equals the one that the first stage ranks best"
 NO_VALUE = "none"  # of a row that lacks the column
 
 K = TypeVar("K")  # names a ranker
@@ -159,12 +160,14 @@ class SplitLists:
         ranks: (A,) first-stage rank of the target, 0 where the list lacks it.
         length: The last first-stage rank of any list.
         slices: Of these rows.
+        target: What stands for the target, where rows have no one item that followed.
     """
 
     row_ids: np.ndarray
     ranks: np.ndarray
     length: int
     slices: Slices
+    target: str = ""
 
     @classmethod
     def load(cls, run: str | Path, split: str, columns: Sequence[str] = ()) -> "SplitLists":
@@ -188,6 +191,7 @@ class SplitLists:
             ranks=np.array([min((row.ranks[place] for place in best_places(row)), default=0) for row in rows]),
             length=max(max(row.ranks) for row in rows),
             slices=slices.with_columns([row.fields for row in rows], columns),
+            target=BEST_GRADED if targets.null_count else "",
         )
 
     @property
@@ -215,6 +219,7 @@ class SplitLists:
             "list_recall": self.recall,
             "list_length": self.length,
             "target_ranks": self.rank_shares(),
+            **({"target": self.target} if self.target else {}),
             "slices": slices,
         }
 

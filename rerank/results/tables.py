@@ -64,10 +64,11 @@ def shown_metrics(metrics: Sequence[str]) -> list[str]:
 
 def rank_table(lists: Results, num_rows: int) -> Table:
     """The first-stage rank of the target; `lists` as of SplitLists.summary."""
-    shares = lists["target_ranks"]
+    shares, target = lists["target_ranks"], f" (target: {lists['target']})" if "target" in lists else ""
     return Table(
         "First-stage rank of the target",
-        f"Share of all {num_rows} rows; the list recall of {percent(lists['list_recall'])} is the sum over ranks:",
+        f"Share of all {num_rows} rows{target}; the list recall of {percent(lists['list_recall'])} is the sum over "
+        "ranks:",
         ["rank", *shares],
         [["share", *(percent(share) for share in shares.values())]],
     )

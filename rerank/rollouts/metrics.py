@@ -110,7 +110,8 @@ def agreement(first: Sequence[Sequence[int] | None], second: Sequence[Sequence[i
         their share.
     """
     pairs = [(a, b) for a, b in zip(first, second, strict=True) if a is not None and b is not None]
-    taus = [kendall_tau([list(a).index(item) for item in b]) for a, b in pairs]
+    places = [{item: place for place, item in enumerate(a)} for a, _ in pairs]
+    taus = [kendall_tau([place_of[item] for item in b]) for place_of, (_, b) in zip(places, pairs, strict=True)]
     return {
         "kendall_tau": float(np.mean(taus)) if pairs else np.nan,
         "same_first": float(np.mean([a[0] == b[0] for a, b in pairs])) if pairs else np.nan,
