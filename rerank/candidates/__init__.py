@@ -250,7 +250,7 @@ def main(args: CandidatesArguments, out_dir: Path) -> dict[str, object]:
     names = feature_names(counts, list(lists.columns))
     lists = lists.with_features(names, rows, parts)
     if args.source == "lambdamart":
-        lists = reorder(args.run_dir, rows, lists, names).with_features(names, rows, parts)
+        lists = reorder(args.run_dir, rows, lists).with_features(names, rows, parts)
     training = np.flatnonzero(rows.splits == "rerank").tolist()
     train = np.concatenate(lists.take(training).features)
     edges = {name: fit_edges(train[:, number], args.num_buckets) for number, name in enumerate(names)}

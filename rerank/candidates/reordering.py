@@ -5,7 +5,6 @@ R rows, N candidates of a row.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -19,7 +18,7 @@ LEAST_ROWS = 200  # training rows before a window, from which trees are fitted
 MIN_ROWS_PER_LEAF = 200
 
 
-def reorder(run: str | Path, rows: TargetRows, lists: RowLists, names: Sequence[str]) -> RowLists:
+def reorder(run: str | Path, rows: TargetRows, lists: RowLists) -> RowLists:
     """The lists, re-ordered.
 
     Held-out rows are ranked by trees that were fitted on all training rows. Training rows are ranked by trees of
@@ -36,7 +35,7 @@ def reorder(run: str | Path, rows: TargetRows, lists: RowLists, names: Sequence[
     for place, of_row in zip(held_out, fitted.scores(lists.take(held_out).features), strict=True):
         scores[place] = of_row
     found = (
-        scores_from_before(train, users, times_of(rows)[training], names)
+        scores_from_before(train, users, times_of(rows)[training])
         if is_by_time(run)
         else out_of_fold_scores(known, users, seed=SEED, min_rows_per_leaf=least)
     )
@@ -50,16 +49,13 @@ def rows_per_leaf(num_rows: int) -> int:
     return min(MIN_ROWS_PER_LEAF, max(1, num_rows // 10))
 
 
-def scores_from_before(
-    train: RowLists, users: Sequence[int], times: np.ndarray, names: Sequence[str]
-) -> list[np.ndarray | None]:
+def scores_from_before(train: RowLists, users: Sequence[int], times: np.ndarray) -> list[np.ndarray | None]:
     """(R,) scores of each training row by trees of earlier rows alone; None where there are too few.
 
     Args:
         train: The training rows.
         users: Of each.
         times: (R,) of each.
-        names: Of the features.
     """
     order = np.argsort(times, kind="stable")
     ordered = times[order]
