@@ -69,9 +69,29 @@ def test_an_accelerate_file_parses_and_its_keys_are_known(path):
     assert config.use_cpu == path.stem.startswith("cpu"), "a recipe leaves the device to this file"
 
 
+def metarank_events(walks):
+    """A list of each user, of which the second item is clicked, and the items that were shown."""
+    numbers = ("vote_cnt", "vote_avg", "popularity", "release_date")
+    fields = [{"name": name, "value": 7.0} for name in numbers] + [{"name": "genres", "value": ["drama"]}]
+    for item in {item for walk in walks.values() for item in walk[:5]}:
+        yield {"event": "item", "id": f"e{item}", "item": item, "timestamp": "0", "fields": [*fields]}
+    for user, walk in walks.items():
+        shared = {"user": f"u{user}", "session": "s", "timestamp": str(1000 * user), "fields": []}
+        shown = [{"id": item, "fields": []} for item in walk[:5]]
+        yield {"event": "ranking", "id": f"r{user}", "items": shown, **shared}
+        yield {
+            "event": "interaction",
+            "id": f"c{user}",
+            "ranking": f"r{user}",
+            "item": walk[1],
+            "type": "click",
+            **shared,
+        }
+
+
 @pytest.fixture
 def data_dirs(tmp_path, monkeypatch):
-    """What BEAUTY_DATA and OFFICE_DATA name, in small: sixteen users of a circle of 300 items."""
+    """What the recipes' variables name, in small: sixteen users of a circle of 300 items."""
     walks = {user: [f"i{(20 * user + place) % 300}" for place in range(20)] for user in range(16)}
     taken = [f"u{user},{item},{place},{place}" for user, walk in walks.items() for place, item in enumerate(walk)]
     kinds = {"brand": "some", "categories": ["Beauty", "Hair Care"]}
@@ -82,9 +102,11 @@ def data_dirs(tmp_path, monkeypatch):
         ("interactions.csv.gz", ["user,item,pos,timestamp", *taken]),
         ("items.jsonl.gz", items),
         ("rows.csv.gz", ["split,user,timestamp,items", *rows]),
+        ("events.jsonl.gz", [json.dumps(event) for event in metarank_events(walks)]),
     ):
         (tmp_path / name).write_bytes(gzip.compress("\n".join([*lines, ""]).encode()))
-    for variable in ("BEAUTY_DATA", "OFFICE_DATA"):
+    (tmp_path / "test_users.txt").write_text("u0\nu1\n")
+    for variable in ("BEAUTY_DATA", "OFFICE_DATA", "RANKLENS_DATA"):
         monkeypatch.setenv(variable, str(tmp_path))
 
 
@@ -96,7 +118,7 @@ def test_a_recipe_folder_passes_its_dry_run(folder, data_dirs, tmp_path, capsys)
     launched = [line.split()[5] for line in lines if line.startswith("accelerate launch ")]
     stages = [stage for stage in STAGES if list(folder.glob(f"*_{stage}.yaml"))]
     assert launched == [f"rerank.{stage}" for stage in stages]
-    assert len(stages) == (5 if folder.name.endswith(("_next", "_sets")) else 8)
+    assert len(stages) == {"ranklens": 7, "beauty_next": 5, "office_next": 5, "beauty_sets": 5}.get(folder.name, 8)
     assert [line.endswith("&") for line in lines].count(True) == (folder.name == "beauty_qwen3_8b")  # a server
     assert not (tmp_path / "run").exists()
 
