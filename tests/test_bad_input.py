@@ -13,6 +13,7 @@ from toy_recipe import TOY, environment, refusal
 from toy_run import NUM_ITEMS, finish, write_run
 
 from rerank.launch import recipe, run_dir
+from rerank.prompts import PromptSettings
 from rerank.semantic_ids import SemanticIds
 
 CPU = "recipes/accelerate/cpu.yaml"
@@ -72,6 +73,8 @@ def test_semantic_ids_of_another_catalogue_than_the_models(toy, capfd):
     run = write_run(toy / "run")
     for stage in ("sft", "dapo"):
         shutil.rmtree(run / stage)
+    (run / "traces").mkdir(exist_ok=True)
+    PromptSettings().save(run / "traces")
     finish(run / "traces")
     SemanticIds(np.array([[item, 0] for item in range(NUM_ITEMS)]), NUM_ITEMS).save(run / "semantic_ids")
     line = refusal(capfd, "run", toy / "recipes", "--out", run, "--only", "sft")

@@ -361,7 +361,9 @@ def test_lambdamart_ranks_by_a_shared_brand(ranked_rows):
     lists = np.array([rng.permutation([10, 11]) for _ in histories])
     features = list(feature_rows(counts, histories, lists, np.zeros(lists.shape), None))
     relevance = [(items % 2 == history[-1] % 2).astype(float) for items, history in zip(lists, histories, strict=True)]
-    fitted = fit_lambdamart((features[:150], relevance[:150]), range(150), min_rows_per_leaf=5, max_rounds=20)
+    fitted = fit_lambdamart(
+        (features[:150], relevance[:150]), range(150), min_rows_per_leaf=5, max_rounds=20, names=FEATURES
+    )
     scores = fitted.scores(features[150:])
     assert all(row.argmax() == labels.argmax() for row, labels in zip(scores, relevance[150:], strict=True))
     assert all("same_brand" in booster.feature_name() for booster in fitted.boosters)

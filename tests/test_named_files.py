@@ -253,7 +253,7 @@ def test_an_input_stage_is_stale_for_every_stage_that_rests_on_it(here):
     with pytest.raises(ValueError, match="run/data was made from another content of interactions "):
         pipeline.check_steps(last)
     with pytest.raises(ValueError, match="run/data was made from another content of interactions "):  # to be launched
-        recipe.check_inputs("semantic_ids", recipe.StageArguments(run_dir=step.run_dir))
+        recipe.check_inputs("semantic_ids", [recipe.StageArguments(run_dir=step.run_dir)])
     shutil.copy(TOY / "interactions.csv", here / "interactions.csv")
     assert pipeline.check_steps(last) == []
     (here / "run/semantic_ids").rename(here / "run/old")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from next_item_run import LOSSES, load, make_encoder, write_next_item_run
 from tiny_model import sft_config
-from toy_run import CATALOGUE, NUM_ITEMS
+from toy_run import CATALOGUE, NUM_ITEMS, first_items
 from trl import ModelConfig
 
 from rerank import sft
@@ -111,7 +111,7 @@ def test_next_item_rows_know_training_interactions_only(run):
     ("last", r"rows.parquet, row \d+ of the split rerank"), ("all", r"interactions.parquet, user \d+"),
 ])  # fmt: skip
 def test_a_target_that_is_not_in_the_catalogue_is_refused(run, targets, where):
-    few = Catalogue(*(column[:9] for column in vars(CATALOGUE).values()))
+    few = first_items(9)
     with pytest.raises(ValueError, match=rf"{where}: item \d+ is not in the catalogue of 9 items; run the data and"):
         make_encoder(run, catalogue=few).next_item_rows(targets)
 

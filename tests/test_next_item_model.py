@@ -10,10 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from next_item_run import train, write_next_item_run
-from toy_run import CATALOGUE, NUM_ITEMS, write_run
+from toy_run import NUM_ITEMS, first_items, write_run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rerank.catalogue import Catalogue
 from rerank.evaluate import EvaluateArguments, refuse_ranker
 from rerank.evaluate import main as evaluate
 from rerank.next_item import held_out_sets, pruning, recall
@@ -162,7 +161,7 @@ def test_a_saved_prefix_index_is_read_where_it_is_of_the_models_items(trained, t
         return isinstance(encoder.index.tokens, np.memmap)
 
     assert is_read()
-    Catalogue(*(column[:9] for column in vars(CATALOGUE).values())).save(folder)
+    first_items(9).save(folder)
     assert not is_read()
     shutil.rmtree(folder / "prefix_index")  # as in an older folder, whose settings had another name, too
     for constrained in (True, False):

@@ -40,7 +40,7 @@ def test_kwargs_are_bound_and_the_function_keeps_its_name_and_can_be_pickled():
     function = pickle.loads(pickle.dumps(load_function("ndcg", "rewards", k=1)))
     assert function.__name__ == "ndcg"
     # ndcg@1 of a ranking whose second item is relevant
-    assert function(["<think></think>1,3,2"], [["1", "2", "3"]], [[0.0, 1.0, 0.0]]) == [0.0]
+    assert function(["<think></think>1,3,2"], [["1", "2", "3"]], [[0.0, 1.0, 0.0]], [0]) == [0.0]
 
 
 def test_own_code_is_found_by_module_and_by_file(own_file):

@@ -72,6 +72,12 @@ def write_recipes(folder: Path, recipes: Mapping[str, dict] = RECIPES) -> Path:
 # --- data
 
 
+def first_items(num: int) -> Catalogue:
+    """The first items of CATALOGUE."""
+    columns = CATALOGUE.item_ids, CATALOGUE.semantic_ids, CATALOGUE.titles, CATALOGUE.categories
+    return Catalogue(*(column[:num] for column in columns))
+
+
 def write_items(folder: Path, num_items: int = NUM_ITEMS, **columns: Sequence) -> None:
     """`items.parquet`, with the titles and categories of CATALOGUE unless given."""
     items = {"item": list(range(num_items)), "item_id": [f"m{item}" for item in range(num_items)]}
