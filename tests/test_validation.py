@@ -89,6 +89,8 @@ def test_checks_are_due_after_a_share_of_the_run_where_the_recipe_gives_one(tmp_
     ("values", "place"),
     [
         ([0.5], 0),
+        ([0.1, 0.6], 1),  # of two checks the means are the same: their own values decide
+        ([0.6, 0.6], 0),
         ([0.5, 0.6, 0.6, 0.6], 2),  # the last two have the same mean; the first of equals
         ([0.5, 0.5, 0.5], 0),
         ([0.1, 0.9, 0.1, 0.6, 0.6, 0.6], 4),  # a lucky check alone is not kept
@@ -106,8 +108,9 @@ def test_what_is_kept_is_never_below_the_start_and_the_first_of_the_best():
         kept, means = best(values), smoothed(values)
         eligible = [place for place in range(9) if values[place] >= values[0]]
         assert values[kept] >= values[0]
-        assert all(means[kept] > means[place] for place in eligible if place < kept)
-        assert all(means[kept] >= means[place] for place in eligible)
+        order = [(mean, value) for mean, value in zip(means, values, strict=True)]
+        assert all(order[kept] > order[place] for place in eligible if place < kept)
+        assert all(order[kept] >= order[place] for place in eligible)
 
 
 def test_the_measures_are_those_of_an_evaluation():

@@ -58,9 +58,13 @@ def smoothed(values: Sequence[float]) -> list[float]:
 
 
 def best(values: Sequence[float]) -> int:
-    """The place of the check to keep: best by `smoothed`, the first of equals, none below the first check."""
-    means = smoothed(values)
-    return max((place for place, value in enumerate(values) if value >= values[0]), key=lambda place: means[place])
+    """The place of the check to keep: best by `smoothed`, of equals by its own value, then the first; none below the
+    first check.
+
+    Of two checks alone the means are equal, so that their own values decide.
+    """
+    means, candidates = smoothed(values), [place for place, value in enumerate(values) if value >= values[0]]
+    return max(candidates, key=lambda place: (means[place], values[place]))
 
 
 def validation_rows(run: str | Path, max_rows: int, needs_features: bool = False) -> list[RankingRow]:
