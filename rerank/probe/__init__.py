@@ -51,6 +51,7 @@ CAPTION = (
     "input order. Useful: groups, half from the policy and half from the input order or random orders, that differ "
     "in the recipe's outcome; others are discarded. If first: its reward where the target is first already."
 )
+CHECKED_ROWS = 1000  # before dapo starts
 
 
 @dataclass(frozen=True)
@@ -241,10 +242,13 @@ def probe(keys: Mapping[str, Any], num_rows: int = 0, max_blind: float = MAX_BLI
 
 
 def problem(keys: Mapping[str, Any]) -> str | None:
-    """Why DAPO should not start with this recipe, or None; never asked where the recipe says `probe: false`."""
+    """Why DAPO should not start with this recipe, or None; never asked where the recipe says `probe: false`.
+
+    By CHECKED_ROWS rows, which take a minute; `rerank probe` reads all.
+    """
     if keys.get("probe") is False:
         return None
-    found = probe(keys)
+    found = probe(keys, CHECKED_ROWS)
     return found.sentence if found.passed is False else None
 
 
