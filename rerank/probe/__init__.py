@@ -242,10 +242,7 @@ def probe(keys: Mapping[str, Any], num_rows: int = 0, max_blind: float = MAX_BLI
 
 
 def problem(keys: Mapping[str, Any]) -> str | None:
-    """Why DAPO should not start with this recipe, or None; never asked where the recipe says `probe: false`.
-
-    By CHECKED_ROWS rows, which take a minute; `rerank probe` reads all.
-    """
+    """Why DAPO should not start with this recipe, by CHECKED_ROWS rows, or None; None where it says `probe: false`."""
     if keys.get("probe") is False:
         return None
     found = probe(keys, CHECKED_ROWS)
