@@ -245,8 +245,7 @@ def problem(keys: Mapping[str, Any]) -> str | None:
     """Why DAPO should not start with this recipe, by CHECKED_ROWS rows, or None; None where it says `probe: false`."""
     if keys.get("probe") is False:
         return None
-    found = probe(keys, CHECKED_ROWS)
-    return found.sentence if found.passed is False else None
+    return found.sentence if (found := probe(keys, CHECKED_ROWS)).passed is False else None
 
 
 def _outcomes(open_rows: Sequence[ProbeRow], first_rows: Sequence[ProbeRow], scorer: Scorer) -> list[Outcome]:
