@@ -16,7 +16,7 @@ from rerank.baselines.features import (
     fit_edges,
     text_features,
 )
-from rerank.baselines.lambdamart import LambdaMart, fit_lambdamart, out_of_fold_scores
+from rerank.baselines.lambdamart import LambdaMart, fit_lambdamart, out_of_fold_scores, rows_per_leaf
 from rerank.baselines.pairs import UserContributions
 
 __all__ = [
@@ -36,5 +36,6 @@ __all__ = [
     "list_features",
     "of_one_length",
     "out_of_fold_scores",
+    "rows_per_leaf",
     "text_features",
 ]

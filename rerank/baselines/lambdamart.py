@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 PATIENCE = 50  # trees without a better value on the rows left out before it stops
 STOPPING_FOLDS = 4  # of the cross-validation
 NUM_FITS = 5
+MIN_ROWS_PER_LEAF = 200
 LEARNING_RATE, FAST = 0.03, 0.1  # the latter for scores out of fold
 LEAST_USERS = 2  # one is left out while the others are fitted
 MOST_GRADE = 30  # LightGBM has gains 2^g - 1 for no higher one
@@ -58,7 +59,7 @@ def fit_lambdamart(
     train: Lists,
     users: Sequence[int],
     seed: int = 0,
-    min_rows_per_leaf: int = 200,
+    min_rows_per_leaf: int = MIN_ROWS_PER_LEAF,
     max_rounds: int = 1000,
     num_fits: int = NUM_FITS,
     stopping_folds: int = STOPPING_FOLDS,
@@ -142,6 +143,11 @@ def _dataset(lists: Lists, kept: Sequence[int], names: Sequence[str]) -> lightgb
         group=[len(relevance[row]) for row in kept],
         feature_name=list(names) or "auto",
     )
+
+
+def rows_per_leaf(num_rows: int) -> int:
+    """`min_rows_per_leaf` for training rows of this number: less than the default for toy data."""
+    return min(MIN_ROWS_PER_LEAF, max(1, num_rows // 10))
 
 
 def user_folds(users: Sequence[int], num_folds: int, seed: int) -> np.ndarray:

@@ -8,14 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
-from rerank.baselines import fit_lambdamart, out_of_fold_scores
+from rerank.baselines import fit_lambdamart, out_of_fold_scores, rows_per_leaf
 from rerank.candidates.counting import is_by_time, times_of
 from rerank.candidates.row_lists import RowLists, is_hit
 from rerank.rows import TargetRows
 
 SEED = 0
 LEAST_ROWS = 200  # training rows before a window, from which trees are fitted
-MIN_ROWS_PER_LEAF = 200
 
 
 def reorder(run: str | Path, rows: TargetRows, lists: RowLists) -> RowLists:
@@ -42,11 +41,6 @@ def reorder(run: str | Path, rows: TargetRows, lists: RowLists) -> RowLists:
     for place, scored in zip(training, found, strict=True):
         scores[place] = scores[place] if scored is None else scored
     return lists.reordered(scores)
-
-
-def rows_per_leaf(num_rows: int) -> int:
-    """Candidates in a leaf at least: fewer for toy data."""
-    return min(MIN_ROWS_PER_LEAF, max(1, num_rows // 10))
 
 
 def scores_from_before(train: RowLists, users: Sequence[int], times: np.ndarray) -> list[np.ndarray | None]:

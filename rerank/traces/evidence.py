@@ -27,7 +27,6 @@ from rerank.traces.attempts import Draft
 
 NUM_FOLDS = 5
 LEAST_USERS = 3
-MIN_ROWS_PER_LEAF = 200
 
 
 def categories_of(item: int, catalogue: Catalogue, settings: PromptSettings) -> list[str]:
@@ -93,8 +92,8 @@ def fit_scores(rows: Sequence[RankingRow], names: Sequence[str], seed: int) -> d
             "fold need: one to score, one to fit, one to choose the number of trees; add data."
         )
     train = [np.asarray(row.features) for row in rows], [row.relevance for row in rows]
-    num_folds, rows_per_leaf = min(NUM_FOLDS, num_users), min(MIN_ROWS_PER_LEAF, max(1, len(rows) // 10))
-    scores = baselines.out_of_fold_scores(train, users, num_folds, seed, names, min_rows_per_leaf=rows_per_leaf)
+    num_folds, least = min(NUM_FOLDS, num_users), baselines.rows_per_leaf(len(rows))
+    scores = baselines.out_of_fold_scores(train, users, num_folds, seed, names, min_rows_per_leaf=least)
     scale = calibrate(scores, rows)
     return {row.row_id: scale * row_scores for row, row_scores in zip(rows, scores, strict=True)}
 
