@@ -116,7 +116,12 @@ def test_an_old_dapo_folder_is_refused_under_todays_recipe(run, capsys):
     line = refusal(capsys, "run", TOY, "--out", run, "--dry-run")
     assert f"{run}/data was made by another recipe: interactions is ${{TOY_DATA}}/interactions.csv there" in line
     words = [f"data.{name}=${{TOY_DATA}}/{name}.csv" for name in ("interactions", "items")]
-    words += ["semantic_ids.embeddings=${TOY_DATA}/embeddings.npy", "sft.keep=best", "dapo.keep=best"]
+    words += [
+        "traces.max_attempts=8",
+        "semantic_ids.embeddings=${TOY_DATA}/embeddings.npy",
+        "sft.keep=best",
+        "dapo.keep=best",
+    ]
     line = refusal(capsys, "run", TOY, "--out", run, "--dry-run", *words)
     assert f"{run}/dapo was made by another recipe: overlong_tokens is 8 there and its default here (overlong" in line
     assert f" among the rewards); delete {run}/dapo and the stages after it" in line and "--only" not in line
