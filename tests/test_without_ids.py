@@ -201,14 +201,14 @@ def test_a_prompt_beyond_the_teachers_context_is_named_before_its_engine_starts(
     teacher = {"teacher": "vllm", "teacher_model": str(base), "max_rows": 3}
     settings = PromptSettings(ranking="number", item_fields=["title", "category"], task="short")
     (tmp_path / "out").mkdir()
-    message = r"^3 of 3 prompts \(row_id .*: {} is {} and .* of 4 candidates, item_fields: title takes \d+\); raise it"
+    message = r"^3 of 3 prompts \(row_id .*: {} is {} and .* of 4 candidates, item_fields: title takes \d+\); {}"
     args = traces.TracesArguments(run_dir=str(run), **teacher, teacher_max_length=40)
-    with pytest.raises(ValueError, match=message.format("teacher_max_length", 40)):
+    with pytest.raises(ValueError, match=message.format("teacher_max_length", 40, "raise it")):
         traces.main(args, settings, tmp_path / "out")
     args = traces.TracesArguments(run_dir=str(run), **teacher)
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 50}))
-    with pytest.raises(ValueError, match=message.format(rf"the context of {base}", 50)):
+    with pytest.raises(ValueError, match=message.format(rf"the context of {base}", 50, "take a longer one, or raise")):
         traces.main(args, settings, tmp_path / "out")
 
 
@@ -338,8 +338,9 @@ def test_a_row_beyond_the_models_context_is_named_before_its_weights_load(run, t
     (base / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 60}))
     (base / "model.safetensors").unlink()
     message = (
-        r"(\d+) of \1 rows are longer than the context of \S+base, 60; raise it, or set max_field_tokens, .* \(in "
-        r"row_id \d+, of 4 candidates, (item_fields: title|evidence) takes \d+\)"
+        r"(\d+) of \1 rows are longer than the context of \S+base, 60; take a longer one, or raise context_length "
+        r"of the midtrain stage that made this one, or set max_field_tokens, .* \(in row_id "
+        r"\d+, of 4 candidates, (item_fields: title|evidence) takes \d+\)"
     )
     with pytest.raises(ValueError, match=message):
         fit(run, base, tmp_path)

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "valid", "test")  # candidates tables of a run
-SHORTER = "set max_field_tokens, lower max_history, or leave the field out in the traces recipe"
 
 
 def check_fields(run: str | Path, settings: PromptSettings) -> None:
@@ -72,9 +71,9 @@ def split_labels(tokenizer: "PreTrainedTokenizerBase", labels: Sequence[str]) ->
     if split:
         longest = max(split, key=split.__getitem__)
         logger.warning(
-            "%d of %d labels are more than one token to the model (%r is %d), and a ranking of all takes %d; with "
-            "`ranking: letter` a label is often one token",
+            "%d of %d labels are more than one token to the model (%r is %d), and a ranking of all takes %d%s",
             len(split), len(labels), spaced(longest), split[longest], sum(tokens.values()),
+            "; with `ranking: letter` a label is often one token" if len(labels) <= MAX_LETTERS else "",
         )  # fmt: skip
     return split
 
@@ -131,6 +130,14 @@ def longest_field(prompter: Prompter, row: RankingRow) -> str:
     return f"in row_id {row.row_id}, of {len(row.candidates)} candidates, {longest} takes {of_fields[longest]}"
 
 
+def shorter(limit: str) -> str:
+    """The cure for rows that are longer than a limit, `the context of FOLDER` or an option."""
+    longer = "raise it"
+    if limit.startswith("the context of "):
+        longer = "take a longer one, or raise context_length of the midtrain stage that made this one"
+    return f"{longer}, or set max_field_tokens, lower max_history, or leave the field out in the traces recipe"
+
+
 def check_context(
     prompter: Prompter,
     asked: Sequence[PromptedRow],
@@ -158,5 +165,5 @@ def check_context(
     raise ValueError(
         f"{len(long)} of {len(lengths)} prompts (row_id {shown}) have more than {room} tokens, the longest "
         f"{max(lengths)}: {limit} is {max_length} and a completion takes up to {max_completion_tokens} ({longest}); "
-        f"raise it, or {SHORTER}"
+        f"{shorter(limit)}"
     )

@@ -36,7 +36,7 @@ from rerank.models.saving import save_ranker, write_card
 from rerank.next_item.encoder import ITEM_TEXTS, NextItemEncoder
 from rerank.prompts import THINK_END
 from rerank.rows import PromptedRow, Prompter
-from rerank.rows.checks import SHORTER, check_context, longest_field, prompt_lengths
+from rerank.rows.checks import check_context, longest_field, prompt_lengths, shorter
 from rerank.sft.rows import check_lengths, examples
 from rerank.sft.start import check_start, load_start, load_start_tokenizer, start_model
 
@@ -180,11 +180,10 @@ def fit(
     chosen, encoded = examples(prompter, args.run_dir, with_trace)
     context = base_model.context_length(start)
 
-    def longest(place: int) -> str:
-        return f"raise it, or {SHORTER} ({longest_field(prompter, chosen[place])})"
-
     for name, most in (("max_length", config.max_length), (f"the context of {start},", context)):
-        check_lengths(encoded, most, name, longest)
+        check_lengths(
+            encoded, most, name, lambda place, name=name: f"{shorter(name)} ({longest_field(prompter, chosen[place])})"
+        )
     lengths = num_labels(encoded)
     limit = max(lengths) + max(lengths) // 4  # room for traces somewhat longer than any seen
     rows = validation.validation_rows(args.run_dir, args.eval_rows, prompter.needs_features)
