@@ -46,9 +46,10 @@ def evaluate(args: "EvaluateArguments", out_dir: Path) -> dict[str, object]:
 
 def evaluate_sets(args: "EvaluateArguments", out_dir: Path) -> dict[str, object]:
     """Write results.json, results.md, bar.json, lists.parquet; returns the split, n and each ranker's metrics."""
-    held_out = held_out_sets.HeldOut.load(Path(args.run_dir), args.split, args.max_rows)
-    found = held_out_sets.find_sets(Path(args.run_dir), held_out, args.num_beams)
-    results = held_out_sets.summarise(held_out, found, args.split, args.num_bootstrap)
+    run = Path(args.run_dir)
+    held_out = held_out_sets.HeldOut.load(run, args.split, args.max_rows)
+    found = held_out_sets.find_sets(run, held_out, args.num_beams)
+    results = held_out_sets.summarise(run, held_out, found, args.split, args.num_bootstrap)
     _write_results(results, held_out_sets.markdown(results), out_dir)
     values: bar.Lines = {
         (name,): held_out_sets.metrics_of_sets(lists, held_out.targets) for name, lists in found.items()

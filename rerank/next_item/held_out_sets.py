@@ -16,7 +16,9 @@ from rerank.catalogue import Catalogue
 from rerank.launch import run_dir
 from rerank.next_item.model import NextItemModel
 from rerank.next_item.recall import REFERENCE, baseline_lists, difference, filled, means_and_differences
+from rerank.next_item.slices import slice_lines, slice_results
 from rerank.results.intervals import LEAVES_SEEDS_OUT, Sampling
+from rerank.results.slices import Slices, training_interactions
 from rerank.results.tables import NO_VALUE, Results, markdown_table, number
 from rerank.rows import choose_rows, training_sequences
 
@@ -85,12 +87,15 @@ def find_sets(run: Path, held_out: HeldOut, num_beams: int) -> dict[str, np.ndar
     return found | {"sft": filled(lists.items, length)}
 
 
-def summarise(held_out: HeldOut, found: Mapping[str, np.ndarray], split: str, num_samples: int) -> Results:
-    """Each ranker's mean metrics, and their differences to transitions with intervals."""
+def summarise(run: Path, held_out: HeldOut, found: Mapping[str, np.ndarray], split: str, num_samples: int) -> Results:
+    """Each ranker's mean metrics, and their differences to transitions with intervals; the first metric on slices."""
     values = {name: metrics_of_sets(lists, held_out.targets) for name, lists in found.items()}
     sampling = Sampling(held_out.users, num_samples)
     rows = {name: means_and_differences(own, values[REFERENCE], METRICS, sampling) for name, own in values.items()}
-    return {"task": "held_out_sets", "split": split, "n": len(held_out.users), "rows": rows}
+    lengths = np.array([len(history) for history in held_out.histories])
+    slices = Slices.of_sets(training_interactions(run), held_out.targets, lengths, "held-out items")
+    sliced = slice_results(values, REFERENCE, slices, held_out.users, num_samples, METRICS[0])
+    return {"task": "held_out_sets", "split": split, "n": len(held_out.users), "rows": rows, "slices": sliced}
 
 
 def markdown(results: Results) -> str:
@@ -108,5 +113,6 @@ def markdown(results: Results) -> str:
         f"{LEAVES_SEEDS_OUT}.",
         "",
         *markdown_table(heads, cells),
+        *slice_lines(results["slices"]),
     ]
     return "\n".join(lines) + "\n"

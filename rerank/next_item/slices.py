@@ -19,9 +19,14 @@ METRIC = "R@10"
 
 
 def slice_results(
-    values: Mapping[str, Mapping[str, np.ndarray]], reference: str, slices: Slices, users: np.ndarray, num_samples: int
+    values: Mapping[str, Mapping[str, np.ndarray]],
+    reference: str,
+    slices: Slices,
+    users: np.ndarray,
+    num_samples: int,
+    metric: str = METRIC,
 ) -> Results:
-    """METRIC of each ranker on the slices, for results.json.
+    """A metric of each ranker on the slices, for results.json.
 
     Args:
         values: Ranker to its metrics, (R,) each.
@@ -29,10 +34,11 @@ def slice_results(
         slices: Of the rows.
         users: (R,).
         num_samples: Bootstrap samples of an interval.
+        metric: Its name.
     """
-    chosen = {name: of[METRIC] for name, of in values.items()}
+    chosen = {name: of[metric] for name, of in values.items()}
     found = measure(chosen, chosen[reference], slices.members, users, num_samples)
-    return {"metric": METRIC, "reference": reference, "of": slices.counts(), "rankers": found}
+    return {"metric": metric, "reference": reference, "of": slices.counts(), "rankers": found}
 
 
 def slice_lines(slices: Results) -> list[str]:

@@ -63,8 +63,15 @@ class Slices:
     def of_requests(cls, interactions: np.ndarray, rows: Sequence[RankingRow], lengths: np.ndarray) -> "Slices":
         """As `of`, by the relevant candidates of the highest grade; without any a row is neither cold nor popular."""
         best = [[row.candidates[place] for place in best_places(row)] for row in rows]
-        taken = np.array([interactions[items].mean() if items else np.nan for items in best])
-        return cls._by_counts(interactions, taken, lengths, ", mean of the best-graded candidates")
+        return cls.of_sets(interactions, best, lengths, "best-graded candidates")
+
+    @classmethod
+    def of_sets(
+        cls, interactions: np.ndarray, targets: Sequence[Sequence[int] | np.ndarray], lengths: np.ndarray, of: str
+    ) -> "Slices":
+        """As `of`, with several targets a row, or none; `of` is their name in the definitions."""
+        taken = np.array([interactions[items].mean() if len(items) else np.nan for items in targets])
+        return cls._by_counts(interactions, taken, lengths, f", mean of the {of}")
 
     @classmethod
     def _by_counts(cls, interactions: np.ndarray, taken: np.ndarray, lengths: np.ndarray, of: str = "") -> "Slices":
