@@ -1,0 +1,118 @@
+"""Quirks of real tokenizers and models, made small: padded vocabularies, BOS, normalizers, dates, opened tags."""
+
+import pytest
+import torch
+from tiny_model import ID_TOKENS, SHAPE, save_tiny_model, tiny_tokenizer
+from tokenizers import normalizers, processors
+from transformers import AutoTokenizer, Qwen3ForCausalLM
+
+from rerank import prompts
+from rerank.catalogue import Catalogue
+from rerank.midtrain.documents import Document, encode
+from rerank.models import base as base_model
+from rerank.next_item.encoder import NextItemEncoder
+from rerank.prompts import PromptSettings, render
+from rerank.rows import Prompter, RankingRow
+
+CATALOGUE = Catalogue(["a", "b"], ["<s_a_0><s_b_0>", "<s_a_1><s_b_1>"], ["drama", "title"], ["", ""])
+
+
+def padded_model(tokenizer, padding, tied):
+    """A model with unused rows of zeros behind those of the tokenizer."""
+    config = base_model.make_small_model(SHAPE, tokenizer, 0).config
+    config.vocab_size, config.tie_word_embeddings = len(tokenizer) + padding, tied
+    model = Qwen3ForCausalLM(config)
+    with torch.no_grad():
+        for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+            layer.weight[len(tokenizer) :] = 0
+    return model
+
+
+def with_bos(tokenizer, eos=False):
+    """The tokenizer of Gemma and Llama 3: it writes BOS before a text, some EOS behind it."""
+    tokenizer.add_special_tokens({"bos_token": "<|begin|>"})
+    text = "<|begin|> $A <|end|>" if eos else "<|begin|> $A"
+    specials = [(name, tokenizer.convert_tokens_to_ids(name)) for name in ("<|begin|>", "<|end|>")]
+    tokenizer._tokenizer.post_processor = processors.TemplateProcessing(single=text, special_tokens=specials)
+    tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
+    return tokenizer
+
+
+@pytest.mark.xfail(strict=True)
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("padding", [2, 200])
+def test_new_tokens_within_a_padded_vocabulary_have_rows_of_their_own(padding, tied):
+    tokenizer = tiny_tokenizer()
+    model = padded_model(tokenizer, padding, tied)
+    old = model.get_input_embeddings().weight[: len(tokenizer)].detach().clone()
+    ids = base_model.add_tokens(model, tokenizer, ID_TOKENS, seed=0)
+    for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+        rows = layer.weight[ids].detach()
+        assert len(torch.unique(rows, dim=0)) == len(ids)
+        assert 0.5 * old.std() < rows.std() < 2 * old.std()  # drawn around the known tokens, not the padding
+    assert torch.equal(model.get_input_embeddings().weight[: len(old)], old)
+
+
+@pytest.mark.xfail(strict=True)
+def test_an_id_stays_whole_behind_a_word_where_a_normalizer_prepends():
+    tokenizer = tiny_tokenizer()
+    tokenizer._tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )  # of Llama 2's family
+    model = base_model.make_small_model(SHAPE, tokenizer, 0)
+    ids = base_model.add_tokens(model, tokenizer, ID_TOKENS, seed=0)
+    for text in ("drama{}", "drama {}", "{} drama", "{}{}"):
+        found = tokenizer(text.replace("{}", ID_TOKENS[0]), add_special_tokens=False).input_ids
+        assert found.count(ids[0]) == text.count("{}")
+
+
+@pytest.mark.xfail(strict=True)
+def test_a_sequence_begins_alike_in_every_stage():
+    tokenizer = with_bos(tiny_tokenizer())
+    tokenizer.add_tokens(ID_TOKENS)
+    bos = tokenizer.bos_token_id
+    text = render(tokenizer, "drama")
+    assert tokenizer(text).input_ids == prompts.prompt_ids(tokenizer, [text])[0]
+    settings = PromptSettings(task="short", item_fields=["title"], ranking="number")
+    row = RankingRow(0, (0,), (0, 1), (1.0, 0.0))
+    example = Prompter(CATALOGUE, settings, tokenizer=tokenizer).example(row, None, [0, 1])["input_ids"]
+    begun = [
+        encode(Document("text", "", "drama"), tokenizer)["input_ids"],
+        encode(Document("lists", "Rank:", "drama"), tokenizer)["input_ids"],
+        NextItemEncoder(CATALOGUE, tokenizer, "semantic_id", 5).next_item_prompt([0]),
+        example,
+    ]
+    for ids in begun:
+        assert ids[0] == bos and ids.count(bos) == 1
+
+
+@pytest.mark.xfail(strict=True)
+def test_a_tokenizer_that_ends_every_text_is_refused(tmp_path):
+    folder = save_tiny_model(tmp_path / "model")
+    with_bos(AutoTokenizer.from_pretrained(folder), eos=True).save_pretrained(folder)
+    with pytest.raises(ValueError, match=r"model writes <\|end\|> behind every text"):
+        base_model.load_tokenizer(str(folder))
+
+
+@pytest.mark.xfail(strict=True)
+def test_the_date_of_a_template_is_fixed_and_saved(tmp_path):
+    folder = save_tiny_model(tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    dated = (
+        "{%- if strftime_now is defined %}{%- set date = strftime_now('%d %b %Y') %}{%- endif %}Today: {{ date }}\n"
+    )
+    tokenizer.chat_template = dated + tokenizer.chat_template
+    tokenizer.save_pretrained(folder)
+    loaded = base_model.load_tokenizer(str(folder))
+    assert "Today: 26 Jul 2024." in render(loaded, "drama")
+    loaded.save_pretrained(tmp_path / "saved")
+    assert render(AutoTokenizer.from_pretrained(tmp_path / "saved"), "drama") == render(loaded, "drama")
+    assert base_model.load_tokenizer(str(tmp_path / "saved")).chat_template == loaded.chat_template
+
+
+@pytest.mark.xfail(strict=True)
+def test_a_template_that_opens_the_tag_ends_before_it():
+    tokenizer = tiny_tokenizer()
+    plain = render(tokenizer, "drama")
+    tokenizer.chat_template += "{% if add_generation_prompt %}<think>\n{% endif %}"
+    assert render(tokenizer, "drama") == plain
