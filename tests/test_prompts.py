@@ -284,9 +284,6 @@ def test_render_ends_where_the_completion_starts_and_leaves_out_a_bos_that_the_t
     assert tokenizer(text).input_ids.count(0) == 1
 
 
-@pytest.mark.parametrize(
-    ("template", "message"), [(None, "has no chat template"), (TEMPLATE + "<think>\n", "opens <think> itself")]
-)
-def test_render_refuses_templates_it_cannot_use(template, message):
-    with pytest.raises(ValueError, match=message):
-        prompts.render(chat_tokenizer(template), "hello")
+def test_render_refuses_a_tokenizer_without_a_template():
+    with pytest.raises(ValueError, match="has no chat template"):
+        prompts.render(chat_tokenizer(None), "hello")

@@ -13,7 +13,7 @@ import numpy as np
 from rerank.catalogue import Catalogue
 from rerank.grading import GRADES, LONGEST_LIST, Facts, by_grade, word_grades, word_short
 from rerank.next_item.encoder import NEXT_ITEMS
-from rerank.prompts import THINK, completion, render, word_labels
+from rerank.prompts import THINK, completion, opening, render, word_labels
 from rerank.prompts.facts import NUM_BUCKETS, coded
 from rerank.prompts.fields import SEMANTIC_ID, clean
 from rerank.rows import windows
@@ -196,10 +196,10 @@ def _draw(documents: Sequence[Document], num: int, rng: np.random.Generator) -> 
 
 
 def encode(document: Document, tokenizer: "PreTrainedTokenizerBase") -> dict[str, list[int]]:
-    """Token ids and labels; -100 where there is no loss."""
+    """Token ids and labels; -100 where there is no loss. Every document begins as a prompt does."""
     texts = [render(tokenizer, document.prompt) if document.prompt else "", document.given, document.answer]
     prompt, given, answer = (tokenizer(text, add_special_tokens=False).input_ids if text else [] for text in texts)
-    prompt, answer = prompt + given, answer + ([tokenizer.eos_token_id] if document.ends else [])
+    prompt, answer = opening(tokenizer) + prompt + given, answer + ([tokenizer.eos_token_id] if document.ends else [])
     ids, labels = prompt + answer, [-100] * len(prompt) + answer
     return {"input_ids": ids, "labels": labels}
 

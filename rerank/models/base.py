@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 SPECIAL_TOKENS = ("<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>")
 EMBEDDING_SPREAD = 0.1
+# A date that a chat template asks for (Llama 3.1 and 3.2) is their own default one: prompts stay the same tomorrow.
+FIXED_DATE = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}"
 TEMPLATE = Path(__file__).with_name("chat_template.jinja")
 
 
@@ -72,16 +74,29 @@ def load_pretrained(
 
 
 def load_tokenizer(name: str, settings: "ModelConfig | None" = None) -> "PreTrainedTokenizerBase":
-    """The tokenizer of `load_pretrained`, without the model."""
+    """The tokenizer of `load_pretrained`, without the model; a date in its chat template is fixed.
+
+    Raises:
+        ValueError: When it ends every text by itself.
+    """
     from transformers import AutoTokenizer
 
     name = names.resolve(name, "model")
     files = [file.name for file in Path(name).glob("*.gguf")] if Path(name).is_dir() else []
     if len(files) > 1:
         raise ValueError(f"model folder {name} has {len(files)} .gguf files; leave one")
-    if files:
-        return AutoTokenizer.from_pretrained(name, gguf_file=files[0])
-    return AutoTokenizer.from_pretrained(name, revision=settings.model_revision if settings else "main")
+    options = {"gguf_file": files[0]} if files else {"revision": settings.model_revision if settings else "main"}
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, **options)
+    if tokenizer.eos_token_id is not None and tokenizer("").input_ids[-1:] == [tokenizer.eos_token_id]:
+        if tokenizer.eos_token_id != tokenizer.bos_token_id or len(tokenizer("").input_ids) > 1:
+            raise ValueError(
+                f"the tokenizer of {name} writes {tokenizer.eos_token} behind every text, and a prompt must not end; "
+                "set add_eos_token to false in its tokenizer_config.json, or take that out of its post_processor"
+            )
+    template = tokenizer.chat_template
+    if isinstance(template, str) and "strftime_now" in template and not template.startswith(FIXED_DATE):
+        tokenizer.chat_template = FIXED_DATE + template
+    return tokenizer
 
 
 def context_length(name: str | Path) -> int | None:
@@ -180,31 +195,40 @@ def _token_tables(model: "PreTrainedModel") -> list["torch.Tensor"]:
     return tables[:1] if tables[0] is tables[1] else tables  # type: ignore[return-value]  # weights are tensors
 
 
+def extend_vocabulary(tokenizer: "PreTrainedTokenizerBase", tokens: Iterable[str]) -> None:
+    """Add ordinary tokens as they stand; a normalizer that prepends (Llama 2's) would split them behind a word."""
+    from tokenizers import AddedToken
+
+    tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in tokens])
+
+
 def add_tokens(
     model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", tokens: Sequence[str], seed: int
 ) -> list[int]:
     """Add ordinary tokens (special ones would vanish from decoded completions) with embeddings; returns their ids.
 
-    New rows are drawn from a normal distribution with the mean and spread of the old ones, so that they differ.
+    New rows are drawn from a normal distribution with the mean and spread of those of known tokens, so that they
+    differ, also where they take unused rows of a padded vocabulary (Qwen's), which are all alike.
     """
     import torch
 
     embedding = _token_tables(model)[0]
     with gathered_parameters(embedding):
-        old_size = embedding.shape[0]
-    tokenizer.add_tokens(list(tokens))
+        num_rows = embedding.shape[0]
+    known = sorted(token_id for token_id in tokenizer.get_vocab().values() if token_id < num_rows)
+    extend_vocabulary(tokenizer, tokens)
     ids: list[int] = tokenizer.convert_tokens_to_ids(list(tokens))  # type: ignore[assignment]  # of a list, a list
     special = set(tokenizer.all_special_ids)
     for token, token_id in zip(tokens, ids, strict=True):
         if token_id in special or tokenizer(token, add_special_tokens=False).input_ids != [token_id]:
             raise ValueError(f"id token {token} is special or split in this tokenizer; use a base model without it")
-    if len(tokenizer) > old_size:
-        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    if max(ids, default=0) >= num_rows:
+        model.resize_token_embeddings(max(len(tokenizer), *(token_id + 1 for token_id in ids)), mean_resizing=False)
     generator = torch.Generator().manual_seed(seed)
-    new = [token_id for token_id in ids if token_id >= old_size]
+    new = sorted(set(ids).difference(known))
     for table in _token_tables(model):
         with torch.no_grad(), gathered_parameters(table):
-            old = table[:old_size].float()
+            old = table[known].float()
             noise = torch.randn(len(new), old.shape[1], generator=generator) * old.std()
             table[new] = (old.mean(0) + noise).to(table.dtype)
     return ids

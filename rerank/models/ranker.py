@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from rerank.catalogue import Catalogue, check_vocabulary
 from rerank.models.base import context_length
-from rerank.prompts import parse_completion
+from rerank.prompts import parse_completion, prompt_ids
 from rerank.rows import PromptedRow, Prompter, RankingRow
 from rerank.rows.checks import check_context, prompt_lengths
 
@@ -137,7 +137,7 @@ def complete_greedily(trainer: "Trainer", prompts: Sequence[str], max_tokens: in
 
     tokenizer = trainer.processing_class
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
-    ids = tokenizer(list(prompts)).input_ids
+    ids = prompt_ids(tokenizer, prompts)
     ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     config = GenerationConfig(do_sample=False, max_new_tokens=max_tokens, **ends)
     order = sorted(range(len(ids)), key=lambda place: len(ids[place]))

@@ -16,7 +16,7 @@ from rerank.catalogue import Catalogue
 from rerank.launch import run_dir
 from rerank.launch.files import write_json
 from rerank.next_item.prefix_index import PrefixIndex
-from rerank.prompts import render
+from rerank.prompts import prompt_ids, render
 from rerank.rows import TargetRows, by_user, training_items, windows
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ class NextItemEncoder:
     def prompt(self, text: str) -> list[int]:
         """Tokens of a rendered prompt."""
         if text not in self._prompts:
-            self._prompts[text] = self._token_ids(render(self.tokenizer, text))
+            (self._prompts[text],) = prompt_ids(self.tokenizer, [render(self.tokenizer, text)])
         return list(self._prompts[text])
 
     def next_item_prompt(self, history: Sequence[int]) -> list[int]:

@@ -19,6 +19,8 @@ from rerank.catalogue import Catalogue
 from rerank.launch.values import check_choice, check_range, option
 from rerank.prompts.chat import THINK as THINK
 from rerank.prompts.chat import THINK_END as THINK_END
+from rerank.prompts.chat import opening as opening
+from rerank.prompts.chat import prompt_ids as prompt_ids
 from rerank.prompts.chat import render as render
 from rerank.prompts.facts import FACTS as FACTS
 from rerank.prompts.facts import check_facts

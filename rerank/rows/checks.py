@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from rerank.catalogue import NO_TEXTS
 from rerank.launch import run_dir
-from rerank.prompts import MAX_LETTERS, PromptSettings, spaced, word_labels
+from rerank.prompts import MAX_LETTERS, PromptSettings, prompt_ids, spaced, word_labels
 from rerank.prompts.facts import code_words
 from rerank.prompts.fields import SEMANTIC_ID, check_item_fields, check_row_fields
 from rerank.rows.prompter import PromptedRow, Prompter, read_feature_names
@@ -120,7 +120,7 @@ def tokens_of_fields(prompter: Prompter, row: RankingRow) -> dict[str, int]:
 
 def prompt_lengths(tokenizer: "PreTrainedTokenizerBase", asked: Sequence[PromptedRow]) -> list[int]:
     """Tokens of each row's prompt."""
-    return [len(ids) for ids in tokenizer([row.prompt for row in asked]).input_ids] if asked else []
+    return [len(ids) for ids in prompt_ids(tokenizer, [row.prompt for row in asked])]
 
 
 def longest_field(prompter: Prompter, row: RankingRow) -> str:

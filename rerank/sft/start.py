@@ -68,7 +68,7 @@ def load_start_tokenizer(args: "SftArguments", model_args: "ModelConfig") -> "Pr
                 f"{start} lacks the tokens {' and '.join(new)}, which an adapter would leave untrained; set "
                 "lora_modules_to_save: [embed_tokens, lm_head], set use_peft: false, or add a midtrain stage"
             )
-        tokenizer.add_tokens(new)
+        base_model.extend_vocabulary(tokenizer, new)
     return tokenizer
 
 
