@@ -1,6 +1,6 @@
 """Groups in one row: TRL's own numbers, each prompt computed once, completions apart, and what is refused."""
 
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from types import MethodType, SimpleNamespace
 
 import pytest
@@ -11,6 +11,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from trl import GRPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
+from rerank.models import group_attention
 from rerank.models.group_attention import (
     ATTENTION,
     FAMILIES,
@@ -199,3 +200,35 @@ def test_an_adapter_that_lengthens_prompts_is_refused():
     model = get_peft_model(make_model(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
     with pytest.raises(ValueError, match="its adapter adds tokens to the prompt; use LoRA, or set group_forward"):
         prepare_model(model)
+
+
+@pytest.mark.xfail(strict=True)
+@pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
+def test_the_way_of_other_devices_is_that_of_the_cpu(monkeypatch, autocast):
+    ids, mask = make_batch()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        model = make_model()
+        expected = by_group(model, ids, mask)
+        monkeypatch.setattr(group_attention, "attention_of", lambda device: attend_in_turn)
+        found = by_group(model, ids, mask)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=0.05 if autocast else 1e-5, rtol=0)
+    assert len(gradients(model, *found)) > 5
+
+
+@pytest.mark.xfail(strict=True)
+def test_positions_start_at_a_prompts_first_token_whatever_its_padding():
+    seen = {}
+
+    def model(**kwargs):
+        seen.update(kwargs)
+        raise InterruptedError
+
+    with suppress(InterruptedError):
+        group_logps_and_entropies(model, *make_batch(), COMPLETION)
+    expected = []
+    for prompt, lengths in GROUPS:  # the prompt but its last token, which predicts the first one of each completion
+        expected += range(prompt - 1)
+        for length in filter(None, lengths):
+            expected += range(prompt - 1, prompt - 1 + length)
+    assert seen["position_ids"].tolist() == [expected]

@@ -8,6 +8,7 @@ from tiny_model import ID_TOKENS, SHAPE, save_tiny_model, tiny_tokenizer
 from tokenizers import normalizers, processors
 from transformers import AutoTokenizer, Qwen3ForCausalLM
 
+from rerank import prompts
 from rerank.catalogue import Catalogue
 from rerank.midtrain.documents import Document, encode
 from rerank.models import base as base_model
@@ -109,3 +110,14 @@ def test_a_template_that_opens_the_tag_ends_before_it():
     plain = render(tokenizer, "drama")
     tokenizer.chat_template += "{% if add_generation_prompt %}<think>\n{% endif %}"
     assert render(tokenizer, "drama") == plain
+
+
+@pytest.mark.xfail(strict=True)
+def test_special_tokens_within_a_completion_reach_the_parser():
+    tokenizer = tiny_tokenizer()
+    end, user, pad = tokenizer.convert_tokens_to_ids(["<|end|>", "<|user|>", "<|pad|>"])
+    tokens = tokenizer("<think>a</think> 2 1", add_special_tokens=False).input_ids
+    text = prompts.completion_text(tokenizer, [*tokens[:-1], user, pad, tokens[-1], end, pad, pad])
+    assert text == "<think>a</think> 2<|user|><|pad|> 1"
+    assert prompts.parse_completion(text, ["1", "2"]).failure == "junk"
+    assert prompts.completion_text(tokenizer, [*tokens, end]) == "<think>a</think> 2 1"

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import requests
 from tiny_model import ID_TOKENS, tiny_tokenizer
+from trl.generation.vllm_client import VLLMClient
 
 from rerank.models import server as rollout_server
 
@@ -147,3 +148,42 @@ def test_a_call_is_tried_again_a_limited_number_of_times_while_the_server_is_awa
     with pytest.raises(type(error)):
         rollout_server.retry(call, 0.2)()
     assert 1 < len(tries) <= rollout_server.MAX_TRIES if is_tried_again else len(tries) == 1
+
+
+@pytest.mark.xfail(strict=True)
+def test_the_server_has_a_gpu_of_its_own_and_listens_where_it_is_asked():
+    line = rollout_server.launch_line("model", "http://localhost:8001", device=8)
+    assert line.startswith(
+        "CUDA_VISIBLE_DEVICES=8 VLLM_SERVER_DEV_MODE=1 vllm serve model --host localhost --port 8001 "
+    )
+    assert "--host gpu9 --port 80 " in rollout_server.launch_line("model", "http://gpu9")
+    assert "CUDA_VISIBLE_DEVICES" not in rollout_server.launch_line("model", "http://gpu9")  # a machine of its own
+    assert "--port 443 " in rollout_server.launch_line("model", "https://gpu9/")
+
+
+@pytest.mark.xfail(strict=True)
+@pytest.mark.parametrize("code", [500, 503])
+def test_the_session_of_trls_client_is_waited_for_too(serve, tokenizer, monkeypatch, code):
+    url, seen = serve(tokenizer, first_codes=[code] * 5)
+    client = object.__new__(VLLMClient)
+    monkeypatch.setattr(VLLMClient, "check_server", lambda self, timeout: None)
+    VLLMClient.__init__(client, base_url=url)
+    question = {"prompt": "drama", "add_special_tokens": False}
+    client.generate = lambda: client._post(f"{url}/tokenize", json=question).json()
+    client.update_named_params, client.reset_prefix_cache = None, lambda: None
+    rollout_server.add_retries(client, 12.0)
+    assert client.generate()["tokens"] and len(seen) > 4
+
+
+@pytest.mark.xfail(strict=True, run=False)  # it would wait for ever
+def test_a_server_that_says_nothing_is_given_up(monkeypatch):
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        monkeypatch.setattr(VLLMClient, "check_server", lambda self, timeout: None)
+        client = VLLMClient(base_url=url)
+        client.generate = lambda: client._post(f"{url}/generate", json={})
+        monkeypatch.setattr(rollout_server, "LONGEST_ANSWER", 0.2)
+        rollout_server.add_retries(client, 0.5)
+        assert client.generate() == rollout_server.NO_ANSWER

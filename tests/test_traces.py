@@ -571,3 +571,41 @@ def test_the_stage_accepts_rankings_of_graded_rows_by_option(run_path, accept, t
 def test_a_top_k_above_every_list_is_refused_before_the_stage(run_path):
     with pytest.raises(ValueError, match="top_k is 9 but the longest list of .*train.parquet has 4 candidates; lower"):
         checked(run_path, {**SHORT, "top_k": 9})
+
+
+@pytest.mark.xfail(strict=True)
+def test_an_answer_without_the_opening_tag_is_a_trace_up_to_the_closing_one(run_path, served, monkeypatch):
+    def write(prompt):
+        message, reason = Server.written(prompt)
+        return {**message, "content": message["content"].removeprefix("<think>")}, reason
+
+    monkeypatch.setattr(Server, "written", Server.write, raising=False)
+    monkeypatch.setattr(Server, "write", staticmethod(write))
+    metrics, _ = run_stage(run_path, {}, **served)
+    assert metrics["accepted"] > 0 and "junk" not in metrics["reasons"]
+
+
+@pytest.mark.xfail(strict=True)
+def test_a_teacher_whose_first_batch_is_all_junk_is_stopped_with_the_reason(run_path, served, monkeypatch):
+    monkeypatch.setattr(Server, "write", staticmethod(lambda prompt: ({"content": "I cannot rank these."}, "stop")))
+    with pytest.raises(
+        ValueError, match=r"^none of the first \d+ answers is a ranking \(no_trace_end \d+\), such as "
+    ):
+        run_stage(run_path, {}, **served)
+    assert len(Server.requests) < 100
+
+
+@pytest.mark.xfail(strict=True)
+def test_a_gateway_that_refuses_a_key_is_named_and_can_do_without_it(run_path, served, monkeypatch):
+    complete = Server.complete
+
+    def refuse(self, body):
+        if "seed" in body:
+            return self.answer(400, {"error": {"message": "Unrecognized request argument supplied: seed"}})
+        return complete(self, body)
+
+    monkeypatch.setattr(Server, "complete", refuse)
+    with pytest.raises(ValueError, match=r"supplied: seed; set leave_out: \[seed\]$"):
+        run_stage(run_path, {}, **served)
+    metrics, _ = run_stage(run_path, {}, **served, leave_out=["seed"])
+    assert metrics["accepted"] > 0
