@@ -202,7 +202,6 @@ def test_an_adapter_that_lengthens_prompts_is_refused():
         prepare_model(model)
 
 
-@pytest.mark.xfail(strict=True)
 @pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
 def test_the_way_of_other_devices_is_that_of_the_cpu(monkeypatch, autocast):
     ids, mask = make_batch()
@@ -216,7 +215,6 @@ def test_the_way_of_other_devices_is_that_of_the_cpu(monkeypatch, autocast):
     assert len(gradients(model, *found)) > 5
 
 
-@pytest.mark.xfail(strict=True)
 def test_positions_start_at_a_prompts_first_token_whatever_its_padding():
     seen = {}
 

@@ -141,12 +141,14 @@ def test_the_dry_run_prints_the_line_of_the_server_that_rollouts_come_from(tmp_p
     steps = pipeline.read_steps(write_recipes(tmp_path / "toy", {"7_dapo": keys}), "run", [])
     server, launch = pipeline.describe(steps, CPU)
     words = shlex.split(server)
-    assert words[:6] == ["VLLM_SERVER_DEV_MODE=1", "vllm", "serve", "run/sft/model", "--port", "8123"]
-    assert words[6:8] == ["--max-model-len", "2048"] and words[-1] == "&"
+    assert words[:4] == ["VLLM_SERVER_DEV_MODE=1", "vllm", "serve", "run/sft/model"]
+    assert words[4:10] == ["--host", "localhost", "--port", "8123", "--max-model-len", "2048"] and words[-1] == "&"
+    [server, _] = pipeline.describe(steps, "recipes/accelerate/zero3.yaml")
+    assert server.startswith("CUDA_VISIBLE_DEVICES=8 VLLM_SERVER_DEV_MODE=1 vllm serve ")  # eight train, on 0 to 7
     assert json.loads(words[words.index("--weight-transfer-config") + 1]) == {"backend": "nccl"}
     assert launch.startswith("accelerate launch ")
     url = pipeline.read_steps(tmp_path / "toy", "run", ["dapo.vllm_server_base_url=http://gpu7:9000/"])
-    assert shlex.split(pipeline.describe(url, CPU)[0])[5] == "9000"
+    assert shlex.split(pipeline.describe(url, CPU)[0])[4:8] == ["--host", "gpu7", "--port", "9000"]
 
 
 def test_a_failing_stage_ends_the_run_with_its_exit_code(tmp_path, folder):

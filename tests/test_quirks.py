@@ -112,7 +112,6 @@ def test_a_template_that_opens_the_tag_ends_before_it():
     assert render(tokenizer, "drama") == plain
 
 
-@pytest.mark.xfail(strict=True)
 def test_special_tokens_within_a_completion_reach_the_parser():
     tokenizer = tiny_tokenizer()
     end, user, pad = tokenizer.convert_tokens_to_ids(["<|end|>", "<|user|>", "<|pad|>"])

@@ -75,12 +75,12 @@ def config(url, timeout=12.0):
 
 
 def test_the_launch_line_serves_the_model_for_weight_transfer():
-    words = shlex.split(rollout_server.launch_line("runs/my toy/sft/model", 8001, 512))
-    assert words[:6] == ["VLLM_SERVER_DEV_MODE=1", "vllm", "serve", "runs/my toy/sft/model", "--port", "8001"]
-    assert words[6:8] == ["--max-model-len", "512"]
+    words = shlex.split(rollout_server.launch_line("runs/my toy/sft/model", "http://localhost:8001", 512))
+    assert words[:4] == ["VLLM_SERVER_DEV_MODE=1", "vllm", "serve", "runs/my toy/sft/model"]
+    assert words[4:10] == ["--host", "localhost", "--port", "8001", "--max-model-len", "512"]
     assert json.loads(words[words.index("--weight-transfer-config") + 1]) == {"backend": "nccl"}
     assert words[words.index("--logprobs-mode") + 1] == "processed_logprobs"
-    assert "--max-model-len" not in rollout_server.launch_line("model")
+    assert "--max-model-len" not in rollout_server.launch_line("model", "http://localhost:8000")
 
 
 def test_the_address_is_the_url_or_host_and_port():
@@ -150,7 +150,6 @@ def test_a_call_is_tried_again_a_limited_number_of_times_while_the_server_is_awa
     assert 1 < len(tries) <= rollout_server.MAX_TRIES if is_tried_again else len(tries) == 1
 
 
-@pytest.mark.xfail(strict=True)
 def test_the_server_has_a_gpu_of_its_own_and_listens_where_it_is_asked():
     line = rollout_server.launch_line("model", "http://localhost:8001", device=8)
     assert line.startswith(
@@ -161,7 +160,6 @@ def test_the_server_has_a_gpu_of_its_own_and_listens_where_it_is_asked():
     assert "--port 443 " in rollout_server.launch_line("model", "https://gpu9/")
 
 
-@pytest.mark.xfail(strict=True)
 @pytest.mark.parametrize("code", [500, 503])
 def test_the_session_of_trls_client_is_waited_for_too(serve, tokenizer, monkeypatch, code):
     url, seen = serve(tokenizer, first_codes=[code] * 5)
@@ -175,7 +173,6 @@ def test_the_session_of_trls_client_is_waited_for_too(serve, tokenizer, monkeypa
     assert client.generate()["tokens"] and len(seen) > 4
 
 
-@pytest.mark.xfail(strict=True, run=False)  # it would wait for ever
 def test_a_server_that_says_nothing_is_given_up(monkeypatch):
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))

@@ -13,6 +13,7 @@ from rerank.dapo.prompt_stream import TrainingPrompt
 from rerank.dapo.sampler import SamplerState
 from rerank.models import server
 from rerank.models.group_attention import group_logps_and_entropies
+from rerank.prompts import completion_text
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -81,15 +82,23 @@ class PreparedTrainer(GRPOTrainer):
         """Completions of prompts by the present weights, each with a seed of its own."""
         self.prepared.requests = list(prompts)
         seeds = self.engine_seeds()
-        prompt_ids, ids, _, texts, logps, *_ = self._generate([prompt.asked.prompt for prompt in prompts])
+        prompt_ids, ids, _, _, logps, *_ = self._generate([prompt.asked.prompt for prompt in prompts])
         self.prepared.requests = []
         ends = (*self.eos_token_ids, self._tokenizer.pad_token_id)
         return [
             Completion(
-                list(prompt_ids[i]), list(ids[i]), text, logps and list(logps[i]), ids[i][-1] not in ends, seeds[i]
+                list(prompt_ids[i]),
+                list(own),
+                self._text(own),
+                logps and list(logps[i]),
+                own[-1] not in ends,
+                seeds[i],
             )
-            for i, text in enumerate(texts)
+            for i, own in enumerate(ids)
         ]
+
+    def _text(self, ids: Sequence[int]) -> str:
+        return completion_text(self._tokenizer, ids, self.eos_token_ids)
 
     def generate_greedily(self, prompts: Sequence[str]) -> list[str]:
         """The most probable completion of each prompt by the present weights, none of it trained on."""
@@ -98,7 +107,7 @@ class PreparedTrainer(GRPOTrainer):
         temperature, generation.temperature = generation.temperature, 0.0
         completion_ids, _ = self._generate_single_turn(prompt_ids, None, {}, 1)  # vLLM refuses more without sampling
         generation.temperature = temperature
-        return self.processing_class.batch_decode(completion_ids, skip_special_tokens=True)
+        return [self._text(ids) for ids in completion_ids]
 
     def request_seeds(self) -> list[int]:
         """A seed for each completion that is being sampled; none for greedy decoding."""

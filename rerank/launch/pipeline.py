@@ -277,14 +277,21 @@ def describe(steps: Sequence[Step], accelerate: str, remake: Sequence[str] = ())
         if step.stage == "dapo" and step.keys.get("vllm_mode") == "server":
             from rerank.models import server
 
-            model = runs.stage_dir(step.run_dir, "sft") / "model"
-            lines.append(server.launch_line(model, _port(step.keys), step.keys.get("vllm_max_model_length")) + " &")
+            model, url, where = (
+                runs.stage_dir(step.run_dir, "sft") / "model",
+                _address(step.keys),
+                recipe.load(accelerate),
+            )
+            shares = server.is_local(url) and not where.get("use_cpu")
+            device = (where.get("num_processes") or 1) if shares else None  # the first GPUs train
+            lines.append(server.launch_line(model, url, step.keys.get("vllm_max_model_length"), device) + " &")
         done = step.stage not in remake and runs.is_finished(step.run_dir, step.stage)
         line = shlex.join(["accelerate", "launch", *launch_words(step, accelerate)])
         lines.append(("# finished: " if done else "") + line)
     return lines
 
 
-def _port(keys: recipe.Keys) -> int:
-    url = keys.get("vllm_server_base_url")
-    return int(url.rsplit(":", 1)[1].strip("/")) if url else int(keys.get("vllm_server_port", 8000))
+def _address(keys: recipe.Keys) -> str:
+    """Of the rollout server; TRL's defaults where the recipe names none."""
+    host, port = keys.get("vllm_server_host", "localhost"), keys.get("vllm_server_port", 8000)
+    return keys.get("vllm_server_base_url") or f"http://{host}:{port}"

@@ -133,7 +133,7 @@ def open_engine(model_dir: str | Path, max_length: int | None = None, seed: int 
 
 @dataclass(frozen=True)
 class Completion:
-    """One completion: text without special tokens, its token ids, and whether the length limit cut it off."""
+    """One completion: text without its end token, its token ids, and whether the length limit cut it off."""
 
     text: str
     token_ids: list[int]
@@ -159,6 +159,7 @@ def generate(
     params = [
         SamplingParams(
             max_tokens=max_tokens, temperature=temperature, top_p=1.0, top_k=0, n=num_completions,
+            skip_special_tokens=False,  # an answer with one in it is no ranking
             seed=None if seed is None else seed + i,
         )
         for i in range(len(prompts))

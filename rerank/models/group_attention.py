@@ -19,7 +19,7 @@ Letters of shapes: B rows, T tokens of a padded row, C completion tokens of it, 
 heads, D size of a head.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -116,12 +116,12 @@ def _score(
     """`group_logps_and_entropies` of one forward pass; entropies where the model's head computes them."""
     chosen, predicts, groups = _choose_tokens(input_ids, attention_mask.bool(), logits_to_keep)
     labels = input_ids.roll(-1, dims=1).masked_fill(~predicts, -100)
-    columns = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+    positions = attention_mask.cumsum(1) - 1  # from the prompt's first token: padding would cost bfloat16 precision
     outputs = model(
         input_ids=input_ids[chosen][None],  # (1, N)
         # four dimensions mark a mask as made already, and an empty one cannot be used by mistake
         attention_mask=torch.empty(1, 1, 1, 0, device=input_ids.device),
-        position_ids=columns[chosen][None],
+        position_ids=positions[chosen][None],
         shift_labels=labels[chosen][None],
         fused_lm_head=True,
         groups=groups,
@@ -173,12 +173,10 @@ def group_attention(
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     heads_per_key = query.shape[1] // key.shape[1]
     key, value = repeat_kv(key, heads_per_key), repeat_kv(value, heads_per_key)
-    if query.device.type == "cpu":
-        if torch.is_autocast_enabled("cpu"):
-            query, key, value = (tensor.to(torch.get_autocast_dtype("cpu")) for tensor in (query, key, value))
-        output = CpuGroupAttention.apply(query, key, value, groups, scaling)
-    else:
-        output = attend_in_turn(query, key, value, groups, scaling)
+    device = query.device.type
+    if torch.is_autocast_enabled(device):  # which leaves rotated queries and keys in float32
+        query, key, value = (tensor.to(torch.get_autocast_dtype(device)) for tensor in (query, key, value))
+    output = attention_of(device)(query, key, value, groups, scaling)
     return output.transpose(1, 2).contiguous(), None
 
 
@@ -208,6 +206,11 @@ def attend_in_turn(
             mask = causal_lower_right(own.stop - own.start, keys.shape[2])
             outputs.append(scaled_dot_product_attention(query[:, :, own], keys, values, mask, scale=scaling))
     return torch.cat(outputs, dim=2)
+
+
+def attention_of(device: str) -> Callable[..., torch.Tensor]:
+    """The attention of packed rows on a type of device."""
+    return CpuGroupAttention.apply if device == "cpu" else attend_in_turn
 
 
 class CpuGroupAttention(torch.autograd.Function):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from rerank.catalogue import Catalogue, check_vocabulary
 from rerank.models.base import context_length
-from rerank.prompts import parse_completion, prompt_ids
+from rerank.prompts import completion_text, parse_completion, prompt_ids
 from rerank.rows import PromptedRow, Prompter, RankingRow
 from rerank.rows.checks import check_context, prompt_lengths
 
@@ -149,6 +149,6 @@ def complete_greedily(trainer: "Trainer", prompts: Sequence[str], max_tokens: in
                 {"input_ids": [ids[place] for place in places]}, padding_side="left", return_tensors="pt"
             ).to(trainer.accelerator.device)
             made = model.generate(**padded, generation_config=config)[:, padded.input_ids.shape[1] :]
-            for place, text in zip(places, tokenizer.batch_decode(made, skip_special_tokens=True), strict=True):
-                texts[place] = text
+            for place, tokens in zip(places, made.tolist(), strict=True):
+                texts[place] = completion_text(tokenizer, tokens)
     return texts

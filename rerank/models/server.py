@@ -6,8 +6,10 @@ import logging
 import re
 import shlex
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
+from urllib.parse import urlsplit
 
 import requests
 import tenacity
@@ -23,22 +25,40 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 MAX_TRIES = 6
+LONGEST_ANSWER = 1800.0  # seconds without a byte; TRL's client would wait for ever
 NO_ANSWER: dict[str, list[object]] = {"prompt_ids": [], "completion_ids": [], "logprobs": []}
 
 
-def launch_line(model_dir: str | Path, port: int = 8000, max_length: int | None = None) -> str:
-    """The shell line that serves a policy the way TRL's server mode needs it (weights arrive over NCCL)."""
-    words = ["vllm", "serve", str(model_dir), "--port", str(port)]
+def launch_line(model_dir: str | Path, url: str, max_length: int | None = None, device: int | None = None) -> str:
+    """The shell line that serves a policy the way TRL's server mode needs it (weights arrive over NCCL).
+
+    The server listens on the host of its address alone: its development endpoints are for nobody else.
+
+    Args:
+        model_dir: Of the sft stage.
+        url: Address of the server, as the recipe names it.
+        max_length: Tokens of prompt and completion.
+        device: The GPU that training leaves free, where both share a machine.
+    """
+    address = urlsplit(url)
+    port = address.port or (443 if address.scheme == "https" else 80)
+    words = ["vllm", "serve", str(model_dir), "--host", str(address.hostname), "--port", str(port)]
     if max_length is not None:
         words += ["--max-model-len", str(max_length)]
     words += ["--weight-transfer-config", json.dumps({"backend": "nccl"})]
     words += ["--logprobs-mode", "processed_logprobs", "--max-logprobs", "-1", "--enable-scale-out"]
-    return "VLLM_SERVER_DEV_MODE=1 " + shlex.join(words)
+    own_gpu = "" if device is None else f"CUDA_VISIBLE_DEVICES={device} "
+    return f"{own_gpu}VLLM_SERVER_DEV_MODE=1 {shlex.join(words)}"
 
 
 def base_url(config: "GRPOConfig") -> str:
     """Address of the server that a GRPOConfig names."""
     return config.vllm_server_base_url or f"http://{config.vllm_server_host}:{config.vllm_server_port}"
+
+
+def is_local(url: str) -> bool:
+    """Whether an address is of the machine itself."""
+    return urlsplit(url).hostname in ("localhost", "127.0.0.1", "0.0.0.0", "::1")  # noqa: S104
 
 
 def check_vocabulary(config: "GRPOConfig", tokenizer: "PreTrainedTokenizerBase", semantic_ids: Sequence[str]) -> None:
@@ -82,8 +102,10 @@ def add_retries(client: "VLLMClient", seconds: float) -> None:
     """Let TRL's client ask again while the server is away, and in the end answer nothing.
 
     Other processes wait for the answer; an exception here would leave them waiting. Once a call has failed for good,
-    no later one is tried: a server that comes back serves other weights.
+    no later one is tried: a server that comes back serves other weights. A server that takes LONGEST_ANSWER seconds
+    counts as away.
     """
+    client.session.request = partial(client.session.request, timeout=LONGEST_ANSWER)
     generate, update, reset = retry(client.generate, seconds), client.update_named_params, client.reset_prefix_cache
     is_gone = False
 
@@ -109,9 +131,12 @@ def add_retries(client: "VLLMClient", seconds: float) -> None:
 
 
 def _is_away(error: BaseException) -> bool:
-    """Whether an error means that the server is not there yet: no answer, or a 502 to 504."""
+    """Whether an error means that the server is not there yet: no answer, or a 502 to 504.
+
+    TRL's session asks again by itself after a 500, 502 or 503, and in the end raises RetryError.
+    """
     if type(error) is Exception:  # what TRL's client raises for every answer but 200
         return re.match(r"Request failed: 50[234]\b", str(error)) is not None
     if isinstance(error, requests.HTTPError):
         return error.response is not None and error.response.status_code in (502, 503, 504)
-    return isinstance(error, requests.ConnectionError | requests.Timeout)
+    return isinstance(error, requests.ConnectionError | requests.Timeout | requests.exceptions.RetryError)

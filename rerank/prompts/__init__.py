@@ -19,6 +19,7 @@ from rerank.catalogue import Catalogue
 from rerank.launch.values import check_choice, check_range, option
 from rerank.prompts.chat import THINK as THINK
 from rerank.prompts.chat import THINK_END as THINK_END
+from rerank.prompts.chat import completion_text as completion_text
 from rerank.prompts.chat import opening as opening
 from rerank.prompts.chat import prompt_ids as prompt_ids
 from rerank.prompts.chat import render as render

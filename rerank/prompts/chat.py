@@ -1,6 +1,6 @@
 """The tags of a trace, a prompt in a model's chat template, and the tokens with which every sequence begins."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -34,3 +34,15 @@ def prompt_ids(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> li
     """Token ids of texts that begin a sequence, such as `render` writes them, in every stage and engine."""
     first = opening(tokenizer)
     return [first + ids for ids in tokenizer(list(texts), add_special_tokens=False).input_ids] if texts else []
+
+
+def completion_text(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int], ends: Collection[int] = ()) -> str:
+    """The text of a completion's tokens, up to its end token; other special tokens stay, being no part of a ranking.
+
+    Args:
+        tokenizer: Of the model.
+        ids: Of the completion.
+        ends: Tokens that end it; by default the tokenizer's end of sequence.
+    """
+    end = next((place for place, token in enumerate(ids) if token in (ends or [tokenizer.eos_token_id])), len(ids))
+    return str(tokenizer.decode(ids[:end], skip_special_tokens=False))
