@@ -573,7 +573,6 @@ def test_a_top_k_above_every_list_is_refused_before_the_stage(run_path):
         checked(run_path, {**SHORT, "top_k": 9})
 
 
-@pytest.mark.xfail(strict=True)
 def test_an_answer_without_the_opening_tag_is_a_trace_up_to_the_closing_one(run_path, served, monkeypatch):
     def write(prompt):
         message, reason = Server.written(prompt)
@@ -585,7 +584,6 @@ def test_an_answer_without_the_opening_tag_is_a_trace_up_to_the_closing_one(run_
     assert metrics["accepted"] > 0 and "junk" not in metrics["reasons"]
 
 
-@pytest.mark.xfail(strict=True)
 def test_a_teacher_whose_first_batch_is_all_junk_is_stopped_with_the_reason(run_path, served, monkeypatch):
     monkeypatch.setattr(Server, "write", staticmethod(lambda prompt: ({"content": "I cannot rank these."}, "stop")))
     with pytest.raises(
@@ -595,7 +593,6 @@ def test_a_teacher_whose_first_batch_is_all_junk_is_stopped_with_the_reason(run_
     assert len(Server.requests) < 100
 
 
-@pytest.mark.xfail(strict=True)
 def test_a_gateway_that_refuses_a_key_is_named_and_can_do_without_it(run_path, served, monkeypatch):
     complete = Server.complete
 

@@ -9,17 +9,22 @@ if TYPE_CHECKING:
 THINK, THINK_END = "<think>", "</think>"
 
 
-def render(tokenizer: "PreTrainedTokenizerBase", content: str) -> str:
+def render(tokenizer: "PreTrainedTokenizerBase", content: str, open_tag: bool = False) -> str:
     """The prompt string of one user message, up to where the completion starts.
 
     A beginning-of-sequence token that the tokenizer adds by itself is left out, or the model would see two. So is a
     tag that the template opens (R1 distills, Qwen3-Thinking): completions write it.
+
+    Args:
+        tokenizer: Of the model.
+        content: The message.
+        open_tag: Whether such a tag stays, for a model as it comes.
     """
     if tokenizer.chat_template is None:
         raise ValueError(f"{tokenizer.name_or_path} has no chat template; save one as its chat_template.jinja.")
     messages = [{"role": "user", "content": content}]
     text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-    if text.rstrip().endswith(THINK):
+    if not open_tag and text.rstrip().endswith(THINK):
         text = text.rstrip().removesuffix(THINK)
     return text.removeprefix(tokenizer.bos_token) if opening(tokenizer) else text
 

@@ -43,6 +43,7 @@ from rerank.rows.checks import check_fields, check_letters
 from rerank.traces.attempts import AttemptStore, Teacher, collect, summarize
 from rerank.traces.evidence import EvidenceTeacher, fit_scores
 from rerank.traces.teachers import (
+    KEYS,
     OpenaiTeacher,
     PromptWriter,
     VllmTeacher,
@@ -73,6 +74,7 @@ class TracesArguments(recipe.StageArguments):
     max_completion_tokens: int = option(1024, "Longest completion of a language model.")
     teacher_max_length: int | None = option(None, "vllm: tokens of prompt and completion.")
     teacher_dtype: str = option("auto", "vllm: number type, such as bfloat16 or float32.")
+    leave_out: list[str] = option([], f"openai: keys that its gateway refuses, of {' and '.join(KEYS)}.")
     max_concurrency: int = option(16, "openai: requests at a time.")
     max_retries: int = option(5, "openai: tries after a failed request.")
     batch_size: int = option(512, "Draws between two saves.")
@@ -90,6 +92,8 @@ class TracesArguments(recipe.StageArguments):
         check_choice("teacher", self.teacher, TEACHERS)
         check_choice("strategy", self.strategy, STRATEGIES)
         check_choice("accept", self.accept, ACCEPT)
+        for key in self.leave_out:
+            check_choice("leave_out", key, KEYS)
         for name in ("max_attempts", "traces_per_row", "max_completion_tokens", "max_concurrency", "batch_size"):
             check_range(name, getattr(self, name), least=1)
         for name in ("temperature", "max_rows", "max_retries", "seed"):

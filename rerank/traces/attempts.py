@@ -58,6 +58,7 @@ class Draft:
     truncated: bool = False
 
 
+LEAST_ANSWERS = 20  # of a batch, to judge a teacher by
 Teacher = Callable[[Sequence[RankingRow], int, int], list[Draft]]  # (rows, attempt from 1, seed of the batch)
 
 
@@ -202,10 +203,28 @@ def collect(
                     judge(rows[i], labels[i], attempt, draft, args.accept, top_k)
                     for i, draft in zip(batch, drafts, strict=True)
                 ]
+                refuse_all_junk(lines, is_first=not made)
                 store.add(lines)
                 made.update(rows[i].row_id for i in batch)
                 accepted.update(rows[i].row_id for i, line in zip(batch, lines, strict=True) if line["accepted"])
                 bar.update(sum(not is_open(i) for i in batch))
+
+
+def refuse_all_junk(lines: Sequence[Mapping[str, object]], is_first: bool) -> None:
+    """Stop a teacher none of whose first answers is a ranking, with the reasons and one of them.
+
+    Args:
+        lines: Of a batch, as of `judge`; fewer than LEAST_ANSWERS prove nothing.
+        is_first: Whether it is the first of all.
+    """
+    if not is_first or len(lines) < LEAST_ANSWERS or any(line["failure"] is None for line in lines):
+        return
+    reasons = Counter(str(line["failure"]) for line in lines).most_common()
+    cut = sum(bool(line["truncated"]) for line in lines)
+    cure = "raise max_completion_tokens" if cut > len(lines) / 2 else "change the teacher or the prompt"
+    counted = ", ".join(f"{name} {number}" for name, number in reasons)
+    example = str(lines[0]["completion"])[:200]
+    raise ValueError(f"none of the first {len(lines)} answers is a ranking ({counted}), such as {example!r}; {cure}")
 
 
 def summarize(table: pa.Table) -> dict[str, object]:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from rerank.traces import TracesArguments
 
+KEYS = ("seed", "max_completion_tokens")  # of a request, which some gateways refuse
 _TOLD = (
     "The item taken next is {label}. Put it first and explain from the history and the candidates why it fits best, "
     "but reason as if you did not know: never say that you were told."
@@ -65,7 +66,7 @@ def check_prompts(args: "TracesArguments", write_prompt: PromptWriter, rows: Seq
     model = find_model(str(args.teacher_model))
     tokenizer, context = load_tokenizer(model), args.teacher_max_length or context_length(model)
     limit = "teacher_max_length" if args.teacher_max_length else f"the context of {model}"
-    asked = [PromptedRow(row, prompts.render(tokenizer, write_prompt(row)), [], 1) for row in rows]
+    asked = [PromptedRow(row, prompts.render(tokenizer, write_prompt(row), open_tag=True), [], 1) for row in rows]
     prompter = replace(write_prompt.prompter, tokenizer=tokenizer)
     check_context(prompter, asked, prompt_lengths(tokenizer, asked), limit, context, 1)
 
@@ -77,16 +78,17 @@ class VllmTeacher:
         from rerank.models import engine
 
         model = find_model(str(args.teacher_model))
+        self.tokenizer = load_tokenizer(model)
         self.engine = engine.open_engine(model, args.teacher_max_length, args.seed, args.teacher_dtype)
         self.args, self.write_prompt = args, write_prompt
 
     def __call__(self, rows: Sequence[RankingRow], attempt: int, batch_seed: int) -> list[Draft]:
         from rerank.models import engine
 
-        texts = [prompts.render(self.engine.get_tokenizer(), self.write_prompt(row)) for row in rows]
+        texts = [prompts.render(self.tokenizer, self.write_prompt(row), open_tag=True) for row in rows]
         limits = self.args.max_completion_tokens, self.args.temperature
         outputs = engine.generate(self.engine, texts, *limits, seed=batch_seed)
-        return [Draft(completion.text, completion.truncated) for (completion,) in outputs]
+        return [Draft(with_opening_tag(completion.text), completion.truncated) for (completion,) in outputs]
 
 
 def open_client(base_url: str, max_retries: int) -> "OpenAI":
@@ -133,15 +135,23 @@ class OpenaiTeacher:
     def _draft(self, row: RankingRow, seed: int) -> Draft:
         from openai import BadRequestError
 
+        options = {
+            "seed": seed,
+            "temperature": self.args.temperature,
+            "max_completion_tokens": self.args.max_completion_tokens,
+        }
         try:
             answer = self.client.chat.completions.create(
                 model=str(self.args.teacher_model),
                 messages=[{"role": "user", "content": self.write_prompt(row)}],
-                seed=seed,
-                temperature=self.args.temperature,
-                max_completion_tokens=self.args.max_completion_tokens,
+                **{name: value for name, value in options.items() if name not in self.args.leave_out},
             )
         except BadRequestError as error:
+            if refused := [name for name in KEYS if re.search(rf"\b{name}\b", error.message)]:
+                raise ValueError(
+                    f"the server refuses {refused[0]}: {error.message}; set leave_out: "
+                    f"[{', '.join([*self.args.leave_out, refused[0]])}]"
+                ) from None
             raise ValueError(
                 f"the server refuses the prompt of row_id {row.row_id}: {error.message}; "
                 "lower max_history or max_completion_tokens, or serve the model with a larger --max-model-len."
@@ -154,7 +164,12 @@ def _with_reasoning(message: "ChatCompletionMessage") -> str:
     """The message's text; reasoning that the server has parted from it stands between the tags again."""
     extra, text = message.model_extra or {}, message.content or ""
     reasoning = extra.get("reasoning_content") or extra.get("reasoning")
-    return f"{prompts.THINK}{reasoning}{prompts.THINK_END}{text}" if reasoning else text
+    return f"{prompts.THINK}{reasoning}{prompts.THINK_END}{text}" if reasoning else with_opening_tag(text)
+
+
+def with_opening_tag(text: str) -> str:
+    """An answer that holds the closing tag of a trace alone, as where the chat template opened it, with both."""
+    return prompts.THINK + text if prompts.THINK_END in text and prompts.THINK not in text else text
 
 
 def find_model(model: str) -> str:
