@@ -21,6 +21,7 @@ import yaml
 from rerank.launch import named_files, trackers
 from rerank.launch import run_dir as runs
 from rerank.launch.stages import Stage, load_stage
+from rerank.launch.trainer_options import check_trainer_options
 from rerank.launch.values import default_of, type_hints, typed_value
 
 logger = logging.getLogger(__name__)
@@ -154,6 +155,7 @@ def resolve(stage: str, keys: Keys, source: str) -> tuple[Any, ...]:
             if isinstance(options, TrainingArguments):
                 assert isinstance(options.report_to, list)  # once transformers has read it
                 trackers.check_trackers(options.report_to)
+                check_trainer_options(options)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{source}: {one_line(error)}") from error
     if typed.get("bf16") and is_slow_in_bfloat16():
