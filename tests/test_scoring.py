@@ -148,3 +148,34 @@ def test_trainer_columns_are_those_of_the_installed_trl():
     source = (Path(find_spec("trl").origin).parent / "trainer/grpo_trainer.py").read_text()
     passed = re.findall(r'\breward_kwargs\["(\w+)"\] = ', source)
     assert {*passed, "prompts", "completions", "completion_ids"} == set(scoring.TRAINER_COLUMNS)
+
+
+ANY_CALLABLES = """
+from functools import partial
+
+def first(completions, k=3, **columns):
+    return [float(k)] * len(completions)
+
+first_one = partial(first, k=1)
+
+class Fixed:
+    def __init__(self, value):
+        self.value = value
+
+    def __call__(self, completions, **columns):
+        return [self.value] * len(completions)
+
+fixed = Fixed(2.0)
+"""
+
+
+@pytest.mark.xfail(strict=True)
+@pytest.mark.parametrize(
+    ("name", "kwargs", "value"), [("first_one", {}, 1), ("first_one", {"k": 5}, 5), ("fixed", {}, 2)]
+)
+def test_a_reward_may_be_any_callable_under_its_name_in_the_file(tmp_path, name, kwargs, value):
+    (tmp_path / "callables.py").write_text(ANY_CALLABLES)
+    entry = {"name": f"{tmp_path}/callables.py:{name}", "kwargs": kwargs}
+    [reward] = scoring.load_rewards([entry])
+    assert reward.name == name
+    assert scoring.score([reward], [GOLD, JUNK], ROWS).totals.tolist() == [value, value]
