@@ -118,6 +118,11 @@ def _attribute(module: ModuleType, attribute: str, name: str) -> object:
     return vars(module)[attribute]
 
 
+def name_of(function: Function, otherwise: str = "") -> str:
+    """The name of a function; of another callable that of its function, its class or as given."""
+    return str(getattr(function, "__name__", otherwise or type(function).__name__))
+
+
 def parameters(function: Function) -> Mapping[str, inspect.Parameter]:
     """The parameters of a function, by name."""
     return inspect.signature(function).parameters

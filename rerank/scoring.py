@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rerank.launch import recipe
-from rerank.plugins import Function, check_entry, load_function, parameters
+from rerank.plugins import Function, check_entry, load_function, name_of, parameters
 from rerank.rows import column_names
 
 RANK_GAIN = "rank_gain"  # the outcome of a completion that is no reward's: places that the best positive moved up
@@ -71,7 +71,7 @@ class Reward:
         """The value for each completion, and whether the condition holds, which is so without one."""
         holds = [True] * len(completions)
         if self.condition is not None:
-            what = f"condition {self.condition.__name__} of reward {self.name}"
+            what = f"condition {name_of(self.condition)} of reward {self.name}"
             holds = [bool(held) for held in _call(self.condition, what, BOOLEANS, completions, columns)]
         found = _call(self.function, f"reward {self.name}", NUMBERS, completions, columns)
         values = [None if value is None else float(value) for value in found]
@@ -217,14 +217,14 @@ def _load_reward(entry: Mapping[str, object]) -> Reward:
     condition = load_function(condition_name, "rewards.conditions") if condition_name else None
     if condition is not None:
         _check_signature(condition, f"condition {condition_name}")
-    return Reward(function.__name__, function, float(weight), condition)
+    return Reward(name_of(function, name.rpartition(":")[2]), function, float(weight), condition)
 
 
 def _check_signature(function: Function, what: str) -> None:
     """Refuse now what would fail in the first training step."""
     named, known = parameters(function).values(), column_names()
     if inspect.iscoroutinefunction(function) or inspect.isclass(function):
-        raise ValueError(f"{what} must be a plain function that returns a list, not a class or a coroutine")
+        raise ValueError(f"{what} must be a callable that returns a list, not a class or a coroutine")
     if not any(p.kind is p.VAR_KEYWORD for p in named):
         raise ValueError(f"{what} must take **columns, since it gets every column by name; add it")
     for p in named:
