@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trl import GRPOConfig, ModelConfig, get_peft_config
+from trl import GRPOConfig, ModelConfig
 
 from rerank import scoring
 from rerank.catalogue import Catalogue
@@ -32,8 +32,8 @@ from rerank.launch import run_dir, stopping, validation
 from rerank.launch.files import write_json
 from rerank.launch.stages import Stage
 from rerank.launch.values import check_choice, check_range, option
+from rerank.models import adapters, engine, group_attention, server
 from rerank.models import base as base_model
-from rerank.models import engine, group_attention, server
 from rerank.models.ranker import complete_greedily
 from rerank.models.saving import check_model, save_ranker
 from rerank.prompts import THINK, THINK_END, PromptSettings
@@ -194,8 +194,9 @@ def make_trainer(
     if args.group_forward:
         group_attention.prepare_model(model)
     set_seed(config.seed)
+    peft_config = adapters.lora_config(model_args, model, dropout=False)
     with engine.trl_engine_options(dtype=engine.engine_dtype(args.rollout_dtype), **engine.engine_options()):
-        trainer = DapoTrainer(args, config, model, prompts, out_dir / "rollouts", get_peft_config(model_args))
+        trainer = DapoTrainer(args, config, model, prompts, out_dir / "rollouts", peft_config)
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(ShortProgress())
     if not config.use_vllm:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from trl import ModelConfig, SFTConfig, get_peft_config
+from trl import ModelConfig, SFTConfig
 
 from rerank.catalogue import Catalogue, id_tokens
 from rerank.grading import LONGEST_LIST
@@ -34,8 +34,8 @@ from rerank.launch.values import check_choice, check_range, option
 from rerank.midtrain.documents import OF_IDS, TASKS, Document, encoded_dataset, mixed_documents
 from rerank.midtrain.new_rows import load_rows, save_rows, train_only_rows
 from rerank.midtrain.words import fixed_words, warn_of_split_words
+from rerank.models import adapters, names
 from rerank.models import base as base_model
-from rerank.models import names
 from rerank.models.dropout import residual_dropout
 from rerank.prompts import FACTS, MAX_LETTERS, THINK, THINK_END, word_labels
 from rerank.prompts.facts import NUM_BUCKETS, check_facts
@@ -242,7 +242,7 @@ def main(args: MidtrainArguments, training_args: SFTConfig, model_args: ModelCon
             gc.collect()  # before the second copy, of a model that may be large
             model, _, _ = fresh_model(args, model_args, documents, training_args.seed)
         load_rows(model, ids, rows_path)
-    peft_config = get_peft_config(model_args)
+    peft_config = adapters.lora_config(model_args, model)
     base_dir = out_dir / "base"
     if peft_config is not None:
         with base_model.gathered_parameters(*model.parameters()):  # what the adapter is merged into at the end

@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trl import ModelConfig, SFTConfig, get_peft_config
+from trl import ModelConfig, SFTConfig
 
 from rerank.catalogue import Catalogue
 from rerank.launch import model_card, run_dir, stopping, validation
@@ -29,6 +29,7 @@ from rerank.launch.stages import Stage
 from rerank.launch.values import check_choice, check_range, option
 from rerank.losses import FOLDER as LOSSES
 from rerank.losses import Losses, Row, load_losses
+from rerank.models import adapters
 from rerank.models import base as base_model
 from rerank.models.dropout import residual_dropout
 from rerank.models.ranker import complete_greedily
@@ -125,7 +126,7 @@ def make_trainer(
         tuple(rows),
         train_dataset=Dataset.from_list([row | {"number": number} for number, row in enumerate(numbered)]),
         processing_class=tokenizer,
-        peft_config=get_peft_config(model_args),
+        peft_config=adapters.lora_config(model_args, model),
         **options,
     )
 

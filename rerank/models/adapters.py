@@ -1,0 +1,33 @@
+"""LoRA adapters as the recipe's keys of TRL describe them."""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+    from transformers import PreTrainedModel
+    from trl import ModelConfig
+
+TABLES = {"embed_tokens", "lm_head"}
+
+
+def lora_config(settings: "ModelConfig", model: "PreTrainedModel", dropout: bool = True) -> "PeftConfig | None":
+    """The adapter for a model, or None; a table of tokens that is tied to the other stays tied when it is trained.
+
+    PEFT by itself trains a copy of the one that is named, so that tokens are read and written by two different rows.
+
+    Args:
+        settings: TRL's.
+        model: To be trained.
+        dropout: Whether `lora_dropout` is followed; completions of a policy are sampled without it.
+    """
+    from trl import get_peft_config
+
+    config = get_peft_config(settings)
+    if config is None:
+        return None
+    tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
+    if tied and TABLES & set(settings.lora_modules_to_save or ()):
+        config.ensure_weight_tying = True
+    if not dropout:
+        config.lora_dropout = 0.0
+    return config

@@ -1,0 +1,50 @@
+"""LoRA beside trained embeddings: one weight for tied tables, and no dropout in reinforcement learning."""
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from tiny_model import tiny_model, tiny_tokenizer
+from transformers import AutoModelForCausalLM
+from trl import ModelConfig
+
+from rerank.models import adapters
+
+LORA = {"use_peft": True, "lora_r": 2, "lora_target_modules": ["q_proj", "v_proj"]}
+
+
+@pytest.mark.parametrize("modules", [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"]])
+def test_tied_tables_stay_one_weight_trained_merged_and_saved(tmp_path, modules):
+    tokenizer = tiny_tokenizer()
+    model = tiny_model(tokenizer)
+    config = adapters.lora_config(ModelConfig(**LORA, lora_modules_to_save=modules), model)
+    trained = get_peft_model(model, config)
+    ids = torch.arange(20).view(2, 10)
+    trained(input_ids=ids, labels=ids).loss.backward()
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            if parameter.grad is not None:
+                parameter -= parameter.grad
+    expected = trained.eval()(input_ids=ids).logits
+    trained.save_pretrained(tmp_path / "adapter")
+    merged = PeftModel.from_pretrained(tiny_model(tokenizer), str(tmp_path / "adapter")).merge_and_unload()
+    merged.save_pretrained(tmp_path / "model")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert loaded.config.tie_word_embeddings
+    assert loaded.get_input_embeddings().weight is loaded.get_output_embeddings().weight
+    torch.testing.assert_close(loaded(input_ids=ids).logits, expected, atol=1e-5, rtol=0)
+
+
+def test_an_untied_model_trains_the_table_that_is_named():
+    model = tiny_model(tiny_tokenizer(), tied=False)
+    config = adapters.lora_config(ModelConfig(**LORA, lora_modules_to_save=["embed_tokens"]), model)
+    trained = get_peft_model(model, config)
+    assert {name.split(".")[-4] for name, p in trained.named_parameters() if "modules_to_save" in name} == {
+        "embed_tokens"
+    }
+
+
+def test_reinforcement_learning_has_no_dropout():
+    settings, model = ModelConfig(**LORA), tiny_model(tiny_tokenizer())
+    assert adapters.lora_config(settings, model).lora_dropout == settings.lora_dropout > 0
+    assert adapters.lora_config(settings, model, dropout=False).lora_dropout == 0
+    assert adapters.lora_config(ModelConfig(), model) is None
