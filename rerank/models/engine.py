@@ -23,6 +23,10 @@ import torch
 if TYPE_CHECKING:
     from vllm import LLM
 
+    from rerank.models.ranking_grammar import RankingGrammar
+
+PROCESSOR = "rerank.models.ranking_processor:RankingProcessor"
+
 
 def keep_weights_live() -> None:
     """Make vLLM's CPU layers compute with their own weight. Call before an engine is built; a no-op on GPU."""
@@ -116,19 +120,24 @@ def trl_engine_options(**options: str | bool | int) -> Iterator[None]:
         vllm_generation.LLM = original
 
 
-def open_engine(model_dir: str | Path, max_length: int | None = None, seed: int = 0, dtype: str = "auto") -> "LLM":
+def open_engine(
+    model_dir: str | Path, max_length: int | None = None, seed: int = 0, dtype: str = "auto", constrained: bool = False
+) -> "LLM":
     """An offline vLLM engine on a model folder.
 
     Args:
         max_length: Prompt and completion together, in tokens; None for the model's own.
         dtype: As of `engine_dtype`.
+        constrained: Whether `generate` can be given grammars.
     """
     from vllm import LLM
 
     keep_weights_live()
+    options = {"logits_processors": [PROCESSOR]} if constrained else {}
     return LLM(
-        model=str(model_dir), max_model_len=max_length, seed=seed, dtype=engine_dtype(dtype), **engine_options()
-    )
+        model=str(model_dir), max_model_len=max_length, seed=seed, dtype=engine_dtype(dtype), **options,
+        **engine_options(),
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -147,11 +156,13 @@ def generate(
     temperature: float = 0.0,
     num_completions: int = 1,
     seed: int | None = None,
+    grammars: "Sequence[RankingGrammar | None] | None" = None,
 ) -> list[list[Completion]]:
     """`num_completions` completions per prompt; nothing is inherited from the model's generation_config.
 
     Args:
         prompts: As `prompts.render` makes them.
+        grammars: Of each prompt's completions, which are free where there is none; of a constrained engine.
         seed: With `temperature` > 0, request i has the seed seed + i, so that a second call repeats the first.
     """
     from vllm import SamplingParams
@@ -161,6 +172,7 @@ def generate(
             max_tokens=max_tokens, temperature=temperature, top_p=1.0, top_k=0, n=num_completions,
             skip_special_tokens=False,  # an answer with one in it is no ranking
             seed=None if seed is None else seed + i,
+            extra_args={"ranking": grammar.as_options()} if grammars and (grammar := grammars[i]) else None,
         )
         for i in range(len(prompts))
     ]  # fmt: skip

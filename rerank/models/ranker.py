@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from rerank.catalogue import Catalogue, check_vocabulary
 from rerank.models.base import context_length
+from rerank.models.ranking_grammar import RankingGrammar
 from rerank.prompts import completion_text, parse_completion, prompt_ids
 from rerank.rows import PromptedRow, Prompter, RankingRow
 from rerank.rows.checks import check_context, prompt_lengths
@@ -56,10 +57,17 @@ class RankingModel:
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows to answer together, and the catalogue whose texts their prompts show; None for the model's own."""
+    """Rows to answer together.
+
+    Attributes:
+        rows: Of any lengths.
+        catalogue: The items whose texts their prompts show; None for the model's own.
+        constrained: Whether every answer is made a ranking.
+    """
 
     rows: Sequence[RankingRow]
     catalogue: Catalogue | None = None
+    constrained: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,9 +88,17 @@ def read_answer(text: str, num_tokens: int, truncated: bool, labels: Sequence[st
     return Answer(parsed.order, parsed.failure, parsed.trace, text, num_tokens, truncated)
 
 
-def generate_answers(model: RankingModel, rows: Sequence[RankingRow]) -> tuple[list[Answer], float]:
-    """A greedy completion of each row's prompt, and the seconds that it took without the engine's start."""
-    return generate_batches(model, [Batch(rows)])[0]
+def generate_answers(
+    model: RankingModel, rows: Sequence[RankingRow], constrained: bool = False
+) -> tuple[list[Answer], float]:
+    """A greedy completion of each row's prompt, and the seconds that it took without the engine's start.
+
+    Args:
+        model: A folder's.
+        rows: Of any lengths.
+        constrained: Whether every answer is made a ranking: after the trace only labels that are not written yet.
+    """
+    return generate_batches(model, [Batch(rows, constrained=constrained)])[0]
 
 
 def generate_batches(model: RankingModel, batches: Sequence[Batch]) -> list[tuple[list[Answer], float]]:
@@ -92,13 +108,17 @@ def generate_batches(model: RankingModel, batches: Sequence[Batch]) -> list[tupl
     tokenizer = model.load_tokenizer()
     asked = [ask(model, batch, tokenizer) for batch in batches]
     max_length = _check_positions(model, [row for rows in asked for row in rows], tokenizer)
-    engine = vllm_engine.open_engine(model.folder, max_length)
+    grammars = [
+        [_grammar(model, row, tokenizer) for row in rows] if batch.constrained else None
+        for batch, rows in zip(batches, asked, strict=True)
+    ]
+    engine = vllm_engine.open_engine(model.folder, max_length, constrained=any(batch.constrained for batch in batches))
     found = []
     try:
-        for rows in asked:
+        for rows, rules in zip(asked, grammars, strict=True):
             began = time.perf_counter()
-            texts = [row.prompt for row in rows]
-            completions = vllm_engine.generate(engine, texts, model.max_completion_tokens) if texts else []
+            texts, limit = [row.prompt for row in rows], model.max_completion_tokens
+            completions = vllm_engine.generate(engine, texts, limit, grammars=rules) if texts else []
             seconds = time.perf_counter() - began
             answers = [
                 read_answer(completion.text, len(completion.token_ids), completion.truncated, row.labels, row.top_k)
@@ -116,6 +136,13 @@ def ask(model: RankingModel, batch: Batch, tokenizer: "PreTrainedTokenizerBase")
     """The rows of a batch with the prompts that the model answers."""
     prompter = replace(model.prompter, tokenizer=tokenizer, catalogue=batch.catalogue or model.prompter.catalogue)
     return [prompter.ask(row, model.max_completion_tokens) for row in batch.rows]
+
+
+def _grammar(model: RankingModel, row: PromptedRow, tokenizer: "PreTrainedTokenizerBase") -> RankingGrammar:
+    try:
+        return RankingGrammar.of_labels(tokenizer, row.labels, row.top_k, model.max_completion_tokens)
+    except ValueError as error:
+        raise ValueError(f"row_id {row.row.row_id}: {error}") from None
 
 
 def _check_positions(model: RankingModel, asked: Sequence[PromptedRow], tokenizer: "PreTrainedTokenizerBase") -> int:

@@ -1,0 +1,93 @@
+"""The engine's part of constrained rankings: batches that change, free requests beside others, and a real engine."""
+
+import random
+
+import pytest
+import torch
+from tiny_model import save_tiny_model
+from transformers import AutoTokenizer
+from vllm import SamplingParams
+from vllm.v1.sample.logits_processor import BatchUpdate
+from vllm.v1.sample.logits_processor.interface import MoveDirectionality
+
+from rerank.models import engine as vllm_engine
+from rerank.models.ranking_grammar import Choices, RankingGrammar
+from rerank.models.ranking_processor import KEY, RankingProcessor
+from rerank.prompts import parse_completion
+
+THINK, THINK_END, END, VOCABULARY = 20, 21, 22, 30
+GRAMMAR = RankingGrammar([[1], [2], [1, 0]], 3, 2, THINK, THINK_END, END)
+
+
+def params(grammar=GRAMMAR):
+    return SamplingParams(extra_args=None if grammar is None else {KEY: grammar.as_options()})
+
+
+def processor():
+    return RankingProcessor(None, torch.device("cpu"), False)
+
+
+def update(made, size, added=(), removed=(), moved=()):
+    made.update_state(BatchUpdate(batch_size=size, removed=list(removed), added=list(added), moved=list(moved)))
+
+
+def finite(made, size):
+    """The tokens of each request that may come next."""
+    logits = made.apply(torch.zeros(size, VOCABULARY))
+    return [row.isfinite().nonzero().flatten().tolist() for row in logits]
+
+
+def test_each_request_of_a_batch_has_choices_of_its_own_and_free_ones_have_all():
+    made, outputs = processor(), [[], [5], [THINK], [THINK, THINK_END, 1]]
+    added = [(row, params(None if row == 1 else GRAMMAR), None, output) for row, output in enumerate(outputs)]
+    update(made, 4, added)
+    everything = list(range(VOCABULARY))
+    free = [token for token in everything if token not in (THINK, END)]
+    assert finite(made, 4) == [[THINK], everything, free, [0, 2]] or finite(made, 4)[3] == [0, 1, 2]
+    outputs[3].append(2)
+    assert finite(made, 4)[3] == [1]
+
+
+def test_requests_move_leave_and_come_back_with_what_they_have_written():
+    made, first, second = processor(), [THINK], [THINK, THINK_END]
+    update(made, 2, [(0, params(), None, first), (1, params(), None, second)])
+    update(made, 2, moved=[(0, 1, MoveDirectionality.SWAP)])
+    assert finite(made, 2)[0] == [1, 2]
+    update(made, 1, removed=[1])
+    second.append(2)
+    assert finite(made, 1) == [[1]]
+    update(made, 2, [(1, params(), None, [THINK, THINK_END, 2, 1])])  # preempted before, and read anew
+    assert finite(made, 2)[1] == [0, 1]
+
+
+def test_a_million_random_steps_are_those_of_the_grammar():
+    rng, steps = random.Random(0), 0
+    while steps < 1_000_000:
+        labels = [[rng.randrange(3) for _ in range(rng.randint(1, 3))] for _ in range(rng.randint(1, 12))]
+        wanted = rng.randint(1, len(labels))
+        choices, written = Choices(RankingGrammar(labels, wanted, 3, THINK, THINK_END, END)), []
+        while not written or written[-1] != END:
+            allowed = choices.allowed()
+            assert allowed is None or allowed
+            written.append(rng.choice(allowed or [5, THINK_END]))
+            choices.push(written[-1])
+        steps += len(written)
+        assert len(written) <= 6 + sum(sorted(map(len, labels))[-wanted:])
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
+def test_an_engine_with_random_weights_writes_rankings_alone_where_it_is_told_to(tmp_path, temperature):
+    folder = save_tiny_model(tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    rng, labels, grammars = random.Random(1), [], []
+    for place in range(60):
+        labels.append([str(number) for number in range(1, rng.choice([2, 7, 24]) + 1)])
+        rules = RankingGrammar.of_labels(tokenizer, labels[-1], rng.choice([0, 3]), 120)
+        grammars.append(None if place % 4 == 0 else rules)
+    engine = vllm_engine.open_engine(folder, 200, constrained=True)
+    prompts = ["Rank: History: Candidates:"] * len(labels)
+    found = vllm_engine.generate(engine, prompts, 120, temperature=temperature, seed=3, grammars=grammars)
+    for (completion,), of_row, rules in zip(found, labels, grammars, strict=True):
+        failure = parse_completion(completion.text, of_row, 0 if rules is None else rules.wanted).failure
+        assert (failure is None) == (rules is not None)
+    engine.llm_engine.engine_core.shutdown()
