@@ -40,7 +40,7 @@ def rank_rows(model_dir: str | Path, rows_path: str | Path, out_path: str | Path
     records = read_records(rows_path)
     rows = encode_rows(records, model, str(rows_path))
     check_limit(rows, model, str(rows_path))
-    answers, _ = generate_answers(model, rows)
+    answers, _ = generate_answers(model, rows, constrained=True)
     write_records([add_answer(record, answer) for record, answer in zip(records, answers, strict=True)], out_path)
 
 
