@@ -184,3 +184,22 @@ def test_a_server_that_says_nothing_is_given_up(monkeypatch):
         monkeypatch.setattr(rollout_server, "LONGEST_ANSWER", 0.2)
         rollout_server.add_retries(client, 0.5)
         assert client.generate() == rollout_server.NO_ANSWER
+
+
+@pytest.mark.xfail(strict=True)
+def test_each_prompt_is_a_request_with_a_seed_of_its_own():
+    asked = []
+
+    def generate(prompts, n, generation_kwargs):
+        asked.append((prompts, generation_kwargs["seed"]))
+        ids = [[*prompt, member] for prompt in prompts for member in range(n)]
+        return {"prompt_ids": prompts, "completion_ids": ids, "logprobs": None, "logprob_token_ids": None}
+
+    client = SimpleNamespace(generate=generate)
+    rollout_server.ask_one_by_one(client)
+    prompts = [[1, 2], [3], [1, 2, 3]]
+    found = client.generate(prompts=prompts, n=2, generation_kwargs={"seed": 7})
+    assert found["prompt_ids"] == prompts
+    assert found["completion_ids"] == [[1, 2, 0], [1, 2, 1], [3, 0], [3, 1], [1, 2, 3, 0], [1, 2, 3, 1]]
+    assert sorted(asked) == sorted(([prompt], rollout_server.prompt_seed(7, prompt)) for prompt in prompts)
+    assert len({seed for _, seed in asked}) == 3
