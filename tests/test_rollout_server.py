@@ -186,7 +186,6 @@ def test_a_server_that_says_nothing_is_given_up(monkeypatch):
         assert client.generate() == rollout_server.NO_ANSWER
 
 
-@pytest.mark.xfail(strict=True)
 def test_each_prompt_is_a_request_with_a_seed_of_its_own():
     asked = []
 

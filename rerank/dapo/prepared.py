@@ -74,6 +74,7 @@ class PreparedTrainer(GRPOTrainer):
         self.sampling_seed, self.group_forward, self.prepared = seed, group_forward, Prepared(SamplerState())
         if self._asks_server():
             if self.accelerator.is_main_process:
+                server.ask_one_by_one(self.vllm_generation.vllm_client)
                 server.add_retries(self.vllm_generation.vllm_client, self.args.vllm_server_timeout)
         elif self.use_vllm:
             self._seed_requests(self.vllm_generation.llm)
@@ -81,8 +82,8 @@ class PreparedTrainer(GRPOTrainer):
     def generate(self, prompts: Sequence[TrainingPrompt]) -> list[Completion]:
         """Completions of prompts by the present weights, each with a seed of its own."""
         self.prepared.requests = list(prompts)
-        seeds = self.engine_seeds()
         prompt_ids, ids, _, _, logps, *_ = self._generate([prompt.asked.prompt for prompt in prompts])
+        seeds = self.engine_seeds(prompt_ids)
         self.prepared.requests = []
         ends = (*self.eos_token_ids, self._tokenizer.pad_token_id)
         return [
@@ -117,15 +118,15 @@ class PreparedTrainer(GRPOTrainer):
             for i, prompt in enumerate(self.prepared.requests)
         ]
 
-    def engine_seeds(self) -> list[int | None]:
-        """The seed with which the engine samples each completion; None where it takes none."""
+    def engine_seeds(self, prompt_ids: Sequence[Sequence[int]]) -> list[int | None]:
+        """The seed with which the engine has sampled each completion, of these prompts; None where it takes none."""
         if not self.use_vllm:
             return [None] * len(self.prepared.requests)
         own = self.request_seeds()
         if not self._asks_server():
             return [*own]
         first = broadcast_object_list([own[0]])[0]  # of the main process, which asks for all
-        return [first + i % self.num_generations for i in range(len(own))]
+        return [server.prompt_seed(first, ids) + i % self.num_generations for i, ids in enumerate(prompt_ids)]
 
     def _generate(self, prompts):
         if not self.prepared.groups:
@@ -155,7 +156,7 @@ class PreparedTrainer(GRPOTrainer):
             return super()._generate_single_turn(prompt_ids, *args, **kwargs)
         options, seeds = self.vllm_generation.generation_kwargs, self.request_seeds()
         if seeds:
-            self.vllm_generation.generation_kwargs = {**options, "seed": seeds[0]}  # vLLM adds the member's number
+            self.vllm_generation.generation_kwargs = {**options, "seed": seeds[0]}  # each prompt's follows from it
         answers = super()._generate_single_turn(prompt_ids, *args, **kwargs)
         self.vllm_generation.generation_kwargs = options
         if not answers[0]:

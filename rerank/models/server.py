@@ -6,11 +6,13 @@ import logging
 import re
 import shlex
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 from urllib.parse import urlsplit
 
+import numpy as np
 import requests
 import tenacity
 
@@ -25,6 +27,7 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 MAX_TRIES = 6
+MOST_REQUESTS = 64  # at a time; the server batches them
 LONGEST_ANSWER = 1800.0  # seconds without a byte; TRL's client would wait for ever
 NO_ANSWER: dict[str, list[object]] = {"prompt_ids": [], "completion_ids": [], "logprobs": []}
 
@@ -128,6 +131,36 @@ def add_retries(client: "VLLMClient", seconds: float) -> None:
     client.generate = lambda *args, **kwargs: attempt(generate, *args, **kwargs) or NO_ANSWER
     client.update_named_params = update_if_there
     client.reset_prefix_cache = lambda: attempt(reset)
+
+
+def ask_one_by_one(client: "VLLMClient") -> None:
+    """Let TRL's client send each prompt as a request of its own, many at a time, with a seed of its own.
+
+    In one request the completions of all prompts are drawn with the same few seeds, one a member of a group, so that
+    they share their noise.
+    """
+    generate = client.generate
+
+    def ask(prompts: Sequence[Sequence[int]], **options: Any) -> dict[str, Any]:
+        given = options.pop("generation_kwargs", None) or {}
+
+        def send(prompt: Sequence[int]) -> dict[str, Any]:
+            seeded = {**given, "seed": prompt_seed(given["seed"], prompt)} if "seed" in given else given
+            return generate(prompts=[prompt], generation_kwargs=seeded, **options)
+
+        with ThreadPoolExecutor(MOST_REQUESTS) as pool:
+            answers = list(pool.map(send, prompts))
+        return {
+            name: None if answers[0][name] is None else [value for answer in answers for value in answer[name]]
+            for name in answers[0]
+        }
+
+    client.generate = ask
+
+
+def prompt_seed(seed: int, prompt_ids: Sequence[int]) -> int:
+    """The seed of a prompt's first completion; that of each further one is larger by one."""
+    return int(np.random.SeedSequence([seed, *prompt_ids]).generate_state(1)[0]) >> 1
 
 
 def _is_away(error: BaseException) -> bool:
