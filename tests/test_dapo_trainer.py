@@ -5,6 +5,7 @@ import json
 import logging
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -17,7 +18,9 @@ from tiny_model import tiny_model
 from transformers import ProgressCallback
 from trl.generation.vllm_generation import VLLMGeneration
 
+from rerank.dapo.checkpoint import load_state
 from rerank.dapo.consistency import consistency
+from rerank.dapo.gap import FIRST_GAPS
 from rerank.dapo.prepared import Prepared
 from rerank.dapo.sampler import SamplingOptions
 from rerank.dapo.tracking import GAP, ShortProgress
@@ -168,6 +171,22 @@ def test_rollouts_of_other_weights_stop_the_run(tmp_path):
     with pytest.raises(ValueError, match=r"step 0: sampling and training log-probabilities differ by \d\.\d+ a token"):
         trainer.train()
     assert len(stored(tmp_path)) == 2 * SIZE  # what was sampled is there to be looked at
+
+
+def test_a_gap_that_grows_far_beyond_that_of_the_first_steps_stops_the_run_at_a_checkpoint(tmp_path):
+    trainer = make_trainer(tmp_path, max_logp_gap=0.05, max_steps=FIRST_GAPS + 9)
+    gaps = [*[0.002] * FIRST_GAPS, 0.005, 0.008, 0.003, *[0.008] * 9]  # once above is chance, three times in a row not
+
+    def measured(inputs):
+        trainer.prepared.gaps = [torch.tensor([gaps[trainer.state.global_step]])]
+
+    trainer.measure_gap = measured
+    step = FIRST_GAPS + 5
+    with pytest.raises(ValueError, match=rf"step {step}: .* differ by 0.0080 .* 3 times the 0.0020 of the first"):
+        trainer.train()
+    checkpoint = Path(trainer.args.output_dir) / f"checkpoint-{step}"
+    assert load_state(checkpoint) == trainer.prepared.resume_from  # the step is sampled again
+    assert not list(checkpoint.glob("batch-*.pt"))
 
 
 def test_a_model_that_says_nan_stops_the_run_and_an_engine_that_says_nothing_does_not(tmp_path):

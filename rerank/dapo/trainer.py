@@ -16,6 +16,7 @@ from trl.trainer.utils import split_tensor_dict
 from rerank import scoring
 from rerank.dapo.checkpoint import BatchInUse, load_batch, load_state, save_state
 from rerank.dapo.consistency import consistency, is_due
+from rerank.dapo.gap import GapCheck, OffPolicyError
 from rerank.dapo.groups import Group, record
 from rerank.dapo.prepared import Prepared, PreparedTrainer
 from rerank.dapo.prompt_stream import PromptStream
@@ -75,7 +76,8 @@ class DapoTrainer(PreparedTrainer):
         rollout_dir: Path,
         peft_config: "PeftConfig | None" = None,
     ) -> None:
-        self.rewards, self.prompts, self.max_logp_gap = args.load_rewards(), prompts, args.max_logp_gap
+        self.rewards, self.prompts = args.load_rewards(), prompts
+        self.gap_check = GapCheck(args.max_logp_gap)
         config.reward_weights = [reward.weight for reward in self.rewards]
         dataset = Dataset.from_dict({"prompt": [str(row.row_id) for row in prompts.rows]})  # only its length counts
         super().__init__(
@@ -217,13 +219,7 @@ class DapoTrainer(PreparedTrainer):
         if not self.vllm_importance_sampling_correction:  # TRL logs it otherwise
             largest = self.accelerator.gather(gaps.max() if len(gaps) else gaps.sum()).max().item()
             self._log_means({GAP: mean, LARGEST_GAP: largest})
-        if not mean <= self.max_logp_gap:  # nan neither
-            raise ValueError(
-                f"step {self.state.global_step}: sampling and training log-probabilities differ by {mean:.4f} a token "
-                f"on average, more than max_logp_gap {self.max_logp_gap}: the engine samples from other "
-                "weights or another number format than the model in training; set rollout_dtype to that of training, "
-                "or raise max_logp_gap if you accept off-policy rollouts"
-            )
+        self.gap_check(self.state.global_step, mean)
 
     # Their parts
 
@@ -231,9 +227,17 @@ class DapoTrainer(PreparedTrainer):
         """Steps 8 to 10, the last two of them after the last micro-batch."""
         self.prepared.micro_batches_left -= 1
         self.measure_gap(inputs)
-        if not self.prepared.micro_batches_left:
-            self.store_rollouts()
+        if self.prepared.micro_batches_left:
+            return
+        before = replace(self.prepared.resume_from)
+        self.store_rollouts()
+        try:
             self.log_gap()
+        except OffPolicyError:
+            if self.state.global_step:
+                self.prepared.resume_from, self._step = before, 0  # this step is sampled again
+                self._save_checkpoint(self.model, trial=None)
+            raise
 
     def score(self, completions: Sequence[str], columns: Mapping[str, object]) -> scoring.Scores:
         """Rewards of completions, which may log as in TRL."""
