@@ -102,6 +102,9 @@ class EvaluateArguments(recipe.StageArguments):
     shuffle_texts: bool = option(
         False, "Task rerank: a control row of each ranker that reads lists, with item texts shuffled among the items."
     )
+    constrained: bool = option(
+        False, "Task rerank: a further row of each model that writes rankings, whose every answer is made one."
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -120,8 +123,9 @@ class EvaluateArguments(recipe.StageArguments):
                 f"lists names {', '.join(self.lists)}; it goes with task next_item, and with other names than "
                 f"{', '.join(names)}"
             )
-        if self.shuffle_texts and self.task != "rerank":
-            raise ValueError(f"shuffle_texts goes with task rerank, but task is {self.task}; leave it out")
+        for name in ("shuffle_texts", "constrained"):
+            if getattr(self, name) and self.task != "rerank":
+                raise ValueError(f"{name} goes with task rerank, but task is {self.task}; leave it out")
         compared(self.metrics)  # refuses what is no metric
         for name, default in (("metrics", list(METRICS)), ("slices", [])):
             if self.task != "rerank" and getattr(self, name) != default:
@@ -177,7 +181,7 @@ def rankers_of(args: EvaluateArguments) -> Iterator[Ranker]:
     """
     features = read_feature_names(run_dir.stage_dir(args.run_dir, "candidates"))[0]
     for ranker in of_task("rerank"):
-        if ranker.control_of or (ranker.needs_feature and ranker.needs_feature not in features):
+        if ranker.repeats or (ranker.needs_feature and ranker.needs_feature not in features):
             continue
         if ranker.is_optional and ranker.name in args.models and not ranker.model_dir(args.run_dir).is_dir():
             logger.info("no %s row: %s was not trained", ranker.name, ranker.model_dir(args.run_dir))
@@ -255,7 +259,7 @@ def main(args: EvaluateArguments, out_dir: Path) -> dict[str, Any]:
     asked = Questions.of(args, evaluated.rows)
     catalogue = Catalogue.load(args.run_dir)
     ranked = [rank(ranker, args, asked) for ranker in rankers_of(args) if can_rank(ranker, args, catalogue)]
-    rankings = [one.ranking for one in ranked] + [one.control for one in ranked if one.control is not None]
+    rankings = [one.ranking for one in ranked] + [ranking for one in ranked for ranking in one.repeated]
     results = make_results(rankings, evaluated, args.num_bootstrap)
     results |= difficulty(rankings, evaluated, lists, args.num_bootstrap)
     if catalogue.has_ids:

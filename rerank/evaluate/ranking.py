@@ -11,7 +11,7 @@ from rerank.launch import run_dir
 from rerank.models.ranker import Batch, RankingModel, generate_batches
 from rerank.next_item.model import NextItemModel, likelihood_orders
 from rerank.results.orders import Order, ShuffledRows
-from rerank.results.rankers import FittedOrders, Ranker, control
+from rerank.results.rankers import FittedOrders, Ranker, constrained, control
 from rerank.results.rankings import Ranking
 from rerank.results.shuffled_texts import ShuffledTexts
 from rerank.rows import RankingRow
@@ -30,18 +30,20 @@ class Questions:
         rows: As given.
         shuffled: In other orders; without any order where none is asked for.
         texts: With other items' texts; None where the control is not asked for.
+        constrained: Whether models that write rankings rank the rows once more, each answer made a ranking.
     """
 
     rows: Sequence[RankingRow]
     shuffled: ShuffledRows
     texts: ShuffledTexts | None
+    constrained: bool = False
 
     @classmethod
     def of(cls, args: "EvaluateArguments", rows: Sequence[RankingRow]) -> "Questions":
-        """By the options `orders` and `shuffle_texts`."""
+        """By the options `orders`, `shuffle_texts` and `constrained`."""
         candidates_dir = run_dir.stage_dir(args.run_dir, "candidates")
         texts = ShuffledTexts.of(candidates_dir, rows) if args.shuffle_texts else None
-        return cls(rows, ShuffledRows.of(rows, args.orders), texts)
+        return cls(rows, ShuffledRows.of(rows, args.orders), texts, args.constrained)
 
 
 @dataclass(frozen=True)
@@ -51,12 +53,12 @@ class Ranked:
     Attributes:
         ranking: Of the rows as given.
         again: Of the rows in other orders, as `ShuffledRows.as_given`; empty for a ranker that reads no list.
-        control: Of the rows with other texts, where asked for.
+        repeated: Of the rows with other texts, and with constrained answers, where asked for.
     """
 
     ranking: Ranking
     again: Sequence[Sequence[Order]] = ()
-    control: Ranking | None = None
+    repeated: Sequence[Ranking] = ()
 
 
 def rank(ranker: Ranker, args: "EvaluateArguments", asked: Questions) -> Ranked:
@@ -81,19 +83,23 @@ def _rank_by_features(ranker: Ranker, candidates_dir: Path, asked: Questions) ->
     return Ranked(
         Ranking(ranker.name, found.orders[: ends[0]], of_fits=[orders[: ends[0]] for orders in found.of_fits]),
         asked.shuffled.as_given(found.orders[ends[0] : ends[1]]),
-        Ranking(control(ranker).name, found.orders[ends[1] :]) if asked.texts else None,
+        [Ranking(control(ranker).name, found.orders[ends[1] :])] if asked.texts else [],
     )
 
 
 def _generate(ranker: Ranker, model: RankingModel, asked: Questions) -> Ranked:
-    batches = [Batch(asked.rows), Batch(asked.shuffled.all_shown)]
+    batches, names = [Batch(asked.rows), Batch(asked.shuffled.all_shown)], []
+    if asked.constrained:
+        batches.append(Batch(asked.rows, constrained=True))
+        names.append(constrained(ranker).name)
     if asked.texts:
         batches.append(Batch(asked.texts.rows, asked.texts.catalogue(model.prompter.catalogue)))
+        names.append(control(ranker).name)
     (answers, seconds), (again, seconds_again), *others = generate_batches(model, batches)
     for what, spent, number in (("as given", seconds, answers), ("in other orders", seconds_again, again)):
         logger.info("%s: %.0f s for %d completions of rows %s", ranker.name, spent, len(number), what)
     return Ranked(
         Ranking.of_answers(ranker.name, answers, seconds),
         asked.shuffled.as_given([answer.order for answer in again]),
-        Ranking.of_answers(control(ranker).name, *others[0]) if others else None,
+        [Ranking.of_answers(name, *answered) for name, answered in zip(names, others, strict=True)],
     )

@@ -61,7 +61,7 @@ class Ranker:
         is_optional: Whether the stage may leave it out.
         is_fitted: Of a baseline: whether it has learned to rank lists of candidates.
         needs_feature: Of a baseline: without this feature of the candidates it has no line.
-        control_of: The ranker that it repeats with the items' texts shuffled; empty for a ranker of its own.
+        repeats: The ranker that it repeats with something changed; empty for a ranker of its own.
     """
 
     name: str
@@ -74,7 +74,7 @@ class Ranker:
     is_optional: bool = False
     is_fitted: bool = False
     needs_feature: str = ""
-    control_of: str = ""
+    repeats: str = ""
 
     @property
     def reads_lists(self) -> bool:
@@ -201,29 +201,39 @@ RANKERS: tuple[Ranker, ...] = (
     ),
     Ranker("dapo", "fine-tuned, then reinforced", _RERANK, "generates", stage="dapo"),
 )  # fmt: skip
-CONTROL = "_shuffled_texts"
+CONTROL, CONSTRAINED = "_shuffled_texts", "_constrained"
 COMPARISONS = (  # what results.json compares
     *(("dapo", "sft"), ("sft", "sft_no_trace"), ("dapo", "lambdamart")),
     *((name, name + CONTROL) for name in ("dapo", "sft", "lambdamart")),
+    *((name + CONSTRAINED, name) for name in ("dapo", "sft")),
 )
 
 
 def of_task(task: str) -> list[Ranker]:
-    """The rankers of a task of the evaluate stage, in the order of tables; controls come last."""
+    """The rankers of a task of the evaluate stage, in the order of tables; those that repeat one come last."""
     found = [ranker for ranker in RANKERS if task in ranker.tasks]
-    return found + [control(ranker) for ranker in found if ranker.reads_lists and task == "rerank"]
+    if task != "rerank":
+        return found
+    writers = [ranker for ranker in found if ranker.kind == "generates"]
+    return [*found, *map(constrained, writers), *(control(ranker) for ranker in found if ranker.reads_lists)]
 
 
 def control(ranker: Ranker) -> Ranker:
     """The line of a ranker that is asked with the items' texts shuffled among the items."""
     described = f"{ranker.name} with the items' texts shuffled among the items: a control"
     name = ranker.name + CONTROL
-    return replace(ranker, name=name, description=described, tasks=_RERANK, orders=None, control_of=ranker.name)
+    return replace(ranker, name=name, description=described, tasks=_RERANK, orders=None, repeats=ranker.name)
+
+
+def constrained(ranker: Ranker) -> Ranker:
+    """The line of a model that is made to write a ranking: after its trace only labels that it has not written."""
+    described = f"{ranker.name}, each of whose answers is made a ranking"
+    return replace(ranker, name=ranker.name + CONSTRAINED, description=described, tasks=_RERANK, repeats=ranker.name)
 
 
 def models_of_task(task: str) -> list[Ranker]:
     """Those of `of_task` that the option `models` names."""
-    return [ranker for ranker in of_task(task) if ranker.kind in ("likelihood", "generates") and not ranker.control_of]
+    return [ranker for ranker in of_task(task) if ranker.kind in ("likelihood", "generates") and not ranker.repeats]
 
 
 _STAGES = [ranker.stage for ranker in RANKERS]
