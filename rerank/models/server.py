@@ -108,7 +108,10 @@ def add_retries(client: "VLLMClient", seconds: float) -> None:
     no later one is tried: a server that comes back serves other weights. A server that takes LONGEST_ANSWER seconds
     counts as away.
     """
-    client.session.request = partial(client.session.request, timeout=LONGEST_ANSWER)
+    session = client.session
+    session.request = partial(session.request, timeout=LONGEST_ANSWER)
+    for adapter in session.adapters.values():
+        adapter.max_retries = adapter.max_retries.new(read=0)  # or it would wait that long six times
     generate, update, reset = retry(client.generate, seconds), client.update_named_params, client.reset_prefix_cache
     is_gone = False
 
