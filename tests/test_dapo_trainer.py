@@ -268,6 +268,7 @@ class Server:
     def __init__(self, calls_missed=0, max_samples=99, max_weights=99):
         self.calls_missed, self.max_samples, self.max_weights = calls_missed, max_samples, max_weights
         self.seeds = []  # one for each time it sampled
+        self.session = requests.Session()
 
     def update_named_params(self, metadata, weights):
         if len(self.seeds) == self.max_weights:

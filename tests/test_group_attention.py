@@ -96,9 +96,10 @@ def check_equal(model, other, logps_tolerance, gradient_tolerance):
         assert (found[name] - gradient).abs().max() <= allowed, name
 
 
+# In float64 too rotations are computed in float32, TRL's from a row's first column, ours from its first token.
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
 @pytest.mark.parametrize(
-    ("dtype", "tolerances"), [(torch.float32, (1e-5, 1e-4)), (torch.float64, (1e-9, 1e-9))], ids=["float32", "float64"]
+    ("dtype", "tolerances"), [(torch.float32, (1e-5, 1e-4)), (torch.float64, (2e-6, 2e-6))], ids=["float32", "float64"]
 )
 @pytest.mark.parametrize("family", ["qwen3", "llama"])
 def test_values_and_gradients_are_trls(family, dtype, tolerances, checkpointing):

@@ -117,6 +117,6 @@ def test_special_tokens_within_a_completion_reach_the_parser():
     end, user, pad = tokenizer.convert_tokens_to_ids(["<|end|>", "<|user|>", "<|pad|>"])
     tokens = tokenizer("<think>a</think> 2 1", add_special_tokens=False).input_ids
     text = prompts.completion_text(tokenizer, [*tokens[:-1], user, pad, tokens[-1], end, pad, pad])
-    assert text == "<think>a</think> 2<|user|><|pad|> 1"
+    assert text == "<think>a</think> 2 <|user|><|pad|>1"  # the space is a token
     assert prompts.parse_completion(text, ["1", "2"]).failure == "junk"
     assert prompts.completion_text(tokenizer, [*tokens, end]) == "<think>a</think> 2 1"

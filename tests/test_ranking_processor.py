@@ -1,6 +1,8 @@
 """The engine's part of constrained rankings: batches that change, free requests beside others, and a real engine."""
 
+import os
 import random
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from vllm import SamplingParams
 from vllm.v1.sample.logits_processor import BatchUpdate
 from vllm.v1.sample.logits_processor.interface import MoveDirectionality
 
+from rerank.launch import recipe
 from rerank.models import engine as vllm_engine
 from rerank.models.ranking_grammar import Choices, RankingGrammar
 from rerank.models.ranking_processor import KEY, RankingProcessor
@@ -84,9 +87,10 @@ def test_an_engine_with_random_weights_writes_rankings_alone_where_it_is_told_to
         labels.append([str(number) for number in range(1, rng.choice([2, 7, 24]) + 1)])
         rules = RankingGrammar.of_labels(tokenizer, labels[-1], rng.choice([0, 3]), 120)
         grammars.append(None if place % 4 == 0 else rules)
-    engine = vllm_engine.open_engine(folder, 200, constrained=True)
     prompts = ["Rank: History: Candidates:"] * len(labels)
-    found = vllm_engine.generate(engine, prompts, 120, temperature=temperature, seed=3, grammars=grammars)
+    with patch.dict(os.environ, {**recipe.ENVIRONMENT, "OMP_NUM_THREADS": "1"}):
+        engine = vllm_engine.open_engine(folder, 200, constrained=True)
+        found = vllm_engine.generate(engine, prompts, 120, temperature=temperature, seed=3, grammars=grammars)
     for (completion,), of_row, rules in zip(found, labels, grammars, strict=True):
         failure = parse_completion(completion.text, of_row, 0 if rules is None else rules.wanted).failure
         assert (failure is None) == (rules is not None)
