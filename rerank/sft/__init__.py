@@ -181,10 +181,11 @@ def fit(
     chosen, encoded = examples(prompter, args.run_dir, with_trace)
     context = base_model.context_length(start)
 
+    def told(limit: str, place: int) -> str:
+        return f"{shorter(limit)} ({longest_field(prompter, chosen[place])})"
+
     for name, most in (("max_length", config.max_length), (f"the context of {start},", context)):
-        check_lengths(
-            encoded, most, name, lambda place, name=name: f"{shorter(name)} ({longest_field(prompter, chosen[place])})"
-        )
+        check_lengths(encoded, most, name, partial(told, name))
     lengths = num_labels(encoded)
     limit = max(lengths) + max(lengths) // 4  # room for traces somewhat longer than any seen
     rows = validation.validation_rows(args.run_dir, args.eval_rows, prompter.needs_features)
