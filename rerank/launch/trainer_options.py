@@ -12,9 +12,12 @@ SAMPLING = {"top_p": (1.0,), "top_k": (0, -1, None), "min_p": (None, 0.0), "repe
 
 def check_trainer_options(options: "TrainingArguments") -> None:
     """Refuse the first option that cannot be followed, with the cure."""
-    if str(options.eval_strategy.value) != "no":
+    from transformers import IntervalStrategy
+
+    strategy = IntervalStrategy(options.eval_strategy).value
+    if strategy != "no":
         raise ValueError(
-            f"eval_strategy is {options.eval_strategy.value}, but there is no set for it: while a stage trains, "
+            f"eval_strategy is {strategy}, but there is no set for it: while a stage trains, "
             "eval_rows validation rows (of midtrain eval_recall_rows) are ranked every eval_steps; leave it out"
         )
     if options.save_only_model:

@@ -80,7 +80,7 @@ class _Reading(NamedTuple):
 
 @dataclass
 class Choices:
-    """What may follow in one completion, token by token.
+    """The choices in one completion, token by token.
 
     Attributes:
         grammar: Its rules.
@@ -152,7 +152,7 @@ class Choices:
         return self.grammar.wanted - (len(self.grammar.labels) - sum(reading.left))
 
     def _next(self, reading: _Reading) -> Iterator[int]:
-        """Tokens that go on with a label of which one is left, or begin one."""
+        """Tokens that continue a label of which one is left, or begin one."""
         if reading.node == 0 and not self._num_left(reading):
             yield self.grammar.end
             return
@@ -161,7 +161,7 @@ class Choices:
                 yield token
 
     def _with_end(self, reading: _Reading) -> Iterator[_Reading]:
-        """The reading where a longer label goes on, and that where one ends here."""
+        """The reading where a longer label continues, and that where one ends here."""
         if self._children[reading.node]:
             yield reading
         kind = self._ends.get(reading.node)

@@ -50,4 +50,4 @@ def completion_text(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int], en
         ends: Tokens that end it; by default the tokenizer's end of sequence.
     """
     end = next((place for place, token in enumerate(ids) if token in (ends or [tokenizer.eos_token_id])), len(ids))
-    return str(tokenizer.decode(ids[:end], skip_special_tokens=False))
+    return str(tokenizer.decode(list(ids[:end]), skip_special_tokens=False))

@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rerank import prompts
 from rerank.models.base import context_length, load_tokenizer
@@ -135,7 +135,7 @@ class OpenaiTeacher:
     def _draft(self, row: RankingRow, seed: int) -> Draft:
         from openai import BadRequestError
 
-        options = {
+        options: dict[str, Any] = {
             "seed": seed,
             "temperature": self.args.temperature,
             "max_completion_tokens": self.args.max_completion_tokens,
