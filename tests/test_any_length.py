@@ -116,7 +116,8 @@ def test_commands_take_lists_of_all_lengths(run, tmp_path):
     recipe = run.parent / "recipe"
     replayed = tmp_path / "replayed.parquet"
     run_command("replay", run, "--rewards", recipe / "7_dapo.yaml", "--out", replayed)
-    assert all(row["new/ndcg"] == row["stored/ndcg"] for row in read(replayed))
+    found = read(replayed)
+    assert found and all(row["new/ndcg"] == row["stored/ndcg"] for row in found)
     assert "ndcg" in run_command("inspect", run)
     assert "oracle" in run_command("probe", recipe / "7_dapo.yaml", "--run-dir", run)
     run_command("report", run)

@@ -305,9 +305,8 @@ def test_held_out_sets_are_ranked_from_training_items_alone(trained, tmp_path):
         values = held_out_sets.metrics_of_sets(lists, of_ranker["targets"].tolist())
         assert values["N@100"].mean() == pytest.approx(metrics["rows"][name]["N@100"])
     slices = json.loads((tmp_path / "results.json").read_text())["slices"]
-    short = np.array([len(history) for history in found.histories]) <= np.percentile(
-        [len(history) for history in found.histories], 25, method="lower"
-    )
+    lengths = np.array([len(history) for history in found.histories])
+    short = lengths <= np.percentile(lengths, 25, method="lower")
     assert slices["of"]["short"]["rows"] == short.sum() > 0
     assert slices["rankers"]["sft_head"]["short"]["value"] == pytest.approx(np.mean(np.array(hits)[short]))
     assert "mean of the held-out items" in text

@@ -243,9 +243,8 @@ def probe(keys: Mapping[str, Any], num_rows: int = 0, max_blind: float = MAX_BLI
 
 def problem(keys: Mapping[str, Any]) -> str | None:
     """Why DAPO should not start with this recipe, by CHECKED_ROWS rows, or None; None where it says `probe: false`."""
-    if keys.get("probe") is False:
-        return None
-    return found.sentence if (found := probe(keys, CHECKED_ROWS)).passed is False else None
+    found = None if keys.get("probe") is False else probe(keys, CHECKED_ROWS)
+    return found.sentence if found and found.passed is False else None
 
 
 def _outcomes(open_rows: Sequence[ProbeRow], first_rows: Sequence[ProbeRow], scorer: Scorer) -> list[Outcome]:
