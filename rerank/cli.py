@@ -138,8 +138,12 @@ def _run(args: argparse.Namespace) -> int:
     steps = pipeline.select(every_step, args.first, args.last, args.only)
     remake = pipeline.forced(every_step, steps, args.force)
     if args.dry_run:
-        pipeline.check_steps(steps, args.accelerate, remake)
+        from rerank.models import memory
+
+        waiting = pipeline.check_steps(steps, args.accelerate, remake)
         print("\n".join(pipeline.describe(steps, args.accelerate, remake)))
+        resolved = {step.stage: recipe.resolve(step.stage, step.keys, str(step.path)) for step in waiting}
+        print("".join(f"# {line}\n" for line in memory.estimates(resolved, args.accelerate)), end="")
         return 0
     code = pipeline.run(steps, args.accelerate, lambda line: print(line, flush=True), remake)
     if code == 0 and steps[-1].stage == "evaluate":

@@ -14,7 +14,7 @@ from rerank.models import names
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, Trainer
     from trl import ModelConfig
 
 SPECIAL_TOKENS = ("<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>")
@@ -145,18 +145,12 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, words: Sequence[str] 
     return tokenizer
 
 
-def make_small_model(shape: SmallModelArguments, tokenizer: "PreTrainedTokenizerBase", seed: int) -> "PreTrainedModel":
-    """A Qwen3-shaped model with random weights and tied embeddings, in float32.
+def small_config(shape: SmallModelArguments, num_tokens: int) -> "PreTrainedConfig":
+    """The configuration of the small model, with rows for `num_tokens` tokens."""
+    from transformers import Qwen3Config
 
-    Embeddings are initialised with standard deviation 0.1 instead of transformers' 0.02, with which so small a model
-    needs thousands of steps to copy tokens (measured on lists to sort: loss 2.4 against 3.9 after 250 steps).
-    """
-    import torch
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    torch.manual_seed(seed)
-    config = Qwen3Config(
-        vocab_size=len(tokenizer),
+    return Qwen3Config(
+        vocab_size=num_tokens,
         hidden_size=shape.hidden_size,
         intermediate_size=3 * shape.hidden_size,
         num_hidden_layers=shape.num_layers,
@@ -166,9 +160,21 @@ def make_small_model(shape: SmallModelArguments, tokenizer: "PreTrainedTokenizer
         max_position_embeddings=shape.context_length,
         tie_word_embeddings=True,
         bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
     )
+
+
+def make_small_model(shape: SmallModelArguments, tokenizer: "PreTrainedTokenizerBase", seed: int) -> "PreTrainedModel":
+    """A Qwen3-shaped model with random weights and tied embeddings, in float32.
+
+    Embeddings are initialised with standard deviation 0.1 instead of transformers' 0.02, with which so small a model
+    needs thousands of steps to copy tokens (measured on lists to sort: loss 2.4 against 3.9 after 250 steps).
+    """
+    import torch
+    from transformers import Qwen3ForCausalLM
+
+    torch.manual_seed(seed)
+    config = small_config(shape, len(tokenizer))
+    config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
     model = Qwen3ForCausalLM(config)
     with torch.no_grad():
         _token_tables(model)[0].mul_(EMBEDDING_SPREAD / config.initializer_range)

@@ -1,0 +1,79 @@
+"""Memory of training, reckoned from a configuration, against models that are made and passes that are run."""
+
+import pytest
+import torch
+from tiny_model import sft_config, tiny_model, tiny_tokenizer
+from transformers import LlamaConfig
+from trl import ModelConfig, get_peft_config
+
+from rerank.launch import recipe
+from rerank.models import memory
+
+CPU = "recipes/accelerate/cpu.yaml"
+LORA = dict(use_peft=True, lora_r=4, lora_target_modules=["all-linear"])
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model(tiny_tokenizer())
+
+
+@pytest.mark.parametrize("adapter", [{}, LORA, {**LORA, "lora_modules_to_save": ["embed_tokens"]}])
+def test_weights_are_those_of_the_model_that_is_trained(model, adapter):
+    from peft import get_peft_model
+
+    settings = ModelConfig(**adapter)
+    trained = tiny_model(tiny_tokenizer())
+    if adapter:
+        config = get_peft_config(settings)
+        config.ensure_weight_tying = "lora_modules_to_save" in adapter
+        trained = get_peft_model(trained, config)
+    every = {id(weight): weight for weight in trained.parameters()}.values()
+    expected = sum(w.numel() for w in every), sum(w.numel() for w in every if w.requires_grad)
+    assert memory.count_weights(model.config, settings) == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_activations_are_those_that_a_real_forward_pass_keeps(model, dtype):
+    config = LlamaConfig(
+        vocab_size=300, hidden_size=64, intermediate_size=192, num_hidden_layers=4, num_attention_heads=4
+    )
+    for shape in (config, model.config):
+        real = type(model)(shape) if shape is model.config else _llama(shape)
+        kept = memory.saved_bytes(real.train(), 4, 128, dtype)
+        assert memory.activations(shape, 4, 128, dtype, checkpointing=False) == pytest.approx(kept, rel=0.15)
+        real.gradient_checkpointing_enable({"use_reentrant": False})
+        fewer = memory.saved_bytes(real, 4, 128, dtype) + kept // shape.num_hidden_layers
+        assert memory.activations(shape, 4, 128, dtype, checkpointing=True) == pytest.approx(fewer, rel=0.15)
+        assert fewer < kept / 1.5
+
+
+def _llama(config):
+    from transformers import LlamaForCausalLM
+
+    return LlamaForCausalLM(config)
+
+
+def test_shards_are_divided_among_the_devices(model, tmp_path):
+    options, settings = sft_config(tmp_path), ModelConfig()
+    alone, *sharded = [
+        memory.training_need(model.config, options, settings, 64, recipe.load(f"recipes/accelerate/{name}.yaml"))
+        for name in ("cpu", "zero2", "zero3", "fsdp2")
+    ]
+    num_weights = sum(weight.numel() for weight in model.parameters())
+    assert (alone.weights, alone.gradients, alone.optimizer) == (4 * num_weights, 4 * num_weights, 8 * num_weights)
+    parts = [(need.weights, need.gradients, need.optimizer) for need in sharded]
+    eighth = num_weights / 8
+    assert parts == [(4 * num_weights, 4 * eighth, 8 * eighth), *[(4 * eighth, 4 * eighth, 8 * eighth)] * 2]
+    assert {need.activations for need in sharded} == {alone.activations}
+
+
+def test_a_batch_that_does_not_fit_is_named_with_the_cure():
+    keys = {"run_dir": "runs/none", "num_documents": 10, "max_length": 512, "gradient_checkpointing": False}
+    few, many = [
+        memory.estimates({"midtrain": recipe.resolve("midtrain", {**keys, **more}, "a recipe")}, CPU)
+        for more in ({}, {"per_device_train_batch_size": 100_000})
+    ]
+    assert len(few) == len(many) == 1
+    assert few[0].startswith("midtrain takes about 0.") and few[0].endswith(" GB")
+    assert "too much: lower per_device_train_batch_size" in many[0]
