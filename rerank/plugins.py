@@ -119,7 +119,7 @@ def _attribute(module: ModuleType, attribute: str, name: str) -> object:
 
 
 def name_of(function: Function, otherwise: str = "") -> str:
-    """The name of a function; of another callable that of its function, its class or as given."""
+    """The name of a function; of another callable the one given, or that of its class."""
     return str(getattr(function, "__name__", otherwise or type(function).__name__))
 
 

@@ -19,9 +19,9 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from rerank.launch.files import write_text, write_whole
-from rerank.models.ranker import Answer, RankingModel, generate_answers
-from rerank.prompts import MAX_LETTERS, PromptSettings, completion
-from rerank.rows import RankingRow
+from rerank.models.ranker import Answer, RankingModel, generate_answers, grammars_of
+from rerank.prompts import MAX_LETTERS, PromptSettings
+from rerank.rows import PromptedRow, RankingRow
 from rerank.rows.histories import COLUMN
 
 COLUMNS = ("history", "candidates")
@@ -215,17 +215,12 @@ def _numbers(record: Record, name: str, fact: str, row: RankingRow, where: str) 
 
 
 def check_limit(rows: Sequence[RankingRow], model: RankingModel, where: str) -> None:
-    """Refuse lists whose ranking alone, without a trace, is longer than the model's answers may be."""
+    """Refuse lists whose answers cannot be made rankings, such as those too long for the model's token limit."""
     tokenizer, limit, top_k = model.load_tokenizer(), model.max_completion_tokens, model.prompter.settings.top_k
-    for row in rows:
-        text = completion(None, range(len(row.candidates)), model.prompter.labels(row), top_k)
-        needed = len(tokenizer(text, add_special_tokens=False).input_ids) + 1  # and its end
-        if needed > limit:
-            raise ValueError(
-                f"{where}, row {row.row_id}: a ranking of {len(row.candidates)} candidates takes {needed} tokens but "
-                f"max_completion_tokens in {model.folder / 'generation.json'} is {limit}; give a shorter list, or "
-                "train a model on lists as long."
-            )
+    try:
+        grammars_of(model, [PromptedRow(row, "", model.prompter.labels(row), limit, top_k) for row in rows], tokenizer)
+    except ValueError as error:
+        raise ValueError(f"{where}, {error}") from None
 
 
 def add_answer(record: Record, answer: Answer) -> Record:

@@ -48,3 +48,12 @@ def test_reinforcement_learning_has_no_dropout():
     assert adapters.lora_config(settings, model).lora_dropout == settings.lora_dropout > 0
     assert adapters.lora_config(settings, model, dropout=False).lora_dropout == 0
     assert adapters.lora_config(ModelConfig(), model) is None
+
+
+def test_an_adapter_on_one_of_two_tied_tables_is_refused():
+    settings = ModelConfig(**{**LORA, "lora_target_modules": ["q_proj", "lm_head"]})
+    with pytest.raises(
+        ValueError, match="lora_target_modules holds lm_head, which this model ties to the other table"
+    ):
+        adapters.lora_config(settings, tiny_model(tiny_tokenizer()))
+    assert adapters.lora_config(settings, tiny_model(tiny_tokenizer(), tied=False)) is not None

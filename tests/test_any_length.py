@@ -1,5 +1,6 @@
 """Lists of 2, 7, 24 and 300 candidates in one log, through every stage and command, with a tiny model."""
 
+import json
 import random
 import subprocess
 import sys
@@ -102,6 +103,10 @@ def test_every_stage_ranks_lists_of_all_lengths(run):
     rankings = read(run / "evaluate/rankings.parquet")
     assert lengths([row for row in rankings if row["ranker"] == "lambdamart"], "order") == dict.fromkeys(LENGTHS, 2)
     assert sum(row["ranker"] == "dapo" for row in rankings) == 8  # so little trained, it may write no ranking
+    results = json.loads((run / "evaluate/results.json").read_text())
+    assert {"no_op", "lambdamart", "sft", "dapo"} <= results["rows"].keys() and "midtrained" not in results["rows"]
+    assert "shared_ids" not in results
+    assert "There are no semantic ids yet" in (run / "evaluate/report.html").read_text()
 
 
 def test_commands_take_lists_of_all_lengths(run, tmp_path):

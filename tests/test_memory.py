@@ -33,18 +33,22 @@ def test_weights_are_those_of_the_model_that_is_trained(model, adapter):
     assert memory.count_weights(model.config, settings) == expected
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_activations_are_those_that_a_real_forward_pass_keeps(model, dtype):
+@pytest.mark.parametrize("made", [torch.float32, torch.bfloat16])  # the checkpoint's, which the recipe overrules
+@pytest.mark.parametrize(
+    ("dtype", "autocast"), [(torch.float32, False), (torch.float32, True), (torch.bfloat16, False)]
+)
+def test_activations_are_those_that_a_real_forward_pass_keeps(model, dtype, autocast, made):
     config = LlamaConfig(
-        vocab_size=300, hidden_size=64, intermediate_size=192, num_hidden_layers=4, num_attention_heads=4
+        vocab_size=300, hidden_size=64, intermediate_size=192, num_hidden_layers=4, num_attention_heads=4, dtype=made
     )
-    for shape in (config, model.config):
-        real = type(model)(shape) if shape is model.config else _llama(shape)
-        kept = memory.saved_bytes(real.train(), 4, 128, dtype)
-        assert memory.activations(shape, 4, 128, dtype, checkpointing=False) == pytest.approx(kept, rel=0.15)
+    for of_model in (config, model.config):
+        shape = memory.Shape(4, 128, dtype, autocast)
+        real = (type(model)(of_model) if of_model is model.config else _llama(of_model)).to(dtype)
+        kept = memory.saved_bytes(real.train(), shape)
+        assert memory.activations(of_model, shape, checkpointing=False) == pytest.approx(kept, rel=0.15)
         real.gradient_checkpointing_enable({"use_reentrant": False})
-        fewer = memory.saved_bytes(real, 4, 128, dtype) + kept // shape.num_hidden_layers
-        assert memory.activations(shape, 4, 128, dtype, checkpointing=True) == pytest.approx(fewer, rel=0.15)
+        fewer = memory.saved_bytes(real, shape) + kept // of_model.num_hidden_layers
+        assert memory.activations(of_model, shape, checkpointing=True) == pytest.approx(fewer, rel=0.15)
         assert fewer < kept / 1.5
 
 
@@ -76,4 +80,25 @@ def test_a_batch_that_does_not_fit_is_named_with_the_cure():
     ]
     assert len(few) == len(many) == 1
     assert few[0].startswith("midtrain takes about 0.") and few[0].endswith(" GB")
-    assert "too much: lower per_device_train_batch_size" in many[0]
+    assert many[0].endswith(
+        "which is too much; lower per_device_train_batch_size or max_length, or set gradient_checkpointing: true, "
+        "or set use_peft: true"
+    )
+
+
+def test_an_architecture_that_cannot_be_reckoned_is_said(tmp_path, model):
+    from transformers import MixtralConfig
+
+    config = MixtralConfig(vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=1)
+    config.save_pretrained(tmp_path)
+    keys = {"run_dir": "runs/none", "num_documents": 10, "model_name_or_path": str(tmp_path), "max_length": 64}
+    (line,) = memory.estimates({"midtrain": recipe.resolve("midtrain", keys, "a recipe")}, CPU)
+    assert line.startswith("the memory that midtrain takes is not known: ")
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("float32", 4), ("bfloat16", 2), ("auto", 2)])
+def test_weights_and_moments_have_the_type_in_which_the_model_is_loaded(model, tmp_path, dtype, size):
+    config = LlamaConfig(vocab_size=300, hidden_size=64, num_hidden_layers=1, num_attention_heads=4, dtype="bfloat16")
+    need = memory.training_need(config, sft_config(tmp_path), ModelConfig(dtype=dtype), 64, recipe.load(CPU))
+    num_weights = sum(weight.numel() for weight in _llama(config).parameters())
+    assert (need.weights, need.optimizer) == (size * num_weights, 2 * size * num_weights)

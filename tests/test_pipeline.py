@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from toy_run import RECIPES, finish, write_recipes
 
-from rerank.launch import pipeline, run_dir
+from rerank.launch import pipeline, recipe, run_dir
+from rerank.launch.gpus import gpu_words
 from rerank.launch.stages import STAGES
 
 CPU = "recipes/accelerate/cpu.yaml"
@@ -145,10 +146,20 @@ def test_the_dry_run_prints_the_line_of_the_server_that_rollouts_come_from(tmp_p
     assert words[4:10] == ["--host", "localhost", "--port", "8123", "--max-model-len", "2048"] and words[-1] == "&"
     [server, _] = pipeline.describe(steps, "recipes/accelerate/zero3.yaml")
     assert server.startswith("CUDA_VISIBLE_DEVICES=8 VLLM_SERVER_DEV_MODE=1 vllm serve ")  # eight train, on 0 to 7
+    (tmp_path / "two.yaml").write_text("num_processes: 2\ngpu_ids: '0,2'\n")
+    assert pipeline.describe(steps, str(tmp_path / "two.yaml"))[0].startswith("CUDA_VISIBLE_DEVICES=1 ")
     assert json.loads(words[words.index("--weight-transfer-config") + 1]) == {"backend": "nccl"}
     assert launch.startswith("accelerate launch ")
     url = pipeline.read_steps(tmp_path / "toy", "run", ["dapo.vllm_server_base_url=http://gpu7:9000/"])
     assert shlex.split(pipeline.describe(url, CPU)[0])[4:8] == ["--host", "gpu7", "--port", "9000"]
+
+
+def test_the_gpu_of_the_environment_goes_before_that_of_the_accelerate_file(monkeypatch):
+    one, many = (recipe.load(f"recipes/accelerate/{name}.yaml") for name in ("one_gpu", "ddp"))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert gpu_words(one) == []
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    assert gpu_words(one) == ["--gpu_ids", "3"] and gpu_words(many) == []
 
 
 def test_a_failing_stage_ends_the_run_with_its_exit_code(tmp_path, folder):

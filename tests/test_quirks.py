@@ -120,3 +120,16 @@ def test_special_tokens_within_a_completion_reach_the_parser():
     assert text == "<think>a</think> 2 <|user|><|pad|>1"  # the space is a token
     assert prompts.parse_completion(text, ["1", "2"]).failure == "junk"
     assert prompts.completion_text(tokenizer, [*tokens, end]) == "<think>a</think> 2 1"
+
+
+def test_all_that_a_tokenizer_writes_before_a_text_begins_every_sequence():
+    tokenizer = tiny_tokenizer()  # as of GLM
+    tokenizer.add_special_tokens({"extra_special_tokens": ["[gMASK]", "<sop>"]})
+    specials = [(name, tokenizer.convert_tokens_to_ids(name)) for name in ("[gMASK]", "<sop>")]
+    post = processors.TemplateProcessing(single="[gMASK] <sop> $A", special_tokens=specials)
+    tokenizer._tokenizer.post_processor = post
+    tokenizer.chat_template = "[gMASK]<sop>" + tokenizer.chat_template
+    text = render(tokenizer, "drama")
+    assert tokenizer(text).input_ids == prompt_ids(tokenizer, [text])[0]
+    assert prompt_ids(tokenizer, [text])[0][:2] == [ids for _, ids in specials]
+    assert text.count("<sop>") == 0

@@ -7,15 +7,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_model import ID_TOKENS, tiny_tokenizer
+from tokenizers import normalizers, pre_tokenizers
 
 from rerank import prompts
+from rerank.models import base
 from rerank.models.ranking_grammar import Choices, RankingGrammar
 
 THINK, THINK_END, END = 90, 91, 92
 
 
 def grammar(labels, wanted=None, max_trace=2):
-    return RankingGrammar(labels, len(labels) if wanted is None else wanted, max_trace, THINK, THINK_END, END)
+    wanted = len(labels) if wanted is None else wanted
+    return RankingGrammar(labels, labels, wanted, max_trace, THINK, THINK_END, END, [THINK, END])
 
 
 def answers(labels, wanted):
@@ -114,3 +117,44 @@ def test_too_small_a_limit_and_tags_of_several_tokens_are_refused():
     tokenizer.add_tokens([prompts.THINK, prompts.THINK_END])
     with pytest.raises(ValueError, match=r"a ranking of 2 of 2 candidates takes up to \d+ tokens but a "):
         RankingGrammar.of_labels(tokenizer, ["1", "2"], 0, 4)
+
+
+@pytest.mark.parametrize("ranking", ["number", "letter", "semantic_id"])
+@pytest.mark.parametrize("prepends", [False, True])
+def test_what_a_model_is_trained_to_write_is_allowed(ranking, prepends):
+    tokenizer = tiny_tokenizer()
+    if prepends:  # Llama 2's family; a label is then written otherwise behind a tag than behind another label
+        steps = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        tokenizer._tokenizer.normalizer = normalizers.Sequence(steps)
+        tokenizer._tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    base.extend_vocabulary(tokenizer, [*ID_TOKENS, prompts.THINK, prompts.THINK_END])
+    labels = {"semantic_id": [a + b for a in ID_TOKENS[:2] for b in ID_TOKENS[2:]]}
+    labels = labels.get(ranking) or prompts.word_labels(ranking, 12)
+    for top_k in (0, 3):
+        rules = RankingGrammar.of_labels(tokenizer, labels, top_k, max_tokens=200)
+        for seed in range(20):
+            order = random.Random(seed).sample(range(len(labels)), len(labels))
+            text = prompts.completion("so it is", order, labels, top_k)
+            choices = Choices(rules)
+            for token in [*tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id]:
+                choices.push(token)
+
+
+def test_labels_that_a_tokenizer_merges_are_refused():
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens([prompts.THINK, prompts.THINK_END, " 1 2"])
+    with pytest.raises(ValueError, match="the labels ' 1', ' 2' are written with other tokens within a ranking"):
+        RankingGrammar.of_labels(tokenizer, ["1", "2", "3"], 0, 100)
+
+
+def test_special_tokens_and_further_ends_are_no_part_of_a_trace():
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens([prompts.THINK, prompts.THINK_END])
+    rules = RankingGrammar.of_labels(tokenizer, ["1", "2"], 0, 100, ends=[42])
+    assert {42, rules.end, rules.think, *tokenizer.convert_tokens_to_ids(["<|pad|>", "<|user|>"])} <= {
+        *rules.not_in_trace
+    }
+    assert rules.think_end not in rules.not_in_trace
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="the tokenizer has no eos_token"):
+        RankingGrammar.of_labels(tokenizer, ["1", "2"], 0, 100)

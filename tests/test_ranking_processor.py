@@ -15,15 +15,16 @@ from vllm.v1.sample.logits_processor.interface import MoveDirectionality
 from rerank.launch import recipe
 from rerank.models import engine as vllm_engine
 from rerank.models.ranking_grammar import Choices, RankingGrammar
-from rerank.models.ranking_processor import KEY, RankingProcessor
+from rerank.models.ranking_processor import RankingProcessor
 from rerank.prompts import parse_completion
 
 THINK, THINK_END, END, VOCABULARY = 20, 21, 22, 30
-GRAMMAR = RankingGrammar([[1], [2], [1, 0]], 3, 2, THINK, THINK_END, END)
+LABELS = [[1], [2], [1, 0]]
+GRAMMAR = RankingGrammar(LABELS, LABELS, 3, 2, THINK, THINK_END, END, [THINK, END])
 
 
 def params(grammar=GRAMMAR):
-    return SamplingParams(extra_args=None if grammar is None else {KEY: grammar.as_options()})
+    return SamplingParams(extra_args=None if grammar is None else {vllm_engine.GRAMMAR: grammar.as_options()})
 
 
 def processor():
@@ -68,7 +69,7 @@ def test_a_million_random_steps_are_those_of_the_grammar():
     while steps < 1_000_000:
         labels = [[rng.randrange(3) for _ in range(rng.randint(1, 3))] for _ in range(rng.randint(1, 12))]
         wanted = rng.randint(1, len(labels))
-        choices, written = Choices(RankingGrammar(labels, wanted, 3, THINK, THINK_END, END)), []
+        choices, written = Choices(RankingGrammar(labels, labels, wanted, 3, THINK, THINK_END, END, [THINK, END])), []
         while not written or written[-1] != END:
             allowed = choices.allowed()
             assert allowed is None or allowed
@@ -91,6 +92,7 @@ def test_an_engine_with_random_weights_writes_rankings_alone_where_it_is_told_to
     with patch.dict(os.environ, {**recipe.ENVIRONMENT, "OMP_NUM_THREADS": "1"}):
         engine = vllm_engine.open_engine(folder, 200, constrained=True)
         found = vllm_engine.generate(engine, prompts, 120, temperature=temperature, seed=3, grammars=grammars)
+        assert os.environ["VLLM_USE_V2_MODEL_RUNNER"] == "0"  # it takes no such processor
     for (completion,), of_row, rules in zip(found, labels, grammars, strict=True):
         failure = parse_completion(completion.text, of_row, 0 if rules is None else rules.wanted).failure
         assert (failure is None) == (rules is not None)

@@ -156,6 +156,10 @@ def test_the_server_has_a_gpu_of_its_own_and_listens_where_it_is_asked():
         "CUDA_VISIBLE_DEVICES=8 VLLM_SERVER_DEV_MODE=1 vllm serve model --host localhost --port 8001 "
     )
     assert "--host gpu9 --port 80 " in rollout_server.launch_line("model", "http://gpu9")
+    with pytest.raises(
+        ValueError, match="the rollout server is gpu9:8000, which is no address; write http://HOST:PORT"
+    ):
+        rollout_server.launch_line("model", "gpu9:8000")
     assert "CUDA_VISIBLE_DEVICES" not in rollout_server.launch_line("model", "http://gpu9")  # a machine of its own
     assert "--port 443 " in rollout_server.launch_line("model", "https://gpu9/")
 
@@ -206,9 +210,10 @@ def test_each_prompt_is_a_request_with_a_seed_of_its_own():
 
     client = SimpleNamespace(generate=generate)
     rollout_server.ask_one_by_one(client)
-    prompts = [[1, 2], [3], [1, 2, 3]]
+    prompts = [[1, 2], [3], [1, 2]]  # of the last one the next epoch's list is the same
     found = client.generate(prompts=prompts, n=2, generation_kwargs={"seed": 7})
     assert found["prompt_ids"] == prompts
-    assert found["completion_ids"] == [[1, 2, 0], [1, 2, 1], [3, 0], [3, 1], [1, 2, 3, 0], [1, 2, 3, 1]]
-    assert sorted(asked) == sorted(([prompt], rollout_server.prompt_seed(7, prompt)) for prompt in prompts)
+    assert found["completion_ids"] == [[1, 2, 0], [1, 2, 1], [3, 0], [3, 1], [1, 2, 0], [1, 2, 1]]
+    seeds = rollout_server.prompt_seeds(7, prompts)
+    assert sorted(asked) == sorted(([prompt], seed) for prompt, seed in zip(prompts, seeds, strict=True))
     assert len({seed for _, seed in asked}) == 3

@@ -370,7 +370,7 @@ class Server(BaseHTTPRequestHandler):
             Server.busy -= 1
             return self.answer(503, {"error": {"message": "busy"}})
         Server.requests.append({**body, "key": self.headers["Authorization"]})
-        if body["max_completion_tokens"] == 1:
+        if body.get("max_completion_tokens") == 1:
             return self.answer(400, {"error": {"message": "too long"}})
         message, reason = self.write(body["messages"][0]["content"])
         choice = {"index": 0, "finish_reason": reason, "message": {"role": "assistant", **message}}
@@ -606,3 +606,16 @@ def test_a_gateway_that_refuses_a_key_is_named_and_can_do_without_it(run_path, s
         run_stage(run_path, {}, **served)
     metrics, _ = run_stage(run_path, {}, **served, leave_out=["seed"])
     assert metrics["accepted"] > 0
+
+
+def test_a_context_too_short_is_not_taken_for_a_key_that_is_refused(run_path, served, monkeypatch):
+    reason = "max_completion_tokens=1024 cannot be greater than max_model_len=512. Please request fewer output tokens."
+    monkeypatch.setattr(Server, "complete", lambda self, body: self.answer(400, {"error": {"message": reason}}))
+    with pytest.raises(ValueError, match=r"refuses the prompt of row_id \d+: .*; lower max_history or max_completion"):
+        run_stage(run_path, {}, **served)
+
+
+def test_a_limit_left_out_is_sent_by_its_older_name(run_path, served):
+    run_stage(run_path, {}, **served, leave_out=["max_completion_tokens"], max_completion_tokens=77)
+    assert {body.get("max_tokens") for body in Server.requests} == {77}
+    assert not any("max_completion_tokens" in body for body in Server.requests)

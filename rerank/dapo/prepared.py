@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from trl import GRPOTrainer
 
 from rerank.dapo.groups import Completion, Group, Rollout, request_seed
@@ -25,6 +25,7 @@ class Prepared:
 
     Attributes:
         resume_from: State of the sampler when rollouts were last stored, for checkpoints.
+        began: The optimizer step that samples, and the state of the sampler as it began.
         micro_batches_left: Those whose loss is still to be computed by the weights that sampled them.
         requests: Prompts of the completions that are being sampled; empty for greedy decoding.
         groups: This process's groups of completions, once chosen.
@@ -35,6 +36,7 @@ class Prepared:
     """
 
     resume_from: SamplerState
+    began: tuple[int, SamplerState] = (-1, SamplerState())
     micro_batches_left: int = 0
     requests: list[TrainingPrompt] = field(default_factory=list)
     groups: list[Group] = field(default_factory=list)
@@ -42,6 +44,11 @@ class Prepared:
     rewards: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     logps: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     gaps: list[torch.Tensor] = field(default_factory=list)
+
+    def next(self, step: int, micro_batches: int) -> "Prepared":
+        """An empty one for the next generation batch, of `micro_batches`; an optimizer step may have several."""
+        began = self.began if self.began[0] == step else (step, self.resume_from)
+        return Prepared(self.resume_from, began, micro_batches)
 
     @property
     def rollouts(self) -> list[Rollout]:
@@ -126,7 +133,9 @@ class PreparedTrainer(GRPOTrainer):
         if not self._asks_server():
             return [*own]
         first = broadcast_object_list([own[0]])[0]  # of the main process, which asks for all
-        return [server.prompt_seed(first, ids) + i % self.num_generations for i, ids in enumerate(prompt_ids)]
+        size, place = self.num_generations, self.accelerator.process_index * len(prompt_ids)
+        seeds = server.prompt_seeds(first, gather_object(list(prompt_ids))[::size])
+        return [seeds[i // size] + i % size for i in range(place, place + len(prompt_ids))]
 
     def _generate(self, prompts):
         if not self.prepared.groups:

@@ -118,7 +118,7 @@ class DapoTrainer(PreparedTrainer):
 
     def _generate_and_score_completions(self, inputs):
         num_groups = len(inputs) * self.accelerator.num_processes // self.num_generations
-        self.prepared = Prepared(self.prepared.resume_from, self.args.steps_per_generation)
+        self.prepared = self.prepared.next(self.state.global_step, self.args.steps_per_generation)
         self.check_consistency()
         sampled = self.sample_groups(num_groups)
         self.choose_groups(sampled, num_groups)
@@ -229,13 +229,12 @@ class DapoTrainer(PreparedTrainer):
         self.measure_gap(inputs)
         if self.prepared.micro_batches_left:
             return
-        before = replace(self.prepared.resume_from)
         self.store_rollouts()
         try:
             self.log_gap()
         except OffPolicyError:
             if self.state.global_step:
-                self.prepared.resume_from, self._step = before, 0  # this step is sampled again
+                self.prepared.resume_from, self._step = self.prepared.began[1], 0  # this step is sampled again
                 self._save_checkpoint(self.model, trial=None)
             raise
 

@@ -16,12 +16,14 @@ from pathlib import Path
 from rerank.launch import recipe
 from rerank.launch import run_dir as runs
 from rerank.launch.files import write_whole
+from rerank.launch.gpus import free_gpu, gpu_words
 from rerank.launch.named_files import ACCELERATE_VARIABLE
 from rerank.launch.stages import STAGES, load_stage
 from rerank.plugins import did_you_mean
 
 logger = logging.getLogger(__name__)
 
+LAUNCHER = (sys.executable, "-m", "accelerate.commands.launch", "--quiet")
 RECIPE_NAME = re.compile(r"(\d+)_(\w+)\.ya?ml")
 
 
@@ -170,7 +172,7 @@ def run_step(step: Step, accelerate: str) -> int:
     environment[ACCELERATE_VARIABLE] = accelerate
     environment["ACCELERATE_USE_CPU"] = str(where.get("use_cpu", False))  # its launcher forgets it for two processes
     child = subprocess.Popen(
-        [sys.executable, "-m", "accelerate.commands.launch", "--quiet", *launch_words(step, accelerate)],
+        [*LAUNCHER, *gpu_words(where), *launch_words(step, accelerate)],
         env=environment,
         start_new_session=True,  # Ctrl-C reaches only this process, which signals the stage, not accelerate
         preexec_fn=recipe.die_with_parent,  # also after kill -9 of this process
@@ -283,7 +285,7 @@ def describe(steps: Sequence[Step], accelerate: str, remake: Sequence[str] = ())
                 recipe.load(accelerate),
             )
             shares = server.is_local(url) and not where.get("use_cpu")
-            device = (where.get("num_processes") or 1) if shares else None  # the first GPUs train
+            device = free_gpu(where) if shares else None
             lines.append(server.launch_line(model, url, step.keys.get("vllm_max_model_length"), device) + " &")
         done = step.stage not in remake and runs.is_finished(step.run_dir, step.stage)
         line = shlex.join(["accelerate", "launch", *launch_words(step, accelerate)])
@@ -292,6 +294,6 @@ def describe(steps: Sequence[Step], accelerate: str, remake: Sequence[str] = ())
 
 
 def _address(keys: recipe.Keys) -> str:
-    """Of the rollout server; TRL's defaults where the recipe names none."""
+    """Of the rollout server; by default this machine, as TRL's 0.0.0.0."""
     host, port = keys.get("vllm_server_host", "localhost"), keys.get("vllm_server_port", 8000)
     return keys.get("vllm_server_base_url") or f"http://{host}:{port}"

@@ -26,6 +26,11 @@ def lora_config(settings: "ModelConfig", model: "PreTrainedModel", dropout: bool
     if config is None:
         return None
     tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
+    if tied and (named := TABLES.intersection(settings.lora_target_modules or ())):
+        raise ValueError(
+            f"lora_target_modules holds {min(named)}, which this model ties to the other table of tokens, so that "
+            "reading and writing would differ; leave it out, or name embed_tokens in lora_modules_to_save"
+        )
     if tied and TABLES & set(settings.lora_modules_to_save or ()):
         config.ensure_weight_tying = True
     if not dropout:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from rerank.models.ranking_grammar import RankingGrammar
 
 PROCESSOR = "rerank.models.ranking_processor:RankingProcessor"
+GRAMMAR = "ranking"  # of a request's extra_args: the values of its RankingGrammar
 
 
 def keep_weights_live() -> None:
@@ -133,6 +134,8 @@ def open_engine(
     from vllm import LLM
 
     keep_weights_live()
+    if constrained:  # Model Runner V2, on GPUs the default, takes processors of another form
+        os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
     options = {"logits_processors": [PROCESSOR]} if constrained else {}
     return LLM(
         model=str(model_dir), max_model_len=max_length, seed=seed, dtype=engine_dtype(dtype), **options,
@@ -158,7 +161,8 @@ def generate(
     seed: int | None = None,
     grammars: "Sequence[RankingGrammar | None] | None" = None,
 ) -> list[list[Completion]]:
-    """`num_completions` completions per prompt; nothing is inherited from the model's generation_config.
+    """`num_completions` completions per prompt; nothing is inherited from the model's generation_config
+    but its end tokens.
 
     Args:
         prompts: As `prompts.render` makes them.
@@ -172,7 +176,7 @@ def generate(
             max_tokens=max_tokens, temperature=temperature, top_p=1.0, top_k=0, n=num_completions,
             skip_special_tokens=False,  # an answer with one in it is no ranking
             seed=None if seed is None else seed + i,
-            extra_args={"ranking": grammar.as_options()} if grammars and (grammar := grammars[i]) else None,
+            extra_args={GRAMMAR: grammar.as_options()} if grammars and (grammar := grammars[i]) else None,
         )
         for i in range(len(prompts))
     ]  # fmt: skip

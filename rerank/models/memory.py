@@ -1,8 +1,8 @@
 """Memory that training takes on one device, reckoned from a model's configuration before anything is loaded.
 
 Weights are counted on the meta device, what a forward pass keeps for the backward one is counted by a forward pass on
-tensors without memory, so that both hold for any architecture. The head's logits, which come in chunks, and what an
-allocator wastes are left out.
+tensors without memory. Some architectures cannot do that (routed experts, rotations that depend on the row): then the
+reason is said. The head's logits, which come in chunks, and what an allocator wastes are left out.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
 GB = 1e9
 STARTS = {"midtrain": None, "sft": "midtrain", "dapo": "sft"}  # stage -> that whose model it starts from
-ADAM = 8  # bytes of a trained weight: two float32 moments
-CURE = "lower per_device_train_batch_size or max_length, set gradient_checkpointing: true, or use_peft: true"
 SHARDED = {1: ("optimizer",), 2: ("optimizer", "gradients"), 3: ("optimizer", "gradients", "weights")}  # by ZeRO stage
 
 
@@ -54,7 +52,7 @@ def training_need(
     accelerate: Mapping[str, Any],
     with_engine: bool = False,
 ) -> Need:
-    """What a stage takes on each of its devices.
+    """The memory of a stage on each of its devices.
 
     Args:
         config: Of the model.
@@ -64,21 +62,28 @@ def training_need(
         accelerate: The accelerate file, which says what is sharded over how many devices.
         with_engine: Whether a second copy of the weights serves rollouts; its cache is not counted.
     """
-    import torch
-
-    number = 4 if model_args.dtype in (None, "auto", "float32") else 2
+    dtype = _weights_dtype(config, model_args)
     num_weights, num_trained = count_weights(config, model_args)
-    compute = torch.bfloat16 if options.bf16 or options.fp16 or number == 2 else torch.float32
-    kept = activations(config, options.per_device_train_batch_size, length, compute, options.gradient_checkpointing)
+    shape = Shape(options.per_device_train_batch_size, length, dtype, options.bf16 or options.fp16)
+    kept = activations(config, shape, options.gradient_checkpointing)
     sizes = {
-        "weights": float(number * num_weights),
-        "gradients": float(number * num_trained),
-        "optimizer": float(ADAM * num_trained),
+        "weights": float(dtype.itemsize * num_weights),
+        "gradients": float(dtype.itemsize * num_trained),
+        "optimizer": float(2 * dtype.itemsize * num_trained),  # Adam's moments are of the weights' type
     }
     stage, num_devices = _sharding(accelerate)
     for name in SHARDED.get(stage, ()):
         sizes[name] /= num_devices
     return Need(**sizes, activations=float(kept), engine=float(2 * num_weights if with_engine else 0))
+
+
+def _weights_dtype(config: "PreTrainedConfig", model_args: "ModelConfig") -> "torch.dtype":
+    """The number format in which `models.base.load_pretrained` loads a model."""
+    import torch
+
+    if model_args.dtype == "auto":
+        return config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+    return getattr(torch, model_args.dtype or "float32")
 
 
 def _sharding(accelerate: Mapping[str, Any]) -> tuple[int, int]:
@@ -107,10 +112,18 @@ def count_weights(config: "PreTrainedConfig", model_args: "ModelConfig") -> tupl
     return sum(sizes.values()), sum(size for weight, size in sizes.items() if weight.requires_grad)
 
 
-def activations(
-    config: "PreTrainedConfig", num_rows: int, length: int, dtype: "torch.dtype", checkpointing: bool
-) -> int:
-    """Bytes that a forward pass of `num_rows` rows of `length` tokens keeps for the backward pass.
+@dataclass(frozen=True)
+class Shape:
+    """A forward pass: rows of `length` tokens, the number format of the weights, and whether autocast is on."""
+
+    num_rows: int
+    length: int
+    dtype: "torch.dtype"
+    autocast: bool
+
+
+def activations(config: "PreTrainedConfig", shape: Shape, checkpointing: bool) -> int:
+    """Bytes that a forward pass keeps for the backward pass.
 
     With gradient checkpointing the inputs of all layers, and all that one of them keeps.
     """
@@ -118,15 +131,15 @@ def activations(
     from transformers import AutoModelForCausalLM
 
     with FakeTensorMode():
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").train()
-        kept = saved_bytes(model, num_rows, length, dtype)
+        model = AutoModelForCausalLM.from_config(config, dtype=shape.dtype).train()
+        kept = saved_bytes(model, shape)
         if not checkpointing:
             return kept
         model.gradient_checkpointing_enable({"use_reentrant": False})
-        return saved_bytes(model, num_rows, length, dtype) + kept // config.get_text_config().num_hidden_layers
+        return saved_bytes(model, shape) + kept // config.get_text_config().num_hidden_layers
 
 
-def saved_bytes(model: "PreTrainedModel", num_rows: int, length: int, dtype: "torch.dtype") -> int:
+def saved_bytes(model: "PreTrainedModel", shape: Shape) -> int:
     """Bytes of all tensors but weights that autograd saves in a forward pass up to the head, each counted once."""
     import torch
 
@@ -137,9 +150,9 @@ def saved_bytes(model: "PreTrainedModel", num_rows: int, length: int, dtype: "to
         saved.setdefault(tensor.untyped_storage()._cdata, tensor.untyped_storage())
         return tensor
 
-    autocast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
+    autocast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=shape.autocast)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast:
-        model.get_decoder()(input_ids=torch.zeros(num_rows, length, dtype=torch.long), use_cache=False)
+        model.get_decoder()(input_ids=torch.zeros(shape.num_rows, shape.length, dtype=torch.long), use_cache=False)
     return sum(storage.nbytes() for address, storage in saved.items() if address not in weights)
 
 
@@ -152,7 +165,8 @@ def there(accelerate: Mapping[str, Any]) -> float | None:
         return psutil.virtual_memory().available / (accelerate.get("num_processes") or 1)
     if not torch.cuda.is_available():
         return None
-    return float(min(torch.cuda.mem_get_info(device)[1] for device in range(torch.cuda.device_count())))
+    devices = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+    return float(min(device.total_memory for device in devices))
 
 
 def estimates(stages: Mapping[str, Sequence[Any]], accelerate: str | Path) -> list[str]:
@@ -168,22 +182,32 @@ def estimates(stages: Mapping[str, Sequence[Any]], accelerate: str | Path) -> li
     room, length, lines = there(where), 0, []
     configs: dict[str, PreTrainedConfig | None] = {}
     for stage in [name for name in stages if name in STARTS]:
-        args, options, model_args = stages[stage]
+        args, options, model_args = arguments = stages[stage]
         config = configs[stage] = _config(stage, args, model_args, configs)
         length = (options.vllm_max_model_length if stage == "dapo" else options.max_length) or length
         if config is None or not length:
             continue
         has_engine = stage == "dapo" and options.use_vllm and options.vllm_mode == "colocate"
-        need = training_need(config, options, model_args, length, where, has_engine)
-        lines.append(f"{stage} takes about {need} on each device{_compared(need.total, room)}")
+        try:
+            need = training_need(config, options, model_args, length, where, has_engine)
+        except (RuntimeError, ValueError, ImportError) as error:  # of the architecture's own code
+            lines.append(f"the memory that {stage} takes is not known: {str(error).splitlines()[0]}")
+            continue
+        too_much = "" if room is None or need.total < room else f", which is too much; {_cure(stage, arguments)}"
+        there_is = "" if room is None else f" of {room / GB:.1f} GB"
+        lines.append(f"{stage} takes about {need} on each device{there_is}{too_much}")
     return lines
 
 
-def _compared(size: float, room: float | None) -> str:
-    """The end of a line about `size` bytes where there are `room`."""
-    if room is None:
-        return ""
-    return f" of {room / GB:.1f} GB" + (f", which is too much: {CURE}" if size > room else "")
+def _cure(stage: str, arguments: Sequence[Any]) -> str:
+    """Settings that would make it less, and are not made yet."""
+    _, options, model_args = arguments
+    cures = ["num_generations with per_device_train_batch_size"] if stage == "dapo" else ["max_length"]
+    if options.per_device_train_batch_size > 1 and stage != "dapo":
+        cures.insert(0, "per_device_train_batch_size")
+    set_them = [] if options.gradient_checkpointing else ["gradient_checkpointing: true"]
+    set_them += [] if model_args.use_peft else ["use_peft: true"]
+    return f"lower {' or '.join(cures)}" + "".join(f", or set {key}" for key in set_them)
 
 
 def _config(

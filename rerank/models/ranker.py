@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from rerank.catalogue import Catalogue, check_vocabulary
 from rerank.models.base import context_length
 from rerank.models.ranking_grammar import RankingGrammar
-from rerank.prompts import completion_text, parse_completion, prompt_ids
+from rerank.prompts import THINK_END, completion_text, parse_completion, prompt_ids
 from rerank.rows import PromptedRow, Prompter, RankingRow
 from rerank.rows.checks import check_context, prompt_lengths
 
@@ -109,7 +109,7 @@ def generate_batches(model: RankingModel, batches: Sequence[Batch]) -> list[tupl
     asked = [ask(model, batch, tokenizer) for batch in batches]
     max_length = _check_positions(model, [row for rows in asked for row in rows], tokenizer)
     grammars = [
-        [_grammar(model, row, tokenizer) for row in rows] if batch.constrained else None
+        grammars_of(model, rows, tokenizer) if batch.constrained else None
         for batch, rows in zip(batches, asked, strict=True)
     ]
     engine = vllm_engine.open_engine(model.folder, max_length, constrained=any(batch.constrained for batch in batches))
@@ -121,9 +121,12 @@ def generate_batches(model: RankingModel, batches: Sequence[Batch]) -> list[tupl
             completions = vllm_engine.generate(engine, texts, limit, grammars=rules) if texts else []
             seconds = time.perf_counter() - began
             answers = [
-                read_answer(completion.text, len(completion.token_ids), completion.truncated, row.labels, row.top_k)
+                read_answer(
+                    completion.text if rules is None else last_tag_alone(completion.text),
+                    len(completion.token_ids), completion.truncated, row.labels, row.top_k,
+                )
                 for row, (completion,) in zip(rows, completions, strict=True)
-            ]
+            ]  # fmt: skip
             found.append((answers, seconds))
     finally:
         engine.llm_engine.engine_core.shutdown()  # the next model's engine needs the memory
@@ -138,11 +141,33 @@ def ask(model: RankingModel, batch: Batch, tokenizer: "PreTrainedTokenizerBase")
     return [prompter.ask(row, model.max_completion_tokens) for row in batch.rows]
 
 
-def _grammar(model: RankingModel, row: PromptedRow, tokenizer: "PreTrainedTokenizerBase") -> RankingGrammar:
-    try:
-        return RankingGrammar.of_labels(tokenizer, row.labels, row.top_k, model.max_completion_tokens)
-    except ValueError as error:
-        raise ValueError(f"row_id {row.row.row_id}: {error}") from None
+def grammars_of(
+    model: RankingModel, rows: Sequence[PromptedRow], tokenizer: "PreTrainedTokenizerBase"
+) -> list[RankingGrammar]:
+    """The rules of each row's answer; rows of the same labels share them.
+
+    Raises:
+        ValueError: For a row whose answer cannot be made a ranking.
+    """
+    path, ends = model.folder / "generation_config.json", set[int]()
+    if path.is_file():  # vLLM ends a completion at each of its tokens, whatever it is asked for
+        named = json.loads(path.read_text()).get("eos_token_id")
+        ends = set(named if isinstance(named, list) else [] if named is None else [named])
+    made: dict[tuple[tuple[str, ...], int], RankingGrammar] = {}
+    for row in rows:
+        key = tuple(row.labels), row.top_k
+        if key not in made:
+            try:
+                made[key] = RankingGrammar.of_labels(tokenizer, *key, model.max_completion_tokens, ends)
+            except ValueError as error:
+                raise ValueError(f"row {row.row.row_id}: {error}") from None
+    return [made[tuple(row.labels), row.top_k] for row in rows]
+
+
+def last_tag_alone(text: str) -> str:
+    """A constrained completion without closing tags that its trace spells in other tokens; the last one is whole."""
+    trace, tag, answer = text.rpartition(THINK_END)
+    return trace.replace(THINK_END, "") + tag + answer
 
 
 def _check_positions(model: RankingModel, asked: Sequence[PromptedRow], tokenizer: "PreTrainedTokenizerBase") -> int:

@@ -13,12 +13,11 @@ from vllm import SamplingParams
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
+from rerank.models.engine import GRAMMAR
 from rerank.models.ranking_grammar import Choices, RankingGrammar
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
-
-KEY = "ranking"  # of a request's extra_args: the values of its RankingGrammar
 
 
 @dataclass
@@ -76,5 +75,5 @@ class RankingProcessor(LogitsProcessor):
 
 
 def _new_request(params: SamplingParams, prompt: list[int] | None, output: list[int]) -> Request | None:
-    options = (params.extra_args or {}).get(KEY)
+    options = (params.extra_args or {}).get(GRAMMAR)
     return None if options is None else Request(Choices(RankingGrammar(**options)), output)

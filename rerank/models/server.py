@@ -5,6 +5,7 @@ import json
 import logging
 import re
 import shlex
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -44,6 +45,8 @@ def launch_line(model_dir: str | Path, url: str, max_length: int | None = None, 
         device: The GPU that training leaves free, where both share a machine.
     """
     address = urlsplit(url)
+    if address.scheme not in ("http", "https") or not address.hostname:
+        raise ValueError(f"the rollout server is {url}, which is no address; write http://HOST:PORT")
     port = address.port or (443 if address.scheme == "https" else 80)
     words = ["vllm", "serve", str(model_dir), "--host", str(address.hostname), "--port", str(port)]
     if max_length is not None:
@@ -147,12 +150,14 @@ def ask_one_by_one(client: "VLLMClient") -> None:
     def ask(prompts: Sequence[Sequence[int]], **options: Any) -> dict[str, Any]:
         given = options.pop("generation_kwargs", None) or {}
 
-        def send(prompt: Sequence[int]) -> dict[str, Any]:
-            seeded = {**given, "seed": prompt_seed(given["seed"], prompt)} if "seed" in given else given
+        seeds = prompt_seeds(given["seed"], prompts) if "seed" in given else [None] * len(prompts)
+
+        def send(prompt: Sequence[int], seed: int | None) -> dict[str, Any]:
+            seeded = given if seed is None else {**given, "seed": seed}
             return generate(prompts=[prompt], generation_kwargs=seeded, **options)
 
         with ThreadPoolExecutor(MOST_REQUESTS) as pool:
-            answers = list(pool.map(send, prompts))
+            answers = list(pool.map(send, prompts, seeds))
         return {
             name: None if answers[0][name] is None else [value for answer in answers for value in answer[name]]
             for name in answers[0]
@@ -161,9 +166,14 @@ def ask_one_by_one(client: "VLLMClient") -> None:
     client.generate = ask
 
 
-def prompt_seed(seed: int, prompt_ids: Sequence[int]) -> int:
-    """The seed of a prompt's first completion; that of each further one is larger by one."""
-    return int(np.random.SeedSequence([seed, *prompt_ids]).generate_state(1)[0]) >> 1
+def prompt_seeds(seed: int, prompts: Sequence[Sequence[int]]) -> list[int]:
+    """The seed of each prompt's first completion, also of equal prompts; that of each further one is larger by one."""
+    before: Counter[tuple[int, ...]] = Counter()
+    seeds = []
+    for prompt in map(tuple, prompts):
+        seeds.append(int(np.random.SeedSequence([seed, before[prompt], *prompt]).generate_state(1)[0]) >> 1)
+        before[prompt] += 1
+    return seeds
 
 
 def _is_away(error: BaseException) -> bool:

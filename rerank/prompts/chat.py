@@ -26,13 +26,12 @@ def render(tokenizer: "PreTrainedTokenizerBase", content: str, open_tag: bool = 
     text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
     if not open_tag and text.rstrip().endswith(THINK):
         text = text.rstrip().removesuffix(THINK)
-    return text.removeprefix(tokenizer.bos_token) if opening(tokenizer) else text
+    return text.removeprefix(str(tokenizer.decode(opening(tokenizer))))
 
 
 def opening(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """The beginning-of-sequence token, where the tokenizer adds it by itself (Gemma, Llama 3)."""
-    bos = tokenizer.bos_token_id
-    return [bos] if bos is not None and tokenizer("").input_ids[:1] == [bos] else []
+    """The tokens that the tokenizer writes before every text by itself, such as Gemma's and Llama 3's BOS."""
+    return list(tokenizer("").input_ids)
 
 
 def prompt_ids(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> list[list[int]]:

@@ -58,7 +58,7 @@ class Draft:
     truncated: bool = False
 
 
-LEAST_ANSWERS = 20  # of a batch, to judge a teacher by
+LEAST_ANSWERS, ENOUGH_ANSWERS = 20, 100  # to judge a teacher by
 Teacher = Callable[[Sequence[RankingRow], int, int], list[Draft]]  # (rows, attempt from 1, seed of the batch)
 
 
@@ -192,7 +192,7 @@ def collect(
     num_open = sum(map(is_open, range(len(rows))))
     if not num_open:
         return
-    teacher = open_teacher()
+    teacher, first = open_teacher(), None if made else list[dict[str, object]]()
     with tqdm(total=len(rows), initial=len(rows) - num_open, desc="traces", unit="row") as bar:
         for attempt in range(1, args.draws_per_row + 1):
             drawn = [i for i, row in enumerate(rows) if is_open(i) and made[row.row_id] == attempt - 1]
@@ -203,21 +203,26 @@ def collect(
                     judge(rows[i], labels[i], attempt, draft, args.accept, top_k)
                     for i, draft in zip(batch, drafts, strict=True)
                 ]
-                refuse_all_junk(lines, is_first=not made)
                 store.add(lines)
                 made.update(rows[i].row_id for i in batch)
                 accepted.update(rows[i].row_id for i, line in zip(batch, lines, strict=True) if line["accepted"])
                 bar.update(sum(not is_open(i) for i in batch))
+                if first is not None:
+                    first += lines
+                    if len(first) >= ENOUGH_ANSWERS or batch[-1] == drawn[-1]:
+                        refuse_all_junk(first)
+                        first = None
 
 
-def refuse_all_junk(lines: Sequence[Mapping[str, object]], is_first: bool) -> None:
+def refuse_all_junk(lines: Sequence[Mapping[str, object]]) -> None:
     """Stop a teacher none of whose first answers is a ranking, with the reasons and one of them.
 
+    The answers are stored: the same command asks on.
+
     Args:
-        lines: Of a batch, as of `judge`; fewer than LEAST_ANSWERS prove nothing.
-        is_first: Whether it is the first of all.
+        lines: As of `judge`; fewer than LEAST_ANSWERS prove nothing.
     """
-    if not is_first or len(lines) < LEAST_ANSWERS or any(line["failure"] is None for line in lines):
+    if len(lines) < LEAST_ANSWERS or any(line["failure"] is None for line in lines):
         return
     reasons = Counter(str(line["failure"]) for line in lines).most_common()
     cut = sum(bool(line["truncated"]) for line in lines)

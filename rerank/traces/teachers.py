@@ -140,6 +140,8 @@ class OpenaiTeacher:
             "temperature": self.args.temperature,
             "max_completion_tokens": self.args.max_completion_tokens,
         }
+        if "max_completion_tokens" in self.args.leave_out:  # the older name of it
+            options["max_tokens"] = self.args.max_completion_tokens
         try:
             answer = self.client.chat.completions.create(
                 model=str(self.args.teacher_model),
@@ -147,7 +149,7 @@ class OpenaiTeacher:
                 **{name: value for name, value in options.items() if name not in self.args.leave_out},
             )
         except BadRequestError as error:
-            if refused := [name for name in KEYS if re.search(rf"\b{name}\b", error.message)]:
+            if refused := [name for name in KEYS if _is_unknown(name, error.message)]:
                 raise ValueError(
                     f"the server refuses {refused[0]}: {error.message}; set leave_out: "
                     f"[{', '.join([*self.args.leave_out, refused[0]])}]"
@@ -158,6 +160,12 @@ class OpenaiTeacher:
             ) from None
         choice = answer.choices[0]
         return Draft(_with_reasoning(choice.message), choice.finish_reason == "length")
+
+
+def _is_unknown(key: str, message: str) -> bool:
+    """Whether a server's message says that it does not take a key, rather than its value."""
+    reason = r"unrecogni[sz]ed|unsupported|not supported|unknown|unexpected|not permitted|forbidden|extra"
+    return re.search(rf"\b{key}\b", message) is not None and re.search(reason, message, re.IGNORECASE) is not None
 
 
 def _with_reasoning(message: "ChatCompletionMessage") -> str:
