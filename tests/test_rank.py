@@ -12,7 +12,8 @@ from toy_run import CATALOGUE, NUM_ITEMS, SETTINGS, toy_sequences, write_run
 from rerank import rank
 from rerank.baselines import Counts, ItemFacts, feature_rows
 from rerank.launch.files import write_json
-from rerank.models.ranker import Answer, RankingModel
+from rerank.models.ranker import Answer, RankingModel, last_tag_alone
+from rerank.prompts import parse_completion
 
 ROWS = [
     {"row_id": 5, "history": ["m0", "m1"], "candidates": ["m2", "m3", "m4", "m5"]},
@@ -215,6 +216,13 @@ def test_what_prompts_show_and_a_row_lacks_is_refused_by_name(log_model, change,
     changed = {name: value for name, value in {**LOGGED, **change}.items() if value is not ...}
     with pytest.raises(ValueError, match=message):
         rank.encode_rows([changed], log_model, "rows")
+
+
+def test_the_last_closing_tag_of_a_constrained_answer_ends_its_trace():
+    text = "<think>so </think> it is</think> 2 1"  # the first one is written in other tokens
+    assert parse_completion(text, ["1", "2"]).failure == "junk"
+    parsed = parse_completion(last_tag_alone(text), ["1", "2"])
+    assert (parsed.order, parsed.trace) == ([1, 0], "so  it is")
 
 
 def test_a_list_may_have_any_length_that_letters_and_the_token_limit_allow(model_dir, model, tmp_path):
