@@ -40,7 +40,7 @@ class Need:
         return sum(vars(self).values())
 
     def __str__(self) -> str:
-        parts = ", ".join(f"{name} {size / GB:.1f}" for name, size in vars(self).items() if size)
+        parts = ", ".join(f"{name} {size / GB:.2g}" for name, size in vars(self).items() if size)
         return f"{self.total / GB:.1f} GB ({parts})"
 
 
