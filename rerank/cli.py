@@ -142,8 +142,7 @@ def _run(args: argparse.Namespace) -> int:
 
         waiting = pipeline.check_steps(steps, args.accelerate, remake)
         print("\n".join(pipeline.describe(steps, args.accelerate, remake)))
-        resolved = {step.stage: recipe.resolve(step.stage, step.keys, str(step.path)) for step in waiting}
-        print("".join(f"# {line}\n" for line in memory.estimates(resolved, args.accelerate)), end="")
+        print("".join(f"# {line}\n" for line in memory.estimates(waiting, args.accelerate)), end="")
         return 0
     code = pipeline.run(steps, args.accelerate, lambda line: print(line, flush=True), remake)
     if code == 0 and steps[-1].stage == "evaluate":

@@ -4,7 +4,7 @@ Rows come as Parquet, JSONL or CSV with `history` (oldest first) and `candidates
 both of original item ids: lists, or in CSV ids parted by spaces. Where the model's prompts show them, rows have
 further columns: those of the user and the request by their names, `time` and `history_times` (seconds),
 `history_events`, `scores` of the first stage, and numbers of the candidates by their names, one for each. Every column
-is kept; `ranking` (best first, null where the completion is no ranking), `failure` and `trace` are added.
+is kept; `ranking` (best first), `failure` and `trace` are added. Answers are constrained to be rankings.
 """
 
 import json

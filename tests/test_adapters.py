@@ -50,10 +50,15 @@ def test_reinforcement_learning_has_no_dropout():
     assert adapters.lora_config(ModelConfig(), model) is None
 
 
-def test_an_adapter_on_one_of_two_tied_tables_is_refused():
+def test_an_adapter_on_one_of_two_tied_tables_is_refused(tmp_path):
     settings = ModelConfig(**{**LORA, "lora_target_modules": ["q_proj", "lm_head"]})
     with pytest.raises(
         ValueError, match="lora_target_modules holds lm_head, which this model ties to the other table"
     ):
         adapters.lora_config(settings, tiny_model(tiny_tokenizer()))
     assert adapters.lora_config(settings, tiny_model(tiny_tokenizer(), tied=False)) is not None
+    folder = tmp_path / "model"
+    tiny_model(tiny_tokenizer()).config.save_pretrained(folder)
+    with pytest.raises(ValueError, match="lora_target_modules holds lm_head"):
+        adapters.check_adapter(settings, folder)  # before it is loaded
+    adapters.check_adapter(ModelConfig(lora_target_modules=["lm_head"]), folder)  # without use_peft

@@ -109,7 +109,7 @@ def test_a_finished_stage_is_skipped_only_with_the_files_that_it_was_made_from(h
     begin(here, step)
     run_dir.finish(step.run_dir, step.stage, step.keys, step.keys, (), {})
     touch(here / name)
-    assert pipeline.check_steps([step], accelerate) == []
+    assert pipeline.check_steps([step], accelerate) == {}
     edit(here / name)
     stage, key, _ = INPUTS[name]
     with pytest.raises(ValueError, match=f"run/{stage} was made from another content of {key} ") as refusal:
@@ -141,13 +141,13 @@ def test_a_variable_that_points_to_the_same_content_elsewhere_names_the_same_fil
     for name in ("interactions.csv", "items.csv"):
         shutil.copy(here / name, elsewhere / name)
     monkeypatch.setenv("HERE", str(elsewhere))
-    assert pipeline.check_steps([step]) == []
+    assert pipeline.check_steps([step]) == {}
     edit(elsewhere / "items.csv")
     message = r"another content of items \$\{HERE\}/items.csv \(.*elsewhere0/items.csv\): "
     with pytest.raises(ValueError, match=message):
         pipeline.check_steps([step])
     monkeypatch.delenv("HERE")  # what is gone cannot be compared
-    assert pipeline.check_steps([step]) == []
+    assert pipeline.check_steps([step]) == {}
 
 
 def test_an_accelerate_file_is_compared_with_itself_only(here):
@@ -155,7 +155,7 @@ def test_an_accelerate_file_is_compared_with_itself_only(here):
     begin(here, step)
     run_dir.finish(step.run_dir, step.stage, step.keys, step.keys, (), {})
     edit(here / "accelerate.yaml")
-    assert pipeline.check_steps([step], CPU) == pipeline.check_steps([step]) == []
+    assert pipeline.check_steps([step], CPU) == pipeline.check_steps([step]) == {}
     with pytest.raises(ValueError, match=r"the accelerate file .*here \(one of another path is not compared\)"):
         pipeline.check_steps([step], os.path.relpath(here / "accelerate.yaml"))
     data = named_files.named_files(load_stage("data"), {"interactions": "a.csv"}, CPU)
@@ -170,7 +170,7 @@ def test_a_folder_of_an_earlier_version_is_taken_as_it_is(here):
     del old["files"]
     write_json(record, old)
     edit(here / "interactions.csv")
-    assert pipeline.check_steps([step]) == []
+    assert pipeline.check_steps([step]) == {}
     (here / "run/data").rename(here / "run/data.partial")
     (here / "run/data.partial/stage.json").unlink()
     write_json(here / "run/data.partial/begun.json", {"given": {}, "inputs": {}})
@@ -248,14 +248,14 @@ def test_an_input_stage_is_stale_for_every_stage_that_rests_on_it(here):
         finish(here / "run" / stage, inputs=inputs, given={"run_dir": step.run_dir})
     write_recipes(here / "last", {"5_traces": {"run_dir": step.run_dir}})
     last = pipeline.read_steps(here / "last", None, [])
-    assert pipeline.check_steps(last) == []
+    assert pipeline.check_steps(last) == {}
     edit(here / "interactions.csv")
     with pytest.raises(ValueError, match="run/data was made from another content of interactions "):
         pipeline.check_steps(last)
     with pytest.raises(ValueError, match="run/data was made from another content of interactions "):  # to be launched
         recipe.check_inputs("semantic_ids", [recipe.StageArguments(run_dir=step.run_dir)])
     shutil.copy(TOY / "interactions.csv", here / "interactions.csv")
-    assert pipeline.check_steps(last) == []
+    assert pipeline.check_steps(last) == {}
     (here / "run/semantic_ids").rename(here / "run/old")
     finish(here / "run/semantic_ids", inputs=["data"])
     with pytest.raises(ValueError, match="run/candidates was made from another semantic_ids folder than the run's; "):

@@ -135,9 +135,10 @@ def test_what_a_model_is_trained_to_write_is_allowed(ranking, prepends):
         for seed in range(20):
             order = random.Random(seed).sample(range(len(labels)), len(labels))
             text = prompts.completion("so it is", order, labels, top_k)
-            choices = Choices(rules)
-            for token in [*tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id]:
-                choices.push(token)
+            choices, tokens = Choices(rules), tokenizer(text, add_special_tokens=False).input_ids
+            for token in tokens:
+                choices.push(token)  # or it raises
+            assert choices.written == len(tokens) and tokenizer.eos_token_id in choices.allowed()
 
 
 def test_labels_that_a_tokenizer_merges_are_refused():

@@ -113,6 +113,7 @@ def check(args: DapoArguments, training_args: DapoConfig, model_args: ModelConfi
     is_made, folder = run_dir.is_finished(args.run_dir, "sft"), start_dir(args)
     if is_made and not folder.is_dir():
         raise FileNotFoundError(f"{folder} is missing; set no_trace_control: true in the sft recipe")
+    adapters.check_adapter(model_args, folder)
     known_limit = token_limit(training_args, folder) if is_made else training_args.max_completion_length
     check_rewards(args.load_rewards(), known_limit or PAPERS_LIMIT)
     if run_dir.is_finished(args.run_dir, "candidates"):

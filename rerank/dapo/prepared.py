@@ -133,9 +133,11 @@ class PreparedTrainer(GRPOTrainer):
         if not self._asks_server():
             return [*own]
         first = broadcast_object_list([own[0]])[0]  # of the main process, which asks for all
-        size, place = self.num_generations, self.accelerator.process_index * len(prompt_ids)
-        seeds = server.prompt_seeds(first, gather_object(list(prompt_ids))[::size])
-        return [seeds[i // size] + i % size for i in range(place, place + len(prompt_ids))]
+        size = self.num_generations
+        own_prompts = list(prompt_ids[::size])  # whole groups, whose prompts are equal
+        place = self.accelerator.process_index * len(own_prompts)
+        seeds = server.prompt_seeds(first, gather_object(own_prompts))[place : place + len(own_prompts)]
+        return [seed + member for seed in seeds for member in range(size)]
 
     def _generate(self, prompts):
         if not self.prepared.groups:

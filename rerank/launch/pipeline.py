@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rerank.launch import recipe
 from rerank.launch import run_dir as runs
@@ -122,8 +123,10 @@ def forced(steps: Sequence[Step], selected: Sequence[Step], stage: str | None) -
     return names[names.index(stage) :]
 
 
-def check_steps(steps: Sequence[Step], accelerate: str | None = None, remake: Sequence[str] = ()) -> list[Step]:
-    """Check every step before anything is launched; returns those that are to be launched.
+def check_steps(
+    steps: Sequence[Step], accelerate: str | None = None, remake: Sequence[str] = ()
+) -> dict[str, tuple[Any, ...]]:
+    """Check every step before anything is launched; returns the stages that are to be launched, with their arguments.
 
     The recipe and the files of a finished step are only compared with those that made it, which needs no heavy import.
 
@@ -138,15 +141,16 @@ def check_steps(steps: Sequence[Step], accelerate: str | None = None, remake: Se
         for step in steps:
             if step not in waiting:
                 _check_finished(step, remade, accelerate)
+        resolved = {}
         for step in waiting:
-            arguments = recipe.resolve(step.stage, step.keys, str(step.path))
+            arguments = resolved[step.stage] = recipe.resolve(step.stage, step.keys, str(step.path))
             recipe.check_inputs(step.stage, arguments, made, accelerate)
             runs.refuse_held(step.run_dir, step.stage)
             if step.stage not in remake:
                 runs.refuse_partial_of_another_recipe(step.run_dir, step.stage, step.keys, accelerate)
             load_stage(step.stage).check(*arguments)
             made.append(step.stage)
-    return waiting
+    return resolved
 
 
 def _check_finished(step: Step, remade: Sequence[str], accelerate: str | None) -> None:
@@ -231,7 +235,7 @@ def run(steps: Sequence[Step], accelerate: str, say: Callable[[str], None], rema
         runs.set_aside(steps[0].run_dir, stage)
     for number, step in enumerate(steps, start=1):
         name = f"[{number}/{len(steps)}] {step.stage}"
-        if step not in waiting:
+        if step.stage not in waiting:
             say(f"{name}: finished already")
         elif code := _launch_step(step, name, accelerate, say, "the same command" + " without --force" * bool(remake)):
             return code
@@ -279,11 +283,8 @@ def describe(steps: Sequence[Step], accelerate: str, remake: Sequence[str] = ())
         if step.stage == "dapo" and step.keys.get("vllm_mode") == "server":
             from rerank.models import server
 
-            model, url, where = (
-                runs.stage_dir(step.run_dir, "sft") / "model",
-                _address(step.keys),
-                recipe.load(accelerate),
-            )
+            model, url = runs.stage_dir(step.run_dir, "sft") / "model", _address(step.keys)
+            where = recipe.load(accelerate)
             shares = server.is_local(url) and not where.get("use_cpu")
             device = free_gpu(where) if shares else None
             lines.append(server.launch_line(model, url, step.keys.get("vllm_max_model_length"), device) + " &")

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
+    from trl import GRPOConfig
 
 # Options of sampling with which an engine draws from another distribution than the one that is trained.
 SAMPLING = {"top_p": (1.0,), "top_k": (0, -1, None), "min_p": (None, 0.0), "repetition_penalty": (1.0,)}
@@ -13,6 +14,7 @@ SAMPLING = {"top_p": (1.0,), "top_k": (0, -1, None), "min_p": (None, 0.0), "repe
 def check_trainer_options(options: "TrainingArguments") -> None:
     """Refuse the first option that cannot be followed, with the cure."""
     from transformers import IntervalStrategy
+    from trl import GRPOConfig, SFTConfig
 
     strategy = IntervalStrategy(options.eval_strategy).value
     if strategy != "no":
@@ -26,23 +28,22 @@ def check_trainer_options(options: "TrainingArguments") -> None:
         raise ValueError("fp16 is true, which a CPU does not train in; set bf16 or neither")
     if options.use_liger_kernel and importlib.util.find_spec("liger_kernel") is None:
         raise ValueError("use_liger_kernel is true but liger_kernel is not installed; install it, or leave it out")
-    if getattr(options, "model_init_kwargs", None):
+    if isinstance(options, GRPOConfig | SFTConfig) and options.model_init_kwargs:
         raise ValueError("model_init_kwargs is not read; write attn_implementation and dtype as keys of their own")
-    if hasattr(options, "num_generations"):
+    if isinstance(options, GRPOConfig):
         _check_sampling(options)
 
 
-def _check_sampling(options: "TrainingArguments") -> None:
+def _check_sampling(options: "GRPOConfig") -> None:
     """Of reinforcement learning: completions must come from the policy as it is trained."""
-    found = {name: getattr(options, name) for name in SAMPLING}
+    found = {name: vars(options)[name] for name in SAMPLING}
     named = {name: value for name, value in found.items() if value not in SAMPLING[name]}
-    if more := getattr(options, "generation_kwargs", None):
-        named["generation_kwargs"] = more
+    if options.generation_kwargs:
+        named["generation_kwargs"] = options.generation_kwargs
     for name, value in named.items():
         raise ValueError(
             f"{name} is {value}, with which the engine samples from another distribution than the one that is "
             "trained, so that nothing is on-policy; leave it out"
         )
-    temperature = getattr(options, "temperature", 1.0)
-    if temperature <= 0:
-        raise ValueError(f"temperature is {temperature}, with which all completions are alike; set it above 0")
+    if options.temperature <= 0:
+        raise ValueError(f"temperature is {options.temperature}, with which all completions are alike; set it above 0")

@@ -122,6 +122,7 @@ def check(args: MidtrainArguments, training_args: SFTConfig, model_args: ModelCo
         )
     if model_args.model_name_or_path is not None:
         start = names.resolve(model_args.model_name_or_path, "model_name_or_path")
+        adapters.check_adapter(model_args, start)
         if args.list_labels != SEMANTIC_ID and args.mixture.get("lists") and Path(start).is_dir():
             labels = word_labels(args.list_labels, args.longest_list)
             split_labels(base_model.load_tokenizer(start, model_args), labels)

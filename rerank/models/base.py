@@ -87,12 +87,13 @@ def load_tokenizer(name: str, settings: "ModelConfig | None" = None) -> "PreTrai
         raise ValueError(f"model folder {name} has {len(files)} .gguf files; leave one")
     options = {"gguf_file": files[0]} if files else {"revision": settings.model_revision if settings else "main"}
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, **options)
-    if tokenizer.eos_token_id is not None and tokenizer("").input_ids[-1:] == [tokenizer.eos_token_id]:
-        if tokenizer.eos_token_id != tokenizer.bos_token_id or len(tokenizer("").input_ids) > 1:
-            raise ValueError(
-                f"the tokenizer of {name} writes {tokenizer.eos_token} behind every text, and a prompt must not end; "
-                "set add_eos_token to false in its tokenizer_config.json, or take that out of its post_processor"
-            )
+    written, end = tokenizer("").input_ids, tokenizer.eos_token_id
+    begins_so = end == tokenizer.bos_token_id and len(written) == 1
+    if end is not None and written[-1:] == [end] and not begins_so:
+        raise ValueError(
+            f"the tokenizer of {name} writes {tokenizer.eos_token} behind every text, and a prompt must not end; "
+            "set add_eos_token to false in its tokenizer_config.json, or take that out of its post_processor"
+        )
     template = tokenizer.chat_template
     if isinstance(template, str) and "strftime_now" in template and not template.startswith(FIXED_DATE):
         tokenizer.chat_template = FIXED_DATE + template

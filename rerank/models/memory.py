@@ -219,12 +219,9 @@ def _config(
     named, before = model_args.model_name_or_path, STARTS[stage]
     if named is not None:
         folder = Path(names.resolve(named, "model_name_or_path"))
-        files = list(folder.glob("*.gguf"))
-        return (
-            AutoConfig.from_pretrained(folder, **({"gguf_file": files[0].name} if files else {}))
-            if folder.is_dir()
-            else None
-        )
+        packed = next(folder.glob("*.gguf"), None)
+        options = {} if packed is None else {"gguf_file": packed.name}
+        return AutoConfig.from_pretrained(folder, **options) if folder.is_dir() else None
     if before is None:
         return base_model.small_config(args, args.vocab_size)
     if before in configs:

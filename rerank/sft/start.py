@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 
 from rerank.catalogue import Catalogue, check_vocabulary
 from rerank.launch import run_dir
+from rerank.models import adapters, names
 from rerank.models import base as base_model
-from rerank.models import names
 from rerank.prompts import THINK, THINK_END, PromptSettings
 from rerank.rows.checks import warn_of_split_codes, warn_of_split_labels
 
@@ -41,6 +41,7 @@ def check_start(args: "SftArguments", model_args: "ModelConfig") -> None:
         base_model.refuse_quantized(model_args)
     if not is_midtrained and (named is None or not Path(start_model(args, model_args)).is_dir()):
         return
+    adapters.check_adapter(model_args, start_model(args, model_args))
     tokenizer = load_start_tokenizer(args, model_args)
     if args.task == "rerank" and all(run_dir.is_finished(args.run_dir, stage) for stage in ("candidates", "traces")):
         folder = run_dir.stage_dir(args.run_dir, "candidates")
