@@ -118,6 +118,8 @@ def check(args: DapoArguments, training_args: DapoConfig, model_args: ModelConfi
     check_rewards(args.load_rewards(), known_limit or PAPERS_LIMIT)
     if run_dir.is_finished(args.run_dir, "candidates"):
         validation.validation_rows(args.run_dir, args.eval_rows)
+    if is_made:
+        refuse_one_token(folder)
     if is_made and PromptSettings.load(folder).shows_ids:
         check_model(folder, Catalogue.load(args.run_dir))
     if run_dir.is_finished(args.run_dir, "traces"):
@@ -142,6 +144,16 @@ def token_limit(config: DapoConfig, base_dir: Path) -> int:
     if config.max_completion_length is not None:
         return config.max_completion_length
     return json.loads((base_dir / "generation.json").read_text())["max_completion_tokens"]
+
+
+def refuse_one_token(folder: Path) -> None:
+    """Refuse a model that writes no ranking, since it was trained on first labels alone."""
+    path = folder / "generation.json"
+    if path.is_file() and json.loads(path.read_text()).get("one_token"):
+        raise ValueError(
+            f"{folder} was trained on rankings' first labels alone, so that it writes no ranking to reward; leave dapo "
+            "out, or train sft with the losses nll and ranknet"
+        )
 
 
 def prepare(
