@@ -19,7 +19,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from trl import GRPOConfig, ModelConfig
 
@@ -143,16 +143,20 @@ def token_limit(config: DapoConfig, base_dir: Path) -> int:
     """The token limit of a completion: the recipe's, or what the sft stage found enough."""
     if config.max_completion_length is not None:
         return config.max_completion_length
-    return json.loads((base_dir / "generation.json").read_text())["max_completion_tokens"]
+    return generation_of(base_dir)["max_completion_tokens"]
+
+
+def generation_of(folder: Path) -> dict[str, Any]:
+    """What the sft stage says of the completions of a model's folder."""
+    return json.loads((folder / "generation.json").read_text())
 
 
 def refuse_one_token(folder: Path) -> None:
     """Refuse a model that writes no ranking, since it was trained on first labels alone."""
-    path = folder / "generation.json"
-    if path.is_file() and json.loads(path.read_text()).get("one_token"):
+    if generation_of(folder).get("one_token"):
         raise ValueError(
-            f"{folder} was trained on rankings' first labels alone, so that it writes no ranking to reward; leave dapo "
-            "out, or train sft with the losses nll and ranknet"
+            f"{folder} was trained on rankings' first labels alone, so that it writes no ranking to reward; leave "
+            "dapo out, or train sft with the losses nll and ranknet"
         )
 
 
@@ -251,7 +255,8 @@ def main(args: DapoArguments, training_args: DapoConfig, model_args: ModelConfig
         logger.warning("no check was better than that of the sft model, which is kept; see dapo/log_history.json")
     steps = [entry for entry in trainer.state.log_history if "rollouts/reward" in entry]
     if trainer.accelerator.is_main_process:
-        save_ranker(args.run_dir, prompter, out_dir / "model", not args.without_trace, prompts.max_completion_tokens)
+        has_trace = not args.without_trace and generation_of(start_dir(args)).get("trace", True)
+        save_ranker(args.run_dir, prompter, out_dir / "model", has_trace, prompts.max_completion_tokens)
         write_json(out_dir / "log_history.json", trainer.state.log_history)
     return {
         "rollout_engine": "vllm" if training_args.use_vllm else "transformers",

@@ -121,7 +121,7 @@ class LossInputs:
         before = self.batch["first_label"] - 1
         rows = torch.arange(len(before), device=before.device)
         hidden, tokens = self.states[rows, before], self.batch["label_tokens"]
-        vocabulary, places = tokens.unique(return_inverse=True)
+        vocabulary, places = torch.unique(tokens, return_inverse=True)
         logits = self._logits(hidden, vocabulary).gather(1, places)
         return FirstLabels(logits, *(self.batch[name] for name in ("ranks", "grades", "teacher_scores")))
 

@@ -7,7 +7,8 @@ Source: FIRST (arXiv:2406.15657), which ranks by the logits of the first identif
 Letters of shapes: B rows of a batch, T tokens, K positions with logits, V vocabulary, N candidates of a row.
 """
 
-from collections.abc import Callable, Sequence
+import gc
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from rerank.rows import PromptedRow, Prompter
 
 ANSWER_TOKENS = 3  # two tags and a label
-BATCH_SIZE = 32  # rows of a forward pass
+MAX_ROWS, MAX_TOKENS = 16, 16384  # of a forward pass, padding with them
 
 
 def label_tokens(tokenizer: "PreTrainedTokenizerBase", labels: Sequence[str]) -> list[int]:
@@ -95,13 +96,23 @@ def first_label_logps(
     tokens = tokens_of(asked, tokenizer)
     tags = tokenizer(THINK + THINK_END, add_special_tokens=False).input_ids
     ids = [prompt + tags for prompt in prompt_ids(tokenizer, [row.prompt for row in asked])]
-    order = sorted(range(len(ids)), key=lambda place: len(ids[place]))
     found = [np.empty(0)] * len(ids)
-    for start in range(0, len(order), BATCH_SIZE):
-        places = order[start : start + BATCH_SIZE]
+    for places in _by_length([len(row) for row in ids]):
         for place, logits in zip(places, _last_logits(model, [ids[place] for place in places]), strict=True):
             found[place] = logits[tokens[place]].log_softmax(dim=0).numpy()
     return found
+
+
+def _by_length(lengths: Sequence[int]) -> Iterator[list[int]]:
+    """Places of rows of like lengths, of MAX_ROWS and MAX_TOKENS at most, or of one row."""
+    batch: list[int] = []
+    for place in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if batch and (len(batch) == MAX_ROWS or (len(batch) + 1) * lengths[place] > MAX_TOKENS):
+            yield batch
+            batch = []
+        batch.append(place)
+    if batch:
+        yield batch
 
 
 def _last_logits(model: "PreTrainedModel", ids: Sequence[list[int]]) -> "torch.Tensor":
@@ -139,6 +150,14 @@ def load_folder(
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     return partial(orders_of, model, tokenizer)
+
+
+def free_memory() -> None:
+    """Give back the memory of a model that nothing refers to."""
+    import torch
+
+    gc.collect()
+    torch.cuda.empty_cache()  # does nothing without a GPU
 
 
 def complete(trainer: "Trainer", asked: Sequence["PromptedRow"]) -> list[str]:

@@ -1,6 +1,7 @@
 """A trained model's rankings: its folder, greedy completions through vLLM or one token each, and parsed answers."""
 
 import gc
+import itertools
 import json
 import time
 from collections.abc import Sequence
@@ -113,17 +114,11 @@ def generate_batches(model: RankingModel, batches: Sequence[Batch]) -> list[tupl
     tokenizer = model.load_tokenizer()
     asked = [ask(model, batch, tokenizer) for batch in batches]
     max_length = _check_positions(model, [row for rows in asked for row in rows], tokenizer)
-    numbers: dict[bool, list[int]] = {True: [], False: []}
-    for number, batch in enumerate(batches):
-        numbers[batch.one_token or model.one_token].append(number)
-    found = {}
-    if numbers[True]:
-        ranked = _rank_by_one_token(model, [asked[number] for number in numbers[True]], tokenizer)
-        found |= dict(zip(numbers[True], ranked, strict=True))
-    if numbers[False]:
-        written, rows = ([of[number] for number in numbers[False]] for of in (batches, asked))
-        found |= dict(zip(numbers[False], _generate(model, written, rows, tokenizer, max_length), strict=True))
-    return [found[number] for number in range(len(batches))]
+    by_token = [batch.one_token or model.one_token for batch in batches]
+    free = [(batch, rows) for batch, rows, is_by in zip(batches, asked, by_token, strict=True) if not is_by]
+    written = iter(_generate(model, free, tokenizer, max_length) if free else [])
+    ranked = iter(_rank_by_one_token(model, list(itertools.compress(asked, by_token)), tokenizer))
+    return [next(ranked if is_by else written) for is_by in by_token]
 
 
 def _rank_by_one_token(
@@ -132,6 +127,8 @@ def _rank_by_one_token(
     """Answers of each batch by the probabilities of the first label, and the seconds that they took."""
     from rerank.models import one_token
 
+    if not asked:
+        return []
     rank, found = one_token.load_folder(model.folder, tokenizer), []
     for rows in asked:
         began = time.perf_counter()
@@ -140,27 +137,26 @@ def _rank_by_one_token(
         texts = [completion(None, order, row.labels) for order, row in zip(orders, rows, strict=True)]
         answers = [Answer(order, None, "", text, 1, False) for order, text in zip(orders, texts, strict=True)]
         found.append((answers, seconds))
+    del rank  # the next model's engine needs the memory
+    one_token.free_memory()
     return found
 
 
 def _generate(
     model: RankingModel,
-    batches: Sequence[Batch],
-    asked: Sequence[Sequence[PromptedRow]],
+    batches: Sequence[tuple[Batch, list[PromptedRow]]],
     tokenizer: "PreTrainedTokenizerBase",
     max_length: int,
 ) -> list[tuple[list[Answer], float]]:
-    """Answers of each batch that an engine writes, and the seconds that they took."""
+    """Answers that an engine writes, and the seconds that they took, of each batch and its rows as they are asked."""
     from rerank.models import engine as vllm_engine
 
-    grammars = [
-        grammars_of(model, rows, tokenizer) if batch.constrained else None
-        for batch, rows in zip(batches, asked, strict=True)
-    ]
-    engine = vllm_engine.open_engine(model.folder, max_length, constrained=any(batch.constrained for batch in batches))
+    grammars = [grammars_of(model, rows, tokenizer) if batch.constrained else None for batch, rows in batches]
+    is_constrained = any(batch.constrained for batch, _ in batches)
+    engine = vllm_engine.open_engine(model.folder, max_length, constrained=is_constrained)
     found = []
     try:
-        for rows, rules in zip(asked, grammars, strict=True):
+        for (_, rows), rules in zip(batches, grammars, strict=True):
             began = time.perf_counter()
             texts, limit = [row.prompt for row in rows], model.max_completion_tokens
             completions = vllm_engine.generate(engine, texts, limit, grammars=rules) if texts else []

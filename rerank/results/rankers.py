@@ -192,7 +192,7 @@ RANKERS: tuple[Ranker, ...] = (
         "midtrained", "likelihood of each candidate under the mid-trained model", TASKS[:2], "likelihood",
         stage="midtrain",
     ),
-    Ranker("sft", "fine-tuned on accepted traces", TASKS, "generates", stage="sft"),
+    Ranker("sft", "fine-tuned by the sft stage", TASKS, "generates", stage="sft"),
     Ranker("sft_head", "scores of its item head", _CATALOGUE, "head", stage="sft"),
     Ranker("sft_both", "its item head and the tokens of its best items", _CATALOGUE[:1], "head", stage="sft"),
     Ranker(

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -13,7 +14,7 @@ from rerank.launch.files import write_whole
 FILE = "scores.parquet"
 
 
-def write_scores(folder: Path, scores: Mapping[int, Sequence[float]]) -> None:
+def write_scores(folder: Path, scores: Mapping[int, Sequence[float] | np.ndarray]) -> None:
     """Write the scores of each row's candidates, by row_id, into the folder of the traces stage."""
     table = pa.table({"row_id": list(scores), "scores": [list(map(float, of_row)) for of_row in scores.values()]})
     write_whole(folder / FILE, partial(pq.write_table, table))

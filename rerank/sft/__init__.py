@@ -78,8 +78,9 @@ class SftArguments(validation.ValidatedArguments):
         check_range("dropout", self.dropout, least=0, below=1)
         if self.no_trace_control and self.task == "next_item":
             raise ValueError("no_trace_control is for the task rerank; next_item has no traces, so take it out")
-        if self.no_trace_control and not self.with_trace:
-            raise ValueError("no_trace_control is true but with_trace is false already; take one of the two out")
+        if not self.with_trace and (self.no_trace_control or self.task == "next_item"):
+            other = "no_trace_control is true" if self.no_trace_control else "task is next_item, which has no traces"
+            raise ValueError(f"with_trace is false but {other}; take one of the two out")
         name = load_losses(self.losses, self.task).one_token
         if name and self.with_trace:
             raise ValueError(f"loss {name} trains on rankings' first labels, without traces; set with_trace: false")

@@ -6,6 +6,7 @@ N candidates of a row.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import pyarrow.parquet as pq
 
@@ -24,6 +25,7 @@ def examples(prompter: Prompter, run: str, with_trace: bool, losses: Losses) -> 
     A token loss that is computed at the first label alone needs no attempt: all sft rows are encoded, up to there.
     """
     rows, scores = {row.row_id: row for row in training_rows(run, "sft")}, read_scores(run)
+    attempts: list[dict[str, Any]]
     if losses.one_token:
         attempts = [
             {"row_id": row_id, "trace": None, "order": _teacher_order(row, scores)} for row_id, row in rows.items()
