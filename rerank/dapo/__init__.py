@@ -147,7 +147,7 @@ def token_limit(config: DapoConfig, base_dir: Path) -> int:
 
 
 def generation_of(folder: Path) -> dict[str, Any]:
-    """What the sft stage says of the completions of a model's folder."""
+    """The limits of the completions of a model, which the sft stage wrote beside it."""
     return json.loads((folder / "generation.json").read_text())
 
 

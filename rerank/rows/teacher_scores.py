@@ -21,7 +21,7 @@ def write_scores(folder: Path, scores: Mapping[int, Sequence[float] | np.ndarray
 
 
 def read_scores(run: str | Path) -> dict[int, list[float]]:
-    """What `write_scores` wrote in a run; nothing where its teacher has no scores."""
+    """The scores that `write_scores` wrote in a run; none where its teacher has none."""
     path = run_dir.stage_dir(run, "traces") / FILE
     if not path.is_file():
         return {}
