@@ -161,7 +161,7 @@ def check(args: EvaluateArguments) -> None:
         if ranker.kind == "generates" and run_dir.is_finished(args.run_dir, ranker.stage):
             model = RankingModel.load(ranker.model_dir(args.run_dir))
             tokenizer = model.load_tokenizer()
-            if args.one_token and run_dir.is_finished(args.run_dir, "candidates"):
+            if (args.one_token or model.one_token) and run_dir.is_finished(args.run_dir, "candidates"):
                 table = run_dir.stage_dir(args.run_dir, "candidates") / f"{args.split}.parquet"
                 check_labels(tokenizer, model.prompter, table)
             if args.shuffle_texts and not shows_texts(model.prompter.settings):

@@ -40,7 +40,7 @@ def label_tokens(tokenizer: "PreTrainedTokenizerBase", labels: Sequence[str]) ->
     opening, *rows = begun
     bearers: dict[int, str] = {}
     for label, ids in zip(labels, rows, strict=True):
-        tokens = ids[len(opening) :]
+        tokens = ids[len(opening) :] if ids[: len(opening)] == opening else ids
         if len(tokens) != 1 or bearers.setdefault(tokens[0], label) != label:
             same = f"{len(tokens)} tokens" if len(tokens) != 1 else f"the same token as {bearers[tokens[0]]!r}"
             cure = "" if label.isalpha() else "set ranking: letter in the traces recipe, or "
