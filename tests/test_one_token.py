@@ -24,7 +24,7 @@ from toy_run import (
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from trl import ModelConfig
 
-from rerank import dapo, evaluate, sft, traces
+from rerank import dapo, evaluate, sft
 from rerank.baselines import FEATURES, Counts, fit_edges
 from rerank.losses import load_losses
 from rerank.models import base, engine, one_token
@@ -259,16 +259,3 @@ def test_ranknet_goes_beside_nll_behind_a_trace_or_without_one(made, tokenizer, 
         assert text.endswith("<think> A top B bad</think>" if with_trace else "<think></think>")
         assert example["input_ids"][first] == example["label_tokens"][order[0]] == example["labels"][first]
         assert [example["ranks"][place] for place in order] == [1, 2, 3, 4] and example["labels"][-1] != -100
-
-
-def test_the_teacher_of_trees_leaves_its_scores_of_every_training_row(made):
-    run = made[0]
-    out_dir = run / "again"
-    out_dir.mkdir()
-    settings = replace(SETTINGS, evidence="codes")
-    traces.main(traces.TracesArguments(run_dir=str(run), teacher="evidence", rows_for_sft=0.5), settings, out_dir)
-    written = pq.read_table(out_dir / "scores.parquet").to_pydict()
-    rows = read_rows(run / "candidates/train.parquet")
-    assert written["row_id"] == [row.row_id for row in rows]
-    assert [len(scores) for scores in written["scores"]] == [len(row.candidates) for row in rows]
-    assert np.std(np.concatenate(written["scores"])) > 0
