@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from rerank.losses import FirstLabels, Head, example_first_labels, load_losses
+from rerank.losses import FirstLabels, Head, LossInfo, example_first_labels, load_losses
 from rerank.losses.ranknet import weighted_ranknet
 from rerank.losses.soft_targets import soft_targets
 from rerank.rows import RankingRow
@@ -122,8 +122,10 @@ def test_bad_parameters_are_refused(losses, message):
 
 def test_a_loss_that_does_not_declare_the_first_label_cannot_read_it(tmp_path):
     (tmp_path / "mine.py").write_text("def mine(inputs):\n    return inputs.first_labels.logits[:, 0]\n")
-    with pytest.raises(ValueError, match=r"loss mine: first_labels is for .* INFO = LossInfo\(first_label=True\)"):
+    with pytest.raises(ValueError, match=r"mine: first_labels is for .*LossInfo\(\('rerank',\), first_label=True"):
         load_losses([{"name": f"{tmp_path}/mine.py:mine"}], "rerank")
+    with pytest.raises(ValueError, match=r"is for rankings, but tasks is \('next_item', 'rerank'\); write"):
+        LossInfo(first_label=True)
 
 
 def test_ranks_leave_out_what_was_not_seen_and_tie_behind_the_best_k():

@@ -21,7 +21,7 @@ Either kind may declare in its file, for the checks and for `rerank losses`:
 
     INFO = LossInfo(tasks=("next_item",), constrained=True, needs="...", costs="...")
 
-With `first_label=True` a loss of the task rerank gets `inputs.first_labels`: the logits of a row's candidates where
+With `tasks=("rerank",), first_label=True` a loss gets `inputs.first_labels`: the logits of a row's candidates where
 the first label of its ranking is predicted, and the candidates' ranks, grades and teacher's scores.
 
 Letters of shapes: B rows, T tokens, P positions under loss (of all rows of a micro-batch), H hidden size, V
@@ -90,6 +90,10 @@ class LossInfo:
     first_label: bool = False
     needs: str = "(its file does not say)"
     costs: str = "(its file does not say)"
+
+    def __post_init__(self) -> None:
+        if self.first_label and self.tasks != ("rerank",):
+            raise ValueError(f"first_label is for rankings, but tasks is {self.tasks}; write tasks=('rerank',)")
 
     @classmethod
     def of(cls, loss: Callable[..., object]) -> "LossInfo":
@@ -275,11 +279,9 @@ def example_inputs(task: str) -> LossInputs:
 def example_first_labels(has_scores: bool = True) -> LossInputs:
     """`example_inputs` of four rows of two or three candidates, each with its first label alone under loss."""
     plain = example_inputs("rerank")
-    tokens, grades = (
-        torch.tensor([[5, 6, 7], [9, 8, 0], [6, 7, 5], [8, 9, 0]]),
-        [[1.0, 0.0, 0.0], [1.0, 0.0, math.nan]],
-    )
+    tokens = torch.tensor([[5, 6, 7], [9, 8, 0], [6, 7, 5], [8, 9, 0]])
     batch = {"first_label": torch.ones(4, dtype=torch.long), "label_tokens": tokens}
-    batch |= {"grades": torch.tensor(grades * 2), "ranks": torch.tensor([[1, 2, 3], [1, 2, 0]] * 2)}
+    batch["grades"] = torch.tensor([[1.0, 0.0, 0.0], [1.0, 0.0, math.nan]] * 2)
+    batch["ranks"] = torch.tensor([[1, 2, 3], [1, 2, 0]] * 2)
     batch["teacher_scores"] = batch["grades"] if has_scores else torch.full_like(batch["grades"], math.nan)
     return replace(plain, states=torch.stack([plain.hidden] * 2, dim=1), batch=batch)

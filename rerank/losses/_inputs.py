@@ -117,7 +117,7 @@ class LossInputs:
     def first_labels(self) -> FirstLabels:
         """The candidates' logits at each row's first label, in float32 at least, and what is known of them."""
         if "first_label" not in self.batch or self.states is None:
-            raise ValueError("first_labels is for a loss whose file says INFO = LossInfo(first_label=True)")
+            raise ValueError("first_labels is for a loss that declares INFO = LossInfo(('rerank',), first_label=True)")
         before = self.batch["first_label"] - 1
         rows = torch.arange(len(before), device=before.device)
         hidden, tokens = self.states[rows, before], self.batch["label_tokens"]
