@@ -128,6 +128,7 @@ def _add_models(add: Add) -> None:
         "--rows", required=True, metavar="FILE", help="Parquet, JSONL or CSV with history and candidates"
     )
     rank.add_argument("--out", required=True, metavar="FILE", help="Parquet, JSONL or CSV to write")
+    rank.add_argument("--one-token", action="store_true", help="rank by the first label's probabilities, without vLLM")
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -255,7 +256,7 @@ def _rank(args: argparse.Namespace) -> None:
     from rerank.launch import recipe
 
     recipe.set_environment()
-    rank.rank_rows(args.model_dir, args.rows, args.out)
+    rank.rank_rows(args.model_dir, args.rows, args.out, args.one_token)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -10,6 +10,7 @@ is kept; `ranking` (best first), `failure` and `trace` are added. Answers are co
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from rerank.launch.files import write_text, write_whole
+from rerank.models.one_token import tokens_of
 from rerank.models.ranker import Answer, RankingModel, generate_answers, grammars_of
 from rerank.prompts import MAX_LETTERS, PromptSettings
 from rerank.rows import PromptedRow, RankingRow
@@ -31,16 +33,16 @@ FORMATS = (".parquet", ".jsonl", ".csv")
 Record = Mapping[str, Any]  # a row of the user's file
 
 
-def rank_rows(model_dir: str | Path, rows_path: str | Path, out_path: str | Path) -> None:
-    """Rank the rows of a file into another one."""
+def rank_rows(model_dir: str | Path, rows_path: str | Path, out_path: str | Path, one_token: bool = False) -> None:
+    """Rank the rows of a file into another one; with `one_token` by the probabilities of the first label."""
     model, out_path = RankingModel.load(model_dir), Path(out_path)
     _check_format(out_path)
     if not out_path.parent.is_dir():
         raise FileNotFoundError(f"{out_path.parent} is not a folder; make it, or choose another --out.")
     records = read_records(rows_path)
     rows = encode_rows(records, model, str(rows_path))
-    check_limit(rows, model, str(rows_path))
-    answers, _ = generate_answers(model, rows, constrained=True)
+    check_limit(rows, model, str(rows_path), one_token)
+    answers, _ = generate_answers(model, rows, constrained=not one_token, one_token=one_token)
     write_records([add_answer(record, answer) for record, answer in zip(records, answers, strict=True)], out_path)
 
 
@@ -214,11 +216,12 @@ def _numbers(record: Record, name: str, fact: str, row: RankingRow, where: str) 
     return np.array([np.nan if value is None else _number(value, f"{where}: {name}") for value in values])
 
 
-def check_limit(rows: Sequence[RankingRow], model: RankingModel, where: str) -> None:
+def check_limit(rows: Sequence[RankingRow], model: RankingModel, where: str, one_token: bool = False) -> None:
     """Refuse lists whose answers cannot be made rankings, such as those too long for the model's token limit."""
     tokenizer, limit, top_k = model.load_tokenizer(), model.max_completion_tokens, model.prompter.settings.top_k
+    check = tokens_of if one_token or model.one_token else partial(grammars_of, model)
     try:
-        grammars_of(model, [PromptedRow(row, "", model.prompter.labels(row), limit, top_k) for row in rows], tokenizer)
+        check([PromptedRow(row, "", model.prompter.labels(row), limit, top_k) for row in rows], tokenizer)
     except ValueError as error:
         raise ValueError(f"{where}, {error}") from None
 

@@ -36,7 +36,7 @@ CHANGES = {
         "max_steps": 5,
         "max_sampling_rounds": 3,
     },
-    "evaluate": {},
+    "evaluate": {"one_token": True},
 }
 # Differs between completions of an untrained model too.
 REWARD = '''
@@ -105,6 +105,10 @@ def test_every_stage_ranks_lists_of_all_lengths(run):
     assert sum(row["ranker"] == "dapo" for row in rankings) == 8  # so little trained, it may write no ranking
     results = json.loads((run / "evaluate/results.json").read_text())
     assert {"no_op", "lambdamart", "sft", "dapo"} <= results["rows"].keys() and "midtrained" not in results["rows"]
+    assert (
+        results["rows"]["dapo_one_token"]["parse_failures"] == 0 and "dapo_one_token_vs_dapo" in results["comparisons"]
+    )
+    assert lengths([row for row in rankings if row["ranker"] == "sft_one_token"], "order") == dict.fromkeys(LENGTHS, 2)
     assert "shared_ids" not in results
     assert "There are no semantic ids yet" in (run / "evaluate/report.html").read_text()
 

@@ -135,9 +135,12 @@ def test_where_a_label_is_no_token_of_an_item_the_loss_is_plain():
 
 
 BAD = [
-    ("losses has no token loss; give exactly one of bear, lml, msl, nll", [{"name": "iirg"}]),
+    ("losses has no token loss; give exactly one of bear, lml, msl, nll, soft_targets", [{"name": "iirg"}]),
     ("bear and msl are token losses; give exactly one", [{"name": "bear"}, {"name": "msl"}]),
-    (r"has no 'beer' \(did you mean bear\?\); it has bear, cllm4rec, iirg, lml, msl, nll", [{"name": "beer"}]),
+    (
+        r"has no 'beer' \(did you mean bear\?\); it has bear, cllm4rec, iirg, lml, msl, nll, ranknet, ",
+        [{"name": "beer"}],
+    ),
     ("two losses are called bear; keep one", [{"name": "bear"}, {"name": "bear"}]),
     (r"loss bear has an unknown key 'weight'; known: name, kwargs", [{"name": "bear", "weight": 2}]),
     ("loss {'kwargs': {}} has no name", [{"kwargs": {}}]),
@@ -211,14 +214,16 @@ def test_the_command_lists_every_loss_of_the_folder(capsys):
     heads = [line for line in printed.splitlines() if not line.startswith(" ")]
     lines = {name: "token loss, for next_item" for name in ("bear", "lml", "msl")}
     lines |= {name: "beside a token loss, for next_item" for name in ("cllm4rec", "iirg")}
-    lines["nll"] = "token loss, for next_item and rerank"
+    lines |= {"nll": "token loss, for next_item and rerank", "soft_targets": "token loss, for rerank"}
+    lines["ranknet"] = "beside a token loss, for rerank"
     assert heads == [f"{name}: {line}" for name, line in sorted(lines.items())]
-    assert printed.count("    needs ") == printed.count("    costs ") == 6 and "does not say" not in printed
+    assert printed.count("    needs ") == printed.count("    costs ") == 8 and "does not say" not in printed
 
 
 def test_only_losses_over_valid_tokens_are_constrained():
-    found = {name: load_losses([{"name": name}], "next_item").constrained for name in losses.token_losses()}
-    assert found == {"bear": True, "lml": False, "msl": True, "nll": False}
+    tasks = {name: "rerank" if name == "soft_targets" else "next_item" for name in losses.token_losses()}
+    found = [name for name, task in tasks.items() if load_losses([{"name": name}], task).constrained]
+    assert found == ["bear", "msl"] and list(tasks) == ["bear", "lml", "msl", "nll", "soft_targets"]
 
 
 def write(folder, text, name="mine.py"):

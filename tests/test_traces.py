@@ -281,7 +281,12 @@ def test_the_stage_keeps_the_first_accepted_draft_of_each_row(run_path):
     assert metrics["attempts"] == len(table) and metrics["distinct_trace_share"] > 0.9
     assert PromptSettings.load(out_dir) == PromptSettings(**SHORT)
     files = {path.name for path in out_dir.iterdir()}
-    assert files == {"accepted.parquet", "attempts.parquet", "prompt.json", "row_split.parquet"}
+    assert files == {"accepted.parquet", "attempts.parquet", "prompt.json", "row_split.parquet", "scores.parquet"}
+    scores = dict(zip(*pq.read_table(out_dir / "scores.parquet").to_pydict().values(), strict=True))
+    assert {row_id: len(of_row) for row_id, of_row in scores.items()} == {
+        row_id: len(row["candidates"]) for row_id, row in hits.items()
+    }
+    assert np.std(np.concatenate(list(scores.values()))) > 0
 
 
 def test_users_for_sft_are_drawn_until_their_rows_reach_the_share():

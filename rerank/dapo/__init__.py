@@ -19,7 +19,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from trl import GRPOConfig, ModelConfig
 
@@ -118,6 +118,8 @@ def check(args: DapoArguments, training_args: DapoConfig, model_args: ModelConfi
     check_rewards(args.load_rewards(), known_limit or PAPERS_LIMIT)
     if run_dir.is_finished(args.run_dir, "candidates"):
         validation.validation_rows(args.run_dir, args.eval_rows)
+    if is_made:
+        refuse_one_token(folder)
     if is_made and PromptSettings.load(folder).shows_ids:
         check_model(folder, Catalogue.load(args.run_dir))
     if run_dir.is_finished(args.run_dir, "traces"):
@@ -141,7 +143,21 @@ def token_limit(config: DapoConfig, base_dir: Path) -> int:
     """The token limit of a completion: the recipe's, or what the sft stage found enough."""
     if config.max_completion_length is not None:
         return config.max_completion_length
-    return json.loads((base_dir / "generation.json").read_text())["max_completion_tokens"]
+    return generation_of(base_dir)["max_completion_tokens"]
+
+
+def generation_of(folder: Path) -> dict[str, Any]:
+    """The limits of the completions of a model, which the sft stage wrote beside it."""
+    return json.loads((folder / "generation.json").read_text())
+
+
+def refuse_one_token(folder: Path) -> None:
+    """Refuse a model that writes no ranking, since it was trained on first labels alone."""
+    if generation_of(folder).get("one_token"):
+        raise ValueError(
+            f"{folder} was trained on rankings' first labels alone, so that it writes no ranking to reward; leave "
+            "dapo out, or train sft with the losses nll and ranknet"
+        )
 
 
 def prepare(
@@ -239,7 +255,8 @@ def main(args: DapoArguments, training_args: DapoConfig, model_args: ModelConfig
         logger.warning("no check was better than that of the sft model, which is kept; see dapo/log_history.json")
     steps = [entry for entry in trainer.state.log_history if "rollouts/reward" in entry]
     if trainer.accelerator.is_main_process:
-        save_ranker(args.run_dir, prompter, out_dir / "model", not args.without_trace, prompts.max_completion_tokens)
+        has_trace = not args.without_trace and generation_of(start_dir(args)).get("trace", True)
+        save_ranker(args.run_dir, prompter, out_dir / "model", has_trace, prompts.max_completion_tokens)
         write_json(out_dir / "log_history.json", trainer.state.log_history)
     return {
         "rollout_engine": "vllm" if training_args.use_vllm else "transformers",

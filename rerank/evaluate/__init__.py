@@ -27,6 +27,7 @@ from rerank.launch.files import write_json, write_text, write_whole
 from rerank.launch.stages import Stage
 from rerank.launch.values import check_choice, check_range, option
 from rerank.metrics import METRICS, compared
+from rerank.models.one_token import check_labels
 from rerank.models.ranker import Answer, RankingModel
 from rerank.next_item.encoder import SETTINGS
 from rerank.results import bar, orders, overview
@@ -105,6 +106,7 @@ class EvaluateArguments(recipe.StageArguments):
     constrained: bool = option(
         False, "Task rerank: a further row of each model that writes rankings, whose every answer is made one."
     )
+    one_token: bool = option(False, "Task rerank: a further row of each, by the first label's probabilities alone.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -123,7 +125,7 @@ class EvaluateArguments(recipe.StageArguments):
                 f"lists names {', '.join(self.lists)}; it goes with task next_item, and with other names than "
                 f"{', '.join(names)}"
             )
-        for name in ("shuffle_texts", "constrained"):
+        for name in ("shuffle_texts", "constrained", "one_token"):
             if getattr(self, name) and self.task != "rerank":
                 raise ValueError(f"{name} goes with task rerank, but task is {self.task}; leave it out")
         compared(self.metrics)  # refuses what is no metric
@@ -158,7 +160,10 @@ def check(args: EvaluateArguments) -> None:
     for ranker in rankers_of(args):
         if ranker.kind == "generates" and run_dir.is_finished(args.run_dir, ranker.stage):
             model = RankingModel.load(ranker.model_dir(args.run_dir))
-            model.load_tokenizer()
+            tokenizer = model.load_tokenizer()
+            if (args.one_token or model.one_token) and run_dir.is_finished(args.run_dir, "candidates"):
+                table = run_dir.stage_dir(args.run_dir, "candidates") / f"{args.split}.parquet"
+                check_labels(tokenizer, model.prompter, table)
             if args.shuffle_texts and not shows_texts(model.prompter.settings):
                 raise ValueError(
                     f"shuffle_texts is true, but prompts of {model.folder} show no title, category or text fact, "

@@ -11,7 +11,7 @@ from rerank.launch import run_dir
 from rerank.models.ranker import Batch, RankingModel, generate_batches
 from rerank.next_item.model import NextItemModel, likelihood_orders
 from rerank.results.orders import Order, ShuffledRows
-from rerank.results.rankers import FittedOrders, Ranker, constrained, control
+from rerank.results.rankers import FittedOrders, Ranker, constrained, control, one_token
 from rerank.results.rankings import Ranking
 from rerank.results.shuffled_texts import ShuffledTexts
 from rerank.rows import RankingRow
@@ -31,19 +31,21 @@ class Questions:
         shuffled: In other orders; without any order where none is asked for.
         texts: With other items' texts; None where the control is not asked for.
         constrained: Whether models that write rankings rank the rows once more, each answer made a ranking.
+        one_token: Whether they rank them once more by the probabilities of the first label.
     """
 
     rows: Sequence[RankingRow]
     shuffled: ShuffledRows
     texts: ShuffledTexts | None
     constrained: bool = False
+    one_token: bool = False
 
     @classmethod
     def of(cls, args: "EvaluateArguments", rows: Sequence[RankingRow]) -> "Questions":
-        """By the options `orders`, `shuffle_texts` and `constrained`."""
+        """By the options `orders`, `shuffle_texts`, `constrained` and `one_token`."""
         candidates_dir = run_dir.stage_dir(args.run_dir, "candidates")
         texts = ShuffledTexts.of(candidates_dir, rows) if args.shuffle_texts else None
-        return cls(rows, ShuffledRows.of(rows, args.orders), texts, args.constrained)
+        return cls(rows, ShuffledRows.of(rows, args.orders), texts, args.constrained, args.one_token)
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class Ranked:
     Attributes:
         ranking: Of the rows as given.
         again: Of the rows in other orders, as `ShuffledRows.as_given`; empty for a ranker that reads no list.
-        repeated: Of the rows with other texts, and with constrained answers, where asked for.
+        repeated: Of the rows with other texts, with constrained answers and by one token, where asked for.
     """
 
     ranking: Ranking
@@ -89,9 +91,12 @@ def _rank_by_features(ranker: Ranker, candidates_dir: Path, asked: Questions) ->
 
 def _generate(ranker: Ranker, model: RankingModel, asked: Questions) -> Ranked:
     batches, names = [Batch(asked.rows), Batch(asked.shuffled.all_shown)], []
-    if asked.constrained:
+    if asked.constrained and not model.one_token:  # which ranks by one token as it is
         batches.append(Batch(asked.rows, constrained=True))
         names.append(constrained(ranker).name)
+    if asked.one_token and not model.one_token:
+        batches.append(Batch(asked.rows, one_token=True))
+        names.append(one_token(ranker).name)
     if asked.texts:
         batches.append(Batch(asked.texts.rows, asked.texts.catalogue(model.prompter.catalogue)))
         names.append(control(ranker).name)

@@ -8,7 +8,7 @@ from rerank.launch.stages import STAGES, load_stage
 
 RANKER = """A re-ranker of recommendations
 
-Reads a user's history and {num_candidates} candidates and writes {answer}, best first.
+Reads a user's history and {num_candidates} candidates and {answer}, best first.
 Rank new rows with `rerank rank FOLDER --rows FILE --out FILE`; the weights load with `AutoModelForCausalLM`."""
 LANGUAGE_MODEL = """A language model that knows a catalogue
 
@@ -40,9 +40,11 @@ tags: [recommendation, re-ranking]
 """
 
 
-def ranker(shortest: int, longest: int, trace: bool) -> str:
+def ranker(shortest: int, longest: int, trace: bool, one_token: bool = False) -> str:
     """The title and paragraph of a ranking model, trained on lists of these lengths."""
-    answer = "its reasons and then the candidates" if trace else "the candidates"
+    answer = "writes its reasons and then the candidates" if trace else "writes the candidates"
+    if one_token:
+        answer = "ranks them by the probabilities of their labels as the next token"
     num_candidates = str(longest) if shortest == longest else f"{shortest} to {longest}"
     return RANKER.format(num_candidates=num_candidates, answer=answer)
 

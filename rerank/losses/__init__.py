@@ -21,14 +21,18 @@ Either kind may declare in its file, for the checks and for `rerank losses`:
 
     INFO = LossInfo(tasks=("next_item",), constrained=True, needs="...", costs="...")
 
+With `tasks=("rerank",), first_label=True` a loss gets `inputs.first_labels`: the logits of a row's candidates where
+the first label of its ranking is predicted, and the candidates' ranks, grades and teacher's scores.
+
 Letters of shapes: B rows, T tokens, P positions under loss (of all rows of a micro-batch), H hidden size, V
 vocabulary, W children of a prefix.
 """
 
 import inspect
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +40,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from rerank.losses._inputs import Head, LossInputs
+from rerank.losses._inputs import LIST_COLUMNS, FirstLabels, Head, LossInputs
 from rerank.next_item.prefix_index import PrefixIndex
 from rerank.plugins import check_entry, known_names, load_function
 
@@ -45,7 +49,18 @@ if TYPE_CHECKING:
 
     from rerank.next_item.encoder import NextItemEncoder
 
-__all__ = ["AuxiliaryLoss", "Batch", "Head", "LossInfo", "LossInputs", "Losses", "Row", "load_losses"]
+__all__ = [
+    "LIST_COLUMNS",
+    "AuxiliaryLoss",
+    "Batch",
+    "FirstLabels",
+    "Head",
+    "LossInfo",
+    "LossInputs",
+    "Losses",
+    "Row",
+    "load_losses",
+]
 
 FOLDER = "rerank.losses"
 TASKS = ("next_item", "rerank")
@@ -64,14 +79,21 @@ class LossInfo:
         constrained: Whether a token loss is a softmax over valid continuations in the catalogue. Positions with one
             such token are then taken out of the loss before training (their loss is zero), and the model's beam
             search is constrained likewise.
+        first_label: Whether it reads `LossInputs.first_labels`; every label must then be one token. A token loss that
+            does is asked for no other position: rows have no trace and end at their first label.
         needs: What it is computed from.
         costs: Beside the model's forward and backward pass.
     """
 
     tasks: tuple[str, ...] = TASKS
     constrained: bool = False
+    first_label: bool = False
     needs: str = "(its file does not say)"
     costs: str = "(its file does not say)"
+
+    def __post_init__(self) -> None:
+        if self.first_label and self.tasks != ("rerank",):
+            raise ValueError(f"first_label is for rankings, but tasks is {self.tasks}; write tasks=('rerank',)")
 
     @classmethod
     def of(cls, loss: Callable[..., object]) -> "LossInfo":
@@ -135,11 +157,15 @@ class Losses:
         token: From LossInputs to (P,) values.
         auxiliary: By name.
         constrained: Whether the token loss is a softmax over valid continuations.
+        first_label: Whether any of them reads the first label.
+        one_token: The token loss's name where it is computed at the first label alone; else empty.
     """
 
     token: TokenLoss
     auxiliary: dict[str, AuxiliaryLoss]
     constrained: bool
+    first_label: bool = False
+    one_token: str = ""
 
     @property
     def task_weights(self) -> dict[str, float]:
@@ -147,12 +173,13 @@ class Losses:
         return {task: weight for loss in self.auxiliary.values() for task, weight in loss.task_weights().items()}
 
 
-def load_losses(specs: Sequence[Mapping[str, Any]], task: str) -> Losses:
+def load_losses(specs: Sequence[Mapping[str, Any]], task: str, has_scores: bool = True) -> Losses:
     """The losses that a recipe names, the token loss tried on four made-up positions.
 
     Args:
         specs: Entries of the recipe: name and kwargs.
         task: `next_item` or `rerank`.
+        has_scores: Whether rows have a teacher's scores.
 
     Raises:
         ValueError: On an unknown loss, none or two token losses, one that is meant for the other task, or bad kwargs.
@@ -161,7 +188,7 @@ def load_losses(specs: Sequence[Mapping[str, Any]], task: str) -> Losses:
         raise ValueError(f"losses is {specs!r} but must be a list such as [{{name: nll}}]")
     tokens: dict[str, TokenLoss] = {}
     auxiliary: dict[str, AuxiliaryLoss] = {}
-    constrained = False
+    constrained = first_label = one_token = False
     for spec in specs:
         entry = check_entry(spec, "loss", ("name", "kwargs"), "{name: nll}")
         found = load_function(entry["name"], FOLDER, **entry.get("kwargs", {}))
@@ -171,16 +198,17 @@ def load_losses(specs: Sequence[Mapping[str, Any]], task: str) -> Losses:
             raise ValueError(f"two losses are called {name}; keep one")
         if task not in info.tasks:
             raise ValueError(f"loss {name} is for the task {' and '.join(info.tasks)}, not for {task}; take it out")
+        first_label = first_label or info.first_label
         if inspect.isclass(plain):
             auxiliary[name] = _make(name, found, task)
         else:
-            tokens[name], constrained = found, info.constrained
+            tokens[name], constrained, one_token = found, info.constrained, info.first_label
     if len(tokens) != 1:
         stated = f"{' and '.join(tokens)} are token losses" if tokens else "losses has no token loss"
         raise ValueError(f"{stated}; give exactly one of {', '.join(token_losses())}, or one of your own")
     for name, token in tokens.items():
-        try_out(name, token, task)
-    return Losses(token, auxiliary, constrained)
+        try_out(name, token, task, one_token, has_scores)
+    return Losses(token, auxiliary, constrained, first_label, name if one_token else "")
 
 
 def _make(name: str, cls: Callable[[], object], task: str) -> AuxiliaryLoss:
@@ -212,14 +240,14 @@ def token_losses() -> list[str]:
     return [name for name, kind, _ in list_losses() if kind == "token loss"]
 
 
-def try_out(name: str, token: TokenLoss, task: str) -> None:
+def try_out(name: str, token: TokenLoss, task: str, one_token: bool = False, has_scores: bool = True) -> None:
     """Call a token loss on four positions of a made-up model, so that a mistake shows before a real one is loaded.
 
     Raises:
         ValueError: When it raises, returns something else than four finite numbers, or has no gradient.
     """
     try:
-        values = token(example_inputs(task))
+        values = token(example_first_labels(has_scores) if one_token else example_inputs(task))
     except (ValueError, TypeError) as error:
         raise ValueError(f"loss {name}: {error}") from error
     shape = tuple(values.shape) if isinstance(values, torch.Tensor) else type(values).__name__
@@ -246,3 +274,14 @@ def example_inputs(task: str) -> LossInputs:
         index=index if is_next else None,
         counts={task: 4},
     )
+
+
+def example_first_labels(has_scores: bool = True) -> LossInputs:
+    """`example_inputs` of four rows of two or three candidates, each with its first label alone under loss."""
+    plain = example_inputs("rerank")
+    tokens = torch.tensor([[5, 6, 7], [9, 8, 0], [6, 7, 5], [8, 9, 0]])
+    batch = {"first_label": torch.ones(4, dtype=torch.long), "label_tokens": tokens}
+    batch["grades"] = torch.tensor([[1.0, 0.0, 0.0], [1.0, 0.0, math.nan]] * 2)
+    batch["ranks"] = torch.tensor([[1, 2, 3], [1, 2, 0]] * 2)
+    batch["teacher_scores"] = batch["grades"] if has_scores else torch.full_like(batch["grades"], math.nan)
+    return replace(plain, states=torch.stack([plain.hidden] * 2, dim=1), batch=batch)

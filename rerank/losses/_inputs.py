@@ -1,7 +1,7 @@
 """Inputs of the sft stage's losses: states, labels, the head, and the catalogue's valid tokens.
 
 Letters of shapes: B rows, T tokens, P positions under loss (of all rows of a micro-batch), H hidden size, V
-vocabulary, W children of a prefix.
+vocabulary, W children of a prefix, N candidates of the longest list.
 """
 
 import math
@@ -28,6 +28,33 @@ class Head:
     softcap: float | None = None
 
 
+# Columns of a row whose first label a loss reads, with what pads them; `first_label` is that label's place in the row.
+LIST_COLUMNS = {"label_tokens": 0, "ranks": 0, "grades": math.nan, "teacher_scores": math.nan}
+
+
+@dataclass(frozen=True)
+class FirstLabels:
+    """The candidates of each row of a micro-batch, where the first label of its ranking is predicted.
+
+    Attributes:
+        logits: (B, N) of each candidate's label; any at padding.
+        ranks: (B, N) in the ranking that the row teaches, from 1, among the candidates that were seen; those behind
+            the best `top_k` share one. 0 for one that was not seen, and at padding.
+        grades: (B, N); NaN for one that was not seen, and at padding.
+        teacher_scores: (B, N); NaN where there are none.
+    """
+
+    logits: torch.Tensor
+    ranks: torch.Tensor
+    grades: torch.Tensor
+    teacher_scores: torch.Tensor
+
+    @property
+    def seen(self) -> torch.Tensor:
+        """(B, N) whether it is a candidate that was seen."""
+        return ~self.grades.isnan()
+
+
 @dataclass(frozen=True)
 class LossInputs:
     """The inputs of a loss, of one micro-batch.
@@ -42,7 +69,8 @@ class LossInputs:
         tasks: (P,) number of the row's task.
         index: The catalogue's token sequences; None with the task rerank.
         states: (B, T, H) all hidden states.
-        batch: The collated batch: input_ids, attention_mask, labels, task, and columns of extra rows.
+        batch: The collated batch: input_ids, attention_mask, labels, task, columns of extra rows, and, for a loss that
+            declares `first_label`, `first_label` (B,) and LIST_COLUMNS (B, N).
         counts: Of the whole optimizer step: supervised positions per task, and what `AuxiliaryLoss.counts` added.
         logged: Fill in name -> (sum, count) for a mean that is to be logged.
     """
@@ -84,6 +112,18 @@ class LossInputs:
             bias = None if self.head.bias is None else self.head.bias[vocabulary].to(dtype)
             logits = nn.functional.linear(hidden.to(dtype), self.head.weight[vocabulary].to(dtype), bias)
         return logits if self.head.softcap is None else self.head.softcap * torch.tanh(logits / self.head.softcap)
+
+    @cached_property
+    def first_labels(self) -> FirstLabels:
+        """The candidates' logits at each row's first label, in float32 at least, and what is known of them."""
+        if "first_label" not in self.batch or self.states is None:
+            raise ValueError("first_labels is for a loss that declares INFO = LossInfo(('rerank',), first_label=True)")
+        before = self.batch["first_label"] - 1
+        rows = torch.arange(len(before), device=before.device)
+        hidden, tokens = self.states[rows, before], self.batch["label_tokens"]
+        vocabulary, places = torch.unique(tokens, return_inverse=True)
+        logits = self._logits(hidden, vocabulary).gather(1, places)
+        return FirstLabels(logits, *(self.batch[name] for name in ("ranks", "grades", "teacher_scores")))
 
     @cached_property
     def is_item(self) -> torch.Tensor:

@@ -1,6 +1,7 @@
-"""Rankings that a trained model writes: its folder, greedy completions through vLLM, and their parsed answers."""
+"""A trained model's rankings: its folder, greedy completions through vLLM or one token each, and parsed answers."""
 
 import gc
+import itertools
 import json
 import time
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING
 from rerank.catalogue import Catalogue, check_vocabulary
 from rerank.models.base import context_length
 from rerank.models.ranking_grammar import RankingGrammar
-from rerank.prompts import THINK_END, completion_text, parse_completion, prompt_ids
+from rerank.prompts import THINK_END, completion, completion_text, parse_completion, prompt_ids
 from rerank.rows import PromptedRow, Prompter, RankingRow
 from rerank.rows.checks import check_context, prompt_lengths
 
@@ -29,11 +30,13 @@ class RankingModel:
         folder: Where it is.
         prompter: Turns rows into prompts and labels; it has no tokenizer.
         max_completion_tokens: Token limit of an answer.
+        one_token: Whether it was trained on a ranking's first label alone, so that it can rank by that, but not write.
     """
 
     folder: Path
     prompter: Prompter
     max_completion_tokens: int
+    one_token: bool = False
 
     @classmethod
     def load(cls, folder: str | Path) -> "RankingModel":
@@ -43,7 +46,8 @@ class RankingModel:
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"{folder / name} is missing; give a model folder of the sft or dapo stage.")
         generation = json.loads((folder / "generation.json").read_text())
-        return cls(folder, Prompter.of_model(folder), generation["max_completion_tokens"])
+        limit, one_token = generation["max_completion_tokens"], generation.get("one_token", False)
+        return cls(folder, Prompter.of_model(folder), limit, one_token)
 
     def load_tokenizer(self) -> "PreTrainedTokenizerBase":
         """Its tokenizer; one that lacks a semantic id of the catalogue beside it is refused, if prompts show ids."""
@@ -63,11 +67,14 @@ class Batch:
         rows: Of any lengths.
         catalogue: The items whose texts their prompts show; None for the model's own.
         constrained: Whether every answer is made a ranking.
+        one_token: Whether the probabilities of the first label rank, in one forward pass; so they do for a model that
+            was trained for that.
     """
 
     rows: Sequence[RankingRow]
     catalogue: Catalogue | None = None
     constrained: bool = False
+    one_token: bool = False
 
 
 @dataclass(frozen=True)
@@ -89,7 +96,7 @@ def read_answer(text: str, num_tokens: int, truncated: bool, labels: Sequence[st
 
 
 def generate_answers(
-    model: RankingModel, rows: Sequence[RankingRow], constrained: bool = False
+    model: RankingModel, rows: Sequence[RankingRow], constrained: bool = False, one_token: bool = False
 ) -> tuple[list[Answer], float]:
     """A greedy completion of each row's prompt, and the seconds that it took without the engine's start.
 
@@ -97,25 +104,59 @@ def generate_answers(
         model: A folder's.
         rows: Of any lengths.
         constrained: Whether every answer is made a ranking: after the trace only labels that are not written yet.
+        one_token: Whether the probabilities of the first label rank, and nothing is generated.
     """
-    return generate_batches(model, [Batch(rows, constrained=constrained)])[0]
+    return generate_batches(model, [Batch(rows, constrained=constrained, one_token=one_token)])[0]
 
 
 def generate_batches(model: RankingModel, batches: Sequence[Batch]) -> list[tuple[list[Answer], float]]:
-    """`generate_answers` of each batch, one after the other by one engine."""
-    from rerank.models import engine as vllm_engine
-
+    """`generate_answers` of each batch, one after the other by one engine; none is started for one-token batches."""
     tokenizer = model.load_tokenizer()
     asked = [ask(model, batch, tokenizer) for batch in batches]
     max_length = _check_positions(model, [row for rows in asked for row in rows], tokenizer)
-    grammars = [
-        grammars_of(model, rows, tokenizer) if batch.constrained else None
-        for batch, rows in zip(batches, asked, strict=True)
-    ]
-    engine = vllm_engine.open_engine(model.folder, max_length, constrained=any(batch.constrained for batch in batches))
+    by_token = [batch.one_token or model.one_token for batch in batches]
+    free = [(batch, rows) for batch, rows, is_by in zip(batches, asked, by_token, strict=True) if not is_by]
+    written = iter(_generate(model, free, tokenizer, max_length) if free else [])
+    ranked = iter(_rank_by_one_token(model, list(itertools.compress(asked, by_token)), tokenizer))
+    return [next(ranked if is_by else written) for is_by in by_token]
+
+
+def _rank_by_one_token(
+    model: RankingModel, asked: Sequence[Sequence[PromptedRow]], tokenizer: "PreTrainedTokenizerBase"
+) -> list[tuple[list[Answer], float]]:
+    """Answers of each batch by the probabilities of the first label, and the seconds that they took."""
+    from rerank.models import one_token
+
+    if not asked:
+        return []
+    rank, found = one_token.load_folder(model.folder, tokenizer), []
+    for rows in asked:
+        began = time.perf_counter()
+        orders = rank(rows)
+        seconds = time.perf_counter() - began
+        texts = [completion(None, order, row.labels) for order, row in zip(orders, rows, strict=True)]
+        answers = [Answer(order, None, "", text, 1, False) for order, text in zip(orders, texts, strict=True)]
+        found.append((answers, seconds))
+    del rank  # the next model's engine needs the memory
+    one_token.free_memory()
+    return found
+
+
+def _generate(
+    model: RankingModel,
+    batches: Sequence[tuple[Batch, list[PromptedRow]]],
+    tokenizer: "PreTrainedTokenizerBase",
+    max_length: int,
+) -> list[tuple[list[Answer], float]]:
+    """Answers that an engine writes, and the seconds that they took, of each batch and its rows as they are asked."""
+    from rerank.models import engine as vllm_engine
+
+    grammars = [grammars_of(model, rows, tokenizer) if batch.constrained else None for batch, rows in batches]
+    is_constrained = any(batch.constrained for batch, _ in batches)
+    engine = vllm_engine.open_engine(model.folder, max_length, constrained=is_constrained)
     found = []
     try:
-        for rows, rules in zip(asked, grammars, strict=True):
+        for (_, rows), rules in zip(batches, grammars, strict=True):
             began = time.perf_counter()
             texts, limit = [row.prompt for row in rows], model.max_completion_tokens
             completions = vllm_engine.generate(engine, texts, limit, grammars=rules) if texts else []

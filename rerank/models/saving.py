@@ -25,6 +25,7 @@ def save_ranker(
     trace: bool,
     max_completion_tokens: int,
     base: str | None = None,
+    one_token: bool = False,
 ) -> None:
     """Save what ranking new rows with the model of `folder` needs: prompt settings, catalogue, evidence, lengths.
 
@@ -35,6 +36,7 @@ def save_ranker(
         trace: Whether its completions hold a trace.
         max_completion_tokens: Of a completion.
         base: The pretrained model that this stage starts from, where no earlier stage of the run has made its model.
+        one_token: Whether it ranks by the probabilities of the first label alone.
     """
     prompter.settings.save(folder)
     prompter.catalogue.save(folder, prompter.settings.item_fields)
@@ -43,8 +45,8 @@ def save_ranker(
         shutil.copy2(candidates_dir / name, folder / name)
     shortest, longest = list_lengths(candidates_dir / "train.parquet")
     generation = {"max_completion_tokens": max_completion_tokens, "trace": trace, "num_candidates": longest}
-    write_json(folder / "generation.json", generation)
-    what = model_card.ranker(shortest, longest, trace)
+    write_json(folder / "generation.json", {**generation, "one_token": one_token})
+    what = model_card.ranker(shortest, longest, trace, one_token)
     write_card(run, folder, folder.parent.name.removesuffix(".partial"), what, base)
 
 

@@ -192,7 +192,7 @@ RANKERS: tuple[Ranker, ...] = (
         "midtrained", "likelihood of each candidate under the mid-trained model", TASKS[:2], "likelihood",
         stage="midtrain",
     ),
-    Ranker("sft", "fine-tuned on accepted traces", TASKS, "generates", stage="sft"),
+    Ranker("sft", "fine-tuned by the sft stage", TASKS, "generates", stage="sft"),
     Ranker("sft_head", "scores of its item head", _CATALOGUE, "head", stage="sft"),
     Ranker("sft_both", "its item head and the tokens of its best items", _CATALOGUE[:1], "head", stage="sft"),
     Ranker(
@@ -201,11 +201,12 @@ RANKERS: tuple[Ranker, ...] = (
     ),
     Ranker("dapo", "fine-tuned, then reinforced", _RERANK, "generates", stage="dapo"),
 )  # fmt: skip
-CONTROL, CONSTRAINED = "_shuffled_texts", "_constrained"
+CONTROL, CONSTRAINED, ONE_TOKEN = "_shuffled_texts", "_constrained", "_one_token"
 COMPARISONS = (  # what results.json compares
     *(("dapo", "sft"), ("sft", "sft_no_trace"), ("dapo", "lambdamart")),
     *((name, name + CONTROL) for name in ("dapo", "sft", "lambdamart")),
     *((name + CONSTRAINED, name) for name in ("dapo", "sft")),
+    *((name + ONE_TOKEN, name) for name in ("dapo", "sft", "sft_no_trace")),
 )
 
 
@@ -215,7 +216,8 @@ def of_task(task: str) -> list[Ranker]:
     if task != "rerank":
         return found
     writers = [ranker for ranker in found if ranker.kind == "generates"]
-    return [*found, *map(constrained, writers), *(control(ranker) for ranker in found if ranker.reads_lists)]
+    asked_again = [*map(constrained, writers), *map(one_token, writers)]
+    return [*found, *asked_again, *(control(ranker) for ranker in found if ranker.reads_lists)]
 
 
 def control(ranker: Ranker) -> Ranker:
@@ -229,6 +231,12 @@ def constrained(ranker: Ranker) -> Ranker:
     """The line of a model that is made to write a ranking: after its trace only labels that it has not written."""
     described = f"{ranker.name}, each of whose answers is made a ranking"
     return replace(ranker, name=ranker.name + CONSTRAINED, description=described, tasks=_RERANK, repeats=ranker.name)
+
+
+def one_token(ranker: Ranker) -> Ranker:
+    """The line of a model that ranks by the probabilities of the first label behind an empty trace."""
+    described = f"{ranker.name}, by the probabilities of its first label, in one forward pass"
+    return replace(ranker, name=ranker.name + ONE_TOKEN, description=described, tasks=_RERANK, repeats=ranker.name)
 
 
 def models_of_task(task: str) -> list[Ranker]:

@@ -7,7 +7,7 @@ Task `next_item`. In: midtrain. Out: `model/`, which writes the item that follow
 A recipe without a midtrain stage names a pretrained model in `model_name_or_path`.
 
 A list of named losses is minimised, by default `nll` with GR2's weights (arXiv:2606.31984 eq. 3); `rerank losses`
-lists them all.
+lists them all. After `soft_targets` a model ranks by the probabilities of the first label (`rerank.models.one_token`).
 
     accelerate launch --config_file recipes/accelerate/cpu.yaml -m rerank.sft --config recipes/ml100k/6_sft.yaml
 """
@@ -29,7 +29,7 @@ from rerank.launch.stages import Stage
 from rerank.launch.values import check_choice, check_range, option
 from rerank.losses import FOLDER as LOSSES
 from rerank.losses import Losses, Row, load_losses
-from rerank.models import adapters
+from rerank.models import adapters, one_token
 from rerank.models import base as base_model
 from rerank.models.dropout import residual_dropout
 from rerank.models.ranker import complete_greedily
@@ -38,6 +38,7 @@ from rerank.next_item.encoder import ITEM_TEXTS, NextItemEncoder
 from rerank.prompts import THINK_END
 from rerank.rows import PromptedRow, Prompter
 from rerank.rows.checks import check_context, longest_field, prompt_lengths, shorter
+from rerank.rows.teacher_scores import read_scores
 from rerank.sft.rows import check_lengths, examples
 from rerank.sft.start import check_start, load_start, load_start_tokenizer, start_model
 
@@ -60,6 +61,7 @@ class SftArguments(validation.ValidatedArguments):
     losses: list[dict[str, Any]] = option(
         [{"name": "nll"}], "One token loss and auxiliary losses beside it, each {name: ..., kwargs: {...}}."
     )
+    with_trace: bool = option(True, "rerank: train on traces; false: on rankings alone.")
     no_trace_control: bool = option(False, "rerank: also train a model without traces, for the same number of steps.")
     item_text: str = option("semantic_id", f"next_item: {' or '.join(ITEM_TEXTS)}.")
     targets: str = option("all", "next_item: all items of training sequences, or last: the split rerank's.")
@@ -76,7 +78,12 @@ class SftArguments(validation.ValidatedArguments):
         check_range("dropout", self.dropout, least=0, below=1)
         if self.no_trace_control and self.task == "next_item":
             raise ValueError("no_trace_control is for the task rerank; next_item has no traces, so take it out")
-        load_losses(self.losses, self.task)
+        if not self.with_trace and (self.no_trace_control or self.task == "next_item"):
+            other = "no_trace_control is true" if self.no_trace_control else "task is next_item, which has no traces"
+            raise ValueError(f"with_trace is false but {other}; take one of the two out")
+        name = load_losses(self.losses, self.task).one_token
+        if name and self.with_trace:
+            raise ValueError(f"loss {name} trains on rankings' first labels, without traces; set with_trace: false")
 
 
 def check(args: SftArguments, training_args: SFTConfig, model_args: ModelConfig) -> None:
@@ -87,6 +94,8 @@ def check(args: SftArguments, training_args: SFTConfig, model_args: ModelConfig)
         raise ValueError("loss_type and label_smoothing_factor are TRL's; the recipe's losses: say what is minimised")
     if args.task == "rerank" and run_dir.is_finished(args.run_dir, "candidates"):
         validation.validation_rows(args.run_dir, args.eval_rows)
+    if args.task == "rerank" and run_dir.is_finished(args.run_dir, "traces"):
+        load_losses(args.losses, args.task, has_scores=bool(read_scores(args.run_dir)))
     check_start(args, model_args)
 
 
@@ -178,7 +187,8 @@ def fit(
     """Train one re-ranker into `folder`; returns its metrics."""
     tokenizer, start = load_start_tokenizer(args, model_args), start_model(args, model_args)
     prompter = Prompter.of_run(args.run_dir, tokenizer)
-    chosen, encoded = examples(prompter, args.run_dir, with_trace)
+    losses = load_losses(args.losses, args.task)
+    chosen, encoded = examples(prompter, args.run_dir, with_trace, losses)
     context = base_model.context_length(start)
 
     def told(limit: str, place: int) -> str:
@@ -188,19 +198,23 @@ def fit(
         check_lengths(encoded, most, name, partial(told, name))
     lengths = num_labels(encoded)
     limit = max(lengths) + max(lengths) // 4  # room for traces somewhat longer than any seen
+    if losses.one_token:
+        limit = one_token.ANSWER_TOKENS
     rows = validation.validation_rows(args.run_dir, args.eval_rows, prompter.needs_features)
     held_out = [prompter.ask(row, limit) for row in rows]
     check_context(prompter, held_out, prompt_lengths(tokenizer, held_out), f"the context of {start}", context, limit)
     model, base_dir = load_start(args, model_args, config.seed, folder.parent)
     trace_end = tokenizer.convert_tokens_to_ids(THINK_END) if with_trace else None
-    losses = load_losses(args.losses, args.task)
     trainer = make_trainer(config, model_args, model, tokenizer, {"rerank": encoded}, losses, trace_end=trace_end)
 
     def complete(asked: Sequence[PromptedRow]) -> list[str]:
+        if losses.one_token:
+            return one_token.complete(trainer, asked)
         return complete_greedily(trainer, [row.prompt for row in asked], limit)
 
     checks = validation.Validation(args, held_out, complete, trainer)
-    save = partial(save_ranker, args.run_dir, prompter, folder, with_trace, limit, model_args.model_name_or_path)
+    saved = (with_trace, limit, model_args.model_name_or_path, bool(losses.one_token))
+    save = partial(save_ranker, args.run_dir, prompter, folder, *saved)
     metrics = train_and_save(args, trainer, tokenizer, base_dir, folder, save, checks)
     tokens = {"mean_completion_tokens": sum(lengths) / len(lengths), "max_completion_tokens": max(lengths)}
     return {"rows": len(encoded), **metrics, **tokens}
@@ -237,7 +251,7 @@ def main(args: SftArguments, training_args: SFTConfig, model_args: ModelConfig, 
     if args.task == "next_item":
         return fit_next_item(args, training_args, model_args, out_dir / "model")
     control = copy.deepcopy(training_args)
-    metrics = fit(args, training_args, model_args, out_dir / "model", with_trace=True)
+    metrics = fit(args, training_args, model_args, out_dir / "model", args.with_trace)
     if args.no_trace_control:
         control.output_dir, control.run_name = f"{control.output_dir}_no_trace", f"{control.run_name}_no_trace"
         control.max_steps = metrics["steps"]

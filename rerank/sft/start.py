@@ -5,10 +5,13 @@ from typing import TYPE_CHECKING
 
 from rerank.catalogue import Catalogue, check_vocabulary
 from rerank.launch import run_dir
+from rerank.losses import load_losses
 from rerank.models import adapters, names
 from rerank.models import base as base_model
+from rerank.models.one_token import check_labels
 from rerank.prompts import THINK, THINK_END, PromptSettings
-from rerank.rows.checks import warn_of_split_codes, warn_of_split_labels
+from rerank.rows import Prompter
+from rerank.rows.checks import SPLITS, warn_of_split_codes, warn_of_split_labels
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -46,6 +49,10 @@ def check_start(args: "SftArguments", model_args: "ModelConfig") -> None:
     if args.task == "rerank" and all(run_dir.is_finished(args.run_dir, stage) for stage in ("candidates", "traces")):
         folder = run_dir.stage_dir(args.run_dir, "candidates")
         settings = PromptSettings.load(run_dir.stage_dir(args.run_dir, "traces"))
+        losses = load_losses(args.losses, args.task)
+        if losses.first_label:
+            for split in SPLITS if losses.one_token else SPLITS[:1]:  # a model that ranks so ranks the held-out lists
+                check_labels(tokenizer, Prompter.of_run(args.run_dir), folder / f"{split}.parquet")
         warn_of_split_labels(tokenizer, folder, settings)
         if is_midtrained and run_dir.read_record(args.run_dir, "midtrain").given.get("model_name_or_path") is None:
             warn_of_split_codes(tokenizer, folder, settings)

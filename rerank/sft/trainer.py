@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from rerank.losses import Batch, Head, Losses, LossInputs, Row
+from rerank.losses import LIST_COLUMNS, Batch, Head, Losses, LossInputs, Row
 from rerank.models.logged_means import LoggedMeans
 from rerank.sft.forward import add_loss_forward
 
@@ -57,6 +57,11 @@ class RowCollator:
             columns = [torch.tensor(row.get(name) or [-1] * len(row["input_ids"])) for row in rows]
             batch[name] = pad_sequence(columns, batch_first=True, padding_value=-1)
         batch["task"] = torch.tensor([row["task"] for row in rows])
+        if "first_label" in rows[0]:
+            batch["first_label"] = torch.tensor([row["first_label"] for row in rows])
+            for name, padding in LIST_COLUMNS.items():
+                columns = [torch.tensor(row[name]) for row in rows]
+                batch[name] = pad_sequence(columns, batch_first=True, padding_value=padding)
         if any(row.get("targets") for row in rows):  # items that a row's last state is to predict
             targets = [torch.tensor(row.get("targets") or [], dtype=torch.long) for row in rows]
             batch["targets"] = pad_sequence(targets, batch_first=True, padding_value=-1)

@@ -4,7 +4,7 @@ In: candidates/ (training rows whose list holds a relevant item), data/ and sema
 show no semantic ids do without the second).
 Out: accepted.parquet (row_id, trace, order: positions into candidates, best first), attempts.parquet (every draw and
 why it was kept or not), row_split.parquet (row_id, used_for: sft or dapo), prompt.json (the prompt that all later
-stages share).
+stages share); of the teacher `evidence` also scores.parquet (its scores of each training row's candidates).
 
 Teachers: `vllm` (offline engine), `openai` (any OpenAI-compatible server), `evidence` (no language model). Strategies:
 `rejection` hides the answer and draws until a ranking is good enough; `targeted` tells it and draws once. A ranking is
@@ -40,6 +40,7 @@ from rerank.rows import (
     read_rows,
 )
 from rerank.rows.checks import check_fields, check_letters
+from rerank.rows.teacher_scores import write_scores
 from rerank.traces.attempts import AttemptStore, Teacher, collect, summarize
 from rerank.traces.evidence import EvidenceTeacher, fit_scores
 from rerank.traces.teachers import (
@@ -141,7 +142,7 @@ def main(args: TracesArguments, settings: PromptSettings, out_dir: Path) -> dict
         check_prompts(args, PromptWriter(prompter, args.strategy == "targeted"), chosen)
     store = AttemptStore(out_dir)
     labels = [prompter.labels(row) for row in chosen]
-    collect(chosen, labels, partial(_open_teacher, args, prompter, rows), store, args, settings.top_k)
+    collect(chosen, labels, partial(_open_teacher, args, prompter, rows, out_dir), store, args, settings.top_k)
     metrics = {
         "teacher": args.teacher,
         "teacher_model": args.teacher_model,
@@ -190,12 +191,13 @@ def _needs_features(args: TracesArguments, settings: PromptSettings) -> bool:
     return args.teacher == "evidence" or settings.evidence != "none"
 
 
-def _open_teacher(args: TracesArguments, prompter: Prompter, rows: Sequence[RankingRow]) -> Teacher:
+def _open_teacher(args: TracesArguments, prompter: Prompter, rows: Sequence[RankingRow], out_dir: Path) -> Teacher:
     """The teacher of the recipe; `rows` are all hit training rows, on which LambdaMART is fitted."""
     told = args.strategy == "targeted"
     if args.teacher == "evidence":
         logger.info("the teacher `evidence` is no language model: LambdaMART ranks and templates word its facts")
         scores = fit_scores(rows, prompter.names, args.seed)
+        write_scores(out_dir, scores)
         return EvidenceTeacher(scores, prompter, args.temperature, args.seed, told)
     teacher = OpenaiTeacher if args.teacher == "openai" else VllmTeacher
     return teacher(args, PromptWriter(prompter, told))
