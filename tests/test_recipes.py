@@ -127,7 +127,7 @@ def test_a_recipe_folder_passes_its_dry_run(folder, data_dirs, tmp_path, capsys)
 
 # Options that no recipe and no shown command sets.
 KEPT = {
-    "dapo.group_forward": "false for a model whose attention cannot run packed rows",
+    "dapo.group_forward": "true to be refused where a model cannot run packed rows, false to compare",
     "dapo.max_logp_gap": "a bfloat16 engine on a large model needs a wider bound",
     "midtrain.context_length": "of the small model, for long histories",
     "midtrain.general_text": "a text of one's own",
