@@ -22,6 +22,7 @@ ACCELERATE = sorted(Path("recipes/accelerate").glob("*.yaml"))
 REWARDS = sorted(Path("recipes/rewards").glob("*.yaml"))
 RECIPES = sorted({*Path("recipes").glob("*/*.y*ml")} - {*ACCELERATE, *REWARDS})
 FOLDERS = sorted({path.parent for path in RECIPES})
+LAUNCHED_WITH = {"beauty_qwen3_8b": "zero3"}  # the accelerate file that its recipes name
 NAME = re.compile(rf"(\d+)_({'|'.join(sorted(STAGES, key=len, reverse=True))})(_\w+)?\.yaml")  # a variant has a suffix
 
 
@@ -113,7 +114,8 @@ def data_dirs(tmp_path, monkeypatch):
 @pytest.mark.parametrize("folder", FOLDERS, ids=str)
 def test_a_recipe_folder_passes_its_dry_run(folder, data_dirs, tmp_path, capsys):
     """On any machine: without a GPU, a server or a model of eight billion parameters."""
-    assert cli.main(["run", str(folder), "--out", str(tmp_path / "run"), "--dry-run"]) == 0
+    where = f"recipes/accelerate/{LAUNCHED_WITH.get(folder.name, 'cpu')}.yaml"
+    assert cli.main(["run", str(folder), "--out", str(tmp_path / "run"), "--accelerate", where, "--dry-run"]) == 0
     lines = capsys.readouterr().out.splitlines()
     launched = [line.split()[5] for line in lines if line.startswith("accelerate launch ")]
     stages = [stage for stage in STAGES if list(folder.glob(f"*_{stage}.yaml"))]
