@@ -143,8 +143,8 @@ def _by_head_of_keys(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
 def attend_in_turn(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, groups: Groups, scaling: float | None
 ) -> torch.Tensor:
-    """`attend` for any device, where keys have the heads of queries: a call per prompt and completion, each with a copy
-    of the prompt's keys and values."""
+    """`attend` for any device, where keys have the heads of queries: a call per prompt and completion, with copies of
+    the prompt's keys and values."""
     outputs = []
     for prompt, completions in _slices(groups):
         for own, before in [(prompt, slice(0, 0)), *((completion, prompt) for completion in completions)]:
