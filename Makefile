@@ -10,7 +10,7 @@ INSTALLED := $(VENV)/installed
 TORCH := torch==2.13.0+cpu
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: setup demo test lint machine
+.PHONY: setup demo test lint machine gpu-core gpu-test
 .DELETE_ON_ERROR:
 
 setup: $(INSTALLED)
@@ -29,6 +29,16 @@ lint: setup
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/deptry .
 	$(BIN)/mypy
+
+# In an environment that has torch for CUDA, transformers, accelerate, trl and peft; gpu-test also vLLM and the rest.
+gpu-core:
+	$(PYTHON) -m tests.benchmarks.gpu_core
+
+gpu-test: gpu-core
+	@$(PYTHON) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("gpu-test needs CUDA, which is not here")'
+	$(PYTHON) -m rerank.cli run tests/toy --out "$$(mktemp -d)/toy" \
+		--accelerate recipes/accelerate/one_gpu.yaml midtrain.use_cpu=false sft.use_cpu=false dapo.use_cpu=false \
+		dapo.bf16=true dapo.vllm_enable_sleep_mode=true
 
 # What pip cannot bring. vLLM and DeepSpeed compile small extensions when they first run: a compiler and Python.h.
 define missing_of_python

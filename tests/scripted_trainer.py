@@ -9,7 +9,6 @@ from trl import GRPOTrainer
 from rerank import dapo
 from rerank.dapo.groups import request_seed
 from rerank.dapo.trainer import DapoTrainer
-from rerank.models import group_attention
 from rerank.rollouts import store
 
 
@@ -47,8 +46,6 @@ def make_trainer(
 ):  # fmt: skip
     words = tokenizer()
     model = model or tiny_model(words)
-    if grouped:
-        group_attention.prepare_model(model)
     torch.manual_seed(0)
     args = dapo.DapoArguments(
         run_dir="run", rewards=ENTRIES, outcome=outcome, max_sampling_rounds=max(1, rounds),

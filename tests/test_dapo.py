@@ -66,6 +66,7 @@ def test_overridden_methods_are_as_the_pinned_trl_has_them():
         ({"outcome": "ndgc"}, r"outcome is 'ndgc', but the recipe's rewards report only rank_gain, ndcg$"),
         ({"rewards": []}, r"the recipe: rewards is \[\] but must be a list of at least one reward, such as"),
         ({"max_sampling_rounds": 0}, r"max_sampling_rounds is 0 but must be at least 1"),
+        ({"group_forward": "maybe"}, r"group_forward is 'maybe' but must be one of auto, true, false"),
         ({"max_logp_gap": 0.0}, r"max_logp_gap is 0.0 but must be above 0"),
     ],
 )
@@ -85,9 +86,10 @@ def test_every_reward_is_called_before_a_model_is_loaded(tmp_path):
 
 def test_groups_that_do_not_fit_are_refused(tmp_path):
     shape = {"per_device_train_batch_size": 6, "gradient_accumulation_steps": 2, "num_generations": 4}
-    check(NDCG, config(tmp_path, **shape), group_forward=False)
+    for setting in ("auto", False, "false"):
+        check(NDCG, config(tmp_path, **shape), group_forward=setting)
     with pytest.raises(ValueError, match=r"per_device_train_batch_size is 6, but group_forward takes whole groups of"):
-        check(NDCG, config(tmp_path, **shape))
+        check(NDCG, config(tmp_path, **shape), group_forward=True)
     parts = config(tmp_path, **shape)
     parts.steps_per_generation = 1
     message = r"a process samples 6 completions at a time .* which num_generations 4 does not divide; change one"

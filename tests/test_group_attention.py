@@ -6,20 +6,15 @@ from types import MethodType, SimpleNamespace
 import pytest
 import torch
 import torch.distributed
+from kernel_stand_ins import stand_ins
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from trl import GRPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
-from rerank.models import group_attention
-from rerank.models.group_attention import (
-    ATTENTION,
-    FAMILIES,
-    CpuGroupAttention,
-    attend_in_turn,
-    group_logps_and_entropies,
-    prepare_model,
-)
+from rerank.models import group_kernels
+from rerank.models.group_attention import ATTENTION, FAMILIES, group_logps_and_entropies, prepare_model
+from rerank.models.group_kernels import CPU, EFFICIENT, FLASH
 
 VOCABULARY, PROMPT, COMPLETION, TEMPERATURE = 50, 9, 6, 0.7
 # prompt length and completion lengths of each group; a completion of length 0 is masked out
@@ -183,26 +178,16 @@ def test_other_rows_have_the_values_they_had_before():
     assert ATTENTION not in model.config.to_json_string()
 
 
-def test_both_ways_of_attention_agree_in_values_and_gradients():
-    torch.manual_seed(0)
-    groups = ((5, (3, 1, 4)), (0, (2, 2)), (3, (6,)), (2, (0,)))  # 28 tokens
-    inputs = [torch.randn(1, 2, 28, 8, dtype=torch.float64, requires_grad=True) for _ in range(3)]
-    weights, results = torch.randn(1, 2, 28, 8, dtype=torch.float64), []
-    for attend in (CpuGroupAttention.apply, attend_in_turn):
-        output = attend(*inputs, groups, 0.4)
-        results.append((output, *torch.autograd.grad((output * weights).sum(), inputs)))
-    torch.testing.assert_close(*results, atol=1e-12, rtol=0)
-
-
 @pytest.mark.parametrize(("family", "options", "message"), [
-    ("gpt2", {}, "model type gpt2 is none of .*qwen3.*; use one of these, or set group_forward: false"),
+    ("gpt2", {}, "model type gpt2 is none of .*qwen3.*; use one of these, or set group_forward: auto"),
+    ("gemma2", {}, "attn_logit_softcapping is 50.0; use a model without, or set group_forward: auto"),
     ("mistral", {"sliding_window": 16}, "sliding_window is 16; use a model with full attention"),
     ("qwen3", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
      "it has layers of type sliding_attention; use a model with full attention"),
     ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
      r"its rotations depend on the length of a row \(rope_type dynamic\); use"),
     ("qwen3", {"attn_implementation": "eager"}, "Qwen3ForCausalLM cannot .*implementation is eager; use sdpa"),
-    ("qwen3", {"attention_dropout": 0.1}, "attention_dropout is 0.1; set it to 0, or set group_forward: false"),
+    ("qwen3", {"attention_dropout": 0.1}, "attention_dropout is 0.1; set it to 0, or set group_forward: auto"),
 ])  # fmt: skip
 def test_what_would_have_other_numbers_is_refused(family, options, message):
     model = make_model(family, **options)
@@ -216,17 +201,31 @@ def test_an_adapter_that_lengthens_prompts_is_refused():
         prepare_model(model)
 
 
-@pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
-def test_the_way_of_other_devices_is_that_of_the_cpu(monkeypatch, autocast):
-    ids, mask = make_batch()
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        model = make_model()
-        expected = by_group(model, ids, mask)
-        monkeypatch.setattr(group_attention, "attention_of", lambda device: attend_in_turn)
-        found = by_group(model, ids, mask)
-    for ours, theirs in zip(found, expected, strict=True):
-        torch.testing.assert_close(ours, theirs, atol=0.05 if autocast else 1e-5, rtol=0)
-    assert len(gradients(model, *found)) > 5
+@pytest.mark.parametrize("kernel", [FLASH, EFFICIENT, None], ids=["flash", "efficient", "none"])
+@pytest.mark.parametrize(
+    ("dtype", "against"),
+    [(torch.float32, (1e-5, 1e-4)), (torch.float64, (1e-9, 1e-9, by_trl_unpadded))],
+    ids=["float32", "float64"],
+)
+def test_by_the_kernels_of_other_devices_values_and_gradients_are_trls(monkeypatch, kernel, dtype, against):
+    monkeypatch.setattr(group_kernels, "kernel_of", lambda *tensors: kernel)
+    with stand_ins():
+        check_equal(*(make_model("qwen3", dtype) for _ in range(2)), *against)
+
+
+@pytest.mark.parametrize("kernel", [FLASH, EFFICIENT, None], ids=["flash", "efficient", "none"])
+def test_under_autocast_other_kernels_are_as_near_to_float32_as_that_of_the_cpu(monkeypatch, kernel):
+    model, (ids, mask) = make_model(), make_batch()
+    exact = by_group(model, ids, mask)
+    expected, errors = gradients(model, *exact), []
+    for one in (CPU, kernel):
+        monkeypatch.setattr(group_kernels, "kernel_of", lambda *tensors, one=one: one)
+        with stand_ins(), torch.autocast("cpu", torch.bfloat16):
+            found = by_group(model, ids, mask)
+            errors.append(max((ours - true).abs().max() for ours, true in zip(found, exact, strict=True)))
+            for name, gradient in gradients(model, *found).items():
+                assert torch.cosine_similarity(gradient.flatten(), expected[name].flatten(), dim=0) > 0.999, name
+    assert 0 < errors[1] < 2 * errors[0]
 
 
 def test_positions_start_at_a_prompts_first_token_whatever_its_padding():

@@ -22,6 +22,7 @@ ACCELERATE = sorted(Path("recipes/accelerate").glob("*.yaml"))
 REWARDS = sorted(Path("recipes/rewards").glob("*.yaml"))
 RECIPES = sorted({*Path("recipes").glob("*/*.y*ml")} - {*ACCELERATE, *REWARDS})
 FOLDERS = sorted({path.parent for path in RECIPES})
+LAUNCHED_WITH = {"beauty_qwen3_8b": "zero3"}  # the accelerate file that its recipes name
 NAME = re.compile(rf"(\d+)_({'|'.join(sorted(STAGES, key=len, reverse=True))})(_\w+)?\.yaml")  # a variant has a suffix
 
 
@@ -113,7 +114,8 @@ def data_dirs(tmp_path, monkeypatch):
 @pytest.mark.parametrize("folder", FOLDERS, ids=str)
 def test_a_recipe_folder_passes_its_dry_run(folder, data_dirs, tmp_path, capsys):
     """On any machine: without a GPU, a server or a model of eight billion parameters."""
-    assert cli.main(["run", str(folder), "--out", str(tmp_path / "run"), "--dry-run"]) == 0
+    where = f"recipes/accelerate/{LAUNCHED_WITH.get(folder.name, 'cpu')}.yaml"
+    assert cli.main(["run", str(folder), "--out", str(tmp_path / "run"), "--accelerate", where, "--dry-run"]) == 0
     lines = capsys.readouterr().out.splitlines()
     launched = [line.split()[5] for line in lines if line.startswith("accelerate launch ")]
     stages = [stage for stage in STAGES if list(folder.glob(f"*_{stage}.yaml"))]
@@ -127,7 +129,7 @@ def test_a_recipe_folder_passes_its_dry_run(folder, data_dirs, tmp_path, capsys)
 
 # Options that no recipe and no shown command sets.
 KEPT = {
-    "dapo.group_forward": "false for a model whose attention cannot run packed rows",
+    "dapo.group_forward": "true to be refused where a model cannot run packed rows, false to compare",
     "dapo.max_logp_gap": "a bfloat16 engine on a large model needs a wider bound",
     "midtrain.context_length": "of the small model, for long histories",
     "midtrain.general_text": "a text of one's own",

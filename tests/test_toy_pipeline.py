@@ -71,6 +71,8 @@ def test_results_name_every_ranker_and_the_rollout_engine(toy_run):
     assert list(results["rows"]) == ROWS
     assert results["dapo"]["rollout_engine"] == "vllm"
     assert 0 <= results["dapo"]["max_logp_gap"] <= 0.02
+    metrics = run_dir.read_metrics(toy_run.run, "dapo")
+    assert metrics["group_forward"] and metrics["group_forward_obstacle"] is None  # the toy's model can
     assert (toy_run.run / "evaluate/report.html").stat().st_size > 10_000
     assert all(name in toy_run.printed for name in ROWS) and "report.html" in toy_run.printed
 

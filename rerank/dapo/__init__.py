@@ -32,7 +32,7 @@ from rerank.launch import run_dir, stopping, validation
 from rerank.launch.files import write_json
 from rerank.launch.stages import Stage
 from rerank.launch.values import check_choice, check_range, option
-from rerank.models import adapters, engine, group_attention, server
+from rerank.models import adapters, engine, server
 from rerank.models import base as base_model
 from rerank.models.ranker import complete_greedily
 from rerank.models.saving import check_model, save_ranker
@@ -70,7 +70,9 @@ class DapoArguments(validation.ValidatedArguments):
         "several positives the reward of the largest weight.",
     )
     max_sampling_rounds: int = option(3, "Rounds of sampling in a step at most; then it runs on the groups there are.")
-    group_forward: bool = option(True, "Compute the prompt once for all completions of a group in a micro-batch.")
+    group_forward: bool | str = option(
+        "auto", "Compute a prompt once for all completions of its group: true, false, or auto, where the model can."
+    )
     max_logp_gap: float = option(0.05, "Stop when sampling and training log-probabilities differ by more on average.")
     probe: bool = option(True, "`rerank run` refuses rewards that `rerank probe` refuses.")
     rollout_dtype: str = option("auto", "Number format of the colocated engine; auto: vLLM's, float32 on an old CPU.")
@@ -81,6 +83,8 @@ class DapoArguments(validation.ValidatedArguments):
         check_choice("rows", self.rows, ("dapo", "all"))
         check_range("max_sampling_rounds", self.max_sampling_rounds, least=1)
         check_range("max_logp_gap", self.max_logp_gap, above=0)
+        check_choice("group_forward", str(self.group_forward).lower(), ("auto", "true", "false"))
+        self.group_forward = {"true": True, "false": False}.get(str(self.group_forward).lower(), "auto")
         self.rewards = scoring.read_rewards(self.rewards, "the recipe")
         scoring.check_outcome(self.outcome, self.load_rewards())
 
@@ -208,8 +212,6 @@ def make_trainer(
     from rerank.dapo.trainer import DapoTrainer
 
     engine.keep_weights_live()
-    if args.group_forward:
-        group_attention.prepare_model(model)
     set_seed(config.seed)
     peft_config = adapters.lora_config(model_args, model, dropout=False)
     with engine.trl_engine_options(dtype=engine.engine_dtype(args.rollout_dtype), **engine.engine_options()):
@@ -261,6 +263,8 @@ def main(args: DapoArguments, training_args: DapoConfig, model_args: ModelConfig
     return {
         "rollout_engine": "vllm" if training_args.use_vllm else "transformers",
         "vllm_mode": training_args.vllm_mode if training_args.use_vllm else None,
+        "group_forward": trainer.group_forward,
+        "group_forward_obstacle": trainer.group_obstacle,
         "max_logp_gap": max((entry[GAP] for entry in steps if GAP in entry), default=None),
         "steps": trainer.state.global_step,
         "rows": len(prompts.rows),

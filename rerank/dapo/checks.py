@@ -5,10 +5,14 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rerank import scoring
+from rerank.models import group_attention
 from rerank.prompts import completion
 from rerank.rows import PromptedRow, RankingRow, reward_columns
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from trl import GRPOConfig
+
     from rerank.dapo import DapoArguments, DapoConfig
 
 logger = logging.getLogger(__name__)
@@ -31,11 +35,42 @@ def check_batches(args: "DapoArguments", config: "DapoConfig") -> None:
             f"a process samples {batch} completions at a time (per_device_train_batch_size x steps_per_generation), "
             f"which num_generations {size} does not divide; change one of them"
         )
-    if args.group_forward and config.per_device_train_batch_size % size:
-        raise ValueError(
-            f"per_device_train_batch_size is {config.per_device_train_batch_size}, but group_forward takes "
-            f"whole groups of num_generations {size}; make it a multiple, or set group_forward: false"
-        )
+    if args.group_forward is True and (obstacle := _cut_groups(config)):
+        raise ValueError(f"{obstacle}, or set group_forward: auto")
+
+
+def _cut_groups(config: "GRPOConfig") -> str | None:
+    size, rows = config.num_generations, config.per_device_train_batch_size
+    if rows % size == 0:
+        return None
+    return (
+        f"per_device_train_batch_size is {rows}, but group_forward takes whole groups of num_generations "
+        f"{size}; make it a multiple"
+    )
+
+
+def choose_group_forward(
+    setting: bool | str, config: "GRPOConfig", model: "PreTrainedModel"
+) -> tuple[bool, str | None]:
+    """Whether a prompt is computed once for its group, as the model is then prepared for, and what speaks against it.
+
+    Args:
+        setting: True, False, or `auto`: where nothing speaks against it.
+        config: Of the trainer.
+        model: The policy, before it is wrapped.
+
+    Raises:
+        ValueError: When something does and `setting` is True.
+    """
+    if setting is False:
+        return False, None
+    obstacle = _cut_groups(config) or group_attention.obstacle_of(model)
+    if setting == "auto" and obstacle:
+        logger.info("each completion is computed with its own prompt, as TRL does: %s", obstacle)
+        return False, obstacle
+    group_attention.prepare_model(model)
+    logger.info("a prompt is computed once for the completions of its group")
+    return True, None
 
 
 def check_rewards(rewards: Sequence[scoring.Reward], max_completion_tokens: int) -> None:

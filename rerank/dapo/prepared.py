@@ -1,6 +1,6 @@
 """TRL's GRPOTrainer on completions that are prepared for it, each sampled with a seed of its own."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -8,14 +8,17 @@ import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from trl import GRPOTrainer
 
+from rerank.dapo.checks import choose_group_forward
 from rerank.dapo.groups import Completion, Group, Rollout, request_seed
 from rerank.dapo.prompt_stream import TrainingPrompt
 from rerank.dapo.sampler import SamplerState
-from rerank.models import server
+from rerank.models import engine, server
 from rerank.models.group_attention import group_logps_and_entropies
 from rerank.prompts import completion_text
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from trl import GRPOConfig
     from vllm import LLM
 
 
@@ -68,23 +71,39 @@ class PreparedTrainer(GRPOTrainer):
     requests and waits for a server, `_get_per_token_logps_and_entropies` computes a prompt once for its group.
 
     Args:
+        model, rewards, config, args, kwargs: Of GRPOTrainer.
         seed: Of all sampling.
-        group_forward: Whether a prompt is computed once for all completions of its group in a micro-batch.
-        args, kwargs: Of GRPOTrainer.
+        group_forward: Of DapoArguments.
 
     Attributes:
         prepared: The batch in the making.
+        group_forward: Whether a prompt is computed once for all completions of its group in a micro-batch.
+        group_obstacle: What spoke against it, where it is not.
+        rest_engine: Sends an engine that sleeps between steps to sleep.
     """
 
-    def __init__(self, *args: object, seed: int, group_forward: bool, **kwargs: object) -> None:
-        super().__init__(*args, **kwargs)
-        self.sampling_seed, self.group_forward, self.prepared = seed, group_forward, Prepared(SamplerState())
+    def __init__(
+        self,
+        model: "PreTrainedModel",
+        rewards: Sequence[Callable],
+        config: "GRPOConfig",
+        *args: object,
+        seed: int,
+        group_forward: bool | str,
+        **kwargs: object,
+    ) -> None:
+        self.group_forward, self.group_obstacle = choose_group_forward(group_forward, config, model)
+        super().__init__(model, rewards, config, *args, **kwargs)
+        self.sampling_seed, self.prepared = seed, Prepared(SamplerState())
+        self.rest_engine: Callable[[], None] = lambda: None
         if self._asks_server():
             if self.accelerator.is_main_process:
                 server.ask_one_by_one(self.vllm_generation.vllm_client)
                 server.add_retries(self.vllm_generation.vllm_client, self.args.vllm_server_timeout)
         elif self.use_vllm:
             self._seed_requests(self.vllm_generation.llm)
+            if self.args.vllm_enable_sleep_mode:
+                self.rest_engine = engine.sleep_when_told(self.vllm_generation)
 
     def generate(self, prompts: Sequence[TrainingPrompt]) -> list[Completion]:
         """Completions of prompts by the present weights, each with a seed of its own."""
@@ -182,9 +201,9 @@ class PreparedTrainer(GRPOTrainer):
     def _asks_server(self) -> bool:
         return self.use_vllm and self.args.vllm_mode == "server"
 
-    def _seed_requests(self, engine: "LLM") -> None:
+    def _seed_requests(self, llm: "LLM") -> None:
         """Make the colocated engine sample each request with a seed of its own."""
-        generate, generation = engine.generate, self.vllm_generation
+        generate, generation = llm.generate, self.vllm_generation
 
         def seeded(prompts, sampling_params, **kwargs):
             seeds = self.request_seeds()
@@ -199,4 +218,4 @@ class PreparedTrainer(GRPOTrainer):
                 own.seed = seed
             return generate(prompts, sampling_params=params, **kwargs)
 
-        engine.generate = seeded
+        llm.generate = seeded

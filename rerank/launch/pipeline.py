@@ -19,7 +19,8 @@ from rerank.launch import run_dir as runs
 from rerank.launch.files import write_whole
 from rerank.launch.gpus import free_gpu, gpu_words
 from rerank.launch.named_files import ACCELERATE_VARIABLE
-from rerank.launch.stages import STAGES, load_stage
+from rerank.launch.stages import STAGES
+from rerank.launch.trainer_options import check_stage
 from rerank.plugins import did_you_mean
 
 logger = logging.getLogger(__name__)
@@ -148,7 +149,7 @@ def check_steps(
             runs.refuse_held(step.run_dir, step.stage)
             if step.stage not in remake:
                 runs.refuse_partial_of_another_recipe(step.run_dir, step.stage, step.keys, accelerate)
-            load_stage(step.stage).check(*arguments)
+            check_stage(step.stage, arguments, accelerate)
             made.append(step.stage)
     return resolved
 
@@ -289,8 +290,7 @@ def describe(steps: Sequence[Step], accelerate: str, remake: Sequence[str] = ())
             device = free_gpu(where) if shares else None
             lines.append(server.launch_line(model, url, step.keys.get("vllm_max_model_length"), device) + " &")
         done = step.stage not in remake and runs.is_finished(step.run_dir, step.stage)
-        line = shlex.join(["accelerate", "launch", *launch_words(step, accelerate)])
-        lines.append(("# finished: " if done else "") + line)
+        lines.append("# finished: " * done + shlex.join(["accelerate", "launch", *launch_words(step, accelerate)]))
     return lines
 
 

@@ -21,7 +21,7 @@ import yaml
 from rerank.launch import named_files, trackers
 from rerank.launch import run_dir as runs
 from rerank.launch.stages import Stage, load_stage
-from rerank.launch.trainer_options import check_trainer_options
+from rerank.launch.trainer_options import check_stage, check_trainer_options
 from rerank.launch.values import default_of, type_hints, typed_value
 
 logger = logging.getLogger(__name__)
@@ -271,7 +271,7 @@ def _run(stage: str, argv: Sequence[str]) -> None:
             if is_main:
                 held.enter_context(runs.lock(folder))
                 runs.refuse_partial_of_another_recipe(run_dir, stage, keys, accelerate)
-                declared.check(*arguments)
+                check_stage(stage, arguments, accelerate)
                 runs.begin(run_dir, stage, keys, inputs, named_files.named_files(declared, keys, accelerate))
         except (ValueError, FileNotFoundError) as error:
             _fail(one_line(error), 2)

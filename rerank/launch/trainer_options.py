@@ -1,11 +1,18 @@
 """Options of TRL and transformers that a stage cannot follow, refused before anything is loaded."""
 
 import importlib.util
-from typing import TYPE_CHECKING
+import os
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rerank.launch.stages import load_stage
 
 if TYPE_CHECKING:
+    import torch
     from transformers import TrainingArguments
     from trl import GRPOConfig
+
+USUAL_WEIGHT = 0.02  # the spread of a matrix that transformers makes, and about that of a trained one
 
 # Options of sampling with which an engine draws from another distribution than the one that is trained.
 SAMPLING = {"top_p": (1.0,), "top_k": (0, -1, None), "min_p": (None, 0.0), "repetition_penalty": (1.0,)}
@@ -47,3 +54,59 @@ def _check_sampling(options: "GRPOConfig") -> None:
         )
     if options.temperature <= 0:
         raise ValueError(f"temperature is {options.temperature}, with which all completions are alike; set it above 0")
+
+
+def check_stage(stage: str, arguments: Sequence[Any], accelerate: str | None) -> None:
+    """A stage's own check, and of one that trains a model that its steps are not lost to rounding.
+
+    Adam's steps are about as large as the learning rate. Of a weight w, a number format of precision eps loses those
+    below w x eps / 2, or half of that just below a power of two: of 0.02 in bfloat16 those below 8e-5.
+
+    Args:
+        stage: Its name.
+        arguments: Its dataclasses.
+        accelerate: The accelerate file, where known.
+    """
+    import torch
+
+    load_stage(stage).check(*arguments)
+    dtype = _trained_dtype(stage, arguments)
+    if dtype is None or dtype.itemsize >= 4:
+        return
+    rate, least = arguments[1].learning_rate, USUAL_WEIGHT * torch.finfo(dtype).eps / 2
+    if rate < least and not _keeps_masters(arguments[1], accelerate):
+        raise ValueError(
+            f"{stage}: weights are {str(dtype).removeprefix('torch.')} and learning_rate is {rate}, but such a weight "
+            f"of {USUAL_WEIGHT} loses steps below {least:.1g}; set dtype: float32 with bf16: true, or launch with "
+            "DeepSpeed, which keeps float32 weights, such as --accelerate recipes/accelerate/zero2.yaml"
+        )
+
+
+def _trained_dtype(stage: str, arguments: Sequence[Any]) -> "torch.dtype | None":
+    """The number format of the weights that a stage trains; None where it trains none or it is not known yet."""
+    from rerank.models import memory
+
+    if stage not in memory.STARTS:
+        return None
+    args, _, model_args = arguments
+    if model_args.use_peft and not model_args.lora_modules_to_save:
+        return None  # PEFT makes adapters in float32
+    if stage == "midtrain" and model_args.model_name_or_path is None:
+        return None  # the small model is float32
+    if model_args.dtype != "auto":
+        return memory.dtype_named(model_args.dtype)
+    config = memory.start_config(stage, args, model_args, {})
+    return None if config is None else memory.weights_dtype(config, model_args)
+
+
+def _keeps_masters(options: "TrainingArguments", accelerate: str | None) -> bool:
+    """Whether a launch trains float32 copies of 16-bit weights: DeepSpeed does, FSDP under mixed precision."""
+    from rerank.launch import recipe
+
+    where: Mapping[str, Any] = recipe.load(accelerate) if accelerate else {}
+    kind, precision = where.get("distributed_type"), where.get("mixed_precision", "no")
+    launched = {name: os.environ.get(f"ACCELERATE_{name}", "") for name in ("USE_DEEPSPEED", "USE_FSDP")}
+    if options.deepspeed or kind == "DEEPSPEED" or launched["USE_DEEPSPEED"] == "true":
+        return True
+    is_mixed = options.bf16 or options.fp16 or precision != "no"
+    return bool(is_mixed and (options.fsdp or kind == "FSDP" or launched["USE_FSDP"] == "true"))

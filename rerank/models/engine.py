@@ -12,15 +12,16 @@ import functools
 import importlib
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 if TYPE_CHECKING:
+    from trl.generation.vllm_generation import VLLMGeneration
     from vllm import LLM
 
     from rerank.models.ranking_grammar import RankingGrammar
@@ -119,6 +120,40 @@ def trl_engine_options(**options: str | bool | int) -> Iterator[None]:
         yield
     finally:
         vllm_generation.LLM = original
+
+
+def sleep_when_told(generation: "VLLMGeneration") -> Callable[[], None]:
+    """Let TRL's colocated engine sleep only when told to; returns the function that tells it.
+
+    With `vllm_enable_sleep_mode` TRL sends it to sleep after each call, which drops its weights, and sends all of them
+    again before the next, in steps that sample several times too, though none has changed.
+    """
+    if "_llm_weights_sleeping" not in vars(generation):
+        raise RuntimeError(
+            "trl.generation.vllm_generation has no _llm_weights_sleeping; install the TRL version that pyproject.toml "
+            "names, or weights would be sent again in every sampling round"
+        )
+    llm, generate, awake = generation.llm, generation.generate, set[str]()
+    sleep, wake_up = llm.sleep, llm.wake_up
+
+    def wake_parts(tags: list[str]) -> None:
+        if asleep := [tag for tag in tags if tag not in awake]:
+            wake_up(tags=asleep)
+        awake.update(tags)
+
+    def generate_awake(*args: Any, **kwargs: Any) -> tuple:
+        found = generate(*args, **kwargs)
+        generation._llm_weights_sleeping = False  # TRL believes so, after its call of `sleep`
+        return found
+
+    def rest() -> None:
+        if awake:
+            sleep(level=2)
+        awake.clear()
+        generation._llm_weights_sleeping = True
+
+    llm.sleep, llm.wake_up, generation.generate = lambda level: None, wake_parts, generate_awake
+    return rest
 
 
 def open_engine(

@@ -3,7 +3,7 @@
 A row holds the groups of a micro-batch one after another, without padding: a prompt without its last token, then for
 each completion that last token and the completion without its own last one, so that each position of a completion
 predicts one of its tokens. Positions are those of the padded rows that TRL makes. A completion attends to its prompt
-and itself (Prefix Grouper, arXiv:2506.05433).
+and itself (Prefix Grouper, arXiv:2506.05433), by `group_kernels`.
 
     prepare_model(model)  # before training, and before it is wrapped; refuses a model that cannot do this
 
@@ -19,26 +19,21 @@ Letters of shapes: B rows, T tokens of a padded row, C completion tokens of it, 
 heads, D size of a head.
 """
 
-from collections.abc import Callable, Iterator
-from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftModel
-from torch.nn.attention.bias import causal_lower_right
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from rerank.models.group_kernels import Groups, attend
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 ATTENTION = "group_sdpa"
 FAMILIES = ("gemma", "glm", "granite", "llama", "mistral", "olmo", "olmo2", "phi3", "qwen2", "qwen3", "smollm3")
-
-# Per group: number of tokens of its prompt, without the last, and of each of its completions.
-Groups = tuple[tuple[int, tuple[int, ...]], ...]
 
 
 def prepare_model(model: "PreTrainedModel | PeftModel") -> None:
@@ -49,27 +44,33 @@ def prepare_model(model: "PreTrainedModel | PeftModel") -> None:
     Raises:
         ValueError: When it cannot run packed rows, or would compute other numbers than on plain rows.
     """
-    adapters = model.peft_config.values() if isinstance(model, PeftModel) else ()
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    obstacle = _obstacle(base.config)
-    if any(adapter.is_prompt_learning for adapter in adapters):
-        obstacle = "its adapter adds tokens to the prompt; use LoRA"
-    if obstacle:
+    if obstacle := obstacle_of(model):
         name = type(base).__name__
-        raise ValueError(f"{name} cannot run a group as one row: {obstacle}, or set group_forward: false")
+        raise ValueError(f"{name} cannot run a group as one row: {obstacle}, or set group_forward: auto")
     base.set_attn_implementation(ATTENTION)
 
 
+def obstacle_of(model: "PreTrainedModel | PeftModel") -> str | None:
+    """The first reason against packed rows of a model, with the cure; None where `prepare_model` takes it."""
+    if not isinstance(model, PeftModel):
+        return _obstacle(model.config)
+    if any(adapter.is_prompt_learning for adapter in model.peft_config.values()):
+        return "its adapter adds tokens to the prompt; use LoRA"
+    return _obstacle(model.get_base_model().config)
+
+
 def _obstacle(config: "PreTrainedConfig") -> str | None:
-    """The first reason against packed rows, with the cure."""
     options = config.to_dict()
-    if config.model_type not in FAMILIES:
-        return f"model type {config.model_type} is none of {', '.join(FAMILIES)}; use one of these"
+    if options.get("attn_logit_softcapping"):
+        return f"attn_logit_softcapping is {options['attn_logit_softcapping']}; use a model without"
     layers = set(options.get("layer_types") or ["full_attention"]) - {"full_attention"}
     if layers:
         return f"it has layers of type {', '.join(sorted(layers))}; use a model with full attention"
     if "layer_types" not in options and options.get("sliding_window"):
         return f"sliding_window is {options['sliding_window']}; use a model with full attention"
+    if config.model_type not in FAMILIES:
+        return f"model type {config.model_type} is none of {', '.join(FAMILIES)}; use one of these"
     rope_type = options["rope_parameters"]["rope_type"]
     if rope_type in ("dynamic", "longrope"):
         return f"its rotations depend on the length of a row (rope_type {rope_type}); use a model with fixed ones"
@@ -171,92 +172,12 @@ def group_attention(
     """Attention with the signature of transformers: of packed rows where `groups` is given, else transformers' own."""
     if groups is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    heads_per_key = query.shape[1] // key.shape[1]
-    key, value = repeat_kv(key, heads_per_key), repeat_kv(value, heads_per_key)
     device = query.device.type
     if torch.is_autocast_enabled(device):  # which leaves rotated queries and keys in float32
         query, key, value = (tensor.to(torch.get_autocast_dtype(device)) for tensor in (query, key, value))
-    output = attention_of(device)(query, key, value, groups, scaling)
+    output = attend(query, key, value, groups, scaling)
     return output.transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register(ATTENTION, group_attention)
 AttentionMaskInterface.register(ATTENTION, sdpa_mask)
-
-
-def _slices(groups: Groups) -> Iterator[tuple[slice, list[slice]]]:
-    """The places of a prompt and of each of its completions in the packed row, per group."""
-    start = 0
-    for prompt_length, lengths in groups:
-        ends = list(accumulate((prompt_length, *lengths), initial=start))
-        prompt, *completions = [slice(*pair) for pair in pairwise(ends)]
-        yield prompt, completions
-        start = ends[-1]
-
-
-def attend_in_turn(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, groups: Groups, scaling: float | None
-) -> torch.Tensor:
-    """Output (1, A, N, D) for queries, keys and values of that shape: one call per prompt and completion."""
-    outputs = []
-    for prompt, completions in _slices(groups):
-        for own, before in [(prompt, slice(0, 0)), *((completion, prompt) for completion in completions)]:
-            keys = torch.cat([key[:, :, before], key[:, :, own]], dim=2)
-            values = torch.cat([value[:, :, before], value[:, :, own]], dim=2)
-            mask = causal_lower_right(own.stop - own.start, keys.shape[2])
-            outputs.append(scaled_dot_product_attention(query[:, :, own], keys, values, mask, scale=scaling))
-    return torch.cat(outputs, dim=2)
-
-
-def attention_of(device: str) -> Callable[..., torch.Tensor]:
-    """The attention of packed rows on a type of device."""
-    return CpuGroupAttention.apply if device == "cpu" else attend_in_turn
-
-
-class CpuGroupAttention(torch.autograd.Function):
-    """The same output as `attend_in_turn`, without copies of a prompt's keys and values.
-
-    The completions of a group attend to its prompt in one call of PyTorch's flash attention and to themselves in one
-    call each; the two outputs are weighted by their softmax sums. The kernel's backward pass needs only the output and
-    sum of a softmax: given those of the total, it returns each part's gradients (Ring Attention, arXiv:2310.01889).
-    """
-
-    @staticmethod
-    def forward(ctx: Any, query, key, value, groups: Groups, scaling: float | None) -> torch.Tensor:  # noqa: ANN001
-        output = torch.empty_like(query)  # (1, A, N, D)
-        log_sums = query.new_empty(query.shape[:3], dtype=torch.promote_types(query.dtype, torch.float32))
-        for queries, keys, causal in _calls(groups):
-            found, found_sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                query[:, :, queries], key[:, :, keys], value[:, :, keys], is_causal=causal, scale=scaling
-            )
-            if not causal:  # the completions' attention to themselves is there already
-                own, own_sums = output[:, :, queries], log_sums[:, :, queries]
-                sums = torch.logaddexp(own_sums, found_sums)
-                found = torch.lerp(own.to(sums), found.to(sums), (found_sums - sums).exp()[..., None])
-                found_sums = sums
-            output[:, :, queries], log_sums[:, :, queries] = found, found_sums
-        ctx.save_for_backward(query, key, value, output, log_sums)
-        ctx.groups, ctx.scaling = groups, scaling
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        query, key, value, output, log_sums = ctx.saved_tensors
-        gradients = [torch.zeros_like(tensor) for tensor in (query, key, value)]
-        for queries, keys, causal in _calls(ctx.groups):
-            parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                gradient[:, :, queries], query[:, :, queries], key[:, :, keys], value[:, :, keys],
-                output[:, :, queries], log_sums[:, :, queries], 0.0, causal, scale=ctx.scaling,
-            )  # fmt: skip
-            for total, part, where in zip(gradients, parts, (queries, keys, keys), strict=True):
-                total[:, :, where] += part
-        return *gradients, None, None
-
-
-def _calls(groups: Groups) -> Iterator[tuple[slice, slice, bool]]:
-    """Queries, their keys, and whether causal: each part with itself, then all completions with the prompt."""
-    for prompt, completions in _slices(groups):
-        parts = [part for part in (prompt, *completions) if part.stop > part.start]
-        yield from ((part, part, True) for part in parts)
-        if prompt in parts and len(parts) > 1:
-            yield slice(parts[1].start, parts[-1].stop), prompt, False

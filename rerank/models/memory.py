@@ -62,7 +62,7 @@ def training_need(
         accelerate: The accelerate file, which says what is sharded over how many devices.
         with_engine: Whether a second copy of the weights serves rollouts; its cache is not counted.
     """
-    dtype = _weights_dtype(config, model_args)
+    dtype = weights_dtype(config, model_args)
     num_weights, num_trained = count_weights(config, model_args)
     shape = Shape(options.per_device_train_batch_size, length, dtype, options.bf16 or options.fp16)
     kept = activations(config, shape, options.gradient_checkpointing)
@@ -77,13 +77,20 @@ def training_need(
     return Need(**sizes, activations=float(kept), engine=float(2 * num_weights if with_engine else 0))
 
 
-def _weights_dtype(config: "PreTrainedConfig", model_args: "ModelConfig") -> "torch.dtype":
+def weights_dtype(config: "PreTrainedConfig", model_args: "ModelConfig") -> "torch.dtype":
     """The number format in which `models.base.load_pretrained` loads a model."""
     import torch
 
     if model_args.dtype == "auto":
         return config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
-    return getattr(torch, model_args.dtype or "float32")
+    return dtype_named(model_args.dtype)
+
+
+def dtype_named(name: str | None) -> "torch.dtype":
+    """A number format of PyTorch; float32 without a name."""
+    import torch
+
+    return getattr(torch, name or "float32")
 
 
 def _sharding(accelerate: Mapping[str, Any]) -> tuple[int, int]:
@@ -183,7 +190,7 @@ def estimates(stages: Mapping[str, Sequence[Any]], accelerate: str | Path) -> li
     configs: dict[str, PreTrainedConfig | None] = {}
     for stage in [name for name in stages if name in STARTS]:
         args, options, model_args = arguments = stages[stage]
-        config = configs[stage] = _config(stage, args, model_args, configs)
+        config = configs[stage] = start_config(stage, args, model_args, configs)
         length = (options.vllm_max_model_length if stage == "dapo" else options.max_length) or length
         if config is None or not length:
             continue
@@ -210,7 +217,7 @@ def _cure(stage: str, arguments: Sequence[Any]) -> str:
     return f"lower {' or '.join(cures)}" + "".join(f", or set {key}" for key in set_them)
 
 
-def _config(
+def start_config(
     stage: str, args: Any, model_args: "ModelConfig", configs: Mapping[str, "PreTrainedConfig | None"]
 ) -> "PreTrainedConfig | None":
     """Of the model that a stage trains: the recipe's, that of the stage before, or the one that is made."""
