@@ -122,12 +122,19 @@ def _add_models(add: Add) -> None:
     )  # fmt: skip
     add(_losses, "losses", "list the losses of the sft stage, their needs and costs")
 
-    rank = add(_rank, "rank", "re-rank new rows with a trained model")
+    rank = add(
+        _rank, "rank", "re-rank new rows with a trained model; exit code 3 if a row has no ranking but its reason in "
+        "the column failure"
+    )  # fmt: skip
     rank.add_argument("model_dir", metavar="MODEL_DIR", help="such as RUN_DIR/dapo/model")
     rank.add_argument(
         "--rows", required=True, metavar="FILE", help="Parquet, JSONL or CSV with history and candidates"
     )
     rank.add_argument("--out", required=True, metavar="FILE", help="Parquet, JSONL or CSV to write")
+    rank.add_argument(
+        "--unknown", choices=("last", "drop", "refuse"), default="last", help="place candidates that the model does "
+        "not know last (%(default)s), leave them out, or do not rank their row; histories go without them"
+    )  # fmt: skip
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -250,12 +257,15 @@ def _losses(args: argparse.Namespace) -> None:
         print(f"    needs {info.needs}\n    costs {info.costs}")
 
 
-def _rank(args: argparse.Namespace) -> None:
+def _rank(args: argparse.Namespace) -> int:
     from rerank import rank
     from rerank.launch import recipe
 
     recipe.set_environment()
-    rank.rank_rows(args.model_dir, args.rows, args.out)
+    failures = rank.rank_rows(args.model_dir, args.rows, args.out, args.unknown)
+    if failures:
+        print(f"rerank: {failures} rows have no ranking; see the column failure of {args.out}", file=sys.stderr)
+    return 3 if failures else 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:

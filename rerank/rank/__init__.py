@@ -1,29 +1,72 @@
-"""Re-rank new rows with a trained model: `rerank rank MODEL_DIR --rows FILE --out FILE`.
+"""Re-rank new rows with a trained model, and keep a trained model up to date.
 
-Rows come as Parquet, JSONL or CSV with `history` (oldest first) and `candidates` (first-stage order, of any length),
-both of original item ids: lists, or in CSV ids parted by spaces. Where the model's prompts show them, rows have
-further columns: those of the user and the request by their names, `time` and `history_times` (seconds),
-`history_events`, `scores` of the first stage, and numbers of the candidates by their names, one for each. Every column
-is kept; `ranking` (best first), `failure` and `trace` are added. Answers are constrained to be rankings.
+`rerank rank MODEL_DIR --rows FILE --out FILE`: rows come as Parquet, JSONL or CSV with `history` (oldest first) and
+`candidates` (first-stage order, of any length), both of original item ids: lists, or in CSV ids parted by spaces.
+Where the model's prompts show them, rows have further columns: those of the user and the request by their names,
+`time` and `history_times` (seconds), `history_events`, `scores` of the first stage, and numbers of the candidates by
+their names, one for each. Every column comes back as it came; `ranking` (best first), `failure` and `trace` are added.
+Answers are constrained to be rankings. A row that cannot be ranked has no ranking and its reason in `failure`.
+
+`items` ranks items that the model has not seen, `model_folder` adds them to a folder for good, and renews its counts.
 """
 
+import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 from rerank.models.ranker import RankingModel, generate_answers
-from rerank.rank.files import FORMATS, add_answer, check_format, read_records, write_records
-from rerank.rank.rows import check_limit, encode_rows
+from rerank.rank.files import Record, open_output, read_rows_file
+from rerank.rank.rows import Encoded, EncodedRow, encode_rows
 
-__all__ = ["FORMATS", "add_answer", "check_limit", "encode_rows", "rank_rows", "read_records", "write_records"]
+__all__ = ["rank_rows"]
+
+logger = logging.getLogger(__name__)
 
 
-def rank_rows(model_dir: str | Path, rows_path: str | Path, out_path: str | Path) -> None:
-    """Rank the rows of a file into another one."""
-    model, out_path = RankingModel.load(model_dir), Path(out_path)
-    check_format(out_path)
-    if not out_path.parent.is_dir():
-        raise FileNotFoundError(f"{out_path.parent} is not a folder; make it, or choose another --out.")
-    records = read_records(rows_path)
-    rows = encode_rows(records, model, str(rows_path))
-    check_limit(rows, model, str(rows_path))
-    answers, _ = generate_answers(model, rows, constrained=True)
-    write_records([add_answer(record, answer) for record, answer in zip(records, answers, strict=True)], out_path)
+def rank_rows(model_dir: str | Path, rows_path: str | Path, out_path: str | Path, unknown: str = "last") -> int:
+    """Rank the rows of a file into another one; returns the number of rows without a ranking.
+
+    Args:
+        model_dir: Of the sft or dapo stage.
+        rows_path: File of the rows.
+        out_path: File to write.
+        unknown: Candidates that the model does not know are put `last` in their order, left out (`drop`), or their row
+            gets no ranking (`refuse`).
+    """
+    rows = read_rows_file(rows_path)
+    write = open_output(rows, Path(out_path))
+    model = RankingModel.load(model_dir)
+    counts = model.load_counts()
+    encoded = encode_rows(rows.rows, model, counts, unknown, str(rows.path))
+    warn_of_unknown(encoded, unknown)
+    added = answer_rows(encoded, model)
+    write(added)
+    return sum(one["ranking"] is None for one in added)
+
+
+def answer_rows(encoded: Sequence[Encoded], model: RankingModel) -> list[Record]:
+    """The columns to add to each row; no engine starts where no row can be ranked."""
+    rows = [one for one in encoded if isinstance(one, EncodedRow)]
+    answers = generate_answers(model, [one.row for one in rows], constrained=True)[0] if rows else []
+    answered = iter(zip(rows, answers, strict=True))
+    added: list[Record] = []
+    for one in encoded:
+        if isinstance(one, str):
+            added.append({"ranking": None, "failure": one, "trace": None})
+        else:
+            row, answer = next(answered)
+            added.append({"ranking": row.ranking(answer), "failure": answer.failure, "trace": answer.trace})
+    return added
+
+
+def warn_of_unknown(encoded: Sequence[Encoded], unknown: str) -> None:
+    """Say how many ids the model does not know."""
+    numbers = [one.unknown for one in encoded if isinstance(one, EncodedRow)]
+    dealt = {"last": "placed last", "drop": "left out"}.get(unknown)
+    for name, of_name, what in (("histories", 0, "left out"), ("candidates", 1, dealt)):
+        in_rows = [number[of_name] for number in numbers if number[of_name]]
+        if in_rows:
+            logger.warning(
+                "%d ids in %s of %d rows are unknown to the model and %s; --items makes them known",
+                sum(in_rows), name, len(in_rows), what,
+            )  # fmt: skip

@@ -1,138 +1,263 @@
-"""Rows of a user's file as rows that a model ranks: items instead of ids, with what its prompts show."""
+"""Rows of a user's file as rows that a model ranks: items instead of ids, with what its prompts show.
 
+A row that cannot be ranked is a sentence that says why. N candidates of a row that the model knows.
+"""
+
+import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from rerank.models.ranker import RankingModel, grammars_of
+from rerank.baselines import Counts, list_features
+from rerank.models.base import context_length
+from rerank.models.ranker import Answer, Batch, RankingModel, ask, grammars_of
 from rerank.prompts import MAX_LETTERS, PromptSettings
+from rerank.prompts.fields import HISTORY_FIELDS
 from rerank.rank.files import COLUMNS, Record
 from rerank.rows import PromptedRow, RankingRow
+from rerank.rows.checks import prompt_lengths
 from rerank.rows.histories import COLUMN
 
+logger = logging.getLogger(__name__)
 
-def encode_rows(records: Sequence[Record], model: RankingModel, where: str) -> list[RankingRow]:
-    """Items instead of ids, numbered from 1, with the fields and features that the prompts show.
+UNKNOWN = ("last", "drop", "refuse")  # candidates that the model does not know
+
+
+@dataclass(frozen=True)
+class EncodedRow:
+    """A row of a file, ready to be ranked.
+
+    Attributes:
+        row: Of the candidates that the model knows.
+        ids: (N,) these, as the file has them.
+        last: Ids of the others, which stand behind every ranking.
+        unknown: Numbers of unknown ids in the history and among the candidates.
+        numbers: Numbers of each candidate (N,), by column of the file.
+    """
+
+    row: RankingRow
+    ids: list[Any]
+    last: list[Any]
+    unknown: tuple[int, int]
+    numbers: Mapping[str, np.ndarray]
+
+    def ranking(self, answer: Answer) -> list[Any] | None:
+        """The ids of an answer, best first; None where it has none."""
+        return None if answer.order is None else [self.ids[place] for place in answer.order] + self.last
+
+
+Encoded = EncodedRow | str  # or why it cannot be ranked
+
+
+def encode_rows(
+    records: Sequence[Record], model: RankingModel, counts: Counts | None, unknown: str, where: str
+) -> list[Encoded]:
+    """The rows of a file, numbered from 1, each as far as it can be ranked.
 
     Args:
-        records: The rows of a file.
+        records: With `history` and `candidates` as lists.
         model: That will rank them.
+        counts: Facts about its items, where its prompts show any.
+        unknown: One of UNKNOWN.
         where: The file, for messages.
+
+    Raises:
+        ValueError: When all rows lack a column that the prompts show.
     """
+    shown = shown_columns(model)
+    there = {name for record in records for name in record}
+    for name, option in shown.items():
+        if name not in there:
+            raise ValueError(f"{where}: {_missing(name, option)}")
     items = {item_id: item for item, item_id in enumerate(model.prompter.catalogue.item_ids)}
-    settings, rows = model.prompter.settings, []
+    encoded: list[Encoded] = []
     for number, record in enumerate(records, start=1):
-        place = f"{where}, row {number}"
-        history, candidates = (_items(record[name], items, f"{place}: {name}") for name in COLUMNS)
-        _check_candidates(candidates, record["candidates"], settings, place)
-        names = {name: key for key, of_key in settings.row_fields.items() for name in of_key}
-        fields = {name: _shown(record, name, key, place) for name, key in names.items()}
-        past = _past(record, len(history), settings.history_fields, place)
-        rows.append(RankingRow(number, history, candidates, fields=fields, **past))
-    return _with_features(rows, records, model, where) if model.prompter.needs_features else rows
+        try:
+            encoded.append(_encode(record, number, items, shown, model.prompter.settings, unknown))
+        except ValueError as error:
+            encoded.append(str(error))
+    if counts is not None:
+        encoded = _with_features(encoded, model, counts)
+    return _within_limits(encoded, model)
 
 
-def _items(ids: object, items: Mapping[str, int], where: str) -> tuple[int, ...]:
-    if not isinstance(ids, list):
-        raise ValueError(f"{where} is {ids!r} but must be a list of item ids.")
-    for item_id in ids:
-        if str(item_id) not in items:
-            raise ValueError(f"{where} holds {item_id!r}, which is not in the model's catalogue; leave it out.")
-    return tuple(items[str(item_id)] for item_id in ids)
-
-
-def _check_candidates(candidates: Sequence[int], ids: Sequence[object], settings: PromptSettings, where: str) -> None:
-    duplicate = next((ids[i] for i, item in enumerate(candidates) if item in candidates[:i]), None)
-    if duplicate is not None:
-        raise ValueError(f"{where}: candidates holds {duplicate!r} twice; give each item once.")
-    if len(candidates) < 2:
-        number = "1 item" if candidates else "no item"
-        raise ValueError(f"{where}: candidates has {number}; there is nothing to rank.")
-    if settings.ranking == "letter" and len(candidates) > MAX_LETTERS:
-        raise ValueError(
-            f"{where}: candidates has {len(candidates)} items but the model names them by {MAX_LETTERS} letters; give "
-            f"at most {MAX_LETTERS}, or train a model with ranking: number."
-        )
-
-
-def _shown(record: Record, name: str, option: str, where: str) -> Any:
-    """A value that the prompts show."""
-    if name not in record:
-        raise ValueError(f"{where}: column {name!r} is missing, which the model's prompts show ({option}); add it.")
-    return record[name]
-
-
-def _past(record: Record, length: int, shown: Sequence[str], where: str) -> dict[str, Any]:
-    """`time`, `history_times` and `history_events` of a row, as far as prompts show them."""
-    found: dict[str, Any] = {}
-    if "time" in shown:
-        time = _shown(record, "time", "history_fields: time", where)
-        found["time"] = None if time is None else _number(time, f"{where}: time")
-        times = _listed(record, "history_times", "history_fields: time", length, where)
-        found["history_times"] = tuple(
-            None if then is None else _number(then, f"{where}: history_times") for then in times
-        )
-    if "event" in shown:
-        found["history_events"] = tuple(_listed(record, "history_events", "history_fields: event", length, where))
+def shown_columns(model: RankingModel) -> dict[str, str]:
+    """Columns of rows that the model's prompts show, with the options that name them."""
+    settings = model.prompter.settings
+    found = {name: key for key, names in settings.row_fields.items() for name in names}
+    found |= {HISTORY_FIELDS[name]: f"history_fields: {name}" for name in settings.history_fields}
+    found |= {"time": "history_fields: time"} if "time" in settings.history_fields else {}
+    for fact in settings.evidence_names if model.prompter.needs_features else ():
+        if fact == "first_stage_score" or fact.startswith(COLUMN):
+            name = "scores" if fact == "first_stage_score" else fact.removeprefix(COLUMN)
+            found[name] = f"evidence_names: {fact}"
     return found
 
 
-def _listed(record: Record, name: str, option: str, length: int, where: str) -> list[Any]:
+def _missing(name: str, option: str) -> str:
+    return f"column {name!r} is missing, which the model's prompts show ({option}); add it."
+
+
+def _encode(
+    record: Record,
+    number: int,
+    items: Mapping[str, int],
+    shown: Mapping[str, str],
+    settings: PromptSettings,
+    unknown: str,
+) -> EncodedRow:
+    for name in COLUMNS:
+        if name not in record:
+            raise ValueError(f"column {name!r} is missing; add it.")
+    for name, option in shown.items():
+        if name not in record:
+            raise ValueError(_missing(name, option))
+    history, ids = (_ids(record[name], name) for name in COLUMNS)
+    past = _past(record, len(history), settings.history_fields)
+    numbers = {
+        name: _numbers(record, name, len(ids)) for name, option in shown.items() if option.startswith("evidence")
+    }
+    taken = [place for place, item_id in enumerate(history) if item_id in items]
+    known = [place for place, item_id in enumerate(ids) if item_id in items]
+    _check_candidates(ids, len(known), settings, unknown, [one for one in ids if one not in items])
+    row = RankingRow(
+        number,
+        tuple(items[history[place]] for place in taken),
+        tuple(items[ids[place]] for place in known),
+        fields={name: record[name] for names in settings.row_fields.values() for name in names},
+        time=past.get("time"),
+        history_times=tuple(past["history_times"][place] for place in taken if "history_times" in past),
+        history_events=tuple(past["history_events"][place] for place in taken if "history_events" in past),
+    )
+    as_given = record["candidates"]
+    others = [place for place in range(len(ids)) if place not in set(known)] if unknown == "last" else []
+    return EncodedRow(
+        row,
+        [as_given[place] for place in known],
+        [as_given[place] for place in others],
+        (len(history) - len(taken), len(ids) - len(known)),
+        {name: values[known] for name, values in numbers.items()},
+    )
+
+
+def _ids(value: object, name: str) -> list[str]:
+    """Item ids as texts."""
+    if not isinstance(value, list):
+        raise ValueError(f"{name} is {value!r} but must be a list of item ids.")
+    for one in value:
+        if not isinstance(one, str | int | float) or isinstance(one, bool):
+            raise ValueError(f"{name} holds {one!r} but must be a list of item ids, texts or numbers.")
+    return list(map(str, value))
+
+
+def _check_candidates(
+    ids: Sequence[str], num_known: int, settings: PromptSettings, unknown: str, strangers: Sequence[str]
+) -> None:
+    """Refuse candidates that cannot be ranked."""
+    seen = set[str]()
+    for item_id in ids:
+        if item_id in seen:
+            raise ValueError(f"candidates holds {item_id!r} twice; give each item once.")
+        seen.add(item_id)
+    if strangers and unknown == "refuse":
+        raise ValueError(
+            f"candidates holds {strangers[0]!r}, which the model does not know; leave it out, or give it by --items."
+        )
+    if num_known < 2:
+        number = "1 item" if num_known else "no item"
+        cure = " that the model knows; give the others by --items" if strangers else "; there is nothing to rank"
+        raise ValueError(f"candidates has {number}{cure}.")
+    if settings.ranking == "letter" and num_known > MAX_LETTERS:
+        raise ValueError(
+            f"candidates has {num_known} items but the model names them by {MAX_LETTERS} letters; give at most "
+            f"{MAX_LETTERS}, or train a model with ranking: number."
+        )
+
+
+def _past(record: Record, length: int, shown: Sequence[str]) -> dict[str, Any]:
+    """`time`, `history_times` and `history_events` of a row, as far as prompts show them."""
+    found: dict[str, Any] = {}
+    if "time" in shown:
+        time = record["time"]
+        found["time"] = None if time is None else _number(time, "time")
+        times = _listed(record, "history_times", length)
+        found["history_times"] = [None if then is None else _number(then, "history_times") for then in times]
+    if "event" in shown:
+        found["history_events"] = _listed(record, "history_events", length)
+    return found
+
+
+def _listed(record: Record, name: str, length: int) -> list[Any]:
     """A column of lists, in CSV parted by spaces, one entry for each item."""
-    value = _shown(record, name, option, where)
+    value = record[name]
     values = value.split() if isinstance(value, str) else value if isinstance(value, list) else [value]
     values = [] if value is None else values
     if len(values) != length:
-        raise ValueError(f"{where}: {name} has {len(values)} entries but there are {length} items; give one for each.")
+        raise ValueError(f"{name} has {len(values)} entries but there are {length} items; give one for each.")
     return values
 
 
-def _number(value: object, where: str) -> float:
+def _number(value: object, name: str) -> float:
     try:
         return float(value)  # type: ignore[arg-type]  # anything else is refused
     except (TypeError, ValueError):
-        raise ValueError(f"{where} holds {value!r} but must hold numbers.") from None
+        raise ValueError(f"{name} holds {value!r} but must hold numbers.") from None
 
 
-def _with_features(
-    rows: Sequence[RankingRow], records: Sequence[Record], model: RankingModel, where: str
-) -> list[RankingRow]:
-    """The rows with facts about each candidate: from the counts in the model folder, and from their own columns."""
-    from rerank.baselines import Counts, list_features
-
-    path = model.folder / "evidence.npz"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing, but the model's prompts show evidence; copy the whole folder.")
-    shown = model.prompter.settings.evidence_names
-    candidates = [np.array(row.candidates) for row in rows]
-
-    def numbers(name: str, fact: str) -> list[np.ndarray]:
-        """A column of numbers; zeros for one that no prompt shows."""
-        if fact not in shown:
-            return [np.zeros(len(row.candidates)) for row in rows]
-        pairs = zip(rows, records, strict=True)
-        return [_numbers(record, name, fact, row, f"{where}, row {row.row_id}") for row, record in pairs]
-
-    own = [name for name in model.prompter.names if name.startswith(COLUMN)]
-    columns = {name: numbers(name.removeprefix(COLUMN), name) for name in own}
-    scores = numbers("scores", "first_stage_score")
-    histories = [np.array(row.history, dtype=np.int64) for row in rows]
-    facts = list_features(model.prompter.names, Counts.load(path), histories, candidates, scores, None, columns)
-    return [replace(row, features=features) for row, features in zip(rows, facts, strict=True)]
+def _numbers(record: Record, name: str, length: int) -> np.ndarray:
+    """A number of each candidate, nan for null."""
+    values = _listed(record, name, length)
+    return np.array([np.nan if value is None else _number(value, name) for value in values])
 
 
-def _numbers(record: Record, name: str, fact: str, row: RankingRow, where: str) -> np.ndarray:
-    """(N,) a number of each candidate, nan for null."""
-    values = _listed(record, name, f"evidence_names: {fact}", len(row.candidates), where)
-    return np.array([np.nan if value is None else _number(value, f"{where}: {name}") for value in values])
+def _with_features(encoded: Sequence[Encoded], model: RankingModel, counts: Counts) -> list[Encoded]:
+    """The rows with facts about each candidate: from the counts, and from columns of the file."""
+    rows = [one for one in encoded if isinstance(one, EncodedRow)]
+    names = model.prompter.names
+
+    def of_file(column: str) -> list[np.ndarray]:
+        """Zeros for a column that no prompt shows."""
+        return [one.numbers.get(column, np.zeros(len(one.ids))) for one in rows]
+
+    columns = {name: of_file(name.removeprefix(COLUMN)) for name in names if name.startswith(COLUMN)}
+    histories = [np.array(one.row.history, dtype=np.int64) for one in rows]
+    candidates = [np.array(one.row.candidates) for one in rows]
+    facts = list_features(names, counts, histories, candidates, of_file("scores"), None, columns) if rows else []
+    done = iter([replace(one, row=replace(one.row, features=of_row)) for one, of_row in zip(rows, facts, strict=True)])
+    return [next(done) if isinstance(one, EncodedRow) else one for one in encoded]
 
 
-def check_limit(rows: Sequence[RankingRow], model: RankingModel, where: str) -> None:
-    """Refuse lists whose answers cannot be made rankings, such as those too long for the model's token limit."""
-    tokenizer, limit, top_k = model.load_tokenizer(), model.max_completion_tokens, model.prompter.settings.top_k
+def _within_limits(encoded: Sequence[Encoded], model: RankingModel) -> list[Encoded]:
+    """The rows without those that are too long, or whose answers cannot be made rankings."""
+    rows = [one.row for one in encoded if isinstance(one, EncodedRow)]
+    if not rows:
+        return list(encoded)
+    tokenizer = model.load_tokenizer()
+    asked = ask(model, Batch(rows), tokenizer)
+    context = context_length(model.folder)
+    room = None if context is None else context - model.max_completion_tokens
+    known: dict[tuple[str, ...], str] = {}
+    reasons = []
+    for row, length in zip(asked, prompt_lengths(tokenizer, asked), strict=True):
+        labels = tuple(row.labels)
+        if labels not in known:
+            known[labels] = _no_ranking(model, row, tokenizer)
+        long = ""
+        if room is not None and length > room:
+            long = (
+                f"its prompt has {length} tokens but the model's context leaves {room}; give shorter lists or texts."
+            )
+        reasons.append(known[labels] or long)
+    checked = iter(reasons)
+    return [one if isinstance(one, str) else next(checked) or one for one in encoded]
+
+
+def _no_ranking(model: RankingModel, row: PromptedRow, tokenizer: Any) -> str:
+    """Why the answer of a row cannot be made a ranking; empty where it can."""
     try:
-        grammars_of(model, [PromptedRow(row, "", model.prompter.labels(row), limit, top_k) for row in rows], tokenizer)
+        grammars_of(model, [row], tokenizer)
     except ValueError as error:
-        raise ValueError(f"{where}, {error}") from None
+        return str(error).removeprefix(f"row {row.row.row_id}: ")
+    return ""
