@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -74,6 +75,11 @@ class Counts:
     def num_items(self) -> int:
         """Size of the catalogue."""
         return len(self.popularity)
+
+    @property
+    def latest(self) -> str:
+        """The day of the latest event (UTC), or that it is unknown."""
+        return "unknown date" if self.until is None else f"{datetime.fromtimestamp(self.until, UTC):%Y-%m-%d}"
 
     def save(self, path: str | Path) -> None:
         """Write everything to one npz file, whole or not at all."""

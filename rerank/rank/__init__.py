@@ -12,18 +12,34 @@ Answers are constrained to be rankings. A row that cannot be ranked has no ranki
 
 import logging
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 
+import numpy as np
+
+from rerank.baselines import Counts
 from rerank.models.ranker import RankingModel, generate_answers
 from rerank.rank.files import Record, open_output, read_rows_file
+from rerank.rank.items import with_new_items
+from rerank.rank.model_folder import find
 from rerank.rank.rows import Encoded, EncodedRow, encode_rows
 
 __all__ = ["rank_rows"]
 
 logger = logging.getLogger(__name__)
 
+DAY = 86_400  # seconds
+MOST_DAYS = 7  # by which a row may be younger than the counts before a warning
 
-def rank_rows(model_dir: str | Path, rows_path: str | Path, out_path: str | Path, unknown: str = "last") -> int:
+
+def rank_rows(
+    model_dir: str | Path,
+    rows_path: str | Path,
+    out_path: str | Path,
+    unknown: str = "last",
+    items_path: str | Path | None = None,
+    embeddings_path: str | Path | None = None,
+) -> int:
     """Rank the rows of a file into another one; returns the number of rows without a ranking.
 
     Args:
@@ -32,11 +48,16 @@ def rank_rows(model_dir: str | Path, rows_path: str | Path, out_path: str | Path
         out_path: File to write.
         unknown: Candidates that the model does not know are put `last` in their order, left out (`drop`), or their row
             gets no ranking (`refuse`).
+        items_path: File of items that the model does not know, to be ranked as if it did.
+        embeddings_path: Their embeddings, where the model's were given, too.
     """
     rows = read_rows_file(rows_path)
     write = open_output(rows, Path(out_path))
-    model = RankingModel.load(model_dir)
+    model = RankingModel.load(find(model_dir))
     counts = model.load_counts()
+    if items_path is not None:
+        model, counts = with_new_items(model, counts, items_path, embeddings_path)
+    warn_of_old_counts(rows.records, counts)
     encoded = encode_rows(rows.rows, model, counts, unknown, str(rows.path))
     warn_of_unknown(encoded, unknown)
     added = answer_rows(encoded, model)
@@ -57,6 +78,30 @@ def answer_rows(encoded: Sequence[Encoded], model: RankingModel) -> list[Record]
             row, answer = next(answered)
             added.append({"ranking": row.ranking(answer), "failure": answer.failure, "trace": answer.trace})
     return added
+
+
+def warn_of_old_counts(records: Sequence[Record], counts: Counts | None) -> None:
+    """Say when rows are more than MOST_DAYS younger than the latest event that the counts know."""
+    if counts is None or counts.until is None:
+        return
+    times = np.array([seconds(record.get("time")) for record in records])
+    days = (times - counts.until) / DAY
+    if (days > MOST_DAYS).any():
+        logger.warning(
+            "%d of %d rows are more than %d days younger than the counts of the model, which reach until %s, the "
+            "youngest by %.0f days; renew them with `rerank refresh`",
+            (days > MOST_DAYS).sum(), len(days), MOST_DAYS, counts.latest, np.nanmax(days),
+        )  # fmt: skip
+
+
+def seconds(value: object) -> float:
+    """A row's time in seconds, nan where it is none."""
+    if isinstance(value, datetime):
+        return value.replace(tzinfo=value.tzinfo or UTC).timestamp()
+    try:
+        return float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return float("nan")
 
 
 def warn_of_unknown(encoded: Sequence[Encoded], unknown: str) -> None:
