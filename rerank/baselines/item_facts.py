@@ -71,6 +71,11 @@ class ItemFacts:
         more = ItemFacts.of(added, embeddings).embeddings
         if embeddings is None:
             more = np.zeros((added, self.embeddings.shape[1]), dtype=np.float16)
+        if more.shape[1] != self.embeddings.shape[1]:
+            raise ValueError(
+                f"embeddings of new items have {more.shape[1]} columns but those of the known ones "
+                f"{self.embeddings.shape[1]}; use the encoder of these"
+            )
         unknown = np.full(added, np.nan)
         every = {name: np.append(values, (numbers or {}).get(name, unknown)) for name, values in self.numbers.items()}
         texts = ItemFacts.of(len(titles), None, categories, titles, brands, every)

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from rerank.baselines import Counts
+from rerank.catalogue import check_vocabulary
 from rerank.launch.files import delete_folder
 from rerank.models.ranker import EVIDENCE_FILE, RankingModel
 from rerank.next_item.encoder import SETTINGS, NextItemEncoder
@@ -138,6 +139,7 @@ def _more_next_items(
     encoder = NextItemEncoder.load(folder)
     by_ids, known = encoder.item_text == "semantic_id", encoder.catalogue
     new = read_new_items(folder, known, items_path, embeddings_path, by_ids, by_ids)
+    check_vocabulary(encoder.tokenizer, new.catalogue.semantic_ids, folder)
     bigger = replace(encoder, catalogue=known.extended(new.catalogue), folder=None)
     head = ItemHead.load(folder).extended(bigger.tokens) if (folder / HEAD_FILE).is_file() else None
 
