@@ -34,6 +34,11 @@ def semantic_id_text(codes: Sequence[int]) -> str:
     return "".join(id_token(level, code) for level, code in enumerate(codes))
 
 
+def semantic_id_codes(text: str) -> list[int]:
+    """The codes of an id that `semantic_id_text` wrote."""
+    return [int(code) for code in re.findall(r"_(\d+)>", text)]
+
+
 def shared(texts: Sequence[str]) -> list[bool]:
     """Whether another item bears the same text, by item."""
     bearers = Counter(texts)
@@ -112,6 +117,17 @@ class Catalogue:
 
         fields = {name: moved(texts) for name, texts in self.fields.items()}
         return replace(self, titles=moved(self.titles), categories=moved(self.categories), fields=fields)
+
+    def extended(self, more: "Catalogue") -> "Catalogue":
+        """These items, then those of another catalogue, with the fields of this one."""
+        empty = [""] * len(more)
+        return Catalogue(
+            [*self.item_ids, *more.item_ids],
+            [*self.semantic_ids, *more.semantic_ids],
+            [*self.titles, *more.titles],
+            [*self.categories, *more.categories],
+            {name: [*texts, *more.fields.get(name, empty)] for name, texts in self.fields.items()},
+        )
 
     def save(self, folder: str | Path, fields: Sequence[str] = ()) -> None:
         """Write `folder`/catalogue.parquet, with these of the further fields."""

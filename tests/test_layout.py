@@ -22,7 +22,20 @@ DATA = [path for kind in ("*.jinja", "*.j2", "*.js") for path in (ROOT / "rerank
 RECIPES = [path for kind in ("*.yaml", "*.md", "*.json") for path in (ROOT / "recipes").rglob(kind)]
 TEXTS = [*SOURCES, *DATA, *RECIPES, *(ROOT / name for name in ("README.md", "Makefile", "pyproject.toml"))]
 HEAVY = {"torch", "transformers", "trl", "vllm", "datasets", "ibis", "sentence_transformers", "lightgbm", "numpy"}
-COMMANDS = ("run", "compare", "inspect", "report", "replay", "export", "ids", "probe", "losses", "rank")
+COMMANDS = (
+    "run",
+    "compare",
+    "inspect",
+    "report",
+    "replay",
+    "export",
+    "ids",
+    "probe",
+    "losses",
+    "rank",
+    "add-items",
+    "refresh",
+)
 HELP = """
 import contextlib, io, sys
 from rerank import cli

@@ -30,6 +30,7 @@ INPUTS = {  # file: the stage whose recipe names it, the key, and what the toy's
     "users.txt": ("data", "test_users", REQUESTS),
     "embeddings.npy": ("semantic_ids", "embeddings", {"embeddings": "${HERE}/embeddings.npy"}),
     "encoder/config.json": ("semantic_ids", "encoder", {"encoder": "HERE/encoder", "embeddings": None}),
+    "old/semantic_ids/stage.json": ("semantic_ids", "extends", {"extends": "HERE/old"}),
     "accelerate.yaml": ("midtrain", "the accelerate file", {}),
     "base/config.json": ("midtrain", "model_name_or_path", {"model_name_or_path": "HERE/base"}),
     "general.txt": ("midtrain", "general_text", {"general_text": "HERE/general.txt"}),
@@ -58,7 +59,7 @@ def here(tmp_path, monkeypatch) -> Path:
     """A folder with every file of INPUTS, those of the toy among them."""
     for name in INPUTS:
         path = tmp_path / name
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         if name == "accelerate.yaml" or (TOY / name).is_file():
             shutil.copy(CPU if name == "accelerate.yaml" else TOY / name, path)
         else:

@@ -1,11 +1,9 @@
 import json
+import re
 import shutil
 from dataclasses import replace
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.csv
-import pyarrow.parquet as pq
 import pytest
 from toy_run import CATALOGUE, NUM_ITEMS, SETTINGS, toy_sequences, write_run
 
@@ -14,6 +12,8 @@ from rerank.baselines import Counts, ItemFacts, feature_rows
 from rerank.launch.files import write_json
 from rerank.models.ranker import Answer, RankingModel, last_tag_alone
 from rerank.prompts import parse_completion
+from rerank.rank.files import read_rows_file
+from rerank.rank.rows import encode_rows
 
 ROWS = [
     {"row_id": 5, "history": ["m0", "m1"], "candidates": ["m2", "m3", "m4", "m5"]},
@@ -31,30 +31,17 @@ def model(model_dir):
     return RankingModel.load(model_dir)
 
 
-def write_rows(folder, suffix, rows=ROWS):
-    path = folder / f"rows{suffix}"
-    if suffix == ".parquet":
-        pq.write_table(pa.Table.from_pylist(rows), path)
-    elif suffix == ".jsonl":
-        path.write_text("\n".join(json.dumps(row) for row in rows) + "\n\n")
-    else:
-        lines = [f"{row['row_id']},{' '.join(row['history'])},{' '.join(row['candidates'])}" for row in rows]
-        path.write_text("\n".join(["row_id,history,candidates", *lines]) + "\n")
-    return path
-
-
-@pytest.mark.parametrize("suffix", rank.FORMATS)
-def test_rows_read_alike_from_every_format(tmp_path, suffix):
-    assert rank.read_records(write_rows(tmp_path, suffix)) == ROWS
+def encode(records, model, unknown="last"):
+    return encode_rows(records, model, model.load_counts(), unknown, "rows")
 
 
 def test_encoded_rows_hold_items_and_the_features_of_the_saved_counts(model):
-    first, second = rank.encode_rows(ROWS, model, "rows")
+    first, second = (one.row for one in encode(ROWS, model))
     assert first.history == (0, 1) and second.candidates == (8, 9, 1, 0) and second.row_id == 2
     counts = Counts.fit(toy_sequences(), NUM_ITEMS)
     alone = feature_rows(counts, [np.array([0, 1])], np.array([[2, 3, 4, 5]]), np.zeros((1, 4)), None)
     assert np.array_equal(first.features, alone[0])
-    shorter = rank.encode_rows([ROWS[1], {**ROWS[0], "candidates": ["m2", "m3"]}, ROWS[0]], model, "rows")
+    shorter = [one.row for one in encode([ROWS[1], {**ROWS[0], "candidates": ["m2", "m3"]}, ROWS[0]], model)]
     assert shorter[1].features.shape == (2, len(first.features[0]))
     assert np.array_equal(shorter[2].features, alone[0])  # whatever the lists beside it
     prompt = replace(model.prompter, tokenizer=model.load_tokenizer()).prompt(first)
@@ -63,75 +50,45 @@ def test_encoded_rows_hold_items_and_the_features_of_the_saved_counts(model):
 
 def test_ids_that_are_numbers_are_found_and_written_back_as_numbers(model):
     model.prompter.catalogue.item_ids[:] = [str(item) for item in range(NUM_ITEMS)]
-    record = {"history": [3], "candidates": [4, 5]}
-    assert rank.encode_rows([record], model, "rows")[0].candidates == (4, 5)
-    assert rank.add_answer(record, Answer([1, 0], None, "why", "", 3, False))["ranking"] == [5, 4]
-
-
-def test_a_ranking_is_written_in_the_original_ids_and_a_failure_as_null(tmp_path):
-    answers = [Answer([3, 2, 1, 0], None, "because", "", 9, False), Answer(None, "empty", None, "", 1, False)]
-    records = [rank.add_answer(record, answer) for record, answer in zip(ROWS, answers, strict=True)]
-    assert records[0]["ranking"] == ["m5", "m4", "m3", "m2"] and records[0]["trace"] == "because"
-    assert records[1]["ranking"] is None and records[1]["failure"] == "empty" and records[1]["row_id"] == 9
-    rank.write_records(records, tmp_path / "out.jsonl")
-    assert [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()] == records
-    rank.write_records(records, tmp_path / "out.parquet")
-    assert pq.read_table(tmp_path / "out.parquet").to_pylist() == records
-    rank.write_records(records, tmp_path / "out.csv")
-    assert pyarrow.csv.read_csv(tmp_path / "out.csv").to_pylist()[0]["ranking"] == "m5 m4 m3 m2"
-    rank.write_records(records[1:], tmp_path / "out.parquet")  # columns that are null throughout keep their type
-    schema = pq.read_schema(tmp_path / "out.parquet")
-    assert schema.field("ranking").type == pa.list_(pa.string()) and schema.field("trace").type == pa.string()
+    (row,) = encode([{"history": [3], "candidates": [4, 5]}], model)
+    assert row.row.candidates == (4, 5)
+    assert row.ranking(Answer([1, 0], None, "why", "", 3, False)) == [5, 4]
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "reason"),
     [
-        ({"history": ["m0", "zz"]}, r"rows, row 2: history holds 'zz', which is not in the model's catalogue"),
-        ({"candidates": ["m1", "m2", "m1", "m3"]}, r"rows, row 2: candidates holds 'm1' twice"),
-        ({"candidates": ["m1"]}, r"rows, row 2: candidates has 1 item; there is nothing to rank"),
-        ({"candidates": []}, r"rows, row 2: candidates has no item; there is nothing to rank"),
-        ({"candidates": "m1 m2"}, r"row 2: candidates is 'm1 m2' but must be a list"),
-        ({"history": None}, r"row 2: history is None but must be a list"),
+        ({"candidates": ["m1", "m2", "m1", "m3"]}, "candidates holds 'm1' twice; give each item once."),
+        ({"candidates": ["m1"]}, "candidates has 1 item; there is nothing to rank."),
+        ({"candidates": []}, "candidates has no item; there is nothing to rank."),
+        ({"candidates": ["m1", "zz"]}, "candidates has 1 item that the model knows; give the others by --items."),
+        ({"candidates": "m1 m2"}, "candidates is 'm1 m2' but must be a list of item ids."),
+        ({"candidates": ["m1", None]}, "candidates holds None but must be a list of item ids, texts or numbers."),
+        ({"history": None}, "history is None but must be a list of item ids."),
+        ({"history": ...}, "column 'history' is missing; add it."),
     ],
 )
-def test_a_bad_row_is_named_by_its_number(model, change, message):
-    with pytest.raises(ValueError, match=message):
-        rank.encode_rows([ROWS[0], {**ROWS[1], **change}], model, "rows")
+def test_a_bad_row_has_its_reason_and_the_others_are_ranked(model, change, reason):
+    bad = {name: value for name, value in {**ROWS[1], **change}.items() if value is not ...}
+    first, second, third = encode([ROWS[0], bad, ROWS[1]], model)
+    assert second == reason
+    alone = encode([ROWS[0], ROWS[0], ROWS[1]], model)
+    assert (first, third.row) == (alone[0], alone[2].row)
+    assert np.array_equal(third.row.features, alone[2].row.features)
 
 
-@pytest.mark.parametrize(
-    ("name", "text", "message"),
-    [
-        ("rows.jsonl", '{"history": ["m0"]}', r"row 1: column 'candidates' is missing; it has history"),
-        ("rows.csv", "user,candidates\n1,m1 m2\n", r"row 1: column 'history' is missing; it has user, candidates"),
-        ("rows.jsonl", '{"history": [], "candidates": [], "trace": 1}', r"has a column 'trace' already"),
-        ("rows.jsonl", "", r"rows.jsonl has no rows"),
-        ("rows.jsonl", '{"history": ["m0"]}\n{"a"', r"rows.jsonl, line 2 is not JSON"),
-        ("rows.jsonl", "[1]", r"rows.jsonl, line 1 is not an object"),
-        ("rows.csv", "history,candidates\nm1\n", r"rows.csv is not CSV: .*Row #2"),
-        ("rows.parquet", "text", r"rows.parquet is not Parquet"),
-        ("rows.txt", "text", r"rows.txt must end in .parquet, .jsonl, .csv"),
-    ],
-)
-def test_a_file_that_cannot_be_ranked_is_refused(tmp_path, name, text, message):
-    (tmp_path / name).write_text(text)
-    with pytest.raises(ValueError, match=message):
-        rank.read_records(tmp_path / name)
-
-
-def test_what_is_not_there_is_refused_before_a_model_runs(model_dir, tmp_path):
-    model = shutil.copytree(model_dir, tmp_path / "model")
-    (model / "evidence.npz").unlink()
-    write_rows(tmp_path, ".csv")
-    for rows, out, message in (
-        ("none.csv", "out.csv", "none.csv does not exist; give a file of rows to rank"),
-        ("rows.csv", "nowhere/out.csv", "nowhere is not a folder; make it"),
-        ("rows.csv", "out.xlsx", "out.xlsx must end in"),
-        ("rows.csv", "out.csv", "evidence.npz is missing, but the model's prompts show evidence"),
-    ):
-        with pytest.raises((FileNotFoundError, ValueError), match=message):
-            rank.rank_rows(model, tmp_path / rows, tmp_path / out)
+def test_unknown_ids_are_left_out_of_histories_and_dealt_with_among_candidates(model, caplog):
+    record = {"history": ["zz", "m0", "yy"], "candidates": ["new", "m3", "m4", "newer"]}
+    answer = Answer([1, 0], None, None, "", 3, False)
+    (last,), (drop,), (refuse,) = (encode([record], model, unknown) for unknown in ("last", "drop", "refuse"))
+    assert last.row.history == (0,) and last.row.candidates == (3, 4)
+    assert last.ranking(answer) == ["m4", "m3", "new", "newer"] and drop.ranking(answer) == ["m4", "m3"]
+    assert refuse == "candidates holds 'new', which the model does not know; leave it out, or give it by --items."
+    (known,) = encode([{"history": ["m0"], "candidates": ["m3", "m4"]}], model)
+    assert np.array_equal(known.row.features, last.row.features)
+    rank.warn_of_unknown([last, known, last], "last")
+    assert "4 ids in histories of 2 rows are unknown to the model and left out" in caplog.text
+    assert "4 ids in candidates of 2 rows are unknown to the model and placed last" in caplog.text
 
 
 # --- rows of what a log has
@@ -165,7 +122,7 @@ def log_model(model_dir, tmp_path):
 
 def test_rows_bring_the_fields_and_numbers_that_the_prompts_show(log_model):
     popularity = Counts.fit(toy_sequences(), NUM_ITEMS).popularity
-    (row,) = rank.encode_rows([LOGGED], log_model, "rows")
+    (row,) = (one.row for one in encode([LOGGED], log_model))
     counted = [f"chosen {popularity[item]} times by others; stock {item / 2:.2f}" for item in (2, 3, 4)]
     assert log_model.prompter.message(row).split("\n") == [
         "Rank:",
@@ -188,7 +145,7 @@ def test_lists_of_csv_hold_numbers_parted_by_spaces(log_model, tmp_path):
     line = ",".join(cells.get(name, str(LOGGED[name])) for name in names)
     new = ",".join("" if name.startswith("history") else cells.get(name, str(LOGGED[name])) for name in names)
     (tmp_path / "rows.csv").write_text("\n".join([",".join(names), line, new]) + "\n")
-    row, of_new_user = rank.encode_rows(rank.read_records(tmp_path / "rows.csv"), log_model, "rows")
+    row, of_new_user = (one.row for one in encode(read_rows_file(tmp_path / "rows.csv").rows, log_model))
     assert row.history_times == (0.0, 1.0) and row.history_events == ("click", "buy")
     assert of_new_user.history == () == of_new_user.history_times
     assert row.features[:, 0].tolist() == [1, 2, 3] and row.features[:, 4].tolist() == [3.5, 2, 1]
@@ -199,23 +156,34 @@ def test_lists_of_csv_hold_numbers_parted_by_spaces(log_model, tmp_path):
     [
         (
             {"age": ...},
-            r"row 1: column 'age' is missing, which the model's prompts show \(user_fields\); add",
+            r"rows: column 'age' is missing, which the model's prompts show \(user_fields\); add",
         ),
         ({"device": ...}, r"column 'device' is missing, which the model's prompts show \(request_fields\)"),
         ({"time": ...}, r"column 'time' is missing, which the model's prompts show \(history_fields: time\)"),
         ({"history_events": ...}, r"column 'history_events' is missing, .* \(history_fields: event\)"),
         ({"price": ...}, r"column 'price' is missing, which .* \(evidence_names: candidate_price\)"),
         ({"scores": ...}, r"column 'scores' is missing, which .* \(evidence_names: first_stage_score\)"),
-        ({"scores": [1, 2]}, r"row 1: scores has 2 entries but there are 3 items; give one for each"),
-        ({"history_times": [1]}, r"row 1: history_times has 1 entries but there are 2 items"),
-        ({"price": ["a", 1, 2]}, r"row 1: price holds 'a' but must hold numbers"),
-        ({"time": "noon"}, r"row 1: time holds 'noon' but must hold numbers"),
+        ({"scores": [1, 2]}, r"^scores has 2 entries but there are 3 items; give one for each"),
+        ({"history_times": [1]}, r"^history_times has 1 entries but there are 2 items"),
+        ({"price": ["a", 1, 2]}, r"^price holds 'a' but must hold numbers"),
+        ({"time": "noon"}, r"^time holds 'noon' but must hold numbers"),
     ],
 )
 def test_what_prompts_show_and_a_row_lacks_is_refused_by_name(log_model, change, message):
     changed = {name: value for name, value in {**LOGGED, **change}.items() if value is not ...}
-    with pytest.raises(ValueError, match=message):
-        rank.encode_rows([changed], log_model, "rows")
+    if ... in change.values():  # no row has the column
+        with pytest.raises(ValueError, match=message):
+            encode([changed], log_model)
+    _, reason = encode([LOGGED, changed], log_model)
+    assert re.search(message.removeprefix("rows: "), reason)
+
+
+def test_numbers_of_unknown_candidates_and_times_of_unknown_items_are_left_out(log_model):
+    more = {"history": ["m0", "zz", "m1"], "history_times": [0, 9, None], "history_events": ["click", "buy", None]}
+    more |= {"candidates": ["new", "m2", "m3", "m4"], "scores": [9, 3.5, 2, 1], "price": [7, 1.0, None, 3.0]}
+    known, unknown = encode([LOGGED, {**LOGGED, **more}], log_model)
+    assert unknown.unknown == (1, 1)
+    assert log_model.prompter.message(unknown.row) == log_model.prompter.message(known.row)
 
 
 def test_the_last_closing_tag_of_a_constrained_answer_ends_its_trace():
@@ -225,17 +193,21 @@ def test_the_last_closing_tag_of_a_constrained_answer_ends_its_trace():
     assert (parsed.order, parsed.trace) == ([1, 0], "so  it is")
 
 
-def test_a_list_may_have_any_length_that_letters_and_the_token_limit_allow(model_dir, model, tmp_path):
+def test_a_list_may_have_any_length_that_letters_context_and_the_token_limit_allow(model, tmp_path):
+    model = replace(model, folder=shutil.copytree(model.folder, tmp_path / "model"))
+    config = json.loads((model.folder / "config.json").read_text())
+    write_json(model.folder / "config.json", {**config, "max_position_embeddings": 2000})
     long = {"history": [], "candidates": [f"m{item}" for item in range(NUM_ITEMS)]}
-    rows = rank.encode_rows([ROWS[0], long], model, "rows")  # trained on lists of four
-    assert [len(row.candidates) for row in rows] == [4, 12] and rows[1].history == ()
     needed = 2 + 2 * NUM_ITEMS + 1  # two tags, ids of two tokens, and the end
-    rank.check_limit(rows, replace(model, max_completion_tokens=needed), "rows")
-    message = rf"rows, row 2: a ranking of 12 of 12 candidates takes up to {needed} tokens but a completion has 16"
-    with pytest.raises(ValueError, match=message):
-        rank.check_limit(rows, model, "rows")
+    rows = encode([ROWS[0], long], replace(model, max_completion_tokens=needed))  # trained on lists of four
+    assert [len(one.row.candidates) for one in rows] == [4, 12] and rows[1].row.history == ()
+    message = f"a ranking of 12 of 12 candidates takes up to {needed} tokens but a completion has 16"
+    short, reason = encode([ROWS[0], long], model)
+    assert short.row.candidates == (2, 3, 4, 5) and reason.startswith(message)
+    _, reason = encode([ROWS[0], ROWS[0]], replace(model, max_completion_tokens=1980))
+    assert re.match(r"its prompt has \d+ tokens but the model's context leaves 20; give shorter lists", reason)
     model.prompter.catalogue.item_ids.extend(f"n{item}" for item in range(20))
     letters = replace(model, prompter=replace(model.prompter, settings=replace(SETTINGS, ranking="letter")))
     many = {"history": [], "candidates": letters.prompter.catalogue.item_ids[:27]}
-    with pytest.raises(ValueError, match="row 1: candidates has 27 items but the model names them by 26 letters"):
-        rank.encode_rows([many], letters, "rows")
+    _, reason = encode([ROWS[0], many], letters)
+    assert reason.startswith("candidates has 27 items but the model names them by 26 letters")

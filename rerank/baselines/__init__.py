@@ -11,11 +11,11 @@ from rerank.baselines.features import (
     FEATURES,
     NUM_BUCKETS,
     TEXT_FEATURES,
-    ItemFacts,
     feature_rows,
     fit_edges,
     text_features,
 )
+from rerank.baselines.item_facts import ItemFacts
 from rerank.baselines.lambdamart import LambdaMart, fit_lambdamart, out_of_fold_scores, rows_per_leaf
 from rerank.baselines.pairs import UserContributions
 

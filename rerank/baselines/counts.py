@@ -8,13 +8,15 @@ that was itself counted has its user's own counts subtracted first, exactly: its
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 from scipy.sparse import csr_array
 
-from rerank.baselines.features import ItemFacts, recent_items
+from rerank.baselines.features import recent_items
+from rerank.baselines.item_facts import ItemFacts
 from rerank.baselines.pairs import ALL_WEIGHTS, UNIT, Sequences, UserContributions, flatten, matrix_of, weighted_pairs
 from rerank.baselines.regression import ItemRegression
 from rerank.launch.files import write_whole
@@ -39,6 +41,7 @@ class Counts:
     regression: ItemRegression
     facts: ItemFacts
     feedback: np.ndarray | None = None  # (2, items) lists that showed the item, and in which it was relevant
+    until: float | None = None  # seconds: the time of the latest event, None where no time is known
 
     @classmethod
     def fit(
@@ -47,6 +50,7 @@ class Counts:
         num_items: int,
         facts: ItemFacts | None = None,
         feedback: np.ndarray | None = None,
+        until: float | None = None,
     ) -> Counts:
         """Counts of the given sequences.
 
@@ -55,6 +59,7 @@ class Counts:
             num_items: Size of the catalogue.
             facts: About the items, beside the sequences.
             feedback: (2, items) number of lists that showed each item, and of those in which it was relevant.
+            until: Seconds, the time of the latest event.
         """
         owners, items = flatten(sequences)
         matrices = []
@@ -63,18 +68,25 @@ class Counts:
             matrices.append(matrix_of(first, second, weight, (num_items, num_items)))
         popularity, regression = np.bincount(items, minlength=num_items), ItemRegression.fit(owners, items, num_items)
         transitions, successors, near = matrices
-        return cls(transitions, successors, near, popularity, regression, facts or ItemFacts.of(num_items), feedback)
+        facts = facts or ItemFacts.of(num_items)
+        return cls(transitions, successors, near, popularity, regression, facts, feedback, until)
 
     @property
     def num_items(self) -> int:
         """Size of the catalogue."""
         return len(self.popularity)
 
+    @property
+    def latest(self) -> str:
+        """The day of the latest event (UTC), or that it is unknown."""
+        return "unknown date" if self.until is None else f"{datetime.fromtimestamp(self.until, UTC):%Y-%m-%d}"
+
     def save(self, path: str | Path) -> None:
         """Write everything to one npz file, whole or not at all."""
         arrays = {"popularity": self.popularity, "embeddings": self.facts.embeddings, "brands": self.facts.brands}
         arrays |= {"inverse": self.regression.inverse, "places": self.regression.places}
         arrays |= {} if self.feedback is None else {"feedback": self.feedback}
+        arrays |= {} if self.until is None else {"until": np.array(self.until)}
         arrays |= {f"{NUMBER}{name}": values for name, values in self.facts.numbers.items()}
         matrices = {name: getattr(self, name) for name in MATRICES}
         matrices |= {name: getattr(self.facts, name) for name in FACT_MATRICES}
@@ -100,7 +112,21 @@ class Counts:
             feedback = arrays["feedback"] if "feedback" in arrays.files else None
             regression = ItemRegression(arrays["inverse"], arrays["places"])
             transitions, successors, near = map(matrix, MATRICES)
-            return cls(transitions, successors, near, arrays["popularity"], regression, facts, feedback)
+            until = float(arrays["until"]) if "until" in arrays.files else None
+            return cls(transitions, successors, near, arrays["popularity"], regression, facts, feedback, until)
+
+    def with_items(self, facts: ItemFacts) -> Counts:
+        """The same counts of a catalogue with more items behind these, none of which was chosen yet.
+
+        Args:
+            facts: About all items.
+        """
+        added = len(facts.brands) - self.num_items
+        transitions, successors, near = (_with_empty(getattr(self, name), added) for name in MATRICES)
+        popularity = np.pad(self.popularity, (0, added))
+        regression = replace(self.regression, places=np.pad(self.regression.places, (0, added), constant_values=-1))
+        feedback = None if self.feedback is None else np.pad(self.feedback, ((0, 0), (0, added)))
+        return Counts(transitions, successors, near, popularity, regression, facts, feedback, self.until)
 
     def own(self, users: Sequence[int] | np.ndarray, sequences: Sequences) -> UserContributions:
         """The contributions of each row's user to these counts, for `top_rows` and `feature_rows`."""
@@ -168,6 +194,13 @@ class Counts:
             )
         popularity = self._popularity(np.full(len(items), row), items, own)
         return items[np.lexsort((items, -popularity))[:n]]
+
+
+def _with_empty(matrix: csr_array, number: int) -> csr_array:
+    """A square matrix with empty rows and columns added at its end."""
+    size = matrix.shape[0] + number
+    indptr = np.pad(matrix.indptr, (0, number), mode="edge")
+    return csr_array((matrix.data, matrix.indices, indptr), shape=(size, size))
 
 
 def _write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy.sparse import csr_array
 
+from rerank.baselines.item_facts import ItemFacts
 from rerank.baselines.pairs import UNIT, UserContributions, lookup
 
 if TYPE_CHECKING:
@@ -58,68 +57,6 @@ NUM_BUCKETS = 10
 CLICK_PRIOR = 10
 SMOOTHING = 5  # users added to those who had an item, so that a share of few is small
 CHUNK = 1024
-
-
-@dataclass(frozen=True)
-class ItemFacts:
-    """Facts about items beside who chose them."""
-
-    embeddings: np.ndarray  # (items, d) float16, L2-normalised; a zero row says nothing is known
-    categories: csr_array  # (items, categories) 0/1
-    words: csr_array  # (items, title words) 0/1
-    brands: np.ndarray  # (items,) number of the brand, -1: none
-    numbers: Mapping[str, np.ndarray] = field(default_factory=dict)  # feature -> (items,), nan where unknown
-
-    @classmethod
-    def of(
-        cls,
-        num_items: int,
-        embeddings: np.ndarray | None = None,
-        categories: Sequence[str] | None = None,
-        titles: Sequence[str] | None = None,
-        brands: Sequence[str] | None = None,
-        numbers: Mapping[str, np.ndarray] | None = None,
-    ) -> ItemFacts:
-        """Facts of a catalogue; what is not given is unknown for every item.
-
-        Args:
-            num_items: Size of the catalogue.
-            embeddings: One row an item.
-            categories: One text an item, its categories parted by `,`, `;`, `|` or `>`.
-            titles: One text an item.
-            brands: One text an item, empty where there is none.
-            numbers: Further features by name, one number an item.
-        """
-        blank = [""] * num_items
-        vectors = np.zeros((num_items, 1)) if embeddings is None else np.asarray(embeddings, dtype=np.float32)
-        length = np.linalg.norm(vectors, axis=1, keepdims=True)
-        names = {name: number for number, name in enumerate(sorted(set(brands or ()) - {""}))}
-        return cls(
-            embeddings=(vectors / np.where(length > 0, length, 1)).astype(np.float16),
-            categories=_memberships(categories or blank, r"[^,;|>]+"),
-            words=_memberships([title.lower() for title in titles or blank], r"\w+"),
-            brands=np.array([names.get(brand, -1) for brand in brands or blank], dtype=np.int64),
-            numbers=dict(numbers or {}),
-        )
-
-    @property
-    def has_embeddings(self) -> bool:
-        """Whether the text of any item is known as a vector."""
-        return bool(self.embeddings.any())
-
-    def with_texts_of(self, items: np.ndarray) -> ItemFacts:
-        """The facts of a catalogue whose item k has the text, category and brand of `items[k]`."""
-        texts = self.embeddings[items], self.categories[items], self.words[items], self.brands[items]
-        return ItemFacts(*texts, self.numbers)
-
-
-def _memberships(texts: Sequence[str], pattern: str) -> csr_array:
-    """0/1 matrix of which parts each text has."""
-    parts = [sorted({part.strip() for part in re.findall(pattern, text)} - {""}) for text in texts]
-    columns = {part: number for number, part in enumerate(sorted(set().union(*parts)))}
-    rows = np.repeat(np.arange(len(texts)), [len(found) for found in parts])
-    places = np.array([columns[part] for found in parts for part in found], dtype=np.int64)
-    return csr_array((np.ones(len(places), dtype=np.int64), (rows, places)), shape=(len(texts), max(len(columns), 1)))
 
 
 def recent_items(histories: Sequence[np.ndarray], depth: int) -> np.ndarray:

@@ -91,7 +91,9 @@ class Events:
 
     def counts(self, facts: ItemFacts) -> Counts:
         """Counts of all of them."""
-        return Counts.fit(self.sequences(), self.num_items, facts, self.feedback())
+        times = np.concatenate([self.times, self.request_times])
+        until = float(np.nanmax(times)) if np.isfinite(times).any() else None
+        return Counts.fit(self.sequences(), self.num_items, facts, self.feedback(), until)
 
 
 @dataclass(frozen=True)

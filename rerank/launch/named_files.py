@@ -84,9 +84,11 @@ def named_files(stage: Stage, keys: Mapping[str, object], accelerate: str | None
     """
     defaults = {option.name: default_of(option) for cls in stage.arguments for option in dataclasses.fields(cls)}
     values, found = {**defaults, **keys}, list[NamedFile]()
-    for key in (*stage.files, *(TRAINER_KEYS if stage.trains else ())):
+    for declared in (*stage.files, *(TRAINER_KEYS if stage.trains else ())):
+        key, _, inside = declared.partition("/")
         if values.get(key) != defaults.get(key):  # a default, such as `packages`, is never a file
-            found += [NamedFile(key, name) for name in _texts(values[key])]
+            names_given = _texts(values[key])
+            found += [NamedFile(key, str(Path(name) / inside) if inside else name) for name in names_given]
     for key, folder in stage.plugins.items():
         found += _plugin_files(key, values[key], folder)
     if accelerate and stage.trains:

@@ -23,7 +23,7 @@ class Stage:
         optional_inputs: Takes its arguments; returns further stages whose folders it reads with these.
         inputs_if_made: Stages that a recipe may leave out, and whose folders it reads where the run has them.
         do_without: Stage -> how a recipe does without it, where this one needs it only with some arguments.
-        files: Options that name files or folders, or mappings to such.
+        files: Options that name files or folders, or mappings to such; OPTION/FILE is a file in that folder.
         plugins: Options that list plugins, or name a file with such a list -> the package of their short names.
         trains: Whether every process of a launch takes part, and `max_minutes` can end it.
         renamed_keys: Keys that earlier recipes had -> how to write them now.

@@ -19,6 +19,9 @@ from rerank.rows.checks import check_context, prompt_lengths
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, Trainer
 
+    from rerank.baselines import Counts
+
+EVIDENCE_FILE = "evidence.npz"
 FILES = ("config.json", "prompt.json", "catalogue.parquet", "features.json", "generation.json")
 
 
@@ -57,6 +60,19 @@ class RankingModel:
         if self.prompter.settings.shows_ids:
             check_vocabulary(tokenizer, self.prompter.catalogue.semantic_ids, str(self.folder))
         return tokenizer
+
+    def load_counts(self) -> "Counts | None":
+        """The counts that its facts rest on; None where its prompts show no facts."""
+        from rerank.baselines import Counts
+
+        if not self.prompter.needs_features:
+            return None
+        path = self.folder / EVIDENCE_FILE
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{path} is missing, but the model's prompts show evidence; copy the whole folder."
+            )
+        return Counts.load(path)
 
 
 @dataclass(frozen=True)

@@ -1,21 +1,87 @@
 """Beside a trained model's weights: the files that asking it later needs, its card, and the check that it fits a
 catalogue."""
 
+import dataclasses
+import json
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from rerank.catalogue import Catalogue, check_vocabulary
 from rerank.launch import model_card, run_dir
 from rerank.launch.files import write_json
+from rerank.launch.named_files import FileRecord
 from rerank.models.base import load_tokenizer
+from rerank.models.ranker import EVIDENCE_FILE
 from rerank.rows import FEATURES_FILE
 from rerank.rows.checks import list_lengths
 
 if TYPE_CHECKING:
     from rerank.rows import Prompter
+
+BRAND = "brand"  # of items, on which a fact rests
+SOURCES_FILE, ID_TOKENIZER = "items.json", "id_tokenizer.npz"
+
+
+@dataclass(frozen=True)
+class ItemSources:
+    """How a trained model came to know its items, so that new ones can follow: `items.json` of its folder.
+
+    Attributes:
+        reading: Keys of the data stage by which items are read.
+        encoder: The sentence encoder of their texts; None where embeddings were given, or there are none.
+        num_items: Of the catalogue that it was trained on.
+    """
+
+    reading: dict[str, Any]
+    encoder: FileRecord | None
+    num_items: int
+
+    @classmethod
+    def of_run(cls, run: str | Path, num_items: int) -> "ItemSources":
+        """Those of a run's data and semantic_ids stages."""
+        keys, encoder = run_dir.read_record(run, "data").given, None
+        if run_dir.is_finished(run, "semantic_ids"):
+            encoder = encoder_of(run)
+        reading = {name: keys.get(name) for name in ("item_columns", "text_columns", "category_separator")}
+        return cls(reading, encoder, num_items)
+
+    @classmethod
+    def load(cls, folder: Path) -> "ItemSources":
+        """Those of a model folder."""
+        path = folder / SOURCES_FILE
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{path} is missing, so the model cannot take new items: the folder is of an earlier version, or was "
+                "copied in part; copy the whole folder, or train it again"
+            )
+        found = json.loads(path.read_text())
+        encoder = None if found["encoder"] is None else FileRecord(**found["encoder"])
+        return cls(found["reading"], encoder, found["num_items"])
+
+
+def encoder_of(run: str | Path) -> FileRecord | None:
+    """The sentence encoder that made a run's semantic ids, with its content where it was a file; None without one."""
+    record = run_dir.read_record(run, "semantic_ids")
+    name = record.given.get("encoder")
+    files = (file for file in record.files if file.key == "encoder")
+    return None if name is None else next(files, FileRecord("encoder", str(name)))
+
+
+def save_item_sources(run: str | Path, folder: Path, num_items: int) -> None:
+    """Save what new items need to become known to the model of `folder`.
+
+    Args:
+        run: Folder of the run.
+        folder: Of the model.
+        num_items: Of its catalogue.
+    """
+    write_json(folder / SOURCES_FILE, dataclasses.asdict(ItemSources.of_run(run, num_items)))
+    if run_dir.is_finished(run, "semantic_ids"):
+        shutil.copy2(run_dir.stage_dir(run, "semantic_ids") / "tokenizer.npz", folder / ID_TOKENIZER)
 
 
 def save_ranker(
@@ -39,9 +105,10 @@ def save_ranker(
         one_token: Whether it ranks by the probabilities of the first label alone.
     """
     prompter.settings.save(folder)
-    prompter.catalogue.save(folder, prompter.settings.item_fields)
+    prompter.catalogue.save(folder, [*prompter.settings.item_fields, BRAND])
+    save_item_sources(run, folder, len(prompter.catalogue))
     candidates_dir = run_dir.stage_dir(run, "candidates")
-    for name in (FEATURES_FILE, "evidence.npz"):
+    for name in (FEATURES_FILE, EVIDENCE_FILE):
         shutil.copy2(candidates_dir / name, folder / name)
     shortest, longest = list_lengths(candidates_dir / "train.parquet")
     generation = {"max_completion_tokens": max_completion_tokens, "trace": trace, "num_candidates": longest}

@@ -94,6 +94,17 @@ class ItemHead(nn.Module):
             items = nn.functional.embedding_bag(self.tokens, embeddings.float(), self.offsets, mode="mean") + self.own
             return states.float() @ items.T
 
+    def extended(self, tokens: Sequence[Sequence[int]]) -> "ItemHead":
+        """The same head with items behind its own, which are known by their tokens alone.
+
+        Args:
+            tokens: Token sequence of each item, those of this head first.
+        """
+        head = ItemHead(tokens, self.own.shape[1], bool(self.is_read))
+        with torch.no_grad():
+            head.own[: len(self.own)] = self.own
+        return head
+
     def save(self, folder: Path) -> None:
         """Write item_head.safetensors."""
         from safetensors.torch import save_file

@@ -3,7 +3,8 @@
 In: data/items.parquet, and a sentence encoder or given embeddings. Out: semantic_ids.parquet (item, codes,
 semantic_id), assigned_codes.npy (items, levels: the codes before collisions were resolved), embeddings.npy (float32,
 length one, row = item), and tokenizer.npz, with which new items get ids without refitting. With co_engagement_weight
-also id_embeddings.npy, the embeddings with co-engagement vectors beside them.
+also id_embeddings.npy, the embeddings with co-engagement vectors beside them. With extends nothing is fitted: items of
+another run keep their ids, and new ones get theirs from its tokenizer.
 
     accelerate launch --config_file recipes/accelerate/cpu.yaml -m rerank.semantic_ids \
         --config recipes/ml100k/2_semantic_ids.yaml
@@ -21,7 +22,7 @@ import numpy as np
 
 from rerank.launch import run_dir
 from rerank.launch.stages import Stage
-from rerank.semantic_ids import assignment, quality
+from rerank.semantic_ids import assignment, extension, quality
 from rerank.semantic_ids import embeddings as sources
 from rerank.semantic_ids.arguments import SemanticIdsArguments
 from rerank.semantic_ids.assignment import SemanticIds, assign, load_semantic_ids
@@ -39,15 +40,23 @@ def check(args: SemanticIdsArguments) -> None:
         sources.find_encoder(args.encoder)
     if args.embeddings is not None:
         sources.find_embeddings(args.embeddings)
+    if args.extends is not None:
+        extension.check(args)
     if run_dir.is_finished(args.run_dir, "data"):
         item_ids, _ = sources.read_items(args.run_dir)
-        check_size(len(item_ids), args.levels, args.codebook_size)
-        for name in ("contrastive_weight", "co_engagement_weight"):
-            if getattr(args, name):
-                _pairs(args, name)
+        if args.extends is None:
+            check_fitting(args, len(item_ids))
         if args.embeddings is not None:
             found = sources.read_embeddings(args.embeddings, item_ids)
             sources.check_embeddings(found, item_ids, args.source)
+
+
+def check_fitting(args: SemanticIdsArguments, num_items: int) -> None:
+    """Refuse sizes that do not fit the catalogue, and options that need co-engaged items where there are none."""
+    check_size(num_items, args.levels, args.codebook_size)
+    for name in ("contrastive_weight", "co_engagement_weight"):
+        if getattr(args, name):
+            _pairs(args, name)
 
 
 def check_size(num_items: int, levels: int, codebook_size: int) -> None:
@@ -61,23 +70,30 @@ def check_size(num_items: int, levels: int, codebook_size: int) -> None:
 
 
 def main(args: SemanticIdsArguments, out_dir: Path) -> dict[str, object]:
-    """Embed, fit, assign, resolve collisions, save; returns the quality of the ids."""
+    """Embed, fit or extend, assign, resolve collisions, save; returns the quality of the ids."""
     started = time.monotonic()
     of_text, embeddings = sources.embed(args, out_dir)
     embedded = time.monotonic()
 
-    copies = quality.embedding_copies(embeddings)
-    _check_distinct(copies, args.codebook_size, args.source)
-    tokenizer = _fit(args, embeddings)
-    tokenizer.co_engagement_columns = embeddings.shape[1] - of_text.shape[1]
+    if args.extends is None:
+        copies = quality.embedding_copies(embeddings)
+        _check_distinct(copies, args.codebook_size, args.source)
+        tokenizer = _fit(args, embeddings)
+        tokenizer.co_engagement_columns = embeddings.shape[1] - of_text.shape[1]
+        fitted, told = time.monotonic(), dict[str, object]()
+        before = assignment.assign_codes(tokenizer, embeddings)
+        after = assignment.resolve_collisions(before, Latents(tokenizer, embeddings), tokenizer.codebooks)
+    else:
+        fitted, old = time.monotonic(), extension.OldIds.load(args)
+        ids = extension.extend(args, old, of_text, out_dir)
+        tokenizer, embeddings, before, after, told = old.tokenizer, ids.embeddings, ids.before, ids.after, ids.metrics
+        copies = quality.embedding_copies(embeddings)
+        logger.info("%s", ids.words)
     tokenizer.save(out_dir / "tokenizer.npz")
-    fitted = time.monotonic()
-    before = assignment.assign_codes(tokenizer, embeddings)
     np.save(out_dir / assignment.ASSIGNED_CODES, before)
-    after = assignment.resolve_collisions(before, Latents(tokenizer, embeddings), tokenizer.codebooks)
-    SemanticIds(after, args.codebook_size).save(out_dir)
+    SemanticIds(after, tokenizer.codebook_size).save(out_dir)
 
-    metrics = quality.ids_metrics(tokenizer, embeddings, copies, before, after)
+    metrics = quality.ids_metrics(tokenizer, embeddings, copies, before, after) | told
     metrics |= {"embedding_seconds": embedded - started, "fit_seconds": fitted - embedded}
     metrics |= {"assignment_seconds": time.monotonic() - fitted}
     logger.info(
@@ -129,5 +145,5 @@ STAGE = Stage(
     main=main,
     check=check,
     inputs=("data",),
-    files=("encoder", "embeddings"),
+    files=("encoder", "embeddings", "extends/semantic_ids/stage.json"),
 )

@@ -25,6 +25,9 @@ class SemanticIdsArguments(recipe.StageArguments):
         None, "Instead: a .npy with a row per item, or a .parquet with item_id, embedding."
     )
     encoder_batch_size: int = option(64, "Texts encoded at once.")
+    extends: str | None = option(
+        None, "Folder of an older run: its items keep their ids, new ones get theirs from its tokenizer."
+    )
     levels: int = option(4, "Codes, and so tokens, per item.")
     codebook_size: int = option(256, "Codes per level.")
     method: str = option("rq_vae", "rq_vae, or residual_k_means without an autoencoder.")

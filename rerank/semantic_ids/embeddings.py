@@ -35,7 +35,7 @@ def embed(args: SemanticIdsArguments, out_dir: Path) -> tuple[np.ndarray, np.nda
     check_embeddings(found, item_ids, args.source)
     of_text = save_normalised(found, out_dir / "embeddings.npy")
     del found  # pages that were read of a memory map count as memory until it is closed
-    if not args.co_engagement_weight:
+    if not args.co_engagement_weight or args.extends is not None:  # which has those of the other run
         return of_text, of_text
     vectors = co_engagement_vectors(run_dir.stage_dir(args.run_dir, "data"), len(item_ids), args.seed)
     return of_text, save_with_co_engagement(of_text, vectors, args.co_engagement_weight, out_dir / ID_EMBEDDINGS)

@@ -33,7 +33,7 @@ from rerank.models import adapters, one_token
 from rerank.models import base as base_model
 from rerank.models.dropout import residual_dropout
 from rerank.models.ranker import complete_greedily
-from rerank.models.saving import save_ranker, write_card
+from rerank.models.saving import save_item_sources, save_ranker, write_card
 from rerank.next_item.encoder import ITEM_TEXTS, NextItemEncoder
 from rerank.prompts import THINK_END
 from rerank.rows import PromptedRow, Prompter
@@ -239,6 +239,7 @@ def fit_next_item(args: SftArguments, config: SFTConfig, model_args: ModelConfig
 
     def save() -> None:
         encoder.save(folder)
+        save_item_sources(args.run_dir, folder, len(encoder.catalogue))
         write_card(args.run_dir, folder, "sft", model_card.NEXT_ITEM, model_args.model_name_or_path)
 
     trained = train_and_save(args, trainer, tokenizer, base_dir, folder, save)

@@ -4,12 +4,10 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-Command = Callable[[argparse.Namespace], int | None]  # returns its exit code; None: 0
-# Adds a command to the parser: the function that runs it, its name and its help.
-Add = Callable[[Command, str, str], argparse.ArgumentParser]
+from rerank.cli.models import Add, Command, add_models
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -23,7 +21,7 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(function=function)
         return command
 
-    for add_commands in (_add_runs, _add_rollouts, _add_models):
+    for add_commands in (_add_runs, _add_rollouts, add_models):
         add_commands(add)
     return parser
 
@@ -112,25 +110,6 @@ def _add_rollouts(add: Add) -> None:
     probe.add_argument("--run-dir", metavar="RUN_DIR", help="folder of the run, instead of the recipe's run_dir")
 
 
-def _add_models(add: Add) -> None:
-    """Commands on semantic ids, losses and trained models."""
-    ids = add(_ids, "ids", "print the quality of a run's semantic ids and write a page of it")
-    ids.add_argument("run_dir", metavar="RUN_DIR")
-    ids.add_argument(
-        "--min-uniqueness", type=float, metavar="SHARE",
-        help="exit code 1 when a smaller share of items, such as 0.99, has a unique id before collisions are resolved",
-    )  # fmt: skip
-    add(_losses, "losses", "list the losses of the sft stage, their needs and costs")
-
-    rank = add(_rank, "rank", "re-rank new rows with a trained model")
-    rank.add_argument("model_dir", metavar="MODEL_DIR", help="such as RUN_DIR/dapo/model")
-    rank.add_argument(
-        "--rows", required=True, metavar="FILE", help="Parquet, JSONL or CSV with history and candidates"
-    )
-    rank.add_argument("--out", required=True, metavar="FILE", help="Parquet, JSONL or CSV to write")
-    rank.add_argument("--one-token", action="store_true", help="rank by the first label's probabilities, without vLLM")
-
-
 def _run(args: argparse.Namespace) -> int:
     from rerank.launch import pipeline, recipe
 
@@ -216,19 +195,6 @@ def _export(args: argparse.Namespace) -> None:
     print(f"files: {len(paths)} in {paths[0].parent}")
 
 
-def _ids(args: argparse.Namespace) -> int:
-    from rerank.report import semantic_ids as id_report
-
-    found, path = id_report.read_quality(args.run_dir), Path(args.run_dir) / "ids.html"
-    print("\n".join(id_report.lines(found)))
-    id_report.write_page(found, Path(args.run_dir).resolve().name, path)
-    print(f"page: {path}")
-    if args.min_uniqueness is not None and found.uniqueness < args.min_uniqueness:
-        print(f"rerank: uniqueness {found.uniqueness:.4f} is below {args.min_uniqueness}", file=sys.stderr)
-        return 1
-    return 0
-
-
 def _probe(args: argparse.Namespace) -> int:
     from rich.console import Console
 
@@ -241,22 +207,6 @@ def _probe(args: argparse.Namespace) -> int:
         return 1
     print(found.sentence)
     return 0 if found.passed else 3
-
-
-def _losses(args: argparse.Namespace) -> None:
-    from rerank.losses import list_losses
-
-    for name, kind, info in list_losses():
-        print(f"{name}: {kind}, for {' and '.join(info.tasks)}")
-        print(f"    needs {info.needs}\n    costs {info.costs}")
-
-
-def _rank(args: argparse.Namespace) -> None:
-    from rerank import rank
-    from rerank.launch import recipe
-
-    recipe.set_environment()
-    rank.rank_rows(args.model_dir, args.rows, args.out, args.one_token)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -281,7 +231,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `rerank ids RUN_DIR | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the buffered rest
         return 141
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,101 @@
+"""Facts about the items of a catalogue beside who chose them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from scipy.sparse import csr_array
+
+
+@dataclass(frozen=True)
+class ItemFacts:
+    """Facts about items beside who chose them."""
+
+    embeddings: np.ndarray  # (items, d) float16, L2-normalised; a zero row says nothing is known
+    categories: csr_array  # (items, categories) 0/1
+    words: csr_array  # (items, title words) 0/1
+    brands: np.ndarray  # (items,) number of the brand, -1: none
+    numbers: Mapping[str, np.ndarray] = field(default_factory=dict)  # feature -> (items,), nan where unknown
+
+    @classmethod
+    def of(
+        cls,
+        num_items: int,
+        embeddings: np.ndarray | None = None,
+        categories: Sequence[str] | None = None,
+        titles: Sequence[str] | None = None,
+        brands: Sequence[str] | None = None,
+        numbers: Mapping[str, np.ndarray] | None = None,
+    ) -> ItemFacts:
+        """Facts of a catalogue; what is not given is unknown for every item.
+
+        Args:
+            num_items: Size of the catalogue.
+            embeddings: One row an item.
+            categories: One text an item, its categories parted by `,`, `;`, `|` or `>`.
+            titles: One text an item.
+            brands: One text an item, empty where there is none.
+            numbers: Further features by name, one number an item.
+        """
+        blank = [""] * num_items
+        vectors = np.zeros((num_items, 1)) if embeddings is None else np.asarray(embeddings, dtype=np.float32)
+        length = np.linalg.norm(vectors, axis=1, keepdims=True)
+        names = {name: number for number, name in enumerate(sorted(set(brands or ()) - {""}))}
+        return cls(
+            embeddings=(vectors / np.where(length > 0, length, 1)).astype(np.float16),
+            categories=_memberships(categories or blank, r"[^,;|>]+"),
+            words=_memberships([title.lower() for title in titles or blank], r"\w+"),
+            brands=np.array([names.get(brand, -1) for brand in brands or blank], dtype=np.int64),
+            numbers=dict(numbers or {}),
+        )
+
+    def extended(
+        self,
+        categories: Sequence[str],
+        titles: Sequence[str],
+        brands: Sequence[str] | None,
+        embeddings: np.ndarray | None = None,
+        numbers: Mapping[str, np.ndarray] | None = None,
+    ) -> ItemFacts:
+        """These facts, then those of more items; the vectors and numbers of these are left as they are.
+
+        Args:
+            categories, titles, brands: Of all items, as `of` takes them.
+            embeddings: One row for each further item; None where nothing is known.
+            numbers: One number for each further item, nan where unknown.
+        """
+        added = len(titles) - len(self.brands)
+        more = ItemFacts.of(added, embeddings).embeddings
+        if embeddings is None:
+            more = np.zeros((added, self.embeddings.shape[1]), dtype=np.float16)
+        if more.shape[1] != self.embeddings.shape[1]:
+            raise ValueError(
+                f"embeddings of new items have {more.shape[1]} columns but those of the known ones "
+                f"{self.embeddings.shape[1]}; use the encoder of these"
+            )
+        unknown = np.full(added, np.nan)
+        every = {name: np.append(values, (numbers or {}).get(name, unknown)) for name, values in self.numbers.items()}
+        texts = ItemFacts.of(len(titles), None, categories, titles, brands, every)
+        return replace(texts, embeddings=np.concatenate([self.embeddings, more]))
+
+    @property
+    def has_embeddings(self) -> bool:
+        """Whether the text of any item is known as a vector."""
+        return bool(self.embeddings.any())
+
+    def with_texts_of(self, items: np.ndarray) -> ItemFacts:
+        """The facts of a catalogue whose item k has the text, category and brand of `items[k]`."""
+        texts = self.embeddings[items], self.categories[items], self.words[items], self.brands[items]
+        return ItemFacts(*texts, self.numbers)
+
+
+def _memberships(texts: Sequence[str], pattern: str) -> csr_array:
+    """0/1 matrix of which parts each text has."""
+    parts = [sorted({part.strip() for part in re.findall(pattern, text)} - {""}) for text in texts]
+    columns = {part: number for number, part in enumerate(sorted(set().union(*parts)))}
+    rows = np.repeat(np.arange(len(texts)), [len(found) for found in parts])
+    places = np.array([columns[part] for found in parts for part in found], dtype=np.int64)
+    return csr_array((np.ones(len(places), dtype=np.int64), (rows, places)), shape=(len(texts), max(len(columns), 1)))

@@ -1,0 +1,206 @@
+"""Trained folders kept up to date: new items for good, and newer counts.
+
+Both write a whole new folder and then give it the name: `add_items` and `refresh` leave MODEL_DIR as it was under
+MODEL_DIR.old, or write elsewhere with an `out`. To undo them, rename the old folder back.
+"""
+
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from rerank.baselines import Counts
+from rerank.catalogue import check_vocabulary
+from rerank.launch.files import delete_folder
+from rerank.models.ranker import EVIDENCE_FILE, RankingModel
+from rerank.next_item.encoder import SETTINGS, NextItemEncoder
+from rerank.next_item.item_head import FILE as HEAD_FILE
+from rerank.rank.items import read_new_items, with_new_items
+
+logger = logging.getLogger(__name__)
+
+Change = Callable[[Path], object]
+
+
+def old_folder(folder: Path) -> Path:
+    """Where the folder lies as it was before an update in place."""
+    return folder.with_name(f"{folder.name}.old")
+
+
+def find(model_dir: str | Path) -> Path:
+    """A model folder; one whose update in place was cut off between two renames is put back."""
+    folder = Path(model_dir).resolve()
+    if not folder.exists() and old_folder(folder).is_dir():
+        old_folder(folder).rename(folder)
+    return folder
+
+
+def update(folder: Path, out: str | Path | None, change: Change) -> Path:
+    """Change a copy of a folder, and give it the name of `out`, or that of the folder.
+
+    Args:
+        folder: Of a model.
+        out: A folder that is not there yet; None to update in place, with the old folder beside.
+        change: Works on the copy. Weights in it are the same files as before, and must be left alone.
+
+    Returns:
+        The folder that is changed.
+    """
+    target = folder if out is None else check_out(out)
+    copy = Path(tempfile.mkdtemp(prefix=f"{target.name}.partial.", dir=target.parent))
+    try:
+        shutil.copytree(folder, copy, copy_function=_copy, dirs_exist_ok=True)
+        change(copy)
+        copy.chmod(folder.stat().st_mode)
+    except BaseException:
+        shutil.rmtree(copy, ignore_errors=True)
+        raise
+    if out is None:
+        delete_folder(old_folder(folder))
+        folder.rename(old_folder(folder))
+    return copy.rename(target)
+
+
+def check_out(out: str | Path) -> Path:
+    """A folder to write; one that is there, or whose parent is not, is refused."""
+    target = Path(out).resolve()
+    if target.exists():
+        raise ValueError(f"--out {out} is there already; choose another name, or leave --out away to update in place")
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"--out {out}: {target.parent} is not a folder; make it first")
+    return target
+
+
+def _copy(source: str, target: str) -> str:
+    """A copy of a file, of large weights a second name of the same content."""
+    name = Path(source).name
+    if name.endswith(".safetensors") and name != HEAD_FILE:
+        try:
+            os.link(source, target)
+            return target
+        except OSError:  # a file system without links
+            pass
+    return str(shutil.copy2(source, target))
+
+
+def add_items(
+    model_dir: str | Path, items_path: str | Path, embeddings_path: str | Path | None, out: str | Path | None
+) -> tuple[Path, int, int]:
+    """Append the items of a file to a trained folder: catalogue, counts of zero, ids, and the item head if it has one.
+
+    Args:
+        model_dir: Of the sft or dapo stage.
+        items_path: File of items that the model does not know.
+        embeddings_path: Their embeddings, where the model's were given, too.
+        out: As of `update`.
+
+    Returns:
+        The folder, its number of items and how many of these are new.
+    """
+    folder = find(model_dir)
+    if out is not None:
+        check_out(out)
+    if (folder / SETTINGS).is_file():
+        change, before, after = _more_next_items(folder, items_path, embeddings_path)
+    else:
+        change, before, after = _more_candidates(folder, items_path, embeddings_path)
+    return update(folder, out, change), after, after - before
+
+
+def _more_candidates(
+    folder: Path, items_path: str | Path, embeddings_path: str | Path | None
+) -> tuple[Change, int, int]:
+    """The change of a re-ranker's folder, and its numbers of items before and after."""
+    model = RankingModel.load(folder)
+    counts = Counts.load(folder / EVIDENCE_FILE) if (folder / EVIDENCE_FILE).is_file() else None
+    bigger, more = with_new_items(model, counts, items_path, embeddings_path)
+    bigger.load_tokenizer()  # refuses ids that the model does not know
+    catalogue = bigger.prompter.catalogue
+
+    def change(copy: Path) -> None:
+        catalogue.save(copy, list(catalogue.fields))
+        if more is not None:
+            more.save(copy / EVIDENCE_FILE)
+
+    return change, len(model.prompter.catalogue), len(catalogue)
+
+
+def _more_next_items(
+    folder: Path, items_path: str | Path, embeddings_path: str | Path | None
+) -> tuple[Change, int, int]:
+    """The change of the folder of a model of next items, and its numbers of items before and after."""
+    from rerank.next_item.item_head import ItemHead
+
+    encoder = NextItemEncoder.load(folder)
+    by_ids, known = encoder.item_text == "semantic_id", encoder.catalogue
+    new = read_new_items(folder, known, items_path, embeddings_path, by_ids, by_ids)
+    check_vocabulary(encoder.tokenizer, new.catalogue.semantic_ids, folder)
+    bigger = replace(encoder, catalogue=known.extended(new.catalogue), folder=None)
+    head = ItemHead.load(folder).extended(bigger.tokens) if (folder / HEAD_FILE).is_file() else None
+
+    def change(copy: Path) -> None:
+        bigger.save(copy)
+        if head is not None:
+            head.save(copy)
+
+    return change, len(known), len(bigger.catalogue)
+
+
+def refresh(
+    model_dir: str | Path, interactions_path: str | Path, columns: Mapping[str, str] | None, out: str | Path | None
+) -> tuple[Path, Counts]:
+    """Count the interactions of a file in place of those that a re-ranker's facts rest on; bucket edges stay.
+
+    Args:
+        model_dir: Of the sft or dapo stage.
+        interactions_path: All interactions that the counts may know, those of before too.
+        columns: Of the file, where they differ from user, item, time.
+        out: As of `update`.
+
+    Returns:
+        The folder and its counts.
+    """
+    from rerank.rank.tables import read_interactions
+
+    folder = find(model_dir)
+    if out is not None:
+        check_out(out)
+    path = folder / EVIDENCE_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing, so there are no counts to renew; give a folder of a re-ranker")
+    model, old = RankingModel.load(folder), Counts.load(path)
+    numbers = {item_id: item for item, item_id in enumerate(model.prompter.catalogue.item_ids)}
+    table = read_interactions(interactions_path, columns)
+    items = np.array([numbers.get(item_id, -1) for item_id in table["item_id"].to_pylist()])
+    _check_known(items, old, folder, interactions_path)
+    users = np.unique(table["user_id"].to_numpy(zero_copy_only=False), return_inverse=True)[1][items >= 0]
+    known = items[items >= 0]
+    order = np.argsort(users, kind="stable")
+    parts = np.split(known[order], np.flatnonzero(np.diff(users[order])) + 1)
+    times = table["time"].to_numpy(zero_copy_only=False).astype(float)[items >= 0]
+    until = float(np.nanmax(times)) if np.isfinite(times).any() else None
+    counts = Counts.fit(dict(enumerate(parts)), old.num_items, old.facts, old.feedback, until)
+    return update(folder, out, lambda copy: counts.save(copy / EVIDENCE_FILE)), counts
+
+
+def _check_known(items: np.ndarray, old: Counts, folder: Path, path: str | Path) -> None:
+    """Refuse interactions of unknown items only; say how many there are, and that the file may lack older ones."""
+    num_known = int((items >= 0).sum())
+    if not num_known:
+        cure = "check the columns, or give these items by `rerank add-items` first"
+        raise ValueError(f"{path}: none of its {len(items)} interactions is of an item that {folder} knows; {cure}")
+    if num_known < len(items):
+        logger.warning(
+            "%d of %d interactions are of items that the model does not know, and are left out; `rerank add-items` "
+            "adds such items", len(items) - num_known, len(items),
+        )  # fmt: skip
+    if num_known < old.popularity.sum():
+        logger.warning(
+            "%s has %d interactions of known items but the counts of before rest on %d: they are replaced, so give "
+            "the older ones too", path, num_known, old.popularity.sum(),
+        )  # fmt: skip

@@ -1,0 +1,272 @@
+"""Rows of a user's file as rows that a model ranks: items instead of ids, with what its prompts show.
+
+A row that cannot be ranked is a sentence that says why. N candidates of a row that the model knows.
+"""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from rerank.baselines import Counts, list_features
+from rerank.models.base import context_length
+from rerank.models.one_token import tokens_of
+from rerank.models.ranker import Answer, Batch, RankingModel, ask, grammars_of
+from rerank.prompts import MAX_LETTERS, PromptSettings
+from rerank.prompts.fields import HISTORY_FIELDS
+from rerank.rank.files import COLUMNS, Record
+from rerank.rows import PromptedRow, RankingRow
+from rerank.rows.checks import prompt_lengths
+from rerank.rows.histories import COLUMN
+
+logger = logging.getLogger(__name__)
+
+UNKNOWN = ("last", "drop", "refuse")  # candidates that the model does not know
+
+
+@dataclass(frozen=True)
+class EncodedRow:
+    """A row of a file, ready to be ranked.
+
+    Attributes:
+        row: Of the candidates that the model knows.
+        ids: (N,) these, as the file has them.
+        last: Ids of the others, which stand behind every ranking.
+        unknown: Numbers of unknown ids in the history and among the candidates.
+        numbers: Numbers of each candidate (N,), by column of the file.
+    """
+
+    row: RankingRow
+    ids: list[Any]
+    last: list[Any]
+    unknown: tuple[int, int]
+    numbers: Mapping[str, np.ndarray]
+
+    def ranking(self, answer: Answer) -> list[Any] | None:
+        """The ids of an answer, best first; None where it has none."""
+        return None if answer.order is None else [self.ids[place] for place in answer.order] + self.last
+
+
+Encoded = EncodedRow | str  # or why it cannot be ranked
+
+
+def encode_rows(
+    records: Sequence[Record],
+    model: RankingModel,
+    counts: Counts | None,
+    unknown: str,
+    where: str,
+    one_token: bool = False,
+) -> list[Encoded]:
+    """The rows of a file, numbered from 1, each as far as it can be ranked.
+
+    Args:
+        records: With `history` and `candidates` as lists.
+        model: That will rank them.
+        counts: Facts about its items, where its prompts show any.
+        unknown: One of UNKNOWN.
+        where: The file, for messages.
+        one_token: Whether the first label's probabilities will rank them.
+
+    Raises:
+        ValueError: When all rows lack a column that the prompts show.
+    """
+    shown = shown_columns(model)
+    there = {name for record in records for name in record}
+    for name, option in shown.items():
+        if name not in there:
+            raise ValueError(f"{where}: {_missing(name, option)}")
+    items = {item_id: item for item, item_id in enumerate(model.prompter.catalogue.item_ids)}
+    encoded: list[Encoded] = []
+    for number, record in enumerate(records, start=1):
+        try:
+            encoded.append(_encode(record, number, items, shown, model.prompter.settings, unknown))
+        except ValueError as error:
+            encoded.append(str(error))
+    if counts is not None:
+        encoded = _with_features(encoded, model, counts)
+    return _within_limits(encoded, model, one_token or model.one_token)
+
+
+def shown_columns(model: RankingModel) -> dict[str, str]:
+    """Columns of rows that the model's prompts show, with the options that name them."""
+    settings = model.prompter.settings
+    found = {name: key for key, names in settings.row_fields.items() for name in names}
+    found |= {HISTORY_FIELDS[name]: f"history_fields: {name}" for name in settings.history_fields}
+    found |= {"time": "history_fields: time"} if "time" in settings.history_fields else {}
+    for fact in settings.evidence_names if model.prompter.needs_features else ():
+        if fact == "first_stage_score" or fact.startswith(COLUMN):
+            name = "scores" if fact == "first_stage_score" else fact.removeprefix(COLUMN)
+            found[name] = f"evidence_names: {fact}"
+    return found
+
+
+def _missing(name: str, option: str) -> str:
+    return f"column {name!r} is missing, which the model's prompts show ({option}); add it."
+
+
+def _encode(
+    record: Record,
+    number: int,
+    items: Mapping[str, int],
+    shown: Mapping[str, str],
+    settings: PromptSettings,
+    unknown: str,
+) -> EncodedRow:
+    for name in COLUMNS:
+        if name not in record:
+            raise ValueError(f"column {name!r} is missing; add it.")
+    for name, option in shown.items():
+        if name not in record:
+            raise ValueError(_missing(name, option))
+    history, ids = (_ids(record[name], name) for name in COLUMNS)
+    past = _past(record, len(history), settings.history_fields)
+    numbers = {
+        name: _numbers(record, name, len(ids)) for name, option in shown.items() if option.startswith("evidence")
+    }
+    taken = [place for place, item_id in enumerate(history) if item_id in items]
+    known = [place for place, item_id in enumerate(ids) if item_id in items]
+    _check_candidates(ids, len(known), settings, unknown, [one for one in ids if one not in items])
+    row = RankingRow(
+        number,
+        tuple(items[history[place]] for place in taken),
+        tuple(items[ids[place]] for place in known),
+        fields={name: record[name] for names in settings.row_fields.values() for name in names},
+        time=past.get("time"),
+        history_times=tuple(past["history_times"][place] for place in taken if "history_times" in past),
+        history_events=tuple(past["history_events"][place] for place in taken if "history_events" in past),
+    )
+    as_given = record["candidates"]
+    others = [place for place in range(len(ids)) if place not in set(known)] if unknown == "last" else []
+    return EncodedRow(
+        row,
+        [as_given[place] for place in known],
+        [as_given[place] for place in others],
+        (len(history) - len(taken), len(ids) - len(known)),
+        {name: values[known] for name, values in numbers.items()},
+    )
+
+
+def _ids(value: object, name: str) -> list[str]:
+    """Item ids as texts."""
+    if not isinstance(value, list):
+        raise ValueError(f"{name} is {value!r} but must be a list of item ids.")
+    for one in value:
+        if not isinstance(one, str | int | float) or isinstance(one, bool):
+            raise ValueError(f"{name} holds {one!r} but must be a list of item ids, texts or numbers.")
+    return list(map(str, value))
+
+
+def _check_candidates(
+    ids: Sequence[str], num_known: int, settings: PromptSettings, unknown: str, strangers: Sequence[str]
+) -> None:
+    """Refuse candidates that cannot be ranked."""
+    seen = set[str]()
+    for item_id in ids:
+        if item_id in seen:
+            raise ValueError(f"candidates holds {item_id!r} twice; give each item once.")
+        seen.add(item_id)
+    if strangers and unknown == "refuse":
+        raise ValueError(
+            f"candidates holds {strangers[0]!r}, which the model does not know; leave it out, or give it by --items."
+        )
+    if num_known < 2:
+        number = "1 item" if num_known else "no item"
+        cure = " that the model knows; give the others by --items" if strangers else "; there is nothing to rank"
+        raise ValueError(f"candidates has {number}{cure}.")
+    if settings.ranking == "letter" and num_known > MAX_LETTERS:
+        raise ValueError(
+            f"candidates has {num_known} items but the model names them by {MAX_LETTERS} letters; give at most "
+            f"{MAX_LETTERS}, or train a model with ranking: number."
+        )
+
+
+def _past(record: Record, length: int, shown: Sequence[str]) -> dict[str, Any]:
+    """`time`, `history_times` and `history_events` of a row, as far as prompts show them."""
+    found: dict[str, Any] = {}
+    if "time" in shown:
+        time = record["time"]
+        found["time"] = None if time is None else _number(time, "time")
+        times = _listed(record, "history_times", length)
+        found["history_times"] = [None if then is None else _number(then, "history_times") for then in times]
+    if "event" in shown:
+        found["history_events"] = _listed(record, "history_events", length)
+    return found
+
+
+def _listed(record: Record, name: str, length: int) -> list[Any]:
+    """A column of lists, in CSV parted by spaces, one entry for each item."""
+    value = record[name]
+    values = value.split() if isinstance(value, str) else value if isinstance(value, list) else [value]
+    values = [] if value is None else values
+    if len(values) != length:
+        raise ValueError(f"{name} has {len(values)} entries but there are {length} items; give one for each.")
+    return values
+
+
+def _number(value: object, name: str) -> float:
+    try:
+        return float(value)  # type: ignore[arg-type]  # anything else is refused
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} holds {value!r} but must hold numbers.") from None
+
+
+def _numbers(record: Record, name: str, length: int) -> np.ndarray:
+    """A number of each candidate, nan for null."""
+    values = _listed(record, name, length)
+    return np.array([np.nan if value is None else _number(value, name) for value in values])
+
+
+def _with_features(encoded: Sequence[Encoded], model: RankingModel, counts: Counts) -> list[Encoded]:
+    """The rows with facts about each candidate: from the counts, and from columns of the file."""
+    rows = [one for one in encoded if isinstance(one, EncodedRow)]
+    names = model.prompter.names
+
+    def of_file(column: str) -> list[np.ndarray]:
+        """Zeros for a column that no prompt shows."""
+        return [one.numbers.get(column, np.zeros(len(one.ids))) for one in rows]
+
+    columns = {name: of_file(name.removeprefix(COLUMN)) for name in names if name.startswith(COLUMN)}
+    histories = [np.array(one.row.history, dtype=np.int64) for one in rows]
+    candidates = [np.array(one.row.candidates) for one in rows]
+    facts = list_features(names, counts, histories, candidates, of_file("scores"), None, columns) if rows else []
+    done = iter([replace(one, row=replace(one.row, features=of_row)) for one, of_row in zip(rows, facts, strict=True)])
+    return [next(done) if isinstance(one, EncodedRow) else one for one in encoded]
+
+
+def _within_limits(encoded: Sequence[Encoded], model: RankingModel, one_token: bool) -> list[Encoded]:
+    """The rows without those that are too long, or whose answers cannot be made rankings."""
+    rows = [one.row for one in encoded if isinstance(one, EncodedRow)]
+    if not rows:
+        return list(encoded)
+    tokenizer = model.load_tokenizer()
+    asked = ask(model, Batch(rows), tokenizer)
+    check = tokens_of if one_token else partial(grammars_of, model)
+    context = context_length(model.folder)
+    room = None if context is None else context - model.max_completion_tokens
+    known: dict[tuple[str, ...], str] = {}
+    reasons = []
+    for row, length in zip(asked, prompt_lengths(tokenizer, asked), strict=True):
+        labels = tuple(row.labels)
+        if labels not in known:
+            known[labels] = _no_ranking(check, row, tokenizer)
+        long = ""
+        if room is not None and length > room:
+            long = (
+                f"its prompt has {length} tokens but the model's context leaves {room}; give shorter lists or texts."
+            )
+        reasons.append(known[labels] or long)
+    checked = iter(reasons)
+    return [one if isinstance(one, str) else next(checked) or one for one in encoded]
+
+
+def _no_ranking(check: Callable[[list[PromptedRow], Any], object], row: PromptedRow, tokenizer: Any) -> str:
+    """Why the answer of a row cannot be made a ranking; empty where it can."""
+    try:
+        check([row], tokenizer)
+    except ValueError as error:
+        return str(error).removeprefix(f"row {row.row.row_id}: ")
+    return ""
