@@ -121,7 +121,7 @@ class DapoTrainer(PreparedTrainer):
         self.prepared = self.prepared.next(self.state.global_step, self.args.steps_per_generation)
         self.check_consistency()
         sampled = self.sample_groups(num_groups)
-        self.rest_engine()  # not between its rounds, whose weights are the same
+        self.rest_engine()  # not between rounds, whose weights are the same
         self.choose_groups(sampled, num_groups)
         output = self.compute_advantages()
         self.mask_padding(output)

@@ -18,6 +18,7 @@ The last line is JSON; the exit code is 1 where a case fails.
 
 import argparse
 import contextlib
+import gc
 import json
 import statistics
 import sys
@@ -178,9 +179,11 @@ def measure(shape: str, form: Format, sizes: Sizes, device: str, rounds: int) ->
     vocabulary = SHAPES[shape]["vocab_size"]
     ragged = make_batch([sizes.prompt // 3, sizes.prompt // 4], sizes, vocabulary, device, ragged=True)
     exact = values_and_gradient(make_model(shape, torch.float32, device), ragged, False, False)
+    gc.collect()  # TRL's head makes a model refer to itself
     model = make_model(shape, form.weights, device)
     plain, group = (errors(values_and_gradient(model, ragged, way, form.autocast), exact) for way in (False, True))
     del exact
+    gc.collect()
     even = make_batch([sizes.prompt], sizes, vocabulary, device, ragged=False)
     runs: dict[bool, list[tuple[float, int]]] = {False: [], True: []}
     for number in range(rounds + 1):
