@@ -51,16 +51,29 @@ def prepare_model(model: "PreTrainedModel | PeftModel") -> None:
     """
     adapters = model.peft_config.values() if isinstance(model, PeftModel) else ()
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    obstacle = _obstacle(base.config)
+    obstacle = _obstacle(base.config, base.config._attn_implementation)
     if any(adapter.is_prompt_learning for adapter in adapters):
         obstacle = "its adapter adds tokens to the prompt; use LoRA"
-    if obstacle:
-        name = type(base).__name__
-        raise ValueError(f"{name} cannot run a group as one row: {obstacle}, or set group_forward: false")
+    _refuse(type(base).__name__, obstacle)
     base.set_attn_implementation(ATTENTION)
 
 
-def _obstacle(config: "PreTrainedConfig") -> str | None:
+def check_config(config: "PreTrainedConfig", attention: str | None = None) -> None:
+    """Refuse a model that `prepare_model` would refuse, before it is loaded.
+
+    Args:
+        config: Of the model.
+        attention: The recipe's `attn_implementation`.
+    """
+    _refuse((config.architectures or [config.model_type])[0], _obstacle(config, attention or "sdpa"))
+
+
+def _refuse(name: str, obstacle: str | None) -> None:
+    if obstacle:
+        raise ValueError(f"{name} cannot run a group as one row: {obstacle}, or set group_forward: false")
+
+
+def _obstacle(config: "PreTrainedConfig", attention: str | None) -> str | None:
     """The first reason against packed rows, with the cure."""
     options = config.to_dict()
     if config.model_type not in FAMILIES:
@@ -73,8 +86,8 @@ def _obstacle(config: "PreTrainedConfig") -> str | None:
     rope_type = options["rope_parameters"]["rope_type"]
     if rope_type in ("dynamic", "longrope"):
         return f"its rotations depend on the length of a row (rope_type {rope_type}); use a model with fixed ones"
-    if config._attn_implementation not in ("sdpa", ATTENTION):
-        return f"attn_implementation is {config._attn_implementation}; use sdpa"
+    if attention not in ("sdpa", ATTENTION):
+        return f"attn_implementation is {attention}; use sdpa"
     if options["attention_dropout"]:
         return f"attention_dropout is {options['attention_dropout']}; set it to 0"
     return None

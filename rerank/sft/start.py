@@ -7,6 +7,7 @@ from rerank.catalogue import Catalogue, check_vocabulary
 from rerank.launch import run_dir
 from rerank.models import adapters, names
 from rerank.models import base as base_model
+from rerank.models.checks import check_pretrained
 from rerank.prompts import THINK, THINK_END, PromptSettings
 from rerank.rows.checks import warn_of_split_codes, warn_of_split_labels
 
@@ -38,7 +39,7 @@ def check_start(args: "SftArguments", model_args: "ModelConfig") -> None:
             "of the sft recipe, or the midtrain stage out of the run"
         )
     if named is not None:
-        base_model.refuse_quantized(model_args)
+        check_pretrained(named, model_args)
     if not is_midtrained and (named is None or not Path(start_model(args, model_args)).is_dir()):
         return
     adapters.check_adapter(model_args, start_model(args, model_args))
