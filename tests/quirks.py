@@ -21,6 +21,7 @@ from rerank.prompts import THINK, THINK_END
 SHAPE = {
     "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 512, "tie_word_embeddings": False,
+    "initializer_range": 0.1,  # so that attention and distributions are far from uniform
 }  # fmt: skip
 DATE = "{%- if strftime_now is defined %}{%- set date = strftime_now('%d %b %Y') %}{%- endif %}Day {{ date }}."
 OPENED = "{% if add_generation_prompt %}<think>\n{% endif %}"
@@ -91,12 +92,12 @@ MODELS = {
     "qwen3_padded_tied": Quirk("qwen3", TIED, unused=200, generation=OTHER_SAMPLING),
     "qwen3_padded_untied": Quirk("qwen3", unused=200, generation={"top_k": 1, "do_sample": True}),
     "qwen2_thinking": Quirk("qwen2", {"num_key_value_heads": 1}, (that_opens,)),
-    "llama3": Quirk("llama", {}, (with_bos, with_date, without_pad), generation=OTHER_SAMPLING),
+    "llama3": Quirk("llama", {}, (with_date, with_bos, without_pad), generation=OTHER_SAMPLING),
     "llama2": Quirk("llama", {"num_key_value_heads": 4}, (that_prepends, with_bos, without_pad)),
     "mistral": Quirk("mistral", {"sliding_window": 16}, (with_bos, without_pad), obstacle="sliding_window is 16"),
     "gemma1": Quirk("gemma", TIED, (with_bos,)),
     "gemma2": Quirk(
-        "gemma2", {**TIED, **WINDOWS, "attn_logit_softcapping": 0.5, "final_logit_softcapping": 2.0,
+        "gemma2", {**TIED, **WINDOWS, "attn_logit_softcapping": 0.5, "final_logit_softcapping": 8.0,
                    "query_pre_attn_scalar": 32}, (with_bos,), obstacle="model type gemma2 is none of"
     ),
     "gemma3": Quirk(
@@ -116,15 +117,14 @@ def make_tokenizer(quirk: Quirk):
 
 
 def make_model(quirk: Quirk, tokenizer, seed: int = 0):
-    """The model of a quirk with random weights, whose distributions are far from uniform."""
+    """The model of a quirk with random weights."""
     torch.manual_seed(seed)
     ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     ends |= {"bos_token_id": tokenizer.bos_token_id, "vocab_size": len(tokenizer) + quirk.unused}
     config = CONFIG_MAPPING[quirk.family](**{**SHAPE, **ends, **quirk.options})
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
-        for layer in {model.get_input_embeddings(), model.get_output_embeddings()}:
-            layer.weight.mul_(base_model.EMBEDDING_SPREAD / config.initializer_range)
+        for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
             layer.weight[len(tokenizer) :] = 0
     model.generation_config.update(**quirk.generation)
     return model

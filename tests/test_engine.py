@@ -22,7 +22,6 @@ from trl.trainer import utils
 
 from rerank import dapo
 from rerank.dapo.trainer import GAP
-from rerank.launch import recipe
 from rerank.models import engine
 
 BOUND, STEPS = 0.02, 5
@@ -37,10 +36,8 @@ def evenness(completions, completion_ids, **columns):
 
 
 @pytest.fixture(autouse=True)
-def quiet_engine():
-    """TRL and vLLM write into the environment; leave it as it was."""
-    with patch.dict(os.environ, {**recipe.ENVIRONMENT, "OMP_NUM_THREADS": "1"}):
-        yield
+def in_quiet(quiet_engine):
+    """Every test here."""
 
 
 def gaps_of_a_training(folder, tied, dtype):
