@@ -7,7 +7,7 @@ import quirks
 import torch
 from safetensors.torch import load_file
 from toy_recipe import launch
-from toy_run import ID_TOKENS, finish, write_run, write_traces
+from toy_run import ID_TOKENS, finish, write_interactions, write_items, write_run, write_semantic_ids, write_traces
 from transformers import AutoTokenizer
 
 from rerank.models import base as base_model
@@ -37,7 +37,12 @@ def assert_merged_alike(stage, runs, known):
 
 def test_midtrain_of_a_padded_vocabulary(tmp_path):
     base = quirks.save_pretrained("qwen3_padded_untied", tmp_path / "base")
-    runs = [write_run(tmp_path / name, "semantic_ids") for name in ("one", "two")]
+    runs = [tmp_path / name for name in ("one", "two")]
+    for run in runs:
+        write_items(run / "data")
+        write_interactions(run / "data")
+        write_semantic_ids(run / "semantic_ids")
+        finish(run / "semantic_ids", {"levels": 2, "codebook_size": 4})
     words = (f"--model_name_or_path={base}", "--token_learning_rate=0.01", HALF, *LORA)
     launch(ALONE, "rerank.midtrain", "midtrain", runs[0], *words, TWICE)
     launch(ZERO3, "rerank.midtrain", "midtrain", runs[1], *words)
