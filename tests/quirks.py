@@ -91,7 +91,7 @@ TIED = {"tie_word_embeddings": True}
 MODELS = {
     "qwen3_padded_tied": Quirk("qwen3", TIED, unused=200, generation=OTHER_SAMPLING),
     "qwen3_padded_untied": Quirk("qwen3", unused=200, generation={"top_k": 1, "do_sample": True}),
-    "qwen2_thinking": Quirk("qwen2", {"num_key_value_heads": 1}, (that_opens,)),
+    "qwen2_thinking": Quirk("qwen2", {"num_attention_heads": 2, "num_key_value_heads": 1}, (that_opens,)),
     "llama3": Quirk("llama", {}, (with_date, with_bos, without_pad), generation=OTHER_SAMPLING),
     "llama2": Quirk("llama", {"num_key_value_heads": 4}, (that_prepends, with_bos, without_pad)),
     "mistral": Quirk("mistral", {"sliding_window": 16}, (with_bos, without_pad), obstacle="sliding_window is 16"),

@@ -1,5 +1,7 @@
 """ZeRO-3 on two CPU processes trains added tokens and an adapter, and merges it, as one process does."""
 
+import json
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -7,9 +9,11 @@ import quirks
 import torch
 from safetensors.torch import load_file
 from toy_recipe import launch
-from toy_run import ID_TOKENS, finish, write_interactions, write_items, write_run, write_semantic_ids, write_traces
+from toy_run import ID_TOKENS, NUM_ITEMS, finish, toy_sequences, write_run, write_traces
 from transformers import AutoTokenizer
 
+from rerank.baselines import Counts
+from rerank.launch.files import write_json
 from rerank.models import base as base_model
 from rerank.prompts import THINK, THINK_END
 
@@ -35,14 +39,20 @@ def assert_merged_alike(stage, runs, known):
     assert (one[name] - known[name]).abs().max() > 1e-6
 
 
+def write_whole_run(folder, upto):
+    """The stages up to `upto`, with all that training stages read."""
+    write_run(folder, upto)
+    metrics = {"data": {"items": NUM_ITEMS, "users": 30, "interactions": 240}}
+    metrics["semantic_ids"] = {"levels": 2, "codebook_size": 4}
+    for stage, values in metrics.items():
+        path = folder / stage / "metrics.json"
+        write_json(path, json.loads(path.read_text()) | values)
+    return folder
+
+
 def test_midtrain_of_a_padded_vocabulary(tmp_path):
     base = quirks.save_pretrained("qwen3_padded_untied", tmp_path / "base")
-    runs = [tmp_path / name for name in ("one", "two")]
-    for run in runs:
-        write_items(run / "data")
-        write_interactions(run / "data")
-        write_semantic_ids(run / "semantic_ids")
-        finish(run / "semantic_ids", {"levels": 2, "codebook_size": 4})
+    runs = [write_whole_run(tmp_path / name, "semantic_ids") for name in ("one", "two")]
     words = (f"--model_name_or_path={base}", "--token_learning_rate=0.01", HALF, *LORA)
     launch(ALONE, "rerank.midtrain", "midtrain", runs[0], *words, TWICE)
     launch(ZERO3, "rerank.midtrain", "midtrain", runs[1], *words)
@@ -51,7 +61,8 @@ def test_midtrain_of_a_padded_vocabulary(tmp_path):
 
 def write_traced_run(folder):
     """The stages that sft reads."""
-    run = write_run(folder, "candidates")
+    run = write_whole_run(folder, "candidates")
+    Counts.fit(toy_sequences(), NUM_ITEMS).save(run / "candidates/evidence.npz")
     rows = [row for row in pq.read_table(run / "candidates/train.parquet").to_pylist() if row["hit"]]
     write_traces(run / "traces", {row["row_id"]: "sft" for row in rows})
     accepted = [{"row_id": row["row_id"], "trace": "it fits", "order": [1, 0, 2, 3]} for row in rows]

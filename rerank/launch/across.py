@@ -1,4 +1,4 @@
-"""What one stage of a pipeline settles for a later one, refused before either is launched."""
+"""Stages of a pipeline that do not go together are refused before either is launched."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
