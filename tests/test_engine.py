@@ -27,17 +27,13 @@ from rerank.models import engine
 BOUND, STEPS = 0.02, 5
 OTHER_SAMPLING = {"do_sample": True, "temperature": 0.3, "top_k": 2, "repetition_penalty": 1.5}
 OUTPUTS = ("log_probs", "entropy", "is_top1")  # of the fused loss
+pytestmark = pytest.mark.usefixtures("quiet_engine")
 PROMPTS = ["Rank: the title", "History: a drama", "Candidates: of the", "a title of the drama"]
 
 
 def evenness(completions, completion_ids, **columns):
     """The share of even token ids: differs between the completions of an untrained model."""
     return [sum(token % 2 == 0 for token in ids) / len(ids) for ids in completion_ids]
-
-
-@pytest.fixture(autouse=True)
-def in_quiet(quiet_engine):
-    """Every test here."""
 
 
 def gaps_of_a_training(folder, tied, dtype):

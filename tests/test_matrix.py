@@ -190,7 +190,8 @@ def trained(made, tmp_path_factory):
 def test_rows_are_learned_by_heart(trained):
     for row, text in zip(rows(), trained.texts, strict=True):
         parsed = parse_completion(text, trained.made.prompter.labels(row))
-        assert (parsed.failure, parsed.order, parsed.trace) == (None, best_order(row), "it fits"), text
+        assert (parsed.failure, parsed.order) == (None, best_order(row)), text
+        assert parsed.trace.strip() == "it fits"  # behind a tag Llama 2 writes a space
 
 
 def test_saved_and_loaded_again_it_is_the_same_model(trained):

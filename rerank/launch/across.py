@@ -20,6 +20,8 @@ def _check_letters(candidates: Any, settings: Any) -> None:
     """Refuse lists that are to be made longer than letters can name."""
     from rerank.prompts import MAX_LETTERS
 
+    if candidates.source in ("lists", "requests"):  # whose lists have lengths of their own
+        return
     if settings.ranking == "letter" and candidates.num_candidates > MAX_LETTERS:
         raise ValueError(
             f"num_candidates is {candidates.num_candidates} but ranking: letter of the traces recipe names at most "

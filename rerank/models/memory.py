@@ -131,7 +131,7 @@ def activations(config: "PreTrainedConfig", shape: Shape, checkpointing: bool) -
     from transformers import AutoModelForCausalLM
 
     with FakeTensorMode():
-        model = AutoModelForCausalLM.from_config(config, dtype=shape.dtype).train()
+        model = base_model.with_exact_attention(AutoModelForCausalLM.from_config(config, dtype=shape.dtype)).train()
         kept = saved_bytes(model, shape)
         if not checkpointing:
             return kept
