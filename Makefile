@@ -1,4 +1,5 @@
-# demo: the pipeline on MovieLens-100K. test: lint and tests. setup: the environment of both, in .venv, installed once.
+# demo: the pipeline on MovieLens-100K. test: lint and tests. matrix: models of all families, with vLLM and ZeRO-3.
+# setup: the environment of all, in .venv, installed once.
 SHELL := /bin/bash
 PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python3)
 VENV := .venv
@@ -10,7 +11,7 @@ INSTALLED := $(VENV)/installed
 TORCH := torch==2.13.0+cpu
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: setup demo test lint machine gpu-core gpu-test
+.PHONY: setup demo test matrix lint machine gpu-core gpu-test
 .DELETE_ON_ERROR:
 
 setup: $(INSTALLED)
@@ -22,6 +23,9 @@ test: lint
 	@command -v chromium chromium-browser google-chrome >/dev/null || \
 		echo "Chromium is missing, so the tests of the report in a browser are skipped; install it with: apt-get install -y chromium" >&2
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+matrix: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "matrix or not matrix" tests/test_matrix.py tests/test_zero3_lora.py
 
 lint: setup
 	$(BIN)/ruff check .

@@ -3,10 +3,13 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 from filelock import FileLock
 from toy_recipe import TOY, environment, run_command
+
+from rerank.launch import recipe
 
 LONGEST, NEXT_LONGEST = "test_distributed.py", "test_resume.py"  # both need the toy run
 
@@ -23,6 +26,13 @@ def pytest_collection_modifyitems(items):
     """The longest file first, which makes the toy run; others need it when it is there: no worker waits."""
     need_it = {item.path for item in items if "toy_run" in item.fixturenames}
     items.sort(key=lambda item: (item.path.name != LONGEST, item.path in need_it, item.path.name != NEXT_LONGEST))
+
+
+@pytest.fixture
+def quiet_engine():
+    """TRL and vLLM write into the environment; leave it as it was."""
+    with patch.dict(os.environ, {**recipe.ENVIRONMENT, "OMP_NUM_THREADS": "1"}):
+        yield
 
 
 @dataclass(frozen=True)

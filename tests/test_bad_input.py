@@ -8,7 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import quirks
 import transformers
+from tiny_model import save_tiny_model
 from toy_recipe import TOY, environment, refusal
 from toy_run import NUM_ITEMS, finish, write_run
 
@@ -59,6 +61,28 @@ def refused_run(toy: Path, capfd, *words: str) -> str:
 )
 def test_a_bad_override(toy, capfd, word, message):
     assert message.replace("TOY", str(toy)) in refused_run(toy, capfd, word.replace("TOY", str(toy)))
+
+
+def test_more_candidates_than_letters(toy, capfd):
+    words = ("candidates.num_candidates=27", "traces.ranking=letter")
+    assert refused_run(toy, capfd, *words).startswith(
+        "rerank: num_candidates is 27 but ranking: letter of the traces recipe names at most 26; lower it, or set tra"
+    )
+
+
+@pytest.mark.parametrize("word", ["midtrain.model_name_or_path=BASE", "sft.model_name_or_path=BASE"])
+def test_a_model_that_cannot_be_prompted_is_refused_before_the_stages_ahead_of_it(toy, capfd, word):
+    base = save_tiny_model(toy / "base")
+    (base / "chat_template.jinja").unlink()
+    line = refused_run(toy, capfd, word.replace("BASE", str(base)))
+    assert f"the tokenizer of {base} has no chat template; save one as chat_template.jinja in that folder" in line
+
+
+def test_a_model_whose_groups_cannot_be_one_row(toy, capfd):
+    base = quirks.save_pretrained("mistral", toy / "base")
+    line = refused_run(toy, capfd, f"midtrain.model_name_or_path={base}")
+    assert "MistralForCausalLM cannot run a group as one row: sliding_window is 16; use a model with full" in line
+    assert "or set group_forward: false" in line
 
 
 def test_a_forced_stage_that_the_recipe_lacks(toy, capfd):

@@ -22,25 +22,18 @@ from trl.trainer import utils
 
 from rerank import dapo
 from rerank.dapo.trainer import GAP
-from rerank.launch import recipe
 from rerank.models import engine
 
 BOUND, STEPS = 0.02, 5
 OTHER_SAMPLING = {"do_sample": True, "temperature": 0.3, "top_k": 2, "repetition_penalty": 1.5}
 OUTPUTS = ("log_probs", "entropy", "is_top1")  # of the fused loss
+pytestmark = pytest.mark.usefixtures("quiet_engine")
 PROMPTS = ["Rank: the title", "History: a drama", "Candidates: of the", "a title of the drama"]
 
 
 def evenness(completions, completion_ids, **columns):
     """The share of even token ids: differs between the completions of an untrained model."""
     return [sum(token % 2 == 0 for token in ids) / len(ids) for ids in completion_ids]
-
-
-@pytest.fixture(autouse=True)
-def quiet_engine():
-    """TRL and vLLM write into the environment; leave it as it was."""
-    with patch.dict(os.environ, {**recipe.ENVIRONMENT, "OMP_NUM_THREADS": "1"}):
-        yield
 
 
 def gaps_of_a_training(folder, tied, dtype):

@@ -1,15 +1,17 @@
 """The loss of each task, packed documents, recall on validation rows: what mid-training adds to TRL's trainer."""
 
 import pytest
+import quirks
 import torch
-from tiny_model import ID_TOKENS, model_with_ids, sft_config
-from transformers import EarlyStoppingCallback, Trainer
+from tiny_model import ID_TOKENS, model_with_ids, save_tiny_model, sft_config
+from transformers import AutoTokenizer, EarlyStoppingCallback, Trainer
 from trl import SFTTrainer
 
 from rerank import midtrain
 from rerank.launch import stopping
 from rerank.midtrain.documents import Document, encode
 from rerank.midtrain.trainer import MidtrainTrainer, collate_with_tasks
+from rerank.models import base as base_model
 
 DOCUMENTS = [
     Document("sequence", "Next items:", "".join(ID_TOKENS), ends=False),
@@ -74,6 +76,21 @@ def test_packed_rows_train_as_the_same_documents_padded(tmp_path):
     for name, value in trained[0].items():
         assert torch.allclose(value, trained[1][name], atol=1e-4), name
         assert not torch.equal(value, start[name]), name
+
+
+@pytest.mark.parametrize("options", PACKED, ids=["padded", "packed"])
+def test_a_tokenizer_without_a_token_for_padding_trains_alike(tmp_path, options):
+    losses = []
+    for change in (lambda tokenizer: tokenizer, quirks.without_pad):
+        folder = save_tiny_model(tmp_path / change.__name__)
+        change(AutoTokenizer.from_pretrained(folder)).save_pretrained(folder)
+        model, tokenizer = base_model.load_pretrained(str(folder))
+        settings = config(tmp_path / "out", **options)
+        dataset, _ = midtrain.encoded_dataset(DOCUMENTS, tokenizer, settings)
+        made = MidtrainTrainer(model, settings, processing_class=tokenizer, train_dataset=dataset)
+        stopping.train(made)
+        losses.append(made.state.log_history[0]["loss"])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
 
 
 def test_losses_of_tasks_are_means_since_the_last_log(tmp_path):

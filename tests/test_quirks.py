@@ -4,15 +4,18 @@ import shutil
 
 import pytest
 import torch
+from quirks import that_opens, that_prepends, with_bos, with_date
 from tiny_model import ID_TOKENS, SHAPE, save_tiny_model, tiny_tokenizer
-from tokenizers import normalizers, processors
+from tokenizers import processors
 from transformers import AutoTokenizer, Qwen3ForCausalLM
+from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 
 from rerank import prompts
 from rerank.catalogue import Catalogue
 from rerank.midtrain.documents import Document, encode
 from rerank.models import base as base_model
 from rerank.next_item.encoder import NextItemEncoder
+from rerank.next_item.item_head import ItemHead
 from rerank.prompts import PromptSettings, prompt_ids, render
 from rerank.rows import Prompter, RankingRow
 
@@ -30,16 +33,6 @@ def padded_model(tokenizer, padding, tied):
     return model
 
 
-def with_bos(tokenizer, eos=False):
-    """The tokenizer of Gemma and Llama 3: it writes BOS before a text, some EOS behind it."""
-    tokenizer.add_special_tokens({"bos_token": "<|begin|>"})
-    text = "<|begin|> $A <|end|>" if eos else "<|begin|> $A"
-    specials = [(name, tokenizer.convert_tokens_to_ids(name)) for name in ("<|begin|>", "<|end|>")]
-    tokenizer._tokenizer.post_processor = processors.TemplateProcessing(single=text, special_tokens=specials)
-    tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
-    return tokenizer
-
-
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("padding", [2, 200])
 def test_new_tokens_within_a_padded_vocabulary_have_rows_of_their_own(padding, tied):
@@ -55,10 +48,7 @@ def test_new_tokens_within_a_padded_vocabulary_have_rows_of_their_own(padding, t
 
 
 def test_an_id_stays_whole_behind_a_word_where_a_normalizer_prepends():
-    tokenizer = tiny_tokenizer()
-    tokenizer._tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
-    )  # of Llama 2's family
+    tokenizer = that_prepends(tiny_tokenizer())
     model = base_model.make_small_model(SHAPE, tokenizer, 0)
     ids = base_model.add_tokens(model, tokenizer, ID_TOKENS, seed=0)
     for text in ("drama{}", "drama {}", "{} drama", "{}{}"):
@@ -95,8 +85,7 @@ def test_a_tokenizer_that_ends_every_text_is_refused(tmp_path):
 def test_the_date_of_a_template_is_fixed_and_saved(tmp_path):
     folder = save_tiny_model(tmp_path / "model")
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    dated = "{%- if strftime_now is defined %}{%- set date = strftime_now('%d %b %Y') %}{%- endif %}Day {{ date }}."
-    tokenizer.chat_template = dated + tokenizer.chat_template
+    with_date(tokenizer)
     tokenizer.save_pretrained(folder)
     loaded = base_model.load_tokenizer(str(folder))
     assert "Day 26 Jul 2024." in render(loaded, "drama")
@@ -108,8 +97,7 @@ def test_the_date_of_a_template_is_fixed_and_saved(tmp_path):
 def test_a_template_that_opens_the_tag_ends_before_it():
     tokenizer = tiny_tokenizer()
     plain = render(tokenizer, "drama")
-    tokenizer.chat_template += "{% if add_generation_prompt %}<think>\n{% endif %}"
-    assert render(tokenizer, "drama") == plain
+    assert render(that_opens(tokenizer), "drama") == plain
 
 
 def test_special_tokens_within_a_completion_reach_the_parser():
@@ -133,3 +121,13 @@ def test_all_that_a_tokenizer_writes_before_a_text_begins_every_sequence():
     assert tokenizer(text).input_ids == prompt_ids(tokenizer, [text])[0]
     assert prompt_ids(tokenizer, [text])[0][:2] == [ids for _, ids in specials]
     assert text.count("<sop>") == 0
+
+
+def test_a_model_that_scales_its_embeddings_reads_an_items_own_vector_scaled_alike():
+    embedding = Gemma3TextScaledWordEmbedding(6, 4, padding_idx=0, embed_scale=2.0)
+    head = ItemHead([[1, 2], [3, 4]], 4, is_read=True)
+    torch.nn.init.normal_(head.own)
+    head.add_to(embedding)
+    read = embedding(torch.tensor([[1, 2, 5]]))[0]
+    assert torch.allclose(read[1], 2.0 * (embedding.weight[2] + head.own[0]))  # as one token with such an embedding
+    assert torch.equal(read[[0, 2]], 2.0 * embedding.weight[[1, 5]])

@@ -6,8 +6,8 @@ import random
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from quirks import that_prepends
 from tiny_model import ID_TOKENS, tiny_tokenizer
-from tokenizers import normalizers, pre_tokenizers
 
 from rerank import prompts
 from rerank.models import base
@@ -123,10 +123,8 @@ def test_too_small_a_limit_and_tags_of_several_tokens_are_refused():
 @pytest.mark.parametrize("prepends", [False, True])
 def test_what_a_model_is_trained_to_write_is_allowed(ranking, prepends):
     tokenizer = tiny_tokenizer()
-    if prepends:  # Llama 2's family; a label is then written otherwise behind a tag than behind another label
-        steps = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
-        tokenizer._tokenizer.normalizer = normalizers.Sequence(steps)
-        tokenizer._tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    if prepends:  # a label is then written otherwise behind a tag than behind another label
+        tokenizer = that_prepends(tokenizer)
     base.extend_vocabulary(tokenizer, [*ID_TOKENS, prompts.THINK, prompts.THINK_END])
     labels = {"semantic_id": [a + b for a in ID_TOKENS[:2] for b in ID_TOKENS[2:]]}
     labels = labels.get(ranking) or prompts.word_labels(ranking, 12)

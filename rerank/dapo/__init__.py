@@ -35,7 +35,7 @@ from rerank.launch.values import check_choice, check_range, option
 from rerank.models import adapters, engine, server
 from rerank.models import base as base_model
 from rerank.models.ranker import complete_greedily
-from rerank.models.saving import check_model, save_ranker
+from rerank.models.saving import check_model, save_ranker, save_trained
 from rerank.prompts import THINK, THINK_END, PromptSettings
 from rerank.rows import PromptedRow, Prompter, RankingRow, training_rows
 from rerank.rows.checks import check_context, prompt_lengths
@@ -252,7 +252,7 @@ def main(args: DapoArguments, training_args: DapoConfig, model_args: ModelConfig
     checks = validation.Validation(args, held_out, completer(trainer, prompts.max_completion_tokens), trainer)
     trainer.continue_from(stopping.last_checkpoint(training_args.output_dir))
     stopping.train(trainer, args.max_minutes)
-    base_model.save_trained(trainer, tokenizer, base_dir, out_dir / "model", checks.finish())
+    save_trained(trainer, tokenizer, base_dir, out_dir / "model", checks.finish())
     if checks.kept_step == 0:
         logger.warning("no check was better than that of the sft model, which is kept; see dapo/log_history.json")
     steps = [entry for entry in trainer.state.log_history if "rollouts/reward" in entry]

@@ -16,6 +16,7 @@ from typing import Any
 
 from rerank.launch import recipe
 from rerank.launch import run_dir as runs
+from rerank.launch.across import check_across
 from rerank.launch.files import write_whole
 from rerank.launch.gpus import free_gpu, gpu_words
 from rerank.launch.named_files import ACCELERATE_VARIABLE
@@ -151,6 +152,7 @@ def check_steps(
                 runs.refuse_partial_of_another_recipe(step.run_dir, step.stage, step.keys, accelerate)
             check_stage(step.stage, arguments, accelerate)
             made.append(step.stage)
+        check_across(resolved)
     return resolved
 
 
@@ -255,8 +257,7 @@ def _launch_step(step: Step, name: str, accelerate: str, say: Callable[[str], No
             return 1
     say(f"{name} ...")
     begin = time.monotonic()
-    code = run_step(step, accelerate)
-    if code:
+    if code := run_step(step, accelerate):
         say(f"{name} {'was stopped' if code == 130 else f'failed with exit code {code}'}; "
             f"{again} continues from here")  # fmt: skip
         return code
@@ -286,8 +287,7 @@ def describe(steps: Sequence[Step], accelerate: str, remake: Sequence[str] = ())
 
             model, url = runs.stage_dir(step.run_dir, "sft") / "model", _address(step.keys)
             where = recipe.load(accelerate)
-            shares = server.is_local(url) and not where.get("use_cpu")
-            device = free_gpu(where) if shares else None
+            device = free_gpu(where) if server.is_local(url) and not where.get("use_cpu") else None
             lines.append(server.launch_line(model, url, step.keys.get("vllm_max_model_length"), device) + " &")
         done = step.stage not in remake and runs.is_finished(step.run_dir, step.stage)
         lines.append("# finished: " * done + shlex.join(["accelerate", "launch", *launch_words(step, accelerate)]))

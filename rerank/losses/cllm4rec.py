@@ -10,7 +10,7 @@ from torch import nn
 from rerank.launch.values import check_range
 from rerank.losses import AuxiliaryLoss, Batch, LossInfo, LossInputs, Row
 from rerank.next_item.encoder import NEXT_ITEMS
-from rerank.next_item.item_head import ItemHead
+from rerank.next_item.item_head import ItemHead, scale_of
 from rerank.rows import by_user
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ class cllm4rec(AuxiliaryLoss):
             return None
         own, places = embedding(batch["input_ids"]), self._places(batch, is_content=True)
         second = self.module.content[places.clamp(min=0)].to(own.dtype)
-        second = second * getattr(embedding, "embed_scale", 1.0)  # Gemma's embedding scales what it looks up
+        second = second * scale_of(embedding)
         return torch.where((places >= 0)[..., None], second, own)
 
     def counts(self, batch: Batch) -> dict[str, int]:

@@ -36,7 +36,9 @@ from rerank.midtrain.new_rows import load_rows, save_rows, train_only_rows
 from rerank.midtrain.words import fixed_words, warn_of_split_words
 from rerank.models import adapters, names
 from rerank.models import base as base_model
+from rerank.models.checks import check_pretrained
 from rerank.models.dropout import residual_dropout
+from rerank.models.saving import save_trained
 from rerank.prompts import FACTS, MAX_LETTERS, THINK, THINK_END, word_labels
 from rerank.prompts.facts import NUM_BUCKETS, check_facts
 from rerank.prompts.fields import SEMANTIC_ID
@@ -122,7 +124,7 @@ def check(args: MidtrainArguments, training_args: SFTConfig, model_args: ModelCo
         )
     if model_args.model_name_or_path is not None:
         start = names.resolve(model_args.model_name_or_path, "model_name_or_path")
-        adapters.check_adapter(model_args, start)
+        check_pretrained(start, model_args)
         if args.list_labels != SEMANTIC_ID and args.mixture.get("lists") and Path(start).is_dir():
             labels = word_labels(args.list_labels, args.longest_list)
             split_labels(base_model.load_tokenizer(start, model_args), labels)
@@ -243,8 +245,7 @@ def main(args: MidtrainArguments, training_args: SFTConfig, model_args: ModelCon
             gc.collect()  # before the second copy, of a model that may be large
             model, _, _ = fresh_model(args, model_args, documents, training_args.seed)
         load_rows(model, ids, rows_path)
-    peft_config = adapters.lora_config(model_args, model)
-    base_dir = out_dir / "base"
+    peft_config, base_dir = adapters.lora_config(model_args, model), out_dir / "base"
     if peft_config is not None:
         with base_model.gathered_parameters(*model.parameters()):  # what the adapter is merged into at the end
             if training_args.process_index == 0:
@@ -265,7 +266,7 @@ def main(args: MidtrainArguments, training_args: SFTConfig, model_args: ModelCon
     )
     with residual_dropout(trainer.model, args.dropout):
         stopping.train(trainer, args.max_minutes)
-    base_model.save_trained(trainer, tokenizer, base_dir, out_dir / "model")
+    save_trained(trainer, tokenizer, base_dir, out_dir / "model")
     if trainer.accelerator.is_main_process:
         what = model_card.LANGUAGE_MODEL if catalogue.has_ids else model_card.WITHOUT_IDS
         model_card.write(out_dir / "model", args.run_dir, "midtrain", what, model_args.model_name_or_path)

@@ -1,9 +1,8 @@
-"""Models: a pretrained one loaded, a small Qwen3-shaped one made, tokens added, a trained one saved."""
+"""Models: a pretrained one loaded, a small Qwen3-shaped one made, tokens added."""
 
 import contextlib
 import itertools
 import json
-import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from rerank.models import names
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, Trainer
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
     from trl import ModelConfig
 
 SPECIAL_TOKENS = ("<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>")
@@ -62,7 +61,7 @@ def load_pretrained(
     tokenizer = load_tokenizer(name, settings)
     files = list(Path(name).glob("*.gguf")) if Path(name).is_dir() else []
     if not files:
-        return AutoModelForCausalLM.from_pretrained(name, **kwargs), tokenizer
+        return with_exact_attention(AutoModelForCausalLM.from_pretrained(name, **kwargs)), tokenizer
     packed = AutoModelForCausalLM.from_pretrained(name, gguf_file=files[0].name, **kwargs)
     # A model loaded from GGUF refuses to be saved: the same weights in a model made from its plain configuration.
     dropped = ("quantization_config", "_name_or_path", "architectures")
@@ -70,14 +69,28 @@ def load_pretrained(
     model = type(packed)(config).to(packed.dtype)  # type: ignore[arg-type]  # a decorator hides its signature
     model.load_state_dict(packed.state_dict())
     model.tie_weights()
-    return model, tokenizer
+    return with_exact_attention(model), tokenizer
+
+
+def caps_attention(config: "PreTrainedConfig") -> bool:
+    """Whether a model soft-caps the scores of its attention (Gemma 2), which transformers' sdpa leaves out."""
+    return bool(getattr(config.get_text_config(), "attn_logit_softcapping", None))
+
+
+def with_exact_attention(model: "PreTrainedModel") -> "PreTrainedModel":
+    """The model, with eager attention in place of an sdpa that would compute other numbers."""
+    if caps_attention(model.config) and model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation("eager")
+    return model
 
 
 def load_tokenizer(name: str, settings: "ModelConfig | None" = None) -> "PreTrainedTokenizerBase":
     """The tokenizer of `load_pretrained`, without the model; a date in its chat template is fixed.
 
+    Where it has no token for padding, that is its end of sequence, as in TRL; batches mask it by length.
+
     Raises:
-        ValueError: When it ends every text by itself.
+        ValueError: When it ends every text by itself, or has no token that ends one.
     """
     from transformers import AutoTokenizer
 
@@ -94,6 +107,12 @@ def load_tokenizer(name: str, settings: "ModelConfig | None" = None) -> "PreTrai
             f"the tokenizer of {name} writes {tokenizer.eos_token} behind every text, and a prompt must not end; "
             "set add_eos_token to false in its tokenizer_config.json, or take that out of its post_processor"
         )
+    if end is None:
+        raise ValueError(
+            f"the tokenizer of {name} has no eos_token, so no answer would end; name one in its tokenizer_config.json"
+        )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
     template = tokenizer.chat_template
     if isinstance(template, str) and "strftime_now" in template and not template.startswith(FIXED_DATE):
         tokenizer.chat_template = FIXED_DATE + template
@@ -239,35 +258,3 @@ def add_tokens(
             noise = torch.randn(len(new), old.shape[1], generator=generator) * old.std()
             table[new] = (old.mean(0) + noise).to(table.dtype)
     return ids
-
-
-def save_trained(
-    trainer: "Trainer",
-    tokenizer: "PreTrainedTokenizerBase",
-    base_dir: str | Path,
-    folder: Path,
-    kept: Path | None = None,
-) -> None:
-    """Save a trainer's model as a plain model folder, a LoRA adapter merged into the model of `base_dir`.
-
-    Every process must call it, since a sharded model is gathered.
-
-    Args:
-        kept: Where `trainer.save_model` has saved the weights to take in place of the present ones.
-    """
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
-    is_adapter = isinstance(trainer.accelerator.unwrap_model(trainer.model), PeftModel)
-    saved = folder.with_name(f"{folder.name}_adapter") if is_adapter else folder
-    if kept is None:
-        trainer.save_model(str(saved))
-    if not trainer.accelerator.is_main_process:
-        return
-    if kept is not None:
-        shutil.copytree(kept, saved, dirs_exist_ok=True)
-    if is_adapter:
-        base = AutoModelForCausalLM.from_pretrained(base_dir, dtype="float32")  # its folder may have no tokenizer
-        PeftModel.from_pretrained(base, str(saved)).merge_and_unload().save_pretrained(folder)
-    (folder / "training_args.bin").unlink(missing_ok=True)
-    tokenizer.save_pretrained(folder)

@@ -46,21 +46,36 @@ def prepare_model(model: "PreTrainedModel | PeftModel") -> None:
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     if obstacle := obstacle_of(model):
-        name = type(base).__name__
-        raise ValueError(f"{name} cannot run a group as one row: {obstacle}, or set group_forward: auto")
+        _refuse(type(base).__name__, obstacle)
     base.set_attn_implementation(ATTENTION)
 
 
 def obstacle_of(model: "PreTrainedModel | PeftModel") -> str | None:
     """The first reason against packed rows of a model, with the cure; None where `prepare_model` takes it."""
-    if not isinstance(model, PeftModel):
-        return _obstacle(model.config)
-    if any(adapter.is_prompt_learning for adapter in model.peft_config.values()):
-        return "its adapter adds tokens to the prompt; use LoRA"
-    return _obstacle(model.get_base_model().config)
+    base = model
+    if isinstance(model, PeftModel):
+        if any(adapter.is_prompt_learning for adapter in model.peft_config.values()):
+            return "its adapter adds tokens to the prompt; use LoRA"
+        base = model.get_base_model()
+    return _obstacle(base.config, base.config._attn_implementation)
 
 
-def _obstacle(config: "PreTrainedConfig") -> str | None:
+def check_config(config: "PreTrainedConfig", attention: str | None = None) -> None:
+    """Refuse a model that `prepare_model` would refuse, before it is loaded.
+
+    Args:
+        config: Of the model.
+        attention: The recipe's `attn_implementation`.
+    """
+    if obstacle := _obstacle(config, attention or "sdpa"):
+        _refuse((config.architectures or [config.model_type])[0], obstacle)
+
+
+def _refuse(name: str, obstacle: str) -> None:
+    raise ValueError(f"{name} cannot run a group as one row: {obstacle}, or set group_forward: auto")
+
+
+def _obstacle(config: "PreTrainedConfig", attention: str | None) -> str | None:
     options = config.to_dict()
     if options.get("attn_logit_softcapping"):
         return f"attn_logit_softcapping is {options['attn_logit_softcapping']}; use a model without"
@@ -74,8 +89,8 @@ def _obstacle(config: "PreTrainedConfig") -> str | None:
     rope_type = options["rope_parameters"]["rope_type"]
     if rope_type in ("dynamic", "longrope"):
         return f"its rotations depend on the length of a row (rope_type {rope_type}); use a model with fixed ones"
-    if config._attn_implementation not in ("sdpa", ATTENTION):
-        return f"attn_implementation is {config._attn_implementation}; use sdpa"
+    if attention not in ("sdpa", ATTENTION):
+        return f"attn_implementation is {attention}; use sdpa"
     if options["attention_dropout"]:
         return f"attention_dropout is {options['attention_dropout']}; set it to 0"
     return None

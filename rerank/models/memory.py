@@ -138,7 +138,7 @@ def activations(config: "PreTrainedConfig", shape: Shape, checkpointing: bool) -
     from transformers import AutoModelForCausalLM
 
     with FakeTensorMode():
-        model = AutoModelForCausalLM.from_config(config, dtype=shape.dtype).train()
+        model = base_model.with_exact_attention(AutoModelForCausalLM.from_config(config, dtype=shape.dtype)).train()
         kept = saved_bytes(model, shape)
         if not checkpointing:
             return kept
@@ -187,10 +187,8 @@ def estimates(stages: Mapping[str, Sequence[Any]], accelerate: str | Path) -> li
     """
     where = recipe.load(accelerate)
     room, length, lines = there(where), 0, []
-    configs: dict[str, PreTrainedConfig | None] = {}
-    for stage in [name for name in stages if name in STARTS]:
-        args, options, model_args = arguments = stages[stage]
-        config = configs[stage] = start_config(stage, args, model_args, configs)
+    for stage, config in configs(stages).items():
+        _, options, model_args = arguments = stages[stage]
         length = (options.vllm_max_model_length if stage == "dapo" else options.max_length) or length
         if config is None or not length:
             continue
@@ -206,6 +204,19 @@ def estimates(stages: Mapping[str, Sequence[Any]], accelerate: str | Path) -> li
     return lines
 
 
+def configs(stages: Mapping[str, Sequence[Any]]) -> dict[str, "PreTrainedConfig | None"]:
+    """The configuration of the model that each stage trains, of those that train one; None where it is on the hub.
+
+    Args:
+        stages: Those to be launched -> their arguments, in order.
+    """
+    found: dict[str, PreTrainedConfig | None] = {}
+    for stage in [name for name in stages if name in STARTS]:
+        args, _, model_args = stages[stage]
+        found[stage] = start_config(stage, args, model_args, found)
+    return found
+
+
 def _cure(stage: str, arguments: Sequence[Any]) -> str:
     """Settings that would make it less, and are not made yet."""
     _, options, model_args = arguments
@@ -218,20 +229,18 @@ def _cure(stage: str, arguments: Sequence[Any]) -> str:
 
 
 def start_config(
-    stage: str, args: Any, model_args: "ModelConfig", configs: Mapping[str, "PreTrainedConfig | None"]
+    stage: str, args: Any, model_args: "ModelConfig", before_it: Mapping[str, "PreTrainedConfig | None"]
 ) -> "PreTrainedConfig | None":
     """Of the model that a stage trains: the recipe's, that of the stage before, or the one that is made."""
-    from transformers import AutoConfig
+    from rerank.models.checks import read_config
 
     named, before = model_args.model_name_or_path, STARTS[stage]
     if named is not None:
         folder = Path(names.resolve(named, "model_name_or_path"))
-        packed = next(folder.glob("*.gguf"), None)
-        options = {} if packed is None else {"gguf_file": packed.name}
-        return AutoConfig.from_pretrained(folder, **options) if folder.is_dir() else None
+        return read_config(folder, next(folder.glob("*.gguf"), None)) if folder.is_dir() else None
     if before is None:
         return base_model.small_config(args, args.vocab_size)
-    if before in configs:
-        return configs[before]
+    if before in before_it:
+        return before_it[before]
     made = run_dir.stage_dir(args.run_dir, before) / "model"
-    return AutoConfig.from_pretrained(made) if (made / "config.json").is_file() else None
+    return read_config(made, None) if (made / "config.json").is_file() else None

@@ -54,6 +54,11 @@ def resolve(name: str, what: str, files: Sequence[str] = ("config.json", "*.gguf
                 return str(found[0].parent)
         raise FileNotFoundError(f"{what} is {name} but {folder} holds no {held}, so no model")
     if path and folder.is_dir():
+        if (folder / "adapter_config.json").is_file():
+            raise ValueError(
+                f"{what} {name} is the folder of an adapter; merge it into its base model (PEFT's merge_and_unload), "
+                "save that, and give its folder"
+            )
         if not any(next(folder.glob(pattern), None) for pattern in files):
             raise FileNotFoundError(f"{what} {name} holds no {held}; give the folder that save_pretrained wrote")
         return str(folder)

@@ -1,9 +1,11 @@
-"""Beside a trained model's weights: the files that asking it later needs, its card, and the check that it fits a
+"""A trained model's folder: weights, the files that asking it later needs, its card, and the check that it fits a
 catalogue."""
 
+import contextlib
 import dataclasses
 import json
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +22,8 @@ from rerank.rows import FEATURES_FILE
 from rerank.rows.checks import list_lengths
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, Trainer
+
     from rerank.rows import Prompter
 
 BRAND = "brand"  # of items, on which a fact rests
@@ -82,6 +86,55 @@ def save_item_sources(run: str | Path, folder: Path, num_items: int) -> None:
     write_json(folder / SOURCES_FILE, dataclasses.asdict(ItemSources.of_run(run, num_items)))
     if run_dir.is_finished(run, "semantic_ids"):
         shutil.copy2(run_dir.stage_dir(run, "semantic_ids") / "tokenizer.npz", folder / ID_TOKENIZER)
+
+
+@contextlib.contextmanager
+def _by_one_process(trainer: "Trainer") -> Iterator[None]:
+    """Within it one process loads a whole model; transformers' ZeRO-3 would shard it and wait for the others."""
+    from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+
+    plugin = trainer.accelerator.state.deepspeed_plugin
+    if plugin is None:
+        yield
+        return
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        set_hf_deepspeed_config(plugin.hf_ds_config)
+
+
+def save_trained(
+    trainer: "Trainer",
+    tokenizer: "PreTrainedTokenizerBase",
+    base_dir: str | Path,
+    folder: Path,
+    kept: Path | None = None,
+) -> None:
+    """Save a trainer's model as a plain model folder, a LoRA adapter merged into the model of `base_dir`.
+
+    Every process must call it, since a sharded model is gathered.
+
+    Args:
+        kept: Where `trainer.save_model` has saved the weights to take in place of the present ones.
+    """
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    is_adapter = isinstance(trainer.accelerator.unwrap_model(trainer.model), PeftModel)
+    saved = folder.with_name(f"{folder.name}_adapter") if is_adapter else folder
+    if kept is None:
+        trainer.save_model(str(saved))
+    if not trainer.accelerator.is_main_process:
+        return
+    if kept is not None:
+        shutil.copytree(kept, saved, dirs_exist_ok=True)
+    if is_adapter:
+        with _by_one_process(trainer):
+            base = AutoModelForCausalLM.from_pretrained(base_dir, dtype="float32")  # its folder may have no tokenizer
+            PeftModel.from_pretrained(base, str(saved)).merge_and_unload().save_pretrained(folder)
+    (folder / "training_args.bin").unlink(missing_ok=True)
+    tokenizer.save_pretrained(folder)
 
 
 def save_ranker(

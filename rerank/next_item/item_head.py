@@ -12,6 +12,11 @@ from torch import nn
 FILE = "item_head.safetensors"
 
 
+def scale_of(embedding: nn.Module) -> torch.Tensor | float:
+    """The factor that a model's input embedding puts on what it looks up, sqrt(H) in Gemma."""
+    return getattr(embedding, "embed_scale", 1.0)
+
+
 class ItemHead(nn.Module):
     """Scores of all items from a hidden state: an item's vector is the mean of its tokens' embeddings plus its own.
 
@@ -78,12 +83,13 @@ class ItemHead(nn.Module):
     def add_to(self, embedding: nn.Module) -> None:
         """From now on, let a model's input embedding add each item's own vector at the item's last token.
 
-        What a beam writes is never read as an item: its last token is not given back to the model.
+        A model that scales its embeddings reads the vector scaled alike. What a beam writes is never read as an item:
+        its last token is not given back to the model.
         """
 
         def add(module: nn.Module, given: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
             items = self.items_read(given[0])
-            vectors = nn.functional.embedding(items.clamp(min=0), self.own)
+            vectors = scale_of(module) * nn.functional.embedding(items.clamp(min=0), self.own)
             return output + torch.where((items >= 0)[..., None], vectors, 0.0).to(output.dtype)
 
         embedding.register_forward_hook(add, prepend=True)  # before dropout, if there is any

@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from rerank.catalogue import Catalogue, check_vocabulary
 from rerank.launch import run_dir as runs
 from rerank.metrics import best_first
+from rerank.models.base import with_exact_attention
 from rerank.next_item.beam_decoder import BeamDecoder, log_total, shared_cache_obstacle, valid_logits
 from rerank.next_item.beam_search import BeamResult, batches_by_length, beam_search
 from rerank.next_item.encoder import NextItemEncoder, load_tokenizer
@@ -205,4 +206,5 @@ def _load(folder: Path, encoder: NextItemEncoder, dtype: str = "auto") -> "PreTr
 
     check_vocabulary(encoder.tokenizer, encoder.catalogue.semantic_ids, folder)
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    model = with_exact_attention(model)
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()  # type: ignore[arg-type]

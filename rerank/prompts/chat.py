@@ -7,6 +7,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 THINK, THINK_END = "<think>", "</think>"
+# A chat template without tokens of its own, for a tokenizer that has none.
+PLAIN_TEMPLATE = "{% for message in messages %}{{ message.content + '\\n\\n' }}{% endfor %}"
 
 
 def render(tokenizer: "PreTrainedTokenizerBase", content: str, open_tag: bool = False) -> str:
@@ -20,13 +22,21 @@ def render(tokenizer: "PreTrainedTokenizerBase", content: str, open_tag: bool = 
         content: The message.
         open_tag: Whether such a tag stays, for a model as it comes.
     """
-    if tokenizer.chat_template is None:
-        raise ValueError(f"{tokenizer.name_or_path} has no chat template; save one as its chat_template.jinja.")
+    check_template(tokenizer)
     messages = [{"role": "user", "content": content}]
     text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
     if not open_tag and text.rstrip().endswith(THINK):
         text = text.rstrip().removesuffix(THINK)
     return text.removeprefix(str(tokenizer.decode(opening(tokenizer))))
+
+
+def check_template(tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Refuse a tokenizer that cannot render a prompt, such as a base model's."""
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            f"the tokenizer of {tokenizer.name_or_path} has no chat template; save one as chat_template.jinja in that "
+            f"folder, such as {PLAIN_TEMPLATE}"
+        )
 
 
 def opening(tokenizer: "PreTrainedTokenizerBase") -> list[int]:

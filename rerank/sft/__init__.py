@@ -33,7 +33,7 @@ from rerank.models import adapters, one_token
 from rerank.models import base as base_model
 from rerank.models.dropout import residual_dropout
 from rerank.models.ranker import complete_greedily
-from rerank.models.saving import save_item_sources, save_ranker, write_card
+from rerank.models.saving import save_item_sources, save_ranker, save_trained, write_card
 from rerank.next_item.encoder import ITEM_TEXTS, NextItemEncoder
 from rerank.prompts import THINK_END
 from rerank.rows import PromptedRow, Prompter
@@ -165,7 +165,7 @@ def train_and_save(
     with residual_dropout(trainer.model, args.dropout):
         stopping.train(trainer, args.max_minutes)
     kept = None if checks is None else checks.finish()
-    base_model.save_trained(trainer, tokenizer, base_dir, folder, kept)
+    save_trained(trainer, tokenizer, base_dir, folder, kept)
     if kept is not None:
         trainer.load_loss_parameters(kept)
     (folder / PARAMETERS_FILE).unlink(missing_ok=True)  # for checkpoints; a loss saves what is to stay

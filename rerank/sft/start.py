@@ -8,6 +8,7 @@ from rerank.launch import run_dir
 from rerank.losses import load_losses
 from rerank.models import adapters, names
 from rerank.models import base as base_model
+from rerank.models.checks import check_pretrained
 from rerank.models.one_token import check_labels
 from rerank.prompts import THINK, THINK_END, PromptSettings
 from rerank.rows import Prompter
@@ -41,7 +42,7 @@ def check_start(args: "SftArguments", model_args: "ModelConfig") -> None:
             "of the sft recipe, or the midtrain stage out of the run"
         )
     if named is not None:
-        base_model.refuse_quantized(model_args)
+        check_pretrained(named, model_args)
     if not is_midtrained and (named is None or not Path(start_model(args, model_args)).is_dir()):
         return
     adapters.check_adapter(model_args, start_model(args, model_args))

@@ -1,0 +1,39 @@
+"""Stages of a pipeline that do not go together are refused before either is launched."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+def check_across(stages: Mapping[str, Sequence[Any]]) -> None:
+    """Refuse stages that do not go together.
+
+    Args:
+        stages: Those to be launched -> their arguments, in order.
+    """
+    if "candidates" in stages and "traces" in stages:
+        _check_letters(stages["candidates"][0], stages["traces"][1])
+    if "dapo" in stages:
+        _check_group_forward(stages)
+
+
+def _check_letters(candidates: Any, settings: Any) -> None:
+    """Refuse lists that are to be made longer than letters can name."""
+    from rerank.prompts import MAX_LETTERS
+
+    if candidates.source in ("lists", "requests"):  # whose lists have lengths of their own
+        return
+    if settings.ranking == "letter" and candidates.num_candidates > MAX_LETTERS:
+        raise ValueError(
+            f"num_candidates is {candidates.num_candidates} but ranking: letter of the traces recipe names at most "
+            f"{MAX_LETTERS}; lower it, or set traces.ranking=number"
+        )
+
+
+def _check_group_forward(stages: Mapping[str, Sequence[Any]]) -> None:
+    """Refuse a model whose groups dapo could not compute as one row."""
+    from rerank.models import group_attention, memory
+
+    args, _, model_args = stages["dapo"]
+    config = memory.configs(stages)["dapo"] if args.group_forward is True else None
+    if config is not None:
+        group_attention.check_config(config, model_args.attn_implementation)
