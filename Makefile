@@ -42,7 +42,7 @@ gpu-test: gpu-core
 	@$(PYTHON) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("gpu-test needs CUDA, which is not here")'
 	$(PYTHON) -m rerank.cli run tests/toy --out "$$(mktemp -d)/toy" \
 		--accelerate recipes/accelerate/one_gpu.yaml midtrain.use_cpu=false sft.use_cpu=false dapo.use_cpu=false \
-		dapo.bf16=true dapo.vllm_enable_sleep_mode=true
+		dapo.bf16=true dapo.rollout_dtype=auto dapo.vllm_enable_sleep_mode=true
 
 # What pip cannot bring. vLLM and DeepSpeed compile small extensions when they first run: a compiler and Python.h.
 define missing_of_python
