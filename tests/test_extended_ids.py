@@ -144,7 +144,9 @@ def test_a_run_that_cannot_be_extended_is_refused_by_the_dry_run(old, new, optio
     options = {"extends": str(old), **options}
     options["extends"] = options["extends"].replace("NEW", str(new))
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        check(SemanticIdsArguments(str(new), **{**OPTIONS, "embeddings": str(new / "embeddings.npy"), **options}))
+        check(
+            SemanticIdsArguments(run_dir=str(new), **{**OPTIONS, "embeddings": str(new / "embeddings.npy"), **options})
+        )
 
 
 @pytest.mark.parametrize(
@@ -156,7 +158,7 @@ def test_a_run_that_cannot_be_extended_is_refused_by_the_dry_run(old, new, optio
 )
 def test_embeddings_of_another_encoder_are_refused(old, new, change, message):
     np.save(new / "embeddings.npy", change(np.load(new / "embeddings.npy")))
-    args = SemanticIdsArguments(str(new), **OPTIONS, embeddings=str(new / "embeddings.npy"), extends=str(old))
+    args = SemanticIdsArguments(run_dir=str(new), **OPTIONS, embeddings=str(new / "embeddings.npy"), extends=str(old))
     with pytest.raises(ValueError, match=message):
         check(args)
 
@@ -165,5 +167,5 @@ def test_runs_without_a_common_item_are_refused(old, tmp_path):
     write_data(tmp_path / "run", range(FIRST, NUM_ITEMS))
     args = {**OPTIONS, "embeddings": str(tmp_path / "run/embeddings.npy"), "extends": str(old)}
     with pytest.raises(ValueError, match="which has none of the 12 items; give another run"):
-        check(SemanticIdsArguments(str(tmp_path / "run"), **args))
+        check(SemanticIdsArguments(run_dir=str(tmp_path / "run"), **args))
     assert pq.read_table(old / "semantic_ids/semantic_ids.parquet").num_rows == FIRST

@@ -167,6 +167,9 @@ def test_lists_of_csv_hold_numbers_parted_by_spaces(log_model, tmp_path):
         ({"history_times": [1]}, r"^history_times has 1 entries but there are 2 items"),
         ({"price": ["a", 1, 2]}, r"^price holds 'a' but must hold numbers"),
         ({"time": "noon"}, r"^time holds 'noon' but must hold numbers"),
+        ({"time": float("inf")}, r"^time holds inf but must hold numbers"),
+        ({"age": {1}}, r"^age holds \{1\}, which prompts cannot show; give a text or a number"),
+        ({"history_events": ["buy", 7]}, r"^history_events holds 7 but must hold texts"),
     ],
 )
 def test_what_prompts_show_and_a_row_lacks_is_refused_by_name(log_model, change, message):

@@ -3,11 +3,13 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from toy_recipe import TOY, environment, run_command
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from rerank import cli
 from rerank.launch import run_dir
 from rerank.launch.stages import STAGES, load_stage
 from rerank.rollouts import store as rollouts
@@ -83,14 +85,18 @@ def test_a_second_run_skips_everything_and_prints_the_table(toy_run, toy_environ
     assert "sft_no_trace" in printed and "report.html" in printed
 
 
-def test_rank_reranks_new_rows_with_the_trained_model(toy_run, toy_environment, tmp_path):
-    lists = [[f"i{k}" for k in range(first, first + 4)] for first in (2, 9, 15)]
+def test_rank_reranks_new_rows_and_new_items_with_the_trained_model(toy_run, toy_environment, tmp_path):
+    lists = [[f"i{k}" for k in range(first, first + 4)] for first in (2, 9, 15)] + [["new", "i3", "i4"], ["i1", "i1"]]
     rows = [{"history": ["i0", "i1"], "candidates": candidates} for candidates in lists]
-    given, out = tmp_path / "rows.jsonl", tmp_path / "ranked.jsonl"
+    given, out, items = tmp_path / "rows.jsonl", tmp_path / "ranked.jsonl", tmp_path / "items.csv"
     given.write_text("\n".join(json.dumps(row) for row in rows))
-    run_command("rank", toy_run.run / "dapo/model", "--rows", given, "--out", out)
-    ranked = [json.loads(line) for line in out.read_text().splitlines()]
-    assert [row["candidates"] for row in ranked] == lists
+    items.write_text("item,title,category\nnew,The title new,drama\n")
+    np.save(tmp_path / "new.npy", np.load(TOY / "embeddings.npy")[3:4])
+    words = ["rank", toy_run.run / "dapo/model", "--rows", given, "--out", out, "--items", items]
+    assert cli.main([str(word) for word in [*words, "--embeddings", tmp_path / "new.npy"]]) == 3  # of the last row
+    *ranked, bad = [json.loads(line) for line in out.read_text().splitlines()]
+    assert bad["failure"] == "candidates holds 'i1' twice; give each item once."
+    assert [row["candidates"] for row in ranked] == lists[:-1]
     for row in ranked:
         assert (row["ranking"] is None) == (row["failure"] is not None)
         assert row["ranking"] is None or sorted(row["ranking"]) == sorted(row["candidates"])

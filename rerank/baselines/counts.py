@@ -79,7 +79,12 @@ class Counts:
     @property
     def latest(self) -> str:
         """The day of the latest event (UTC), or that it is unknown."""
-        return "unknown date" if self.until is None else f"{datetime.fromtimestamp(self.until, UTC):%Y-%m-%d}"
+        if self.until is None:
+            return "unknown date"
+        try:
+            return f"{datetime.fromtimestamp(self.until, UTC):%Y-%m-%d}"
+        except (ValueError, OverflowError):  # no seconds, such as milliseconds
+            return f"time {self.until:.0f}"
 
     def save(self, path: str | Path) -> None:
         """Write everything to one npz file, whole or not at all."""

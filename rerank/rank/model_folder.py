@@ -15,11 +15,11 @@ from pathlib import Path
 import numpy as np
 
 from rerank.baselines import Counts
+from rerank.baselines.features import FEEDBACK_FEATURES
 from rerank.catalogue import check_vocabulary
 from rerank.launch.files import delete_folder
 from rerank.models.ranker import EVIDENCE_FILE, RankingModel
 from rerank.next_item.encoder import SETTINGS, NextItemEncoder
-from rerank.next_item.item_head import FILE as HEAD_FILE
 from rerank.rank.items import read_new_items, with_new_items
 
 logger = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ def check_out(out: str | Path) -> Path:
 def _copy(source: str, target: str) -> str:
     """A copy of a file, of large weights a second name of the same content."""
     name = Path(source).name
-    if name.endswith(".safetensors") and name != HEAD_FILE:
+    if name.startswith(("model", "adapter")) and name.endswith(".safetensors"):
         try:
             os.link(source, target)
             return target
@@ -134,14 +134,14 @@ def _more_next_items(
     folder: Path, items_path: str | Path, embeddings_path: str | Path | None
 ) -> tuple[Change, int, int]:
     """The change of the folder of a model of next items, and its numbers of items before and after."""
-    from rerank.next_item.item_head import ItemHead
+    from rerank.next_item.item_head import FILE, ItemHead  # imports torch
 
     encoder = NextItemEncoder.load(folder)
     by_ids, known = encoder.item_text == "semantic_id", encoder.catalogue
     new = read_new_items(folder, known, items_path, embeddings_path, by_ids, by_ids)
     check_vocabulary(encoder.tokenizer, new.catalogue.semantic_ids, folder)
     bigger = replace(encoder, catalogue=known.extended(new.catalogue), folder=None)
-    head = ItemHead.load(folder).extended(bigger.tokens) if (folder / HEAD_FILE).is_file() else None
+    head = ItemHead.load(folder).extended(bigger.tokens) if (folder / FILE).is_file() else None
 
     def change(copy: Path) -> None:
         bigger.save(copy)
@@ -177,7 +177,7 @@ def refresh(
     numbers = {item_id: item for item, item_id in enumerate(model.prompter.catalogue.item_ids)}
     table = read_interactions(interactions_path, columns)
     items = np.array([numbers.get(item_id, -1) for item_id in table["item_id"].to_pylist()])
-    _check_known(items, old, folder, interactions_path)
+    _check_known(items, old, model, interactions_path)
     users = np.unique(table["user_id"].to_numpy(zero_copy_only=False), return_inverse=True)[1][items >= 0]
     known = items[items >= 0]
     order = np.argsort(users, kind="stable")
@@ -188,9 +188,10 @@ def refresh(
     return update(folder, out, lambda copy: counts.save(copy / EVIDENCE_FILE)), counts
 
 
-def _check_known(items: np.ndarray, old: Counts, folder: Path, path: str | Path) -> None:
+def _check_known(items: np.ndarray, old: Counts, model: RankingModel, path: str | Path) -> None:
     """Refuse interactions of unknown items only; say how many there are, and that the file may lack older ones."""
-    num_known = int((items >= 0).sum())
+    num_known, shown = int((items >= 0).sum()), set(model.prompter.settings.evidence_names)
+    folder, of_lists = model.folder, shown.intersection(FEEDBACK_FEATURES)
     if not num_known:
         cure = "check the columns, or give these items by `rerank add-items` first"
         raise ValueError(f"{path}: none of its {len(items)} interactions is of an item that {folder} knows; {cure}")
@@ -204,3 +205,5 @@ def _check_known(items: np.ndarray, old: Counts, folder: Path, path: str | Path)
             "%s has %d interactions of known items but the counts of before rest on %d: they are replaced, so give "
             "the older ones too", path, num_known, old.popularity.sum(),
         )  # fmt: skip
+    if of_lists:
+        logger.warning("%s of the prompts rest on lists that were shown, and stay as they are", ", ".join(of_lists))

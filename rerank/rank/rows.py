@@ -3,7 +3,7 @@
 A row that cannot be ranked is a sentence that says why. N candidates of a row that the model knows.
 """
 
-import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,13 +16,11 @@ from rerank.models.base import context_length
 from rerank.models.one_token import tokens_of
 from rerank.models.ranker import Answer, Batch, RankingModel, ask, grammars_of
 from rerank.prompts import MAX_LETTERS, PromptSettings
-from rerank.prompts.fields import HISTORY_FIELDS
+from rerank.prompts.fields import HISTORY_FIELDS, shown_value
 from rerank.rank.files import COLUMNS, Record
 from rerank.rows import PromptedRow, RankingRow
 from rerank.rows.checks import prompt_lengths
 from rerank.rows.histories import COLUMN
-
-logger = logging.getLogger(__name__)
 
 UNKNOWN = ("last", "drop", "refuse")  # candidates that the model does not know
 
@@ -123,6 +121,7 @@ def _encode(
         if name not in record:
             raise ValueError(_missing(name, option))
     history, ids = (_ids(record[name], name) for name in COLUMNS)
+    fields = {name: _shown(record[name], name) for names in settings.row_fields.values() for name in names}
     past = _past(record, len(history), settings.history_fields)
     numbers = {
         name: _numbers(record, name, len(ids)) for name, option in shown.items() if option.startswith("evidence")
@@ -134,7 +133,7 @@ def _encode(
         number,
         tuple(items[history[place]] for place in taken),
         tuple(items[ids[place]] for place in known),
-        fields={name: record[name] for names in settings.row_fields.values() for name in names},
+        fields=fields,
         time=past.get("time"),
         history_times=tuple(past["history_times"][place] for place in taken if "history_times" in past),
         history_events=tuple(past["history_events"][place] for place in taken if "history_events" in past),
@@ -148,6 +147,15 @@ def _encode(
         (len(history) - len(taken), len(ids) - len(known)),
         {name: values[known] for name, values in numbers.items()},
     )
+
+
+def _shown(value: object, name: str) -> object:
+    """A value that prompts can show."""
+    try:
+        shown_value(value)
+    except TypeError:
+        raise ValueError(f"{name} holds {value!r}, which prompts cannot show; give a text or a number.") from None
+    return value
 
 
 def _ids(value: object, name: str) -> list[str]:
@@ -194,6 +202,9 @@ def _past(record: Record, length: int, shown: Sequence[str]) -> dict[str, Any]:
         found["history_times"] = [None if then is None else _number(then, "history_times") for then in times]
     if "event" in shown:
         found["history_events"] = _listed(record, "history_events", length)
+        for event in found["history_events"]:
+            if not isinstance(event, str | None):
+                raise ValueError(f"history_events holds {event!r} but must hold texts.")
     return found
 
 
@@ -209,9 +220,12 @@ def _listed(record: Record, name: str, length: int) -> list[Any]:
 
 def _number(value: object, name: str) -> float:
     try:
-        return float(value)  # type: ignore[arg-type]  # anything else is refused
+        number = float(value)  # type: ignore[arg-type]  # anything else is refused
     except (TypeError, ValueError):
-        raise ValueError(f"{name} holds {value!r} but must hold numbers.") from None
+        number = math.inf
+    if math.isinf(number):
+        raise ValueError(f"{name} holds {value!r} but must hold numbers.")
+    return number
 
 
 def _numbers(record: Record, name: str, length: int) -> np.ndarray:
