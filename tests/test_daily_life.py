@@ -56,7 +56,7 @@ def gain(catalogue, rows, rankings):
 def logps(model_dir, lists):
     """Of each candidate to be named first, by the model and the counts of a folder."""
     model = RankingModel.load(model_dir)
-    encoded = encode_rows(read_rows_file(lists).rows, model, model.load_counts(), "refuse", "lists")
+    encoded = encode_rows(read_rows_file(lists).rows, model, model.load_counts(), "refuse")
     return first_logps(model, [one.row for one in encoded])
 
 
@@ -118,7 +118,7 @@ def test_the_second_day(daily, tmp_path, monkeypatch, caplog):
     renewed = RankingModel.load(model)
     prompts = [
         renewed.prompter.message(one.row)
-        for one in encode_rows(read_rows_file(lists).rows, renewed, renewed.load_counts(), "refuse", "lists")
+        for one in encode_rows(read_rows_file(lists).rows, renewed, renewed.load_counts(), "refuse")
     ]
     assert all("pop:0" not in prompt for prompt in prompts)  # the renewed counts are shown
     difference, (low, _) = gain(every, rows, ranked(model, lists, monkeypatch=monkeypatch))

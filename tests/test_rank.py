@@ -13,7 +13,7 @@ from rerank.launch.files import write_json
 from rerank.models.ranker import Answer, RankingModel, last_tag_alone
 from rerank.prompts import parse_completion
 from rerank.rank.files import read_rows_file
-from rerank.rank.rows import encode_rows
+from rerank.rank.rows import check_columns, encode_rows
 
 ROWS = [
     {"row_id": 5, "history": ["m0", "m1"], "candidates": ["m2", "m3", "m4", "m5"]},
@@ -32,7 +32,7 @@ def model(model_dir):
 
 
 def encode(records, model, unknown="last"):
-    return encode_rows(records, model, model.load_counts(), unknown, "rows")
+    return encode_rows(records, model, model.load_counts(), unknown)
 
 
 def test_encoded_rows_hold_items_and_the_features_of_the_saved_counts(model):
@@ -176,7 +176,7 @@ def test_what_prompts_show_and_a_row_lacks_is_refused_by_name(log_model, change,
     changed = {name: value for name, value in {**LOGGED, **change}.items() if value is not ...}
     if ... in change.values():  # no row has the column
         with pytest.raises(ValueError, match=message):
-            encode([changed], log_model)
+            check_columns([changed], log_model, "rows")
     _, reason = encode([LOGGED, changed], log_model)
     assert re.search(message.removeprefix("rows: "), reason)
 

@@ -22,7 +22,7 @@ from rerank.models.ranker import RankingModel, generate_answers
 from rerank.rank.files import Record, open_output, read_rows_file
 from rerank.rank.items import with_new_items
 from rerank.rank.model_folder import find
-from rerank.rank.rows import Encoded, EncodedRow, encode_rows
+from rerank.rank.rows import Encoded, EncodedRow, check_columns, encode_rows
 
 __all__ = ["rank_rows"]
 
@@ -56,11 +56,12 @@ def rank_rows(
     rows = read_rows_file(rows_path)
     write = open_output(rows, Path(out_path))
     model = RankingModel.load(find(model_dir))
+    check_columns(rows.records, model, str(rows.path))
     counts = model.load_counts()
     if items_path is not None:
         model, counts = with_new_items(model, counts, items_path, embeddings_path)
     warn_of_old_counts(rows.records, counts)
-    encoded = encode_rows(rows.rows, model, counts, unknown, str(rows.path), one_token)
+    encoded = encode_rows(rows.rows, model, counts, unknown, one_token)
     warn_of_unknown(encoded, unknown)
     added = answer_rows(encoded, model, one_token)
     write(added)

@@ -22,8 +22,6 @@ from rerank.rows import PromptedRow, RankingRow
 from rerank.rows.checks import prompt_lengths
 from rerank.rows.histories import COLUMN
 
-UNKNOWN = ("last", "drop", "refuse")  # candidates that the model does not know
-
 
 @dataclass(frozen=True)
 class EncodedRow:
@@ -51,13 +49,16 @@ class EncodedRow:
 Encoded = EncodedRow | str  # or why it cannot be ranked
 
 
+def check_columns(records: Sequence[Record], model: RankingModel, where: str) -> None:
+    """Refuse a file of which no row has a column that the model's prompts show."""
+    there = {name for record in records for name in record}
+    for name, option in shown_columns(model).items():
+        if name not in there:
+            raise ValueError(f"{where}: {_missing(name, option)}")
+
+
 def encode_rows(
-    records: Sequence[Record],
-    model: RankingModel,
-    counts: Counts | None,
-    unknown: str,
-    where: str,
-    one_token: bool = False,
+    records: Sequence[Record], model: RankingModel, counts: Counts | None, unknown: str, one_token: bool = False
 ) -> list[Encoded]:
     """The rows of a file, numbered from 1, each as far as it can be ranked.
 
@@ -65,18 +66,10 @@ def encode_rows(
         records: With `history` and `candidates` as lists.
         model: That will rank them.
         counts: Facts about its items, where its prompts show any.
-        unknown: One of UNKNOWN.
-        where: The file, for messages.
+        unknown: `last`, `drop` or `refuse`: what becomes of candidates that the model does not know.
         one_token: Whether the first label's probabilities will rank them.
-
-    Raises:
-        ValueError: When all rows lack a column that the prompts show.
     """
     shown = shown_columns(model)
-    there = {name for record in records for name in record}
-    for name, option in shown.items():
-        if name not in there:
-            raise ValueError(f"{where}: {_missing(name, option)}")
     items = {item_id: item for item, item_id in enumerate(model.prompter.catalogue.item_ids)}
     encoded: list[Encoded] = []
     for number, record in enumerate(records, start=1):
@@ -139,7 +132,7 @@ def _encode(
         history_events=tuple(past["history_events"][place] for place in taken if "history_events" in past),
     )
     as_given = record["candidates"]
-    others = [place for place in range(len(ids)) if place not in set(known)] if unknown == "last" else []
+    others = [place for place, item_id in enumerate(ids) if item_id not in items] if unknown == "last" else []
     return EncodedRow(
         row,
         [as_given[place] for place in known],
