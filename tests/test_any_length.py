@@ -23,7 +23,7 @@ CHANGES = {
         "longest_list": 300,
         "list_facts": ["popularity", "place"],
         "list_labels": "number",
-        "vocab_size": 1000,
+        "vocab_size": 1100,
         "context_length": 8192,
         "max_length": 8192,
     },
