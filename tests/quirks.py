@@ -94,7 +94,7 @@ MODELS = {
     "qwen2_thinking": Quirk("qwen2", {"num_attention_heads": 2, "num_key_value_heads": 1}, (that_opens,)),
     "llama3": Quirk("llama", {}, (with_date, with_bos, without_pad), generation=OTHER_SAMPLING),
     "llama2": Quirk("llama", {"num_key_value_heads": 4}, (that_prepends, with_bos, without_pad)),
-    "mistral": Quirk("mistral", {"sliding_window": 16}, (with_bos, without_pad), obstacle="sliding_window is 16"),
+    "mistral": Quirk("mistral", {"sliding_window": 64}, (with_bos, without_pad), obstacle="sliding_window is 64"),
     "gemma1": Quirk("gemma", TIED, (with_bos,)),
     "gemma2": Quirk(
         "gemma2", {**TIED, **WINDOWS, "attn_logit_softcapping": 0.5, "final_logit_softcapping": 8.0,

@@ -81,7 +81,7 @@ def test_a_model_that_cannot_be_prompted_is_refused_before_the_stages_ahead_of_i
 def test_a_model_whose_groups_cannot_be_one_row(toy, capfd):
     base = quirks.save_pretrained("mistral", toy / "base")
     line = refused_run(toy, capfd, f"midtrain.model_name_or_path={base}", "dapo.group_forward=true")
-    assert "MistralForCausalLM cannot run a group as one row: sliding_window is 16; use a model with full" in line
+    assert "MistralForCausalLM cannot run a group as one row: sliding_window is 64; use a model with full" in line
     assert "or set group_forward: auto" in line
 
 

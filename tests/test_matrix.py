@@ -12,7 +12,7 @@ import torch
 from tiny_model import sft_config
 from toy_recipe import TOY, refusal, run_command
 from toy_run import CATALOGUE, NUM_ITEMS, SETTINGS
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 from trl import GRPOTrainer, ModelConfig
 from trl.trainer.utils import add_fused_lm_head
 
@@ -79,18 +79,21 @@ def made(request, tmp_path_factory):
 
 
 def batch(made):
-    """Two prompts with three completions of random tokens each: (B, T) ids and mask as TRL makes them, and C."""
-    generator = torch.Generator().manual_seed(0)
-    lengths = [[9, 5, 1], [4, 12, 7]]
-    prompts = prompt_ids(made.prompter.tokenizer, [made.prompter.prompt(row) for row in rows()[:2]])
-    width, longest = max(map(len, prompts)), 12
-    ids, mask = torch.zeros(6, width + longest, dtype=torch.long), torch.zeros(6, width + longest, dtype=torch.long)
-    pairs = [(prompt, length) for prompt, own in zip(prompts, lengths, strict=True) for length in own]
-    for place, (prompt, length) in enumerate(pairs):
-        completion = torch.randint(5, len(made.prompter.tokenizer), (length,), generator=generator)
-        row = slice(width - len(prompt), width + length)
-        ids[place, row], mask[place, row] = torch.cat([torch.tensor(prompt), completion]), 1
-    return ids, mask, longest
+    """Two prompts with three completions each, sampled: (B, T) ids and mask as TRL makes them, and C."""
+    lengths = torch.tensor([9, 5, 1, 4, 12, 7])
+    model, tokenizer = base_model.load_pretrained(made.start)
+    prompts = prompt_ids(tokenizer, [made.prompter.prompt(row) for row in rows()[:2] for _ in range(3)])
+    padded = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
+    torch.manual_seed(0)
+    config = GenerationConfig(
+        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0, max_new_tokens=12,
+        pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    ids = model.generate(**padded, generation_config=config, use_model_defaults=False)
+    width, num_last = padded.input_ids.shape[1], ids.shape[1] - padded.input_ids.shape[1]
+    mask = torch.cat([padded.attention_mask, (torch.arange(num_last) < lengths[:, None]).long()], dim=1)
+    assert num_last == 12 and width + 12 == mask.shape[1]
+    return ids, mask, num_last
 
 
 def plain_logps(model, ids, mask, num_last):

@@ -1,5 +1,7 @@
 """Whether a pretrained model can be trained, read from the files of its folder before its weights load."""
 
+import copy
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -47,15 +49,22 @@ def read_config(folder: Path, packed: Path | None) -> "PreTrainedConfig":
     Raises:
         ValueError: In one line, when transformers cannot read it or does not know the architecture.
     """
+    file = packed or folder / "config.json"
+    return copy.deepcopy(_read_config(file, file.stat().st_mtime_ns))
+
+
+@functools.lru_cache
+def _read_config(file: Path, written: int) -> "PreTrainedConfig":
+    """`read_config` of a file as it was written then: seconds for GGUF, which holds a vocabulary too."""
     from transformers import AutoConfig
 
-    options = {} if packed is None else {"gguf_file": packed.name}
+    options = {} if file.name == "config.json" else {"gguf_file": file.name}
     try:
-        return AutoConfig.from_pretrained(folder, **options)
+        return AutoConfig.from_pretrained(file.parent, **options)
     except Exception as error:  # whatever a damaged or unknown file leads to
         reason = " ".join(str(error).split()) or type(error).__name__
         cure = "give the folder of another model, in a format that transformers loads"
-        raise ValueError(f"{packed or folder / 'config.json'} cannot be read as a model: {reason}; {cure}") from None
+        raise ValueError(f"{file} cannot be read as a model: {reason}; {cure}") from None
 
 
 def _check_blocks(packed: Path) -> None:
