@@ -57,7 +57,7 @@ def screen(
         return table, {}
     judged = _judged(table, problems)
     found = judged.filter(_.problem >= 0).group_by("problem").agg(n=_.count()).order_by("problem").to_pyarrow()
-    left_out = source.num_unreadable() | {problems[row["problem"]].reason: row["n"] for row in found.to_pylist()}
+    left_out = {problems[row["problem"]].reason: row["n"] for row in found.to_pylist()}
     kept = judged.filter(_.problem < 0).drop("problem")
     if count(kept) == 0:
         why = ", ".join(f"{reason} ({number} rows)" for reason, number in left_out.items())

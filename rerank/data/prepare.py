@@ -111,10 +111,10 @@ def _read_items(
         if args.without_metadata == "drop":
             return items, sources, {**left_out, "item without metadata": num_rows}
         problem = f"item {row['item_id']!r} is not in {catalogue.name}"
-        others = f"as {num_items} items of {num_rows} interactions, of {num_read}, are not"
+        others = f"{num_items} items in {num_rows} of {num_read} interactions lack metadata"
         raise ValueError(
-            f"{row['place']}: {problem}; add it there or remove the interaction, {others}; or set without_metadata: "
-            "keep (with empty text) or drop"
+            f"{row['place']}: {problem}; add it there or remove the interaction; {others}: set without_metadata: keep "
+            "(with empty text) or drop"
         )
     return items, sources, left_out
 

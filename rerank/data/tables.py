@@ -11,7 +11,7 @@ from ibis.expr.types import Column, Table
 
 from rerank.data import DataArguments
 from rerank.data.filters import Problem, count, first_row, screen
-from rerank.data.sources.cells import as_seconds, as_text
+from rerank.data.sources.cells import as_seconds, as_text, collapsed, plain_text
 from rerank.data.sources.columns import Names, log_columns, pick_columns, require_column
 from rerank.data.sources.source import Source
 from rerank.data.where import Condition
@@ -57,17 +57,19 @@ def read_items(con: ibis.BaseBackend, source: Source, args: DataArguments) -> tu
         require_column(source, "the text", name, "text_columns")
     log_columns(source, names, *further)
     cells = source.cells([*names.values(), *further])
-    columns = {name: as_text(cells[column]) for name, column in names.items()}
-    if args.category_separator and "category" in columns:
-        columns["category"] = columns["category"].replace(args.category_separator, ", ")
-    title, category = (columns.get(name, ibis.literal("")) for name in ("title", "category"))
-    named = {name: as_text(cells[name]) for name in further} | columns
+    wanted = dict.fromkeys(further) | names
+    plain = {f"t{n}": plain_text(cells[names.get(name, name)]) for n, name in enumerate(wanted)}
+    raw = materialise(con, cells.select(**plain), source)
+    texts = _stored(con, raw.select("source_row", **{name: collapsed(raw[name]) for name in plain}))
+    named = {name: texts[place] for name, place in zip(wanted, plain, strict=True)}
+    if args.category_separator and "category" in named:
+        named["category"] = named["category"].replace(args.category_separator, ", ")
+    title, category = (named.get(name, ibis.literal("")) for name in ("title", "category"))
     if text_columns is None:
-        text_columns = [name for name in ("title", "category") if name in columns]
+        text_columns = [name for name in ("title", "category") if name in names]
     others = {name: column for name, column in named.items() if name not in ITEM_COLUMNS}
-    text = _encoder_text(named, text_columns)
-    ours = {"item_id": columns["item"], "title": title, "category": category, "text": text}
-    items = materialise(con, cells.select(**ours, **others), source)
+    ours = {"item_id": named["item"], "title": title, "category": category}
+    items = _stored(con, texts.select("source_row", **ours, text=_encoder_text(named, text_columns), **others))
     repeat = ibis.row_number().over(ibis.window(group_by="item_id", order_by="source_row"))
     first = _.source_row.min().over(ibis.window(group_by="item_id"))
     problems = [
@@ -79,7 +81,12 @@ def read_items(con: ibis.BaseBackend, source: Source, args: DataArguments) -> tu
         ),
     ]
     items, left_out = screen(items.mutate(repeat=repeat, first_at=first), source, problems, args.on_bad_rows)
-    return items.drop("repeat", "first_at"), left_out
+    return items.drop("repeat", "first_at"), source.num_unreadable() | left_out
+
+
+def _stored(con: ibis.BaseBackend, table: Table) -> Table:
+    """The table computed, so that expressions over it do not hold those of its columns several times."""
+    return con.create_table(ibis.util.gen_name("table"), table, temp=True)
 
 
 def _encoder_text(named: dict[str, Column], text_columns: list[str]) -> Column:
@@ -127,11 +134,13 @@ def read_interactions(
         **(condition.values(cells) if condition else {}),
     )
     table = materialise(con, table, source)
+    left_out = source.num_unreadable()
+    if condition:  # first, so that the rows for which it does not hold may hold anything
+        table, excluded = condition.screened(table, source, args.on_bad_rows)
+        left_out |= excluded
     problems = [_empty(name, names[name]) for name in ("user", "item")]
-    problems += [*bad_values(names), *(condition.problems() if condition else [])]
-    table, left_out = screen(table, source, problems, args.on_bad_rows)
-    if condition:
-        table, left_out = condition.filtered(table, left_out, source)
+    table, bad = screen(table, source, [*problems, *bad_values(names)], args.on_bad_rows)
+    left_out |= bad
     return table, names, left_out
 
 

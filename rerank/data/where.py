@@ -1,5 +1,6 @@
 """The condition of a recipe, `where`, over the columns of a source."""
 
+import datetime
 import functools
 import operator
 import re
@@ -14,8 +15,9 @@ from ibis.expr.types import Column, Table
 from sqlglot import exp
 
 from rerank.data.asked import ALLOWED
-from rerank.data.filters import Problem, count
+from rerank.data.filters import Problem, count, screen
 from rerank.data.sources.cells import as_seconds, as_text, number
+from rerank.data.sources.delimited import is_number
 from rerank.data.sources.source import Cells, Source
 
 Operator = Callable[[Any, Any], Any]
@@ -65,7 +67,7 @@ def parse_condition(text: str) -> exp.Expr:
             kind = "calls a function" if isinstance(node, exp.Func) else "holds more than a condition may"
             shown = node.sql(dialect="duckdb")
             raise ValueError(f"where is {text!r}, which {kind}: {shown}; it may hold {ALLOWED}")
-    if isinstance(tree.unnest(), exp.Literal | exp.Null | exp.Neg | tuple(_ARITHMETIC)):
+    if isinstance(tree.unnest(), (exp.Literal, exp.Null, exp.Neg, *_ARITHMETIC)):
         raise ValueError(f"where is {text!r}, a value and no condition; write one such as: rating >= 4")
     return tree
 
@@ -115,9 +117,9 @@ class Condition:
         }
         return {"holds": holds.fill_null(False), **no_number}
 
-    def problems(self) -> list[Problem]:
-        """Rows with text where a number is compared."""
-        return [
+    def screened(self, table: Table, source: Source, on_bad_rows: str) -> tuple[Table, dict[str, int]]:
+        """The rows for which it holds, and the number of the others by reason."""
+        problems = [
             Problem(
                 f"{column} is no number",
                 _[f"no_number_{place}"].notnull(),
@@ -125,17 +127,13 @@ class Condition:
             )
             for place, column in enumerate(dict.fromkeys(self.numbers))
         ]
-
-    def filtered(self, table: Table, left_out: Mapping[str, int], source: Source) -> tuple[Table, dict[str, int]]:
-        """The rows for which it holds, and the numbers of rows left out with that of the others."""
+        table, left_out = screen(table, source, problems, on_bad_rows) if problems else (table, {})
         kept = table.filter(_.holds)
         num_all, num_kept = count(table), count(kept)
         if num_kept == 0:
-            raise ValueError(
-                f"where is {self.text!r}, which holds for none of {num_all} rows of {source.name}; correct it"
-            )
-        others = {f"not {self.text}": num_all - num_kept} if num_kept < num_all else {}
-        return kept, {**left_out, **others}
+            problem = f"where is {self.text!r}, which holds for none of {num_all} rows of {source.name}"
+            raise ValueError(f"{problem}; correct it")
+        return kept, left_out | ({f"not {self.text}": num_all - num_kept} if num_kept < num_all else {})
 
     def _boolean(self, node: exp.Expr, cells: Cells) -> Column:
         if isinstance(node, exp.Paren):
@@ -201,7 +199,7 @@ class Condition:
         if isinstance(node, exp.Column):
             self.numbers.append(node.name)
             return number(as_text(cells[node.name]))
-        if not isinstance(node, exp.Literal) or ibis.to_pyarrow(number(ibis.literal(node.name))).as_py() is None:
+        if not isinstance(node, exp.Literal) or node.is_string and not is_number(node.name):
             raise self._refusal(node)
         return ibis.literal(float(node.name))
 
@@ -222,7 +220,7 @@ def _no_number(column: str, place: int, row: Mapping[str, Any]) -> str:
 
 def _is_numeric(node: exp.Expr) -> bool:
     node = node.unnest()
-    return isinstance(node, exp.Neg | tuple(_ARITHMETIC)) or (isinstance(node, exp.Literal) and not node.is_string)
+    return isinstance(node, (exp.Neg, *_ARITHMETIC)) or (isinstance(node, exp.Literal) and not node.is_string)
 
 
 def _is_text(node: exp.Expr) -> bool:
@@ -230,4 +228,8 @@ def _is_text(node: exp.Expr) -> bool:
 
 
 def _is_date(text: str) -> bool:
-    return ibis.to_pyarrow(as_seconds(ibis.literal(text))).as_py() is not None
+    try:
+        datetime.datetime.fromisoformat(text)
+    except ValueError:
+        return False
+    return True

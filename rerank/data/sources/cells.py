@@ -22,12 +22,17 @@ def json_type(value) -> str:  # type: ignore[empty-body]
 
 def as_text(column: Column) -> Column:
     """A column of any type as text, lists joined by ", ", white space collapsed, missing values empty."""
+    return collapsed(plain_text(column))
+
+
+def plain_text(column: Column) -> Column:
+    """A column of any type as text, lists joined by ", ", null where it is missing."""
     kind = column.type()
     if kind.is_array():
         column = _joined(column)
     elif kind.is_json():
         column = _json_text(column)
-    return collapsed(column.cast("string"))
+    return column.cast("string")
 
 
 def collapsed(text: Column) -> Column:

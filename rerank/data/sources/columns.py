@@ -32,6 +32,8 @@ def pick_columns(
     for name, column in mapped.items():
         require_column(source, name, column, key)
     default = {name: name for name in by_name or known if name not in given and source.has(name)}
+    for name in default:
+        source.refuse_twice(name)
     return default | mapped
 
 
@@ -49,5 +51,6 @@ def require_column(source: Source, name: str, column: str, key: str) -> None:
         without = "" if not isinstance(source, Delimited) else f", or {source.name_columns()} if it has no header"
         cure = source.problem or f"correct {key}{without}"
         raise ValueError(f"{source.name} has no column {column!r} for {name}; it has {there}; {cure}")
+    source.refuse_twice(column)
     if isinstance(source, Delimited) and source.is_data(column):
         raise ValueError(f"{source.name}: {key} maps {name} to {column!r}, but {source.problem}")

@@ -15,6 +15,11 @@ from rerank.data.sources.files import in_utf8, line_of_row, open_text
 from rerank.data.sources.source import Cells, Source
 
 SEPARATORS = {"csv": ",", "tsv": "\t", "recbole": "\t"}
+EXAMPLES = {
+    "interactions": "[user, item, ...]",
+    "items": "[item, title, ...]",
+    "requests": "[request, candidates, ...]",
+}
 _UNQUOTED = ("\t", " ")  # with these, as with separators of several characters, a quote is a character like others
 _FIRST_ROWS = 1000
 _DATE = re.compile(r"\d{4}-\d\d-\d\d")
@@ -37,7 +42,8 @@ class Delimited(Source):
         headers = [next(self._rows(file), []) for file in self.files]
         first_rows = itertools.islice(self._rows(self.files[0]), 1, _FIRST_ROWS)
         pairs = {pair for row in first_rows if row != headers[0] for pair in enumerate(row)}
-        self._repeated = {word for place, word in enumerate(headers[0]) if word and (place, word) in pairs}
+        repeated = {word for place, word in enumerate(headers[0]) if word and (place, word) in pairs}
+        self._repeated = set() if _is_counted(headers[0]) else repeated
         for file, header in zip(self.as_given, headers, strict=True):
             if self.has_header and header != headers[0]:
                 raise different_columns(asked, {self.as_given[0]: headers[0], file: header})
@@ -60,7 +66,7 @@ class Delimited(Source):
 
     def name_columns(self) -> str:
         """How to give a file without a header its names."""
-        return f"name its columns in {self.asked.csv_key}: {{header: [user, item, ...]}}"
+        return f"name its columns in {self.asked.csv_key}: {{header: {EXAMPLES[self.asked.key]}}}"
 
     def _problem(self, first_line: list[str]) -> str:
         """What the first lines show to be wrong with the way in which the file is read."""
@@ -108,7 +114,7 @@ class Delimited(Source):
             return f"correct {self.asked.csv_key}: {{header: [...]}}, {names}, its separator, or the row"
         if "Number of Columns" in error and self.problem:
             return self.problem
-        return "correct the row or the format"
+        return super()._cure(error)
 
     def _rejects(self) -> list[tuple[int, str]]:
         if self.rejects and not self._rejected:
@@ -129,8 +135,12 @@ class Delimited(Source):
 
 def looks_like_data(header: Sequence[str]) -> bool:
     """Whether the first line has numbers or dates among its words, other than names 0, 1, ... of pandas."""
-    is_counted = [word for word in header if word] == [str(n) for n in range(sum(map(bool, header)))]
-    return not is_counted and any(map(_looks_like_value, header))
+    return not _is_counted(header) and any(map(_looks_like_value, header))
+
+
+def _is_counted(header: Sequence[str]) -> bool:
+    words = [word for word in header if word]
+    return words == [str(number) for number in range(len(words))]
 
 
 def _looks_like_value(word: str) -> bool:

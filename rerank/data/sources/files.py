@@ -32,6 +32,7 @@ def find_files(asked: Asked) -> tuple[str, list[str]]:
     if not files and glob.has_magic(path):
         raise FileNotFoundError(f"{asked.key} is {path}, a pattern that no file matches; correct it")
     if not files:
+        asked.format_of(path)  # refuses a name that would not help
         raise FileNotFoundError(f"{asked.key} is {path}, which does not exist; correct the path")
     return _one_format(asked, path, files), files
 

@@ -34,8 +34,11 @@ class JsonLines(Source):
         if column not in self.columns and not self._has_all_keys:
             self._has_all_keys = True
             query = "SELECT DISTINCT unnest(json_keys(json)) FROM read_json(?, format = 'newline_delimited', "
-            query += "records = false, columns = {json: 'JSON'}, ignore_errors = true)"
-            found = self.con.con.execute(query, [self.files]).fetchall()
+            query += "records = false, columns = {json: 'JSON'}, ignore_errors = ?)"
+            try:
+                found = self.con.con.execute(query, [self.files, self.asked.drops_bad]).fetchall()
+            except duckdb.Error as error:
+                raise self.unreadable(error) from None
             self.columns = [*dict.fromkeys([*self.columns, *sorted(key for (key,) in found)])]
         return column in self.columns
 

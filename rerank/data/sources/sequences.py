@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 
 from rerank.data.asked import Asked
-from rerank.data.sources.delimited import is_number
+from rerank.data.sources.delimited import EXAMPLES, is_number
 from rerank.data.sources.files import open_text, refuse_empty_file
 from rerank.data.sources.source import Source, in_memory
 
@@ -58,8 +58,10 @@ def _refuse_table(asked: Asked, path: str, lines: Sequence[str], words: Sequence
             reason = f"but each line has {len(words[0])} words, a time or a rating among them, as in a table"
     if reason:
         shown = separator.replace("\t", "\\t")
-        cure = f'set {asked.csv_key}: {{separator: "{shown}", header: [user, item, ...]}}'
-        also = "" if asked.key == "items" else f", or {asked.format_key}: s3rec where the words are items"
+        cure = (
+            f'set {asked.csv_key}: {{separator: "{shown}"}}, with header: {EXAMPLES[asked.key]} in it if it has none'
+        )
+        also = "" if asked.key == "items" else f"; or {asked.format_key}: s3rec where all words are items"
         raise ValueError(f"{asked.key} is {path}, {reason}; {cure}{also}")
 
 

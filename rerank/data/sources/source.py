@@ -61,13 +61,12 @@ class Source:
 
     def cells(self, columns: Iterable[str], as_text: bool = False) -> Cells:
         """The cells of some columns, `as_text` where their text is all that is wanted, which JSON gives faster."""
-        wanted = list(dict.fromkeys(columns))
-        for column in wanted:
-            if list(self.columns).count(column) > 1:
-                raise ValueError(
-                    f"{self.name} names a column twice in its header ({', '.join(self.columns)}); rename one"
-                )
-        return self._read(wanted, as_text)
+        return self._read(list(dict.fromkeys(columns)), as_text)
+
+    def refuse_twice(self, column: str) -> None:
+        """Refuse a name that two columns have."""
+        if list(self.columns).count(column) > 1:
+            raise ValueError(f"{self.name} names a column twice in its header ({', '.join(self.columns)}); rename one")
 
     def _read(self, columns: list[str], as_text: bool) -> Cells:
         assert self.table is not None
@@ -92,7 +91,8 @@ class Source:
         return ValueError(f"{self.name} cannot be read: {reason}; {self._cure(str(error))}")
 
     def _cure(self, error: str) -> str:
-        return "correct the row or the format"
+        also = "" if self.asked.key == "requests" else ", or leave such rows out with on_bad_rows: drop"
+        return f"correct the row or the format{also}"
 
     def num_unreadable(self) -> dict[str, int]:
         """Reason to the number of lines that were left out while the table was read."""
