@@ -1,74 +1,31 @@
 """Files as people have them: what is read from each kind, by value."""
 
-import gzip
 import json
 import logging
 
-import ibis
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
+from real_files import read_interactions, read_items, write
 
 from rerank import data
-from rerank.data import tables
 from rerank.data.prepare import prepare
-from rerank.data.requests.read import item_source
-from rerank.data.sources.opening import open_source
 from rerank.data.sources.records import read_records
 
 UUIDS = [f"3F2504E0-4F89-41D3-9A0C-0305E82C330{k}" for k in range(3)]
 LONG = [12345678901234567890, 12345678901234567891]  # one float
 
 
-@pytest.fixture(scope="module")
-def con(tmp_path_factory):
-    connection = ibis.duckdb.connect(temp_directory=str(tmp_path_factory.mktemp("spill")))
-    yield connection
-    connection.disconnect()
-
-
-@pytest.fixture
-def read(con, tmp_path, monkeypatch):
-    """(user, item, time) of every interaction in a file of this content, in the order of the file."""
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
-    def of(name, content=None, **options):
-        if content is not None:
-            write(tmp_path / name, content)
-        args = data.DataArguments(run_dir="run", interactions=name, **options)
-        table, _, left_out = tables.read_interactions(con, open_source(con, args.asked("interactions")), args)
-        rows = table.order_by("source_row").to_pyarrow().to_pylist()
-        of.left_out = left_out
-        return [(row["user_id"], row["item_id"], row["time"]) for row in rows]
 
-    return of
+def read(*args, **options):
+    return read_interactions(*args, **options)[0]
 
 
-@pytest.fixture
-def items(con, tmp_path, monkeypatch):
-    """(item, title, category) of every item in a file of this content, then the wanted others."""
-    monkeypatch.chdir(tmp_path)
-
-    def of(name, content, *others, **options):
-        write(tmp_path / name, content)
-        args = data.DataArguments(run_dir="run", interactions="none.csv", items=name, **options)
-        table, _ = tables.read_items(con, item_source(con, args), args)
-        rows = table.order_by("source_row").to_pyarrow().to_pylist()
-        return [tuple(row[column] for column in ("item_id", "title", "category", *others)) for row in rows]
-
-    return of
-
-
-def write(path, content):
-    """Text, bytes, objects a line, or a Parquet table."""
-    path.parent.mkdir(exist_ok=True)
-    if isinstance(content, pa.Table):
-        pq.write_table(content, path)
-        return
-    if isinstance(content, list):
-        content = "".join(f"{json.dumps(row)}\n" for row in content)
-    content = content.encode() if isinstance(content, str) else content
-    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+def items(*args, **options):
+    return read_items(*args, **options)[0]
 
 
 THREE = [("u", "a", 1.0), ("u", "b", 2.0), ("v", "a", 3.0)]
@@ -129,12 +86,12 @@ TABLES = {  # kind -> name, content, options; each holds THREE
 
 
 @pytest.mark.parametrize("kind", TABLES)
-def test_a_table_is_read_whatever_way_it_is_written(read, kind):
+def test_a_table_is_read_whatever_way_it_is_written(kind):
     name, content, options = TABLES[kind]
     assert read(name, content, **options) == THREE
 
 
-def test_a_column_that_is_not_mapped_has_no_say_and_the_log_says_so(read, caplog):
+def test_a_column_that_is_not_mapped_has_no_say_and_the_log_says_so(caplog):
     caplog.set_level(logging.INFO)
     rows = "user,item,time,position,split\nu,a,1,3,val\nu,b,2,2,val\nv,a,3,1,val\n"
     assert read("t.csv", rows) == THREE
@@ -157,7 +114,7 @@ def test_a_position_orders_where_it_is_mapped_and_else_time_does(tmp_path):
 
 @pytest.mark.parametrize("suffix", ["csv", "jsonl", "jsonl.gz", "parquet"])
 @pytest.mark.parametrize("ids", [UUIDS, ["007", "08", "1e5"], ["12:30", "2020-01-01", "true"]])
-def test_text_stays_as_it_is(read, suffix, ids):
+def test_text_stays_as_it_is(suffix, ids):
     records = [{"user": item, "item": item, "time": 1} for item in ids]
     content = pa.Table.from_pylist(records) if suffix == "parquet" else records
     if suffix == "csv":
@@ -165,7 +122,7 @@ def test_text_stays_as_it_is(read, suffix, ids):
     assert read(f"t.{suffix}", content) == [(item, item, 1.0) for item in ids]
 
 
-def test_long_numbers_are_no_floats(read):
+def test_long_numbers_are_no_floats():
     assert read("t.jsonl", [{"user": user, "item": 5} for user in LONG]) == [(str(u), "5", None) for u in LONG]
 
 
@@ -202,36 +159,36 @@ ITEM_FILES = {  # kind -> name, content, options; each holds two items, of a tit
 
 
 @pytest.mark.parametrize("kind", ITEM_FILES)
-def test_an_item_file_of_the_field_is_read(items, kind):
+def test_an_item_file_of_the_field_is_read(kind):
     name, content, options = ITEM_FILES[kind]
     assert items(name, content, **options) == [("1", "One", "x, y"), ("02", "Two", "")]
 
 
-def test_an_object_of_ids_may_hold_titles_or_attributes(items):
+def test_an_object_of_ids_may_hold_titles_or_attributes():
     assert items("titles.json", '{"7": "Toy Story", "8": "Heat"}') == [("7", "Toy Story", ""), ("8", "Heat", "")]
     assert items("attributes.json", '{"7": ["a", 3], "8": []}') == [("7", "", "a, 3"), ("8", "", "")]
 
 
-def test_lists_and_scalars_of_any_kind_become_text(items):
+def test_lists_and_scalars_of_any_kind_become_text():
     row = {"item": "a", "title": ["T", ["u"]], "category": 3, "brand": None, "price": 3.25, "new": True}
     found = items("i.jsonl", [row], "brand", "price", "new", item_columns={"price": "price", "new": "new"})
     assert found == [("a", "T, u", "3", "", "3.25", "true")]
 
 
-def test_latin_1_is_read_as_such(items):
+def test_latin_1_is_read_as_such():
     content = "item::title\n1::Les Misérables (1995)\n".encode("latin-1")
     written = {"separator": "::", "encoding": "latin-1"}
     assert items("movies.dat", content, items_csv=written) == [("1", "Les Misérables (1995)", "")]
 
 
-def test_a_user_on_two_lines_of_sequences_has_two_sessions_in_order(read):
+def test_a_user_on_two_lines_of_sequences_has_two_sessions_in_order():
     taken = read("s.txt", "1 a b c\n2 d\n1 b e f g\n")
     assert [item for user, item, _ in taken if user == "1"] == list("abcbefg")
     assert read("Yelp.inter.json", '{"0": [3, 9], "1": [4]}') == [("0", "3", None), ("0", "9", None), ("1", "4", None)]
 
 
 @pytest.mark.parametrize("name", ["day=*/*.parquet", "."])
-def test_parts_are_read_in_order(read, tmp_path, name):
+def test_parts_are_read_in_order(tmp_path, name):
     for day, (user, item, time) in enumerate(THREE):
         write(tmp_path / f"day={day}/part-0.parquet", pa.table({"user": [user], "item": [item], "time": [time]}))
     write(tmp_path / "_SUCCESS", "")
@@ -239,7 +196,7 @@ def test_parts_are_read_in_order(read, tmp_path, name):
     assert [row[1] for row in read(name, columns={"item": "day"})] == ["0", "1", "2"]
 
 
-def test_files_of_a_glob_may_be_gzipped(read, tmp_path):
+def test_files_of_a_glob_may_be_gzipped(tmp_path):
     write(tmp_path / "1.csv", "user,item,time\nu,a,1\n")
     write(tmp_path / "2.csv.gz", "user,item,time\nu,b,2\nv,a,3\n")
     assert read("[12].csv*") == THREE

@@ -47,7 +47,7 @@ class Asked:
         return str(self.csv.get("encoding") or "utf-8")
 
     def path(self) -> str:
-        """What it names, with variables resolved."""
+        """The path that it names, with variables resolved."""
         return names.locate(self.value, self.key)
 
     def format_of(self, path: str) -> str:
@@ -59,10 +59,10 @@ class Asked:
         if self.csv.keys() & {"separator", "header"}:
             return found if found in ("csv", "tsv") else "csv"
         if found is None:
-            cure = f"set {self.format_key}: one of {', '.join(FORMATS)}"
+            also = f'of a text table also {self.csv_key}: {{separator: "::"}} where no comma parts its columns'
             raise ValueError(
-                f"{self.key} is {path}, whose suffix tells no format; {cure}; of a text table also "
-                f'{self.csv_key}: {{separator: "::"}} where columns are parted by another text than a comma'
+                f"{self.key} is {path}, whose suffix tells no format; set the format: one of {', '.join(FORMATS)} as "
+                f"{self.format_key}; {also}"
             )
         return found
 

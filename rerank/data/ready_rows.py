@@ -43,8 +43,8 @@ def is_to_be_rebuilt(source: Source, columns: Given | None, split: str, rebuild:
 
 def read_ready_rows(con: ibis.BaseBackend, source: Source, columns: Given | None) -> Table:
     """Rows in file order, every field checked: source_row, user_id, time, split, item_ids (history, then target)."""
-    names = pick_columns(source, columns, "columns", COLUMNS)
-    for name in ("user", "split") if "items" in names else ("user", "split", "history", "item"):
+    names = pick_columns(source, columns, "columns", COLUMNS, ("user", "split"))
+    for name in () if "items" in names else ("history", "item"):
         require_column(source, name, names.get(name, name), "columns")
     log_columns(source, names)
     cells = source.cells(names.values())

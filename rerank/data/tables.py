@@ -11,7 +11,7 @@ from ibis.expr.types import Column, Table
 
 from rerank.data import DataArguments
 from rerank.data.filters import Problem, count, first_row, screen
-from rerank.data.sources.cells import as_seconds, as_text, collapsed, plain_text
+from rerank.data.sources.cells import as_seconds, as_text, collapsed, has_space, plain_text
 from rerank.data.sources.columns import Names, log_columns, pick_columns, require_column
 from rerank.data.sources.source import Source
 from rerank.data.where import Condition
@@ -50,18 +50,12 @@ def read_items(con: ibis.BaseBackend, source: Source, args: DataArguments) -> tu
     for name in {*item_columns} & {"item_id", "text", "source_row"}:
         raise ValueError(f"item_columns has the key {name!r}, which items.parquet has already; take another name")
     known = ("item", "title", "category", "brand", *item_columns)
-    names = pick_columns(source, item_columns, "item_columns", known)
-    require_column(source, "item", names.get("item", "item"), "item_columns")
+    names = pick_columns(source, item_columns, "item_columns", known, ("item",))
     further = [name for name in text_columns or () if name not in names]
     for name in further:
         require_column(source, "the text", name, "text_columns")
     log_columns(source, names, *further)
-    cells = source.cells([*names.values(), *further])
-    wanted = dict.fromkeys(further) | names
-    plain = {f"t{n}": plain_text(cells[names.get(name, name)]) for n, name in enumerate(wanted)}
-    raw = materialise(con, cells.select(**plain), source)
-    texts = _stored(con, raw.select("source_row", **{name: collapsed(raw[name]) for name in plain}))
-    named = {name: texts[place] for name, place in zip(wanted, plain, strict=True)}
+    named, texts = _texts(con, source, dict.fromkeys(further) | names)
     if args.category_separator and "category" in named:
         named["category"] = named["category"].replace(args.category_separator, ", ")
     title, category = (named.get(name, ibis.literal("")) for name in ("title", "category"))
@@ -82,6 +76,18 @@ def read_items(con: ibis.BaseBackend, source: Source, args: DataArguments) -> tu
     ]
     items, left_out = screen(items.mutate(repeat=repeat, first_at=first), source, problems, args.on_bad_rows)
     return items.drop("repeat", "first_at"), source.num_unreadable() | left_out
+
+
+def _texts(con: ibis.BaseBackend, source: Source, names: Mapping[str, str | None]) -> tuple[dict[str, Column], Table]:
+    """Our names to the text of their columns (None: of the same name), and the table that these are of."""
+    if len({name.lower() for name in names}) < len(names):
+        listed = ", ".join(names)
+        raise ValueError(f"item_columns and text_columns name {listed}, two of them equal but for case; rename one")
+    cells = source.cells(column or name for name, column in names.items())
+    plain = {f"t{n}": plain_text(cells[column or name]) for n, (name, column) in enumerate(names.items())}
+    raw = materialise(con, cells.select(**plain), source)
+    texts = _stored(con, raw.select("source_row", **{place: collapsed(raw[place]) for place in plain}))
+    return {name: texts[place] for name, place in zip(names, plain, strict=True)}, texts
 
 
 def _stored(con: ibis.BaseBackend, table: Table) -> Table:
@@ -108,9 +114,7 @@ def read_interactions(
     `position` has a say only where the recipe maps it, a `split` also under `split: given`.
     """
     by_name = ("user", "item", "time", *(("split",) if args.split == "given" else ()))
-    names = pick_columns(source, args.columns, "columns", INTERACTION_COLUMNS, by_name)
-    for name in ("user", "item"):
-        require_column(source, name, names.get(name, name), "columns")
+    names = pick_columns(source, args.columns, "columns", INTERACTION_COLUMNS, ("user", "item"), by_name)
     condition = Condition.of(args.where, source) if args.where else None
     of_condition = condition.columns if condition else []
     log_columns(source, names, *of_condition)
@@ -127,13 +131,13 @@ def read_interactions(
         if name in names
     }
     table = cells.select(
-        user_id=as_text(cells[names["user"]]),
-        item_id=as_text(cells[names["item"]]),
+        user_id=plain_text(cells[names["user"]]).fill_null(""),
+        item_id=plain_text(cells[names["item"]]).fill_null(""),
         **values,
         **unread,
         **(condition.values(cells) if condition else {}),
     )
-    table = materialise(con, table, source)
+    table = _with_plain_ids(con, materialise(con, table, source))
     left_out = source.num_unreadable()
     if condition:  # first, so that the rows for which it does not hold may hold anything
         table, excluded = condition.screened(table, source, args.on_bad_rows)
@@ -142,6 +146,14 @@ def read_interactions(
     table, bad = screen(table, source, [*problems, *bad_values(names)], args.on_bad_rows)
     left_out |= bad
     return table, names, left_out
+
+
+def _with_plain_ids(con: ibis.BaseBackend, table: Table) -> Table:
+    """The interactions with `collapsed` ids, which are looked at once and computed only where any has white space."""
+    ids = {name: table[name] for name in ("user_id", "item_id")}
+    if not has_space(ids["user_id"].concat(ids["item_id"])).any().to_pyarrow().as_py():
+        return table
+    return _stored(con, table.mutate(**{name: collapsed(column) for name, column in ids.items()}))
 
 
 def split_name(text: Column) -> Column:

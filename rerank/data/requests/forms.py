@@ -123,9 +123,7 @@ def is_mind(path: str) -> bool:
 def _names(source: Source, args: DataArguments, known: Sequence[str], needed: Sequence[str]) -> Names:
     """Our names of columns to the source's; a split has a say where the recipe maps it or splits by it."""
     by_name = [name for name in known if name != "split" or args.split == "given"]
-    names = pick_columns(source, args.request_columns, "request_columns", known, by_name)
-    for name in needed:
-        require_column(source, name, names.get(name, name), "request_columns")
+    names = pick_columns(source, args.request_columns, "request_columns", known, needed, by_name)
     for name in args.candidate_fields or ():
         require_column(source, "the candidates", name, "candidate_fields")
     for name in args.request_fields or ():

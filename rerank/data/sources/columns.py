@@ -13,7 +13,12 @@ logger = logging.getLogger(__name__)
 
 
 def pick_columns(
-    source: Source, given: Given | None, key: str, known: Sequence[str], by_name: Sequence[str] | None = None
+    source: Source,
+    given: Given | None,
+    key: str,
+    known: Sequence[str],
+    needed: Sequence[str],
+    by_name: Sequence[str] | None = None,
 ) -> Names:
     """Our column names to the source's: as the recipe maps them, else by the same name where the source has it.
 
@@ -22,6 +27,7 @@ def pick_columns(
         given: The recipe's; null takes away the column of the same name.
         key: Of the recipe, for messages.
         known: The names there are.
+        needed: Those without which nothing can be read.
         by_name: Those that need not be mapped; all of them by default.
     """
     given = given or {}
@@ -34,6 +40,11 @@ def pick_columns(
     default = {name: name for name in by_name or known if name not in given and source.has(name)}
     for name in default:
         source.refuse_twice(name)
+    for name in needed:
+        if name in given and given[name] is None:
+            raise ValueError(f"{key} has null for {name}, which is needed; name its column")
+        if name not in default | mapped:
+            require_column(source, name, name, key)
     return default | mapped
 
 

@@ -69,7 +69,7 @@ class Delimited(Source):
         return f"name its columns in {self.asked.csv_key}: {{header: {EXAMPLES[self.asked.key]}}}"
 
     def _problem(self, first_line: list[str]) -> str:
-        """What the first lines show to be wrong with the way in which the file is read."""
+        """The reason why the first lines look wrong, with a cure; nothing where they look right."""
         key, (first, *others) = self.asked.csv_key, first_line or [""]
         if not others:
             for separator in _TRIED:
