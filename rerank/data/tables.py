@@ -125,8 +125,10 @@ def read_interactions(
         "position": raw["position"].try_cast("int64") if "position" in names else ibis.null("int64"),
         "split": split_name(raw["split"]) if "split" in names else ibis.null("string"),
     }
-    unread = {
-        f"raw_{name}": ibis.ifelse(values[name].isnull(), as_text(cells[names[name]]), ibis.null("string"))
+    unread = {  # each text stands here once: DuckDB computes what stands twice for every row
+        f"raw_{name}": ibis.ifelse(
+            values[name].isnull(), plain_text(cells[names[name]]).fill_null("").strip(), ibis.null("string")
+        )
         for name in values
         if name in names
     }
