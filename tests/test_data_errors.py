@@ -16,7 +16,7 @@ BAD_ROWS = {  # after the header of a file of interactions
     "u,a,1\nu,b,\nu,c,x\n": "t.csv line 3: time is '', not a number .*; correct the row",
     "u,a,1\n,b,2\n": "t.csv line 3: user is empty; fill it or remove the row",
     "u,,1\n": "t.csv line 2: item is empty",
-    "u,a,1\nu,b\n": "t.csv cannot be read: .*Line: 3; correct the row or the format",
+    "u,a,1\nu,b\n": "t.csv cannot be read: .*Line: 3, .* Columns: 3 Found: 2; correct the row or the format",
     "": "t.csv is empty; give a file with at least one row",
     "u,a,1\nu,b,2\nv,a,1\n": "split: per_user leaves no user with a rerank row",
 }
@@ -47,7 +47,11 @@ BAD_SPLITS = [  # options, interactions, message
     ({"min_history": 20}, GOOD, "split: per_user leaves no user with a rerank row .min_history 20, 1 users.; give"),
     (SPLIT, GOOD, "split is given but .* has no column 'split'; map it in columns"),
     (BY_TIME, NO_TIME, "split is by_time but .* has no column 'time'; map it in columns"),
-    ({**BY_TIME, **WHEN}, NO_TIME, "t.csv line 2: the time is empty but split is by_time"),
+    (
+        {**BY_TIME, "columns": {"time": "when", "position": "position"}},
+        NO_TIME,
+        "t.csv line 2: the time is empty but split is by_time",
+    ),
     (REBUILD, "split,user,items\ntrain,u,a b\ntest,u,b c\n", "no valid part, and without a time no training rows are"),
     (REBUILD, "split,user,items\ntra,u,a b\n", "line 2: split is 'tra', not a split .train, history, valid"),
     (REBUILD, "split,user,items\ntrain,u,\nvalid,u,a b\n", "line 2: items is empty; fill it or remove the row"),

@@ -138,37 +138,43 @@ class Counts:
         return UserContributions.of(users, sequences, self.num_items)
 
     def _score_matrix(
-        self, histories: Sequence[np.ndarray], rows: np.ndarray, own: UserContributions | None
+        self, histories: Sequence[np.ndarray], rows: np.ndarray, own: UserContributions | None, exclude_seen: bool
     ) -> csr_array:
-        """Scores of the rows in 1/3600, (len(rows), items), nothing where the history has the item."""
+        """Scores of the rows in 1/3600, (len(rows), items), with `exclude_seen` nothing for items of the history."""
         chunk = [np.asarray(histories[row], dtype=np.int64) for row in rows]
         recent = recent_items(chunk, len(RECENCY))
         scores = _recency_weights(recent, self.num_items) @ self.transitions
         if own is not None:
             numbers = own.numbers(rows[:, None], recent)
             scores = scores - _recency_weights(numbers, len(own.keys)) @ own.transitions
-        lines = np.repeat(np.arange(len(chunk)), [len(history) for history in chunk])
-        seen = matrix_of(lines, np.concatenate(chunk), np.ones(len(lines)), scores.shape).astype(bool)
-        scores = csr_array(scores - scores.multiply(seen))
+        if exclude_seen:
+            lines = np.repeat(np.arange(len(chunk)), [len(history) for history in chunk])
+            seen = matrix_of(lines, np.concatenate(chunk), np.ones(len(lines)), scores.shape).astype(bool)
+            scores = csr_array(scores - scores.multiply(seen))
         scores.eliminate_zeros()
         scores.sort_indices()
         return scores
 
     def top_rows(
-        self, histories: Sequence[np.ndarray], n: int, own: UserContributions | None = None
+        self,
+        histories: Sequence[np.ndarray],
+        n: int,
+        own: UserContributions | None = None,
+        exclude_seen: bool = True,
     ) -> tuple[np.ndarray, np.ndarray]:
         """The n best items after each history with their scores, (R, n) each; ties by popularity, then by item.
 
         Args:
-            histories: R lists of items, oldest first; their items are left out.
+            histories: R lists of items, oldest first.
             n: Length of a list; no row may have fewer items that it has not seen.
             own: To be subtracted from the counts; None for rows that were not counted.
+            exclude_seen: Whether the items of a history are left out.
         """
         items = np.zeros((len(histories), n), dtype=np.int64)
         scores = np.zeros((len(histories), n), dtype=np.int64)
         for start in range(0, len(histories), CHUNK):
             rows = np.arange(start, min(start + CHUNK, len(histories)))
-            matrix = self._score_matrix(histories, rows, own)
+            matrix = self._score_matrix(histories, rows, own, exclude_seen)
             line, item, score = _contenders(matrix, n)
             popularity = self._popularity(rows[line], item, own)
             order = np.lexsort((item, -popularity, -score, line))
@@ -179,18 +185,19 @@ class Counts:
             scores[rows[line[kept]], place[kept]] = score[kept]
             found = np.bincount(line[kept], minlength=len(rows))
             for row, number in zip(rows[found < n], found[found < n], strict=True):
-                items[row, number:] = self._popular(row, histories[row], items[row, :number], n - number, own)
+                seen = histories[row] if exclude_seen else ()
+                items[row, number:] = self._popular(row, seen, items[row, :number], n - number, own)
         return items, scores / SCORE_UNIT
 
     def _popularity(self, rows: np.ndarray, items: np.ndarray, own: UserContributions | None) -> np.ndarray:
         return self.popularity[items] - (own.popularity_of(rows, items) if own is not None else 0)
 
     def _popular(
-        self, row: int, history: np.ndarray, found: np.ndarray, n: int, own: UserContributions | None
+        self, row: int, seen: Sequence[int] | np.ndarray, found: np.ndarray, n: int, own: UserContributions | None
     ) -> np.ndarray:
-        """The n most popular items that are neither in the history nor found already: all have score 0."""
+        """The n most popular items that are neither excluded nor found already: all have score 0."""
         free = np.ones(self.num_items, dtype=bool)
-        free[np.asarray(history, dtype=np.int64)] = free[found] = False
+        free[np.asarray(seen, dtype=np.int64)] = free[found] = False
         items = np.flatnonzero(free)
         if len(items) < n:
             raise ValueError(

@@ -123,15 +123,16 @@ def check(args: CandidatesArguments) -> None:
     if check_requests(args):
         return
     rows, item_ids = TargetRows.load(args.run_dir), read_item_ids(args.run_dir)
-    free = len(item_ids) - max(len(np.unique(history)) for history in rows.histories)
+    seen = max(len(np.unique(history)) for history in rows.histories) if args.exclude_seen else 0
+    free = len(item_ids) - seen
     if args.lists is not None:
         read_lists(args.lists, rows.row_ids, item_ids)
     for name in ("num_candidates", "pool_size"):
         length = getattr(args, name) or 0
         if length > free and (name == "pool_size" or args.lists is None):
+            cure = f"use at most {free}" + (", or exclude_seen: false" if seen else "")
             raise ValueError(
-                f"{name} is {length} but the longest history leaves {free} of {len(item_ids)} items; "
-                f"use at most {free}"
+                f"{name} is {length} but the longest history leaves {free} of {len(item_ids)} items; {cure}"
             )
 
 
@@ -180,19 +181,22 @@ def make_lists(args: CandidatesArguments, rows: TargetRows, counts: Counts, part
     elif args.source == "model":
         items, scores = map(list, model_lists(args, rows))
     else:
-        items, scores = map(list, counts.top_rows(rows.histories, args.num_candidates, parts[0].own))
+        items, scores = map(
+            list, counts.top_rows(rows.histories, args.num_candidates, parts[0].own, args.exclude_seen)
+        )
     return RowLists.of_first_stage(rows, items, scores)
 
 
 def model_lists(args: CandidatesArguments, rows: TargetRows) -> tuple[np.ndarray, np.ndarray]:
-    """A model's most likely items and their log-probabilities, items of the history left out."""
+    """A model's most likely items and their log-probabilities, items of the history left out by `exclude_seen`."""
     folder = args.model_dir
     model = NextItemModel.load(Path(folder)) if folder else NextItemModel.load_midtrained(Path(args.run_dir))
     model = model.with_max_history(MAX_HISTORY)
     if args.num_beams:
-        found = model.by_beams(rows.histories, args.num_candidates, args.num_beams, args.batch_size)
+        sizes = args.num_candidates, args.num_beams, args.batch_size
+        found = model.by_beams(rows.histories, *sizes, exclude_seen=args.exclude_seen)
     else:
-        found = model.by_head(rows.histories, args.num_candidates, args.batch_size)
+        found = model.by_head(rows.histories, args.num_candidates, args.batch_size, args.exclude_seen)
     for row, items in enumerate(found.items):
         if len(items) < args.num_candidates:
             cure = "raise num_beams" if args.num_beams else "lower num_candidates"

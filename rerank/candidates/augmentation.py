@@ -20,7 +20,7 @@ from rerank.launch.values import check_choice, check_range, option
 from rerank.rows import TargetRows
 
 Ranked = tuple[np.ndarray, np.ndarray]  # (R, M) items, best first, and their scores
-FirstStage = Callable[[Counts, Sequence[np.ndarray], int, UserContributions], Ranked]
+FirstStage = Callable[[Counts, Sequence[np.ndarray], int, UserContributions, bool], Ranked]
 CHUNK = 256
 
 
@@ -33,6 +33,9 @@ class AugmentationArguments(recipe.StageArguments):
     cut_histories: bool = option(False, "Draw the further lists after a random number of the history's last items.")
     first_stages: list[str] = option(["transitions"], "First stages to draw from, each as often as the others.")
     shuffle_candidates: bool = option(False, "Show further lists in random order; facts keep first-stage ranks.")
+    exclude_seen: bool = option(
+        True, "Leave items of the history out of lists of a first stage; false where users take items again."
+    )
     seed: int = option(0, "Of the draws of further lists.")
 
     def __post_init__(self) -> None:
@@ -76,43 +79,53 @@ class DrawnLists:
         return replace(made, ranks=list(self.columns["first_stage_ranks"]), features=list(self.columns["features"]))
 
 
-def by_transitions(counts: Counts, histories: Sequence[np.ndarray], n: int, own: UserContributions) -> Ranked:
+def by_transitions(
+    counts: Counts, histories: Sequence[np.ndarray], n: int, own: UserContributions, exclude_seen: bool
+) -> Ranked:
     """As the source `transitions`."""
-    return counts.top_rows(histories, n, own)
+    return counts.top_rows(histories, n, own, exclude_seen)
 
 
-def by_ease(counts: Counts, histories: Sequence[np.ndarray], n: int, own: UserContributions) -> Ranked:
+def by_ease(
+    counts: Counts, histories: Sequence[np.ndarray], n: int, own: UserContributions, exclude_seen: bool
+) -> Ranked:
     """By the linear model of the whole history (`baselines.regression`)."""
 
     def score(rows: np.ndarray) -> np.ndarray:
         everything = np.broadcast_to(np.arange(counts.num_items), (len(rows), counts.num_items))
         return counts.regression.scores([histories[row] for row in rows.tolist()], everything, own.items_of(rows))[0]
 
-    return _best(counts, histories, n, score)
+    return _best(counts, histories, n, score, exclude_seen)
 
 
-def by_popularity(counts: Counts, histories: Sequence[np.ndarray], n: int, own: UserContributions) -> Ranked:
+def by_popularity(
+    counts: Counts, histories: Sequence[np.ndarray], n: int, own: UserContributions, exclude_seen: bool
+) -> Ranked:
     """By the number of interactions of other users."""
 
     def score(rows: np.ndarray) -> np.ndarray:
         return counts.popularity - own.items_of(rows).toarray()
 
-    return _best(counts, histories, n, score)
+    return _best(counts, histories, n, score, exclude_seen)
 
 
 FIRST_STAGES: dict[str, FirstStage] = {"transitions": by_transitions, "ease": by_ease, "popularity": by_popularity}
 
 
 def _best(
-    counts: Counts, histories: Sequence[np.ndarray], n: int, score: Callable[[np.ndarray], np.ndarray]
+    counts: Counts,
+    histories: Sequence[np.ndarray],
+    n: int,
+    score: Callable[[np.ndarray], np.ndarray],
+    exclude_seen: bool,
 ) -> Ranked:
-    """The n best items that the history does not hold; ties by popularity, then by item."""
+    """The n best items, without those of the history by `exclude_seen`; ties by popularity, then by item."""
     order = np.lexsort((np.arange(counts.num_items), -counts.popularity))
     found = []
     for start in range(0, len(histories), CHUNK):
         rows = np.arange(start, min(start + CHUNK, len(histories)))
         scores = np.array(score(rows), dtype=float)
-        for line, row in enumerate(rows.tolist()):
+        for line, row in enumerate(rows.tolist() if exclude_seen else ()):
             scores[line, histories[row]] = -np.inf
         items = order[np.argsort(-scores[:, order], axis=1, kind="stable")[:, :n]]
         found.append((items, np.take_along_axis(scores, items, axis=1)))
@@ -141,12 +154,15 @@ def further_lists(
     for stage, name in enumerate(args.first_stages):
         chosen = np.flatnonzero(stages == stage)
         of_stage = [histories[row] for row in chosen.tolist()]
-        pool[chosen], scores[chosen] = FIRST_STAGES[name](counts, of_stage, pool.shape[1], own.of_rows(chosen))
+        pool[chosen], scores[chosen] = FIRST_STAGES[name](
+            counts, of_stage, pool.shape[1], own.of_rows(chosen), args.exclude_seen
+        )
     is_target = pool == rows.targets[:, None]
     hits = np.flatnonzero(is_target.any(axis=1))
     # the target and the N - 1 others of the smallest random keys, in first-stage order; last what a cut left out
     keys = np.where(is_target[hits], -2.0, rng.random((len(hits), pool.shape[1])))
-    keys += [np.isin(pool[row], rows.histories[row]) for row in hits]
+    if args.exclude_seen:
+        keys += [np.isin(pool[row], rows.histories[row]) for row in hits]
     places = np.sort(np.argsort(keys, axis=1)[:, :size], axis=1)
     candidates, chosen_scores = (np.take_along_axis(of_pool[hits], places, axis=1) for of_pool in (pool, scores))
     kept = [histories[row] for row in hits]

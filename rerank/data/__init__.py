@@ -11,18 +11,28 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
+from rerank.data.asked import ALLOWED, FORMATS, Asked, checked_csv
 from rerank.launch import recipe
 from rerank.launch.stages import Stage
 from rerank.launch.values import check_choice, check_range, option
 
 SPLITS = ("per_user", "by_time", "by_user", "random", "given")
-FORMATS = ("csv", "tsv", "jsonl", "parquet", "recbole", "s3rec", "datasets")
 REQUESTS_FORMATS = ("wide", "long", "mind", "metarank")
 ITEMS_FORMATS = (*FORMATS, "mind", "metarank")
-OF_REQUESTS = ("request_columns", "request_fields", "candidate_fields", "grades", "history_gap", "test_users")
+OF_REQUESTS = (
+    "requests_csv",
+    "request_columns",
+    "request_fields",
+    "candidate_fields",
+    "grades",
+    "history_gap",
+    "test_users",
+)
 OF_INTERACTIONS = {  # option that requests do not have -> its default
     "min_user_interactions": 0, "min_item_interactions": 0, "num_rerank": 1, "min_history": 2, "rebuild": False,
+    "dedupe": None, "without_metadata": "refuse",
 }  # fmt: skip
+CSV_KEYS = ("csv", "items_csv", "requests_csv")  # and the sources that they are for
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +57,14 @@ class DataArguments(recipe.StageArguments):
     )
     format: str = option("auto", f"auto (by the suffix) or {', '.join(FORMATS)}.")
     items_format: str = option("auto", "Format of items, as for interactions; mind: news.tsv; metarank: item events.")
-    request_columns: dict[str, str] | None = option(
+    csv: dict[str, str | list[str]] | None = option(
+        None,
+        'How interactions are written: {separator: "::", header: [user, item, time], encoding: latin-1}; header names '
+        "the columns of a file without one.",
+    )
+    items_csv: dict[str, str | list[str]] | None = option(None, "How items are written, as csv.")
+    requests_csv: dict[str, str | list[str]] | None = option(None, "How requests are written, as csv.")
+    request_columns: dict[str, str | None] | None = option(
         None,
         "Columns of requests, {request: ..., user: ..., time: ..., history: ..., candidates: ..., relevance: ..., "
         "scores: ..., split: ...}; of the long form item, score and position instead of lists.",
@@ -60,12 +77,13 @@ class DataArguments(recipe.StageArguments):
     history_gap: float = option(
         0.0, "Seconds before a request whose interactions are not yet in its history, as they are of the same session."
     )
-    columns: dict[str, str] | None = option(
+    columns: dict[str, str | None] | None = option(
         None,
         "Columns of interactions, {user: ..., item: ..., time: ..., position: ..., split: ...}, where "
-        "they differ from these; ready rows have items, or history and item. position orders before time.",
+        "they differ from these; ready rows have items, or history and item. position, which orders before time, has "
+        "a say only where it is named here, and null takes a column's say away.",
     )
-    item_columns: dict[str, str] | None = option(
+    item_columns: dict[str, str | None] | None = option(
         None, "Columns of items, {item: ..., title: ..., category: ..., brand: ...} and any others to keep."
     )
     text_columns: list[str] | None = option(
@@ -73,6 +91,18 @@ class DataArguments(recipe.StageArguments):
     )
     category_separator: str | None = option(
         None, "Separator of several categories in one cell; they are rewritten with ', '."
+    )
+    where: str | None = option(
+        None, f"Condition on the columns of interactions, such as: rating >= 4. It may hold {ALLOWED}."
+    )
+    on_bad_rows: str = option(
+        "refuse", "refuse: end at the first row of interactions or items that cannot be used; drop: leave them out."
+    )
+    dedupe: str | None = option(
+        None, "first, last: keep one interaction of a user and an item; consecutive: of repetitions without another."
+    )
+    without_metadata: str = option(
+        "refuse", "Items of interactions that items lacks: refuse, keep (with empty text), or drop (interactions too)."
     )
     min_user_interactions: int = option(0, "k-core: fewest interactions of a user.")
     min_item_interactions: int = option(0, "k-core: fewest interactions of an item.")
@@ -112,12 +142,22 @@ class DataArguments(recipe.StageArguments):
             raise ValueError("split: given takes interactions as they are; remove min_user_ and min_item_interactions")
         if self.rebuild and self.split != "given":
             raise ValueError(f"rebuild is true but split is {self.split}; ready rows have a split: given")
+        for name in ("where", "dedupe") if self.rebuild else ():
+            if getattr(self, name):
+                raise ValueError(f"{name} is {getattr(self, name)} but rebuild is true; it is for single interactions")
         if self.test_users and self.split != "by_user":
             raise ValueError(f"test_users is set but split is {self.split}; set split: by_user")
         for kind, grade in (self.grades or {}).items():
             if not isinstance(grade, int | float):
                 raise ValueError(f"grades has {grade!r} for {kind}; give a number of at least 0")
             check_range(f"the grade of {kind}", grade, least=0)
+
+    def asked(self, key: str) -> Asked:
+        """The table that the recipe names under requests, interactions or items."""
+        prefix = "" if key == "interactions" else f"{key}_"
+        form = "auto" if key == "requests" else getattr(self, f"{prefix}format")
+        drops = self.on_bad_rows == "drop" and key != "requests"
+        return Asked(key, getattr(self, key), form, getattr(self, f"{prefix}csv") or {}, drops)
 
     def _check_choices(self) -> None:
         for name, choices in (
@@ -127,6 +167,12 @@ class DataArguments(recipe.StageArguments):
         ):
             check_choice(name, getattr(self, name), ("auto", *choices))
         check_choice("split", self.split, SPLITS)
+        check_choice("on_bad_rows", self.on_bad_rows, ("refuse", "drop"))
+        check_choice("without_metadata", self.without_metadata, ("refuse", "keep", "drop"))
+        if self.dedupe is not None:
+            check_choice("dedupe", self.dedupe, ("first", "last", "consecutive"))
+        for key in CSV_KEYS:
+            setattr(self, key, checked_csv(key, getattr(self, key)))
 
     def _check_ranges(self) -> None:
         for name in ("num_test", "num_valid", "min_history"):
@@ -147,6 +193,14 @@ class DataArguments(recipe.StageArguments):
         for name in () if self.items else ("item_columns", "text_columns", "category_separator"):
             if getattr(self, name):
                 raise ValueError(f"{name} is {getattr(self, name)} but items is not set; name the table of items")
+        for name in () if self.items else ("items_csv",):
+            if getattr(self, name):
+                raise ValueError(f"{name} is {getattr(self, name)} but items is not set; name the table of items")
+        for name in () if self.interactions else ("csv", "where"):
+            if getattr(self, name):
+                raise ValueError(
+                    f"{name} is {getattr(self, name)} but interactions is not set; name them or remove it"
+                )
         if self.columns and not self.interactions:
             problem = f"columns is {self.columns} but interactions is not set"
             raise ValueError(f"{problem}; name columns of requests in request_columns")

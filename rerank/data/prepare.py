@@ -12,17 +12,28 @@ from ibis import _
 from ibis.expr.types import Table
 
 from rerank.data import DataArguments, ready_rows, splits, tables
-from rerank.data.readers import Names, Source, read_source
+from rerank.data.filters import count, drop_repetitions, first_row
 from rerank.data.requests.prepare import PreparedRequests, prepare_requests
 from rerank.data.requests.read import item_source
-from rerank.data.summary import Sizes, by_split, shared_summary
+from rerank.data.sources.columns import Names
+from rerank.data.sources.opening import open_source
+from rerank.data.sources.source import Source
+from rerank.data.summary import Sizes, by_split, notes, share_in_history, shared_summary
 
 ROW_SPLITS = ("rerank", "valid", "test")
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """The tables of the stage; `targets` are the indices of the interactions that are a row's target."""
+    """The tables of the stage.
+
+    Attributes:
+        items, users, interactions: As they are written.
+        targets: Indices of the interactions that are a row's target.
+        num_read, num_duplicates: Interactions read, and those removed since they stand there before.
+        left_out: Reason to the number of other rows that are not in the tables.
+        sources: Names of the files.
+    """
 
     items: pa.Table
     users: pa.Table
@@ -30,6 +41,7 @@ class Prepared:
     targets: np.ndarray
     num_read: int
     num_duplicates: int
+    left_out: dict[str, int]
     sources: list[str]
 
     def write(self, out_dir: Path) -> None:
@@ -48,12 +60,13 @@ class Prepared:
         """Counts of what was read, kept and split; terms and fingerprints of the sources."""
         rows = self.count(is_row=True)
         sizes = Sizes(self.num_read, self.num_duplicates, {split: rows[split] for split in ROW_SPLITS})
-        return shared_summary(args, self.items, self.users, self.interactions, sizes, self.sources)
+        shared = shared_summary(args, self.items, self.users, self.interactions, sizes, self.sources)
+        share = share_in_history(self.interactions, self.targets)
+        return {**shared, "left_out": self.left_out, "share_of_targets_in_history": share}
 
     def notes(self, metrics: dict[str, object]) -> list[str]:
         """Lines for the log on what is unusual in the tables."""
-        has_seen = metrics["midtrain_has_seen_rerank_targets"]
-        return ["num_rerank is all: mid-training has seen the targets that train the re-ranker"] if has_seen else []
+        return notes(metrics)
 
 
 def prepare(args: DataArguments) -> Prepared | PreparedRequests:
@@ -64,7 +77,7 @@ def prepare(args: DataArguments) -> Prepared | PreparedRequests:
             if args.requests:
                 return prepare_requests(con, args)
             assert args.interactions
-            source = read_source(con, args.interactions, args.format, "interactions")
+            source = open_source(con, args.asked("interactions"))
             is_rows = ready_rows.is_to_be_rebuilt(source, args.columns, args.split, args.rebuild)
             prepared = (_from_ready_rows if is_rows else _from_interactions)(con, args, source)
         finally:
@@ -73,52 +86,90 @@ def prepare(args: DataArguments) -> Prepared | PreparedRequests:
     return prepared
 
 
-def _read_items(con: ibis.BaseBackend, args: DataArguments, used: Table, source: Source) -> tuple[Table, list[str]]:
-    """The items, which must hold every used one, and the names of all sources; without a catalogue the used items."""
+def _read_items(
+    con: ibis.BaseBackend, args: DataArguments, used: Table, source: Source, num_read: int
+) -> tuple[Table, list[str], dict[str, int]]:
+    """The items, the names of all sources, and rows left out by reason; without a catalogue the used items.
+
+    Args:
+        con: The database.
+        args: Of the stage.
+        used: Interactions whose items need metadata.
+        source: Of these.
+        num_read: Of them, for the message of a refusal.
+    """
     if not args.items:
-        return tables.items_of(used), [source.name]
+        return tables.items_of(used), [source.name], {}
     catalogue = item_source(con, args)
-    items = tables.read_items(con, catalogue, args.item_columns, args.text_columns, args.category_separator)
-    if row := tables.first_row(used.anti_join(items, "item_id"), source):
+    items, left_out = tables.read_items(con, catalogue, args)
+    without = used.anti_join(items, "item_id")
+    sources, left_out = [source.name, catalogue.name], {f"items: {reason}": n for reason, n in left_out.items()}
+    if args.without_metadata == "keep":
+        return tables.with_further_items(items, without), sources, left_out
+    if row := first_row(without, source):
+        num_items, num_rows = without.item_id.nunique().to_pyarrow().as_py(), count(without)
+        if args.without_metadata == "drop":
+            return items, sources, {**left_out, "item without metadata": num_rows}
         problem = f"item {row['item_id']!r} is not in {catalogue.name}"
-        raise ValueError(f"{row['place']}: {problem}; add it there or remove the interaction")
-    return items, [source.name, catalogue.name]
+        others = f"{num_items} items in {num_rows} of {num_read} interactions lack metadata"
+        raise ValueError(
+            f"{row['place']}: {problem}; add it there or remove the interaction; {others}: set without_metadata: keep "
+            "(with empty text) or drop"
+        )
+    return items, sources, left_out
 
 
 def _from_interactions(con: ibis.BaseBackend, args: DataArguments, source: Source) -> Prepared:
-    read, names = tables.read_interactions(con, source, args.columns)
+    read, names, left_out = tables.read_interactions(con, source, args)
     _check_split_columns(args, source, read, names)
-    items, sources = _read_items(con, args, read, source)
+    order = ["time", "position", "source_row"] if args.split == "by_time" else ["position", "time", "source_row"]
     unique = tables.drop_duplicates(con, read, names)
-    core = tables.k_core(con, unique, args.min_user_interactions, args.min_item_interactions)
+    num_read, num_unique = count(read), count(unique)
+    kept = drop_repetitions(con, unique, args.dedupe, order)
+    repeated = {f"dedupe: {args.dedupe}": num_unique - count(kept)} if args.dedupe else {}
+    minimum = args.min_user_interactions, args.min_item_interactions
+    core = tables.k_core(con, kept, *minimum)
+    items, sources, of_items = _read_items(con, args, core, source, num_read)
+    if args.without_metadata == "drop":
+        core = tables.k_core(con, core.semi_join(items, "item_id"), *minimum)
     if args.min_item_interactions:
         items = items.semi_join(core, "item_id")
     users, items = tables.number_users(core), tables.number_items(items)
     numbered = core.join(users, "user_id").join(items.select("item", "item_id"), "item_id")
-    order = ["time", "position", "source_row"] if args.split == "by_time" else ["position", "time", "source_row"]
     sequences = _split(args, splits.number_positions(numbered, order))
-    num_read = tables.count(read)
-    return _computed(args, items, users, sequences, num_read, num_read - tables.count(unique), sources)
+    sizes = num_read + sum(left_out.values()), num_read - num_unique, {**left_out, **repeated, **of_items}
+    return _computed(args, items, users, sequences, sizes, sources)
 
 
 def _from_ready_rows(con: ibis.BaseBackend, args: DataArguments, source: Source) -> Prepared:
     rows = ready_rows.read_ready_rows(con, source, args.columns)
-    items, sources = _read_items(con, args, ready_rows.explode(rows), source)
+    items, sources, left_out = _read_items(con, args, ready_rows.explode(rows), source, count(rows))
+    if args.without_metadata == "drop" and "item without metadata" in left_out:
+        raise ValueError("without_metadata is drop but rebuild is true, and rows must stay whole; set it to keep")
     users, items = tables.number_users(rows), tables.number_items(items)
     held_out = splits.hold_out_latest(rows, args.valid_fraction)
     sequences = ready_rows.sequences_of(con, source, held_out, items, users)
-    return _computed(args, items, users, sequences, tables.count(rows), 0, sources)
+    return _computed(args, items, users, sequences, (count(rows), 0, left_out), sources)
 
 
 def _computed(
-    args: DataArguments, items: Table, users: Table, sequences: Table, num_read: int, twice: int, sources: list[str]
+    args: DataArguments,
+    items: Table,
+    users: Table,
+    sequences: Table,
+    sizes: tuple[int, int, dict[str, int]],
+    sources: list[str],
 ) -> Prepared:
-    """The expressions of the tables as tables, with the re-ranker's training targets marked."""
+    """The expressions of the tables as tables, with the re-ranker's training targets marked.
+
+    `sizes` are the interactions read, those removed as duplicates, and the rows left out by reason.
+    """
     marked = splits.mark_rerank(sequences, args.num_rerank, args.min_history)
     interactions = marked.order_by(["user", "position"]).to_pyarrow()
     targets = splits.targets(interactions, args.min_history)
     by_number = (items.order_by("item").to_pyarrow(), users.order_by("user").to_pyarrow())
-    return Prepared(*by_number, interactions, targets, num_read, twice, sources)
+    num_read, num_duplicates, left_out = sizes
+    return Prepared(*by_number, interactions, targets, num_read, num_duplicates, left_out, sources)
 
 
 def _check_split_columns(args: DataArguments, source: Source, read: Table, names: Names) -> None:
@@ -127,7 +178,7 @@ def _check_split_columns(args: DataArguments, source: Source, read: Table, names
     if needed and needed not in names:
         problem = f"split is {args.split} but {source.name} has no column {needed!r}"
         raise ValueError(f"{problem}; map it in columns: {{{needed}: COLUMN}}")
-    if needed == "time" and (row := tables.first_row(read.filter(_.time.isnull()), source)):
+    if needed == "time" and (row := first_row(read.filter(_.time.isnull()), source)):
         raise ValueError(f"{row['place']}: the time is empty but split is by_time; fill it or remove the row")
 
 

@@ -12,21 +12,26 @@ import pyarrow as pa
 from ibis import _
 from ibis.expr.types import ArrayColumn, Column, Table
 
-from rerank.data.readers import Names, Source, as_seconds, as_text, pick_columns, require_column
-from rerank.data.tables import materialise, refuse_bad_values, refuse_empty, split_name
+from rerank.data.filters import refuse_bad
+from rerank.data.sources.cells import as_list, as_seconds, as_text
+from rerank.data.sources.columns import Given, log_columns, pick_columns, require_column
+from rerank.data.sources.source import Source
+from rerank.data.tables import bad_values, materialise, refuse_empty, split_name
 
 COLUMNS = ("user", "time", "split", "items", "history", "item")
 MOST_TORN = 0.01  # share of a user's further rows that may not continue those before
 
 
-def is_to_be_rebuilt(source: Source, columns: Names | None, split: str, rebuild: bool) -> bool:
+def is_to_be_rebuilt(source: Source, columns: Given | None, split: str, rebuild: bool) -> bool:
     """Whether a source holds whole rows (an `items` or a `history` column) and not single interactions.
 
     Raises:
         ValueError: When such rows are to stay what they are, or single interactions are to be rebuilt.
     """
-    held = sorted({"items", "history"} & {*(columns or {}), *source.table.columns})
-    if held and split == "given" and not rebuild:
+    if split != "given":
+        return False
+    held = [name for name in ("history", "items") if name in (columns or {}) or source.has(name)]
+    if held and not rebuild:
         problem = f"{source.name} has the column {held[0]}: whole rows, not single interactions"
         cure = "set rebuild: true to put overlapping histories back into one sequence a user"
         raise ValueError(f"{problem}; {cure}, or name lists that were shown as requests")
@@ -36,19 +41,19 @@ def is_to_be_rebuilt(source: Source, columns: Names | None, split: str, rebuild:
     return rebuild
 
 
-def read_ready_rows(con: ibis.BaseBackend, source: Source, columns: Names | None) -> Table:
+def read_ready_rows(con: ibis.BaseBackend, source: Source, columns: Given | None) -> Table:
     """Rows in file order, every field checked: source_row, user_id, time, split, item_ids (history, then target)."""
-    names = pick_columns(source, columns, "columns", COLUMNS)
-    for name in ("user", "split") if "items" in names else ("user", "split", "history", "item"):
+    names = pick_columns(source, columns, "columns", COLUMNS, ("user", "split"))
+    for name in () if "items" in names else ("history", "item"):
         require_column(source, name, names.get(name, name), "columns")
-    cells = source.table
+    log_columns(source, names)
+    cells = source.cells(names.values())
     if "items" in names:
         item_ids = _ids(cells[names["items"]])
     else:
         item_ids = _ids(cells[names["history"]]).concat(ibis.array([as_text(cells[names["item"]])]))
     raw = {name: as_text(cells[names[name]]) for name in ("time", "split") if name in names}
     rows = cells.select(
-        "source_row",
         user_id=as_text(cells[names["user"]]),
         time=as_seconds(cells[names["time"]]) if "time" in names else ibis.null("float64"),
         split=split_name(raw["split"]),
@@ -56,7 +61,7 @@ def read_ready_rows(con: ibis.BaseBackend, source: Source, columns: Names | None
         **{f"raw_{name}": value for name, value in raw.items()},
     )
     rows = materialise(con, rows, source)
-    refuse_bad_values(rows, source, {name: names[name] for name in raw})
+    refuse_bad(rows, source, bad_values({name: names[name] for name in raw}))
     empty = (_.item_ids.length() == 0) | _.item_ids.contains("")
     refuse_empty(rows.filter(_.user_id == ""), source, "user")
     refuse_empty(rows.filter(empty), source, names.get("items", "item"))
@@ -65,10 +70,7 @@ def read_ready_rows(con: ibis.BaseBackend, source: Source, columns: Names | None
 
 def _ids(column: Column) -> ArrayColumn:
     """A list column, or text with white space between ids, as a list of ids."""
-    if column.type().is_array():
-        return column.cast("array<string>")
-    words = as_text(column)
-    return ibis.ifelse(words == "", ibis.literal([], "array<string>"), words.split(" "))
+    return as_list(column).cast("array<string>")
 
 
 def explode(rows: Table) -> Table:

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from ibis import _
 from ibis.expr.types import Table
 
-from rerank.data.tables import count
+from rerank.data.filters import count
 
 ROWS = pa.schema(
     {
@@ -51,7 +51,9 @@ def split_by_time(table: Table, valid_fraction: float, test_fraction: float) -> 
 
 
 def split_at_random(table: Table, valid_fraction: float, test_fraction: float, seed: int) -> Table:
-    """Shares of each user's interactions drawn at random, at least one each; positions put what is held out last.
+    """Shares of each user's items drawn at random, at least one each; positions put what is held out last.
+
+    All interactions of a user with an item are drawn together, so that none tells of another.
 
     The draw orders a user's interactions by a digest of seed, user and item, so it is the same everywhere.
 
@@ -59,8 +61,8 @@ def split_at_random(table: Table, valid_fraction: float, test_fraction: float, s
     """
     words = table.user.cast("string"), " ", table.item.cast("string")
     table = table.mutate(digest=ibis.literal(f"{seed} ").concat(*words).hexdigest("md5"))
-    place = ibis.row_number().over(ibis.window(group_by="user", order_by="digest"))
-    size = _.count().over(ibis.window(group_by="user"))
+    place = ibis.dense_rank().over(ibis.window(group_by="user", order_by="digest"))  # one of a repeated item
+    size = _.item.nunique().over(ibis.window(group_by="user"))
     num_test, num_valid = (_at_least_one(size * share) for share in (test_fraction, valid_fraction))
     table = table.mutate(place=place, num_test=num_test, num_held_out=num_test + num_valid)
     table = table.mutate(part=ibis.cases((_.place < _.num_test, 2), (_.place < _.num_held_out, 1), else_=0))

@@ -1,36 +1,38 @@
 """Checked tables from raw sources: items with their text, interactions without duplicates, the k-core, integer ids."""
 
+import functools
+from collections.abc import Mapping
+from typing import Any
+
 import duckdb
 import ibis
 from ibis import _
 from ibis.expr.types import Column, Table
 
-from rerank.data.readers import Names, Source, as_seconds, as_text, pick_columns, require_column, unreadable
+from rerank.data import DataArguments
+from rerank.data.filters import Problem, count, first_row, screen
+from rerank.data.sources.cells import as_seconds, as_text, collapsed, has_space, plain_text
+from rerank.data.sources.columns import Names, log_columns, pick_columns, require_column
+from rerank.data.sources.source import Source
+from rerank.data.where import Condition
 
+INTERACTION_COLUMNS = ("user", "item", "time", "position", "split")
 ITEM_COLUMNS = ("item", "item_id", "title", "category", "text", "source_row")
 SPLITS = dict(train="train", history="train", valid="valid", validation="valid", dev="valid", test="test")
 
 
 def materialise(con: ibis.BaseBackend, table: Table, source: Source) -> Table:
-    """The table computed once and kept, so that a file is read a single time; refuses an unreadable or empty one."""
+    """The table computed once and kept, so that a file is read a single time; refuses an unreadable or empty one.
+
+    It has `source_row`, the place in the input: that in the table, unless the source has another.
+    """
     try:
         made = con.create_table(ibis.util.gen_name("table"), table, temp=True)
     except duckdb.Error as error:
-        raise unreadable(source.name, error) from None
+        raise source.unreadable(error) from None
     if count(made) == 0:
         raise ValueError(f"{source.name} is empty; give a file with at least one row")
-    return made
-
-
-def count(table: Table) -> int:
-    """Number of rows."""
-    return table.count().to_pyarrow().as_py()
-
-
-def first_row(bad: Table, source: Source) -> dict | None:
-    """The first of some bad rows, with its `place` in the source, or None when there is none."""
-    rows = bad.order_by("source_row").limit(1).to_pyarrow().to_pylist()
-    return {**rows[0], "place": source.place(rows[0]["source_row"])} if rows else None
+    return made if "source_row" in made.columns else made.mutate(source_row=made.rowid())
 
 
 def refuse_empty(empty: Table, source: Source, column: str) -> None:
@@ -39,73 +41,121 @@ def refuse_empty(empty: Table, source: Source, column: str) -> None:
         raise ValueError(f"{row['place']}: {column} is empty; fill it or remove the row")
 
 
-def read_items(
-    con: ibis.BaseBackend,
-    source: Source,
-    item_columns: Names | None,
-    text_columns: list[str] | None,
-    category_separator: str | None,
-) -> Table:
-    """Items in file order: source_row, item_id, title, category, text, then the other columns of the recipe."""
-    for name in {*(item_columns or {})} & {"item_id", "text", "source_row"}:
+def read_items(con: ibis.BaseBackend, source: Source, args: DataArguments) -> tuple[Table, dict[str, int]]:
+    """Items in file order, and the number of rows left out by reason.
+
+    Their columns: source_row, item_id, title, category, text, then the others that the recipe names.
+    """
+    item_columns, text_columns = args.item_columns or {}, args.text_columns
+    for name in {*item_columns} & {"item_id", "text", "source_row"}:
         raise ValueError(f"item_columns has the key {name!r}, which items.parquet has already; take another name")
-    known = ("item", "title", "category", "brand", *(item_columns or {}))
-    names = pick_columns(source, item_columns, "item_columns", known)
-    require_column(source, "item", names.get("item", "item"), "item_columns")
-    columns = {name: as_text(source.table[column]) for name, column in names.items()}
-    if category_separator and "category" in columns:
-        columns["category"] = columns["category"].replace(category_separator, ", ")
-    title, category = (columns.get(name, ibis.literal("")) for name in ("title", "category"))
-    text = _encoder_text(source, columns, text_columns)
-    named = {name: as_text(source.table[name]) for name in text_columns or () if name not in columns} | columns
-    others = {name: column for name, column in named.items() if name not in ITEM_COLUMNS}
-    ours = {"item_id": columns["item"], "title": title, "category": category, "text": text}
-    items = materialise(con, source.table.select("source_row", **ours, **others), source)
-    refuse_empty(items.filter(_.item_id == ""), source, names["item"])
-    twice = items.group_by("item_id").agg(source_row=_.source_row.max(), first_at=_.source_row.min())
-    if row := first_row(twice.filter(_.source_row > _.first_at), source):
-        first = source.place(row["first_at"])
-        raise ValueError(f"{row['place']}: item {row['item_id']!r} repeats {first}; keep one row per item")
-    return items
-
-
-def _encoder_text(source: Source, columns: dict[str, Column], text_columns: list[str] | None) -> Column:
-    """`TITLE. NAME: VALUE. NAME: VALUE` of the columns that have a value; the first goes without its name."""
+    known = ("item", "title", "category", "brand", *item_columns)
+    names = pick_columns(source, item_columns, "item_columns", known, ("item",))
+    further = [name for name in text_columns or () if name not in names]
+    for name in further:
+        require_column(source, "the text", name, "text_columns")
+    log_columns(source, names, *further)
+    named, texts = _texts(con, source, dict.fromkeys(further) | names)
+    if args.category_separator and "category" in named:
+        named["category"] = named["category"].replace(args.category_separator, ", ")
+    title, category = (named.get(name, ibis.literal("")) for name in ("title", "category"))
     if text_columns is None:
-        text_columns = [name for name in ("title", "category") if name in columns]
+        text_columns = [name for name in ("title", "category") if name in names]
+    others = {name: column for name, column in named.items() if name not in ITEM_COLUMNS}
+    ours = {"item_id": named["item"], "title": title, "category": category}
+    items = _stored(con, texts.select("source_row", **ours, text=_encoder_text(named, text_columns), **others))
+    repeat = ibis.row_number().over(ibis.window(group_by="item_id", order_by="source_row"))
+    first = _.source_row.min().over(ibis.window(group_by="item_id"))
+    problems = [
+        _empty("item", names["item"]),
+        Problem(
+            "item stands there before",
+            _.repeat > 0,
+            lambda row: f"item {row['item_id']!r} repeats {source.place(row['first_at'])}; keep one row per item",
+        ),
+    ]
+    items, left_out = screen(items.mutate(repeat=repeat, first_at=first), source, problems, args.on_bad_rows)
+    return items.drop("repeat", "first_at"), source.num_unreadable() | left_out
+
+
+def _texts(con: ibis.BaseBackend, source: Source, names: Mapping[str, str | None]) -> tuple[dict[str, Column], Table]:
+    """Our names to the text of their columns (None: of the same name), and the table that these are of."""
+    if len({name.lower() for name in names}) < len(names):
+        listed = ", ".join(names)
+        raise ValueError(f"item_columns and text_columns name {listed}, two of them equal but for case; rename one")
+    cells = source.cells(column or name for name, column in names.items())
+    plain = {f"t{n}": plain_text(cells[column or name]) for n, (name, column) in enumerate(names.items())}
+    raw = materialise(con, cells.select(**plain), source)
+    texts = _stored(con, raw.select("source_row", **{place: collapsed(raw[place]) for place in plain}))
+    return {name: texts[place] for name, place in zip(names, plain, strict=True)}, texts
+
+
+def _stored(con: ibis.BaseBackend, table: Table) -> Table:
+    """The table computed, so that expressions over it do not hold those of its columns several times."""
+    return con.create_table(ibis.util.gen_name("table"), table, temp=True)
+
+
+def _encoder_text(named: dict[str, Column], text_columns: list[str]) -> Column:
+    """`TITLE. NAME: VALUE. NAME: VALUE` of the columns that have a value; the first goes without its name."""
     text = ibis.literal("")
     for place, name in enumerate(text_columns):
-        if name not in columns:
-            require_column(source, "the text", name, "text_columns")
-        value = columns[name] if name in columns else as_text(source.table[name])
+        value = named[name]
         labelled = value if place == 0 else ibis.literal(f"{name}: ") + value
         text = ibis.cases((value == "", text), (text == "", labelled), else_=text + ". " + labelled)
     return text
 
 
-def read_interactions(con: ibis.BaseBackend, source: Source, columns: Names | None) -> tuple[Table, Names]:
-    """Interactions in file order, every field checked, and our column names to the source's.
+def read_interactions(
+    con: ibis.BaseBackend, source: Source, args: DataArguments
+) -> tuple[Table, Names, dict[str, int]]:
+    """Interactions in file order, every field checked, our column names to the source's, and rows left out by reason.
 
-    Their columns: source_row, user_id, item_id, and time, position and split, null where the source has none.
+    Their columns: source_row, user_id, item_id, and time, position and split, null where the source has none. A
+    `position` has a say only where the recipe maps it, a `split` also under `split: given`.
     """
-    names = pick_columns(source, columns, "columns", ("user", "item", "time", "position", "split"))
-    for name in ("user", "item"):
-        require_column(source, name, names.get(name, name), "columns")
-    raw = {name: as_text(source.table[column]) for name, column in names.items()}
-    table = source.table.select(
-        "source_row",
-        user_id=raw["user"],
-        item_id=raw["item"],
-        time=as_seconds(source.table[names["time"]]) if "time" in names else ibis.null("float64"),
-        position=raw["position"].try_cast("int64") if "position" in names else ibis.null("int64"),
-        split=split_name(raw["split"]) if "split" in names else ibis.null("string"),
-        **{f"raw_{name}": raw[name] for name in ("time", "position", "split") if name in names},
+    by_name = ("user", "item", "time", *(("split",) if args.split == "given" else ()))
+    names = pick_columns(source, args.columns, "columns", INTERACTION_COLUMNS, ("user", "item"), by_name)
+    condition = Condition.of(args.where, source) if args.where else None
+    of_condition = condition.columns if condition else []
+    log_columns(source, names, *of_condition)
+    cells = source.cells([*names.values(), *of_condition], as_text=True)
+    raw = {name: as_text(cells[names[name]]) for name in ("position", "split") if name in names}
+    values = {
+        "time": as_seconds(cells[names["time"]]) if "time" in names else ibis.null("float64"),
+        "position": raw["position"].try_cast("int64") if "position" in names else ibis.null("int64"),
+        "split": split_name(raw["split"]) if "split" in names else ibis.null("string"),
+    }
+    unread = {  # each text stands here once: DuckDB computes what stands twice for every row
+        f"raw_{name}": ibis.ifelse(
+            values[name].isnull(), plain_text(cells[names[name]]).fill_null("").strip(), ibis.null("string")
+        )
+        for name in values
+        if name in names
+    }
+    table = cells.select(
+        user_id=plain_text(cells[names["user"]]).fill_null(""),
+        item_id=plain_text(cells[names["item"]]).fill_null(""),
+        **values,
+        **unread,
+        **(condition.values(cells) if condition else {}),
     )
-    table = materialise(con, table, source)
-    for name in ("user", "item"):
-        refuse_empty(table.filter(_[f"{name}_id"] == ""), source, names[name])
-    refuse_bad_values(table, source, names)
-    return table, names
+    table = _with_plain_ids(con, materialise(con, table, source))
+    left_out = source.num_unreadable()
+    if condition:  # first, so that the rows for which it does not hold may hold anything
+        table, excluded = condition.screened(table, source, args.on_bad_rows)
+        left_out |= excluded
+    problems = [_empty(name, names[name]) for name in ("user", "item")]
+    table, bad = screen(table, source, [*problems, *bad_values(names)], args.on_bad_rows)
+    left_out |= bad
+    return table, names, left_out
+
+
+def _with_plain_ids(con: ibis.BaseBackend, table: Table) -> Table:
+    """The interactions with `collapsed` ids, which are looked at once and computed only where any has white space."""
+    ids = {name: table[name] for name in ("user_id", "item_id")}
+    if not has_space(ids["user_id"].concat(ids["item_id"])).any().to_pyarrow().as_py():
+        return table
+    return _stored(con, table.mutate(**{name: collapsed(column) for name, column in ids.items()}))
 
 
 def split_name(text: Column) -> Column:
@@ -113,20 +163,31 @@ def split_name(text: Column) -> Column:
     return text.lower().cases(*SPLITS.items(), else_=ibis.null("string"))
 
 
-def refuse_bad_values(table: Table, source: Source, names: Names) -> None:
-    """Refuse text where a time, a position or a split should be (`raw_NAME` holds the file's text).
+def bad_values(names: Names) -> list[Problem]:
+    """Rows with text where a time, a position or a split should be (`raw_NAME` holds the file's text).
 
     A missing time is allowed where a position gives the order.
     """
     wanted = {"time": "a number of seconds or a date", "position": "a whole number"}
     wanted["split"] = f"a split ({', '.join(SPLITS)})"
+    found = []
     for name in [name for name in wanted if name in names]:
-        bad = table.filter(_[name].isnull())
+        bad = _[name].isnull()
         if name == "time" and "position" in names:
-            bad = bad.filter(_.raw_time != "")
-        if row := first_row(bad, source):
-            problem = f"{names[name]} is {row[f'raw_{name}']!r}, not {wanted[name]}"
-            raise ValueError(f"{row['place']}: {problem}; correct the row or map another column")
+            bad = bad & (_.raw_time != "")
+        found.append(
+            Problem(f"{name} is not {wanted[name]}", bad, functools.partial(_not_a, name, names, wanted[name]))
+        )
+    return found
+
+
+def _empty(name: str, column: str) -> Problem:
+    said = f"{column or '(no name)'} is empty; fill it or remove the row"
+    return Problem(f"{name} is empty", _[f"{name}_id"] == "", lambda _: said)
+
+
+def _not_a(name: str, names: Names, wanted: str, row: Mapping[str, Any]) -> str:
+    return f"{names[name]} is {row[f'raw_{name}']!r}, not {wanted}; correct the row or map another column"
 
 
 def drop_duplicates(con: ibis.BaseBackend, table: Table, names: Names) -> Table:
@@ -176,6 +237,14 @@ def number_items(items: Table) -> Table:
 
 def _number(table: Table, name: str, order: list[str]) -> Table:
     return table.mutate(**{name: ibis.row_number().over(ibis.window(order_by=order)).cast("int64")}).order_by(name)
+
+
+def with_further_items(items: Table, used: Table) -> Table:
+    """The items and those of interactions that are not among them: empty text, and no place in the file."""
+    further = used.select("item_id").distinct()
+    empty = {name: ibis.literal("") for name in items.columns if name not in ("item_id", "source_row")}
+    further = further.mutate(**empty, source_row=ibis.null("int64")).select(*items.columns)
+    return items.union(further)
 
 
 def items_of(table: Table) -> Table:

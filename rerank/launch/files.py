@@ -1,5 +1,6 @@
 """Atomic writes and deletions, and fingerprints of files."""
 
+import glob
 import hashlib
 import json
 import os
@@ -48,15 +49,29 @@ def delete_folder(folder: Path) -> None:
 
 
 def files_of(path: Path) -> list[Path]:
-    """A file, or the files of a folder in order; what Python has compiled is left out."""
-    return [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file() and p.suffix != ".pyc")
+    """A file, the files of a folder or of a glob, in order; what Python has compiled is left out."""
+    if path.is_file() or not path.exists():
+        return [path] if path.is_file() else glob_of(path)
+    return sorted(p for p in path.rglob("*") if p.is_file() and p.suffix != ".pyc")
+
+
+def glob_of(pattern: str | Path) -> list[Path]:
+    """The files that a pattern such as `log/*.csv` or `log/**/*.csv` names, in order; none for a plain path."""
+    found = glob.glob(str(pattern), recursive=True) if glob.has_magic(str(pattern)) else []
+    return sorted(path for path in map(Path, found) if path.is_file())
+
+
+def name_in(path: Path, file: Path) -> str:
+    """The name of one of the files of a folder or of a glob, which stays where all are moved together."""
+    parents = path if path.is_dir() else next(p for p in path.parents if not glob.has_magic(str(p)))
+    return str(file.relative_to(parents))
 
 
 def fingerprint(path: str | Path) -> str:
-    """The sha256 of a file, or of the names and contents of a folder's files."""
+    """The sha256 of a file, or of the names and contents of a folder's or a glob's files."""
     path, digest = Path(path), hashlib.sha256()
     for file in files_of(path):
-        digest.update(b"" if file == path else str(file.relative_to(path)).encode())
+        digest.update(b"" if file == path else name_in(path, file).encode())
         with file.open("rb") as handle:
             hashlib.file_digest(handle, lambda: digest)
     return digest.hexdigest()

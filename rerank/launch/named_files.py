@@ -21,7 +21,7 @@ from pathlib import Path
 
 import yaml
 
-from rerank.launch.files import files_of, fingerprint
+from rerank.launch.files import files_of, fingerprint, glob_of, name_in
 from rerank.launch.stages import Stage
 from rerank.launch.values import default_of
 from rerank.models import names
@@ -55,7 +55,7 @@ class NamedFile:
             return None
         without_split = path.partition("@")[0]
         tried = (path, without_split, without_split.partition(":")[0])  # a data set is named FOLDER[:CONFIG][@SPLIT]
-        return next((Path(text) for text in tried if text and Path(text).exists()), None)
+        return next((Path(text) for text in tried if text and (Path(text).exists() or glob_of(text))), None)
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,9 @@ class FileRecord(NamedFile):
     """A named file as a stage found it.
 
     Attributes:
-        size: Bytes, of all files of a folder.
-        times: Nanoseconds of its last modification and of its last change of status; of a folder a hash of those of
-            its files.
+        size: Bytes, of all files of a folder or a glob.
+        times: Nanoseconds of its last modification and of its last change of status; of a folder or a glob a hash of
+            those of its files.
         sha256: Of its content, as `fingerprint` has it.
     """
 
@@ -187,7 +187,7 @@ def _size_and_times(path: Path) -> tuple[int, str]:
     times = {file: f"{stat.st_mtime_ns} {stat.st_ctime_ns}" for file, stat in stats.items()}
     if path in times:
         return size, times[path]
-    lines = (f"{file.relative_to(path)} {stats[file].st_size} {times[file]}\n" for file in stats)
+    lines = (f"{name_in(path, file)} {stats[file].st_size} {times[file]}\n" for file in stats)
     return size, hashlib.sha256("".join(lines).encode()).hexdigest()
 
 

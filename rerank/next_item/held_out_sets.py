@@ -54,7 +54,7 @@ class HeldOut:
 def metrics_of_sets(lists: np.ndarray, targets: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
     """Each metric's value for each user, (U,).
 
-    Recall@k is hits over min(k, number of targets), NDCG@k that of binary relevance.
+    Recall@k is hits over min(k, number of distinct targets), NDCG@k that of binary relevance.
 
     Args:
         lists: (U, N) items, best first; -1 where a list is shorter.
@@ -64,7 +64,7 @@ def metrics_of_sets(lists: np.ndarray, targets: Sequence[np.ndarray]) -> dict[st
     """
     values: dict[str, list[float]] = {name: [] for name in METRICS}
     discounts = 1 / np.log2(np.arange(2, lists.shape[1] + 2))
-    for items, wanted in zip(lists, targets, strict=True):
+    for items, wanted in zip(lists, map(np.unique, targets), strict=True):
         hits = np.isin(items, wanted) & (items >= 0)
         for cut in (20, 40):
             values[f"R@{cut}"].append(hits[:cut].sum() / min(cut, len(wanted)))

@@ -82,22 +82,27 @@ class NextItemModel:
         shown = self.encoder.max_items - 1
         return [self.encoder.next_item_prompt(np.asarray(history)[-shown:].tolist()) for history in histories]
 
-    def by_beams(self, histories: Histories, num_items: int, num_beams: int, batch_size: int = 64) -> BeamResult:
-        """The items found most likely after each history, best first, items of the history left out.
+    def by_beams(
+        self, histories: Histories, num_items: int, num_beams: int, batch_size: int = 64, exclude_seen: bool = True
+    ) -> BeamResult:
+        """The items found most likely after each history, best first.
 
         Args:
             histories: Of each row, oldest first.
             num_items: At most, per row; fewer where the beams end in fewer.
             num_beams: Beams a row.
             batch_size: Rows decoded together.
+            exclude_seen: Whether the items of a history are left out.
         """
-        seen = [set(np.asarray(history).tolist()) for history in histories]
+        seen = [set(np.asarray(history).tolist()) if exclude_seen else set() for history in histories]
         return beam_search(
             self.model, self.prompts(histories), self.encoder.index, num_beams, num_items, excluded=seen,
             batch_size=batch_size, constrained=self.encoder.constrained,
         )  # fmt: skip
 
-    def by_head(self, histories: Histories, num_items: int, batch_size: int = 64) -> BeamResult:
+    def by_head(
+        self, histories: Histories, num_items: int, batch_size: int = 64, exclude_seen: bool = True
+    ) -> BeamResult:
         """As `by_beams`, from the item head's scores after one forward pass; `logps` are over all items."""
         if self.head is None:
             raise ValueError("the model has no item head; train it with the loss cllm4rec, or search with beams")
@@ -107,7 +112,7 @@ class NextItemModel:
             for start in range(0, len(prompts), batch_size):
                 part = slice(start, start + batch_size)
                 logps = self.head(self._last_states(prompts[part]), embeddings).log_softmax(dim=1)
-                for row, history in enumerate(histories[part]):
+                for row, history in enumerate(histories[part] if exclude_seen else ()):
                     logps[row, np.unique(np.asarray(history))] = -torch.inf
                 best, items = logps.topk(min(num_items, logps.shape[1]), dim=1)
                 for line, values in zip(items.tolist(), best.tolist(), strict=True):

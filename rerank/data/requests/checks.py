@@ -6,8 +6,10 @@ import ibis
 from ibis import _
 
 from rerank.data import DataArguments
-from rerank.data.requests.raw import RawLog, is_missing
-from rerank.data.tables import SPLITS, first_row, refuse_empty
+from rerank.data.filters import first_row
+from rerank.data.requests.raw import RawLog
+from rerank.data.sources.cells import is_missing
+from rerank.data.tables import SPLITS, refuse_empty
 
 
 def check_log(raw: RawLog, candidate_fields: Sequence[str]) -> None:

@@ -4,7 +4,7 @@ Source of the last: https://github.com/msnews/msnews.github.io/blob/master/asset
 """
 
 import datetime
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import ibis
@@ -12,15 +12,18 @@ from ibis import _
 from ibis.expr.types import Column, Table
 
 from rerank.data import DataArguments
-from rerank.data.readers import Names, Source, as_seconds, as_text, number_rows, pick_columns, require_column
+from rerank.data.filters import first_row
 from rerank.data.requests import raw
-from rerank.data.requests.raw import RawLog, as_list, element_text, field_texts, number
-from rerank.data.tables import first_row, materialise, refuse_empty
+from rerank.data.requests.raw import RawLog, field_texts, refuse_objects
+from rerank.data.sources.cells import as_list, as_seconds, as_text, number
+from rerank.data.sources.columns import Names, log_columns, pick_columns, require_column
+from rerank.data.sources.source import Cells, Source
+from rerank.data.tables import materialise, refuse_empty
 
 WIDE = ("request", "user", "time", "history", "candidates", "relevance", "scores", "split")
 LONG = ("request", "user", "time", "history", "item", "relevance", "score", "position", "split")
 MIND_NAMES = {"request": "impression id", "time": "time", "item": "impressions", "relevance": "impressions"}
-_MIND_COLUMNS = ("impression", "user", "time", "history", "impressions")
+MIND_COLUMNS = ["impression", "user", "time", "history", "impressions"]
 _MIND_TIME = "%m/%d/%Y %I:%M:%S %p"  # 11/11/2019 9:05:58 AM
 _MIND_WORD = r"^(.+?)-(-?[^-]+)$"  # N12-0
 
@@ -32,17 +35,14 @@ def try_strptime(text: str, form: str) -> datetime.datetime:  # type: ignore[emp
 
 def read_wide(con: ibis.BaseBackend, source: Source, args: DataArguments) -> RawLog:
     """One line a request, with lists in cells (of text: parted by spaces)."""
-    names = pick_columns(source, args.request_columns, "request_columns", WIDE)
-    for name in ("request", "candidates", "relevance"):
-        require_column(source, name, names.get(name, name), "request_columns")
+    names = _names(source, args, WIDE, ("request", "candidates", "relevance"))
     lists = {"item": names["candidates"], "relevance": names["relevance"]}
     lists |= {"score": names["scores"]} if "scores" in names else {}
-    for name in args.candidate_fields or ():
-        require_column(source, "the candidates", name, "candidate_fields")
-        lists[f"candidate_{name}"] = name
-    cells = {f"list_{name}": as_list(source.table[column]) for name, column in lists.items()}
-    table = source.table.select("source_row", **_request_columns(source, names, args), **cells)
-    table = materialise(con, table, source)
+    lists |= {f"candidate_{name}": name for name in args.candidate_fields or ()}
+    cells = _cells(source, names, args)
+    values = {f"list_{name}": as_list(cells[column]) for name, column in lists.items()}
+    table = materialise(con, cells.select(**_request_columns(cells, source, names, args), **values), source)
+    refuse_objects(table, source)
     _refuse_lengths(table, source, lists)
     columns = {name: table[f"list_{name}"].unnest() for name in lists}
     places = ibis.range(0, table.list_item.length()).unnest()
@@ -53,16 +53,13 @@ def read_wide(con: ibis.BaseBackend, source: Source, args: DataArguments) -> Raw
 
 def read_long(con: ibis.BaseBackend, source: Source, args: DataArguments) -> RawLog:
     """One line a request and candidate; `position` gives the order shown, else the order of the file."""
-    names = pick_columns(source, args.request_columns, "request_columns", LONG)
-    for name in ("request", "item", "relevance"):
-        require_column(source, name, names.get(name, name), "request_columns")
+    names = _names(source, args, LONG, ("request", "item", "relevance"))
     columns: Names = {n: names[n] for n in ("item", "relevance", "score", "position") if n in names}
-    for name in args.candidate_fields or ():
-        require_column(source, "the candidates", name, "candidate_fields")
-        columns[f"candidate_{name}"] = name
-    cells = {name: source.table[column] for name, column in columns.items()}
-    table = source.table.select("source_row", **_request_columns(source, names, args), **cells)
-    table = materialise(con, table, source)
+    columns |= {f"candidate_{name}": name for name in args.candidate_fields or ()}
+    cells = _cells(source, names, args)
+    values = {name: as_text(cells[column]) for name, column in columns.items()}
+    table = materialise(con, cells.select(**_request_columns(cells, source, names, args), **values), source)
+    refuse_objects(table, source)
     refuse_empty(table.filter(_.request_id == ""), source, names["request"])
     table = table.mutate(request_row=table.source_row.min().over(ibis.window(group_by="request_id")))
     _refuse_changes(table, source, names)
@@ -76,25 +73,24 @@ def read_long(con: ibis.BaseBackend, source: Source, args: DataArguments) -> Raw
     return _log(con, source, table.filter(table.source_row == table.request_row), flat, names, repeats_ids=True)
 
 
-def read_mind(con: ibis.BaseBackend, path: str, args: DataArguments) -> RawLog:
+def read_mind(con: ibis.BaseBackend, source: Source, args: DataArguments) -> RawLog:
     """`behaviors.tsv`, without a header: impression id, user, time, history, and impressions such as `N12-0 N7-1`."""
-    source = Source(path, read_headerless(con, path, _MIND_COLUMNS))
-    cells = source.table
-    raw_time = as_text(cells.time)
+    for key in ("request_fields", "candidate_fields"):
+        for name in getattr(args, key) or ():
+            require_column(source, "a request" if key == "request_fields" else "the candidates", name, key)
+    cells = source.cells(MIND_COLUMNS)
+    raw_time = as_text(cells["time"])
     moment = try_strptime(raw_time, _MIND_TIME)
     table = cells.select(
-        "source_row",
-        request_id=as_text(cells.impression),
-        user_id=as_text(cells.user),
+        request_id=as_text(cells["impression"]),
+        user_id=as_text(cells["user"]),
         time=ibis.coalesce(moment.epoch_seconds().cast("float64"), as_seconds(raw_time)),
         raw_time=raw_time,
         raw_split=ibis.literal(""),
-        history=as_list(cells.history),
-        list_item=as_list(cells.impressions),
-        **field_texts(source, args.request_fields or ()),
+        history=as_list(cells["history"]),
+        list_item=as_list(cells["impressions"]),
+        **field_texts(cells, source, args.request_fields or ()),
     )
-    for name in args.candidate_fields or ():
-        require_column(source, "the candidates", name, "candidate_fields")
     table = materialise(con, table, source)
     places, words = ibis.range(0, table.list_item.length()).unnest(), table.list_item.unnest()
     flat = table.select(source_row=table.source_row, request_row=table.source_row, place=places, word=words)
@@ -105,24 +101,18 @@ def read_mind(con: ibis.BaseBackend, path: str, args: DataArguments) -> RawLog:
     return _log(con, source, table, _numbers(flat, ("item", "relevance")), MIND_NAMES)
 
 
-def read_headerless(con: ibis.BaseBackend, path: str, columns: tuple[str, ...]) -> Table:
-    """A file of tab-separated text without a header, with source_row."""
-    types = dict.fromkeys(columns, "string")
-    options = {"auto_detect": False, "header": False, "delim": "\t", "quote": "", "escape": ""}
-    return number_rows(con.read_csv(path, columns=types, **options))
-
-
-def form_of(path: str, source_columns: tuple[str, ...], args: DataArguments) -> str:
+def form_of(source: Source, args: DataArguments) -> str:
     """The form of a table of requests: the given one, or for `auto` wide where it has candidates, long where item."""
     if args.requests_format != "auto":
         return args.requests_format
-    mapped = {*source_columns, *(args.request_columns or {})}
     for form, column in (("wide", "candidates"), ("long", "item")):
-        if column in mapped:
+        if column in (args.request_columns or {}) or source.has(column):
             return form
-    there = ", ".join(column for column in source_columns if column != "source_row")
-    problem = f"requests is {path}, which has neither a column candidates (wide) nor item (long); it has {there}"
-    raise ValueError(f"{problem}; map one in request_columns, or set requests_format")
+    there = ", ".join(column or "(no name)" for column in source.columns)
+    problem = (
+        f"requests is {source.name}, which has neither a column candidates (wide) nor item (long); it has {there}"
+    )
+    raise ValueError(f"{problem}; {source.problem or 'map one in request_columns, or set requests_format'}")
 
 
 def is_mind(path: str) -> bool:
@@ -130,8 +120,23 @@ def is_mind(path: str) -> bool:
     return Path(path.removesuffix(".gz")).name == "behaviors.tsv"
 
 
-def _request_columns(source: Source, names: Names, args: DataArguments) -> dict[str, Column]:
-    cells = source.table
+def _names(source: Source, args: DataArguments, known: Sequence[str], needed: Sequence[str]) -> Names:
+    """Our names of columns to the source's; a split has a say where the recipe maps it or splits by it."""
+    by_name = [name for name in known if name != "split" or args.split == "given"]
+    names = pick_columns(source, args.request_columns, "request_columns", known, needed, by_name)
+    for name in args.candidate_fields or ():
+        require_column(source, "the candidates", name, "candidate_fields")
+    for name in args.request_fields or ():
+        require_column(source, "a request", name, "request_fields")
+    log_columns(source, names, *(args.candidate_fields or ()), *(args.request_fields or ()))
+    return names
+
+
+def _cells(source: Source, names: Names, args: DataArguments) -> Cells:
+    return source.cells([*names.values(), *(args.candidate_fields or ()), *(args.request_fields or ())])
+
+
+def _request_columns(cells: Cells, source: Source, names: Names, args: DataArguments) -> dict[str, Column]:
     text = {name: as_text(cells[names[name]]) for name in ("request", "user", "time", "split") if name in names}
     empty = ibis.literal("")
     columns = {
@@ -143,17 +148,17 @@ def _request_columns(source: Source, names: Names, args: DataArguments) -> dict[
     }
     if "history" in names:
         columns["history"] = as_list(cells[names["history"]])
-    return columns | field_texts(source, args.request_fields or ())
+    return columns | field_texts(cells, source, args.request_fields or ())
 
 
 def _numbers(flat: Table, columns: Iterable[str]) -> Table:
     """item_id, and each of the other columns as a number beside its text."""
     numbers: dict[str, Column] = {}
     for name in [name for name in columns if name != "item"]:
-        text = element_text(flat[name])
+        text = as_text(flat[name])
         numbers |= {f"raw_{name}": text, name: number(text)}
     kept = [name for name in ("source_row", "request_row", "place") if name in flat.columns]
-    return flat.select(*kept, item_id=element_text(flat["item"]), **numbers)
+    return flat.select(*kept, item_id=as_text(flat["item"]), **numbers)
 
 
 def _log(

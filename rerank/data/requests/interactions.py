@@ -9,9 +9,11 @@ import pyarrow.compute as pc
 from ibis import _
 
 from rerank.data import DataArguments, tables
-from rerank.data.readers import Source, read_source
+from rerank.data.filters import count, first_row
 from rerank.data.requests.histories import Events
 from rerank.data.requests.log import Numbered, RequestLog, floats, strings
+from rerank.data.sources.opening import open_source
+from rerank.data.sources.source import Source
 
 
 @dataclass(frozen=True)
@@ -23,19 +25,20 @@ class Interactions:
     item_ids: pa.Array
     times: np.ndarray
     num_read: int
+    left_out: dict[str, int]
 
 
 def read_interactions(con: ibis.BaseBackend, args: DataArguments, needs_times: bool) -> Interactions:
     """The checked interactions, without duplicates; every one has a time where the requests have times."""
     assert args.interactions
-    source = read_source(con, args.interactions, args.format, "interactions")
-    read, names = tables.read_interactions(con, source, args.columns)
-    if needs_times and (row := tables.first_row(read.filter(_.time.isnull()), source)):
+    source = open_source(con, args.asked("interactions"))
+    read, names, left_out = tables.read_interactions(con, source, args)
+    if needs_times and (row := first_row(read.filter(_.time.isnull()), source)):
         problem = "the interaction has no time but the requests have; nothing tells whether it is before one"
         raise ValueError(f"{row['place']}: {problem}; map columns: {{time: COLUMN}} or remove the row")
     unique = tables.drop_duplicates(con, read, names).order_by(["position", "source_row"]).to_pyarrow()
     ids = (strings(unique["user_id"]), strings(unique["item_id"]))
-    return Interactions(source, *ids, floats(unique["time"]), tables.count(read))
+    return Interactions(source, *ids, floats(unique["time"]), count(read), left_out)
 
 
 def join_interactions(

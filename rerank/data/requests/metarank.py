@@ -3,14 +3,19 @@
 Source: https://github.com/metarank/metarank/blob/master/doc/event-schema.md and timestamp-formats.md
 """
 
+from dataclasses import dataclass, field
+
 import ibis
 from ibis import _
 from ibis.expr.types import Column, Table
 
 from rerank.data import DataArguments
-from rerank.data.readers import Source, as_seconds, as_text, number_rows
-from rerank.data.requests.raw import RawLog, number, to_json
-from rerank.data.tables import count, first_row, materialise, refuse_empty
+from rerank.data.filters import count, first_row
+from rerank.data.requests.raw import RawLog
+from rerank.data.sources.cells import as_seconds, as_text, number, to_json
+from rerank.data.sources.json_lines import JsonLines
+from rerank.data.sources.source import Source
+from rerank.data.tables import materialise, refuse_empty
 
 NAMES = {"request": "id", "time": "timestamp", "item": "items", "relevance": "relevance", "score": "relevancy"}
 _KINDS = ("item", "user", "ranking", "interaction")
@@ -22,28 +27,39 @@ _COLUMNS = {
 }
 
 
-def read_items(con: ibis.BaseBackend, path: str) -> Source:
+def read_items(con: ibis.BaseBackend, source: JsonLines) -> Source:
     """The item events as a table with a column for each field; of a field that is sent again the last value holds."""
-    source, events = _read_events(con, path)
-    events = events.filter(_.event == "item")
+    events = _read_events(con, source).filter(_.event == "item")
     if count(events) == 0:
-        raise ValueError(f"{path} has no item event; leave items out, or name the file that has them")
+        raise ValueError(f"{source.name} has no item event; leave items out, or name the file that has them")
     events = events.select("source_row", "fields", item=as_text(events["item"]))
     refuse_empty(events.filter(_["item"] == ""), source, "item")
     flat = events.select("source_row", "item", field=events.fields.unnest())
     flat = flat.select("source_row", "item", name=flat.field["name"], text=as_field_text(flat.field["value"]))
     found = flat.select("name").distinct().order_by("name").to_pyarrow()["name"].to_pylist()
     names = [name for name in found if name not in ("item", "source_row")]
-    values = {name: flat.text.argmax(flat.source_row, where=flat.name == name) for name in names}
+    values = {f"c{n}": flat.text.argmax(flat.source_row, where=flat.name == name) for n, name in enumerate(names)}
     rows = events.group_by("item").agg(source_row=_.source_row.min())
-    if not names:
-        return Source(path, rows)
-    return Source(path, rows.left_join(flat.group_by("item").agg(**values), "item").drop("item_right"))
+    if names:
+        rows = rows.left_join(flat.group_by("item").agg(**values), "item").drop("item_right")
+    table = rows.select("item", *values, "source_row")
+    return ItemEvents(con, source.asked, source.name, ["item", *names], table, log=source)
 
 
-def read_metarank(con: ibis.BaseBackend, path: str, args: DataArguments) -> RawLog:
+@dataclass
+class ItemEvents(Source):
+    """The items of a log of events, whose rows are those of the log."""
+
+    log: Source = field(kw_only=True)
+
+    def place(self, source_row: int) -> str:
+        """The line of an event."""
+        return self.log.place(source_row)
+
+
+def read_metarank(con: ibis.BaseBackend, source: JsonLines, args: DataArguments) -> RawLog:
     """Rankings as requests; the grade of a candidate is the highest of its interactions, 0 without one."""
-    source, events = _read_events(con, path)
+    events, path = _read_events(con, source), source.name
     rankings = events.filter(_.event == "ranking")
     if count(rankings) == 0:
         raise ValueError(f"{path} has no ranking event; set requests_format to the form that it has")
@@ -72,14 +88,13 @@ def read_metarank(con: ibis.BaseBackend, path: str, args: DataArguments) -> RawL
     return RawLog(source, requests, candidates, None, NAMES)
 
 
-def _read_events(con: ibis.BaseBackend, path: str) -> tuple[Source, Table]:
-    table = number_rows(con.read_json(path, format="newline_delimited", columns=_COLUMNS))
-    source = Source(path, table)
+def _read_events(con: ibis.BaseBackend, source: JsonLines) -> Table:
+    table = con.read_json(source.files, format="newline_delimited", columns=_COLUMNS, hive_partitioning=False)
     events = materialise(con, table, source)
     if row := first_row(events.filter(~_.event.isin(_KINDS) | _.event.isnull()), source):
         problem = f"event is {row['event'] or ''!r}, none of {', '.join(_KINDS)}"
         raise ValueError(f"{row['place']}: {problem}; correct or remove the line")
-    return source, events
+    return events
 
 
 def as_moment(text: Column) -> Column:

@@ -28,6 +28,7 @@ class PreparedRequests:
         events: What users took, in order.
         joined: Histories joined from the events, None where the log has its own.
         counts: Of interactions read, removed and left out.
+        left_out: Reason to the number of rows of interactions and items that are not in the tables.
         num_with_metadata: Items of the items file; those after them are of requests and histories alone.
         sources: Paths of the files.
     """
@@ -39,6 +40,7 @@ class PreparedRequests:
     events: Events
     joined: Histories | None
     counts: dict[str, int]
+    left_out: dict[str, int]
     num_with_metadata: int
     sources: list[str]
 
@@ -70,7 +72,7 @@ class PreparedRequests:
         shared = shared_summary(args, self.items, self.users, self.interactions(), sizes, self.sources)
         without = len(self.items) - self.num_with_metadata
         further = {**summary.of_requests(self.log, self.joined), "items_without_metadata": without}
-        left_out = {"interactions_left_out": self.counts["interactions_left_out"]}
+        left_out = {"interactions_left_out": self.counts["interactions_left_out"], "left_out": self.left_out}
         return {**shared, "midtrain_has_seen_rerank_targets": True, **left_out, **further}
 
     def notes(self, metrics: dict[str, object]) -> list[str]:
@@ -83,7 +85,7 @@ def prepare_requests(con: ibis.BaseBackend, args: DataArguments) -> PreparedRequ
     raw, candidate_fields = read.read_log(con, args), args.candidate_fields or []
     checks.check_log(raw, candidate_fields)
     checks.check_options(raw, args)
-    arrays, (known, items_path) = RawArrays.of(raw), read.read_items(con, args)
+    arrays, (known, items_path, left_out) = RawArrays.of(raw), read.read_items(con, args)
     found = read_interactions(con, args, arrays.has_times) if args.interactions else None
     items = Numbered.of(strings(known["item_id"]), *arrays.item_ids(), *([] if found is None else [found.item_ids]))
     log = number_log(arrays, items, candidate_fields, args.request_fields or [])
@@ -91,6 +93,7 @@ def prepare_requests(con: ibis.BaseBackend, args: DataArguments) -> PreparedRequ
     _refuse_empty_splits(args, log, levels, raw.source.name)
     taken, user_ids = positives(log, levels), log.user_ids
     counts = {"interactions_read": 0, "duplicates_removed": 0, "interactions_left_out": 0}
+    left_out = {f"items: {reason}": number for reason, number in left_out.items()} | (found.left_out if found else {})
     if found is not None:
         before, user_ids, counts = join_interactions(found, args.split, log, levels, items)
         taken = before.then(taken)
@@ -99,7 +102,8 @@ def prepare_requests(con: ibis.BaseBackend, args: DataArguments) -> PreparedRequ
     users = pa.table({"user": np.arange(len(user_ids)), "user_id": user_ids})
     paths = [raw.source.name, *([found.source.name] if found else []), *([items_path] if items_path else [])]
     tables = (_all_items(known, items), users)
-    return PreparedRequests(*tables, log, levels, events, joined, counts, len(known), [*dict.fromkeys(paths)])
+    sources = [*dict.fromkeys(paths)]
+    return PreparedRequests(*tables, log, levels, events, joined, counts, left_out, len(known), sources)
 
 
 def _all_items(known: pa.Table, items: Numbered) -> pa.Table:

@@ -4,16 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import ibis
-from ibis.expr.types import ArrayColumn, Column, Table
+from ibis.expr.types import Column, Table
 
-from rerank.data.readers import Names, Source, as_text, require_column
-
-MISSING = ("", "null", "nan")  # how a text cell writes a missing number
-
-
-@ibis.udf.scalar.builtin
-def to_json(value) -> str:  # type: ignore[empty-body]
-    """A value as JSON text, null for null; DuckDB's function."""
+from rerank.data.filters import first_row
+from rerank.data.sources.cells import as_text, field_text
+from rerank.data.sources.columns import Names
+from rerank.data.sources.source import Cells, Source
 
 
 @dataclass(frozen=True)
@@ -48,41 +44,29 @@ def element_text(column: Column) -> Column:
     return as_text(column)
 
 
-def as_list(column: Column) -> ArrayColumn:
-    """A list column, or text with white space between the elements, as a list; empty for a missing cell."""
-    if column.type().is_array():
-        return column
-    if column.type().is_unknown():  # a JSON key that holds nothing but nulls
-        return column.cast("array<string>")
-    words = as_text(column)
-    return ibis.ifelse(words == "", ibis.literal([], "array<string>"), words.split(" "))
-
-
-def number(text: Column) -> Column:
-    """A finite number from text, null for anything else."""
-    value = text.try_cast("float64")
-    return ibis.ifelse(value.isnan() | value.isinf(), ibis.null("float64"), value)
-
-
-def is_missing(text: Column) -> Column:
-    """Whether a text cell says that there is no number."""
-    return text.lower().isin(MISSING)
-
-
-def field_texts(source: Source, names: Sequence[str]) -> dict[str, Column]:
+def field_texts(cells: Cells, source: Source, names: Sequence[str]) -> dict[str, Column]:
     """`field_NAME` of each column of the requests that the recipe names: a scalar as JSON text, null where missing."""
     found = {}
     for name in names:
-        require_column(source, "a request", name, "request_fields")
-        column = source.table[name]
-        if column.type().is_struct() or column.type().is_map():
-            raise ValueError(f"{source.name}: column {name!r} holds objects, no scalars; correct request_fields")
-        if column.type().is_array() or column.type().is_unknown():
-            column = as_text(column) if column.type().is_array() else ibis.null("string")
-        if column.type().is_floating():
-            column = ibis.ifelse(column.isnan(), ibis.null(column.type()), column)
-        found[f"field_{name}"] = to_json(column)
+        kind = cells[name].type()
+        if kind.is_struct() or kind.is_map():
+            raise objects(source, name)
+        found[f"field_{name}"] = field_text(cells[name])
     return found
+
+
+def refuse_objects(requests: Table, source: Source) -> None:
+    """Refuse a column of the requests that holds objects, in JSON."""
+    for column in [column for column in requests.columns if column.startswith("field_")]:
+        if row := first_row(requests.filter(requests[column].startswith("{")), source):
+            raise objects(source, column.removeprefix("field_"), f"{row['place']}: ")
+
+
+def objects(source: Source, name: str, place: str = "") -> ValueError:
+    """The error for a column of a request that has keys of its own."""
+    return ValueError(
+        f"{place or source.name + ': '}column {name!r} holds objects, no scalars; correct request_fields"
+    )
 
 
 def history_table(requests: Table) -> Table:
@@ -92,4 +76,4 @@ def history_table(requests: Table) -> Table:
         place=ibis.range(0, requests.history.length()).unnest(),
         item=requests.history.unnest(),
     )
-    return flat.select("request_row", "place", item_id=element_text(flat["item"]))
+    return flat.select("request_row", "place", item_id=as_text(flat["item"]))

@@ -1,63 +1,58 @@
 """The log and the items that a recipe with `requests` names, read in the form that each has."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
-import duckdb
 import ibis
 import pyarrow as pa
 
 from rerank.data import DataArguments, tables
-from rerank.data.readers import Source, open_text, read_source, refuse_empty_file, unreadable
+from rerank.data.asked import Asked
 from rerank.data.requests import forms, metarank
 from rerank.data.requests.raw import RawLog
-from rerank.models import names
+from rerank.data.sources.delimited import Delimited
+from rerank.data.sources.files import find_files, open_text, refuse_empty_file
+from rerank.data.sources.json_lines import JsonLines
+from rerank.data.sources.opening import open_source
+from rerank.data.sources.source import Source
 
 SUFFIXES = ("csv", "tsv", "jsonl", "ndjson", "parquet")
-_NEWS_COLUMNS = ("item", "category", "subcategory", "title", "abstract", "url", "title_entities", "abstract_entities")
+_FORMAT_OF_FORM = {"mind": "tsv", "metarank": "jsonl"}
+
+_NEWS_COLUMNS = ["item", "category", "subcategory", "title", "abstract", "url", "title_entities", "abstract_entities"]
 
 
 def read_log(con: ibis.BaseBackend, args: DataArguments) -> RawLog:
     """The log that `requests` names, not yet checked."""
-    assert args.requests
-    path = _existing(args.requests, "requests")
-    form = args.requests_format
-    if form == "auto" and forms.is_mind(path):
+    asked, form = args.asked("requests"), args.requests_format
+    suffix = Path(asked.path().removesuffix(".gz")).suffix.removeprefix(".")
+    is_file = not Path(asked.path()).is_dir()
+    if is_file and Path(asked.path()).exists() and form == "auto" and suffix not in SUFFIXES and not asked.csv:
+        problem = f"requests is {asked.path()}, whose suffix tells no format"
+        raise ValueError(
+            f"{problem}; name it .{', .'.join(SUFFIXES)} (or .gz), or set requests_csv: {{separator: ...}}"
+        )
+    files = find_files(asked if form not in ("mind", "metarank") else replace(asked, format=_FORMAT_OF_FORM[form]))[1]
+    if form == "auto" and files and forms.is_mind(files[0]):
         form = "mind"
-    elif form == "auto" and _has_events(path):
+    elif form == "auto" and files and _has_events(files[0]):
         form = "metarank"
-    if form in ("mind", "metarank"):
-        if args.request_columns:
-            raise ValueError(f"request_columns is set but the names of the form {form} are fixed; remove it")
-        refuse_empty_file(path)
-    try:
-        return _read_form(con, path, form, args)
-    except duckdb.Error as error:
-        raise unreadable(path, error) from None
-
-
-def _read_form(con: ibis.BaseBackend, path: str, form: str, args: DataArguments) -> RawLog:
+    if form not in ("mind", "metarank"):
+        source = open_source(con, asked)
+        read = {"wide": forms.read_wide, "long": forms.read_long}[forms.form_of(source, args)]
+        return read(con, source, args)
+    if args.request_columns:
+        raise ValueError(f"request_columns is set but the names of the form {form} are fixed; remove it")
     if form == "mind":
-        return forms.read_mind(con, path, args)
-    if form == "metarank":
-        return metarank.read_metarank(con, path, args)
-    source = _read_table(con, path)
-    read = {"wide": forms.read_wide, "long": forms.read_long}[forms.form_of(path, source.table.columns, args)]
-    return read(con, source, args)
+        return forms.read_mind(con, _headerless(con, asked, files, forms.MIND_COLUMNS), args)
+    return metarank.read_metarank(con, JsonLines(con, asked, asked.path(), files), args)
 
 
-def _read_table(con: ibis.BaseBackend, path: str) -> Source:
-    suffix = Path(path.removesuffix(".gz")).suffix.removeprefix(".")
-    if suffix not in SUFFIXES and not Path(path).is_dir():
-        raise ValueError(f"requests is {path}, whose suffix tells no format; name it .{', .'.join(SUFFIXES)} (or .gz)")
-    return read_source(con, path, "auto", "requests")
-
-
-def _existing(value: str, key: str) -> str:
-    path = names.locate(value, key)
-    if not Path(path).exists():
-        raise FileNotFoundError(f"{key} is {path}, which does not exist; correct the path")
-    return path
+def _headerless(con: ibis.BaseBackend, asked: Asked, files: list[str], columns: list[str]) -> Delimited:
+    """MIND's files: columns parted by tabs, without a header."""
+    written = {**asked.csv, "separator": "\t", "header": columns}
+    return Delimited(con, replace(asked, csv=written), asked.path(), files, "tsv")
 
 
 def _has_events(path: str) -> bool:
@@ -75,27 +70,21 @@ def _has_events(path: str) -> bool:
 
 def item_source(con: ibis.BaseBackend, args: DataArguments) -> Source:
     """The table of items that `items` names, not yet checked."""
-    assert args.items
-    form = args.items_format
-    if form == "auto" and args.items == args.requests:
-        form = "metarank"
+    asked = args.asked("items")
+    form = "metarank" if asked.format == "auto" and args.items == args.requests else asked.format
     if form not in ("metarank", "mind"):
-        return read_source(con, args.items, form, "items")
-    path = _existing(args.items, "items")
-    refuse_empty_file(path)
-    try:
-        if form == "mind":
-            return Source(path, forms.read_headerless(con, path, _NEWS_COLUMNS))
-        return metarank.read_items(con, path)
-    except duckdb.Error as error:
-        raise unreadable(path, error) from None
+        return open_source(con, asked)
+    files = find_files(replace(asked, format=_FORMAT_OF_FORM[form]))[1]
+    if form == "mind":
+        return _headerless(con, asked, files, _NEWS_COLUMNS)
+    return metarank.read_items(con, JsonLines(con, asked, asked.path(), files))
 
 
-def read_items(con: ibis.BaseBackend, args: DataArguments) -> tuple[pa.Table, str | None]:
-    """The items with their numbers, and where they were read; none without `items`."""
+def read_items(con: ibis.BaseBackend, args: DataArguments) -> tuple[pa.Table, str | None, dict[str, int]]:
+    """The items with their numbers, where they were read, and rows left out by reason; none without `items`."""
     if not args.items:
         types = {name: pa.string() for name in tables.ITEM_COLUMNS} | {"item": pa.int64(), "source_row": pa.int64()}
-        return pa.schema(types).empty_table(), None
+        return pa.schema(types).empty_table(), None, {}
     source = item_source(con, args)
-    items = tables.read_items(con, source, args.item_columns, args.text_columns, args.category_separator)
-    return tables.number_items(items).order_by("item").to_pyarrow(), source.name
+    items, left_out = tables.read_items(con, source, args)
+    return tables.number_items(items).order_by("item").to_pyarrow(), source.name, left_out

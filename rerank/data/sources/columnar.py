@@ -1,0 +1,92 @@
+"""Parquet files and `datasets`: columns keep their types."""
+
+import gzip
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import duckdb
+import ibis
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from rerank.data.asked import Asked
+from rerank.data.sources.delimited import different_columns
+from rerank.data.sources.files import scratch_file
+from rerank.data.sources.source import Source, in_memory
+
+
+class ParquetFiles(Source):
+    """Files of one table; their names are those of the files, then those of folders such as `day=1`."""
+
+    def __init__(self, con: ibis.BaseBackend, asked: Asked, name: str, files: Sequence[str]) -> None:
+        """Over files of one table; refuses those whose columns differ."""
+        self.as_given, self.files = list(files), [_unzipped(con, file) for file in files]
+        super().__init__(con, asked, name, [])
+        columns = [self._columns(file) for file in self.files]
+        for file, of_file in zip(files, columns, strict=True):
+            if {*of_file} != {*columns[0]}:
+                raise different_columns(asked, {files[0]: columns[0], file: of_file})
+        try:
+            table = con.read_parquet(self.files)
+        except duckdb.Error as error:
+            raise self.unreadable(error) from None
+        self.columns = [*columns[0], *table.columns[len(columns[0]) :]]
+        self.table = table
+
+    def _columns(self, file: str) -> list[str]:
+        try:
+            return pq.read_schema(file).names
+        except pa.ArrowInvalid as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"{self.name} cannot be read: {reason}; correct the row or the format") from None
+
+    def place(self, source_row: int) -> str:
+        """The file and row of one input row."""
+        for given, file in zip(self.as_given, self.files, strict=True):
+            size = pq.read_metadata(file).num_rows
+            if source_row < size:
+                return f"{given} row {source_row + 1}"
+            source_row -= size
+        raise AssertionError("a row that was read stands in no file")
+
+
+def _unzipped(con: ibis.BaseBackend, file: str) -> str:
+    if not file.endswith(".gz"):
+        return file
+    copy = scratch_file(con, ".parquet")
+    try:
+        with gzip.open(file) as packed, open(copy, "wb") as target:
+            shutil.copyfileobj(packed, target)
+    except gzip.BadGzipFile as error:
+        raise ValueError(f"{file} is not gzipped ({error}); name it without .gz") from None
+    return copy
+
+
+def open_dataset(con: ibis.BaseBackend, asked: Asked) -> Source:
+    """A `datasets` folder or name, written `NAME[:CONFIG][@SPLIT]`."""
+    table = _load_dataset(asked.path(), asked.key)
+    return Source(con, asked, asked.path(), table.column_names, in_memory(table))
+
+
+def _load_dataset(path: str, key: str) -> pa.Table:
+    import datasets
+
+    name, _, split = path.partition("@")
+    name, _, config = name.partition(":")
+    saved = any((Path(name) / file).is_file() for file in ("state.json", "dataset_dict.json"))
+    try:
+        loaded = datasets.load_from_disk(name) if saved else datasets.load_dataset(name, config or None)
+    except OSError as error:
+        raise FileNotFoundError(
+            f"{key} is {path}, no data set on disk or on the hub: {' '.join(str(error).split())}"
+        ) from None
+    except Exception as error:  # of many kinds, some of several lines
+        reason = " ".join(str(error).split())[:200]
+        cure = "name its files, such as FOLDER/*.parquet"
+        raise ValueError(f"{key} is {path}, which datasets cannot load: {reason}; {cure}") from None
+    if isinstance(loaded, datasets.DatasetDict):
+        if split not in loaded and (split or len(loaded) > 1):
+            raise ValueError(f"{key} is {path}, which has the splits {', '.join(loaded)}; name one, as {name}@SPLIT")
+        loaded = loaded[split] if split else next(iter(loaded.values()))
+    return loaded.with_format("arrow")[:]

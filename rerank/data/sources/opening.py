@@ -1,0 +1,35 @@
+"""The reader that a table needs."""
+
+import ibis
+
+from rerank.data.asked import Asked
+from rerank.data.sources.columnar import ParquetFiles, open_dataset
+from rerank.data.sources.delimited import Delimited
+from rerank.data.sources.files import find_files
+from rerank.data.sources.json_lines import JsonLines, open_json
+from rerank.data.sources.sequences import Sequences
+from rerank.data.sources.source import Source
+
+
+def open_source(con: ibis.BaseBackend, asked: Asked) -> Source:
+    """The table that a recipe asks for, none of whose cells has been read.
+
+    Raises:
+        FileNotFoundError: When nothing is there.
+        ValueError: When it is empty, of several tables, or not of its format.
+    """
+    form, files = find_files(asked)
+    if form == "datasets":
+        return open_dataset(con, asked)
+    if asked.csv.keys() & {"separator", "header"} and form not in ("csv", "tsv", "recbole"):
+        raise ValueError(f"{asked.csv_key} is {asked.csv} but {asked.path()} is read as {form}; remove it")
+    if form == "jsonl":
+        return JsonLines(con, asked, asked.path(), files)
+    if form == "parquet":
+        return ParquetFiles(con, asked, asked.path(), files)
+    if form != "s3rec":
+        return Delimited(con, asked, asked.path(), files, form)
+    if len(files) > 1:
+        raise ValueError(f"{asked.key} is {asked.path()}, several files of sequences or of one object; name one")
+    is_json = ".json" in files[0].lower().removesuffix(".gz")[-5:]
+    return open_json(con, asked, files[0]) if is_json else Sequences(con, asked, files[0])

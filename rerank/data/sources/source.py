@@ -1,0 +1,105 @@
+"""A table that was found: the names of its columns, the cells of those that are wanted, and the places of its rows."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import duckdb
+import ibis
+import pyarrow as pa
+from ibis.expr.types import Column, Table
+
+from rerank.data.asked import Asked
+
+
+@dataclass(frozen=True)
+class Cells:
+    """Some columns of a source, not yet computed.
+
+    Attributes:
+        table: With columns of names of its own, so that those of the file may be any, and `source_row` unless a row's
+            place in the input is its place in the table.
+        names: The file's names to those.
+    """
+
+    table: Table
+    names: Mapping[str, str]
+
+    def __getitem__(self, column: str) -> Column:
+        return self.table[self.names[column]]
+
+    def select(self, **columns: Column) -> Table:
+        """A table of these columns, with source_row where there is one."""
+        kept = ["source_row"] if "source_row" in self.table.columns else []
+        return self.table.select(*kept, **columns)
+
+
+@dataclass
+class Source:
+    """One input table.
+
+    Attributes:
+        con: The database that reads it.
+        asked: What the recipe says of it.
+        name: Where it was found.
+        columns: Their names as in the file, in its order; of JSON as far as they were looked for.
+        table: Its content where that is in memory, with the columns in this order, then `source_row` if any.
+        row_word: For messages.
+        problem: Why no column of a name is there, with a cure, where it is known.
+    """
+
+    con: ibis.BaseBackend
+    asked: Asked
+    name: str
+    columns: Sequence[str]
+    table: Table | None = None
+    row_word: str = "row"
+    problem: str = field(default="", kw_only=True)
+
+    def has(self, column: str) -> bool:
+        """Whether a column of this name is there."""
+        return column in self.columns
+
+    def cells(self, columns: Iterable[str], as_text: bool = False) -> Cells:
+        """The cells of some columns, `as_text` where their text is all that is wanted, which JSON gives faster."""
+        return self._read(list(dict.fromkeys(columns)), as_text)
+
+    def refuse_twice(self, column: str) -> None:
+        """Refuse a name that two columns have."""
+        if list(self.columns).count(column) > 1:
+            raise ValueError(f"{self.name} names a column twice in its header ({', '.join(self.columns)}); rename one")
+
+    def _read(self, columns: list[str], as_text: bool) -> Cells:
+        assert self.table is not None
+        places = {column: self.table.columns[self.columns.index(column)] for column in columns}
+        kept = ["source_row"] if "source_row" in self.table.columns else []
+        return Cells(self.table.select(*kept, *places.values()), places)
+
+    def place(self, source_row: int) -> str:
+        """The file and line (or row) of one input row, counted from 1."""
+        return f"{self.name} {self.row_word} {source_row + 1}"
+
+    def unreadable(self, error: duckdb.Error) -> ValueError:
+        """The error for a row or a file that DuckDB cannot read, with its reason."""
+        first, *others = str(error).splitlines()
+        # The first lines say what and where; the others are hints about DuckDB's own options.
+        reasons = [first.partition("Error: ")[2] or first]
+        for line in others:
+            if line.startswith(("Possible", "LINE ")):
+                break
+            reasons += [line] if line.strip() else []
+        reason = ", ".join(reason.strip(" .") for reason in reasons)
+        return ValueError(f"{self.name} cannot be read: {reason}; {self._cure(str(error))}")
+
+    def _cure(self, error: str) -> str:
+        also = "" if self.asked.key == "requests" else ", or leave such rows out with on_bad_rows: drop"
+        return f"correct the row or the format{also}"
+
+    def num_unreadable(self) -> dict[str, int]:
+        """Reason to the number of lines that were left out while the table was read."""
+        return {}
+
+
+def in_memory(table: pa.Table) -> Table:
+    """An Arrow table for the database, its columns named by their places, but for `source_row`."""
+    names = [name if name == "source_row" else f"c{place}" for place, name in enumerate(table.column_names)]
+    return ibis.memtable(table.rename_columns(names))
