@@ -9,8 +9,12 @@ from typing import Any
 import ibis
 import pyarrow as pa
 
-from rerank.data import tables
-from rerank.data.readers import read_source
+from rerank.data import DataArguments, tables
+from rerank.data.asked import FORMAT_OF_SUFFIX, Asked
+from rerank.data.sources.opening import open_source
+from rerank.data.sources.source import Source
+
+NO_RUN = "."  # of arguments that no stage runs by
 
 
 @contextmanager
@@ -23,6 +27,14 @@ def _connection() -> Iterator[ibis.BaseBackend]:
             con.disconnect()
 
 
+def _open(con: ibis.BaseBackend, key: str, path: str | Path) -> Source:
+    """The table that an option of the command names."""
+    suffix = Path(str(path).removesuffix(".gz")).suffix.removeprefix(".").lower()
+    if suffix not in FORMAT_OF_SUFFIX:
+        raise ValueError(f"{key} is {path}, but must end in .{', .'.join(FORMAT_OF_SUFFIX)}; convert or rename it")
+    return open_source(con, Asked(key, str(path)))
+
+
 def read_items(path: str | Path, reading: Mapping[str, Any], with_text: bool) -> pa.Table:
     """Items in file order: item_id, title, category, text, and the other columns that a run's recipe names.
 
@@ -32,13 +44,17 @@ def read_items(path: str | Path, reading: Mapping[str, Any], with_text: bool) ->
         with_text: Whether the sentence encoder's text is wanted, and its columns needed.
     """
     with _connection() as con:
-        source = read_source(con, str(path), "auto", "--items")
-        there = source.table.columns
-        mapped = {name: column for name, column in (reading["item_columns"] or {}).items() if column in there}
-        wanted = reading["text_columns"] if with_text else []
-        separator = reading["category_separator"]
-        own = {name: name for name in reading["item_columns"] or {} if name in there and name not in mapped}
-        return tables.read_items(con, source, mapped | own, wanted, separator).order_by("source_row").to_pyarrow()
+        source = _open(con, "--items", path)
+        columns = {
+            name: column if column is None or source.has(column) or not source.has(name) else name
+            for name, column in (reading["item_columns"] or {}).items()
+        }
+        texts = reading["text_columns"] if with_text else []
+        args = DataArguments(
+            run_dir=NO_RUN, interactions=str(path), items=str(path), item_columns=columns, text_columns=texts,
+            category_separator=reading["category_separator"],
+        )  # fmt: skip
+        return tables.read_items(con, source, args)[0].order_by("source_row").to_pyarrow()
 
 
 def read_interactions(path: str | Path, columns: Mapping[str, str] | None) -> pa.Table:
@@ -49,8 +65,9 @@ def read_interactions(path: str | Path, columns: Mapping[str, str] | None) -> pa
         columns: Of user, item, time and position, where they differ from these.
     """
     with _connection() as con:
-        source = read_source(con, str(path), "auto", "--interactions")
-        read, names = tables.read_interactions(con, source, dict(columns or {}))
+        source = _open(con, "--interactions", path)
+        args = DataArguments(run_dir=NO_RUN, interactions=str(path), columns=dict(columns or {}))
+        read, names, _ = tables.read_interactions(con, source, args)
         unique = tables.drop_duplicates(con, read, names)
         ordered = unique.order_by(["user_id", "position", "time", "source_row"])
         return ordered.select("user_id", "item_id", "time").to_pyarrow()
