@@ -119,7 +119,7 @@ def test_add_items_appends_for_good_and_the_old_folder_undoes_it(model, tmp_path
         ),
         ([NEW[0], NEW[0]], "new.jsonl line 2: item 'n0' repeats .* line 1; keep one row per item"),
         ([{"id": "n0", "category": "drama"}], "new.jsonl: no item has a title, which the model's prompts show; add"),
-        ([{"name": "Up"}], "new.jsonl has no column 'item'"),
+        ([{"name": "Up"}], "new.jsonl has no column 'id', of ids; rename"),
     ],
 )
 def test_new_items_that_a_model_cannot_take_are_refused_in_one_line(model, tmp_path, capfd, rows, message):

@@ -145,7 +145,7 @@ def test_what_is_not_there_or_cannot_be_written_is_refused_before_a_model_runs(m
 
 
 def test_the_exit_code_says_that_rows_have_no_ranking(model_dir, tmp_path, monkeypatch, capsys):
-    def answers(model, rows, constrained):
+    def answers(model, rows, constrained, one_token):
         return [Answer([1, 0], None, "so", "", 3, False) for _ in rows], 0.0
 
     monkeypatch.setattr(rank, "generate_answers", answers)

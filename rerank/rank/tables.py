@@ -45,16 +45,23 @@ def read_items(path: str | Path, reading: Mapping[str, Any], with_text: bool) ->
     """
     with _connection() as con:
         source = _open(con, "--items", path)
-        columns = {
-            name: column if column is None or source.has(column) or not source.has(name) else name
-            for name, column in (reading["item_columns"] or {}).items()
-        }
+        columns = _columns(source, reading["item_columns"] or {})
         texts = reading["text_columns"] if with_text else []
         args = DataArguments(
             run_dir=NO_RUN, interactions=str(path), items=str(path), item_columns=columns, text_columns=texts,
             category_separator=reading["category_separator"],
         )  # fmt: skip
         return tables.read_items(con, source, args)[0].order_by("source_row").to_pyarrow()
+
+
+def _columns(source: Source, mapped: Mapping[str, str | None]) -> dict[str, str | None]:
+    """Our names to a file's columns, by a recipe's map or by our own name; others that it lacks are left out."""
+    if not (source.has(mapped.get("item") or "item") or source.has("item")):
+        raise ValueError(
+            f"{source.name} has no column {mapped.get('item') or 'item'!r}, of ids; rename the one of ids"
+        )
+    found: dict[str, str | None] = {name: name for name in mapped if source.has(name)}
+    return found | {name: column for name, column in mapped.items() if column is None or source.has(column)}
 
 
 def read_interactions(path: str | Path, columns: Mapping[str, str] | None) -> pa.Table:
