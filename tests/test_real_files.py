@@ -10,6 +10,8 @@ from real_files import read_interactions, read_items, write
 from rerank import data
 from rerank.data.prepare import prepare
 from rerank.data.sources.records import read_records
+from rerank.launch import named_files
+from rerank.launch.named_files import NamedFile
 
 UUIDS = [f"3F2504E0-4F89-41D3-9A0C-0305E82C330{k}" for k in range(3)]
 LONG = [12345678901234567890, 12345678901234567891]  # one float
@@ -200,6 +202,10 @@ def test_files_of_a_glob_may_be_gzipped(tmp_path):
     write(tmp_path / "1.csv", "user,item,time\nu,a,1\n")
     write(tmp_path / "2.csv.gz", "user,item,time\nu,b,2\nv,a,3\n")
     assert read("[12].csv*") == THREE
+    (found,) = named_files.record([NamedFile("interactions", "[12].csv*")])  # compared by content, as one file is
+    assert named_files.changed([found]) is None
+    write(tmp_path / "1.csv", "user,item,time\nu,a,7\n")
+    assert "interactions [12].csv*: " in named_files.changed([found])
 
 
 def test_rows_in_memory_keep_every_value(tmp_path):
