@@ -87,9 +87,9 @@ def batch(made):
     torch.manual_seed(0)
     config = GenerationConfig(
         do_sample=True, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0, max_new_tokens=12,
-        pad_token_id=tokenizer.pad_token_id,
+        min_new_tokens=12, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
     )  # fmt: skip
-    ids = model.generate(**padded, generation_config=config, use_model_defaults=False)
+    ids = model.generate(**padded, generation_config=config)
     width, num_last = padded.input_ids.shape[1], ids.shape[1] - padded.input_ids.shape[1]
     mask = torch.cat([padded.attention_mask, (torch.arange(num_last) < lengths[:, None]).long()], dim=1)
     assert num_last == 12 and width + 12 == mask.shape[1]
