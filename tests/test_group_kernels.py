@@ -104,7 +104,9 @@ def test_on_cuda_the_kernel_follows_from_pytorchs_own_rules(monkeypatch, dtype, 
         assert not parameters.enable_gqa and parameters.query.shape == parameters.key.shape == (2, 2, 6, size)
 
 
-@pytest.mark.parametrize(("kernel", "dtype"), [(FLASH, torch.bfloat16), (EFFICIENT, torch.float32)], ids=str)
+@pytest.mark.parametrize(
+    ("kernel", "dtype"), [(FLASH, torch.bfloat16), (EFFICIENT, torch.float32)], ids=["flash", "efficient"]
+)
 def test_the_operators_of_cuda_take_the_calls_by_their_own_schemas_and_shapes(kernel, dtype, monkeypatch):
     """PyTorch's own functions of shapes, on tensors without memory."""
     monkeypatch.setattr(group_kernels, "kernel_of", lambda *tensors: kernel)

@@ -9,7 +9,6 @@ from real_files import read_interactions, read_items, write
 
 from rerank import data
 from rerank.data.prepare import prepare
-from rerank.data.sources.records import read_records
 from rerank.launch import named_files
 from rerank.launch.named_files import NamedFile
 
@@ -206,15 +205,3 @@ def test_files_of_a_glob_may_be_gzipped(tmp_path):
     assert named_files.changed([found]) is None
     write(tmp_path / "1.csv", "user,item,time\nu,a,7\n")
     assert "interactions [12].csv*: " in named_files.changed([found])
-
-
-def test_rows_in_memory_keep_every_value(tmp_path):
-    write(tmp_path / "r.jsonl", b"\xef\xbb\xbf" + json.dumps({"id": LONG[1], "at": "12:30", "n": None}).encode())
-    assert read_records(tmp_path / "r.jsonl") == [{"id": LONG[1], "at": "12:30", "n": None}]
-    write(tmp_path / "r.csv.gz", "\ufeffid,at\n007,12:30\n")
-    assert read_records(tmp_path / "r.csv.gz") == [{"id": "007", "at": "12:30"}]
-    write(tmp_path / "r.parquet", pa.table({"id": [UUIDS[0]], "n": [3]}))
-    assert read_records(tmp_path / "r.parquet") == [{"id": UUIDS[0], "n": 3}]
-    write(tmp_path / "bad.csv", "id,at\n1,2,3\n")
-    with pytest.raises(ValueError, match="bad.csv, line 2 has 3 values but the header names 2 columns"):
-        read_records(tmp_path / "bad.csv")
