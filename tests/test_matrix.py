@@ -115,7 +115,7 @@ def group_logps(made, ids, mask, num_last):
 
 
 def expect_a_gap(request, made, dtype):
-    """Thirty layers in bfloat16 differ by more: by .03 from float32 and by .05 from the engine, where .02 is wanted."""
+    """Thirty layers in bfloat16 differ by more: .03 from float32 and .05 from the engine, where .02 is wanted."""
     if made.name == REAL and dtype == "bfloat16":
         request.applymarker(pytest.mark.xfail(strict=True, reason="SmolLM2's gap in bfloat16 is above the bound"))
 
