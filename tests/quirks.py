@@ -98,11 +98,11 @@ MODELS = {
     "gemma1": Quirk("gemma", TIED, (with_bos,)),
     "gemma2": Quirk(
         "gemma2", {**TIED, **WINDOWS, "attn_logit_softcapping": 0.5, "final_logit_softcapping": 8.0,
-                   "query_pre_attn_scalar": 32}, (with_bos,), obstacle="model type gemma2 is none of"
+                   "query_pre_attn_scalar": 32}, (with_bos,), obstacle="attn_logit_softcapping is 0.5"
     ),
     "gemma3": Quirk(
         "gemma3_text", {**TIED, **WINDOWS, "query_pre_attn_scalar": 32}, (with_bos,),
-        obstacle="model type gemma3_text is none of",
+        obstacle="it has layers of type sliding_attention",
     ),
 }  # fmt: skip
 FEW = ("qwen3_padded_tied", "llama3", "gemma2")  # of them in `make test`; all in `make matrix`

@@ -70,6 +70,14 @@ def test_more_candidates_than_letters(toy, capfd):
     )
 
 
+def test_a_loss_on_the_first_label_beside_stages_that_do_not_go_with_it(toy, capfd):
+    words = ("sft.losses=[{name: soft_targets}]", "sft.with_trace=false", "sft.no_trace_control=false")
+    line = refused_run(toy, capfd, *words, "traces.ranking=letter")
+    assert "losses of the sft recipe has soft_targets, after which a model writes no ranking to reward; leave" in line
+    line = refused_run(toy, capfd, "sft.losses=[{name: nll}, {name: ranknet}]")
+    assert "reads the first label as one token, but ranking: semantic_id of the traces recipe has labels of se" in line
+
+
 @pytest.mark.parametrize("word", ["midtrain.model_name_or_path=BASE", "sft.model_name_or_path=BASE"])
 def test_a_model_that_cannot_be_prompted_is_refused_before_the_stages_ahead_of_it(toy, capfd, word):
     base = save_tiny_model(toy / "base")

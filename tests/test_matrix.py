@@ -224,8 +224,7 @@ def test_a_dry_run_takes_the_model_or_says_what_it_cannot_do(made, tmp_path, cap
     words = ("run", TOY, "--out", tmp_path / "run", "--dry-run", f"midtrain.model_name_or_path={made.brought}")
     quirk = quirks.MODELS.get(made.name)
     if quirk is not None and quirk.obstacle:
-        assert quirk.obstacle in refusal(capfd, *words)
-        words += ("dapo.group_forward=false",)
+        assert quirk.obstacle in refusal(capfd, *words, "dapo.group_forward=true")
     assert "-m rerank.dapo" in run_command(*words)
 
 

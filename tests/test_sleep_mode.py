@@ -7,6 +7,7 @@ from scripted_dapo import LIMIT, SIZE, random_tokens
 from scripted_trainer import make_trainer
 from trl.generation.vllm_generation import VLLMGeneration
 
+from rerank import dapo
 from rerank.dapo.trainer import DapoTrainer
 from rerank.models import engine
 
@@ -97,6 +98,12 @@ def test_an_engine_sleeps_once_a_step_and_gets_weights_only_when_they_changed(tm
     trainer.generate_greedily(["Rank: the title"])
     trainer.rest_engine()
     trainer.rest_engine()
+    assert (llm.syncs, llm.sleeps, llm.awake) == (STEPS + 1, STEPS + 1, set())
+
+
+def test_it_sleeps_after_a_check_of_validation_rows(tmp_path, monkeypatch):
+    trainer, llm = trained(tmp_path, monkeypatch)
+    dapo.completer(trainer, LIMIT)([SimpleNamespace(prompt="Rank: the title")])
     assert (llm.syncs, llm.sleeps, llm.awake) == (STEPS + 1, STEPS + 1, set())
 
 

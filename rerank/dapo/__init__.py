@@ -229,7 +229,9 @@ def completer(trainer: "DapoTrainer", max_completion_tokens: int) -> validation.
     def complete(asked: Sequence[PromptedRow]) -> list[str]:
         texts = [row.prompt for row in asked]
         if trainer.use_vllm:
-            return trainer.generate_greedily(texts)
+            completions = trainer.generate_greedily(texts)
+            trainer.rest_engine()  # an update on rollouts that are there already may come next
+            return completions
         return complete_greedily(trainer, texts, max_completion_tokens)
 
     return complete

@@ -14,6 +14,8 @@ def check_across(stages: Mapping[str, Sequence[Any]]) -> None:
         _check_letters(stages["candidates"][0], stages["traces"][1])
     if "dapo" in stages:
         _check_group_forward(stages)
+    if "sft" in stages and stages["sft"][0].task == "rerank":
+        _check_first_labels(stages)
 
 
 def _check_letters(candidates: Any, settings: Any) -> None:
@@ -26,6 +28,24 @@ def _check_letters(candidates: Any, settings: Any) -> None:
         raise ValueError(
             f"num_candidates is {candidates.num_candidates} but ranking: letter of the traces recipe names at most "
             f"{MAX_LETTERS}; lower it, or set traces.ranking=number"
+        )
+
+
+def _check_first_labels(stages: Mapping[str, Sequence[Any]]) -> None:
+    """Refuse a loss on the first label where a later stage cannot use the model, or an earlier one lacks its needs."""
+    from rerank.losses import load_losses
+
+    args = stages["sft"][0]
+    losses = load_losses(args.losses, args.task)
+    if losses.one_token and "dapo" in stages:
+        raise ValueError(
+            f"losses of the sft recipe has {losses.one_token}, after which a model writes no ranking to reward; leave "
+            "7_dapo.yaml out of the recipe folder, or train sft with the losses nll and ranknet"
+        )
+    if losses.first_label and "traces" in stages and stages["traces"][1].ranking == "semantic_id":
+        raise ValueError(
+            "losses of the sft recipe reads the first label as one token, but ranking: semantic_id of the traces "
+            "recipe has labels of several; set traces.ranking=letter or traces.ranking=number"
         )
 
 

@@ -8,6 +8,7 @@ Letters of shapes: B rows of a batch, T tokens, K positions with logits, V vocab
 """
 
 import gc
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from rerank.models.base import with_exact_attention
 from rerank.prompts import THINK, THINK_END, completion, prompt_ids, spaced, word_labels
 from rerank.prompts.fields import SEMANTIC_ID
 from rerank.rows.checks import list_lengths
@@ -84,7 +86,10 @@ def check_labels(tokenizer: "PreTrainedTokenizerBase", prompter: "Prompter", pat
 
 
 def first_label_logps(
-    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", asked: Sequence["PromptedRow"]
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    asked: Sequence["PromptedRow"],
+    max_tokens: float = MAX_TOKENS,
 ) -> list[np.ndarray]:
     """(N,) per row, the log-probability of each candidate's label as the first one, over the row's labels alone.
 
@@ -92,22 +97,23 @@ def first_label_logps(
         model: In evaluation mode.
         tokenizer: Of the model.
         asked: Rows of any lengths; rows of like length share a batch.
+        max_tokens: Of a forward pass.
     """
     tokens = tokens_of(asked, tokenizer)
     tags = tokenizer(THINK + THINK_END, add_special_tokens=False).input_ids
     ids = [prompt + tags for prompt in prompt_ids(tokenizer, [row.prompt for row in asked])]
     found = [np.empty(0)] * len(ids)
-    for places in _by_length([len(row) for row in ids]):
+    for places in _by_length([len(row) for row in ids], max_tokens):
         for place, logits in zip(places, _last_logits(model, [ids[place] for place in places]), strict=True):
             found[place] = logits[tokens[place]].log_softmax(dim=0).numpy()
     return found
 
 
-def _by_length(lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Places of rows of like lengths, of MAX_ROWS and MAX_TOKENS at most, or of one row."""
+def _by_length(lengths: Sequence[int], max_tokens: float) -> Iterator[list[int]]:
+    """Places of rows of like lengths, of MAX_ROWS and `max_tokens` at most, or of one row."""
     batch: list[int] = []
     for place in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if batch and (len(batch) == MAX_ROWS or (len(batch) + 1) * lengths[place] > MAX_TOKENS):
+        if batch and (len(batch) == MAX_ROWS or (len(batch) + 1) * lengths[place] > max_tokens):
             yield batch
             batch = []
         batch.append(place)
@@ -134,10 +140,14 @@ def _last_logits(model: "PreTrainedModel", ids: Sequence[list[int]]) -> "torch.T
 
 
 def orders_of(
-    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", asked: Sequence["PromptedRow"]
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    asked: Sequence["PromptedRow"],
+    max_tokens: float = MAX_TOKENS,
 ) -> list[list[int]]:
     """The ranking of each row, positions, best first; of equals the one shown first."""
-    return [np.argsort(-logps, kind="stable").tolist() for logps in first_label_logps(model, tokenizer, asked)]
+    found = first_label_logps(model, tokenizer, asked, max_tokens)
+    return [np.argsort(-logps, kind="stable").tolist() for logps in found]
 
 
 def load_folder(
@@ -147,7 +157,7 @@ def load_folder(
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+    model = with_exact_attention(AutoModelForCausalLM.from_pretrained(folder, dtype="auto")).eval()
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     return partial(orders_of, model, tokenizer)
 
@@ -161,12 +171,16 @@ def free_memory() -> None:
 
 
 def complete(trainer: "Trainer", asked: Sequence["PromptedRow"]) -> list[str]:
-    """The ranking of each row by a model in training, written as a completion without a trace."""
+    """The ranking of each row by a model in training, written as a completion without a trace.
+
+    Every process has the same number of rows and, where a sharded model is gathered for each forward pass, must make
+    the same number of passes: lengths do not cut the batches.
+    """
     from transformers import PreTrainedTokenizerBase
     from trl.models.utils import unwrap_model_for_generation
 
     tokenizer = trainer.processing_class
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
     with unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator) as model:
-        orders = orders_of(model, tokenizer, asked)
+        orders = orders_of(model, tokenizer, asked, max_tokens=math.inf)
     return [completion(None, order, row.labels, row.top_k) for order, row in zip(orders, asked, strict=True)]
