@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny_model import ID_TOKENS, SHAPE, sft_config, tiny_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers
-from toy_recipe import refusal, run_command
+from toy_recipe import run_command
 from toy_run import (
     NUM_ITEMS,
     finish,
@@ -24,7 +24,7 @@ from toy_run import (
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from trl import ModelConfig
 
-from rerank import dapo, evaluate, sft
+from rerank import cli, dapo, evaluate, sft
 from rerank.baselines import FEATURES, Counts, fit_edges
 from rerank.losses import load_losses
 from rerank.models import base, engine, one_token
@@ -205,9 +205,9 @@ def test_the_command_ranks_new_rows_by_one_token(made, trained, tmp_path, capsys
     run_command(*words, tmp_path / "rows.jsonl")
     for line, text in zip(lines, (tmp_path / "ranked.jsonl").read_text().splitlines(), strict=False):
         assert sorted(json.loads(text)["ranking"]) == sorted(line["candidates"])
-    assert "long.jsonl, row 3: one-token ranking needs a token for each label, but 'G' is 2" in refusal(
-        capsys, *words, tmp_path / "long.jsonl"
-    )
+    assert cli.main([str(word) for word in (*words, tmp_path / "long.jsonl")]) == 3
+    *_, long = (tmp_path / "ranked.jsonl").read_text().splitlines()
+    assert json.loads(long)["failure"].startswith("one-token ranking needs a token for each label, but 'G' is 2")
 
 
 def test_what_cannot_be_trained_or_used_so_is_refused_before_a_model_loads(made, trained, tmp_path):
