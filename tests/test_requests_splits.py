@@ -177,5 +177,5 @@ def test_the_metrics_of_interactions_alone_have_no_counts_of_requests(tmp_path):
     assert [*metrics] == [
         *("users", "items", "interactions", "interactions_read", "duplicates_removed", "interactions_of_split"),
         *("rows", "sequence_length", "share_of_time_ties", "items_without_text", "midtrain_has_seen_rerank_targets"),
-        *("terms", "sources"),
+        *("terms", "sources", "left_out", "share_of_targets_in_history"),
     ]
