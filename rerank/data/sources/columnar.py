@@ -32,7 +32,7 @@ class ParquetFiles(Source):
         except duckdb.Error as error:
             raise self.unreadable(error) from None
         self.columns = [*columns[0], *table.columns[len(columns[0]) :]]
-        self.table = table
+        self.table = table.rename({f"c{place}": name for place, name in enumerate(table.columns)})
 
     def _columns(self, file: str) -> list[str]:
         try:

@@ -42,7 +42,8 @@ class Source:
         asked: What the recipe says of it.
         name: Where it was found.
         columns: Their names as in the file, in its order; of JSON as far as they were looked for.
-        table: Its content where that is in memory, with the columns in this order, then `source_row` if any.
+        table: Its content where that is in memory, with the columns in this order, under names of our own, then
+            `source_row` if rows have places of their own.
         row_word: For messages.
         problem: Why no column of a name is there, with a cure, where it is known.
     """
@@ -100,6 +101,5 @@ class Source:
 
 
 def in_memory(table: pa.Table) -> Table:
-    """An Arrow table for the database, its columns named by their places, but for `source_row`."""
-    names = [name if name == "source_row" else f"c{place}" for place, name in enumerate(table.column_names)]
-    return ibis.memtable(table.rename_columns(names))
+    """An Arrow table for the database, its columns named by their places."""
+    return ibis.memtable(table.rename_columns([f"c{place}" for place in range(table.num_columns)]))
