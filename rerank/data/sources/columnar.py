@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from rerank.data.asked import Asked
 from rerank.data.sources.delimited import different_columns
 from rerank.data.sources.files import scratch_file
-from rerank.data.sources.source import Source, in_memory
+from rerank.data.sources.source import Cells, Source, in_memory
 
 
 class ParquetFiles(Source):
@@ -23,20 +23,39 @@ class ParquetFiles(Source):
         """Over files of one table; refuses those whose columns differ."""
         self.as_given, self.files = list(files), [_unzipped(con, file) for file in files]
         super().__init__(con, asked, name, [])
-        columns = [self._columns(file) for file in self.files]
+        self.schemas = [self._schema(file) for file in self.files]
+        columns = [schema.names for schema in self.schemas]
         for file, of_file in zip(files, columns, strict=True):
             if {*of_file} != {*columns[0]}:
                 raise different_columns(asked, {files[0]: columns[0], file: of_file})
         try:
-            table = con.read_parquet(self.files)
+            # DuckDB casts all to the types of the first file, or by names to types that hold those of every one
+            is_mixed = any(not schema.equals(self.schemas[0]) for schema in self.schemas)
+            table = con.read_parquet(self.files, union_by_name=is_mixed)
         except duckdb.Error as error:
             raise self.unreadable(error) from None
         self.columns = [*columns[0], *table.columns[len(columns[0]) :]]
         self.table = table.rename({f"c{place}": name for place, name in enumerate(table.columns)})
 
-    def _columns(self, file: str) -> list[str]:
+    def _read(self, columns: list[str], as_text: bool) -> Cells:
+        for column in columns:
+            self._refuse_types(column)
+        return super()._read(columns, as_text)
+
+    def _refuse_types(self, column: str) -> None:
+        """Refuse a column that has numbers in one file and text in another, as `7` and `007` are no one id."""
+        if column not in self.schemas[0].names:  # of a folder such as `day=1`
+            return
+        types = [schema.types[schema.names.index(column)] for schema in self.schemas]
+        known = [(file, of_file) for file, of_file in zip(self.as_given, types, strict=True) if of_file != pa.null()]
+        for file, of_file in known:
+            if _kind(of_file) != _kind(known[0][1]):
+                problem = f"{file} has the column {column!r} as {of_file} but {known[0][0]} as {known[0][1]}"
+                raise ValueError(f"{problem}; write it as one type, of ids string, in every file")
+
+    def _schema(self, file: str) -> pa.Schema:
         try:
-            return pq.read_schema(file).names
+            return pq.read_schema(file)
         except pa.ArrowInvalid as error:
             reason = " ".join(str(error).split())
             raise ValueError(f"{self.name} cannot be read: {reason}; correct the row or the format") from None
@@ -49,6 +68,17 @@ class ParquetFiles(Source):
                 return f"{given} row {source_row + 1}"
             source_row -= size
         raise AssertionError("a row that was read stands in no file")
+
+
+def _kind(of: pa.DataType) -> str:
+    """The kind of a type, whatever its size."""
+    if pa.types.is_dictionary(of):
+        return _kind(of.value_type)
+    if pa.types.is_integer(of):
+        return "integer"
+    if pa.types.is_floating(of):
+        return "floating"
+    return "string" if pa.types.is_large_string(of) else str(of)
 
 
 def _unzipped(con: ibis.BaseBackend, file: str) -> str:
