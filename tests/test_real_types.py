@@ -31,3 +31,36 @@ def test_parts_of_different_types_are_refused_where_they_are_wanted(tmp_path):
     refused("^2.parquet has the column 'item' as string but 1.parquet as int64; write it as one type", "*.parquet")
     rows, _ = read_interactions("*.parquet", columns={"item": "other", "user": "user"}, on_bad_rows="drop")
     assert rows == [("v", "08", None)]
+
+
+LONG = 12345678901234567890
+MISSING = "user,item,kind\nu,a,x\nu,b,\nu,c,y\n"
+CONDITIONS = {  # condition -> items that stay
+    "kind <> 'x'": "c",
+    "NOT kind = 'x'": "c",
+    "kind IS NULL OR kind IN ('y')": "bc",
+    "kind IS NOT NULL": "ac",
+    "NOT kind LIKE 'x'": "c",
+}
+
+
+@pytest.mark.parametrize("where", CONDITIONS)
+def test_a_missing_value_is_as_in_sql(where):
+    assert "".join(item for _, item, _ in read_interactions("t.csv", MISSING, where=where)[0]) == CONDITIONS[where]
+
+
+@pytest.mark.parametrize("where", [f"user = {LONG}", f"user IN ({LONG}, 7)"])
+def test_a_long_number_equals_itself_alone(where):
+    rows = f"user,item\n{LONG},a\n{LONG + 1},b\n{LONG - 1},c\n"
+    assert [item for _, item, _ in read_interactions("t.csv", rows, where=where)[0]] == ["a"]
+
+
+def test_comparisons_that_are_not_what_they_look_like_are_refused():
+    rows = "user,item,time\nu,a,1420070400000\nu,b,1420070500000\n"
+    line = refused(
+        "t.csv line 2: time is '1420070400000', neither a date", "t.csv", rows, where="time >= '2015-01-01'"
+    )
+    assert "as a number in the unit of time, without quotes" in line
+    assert len(read_interactions("t.csv", where="time >= 1420070500000")[0]) == 1
+    refused("text '9' in order; write the number without quotes: 9", "t.csv", where="time > '9'")
+    refused("a missing value equals no text; write IS NULL", "t.csv", where="item = ''")
