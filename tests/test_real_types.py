@@ -64,3 +64,22 @@ def test_comparisons_that_are_not_what_they_look_like_are_refused():
     assert len(read_interactions("t.csv", where="time >= 1420070500000")[0]) == 1
     refused("text '9' in order; write the number without quotes: 9", "t.csv", where="time > '9'")
     refused("a missing value equals no text; write IS NULL", "t.csv", where="item = ''")
+
+
+def test_only_whole_words_name_splits_and_text_of_splits_is_not_guessed(tmp_path):
+    write(tmp_path / "logs/latest.csv", "user,item\nu,007\n")
+    write(tmp_path / "logs/device_1.csv", "user,item\nu,08\n")
+    assert [item for _, item, _ in read_interactions("logs")[0]] == ["08", "007"]
+    write(tmp_path / "sets/train.csv", "user,item\nu,007\n")
+    write(tmp_path / "sets/test.csv", "user,item\nu,08\n")
+    refused(r"files are named as splits .test.csv, train.csv.; name one of them, or sets/\*.csv for all", "sets")
+    assert len(read_interactions("sets/*.csv")[0]) == 2
+    assert read_interactions("sets@train", format="datasets")[0] == [("u", "007", None)]
+
+
+def test_hidden_folders_hold_no_parts(tmp_path):
+    write(tmp_path / "logs/a.csv", "user,item\nu,a\n")
+    for folder in (".ipynb_checkpoints", "_temporary"):
+        (tmp_path / "logs" / folder).mkdir()
+        write(tmp_path / "logs" / folder / "a.csv", "user,item\nu,a\n")
+    assert read_interactions("logs")[0] == [("u", "a", None)]

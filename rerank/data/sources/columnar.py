@@ -4,6 +4,7 @@ import gzip
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import duckdb
 import ibis
@@ -106,7 +107,7 @@ def _load_dataset(path: str, key: str) -> pa.Table:
     name, _, config = name.partition(":")
     saved = any((Path(name) / file).is_file() for file in ("state.json", "dataset_dict.json"))
     try:
-        loaded = datasets.load_from_disk(name) if saved else datasets.load_dataset(name, config or None)
+        loaded = datasets.load_from_disk(name) if saved else _load_as_text(name, config or None)
     except OSError as error:
         raise FileNotFoundError(
             f"{key} is {path}, no data set on disk or on the hub: {' '.join(str(error).split())}"
@@ -120,3 +121,15 @@ def _load_dataset(path: str, key: str) -> pa.Table:
             raise ValueError(f"{key} is {path}, which has the splits {', '.join(loaded)}; name one, as {name}@SPLIT")
         loaded = loaded[split] if split else next(iter(loaded.values()))
     return loaded.with_format("arrow")[:]
+
+
+def _load_as_text(name: str, config: str | None) -> Any:
+    """A data set, of CSV as text throughout, where `datasets` would take ids such as `007` for numbers."""
+    import datasets
+
+    loaded = datasets.load_dataset(name, config)
+    first = next(iter(loaded.values()))
+    if first.info.builder_name != "csv":
+        return loaded
+    features = datasets.Features({column: datasets.Value("string") for column in first.column_names})
+    return datasets.load_dataset(name, config, features=features, keep_default_na=False)

@@ -5,6 +5,7 @@ import glob
 import gzip
 import io
 import itertools
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -16,7 +17,13 @@ from rerank.data.asked import FORMAT_OF_SUFFIX, Asked
 from rerank.launch.files import glob_of
 
 TABLES = ("csv", "tsv", "jsonl", "parquet", "recbole")  # of which a folder may hold parts
-SPLIT_WORDS = ("train", "test", "valid", "dev")  # in the names of a folder's files: `datasets` reads such a folder
+SPLIT_WORDS = {
+    "train",
+    "test",
+    "valid",
+    "validation",
+    "dev",
+}  # of file names; `datasets` reads a folder of such Parquet
 
 
 def find_files(asked: Asked) -> tuple[str, list[str]]:
@@ -46,19 +53,33 @@ def _one_format(asked: Asked, path: str, files: Sequence[str]) -> str:
 
 
 def _parts(asked: Asked, folder: str) -> tuple[str, list[str]]:
-    """The parts of a table in a folder; a folder with splits in its names, or without a table, is for `datasets`."""
-    found = sorted(path for path in Path(folder).rglob("*") if path.is_file() and not path.name.startswith(("_", ".")))
+    """The parts of a table in a folder; a folder with splits in its names, or without a table, is for `datasets`.
+
+    Splits of text are refused: `datasets` would take ids such as `007` for numbers.
+    """
+    found = sorted(path for path in Path(folder).rglob("*") if path.is_file() and not _is_hidden(path, folder))
     if any((Path(folder) / name).is_file() for name in ("state.json", "dataset_dict.json")):
         return "datasets", []
     suffixes = {
         path: FORMAT_OF_SUFFIX.get(Path(path.name.removesuffix(".gz")).suffix.removeprefix(".")) for path in found
     }
     tables = [str(path) for path in found if suffixes[path] in TABLES or asked.format in TABLES]
-    has_splits = any(word in path.name.lower() for path in found for word in SPLIT_WORDS)
-    is_for_datasets = any(path.suffix == ".py" for path in found) or has_splits and asked.format == "auto"
-    if not tables or is_for_datasets:
+    has_splits = any(SPLIT_WORDS & {*re.split("[^a-z]+", path.stem.lower())} for path in found)
+    if not tables or any(path.suffix == ".py" for path in found):
         return "datasets", []
-    return _one_format(asked, folder, tables), tables
+    form = _one_format(asked, folder, tables)
+    if not has_splits or asked.format != "auto":
+        return form, tables
+    if form == "parquet":
+        return "datasets", []
+    listed, parts = ", ".join(Path(table).name for table in tables[:4]), f"{folder}/*{Path(tables[0]).suffix}"
+    problem = f"{asked.key} is {folder}, whose files are named as splits ({listed})"
+    raise ValueError(f"{problem}; name one of them, or {parts} for all as one table")
+
+
+def _is_hidden(path: Path, folder: str) -> bool:
+    """Whether a file, or a folder that it is in, is no data: `.ipynb_checkpoints`, `_temporary`, `_SUCCESS`."""
+    return any(part.startswith(("_", ".")) for part in path.relative_to(folder).parts)
 
 
 def open_text(path: str, encoding: str = "utf-8") -> io.TextIOBase:
