@@ -1,5 +1,7 @@
 """Files as people have them: columns, cells and parts whose types or places could be taken for others."""
 
+import json
+
 import pyarrow as pa
 import pytest
 from real_files import read_interactions, read_items, write
@@ -83,3 +85,11 @@ def test_hidden_folders_hold_no_parts(tmp_path):
         (tmp_path / "logs" / folder).mkdir()
         write(tmp_path / "logs" / folder / "a.csv", "user,item\nu,a\n")
     assert read_interactions("logs")[0] == [("u", "a", None)]
+
+
+@pytest.mark.parametrize("column", ["item", "asin"])
+def test_one_object_with_an_id_is_one_row(column):
+    row = {column: "n0", "title": "Up"}
+    columns = {"item_columns": {"item": column}}
+    assert read_items("new.json", [row], **columns)[0] == [("n0", "Up", "")]
+    assert read_items("new.json", json.dumps(row, indent=1), **columns)[0] == [("n0", "Up", "")]

@@ -1,7 +1,7 @@
 """A table as a recipe asks for it: what it names, its format, and how its text is written."""
 
 import codecs
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,6 +23,7 @@ class Asked:
         format: One of FORMATS, or auto.
         csv: separator, header and encoding, as far as the recipe has them.
         drops_bad: Whether lines that cannot be read are left out, and counted.
+        id_columns: Names of columns of ids: a JSON object that has one of them is a row.
     """
 
     key: str
@@ -30,6 +31,7 @@ class Asked:
     format: str = "auto"
     csv: Mapping[str, object] = field(default_factory=dict)
     drops_bad: bool = False
+    id_columns: Sequence[str] = ("user", "item")
 
     @property
     def csv_key(self) -> str:

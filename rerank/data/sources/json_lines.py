@@ -94,7 +94,7 @@ class JsonEntries(JsonLines):
 
 
 def open_json(con: ibis.BaseBackend, asked: Asked, path: str) -> Source:
-    """A `.json` file: JSONL, an array of objects, or one object of ids.
+    """A `.json` file: JSONL, an array of objects, one object that is a row, or one object of ids.
 
     As items such an object holds objects of columns, texts (titles) or lists (categories), as interactions the list
     of items of each user.
@@ -116,6 +116,8 @@ def open_json(con: ibis.BaseBackend, asked: Asked, path: str) -> Source:
             f"{path} is no JSON object of item: [attribute, ...] and no array of objects; a file of one object a line "
             "ends in .jsonl"
         )
+    if any(isinstance(value.get(column), str | int | float) for column in asked.id_columns):
+        return JsonEntries(con, asked, path, iter([value]))
     if not value:
         raise ValueError(f"{path} is empty; give a file with at least one row")
     entries = (entry for key, held in value.items() for entry in _entries(asked, path, str(key), held))
