@@ -93,3 +93,31 @@ def test_one_object_with_an_id_is_one_row(column):
     columns = {"item_columns": {"item": column}}
     assert read_items("new.json", [row], **columns)[0] == [("n0", "Up", "")]
     assert read_items("new.json", json.dumps(row, indent=1), **columns)[0] == [("n0", "Up", "")]
+
+
+NESTED = {  # file -> content, message
+    "t.jsonl": (
+        [{"user": 1, "item": [3, 9, 4]}],
+        r"t.jsonl line 1: item is '\[3,9,4\]', a list or an object and no id",
+    ),
+    "t.json": ('{"0": [[3, 158], [9, 160]]}', r"t.json entry 1: item is '\[3,158\]', a list .*; write one id a row"),
+    "t.parquet": (pa.table({"user": [["u", "v"]], "item": ["a"]}), "t.parquet row 1: user is 'u, v', a list or an ob"),
+}
+
+
+@pytest.mark.parametrize("name", NESTED)
+def test_a_list_or_an_object_is_no_id(name):
+    content, message = NESTED[name]
+    refused(message, name, content)
+
+
+def test_text_that_looks_like_a_list_is_an_id_but_in_json():
+    assert read_interactions("t.csv", "user,item\nu,[3]\n")[0] == [("u", "[3]", None)]
+    assert read_interactions("t.jsonl", [{"user": "u", "item": "[a"}])[0] == [("u", "[a", None)]
+    refused(r"i.jsonl line 1: item is '3, 4', a list", "i.jsonl", [{"item": [3, 4]}], of=read_items)
+    assert read_interactions(
+        "t.jsonl", [{"user": "u", "item": [1]}, {"user": "u", "item": 2}], on_bad_rows="drop"
+    ) == (
+        [("u", "2", None)],
+        {"item is a list or an object": 1},
+    )

@@ -27,7 +27,7 @@ class JsonLines(Source):
                 for line in itertools.islice(lines, _SAMPLE):
                     keys |= dict.fromkeys(_keys(line))
         self._has_all_keys = False
-        super().__init__(con, asked, name, list(keys), row_word="line")
+        super().__init__(con, asked, name, list(keys), row_word="line", is_json=True)
 
     def has(self, column: str) -> bool:
         """Whether any line has this key."""

@@ -9,6 +9,7 @@ import pyarrow as pa
 from ibis.expr.types import Column, Table
 
 from rerank.data.asked import Asked
+from rerank.data.sources.cells import is_nested
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Source:
         table: Its content where that is in memory, with the columns in this order, under names of our own, then
             `source_row` if rows have places of their own.
         row_word: For messages.
+        is_json: Whether text in its cells may be that of JSON.
         problem: Why no column of a name is there, with a cure, where it is known.
     """
 
@@ -54,6 +56,7 @@ class Source:
     columns: Sequence[str]
     table: Table | None = None
     row_word: str = "row"
+    is_json: bool = field(default=False, kw_only=True)
     problem: str = field(default="", kw_only=True)
 
     def has(self, column: str) -> bool:
@@ -63,6 +66,11 @@ class Source:
     def cells(self, columns: Iterable[str], as_text: bool = False) -> Cells:
         """The cells of some columns, `as_text` where their text is all that is wanted, which JSON gives faster."""
         return self._read(list(dict.fromkeys(columns)), as_text)
+
+    def nested(self, cells: Cells, column: str) -> Column:
+        """Whether a cell holds a list or an object; never in a table of text."""
+        is_plain = cells[column].type().is_string() and not self.is_json
+        return ibis.literal(False) if is_plain else is_nested(cells[column])
 
     def refuse_twice(self, column: str) -> None:
         """Refuse a name that two columns have."""
