@@ -1,10 +1,14 @@
 """Files as people have them: columns, cells and parts whose types or places could be taken for others."""
 
 import json
+from pathlib import Path
 
 import pyarrow as pa
 import pytest
 from real_files import read_interactions, read_items, write
+
+from rerank import data
+from rerank.data.prepare import prepare
 
 
 @pytest.fixture(autouse=True)
@@ -76,7 +80,6 @@ def test_only_whole_words_name_splits_and_text_of_splits_is_not_guessed(tmp_path
     write(tmp_path / "sets/test.csv", "user,item\nu,08\n")
     refused(r"files are named as splits .test.csv, train.csv.; name one of them, or sets/\*.csv for all", "sets")
     assert len(read_interactions("sets/*.csv")[0]) == 2
-    assert read_interactions("sets@train", format="datasets")[0] == [("u", "007", None)]
 
 
 def test_hidden_folders_hold_no_parts(tmp_path):
@@ -121,3 +124,21 @@ def test_text_that_looks_like_a_list_is_an_id_but_in_json():
         [("u", "2", None)],
         {"item is a list or an object": 1},
     )
+
+
+def test_unreadable_lines_of_ready_rows_are_counted(tmp_path):
+    rows = [("train", "a b c"), ("train", "b c d"), ("valid", "c d e"), ("test", "d e f")]
+    lines = [f"{split},u,{time},{items}\n" for time, (split, items) in enumerate(rows)]
+    write(tmp_path / "t.csv", "split,user,time,items\n" + "train,u\n".join(lines))
+    options = {"split": "given", "rebuild": True, "on_bad_rows": "drop"}
+    found = prepare(data.DataArguments(run_dir="run", interactions="t.csv", **options))
+    assert (found.num_read, found.left_out) == (7, {"line with missing columns": 3})
+
+
+def test_lines_that_are_no_json_are_counted_as_such_and_keep_the_places_of_others():
+    write(
+        Path("t.jsonl"),
+        '{"user": "u", "item": "a", "time": 1}\n{"user": \n[1]\n\n{"user": "", "item": "b", "time": 2}\n',
+    )
+    rows, left_out = read_interactions("t.jsonl", on_bad_rows="drop")
+    assert (rows, left_out) == ([("u", "a", 1.0)], {"line that is no JSON object": 2, "user is empty": 1})

@@ -7,8 +7,10 @@ from typing import Any
 
 import duckdb
 import ibis
+from ibis.expr.types import Table
 
 from rerank.data.asked import Asked
+from rerank.data.sources.cells import json_type
 from rerank.data.sources.files import in_utf8, line_of_row, open_text, refuse_empty_file, scratch_file
 from rerank.data.sources.source import Cells, Source
 
@@ -26,7 +28,7 @@ class JsonLines(Source):
             with open_text(file) as lines:
                 for line in itertools.islice(lines, _SAMPLE):
                     keys |= dict.fromkeys(_keys(line))
-        self._has_all_keys = False
+        self._has_all_keys, self._num_unreadable = False, 0
         super().__init__(con, asked, name, list(keys), row_word="line", is_json=True)
 
     def has(self, column: str) -> bool:
@@ -44,8 +46,12 @@ class JsonLines(Source):
 
     def _read(self, columns: list[str], as_text: bool) -> Cells:
         places = {column: f"c{number}" for number, column in enumerate(columns)}
-        options: dict[str, Any] = {"format": "newline_delimited", "ignore_errors": self.asked.drops_bad}
-        options["hive_partitioning"] = False
+        if self.asked.drops_bad:
+            lines = self._objects()
+            return Cells(
+                lines.select("source_row", **{place: lines.json[column] for column, place in places.items()}), places
+            )
+        options: dict[str, Any] = {"format": "newline_delimited", "hive_partitioning": False}
         if len({column.lower() for column in columns}) == len(columns) and all(columns):
             types = dict.fromkeys(columns, "VARCHAR" if as_text else "JSON")
             table = self.con.read_json(self.files, columns=types, **options)
@@ -53,6 +59,22 @@ class JsonLines(Source):
         # DuckDB takes names that are equal but for case as one
         table = self.con.read_json(self.files, columns={"json": "JSON"}, records="false", **options)
         return Cells(table.select(**{name: table.json[column] for column, name in places.items()}), places)
+
+    def _objects(self) -> Table:
+        """The lines that hold an object, with their places, after the others were counted."""
+        options: dict[str, Any] = {"format": "newline_delimited", "hive_partitioning": False, "ignore_errors": True}
+        lines = self.con.read_json(self.files, columns={"json": "JSON"}, records="false", **options)
+        try:
+            kept = self.con.create_table(ibis.util.gen_name("lines"), lines, temp=True)
+        except duckdb.Error as error:
+            raise self.unreadable(error) from None
+        is_object = (json_type(kept.json) == "OBJECT").fill_null(False)
+        self._num_unreadable = kept.filter(~is_object).count().to_pyarrow().as_py()
+        return kept.mutate(source_row=kept.rowid()).filter(is_object)
+
+    def num_unreadable(self) -> dict[str, int]:
+        """Reason to the number of lines that were left out while the table was read."""
+        return {"line that is no JSON object": self._num_unreadable} if self._num_unreadable else {}
 
     def place(self, source_row: int) -> str:
         """The file and line of one input row."""
