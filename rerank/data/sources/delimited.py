@@ -11,6 +11,7 @@ import duckdb
 import ibis
 
 from rerank.data.asked import Asked
+from rerank.data.sources.cells import MISSING
 from rerank.data.sources.files import in_utf8, line_of_row, open_text
 from rerank.data.sources.source import Cells, Source
 
@@ -22,6 +23,7 @@ EXAMPLES = {
 }
 _UNQUOTED = ("\t", " ")  # with these, as with separators of several characters, a quote is a character like others
 _FIRST_ROWS = 1000
+_NO_VALUES = (*MISSING, "none", "na", "n/a", "\\n", "-")  # in place of a number, in a line without a header
 _DATE = re.compile(r"\d{4}-\d\d-\d\d")
 _TRIED = ("::", ";", "|", "\t", ",")  # when a header is one column
 
@@ -40,7 +42,9 @@ class Delimited(Source):
         self.asked = asked
         self.rejects = ibis.util.gen_name("rejects") if asked.drops_bad else None
         headers = [next(self._rows(file), []) for file in self.files]
-        first_rows = itertools.islice(self._rows(self.files[0]), 1, _FIRST_ROWS)
+        first_rows = list(itertools.islice(self._rows(self.files[0]), 1, _FIRST_ROWS))
+        if given:
+            self._refuse_header(headers[0], first_rows)
         pairs = {pair for row in first_rows if row != headers[0] for pair in enumerate(row)}
         repeated = {word for place, word in enumerate(headers[0]) if word and (place, word) in pairs}
         self._repeated = set() if _is_counted(headers[0]) else repeated
@@ -50,6 +54,21 @@ class Delimited(Source):
         columns = [word.split(":")[0] for word in headers[0]] if form == "recbole" else headers[0]
         columns = list(map(str, given)) if isinstance(given, list) else columns
         super().__init__(con, asked, name, columns, row_word="line", problem=self._problem(headers[0]))
+
+    def _refuse_header(self, first: list[str], rows: Sequence[Sequence[str]]) -> None:
+        """Refuse names from the recipe for a file whose first line has none but words, above columns of numbers."""
+        if looks_like_data(first) or _is_counted(first):
+            return
+        for place, word in enumerate(first):
+            below = [row[place] for row in rows if len(row) > place]
+            if word.lower() not in _NO_VALUES and below and all(map(is_number, below)):
+                problem = (
+                    f"{self.as_given[0]} line 1 has {word!r} where the next {len(below)} rows have numbers: a header"
+                )
+                key = self.asked.csv_key
+                raise ValueError(
+                    f"{problem}; leave header out of {key}, and map its columns where they differ from ours"
+                )
 
     def _rows(self, file: str) -> Iterator[list[str]]:
         with open_text(file) as lines:
