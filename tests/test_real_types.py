@@ -1,5 +1,6 @@
 """Files as people have them: columns, cells and parts whose types or places could be taken for others."""
 
+import gzip
 import json
 from pathlib import Path
 
@@ -154,3 +155,32 @@ def test_names_for_a_file_that_has_its_own_header_are_refused():
     assert len(read_interactions("t.csv", columns={"user": "userId", "item": "movieId"})[0]) == 2
     rows = "u1,i1,null\nu2,i2,6\nu3,i3,7\n"
     assert len(read_interactions("t.csv", rows, columns={"time": None}, **named)[0]) == 3
+
+
+ROWS_900 = b"user,item\n" + b"u,a\n" * 900 + b"u,\xe9\n" * 9
+PACKED = gzip.compress(b"user,item\n" + b"".join(b"u,%d\n" % n for n in range(9999)))
+TEXTS = {  # kind -> file, content, message
+    "an encoding in row 900": ("t.csv", ROWS_900, "^t.csv is not UTF-8 text .*; set csv: {encoding: latin-1}"),
+    "an encoding of JSON": (
+        "t.jsonl",
+        b'{"user": "u", "item": "\xe9"}\n' * 2,
+        "^t.jsonl is not UTF-8 .*; set csv: {enc",
+    ),
+    "an encoding of an array": (
+        "t.json",
+        b'[{"user": "u",\n"item": "\xe9"}]',
+        "^t.json is not UTF-8 .*; set csv: {enc",
+    ),
+    "half a file": ("t.csv.tmp", PACKED[:9000], "^t.csv.gz (is|cannot be).*; copy the file again"),
+    "a tenth of a file": ("t.csv.tmp", PACKED[:99], "^t.csv.gz is cut off .*; copy the file again"),
+    "not gzipped": ("t.csv.tmp", b"user,item\nu,a\n", "^t.csv.gz is not gzipped .*; rename it without .gz"),
+}
+
+
+@pytest.mark.parametrize("kind", TEXTS)
+def test_text_that_cannot_be_read_names_its_file_and_a_cure(tmp_path, kind):
+    name, content, message = TEXTS[kind]
+    write(tmp_path / name, content)
+    if name.endswith(".tmp"):
+        name = str((tmp_path / name).rename(tmp_path / "t.csv.gz").name)
+    refused(message, name)

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from rerank.data.asked import Asked
 from rerank.data.sources.delimited import different_columns
-from rerank.data.sources.files import scratch_file
+from rerank.data.sources.files import readable, scratch_file
 from rerank.data.sources.source import Cells, Source, in_memory
 
 
@@ -22,7 +22,7 @@ class ParquetFiles(Source):
 
     def __init__(self, con: ibis.BaseBackend, asked: Asked, name: str, files: Sequence[str]) -> None:
         """Over files of one table; refuses those whose columns differ."""
-        self.as_given, self.files = list(files), [_unzipped(con, file) for file in files]
+        self.as_given, self.files = list(files), [_unzipped(con, asked, file) for file in files]
         super().__init__(con, asked, name, [])
         self.schemas = [self._schema(file) for file in self.files]
         columns = [schema.names for schema in self.schemas]
@@ -82,15 +82,12 @@ def _kind(of: pa.DataType) -> str:
     return "string" if pa.types.is_large_string(of) else str(of)
 
 
-def _unzipped(con: ibis.BaseBackend, file: str) -> str:
+def _unzipped(con: ibis.BaseBackend, asked: Asked, file: str) -> str:
     if not file.endswith(".gz"):
         return file
     copy = scratch_file(con, ".parquet")
-    try:
-        with gzip.open(file) as packed, open(copy, "wb") as target:
-            shutil.copyfileobj(packed, target)
-    except gzip.BadGzipFile as error:
-        raise ValueError(f"{file} is not gzipped ({error}); name it without .gz") from None
+    with readable(asked, file), gzip.open(file) as packed, open(copy, "wb") as target:
+        shutil.copyfileobj(packed, target)
     return copy
 
 

@@ -12,7 +12,7 @@ import ibis
 
 from rerank.data.asked import Asked
 from rerank.data.sources.cells import MISSING
-from rerank.data.sources.files import in_utf8, line_of_row, open_text
+from rerank.data.sources.files import in_utf8, line_of_row, open_text, readable
 from rerank.data.sources.source import Cells, Source
 
 SEPARATORS = {"csv": ",", "tsv": "\t", "recbole": "\t"}
@@ -71,7 +71,7 @@ class Delimited(Source):
                 )
 
     def _rows(self, file: str) -> Iterator[list[str]]:
-        with open_text(file) as lines:
+        with readable(self.asked, file), open_text(file) as lines:
             quoting: Literal[0, 3] = csv.QUOTE_MINIMAL if self.quote else csv.QUOTE_NONE
             split = (line.rstrip("\r\n").split(self.separator) for line in lines)
             is_plain = len(self.separator) > 1
@@ -126,8 +126,6 @@ class Delimited(Source):
         return text
 
     def _cure(self, error: str) -> str:
-        if "not utf-8" in error:
-            return f"set {self.asked.csv_key}: {{encoding: latin-1}}, or another that it has"
         if "Number of Columns" in error and not self.has_header:
             names = f"of which it names {len(self.columns)}"
             return f"correct {self.asked.csv_key}: {{header: [...]}}, {names}, its separator, or the row"

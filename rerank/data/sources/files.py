@@ -1,6 +1,7 @@
 """The files that a recipe names: one, a glob or a folder of parts, gzipped or not, in any encoding."""
 
 import codecs
+import contextlib
 import glob
 import gzip
 import io
@@ -8,6 +9,7 @@ import itertools
 import re
 import shutil
 import tempfile
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -89,22 +91,27 @@ def open_text(path: str, encoding: str = "utf-8") -> io.TextIOBase:
     return opener(path, "rt", encoding="utf-8-sig" if is_utf8 else encoding, newline="")
 
 
-def refuse_empty_file(path: str, encoding: str = "utf-8", csv_key: str = "csv") -> None:
+@contextlib.contextmanager
+def readable(asked: Asked, path: str) -> Iterator[None]:
+    """Refuse, while a file is read, text of another encoding, and a file that is cut off or not gzipped as named."""
+    try:
+        yield
+    except UnicodeError as error:
+        name = "UTF-8" if asked.encoding == "utf-8" else asked.encoding
+        cure = f"set {asked.csv_key}: {{encoding: latin-1}}, or another that it has"
+        raise ValueError(f"{path} is not {name} text ({error}); {cure}") from None
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        if str(error).startswith("Not a gzipped file"):
+            raise ValueError(f"{path} is not gzipped ({error}); rename it without .gz") from None
+        raise ValueError(f"{path} is cut off or damaged ({error}); copy the file again") from None
+
+
+def refuse_empty_file(asked: Asked, path: str) -> None:
     """Refuse a file that is empty, or no text of its encoding."""
-    with open_text(path, encoding) as file:
-        try:
-            start = file.read(1)
-        except (gzip.BadGzipFile, UnicodeError) as error:
-            raise undecodable(path, encoding, csv_key, error) from None
+    with readable(asked, path), open_text(path, asked.encoding) as file:
+        start = file.read(1)
     if not start:
         raise ValueError(f"{path} is empty; give a file with at least one row")
-
-
-def undecodable(path: str, encoding: str, csv_key: str, error: object) -> ValueError:
-    """The error for a file in another encoding than said."""
-    name = "UTF-8" if encoding == "utf-8" else encoding
-    cure = f"set {csv_key}: {{encoding: latin-1}}, or another that it has"
-    return ValueError(f"{path} is not {name} text, gzipped if named .gz ({error}); {cure}")
 
 
 def scratch_file(con: ibis.BaseBackend, suffix: str) -> str:
@@ -118,15 +125,13 @@ def scratch_file(con: ibis.BaseBackend, suffix: str) -> str:
 
 def in_utf8(con: ibis.BaseBackend, asked: Asked, path: str) -> str:
     """The file, or a copy of it in UTF-8; refuses an empty one."""
-    refuse_empty_file(path, asked.encoding, asked.csv_key)
+    refuse_empty_file(asked, path)
     if codecs.lookup(asked.encoding).name == "utf-8":
         return path
     copy = scratch_file(con, Path(path.removesuffix(".gz")).suffix)
-    try:
-        with open_text(path, asked.encoding) as file, open(copy, "w", encoding="utf-8", newline="") as target:
+    with readable(asked, path), open_text(path, asked.encoding) as file:
+        with open(copy, "w", encoding="utf-8", newline="") as target:
             shutil.copyfileobj(file, target)
-    except UnicodeError as error:
-        raise undecodable(path, asked.encoding, asked.csv_key, error) from None
     return copy
 
 

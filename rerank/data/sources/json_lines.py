@@ -11,7 +11,7 @@ from ibis.expr.types import Table
 
 from rerank.data.asked import Asked
 from rerank.data.sources.cells import json_type
-from rerank.data.sources.files import in_utf8, line_of_row, open_text, refuse_empty_file, scratch_file
+from rerank.data.sources.files import in_utf8, line_of_row, open_text, readable, refuse_empty_file, scratch_file
 from rerank.data.sources.source import Cells, Source
 
 _SAMPLE = 20_480  # lines in which keys are looked for first
@@ -25,7 +25,7 @@ class JsonLines(Source):
         self.files, self.as_given = [in_utf8(con, asked, file) for file in files], list(files)
         keys: dict[str, None] = {}
         for file in self.files:
-            with open_text(file) as lines:
+            with readable(asked, file), open_text(file) as lines:
                 for line in itertools.islice(lines, _SAMPLE):
                     keys |= dict.fromkeys(_keys(line))
         self._has_all_keys, self._num_unreadable = False, 0
@@ -121,12 +121,12 @@ def open_json(con: ibis.BaseBackend, asked: Asked, path: str) -> Source:
     As items such an object holds objects of columns, texts (titles) or lists (categories), as interactions the list
     of items of each user.
     """
-    refuse_empty_file(path, asked.encoding, asked.csv_key)
-    with open_text(path, asked.encoding) as file:
+    refuse_empty_file(asked, path)
+    with readable(asked, path), open_text(path, asked.encoding) as file:
         lines = [line for line in itertools.islice(file, 2) if line.strip()]
         if len(lines) == 2 and _keys(lines[0]):
             return JsonLines(con, asked, path, [path])
-    with open_text(path, asked.encoding) as file:
+    with readable(asked, path), open_text(path, asked.encoding) as file:
         try:
             value = json.load(file)
         except json.JSONDecodeError as error:

@@ -100,6 +100,10 @@ class Source:
         return ValueError(f"{self.name} cannot be read: {reason}; {self._cure(str(error))}")
 
     def _cure(self, error: str) -> str:
+        if "not utf-8" in error or "invalid UTF-8" in error:
+            return f"set {self.asked.csv_key}: {{encoding: latin-1}}, or another that it has"
+        if "GZIP stream" in error:
+            return "copy the file again"
         also = "" if self.asked.key == "requests" else ", or leave such rows out with on_bad_rows: drop"
         return f"correct the row or the format{also}"
 
