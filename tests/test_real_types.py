@@ -6,10 +6,13 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
-from real_files import read_interactions, read_items, write
+from real_files import connection, read_interactions, read_items, write
 
 from rerank import data
+from rerank.data import tables
+from rerank.data.asked import Asked
 from rerank.data.prepare import prepare
+from rerank.data.sources.opening import open_source
 
 
 @pytest.fixture(autouse=True)
@@ -184,3 +187,30 @@ def test_text_that_cannot_be_read_names_its_file_and_a_cure(tmp_path, kind):
     if name.endswith(".tmp"):
         name = str((tmp_path / name).rename(tmp_path / "t.csv.gz").name)
     refused(message, name)
+
+
+OPTION_FILES = {  # file -> content, start of the refusal, cure
+    "u.csv": (b"i1,1\ni2,2\n", "u.csv has no column 'item'", "write a line with the names of its columns above it"),
+    "s.csv": (b"item;title\na;b\n", "s.csv has no column 'item'", "part its columns by commas"),
+    "l.csv": ("item,title\na,é\n".encode("latin-1"), "l.csv is not UTF-8 text", "write it as UTF-8"),
+    "n.csv": (b"id,title\na,b\n", "n.csv has no column 'item'", "rename its column in the file"),
+    "t.txt": (b"1 a 5 4\n1 b 3 9\n", "--items is t.txt, and", "write the file as UTF-8 CSV with commas and a header"),
+    "b.csv": (b"item,title\na,b\nc\n", "b.csv cannot be read", "correct the row or the format"),
+    "e.csv": (b"item,title\n,b\n", "e.csv line 2: item is empty", "fill it or remove the row"),
+}
+
+
+@pytest.mark.parametrize("name", OPTION_FILES)
+def test_a_file_that_an_option_names_has_cures_without_a_recipe(tmp_path, name):
+    content, start, cure = OPTION_FILES[name]
+    write(tmp_path / name, content)
+    args = data.DataArguments(run_dir="run", interactions=name, items=name)
+    with pytest.raises(ValueError, match=f"^{start}.*; {cure}$"):
+        tables.read_items(connection(), open_source(connection(), Asked.of_option("--items", name)), args)
+
+
+def test_an_option_names_an_object_of_titles(tmp_path):
+    write(tmp_path / "titles.json", '{"7": "Toy Story"}')
+    args = data.DataArguments(run_dir="run", interactions="x.csv", items="titles.json")
+    source = open_source(connection(), Asked.of_option("--items", "titles.json"))
+    assert tables.read_items(connection(), source, args)[0].to_pyarrow()["item_id"].to_pylist() == ["7"]

@@ -93,7 +93,7 @@ def _unzipped(con: ibis.BaseBackend, asked: Asked, file: str) -> str:
 
 def open_dataset(con: ibis.BaseBackend, asked: Asked) -> Source:
     """A `datasets` folder or name, written `NAME[:CONFIG][@SPLIT]`."""
-    table = _load_dataset(asked.path(), asked.key)
+    table = _load_dataset(asked.path(), asked.named)
     return Source(con, asked, asked.path(), table.column_names, in_memory(table))
 
 

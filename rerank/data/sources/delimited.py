@@ -85,7 +85,8 @@ class Delimited(Source):
 
     def name_columns(self) -> str:
         """How to give a file without a header its names."""
-        return f"name its columns in {self.asked.csv_key}: {{header: {EXAMPLES[self.asked.key]}}}"
+        cure = f"name its columns in {self.asked.csv_key}: {{header: {EXAMPLES[self.asked.key]}}}"
+        return self.asked.cure(cure, "write a line with the names of its columns above it")
 
     def _problem(self, first_line: list[str]) -> str:
         """The reason why the first lines look wrong, with a cure; nothing where they look right."""
@@ -94,7 +95,8 @@ class Delimited(Source):
             for separator in _TRIED:
                 if separator in first and separator != self.separator:
                     shown = separator.replace("\t", "\\t")
-                    return f'its first line is one column; set {key}: {{separator: "{shown}"}}'
+                    cure = f'set {key}: {{separator: "{shown}"}}'
+                    return f"its first line is one column; {self.asked.cure(cure, 'part its columns by commas')}"
         if self.has_header and (looks_like_data(first_line) or self._repeated):
             return f"its first line looks like data, no header; {self.name_columns()}"
         return ""
@@ -177,5 +179,5 @@ def different_columns(asked: Asked, columns: dict[str, Sequence[str]]) -> ValueE
     """The error for the files of one table that are of two."""
     have = " and ".join(f"{file} has {', '.join(names)}" for file, names in columns.items())
     return ValueError(
-        f"{asked.key} is {asked.path()}, whose files are no parts of one table: {have}; name one of them"
+        f"{asked.named} is {asked.path()}, whose files are no parts of one table: {have}; name one of them"
     )

@@ -39,10 +39,10 @@ def find_files(asked: Asked) -> tuple[str, list[str]]:
         return asked.format_of(path), [path]
     files = [str(file) for file in glob_of(path)]
     if not files and glob.has_magic(path):
-        raise FileNotFoundError(f"{asked.key} is {path}, a pattern that no file matches; correct it")
+        raise FileNotFoundError(f"{asked.named} is {path}, a pattern that no file matches; correct it")
     if not files:
         asked.format_of(path)  # refuses a name that would not help
-        raise FileNotFoundError(f"{asked.key} is {path}, which does not exist; correct the path")
+        raise FileNotFoundError(f"{asked.named} is {path}, which does not exist; correct the path")
     return _one_format(asked, path, files), files
 
 
@@ -50,7 +50,7 @@ def _one_format(asked: Asked, path: str, files: Sequence[str]) -> str:
     formats = {asked.format_of(file): file for file in files}
     if len(formats) > 1:
         kinds = ", ".join(f"{Path(file).name} ({form})" for form, file in formats.items())
-        raise ValueError(f"{asked.key} is {path}, which holds files of several formats: {kinds}; name those of one")
+        raise ValueError(f"{asked.named} is {path}, which holds files of several formats: {kinds}; name those of one")
     return next(iter(formats))
 
 
@@ -75,7 +75,7 @@ def _parts(asked: Asked, folder: str) -> tuple[str, list[str]]:
     if form == "parquet":
         return "datasets", []
     listed, parts = ", ".join(Path(table).name for table in tables[:4]), f"{folder}/*{Path(tables[0]).suffix}"
-    problem = f"{asked.key} is {folder}, whose files are named as splits ({listed})"
+    problem = f"{asked.named} is {folder}, whose files are named as splits ({listed})"
     raise ValueError(f"{problem}; name one of them, or {parts} for all as one table")
 
 
@@ -98,7 +98,7 @@ def readable(asked: Asked, path: str) -> Iterator[None]:
         yield
     except UnicodeError as error:
         name = "UTF-8" if asked.encoding == "utf-8" else asked.encoding
-        cure = f"set {asked.csv_key}: {{encoding: latin-1}}, or another that it has"
+        cure = asked.cure(f"set {asked.csv_key}: {{encoding: latin-1}}, or another that it has", "write it as UTF-8")
         raise ValueError(f"{path} is not {name} text ({error}); {cure}") from None
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         if str(error).startswith("Not a gzipped file"):

@@ -62,7 +62,7 @@ def _refuse_table(asked: Asked, path: str, lines: Sequence[str], words: Sequence
             f'set {asked.csv_key}: {{separator: "{shown}"}}, with header: {EXAMPLES[asked.key]} in it if it has none'
         )
         also = "" if asked.key == "items" else f"; or {asked.format_key}: s3rec where all words are items"
-        raise ValueError(f"{asked.key} is {path}, {reason}; {cure}{also}")
+        raise ValueError(f"{asked.named} is {path}, {reason}; {asked.cure(cure + also)}")
 
 
 def _is_measure(word: str) -> bool:

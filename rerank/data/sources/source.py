@@ -101,10 +101,15 @@ class Source:
 
     def _cure(self, error: str) -> str:
         if "not utf-8" in error or "invalid UTF-8" in error:
-            return f"set {self.asked.csv_key}: {{encoding: latin-1}}, or another that it has"
+            cure = f"set {self.asked.csv_key}: {{encoding: latin-1}}, or another that it has"
+            return self.asked.cure(cure, "write it as UTF-8")
         if "GZIP stream" in error:
             return "copy the file again"
-        also = "" if self.asked.key == "requests" else ", or leave such rows out with on_bad_rows: drop"
+        also = (
+            ""
+            if self.asked.key == "requests" or self.asked.option
+            else ", or leave such rows out with on_bad_rows: drop"
+        )
         return f"correct the row or the format{also}"
 
     def num_unreadable(self) -> dict[str, int]:
