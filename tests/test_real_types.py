@@ -39,6 +39,13 @@ def test_parts_of_different_types_are_refused_where_they_are_wanted(tmp_path):
     write(tmp_path / "1.parquet", pa.table({"user": ["u"], "item": [7], "other": pa.nulls(1)}))
     write(tmp_path / "2.parquet", pa.table({"user": ["v"], "item": ["007"], "other": ["08"]}))
     refused("^2.parquet has the column 'item' as string but 1.parquet as int64; write it as one type", "*.parquet")
+    more = pa.table(
+        {"Item": ["x"], "user": ["w"], "item": pa.array([9], pa.int32()), "other": pa.array(["z"]).dictionary_encode()}
+    )
+    write(tmp_path / "sizes/1.parquet", more.set_column(0, "Item", pa.array([1])))
+    write(tmp_path / "sizes/2.parquet", more.set_column(2, "item", pa.array([8])))
+    for columns, found in (({}, "98"), ({"item": "other"}, "zz")):
+        assert [row[1] for row in read_interactions("sizes", columns=columns)[0]] == list(found)
     rows, _ = read_interactions("*.parquet", columns={"item": "other", "user": "user"}, on_bad_rows="drop")
     assert rows == [("v", "08", None)]
 

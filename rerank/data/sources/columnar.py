@@ -48,7 +48,8 @@ class ParquetFiles(Source):
         if column not in self.schemas[0].names:  # of a folder such as `day=1`
             return
         types = [schema.types[schema.names.index(column)] for schema in self.schemas]
-        known = [(file, of_file) for file, of_file in zip(self.as_given, types, strict=True) if of_file != pa.null()]
+        pairs = zip(self.as_given, types, strict=True)
+        known = [(file, of_file) for file, of_file in pairs if not _kind(of_file).endswith("null")]
         for file, of_file in known:
             if _kind(of_file) != _kind(known[0][1]):
                 problem = f"{file} has the column {column!r} as {of_file} but {known[0][0]} as {known[0][1]}"
@@ -75,6 +76,10 @@ def _kind(of: pa.DataType) -> str:
     """The kind of a type, whatever its size."""
     if pa.types.is_dictionary(of):
         return _kind(of.value_type)
+    if pa.types.is_list(of) or pa.types.is_large_list(of):
+        return f"list of {_kind(of.value_type)}"
+    if pa.types.is_timestamp(of):
+        return "timestamp"
     if pa.types.is_integer(of):
         return "integer"
     if pa.types.is_floating(of):
