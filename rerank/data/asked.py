@@ -42,7 +42,7 @@ class Asked:
 
     @property
     def named(self) -> str:
-        """What names it, for messages."""
+        """The option or the key that names it, for messages."""
         return self.option or self.key
 
     def cure(self, of_recipe: str, of_file: str = "write the file as UTF-8 CSV with commas and a header") -> str:

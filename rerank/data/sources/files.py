@@ -19,13 +19,7 @@ from rerank.data.asked import FORMAT_OF_SUFFIX, Asked
 from rerank.launch.files import glob_of
 
 TABLES = ("csv", "tsv", "jsonl", "parquet", "recbole")  # of which a folder may hold parts
-SPLIT_WORDS = {
-    "train",
-    "test",
-    "valid",
-    "validation",
-    "dev",
-}  # of file names; `datasets` reads a folder of such Parquet
+SPLIT_WORDS = {"train", "test", "valid", "validation", "dev"}  # of file names; `datasets` reads such Parquet
 
 
 def find_files(asked: Asked) -> tuple[str, list[str]]:
@@ -74,7 +68,9 @@ def _parts(asked: Asked, folder: str) -> tuple[str, list[str]]:
         return form, tables
     if form == "parquet":
         return "datasets", []
-    listed, parts = ", ".join(Path(table).name for table in tables[:4]), f"{folder}/*{Path(tables[0]).suffix}"
+    listed = ", ".join(Path(table).name for table in tables[:4])
+    depth = "" if all(Path(table).parent == Path(folder) for table in tables) else "**/"
+    parts = f"{folder}/{depth}*{Path(tables[0]).suffix}"
     problem = f"{asked.named} is {folder}, whose files are named as splits ({listed})"
     raise ValueError(f"{problem}; name one of them, or {parts} for all as one table")
 
