@@ -184,12 +184,12 @@ def test_every_format_gives_the_same_tables(tmp_path, form):
 
 def test_a_dataset_name_takes_a_split(tmp_path):
     (tmp_path / "set").mkdir()
-    write_csv(tmp_path / "set/train.csv", TOY)
+    write_csv(tmp_path / "set/train.csv", [*TOY, ("v", "007", 99)])
     write_csv(tmp_path / "set/test.csv", TOY[:3])
     with pytest.raises(ValueError, match="has the splits train, test; name one, as .*@SPLIT"):
         data.check(arguments(tmp_path / "set", format="datasets"))
     found = run(tmp_path, f"{tmp_path}/set@train", format="datasets")
-    assert found["metrics"]["interactions"] == len(TOY)
+    assert found["metrics"]["interactions"] == len(TOY) + 1 and found["sequences"]["v"][-1] == "007"
 
 
 def test_s3rec_text_and_attributes(tmp_path):

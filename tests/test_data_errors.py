@@ -21,7 +21,7 @@ BAD_ROWS = {  # after the header of a file of interactions
     "u,a,1\nu,b,2\nv,a,1\n": "split: per_user leaves no user with a rerank row",
 }
 BAD_FILES = {  # name -> content, message
-    "t.csv.gz": ("user,item\nu,a\n", "is not UTF-8 text, gzipped if named .gz"),
+    "t.csv.gz": ("user,item\nu,a\n", "is not gzipped .*; rename it without .gz"),
     "t.jsonl": ('{"user": "u"}\n{"user": \n', "cannot be read: .*; correct the row or the format"),
     "t.parquet": ("user,item\n", "cannot be read: "),
     "t.json": ("[1, 2]", "is no JSON object of item: "),

@@ -79,7 +79,7 @@ def test_bad_rows_are_left_out_and_counted_by_reason():
         "time is not a number of seconds or a date": 1,
     }  # fmt: skip
     write(Path("t.jsonl"), '{"user": "u", "item": "a"}\n[1]\n{"user": \n')
-    assert read_interactions("t.jsonl", on_bad_rows="drop") == ([("u", "a", None)], {"user is empty": 2})
+    assert read_interactions("t.jsonl", on_bad_rows="drop") == ([("u", "a", None)], {"line that is no JSON object": 2})
     refused("has no row that can be used: user is empty .1 rows", "t.csv", "user,item\n,a\n", on_bad_rows="drop")
 
 

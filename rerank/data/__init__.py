@@ -157,7 +157,9 @@ class DataArguments(recipe.StageArguments):
         prefix = "" if key == "interactions" else f"{key}_"
         form = "auto" if key == "requests" else getattr(self, f"{prefix}format")
         drops = self.on_bad_rows == "drop" and key != "requests"
-        return Asked(key, getattr(self, key), form, getattr(self, f"{prefix}csv") or {}, drops)
+        mapped = {"interactions": self.columns, "items": self.item_columns}.get(key) or {}
+        ids = ("user", "item", *(str(mapped[name]) for name in ("user", "item") if mapped.get(name)))
+        return Asked(key, getattr(self, key), form, getattr(self, f"{prefix}csv") or {}, drops, ids)
 
     def _check_choices(self) -> None:
         for name, choices in (

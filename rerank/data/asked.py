@@ -1,7 +1,7 @@
 """A table as a recipe asks for it: what it names, its format, and how its text is written."""
 
 import codecs
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,6 +23,8 @@ class Asked:
         format: One of FORMATS, or auto.
         csv: separator, header and encoding, as far as the recipe has them.
         drops_bad: Whether lines that cannot be read are left out, and counted.
+        option: Of the command, where one and no recipe names the table; then no cure is a key of a recipe.
+        id_columns: Names of columns of ids: a JSON object that has one of them is a row.
     """
 
     key: str
@@ -30,6 +32,22 @@ class Asked:
     format: str = "auto"
     csv: Mapping[str, object] = field(default_factory=dict)
     drops_bad: bool = False
+    id_columns: Sequence[str] = ("user", "item")
+    option: str = ""
+
+    @classmethod
+    def of_option(cls, option: str, value: str, id_columns: Sequence[str] = ("user", "item")) -> "Asked":
+        """The table that an option of a command names: `--items`, `--interactions` or `--requests`."""
+        return cls(option.removeprefix("--"), value, id_columns=id_columns, option=option)
+
+    @property
+    def named(self) -> str:
+        """The option or the key that names it, for messages."""
+        return self.option or self.key
+
+    def cure(self, of_recipe: str, of_file: str = "write the file as UTF-8 CSV with commas and a header") -> str:
+        """The cure in the recipe, or where an option names the table that in the file."""
+        return of_file if self.option else of_recipe
 
     @property
     def csv_key(self) -> str:
@@ -48,7 +66,7 @@ class Asked:
 
     def path(self) -> str:
         """The path that it names, with variables resolved."""
-        return names.locate(self.value, self.key)
+        return names.locate(self.value, self.named)
 
     def format_of(self, path: str) -> str:
         """The format of a file: the given one, or by its suffix (`.gz` aside)."""
@@ -60,10 +78,8 @@ class Asked:
             return found if found in ("csv", "tsv") else "csv"
         if found is None:
             also = f'of a text table also {self.csv_key}: {{separator: "::"}} where no comma parts its columns'
-            raise ValueError(
-                f"{self.key} is {path}, whose suffix tells no format; set the format: one of {', '.join(FORMATS)} as "
-                f"{self.format_key}; {also}"
-            )
+            cure = self.cure(f"set the format: one of {', '.join(FORMATS)} as {self.format_key}; {also}")
+            raise ValueError(f"{self.named} is {path}, whose suffix tells no format; {cure}")
         return found
 
 

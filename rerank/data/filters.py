@@ -53,7 +53,7 @@ def screen(
 ) -> tuple[Table, dict[str, int]]:
     """The table without bad rows, which `refuse` refuses, and the number of these by reason."""
     if on_bad_rows == "refuse":
-        refuse_bad(table, source, problems, ", or leave such rows out with on_bad_rows: drop")
+        refuse_bad(table, source, problems, source.asked.cure(", or leave such rows out with on_bad_rows: drop", ""))
         return table, {}
     judged = _judged(table, problems)
     found = judged.filter(_.problem >= 0).group_by("problem").agg(n=_.count()).order_by("problem").to_pyarrow()

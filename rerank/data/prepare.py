@@ -143,13 +143,15 @@ def _from_interactions(con: ibis.BaseBackend, args: DataArguments, source: Sourc
 
 def _from_ready_rows(con: ibis.BaseBackend, args: DataArguments, source: Source) -> Prepared:
     rows = ready_rows.read_ready_rows(con, source, args.columns)
-    items, sources, left_out = _read_items(con, args, ready_rows.explode(rows), source, count(rows))
-    if args.without_metadata == "drop" and "item without metadata" in left_out:
+    unreadable = source.num_unreadable()
+    items, sources, of_items = _read_items(con, args, ready_rows.explode(rows), source, count(rows))
+    if args.without_metadata == "drop" and "item without metadata" in of_items:
         raise ValueError("without_metadata is drop but rebuild is true, and rows must stay whole; set it to keep")
     users, items = tables.number_users(rows), tables.number_items(items)
     held_out = splits.hold_out_latest(rows, args.valid_fraction)
     sequences = ready_rows.sequences_of(con, source, held_out, items, users)
-    return _computed(args, items, users, sequences, (count(rows), 0, left_out), sources)
+    sizes = count(rows) + sum(unreadable.values()), 0, unreadable | of_items
+    return _computed(args, items, users, sequences, sizes, sources)
 
 
 def _computed(

@@ -55,7 +55,7 @@ def read_items(con: ibis.BaseBackend, source: Source, args: DataArguments) -> tu
     for name in further:
         require_column(source, "the text", name, "text_columns")
     log_columns(source, names, *further)
-    named, texts = _texts(con, source, dict.fromkeys(further) | names)
+    named, texts = _texts(con, source, dict.fromkeys(further) | names, names["item"])
     if args.category_separator and "category" in named:
         named["category"] = named["category"].replace(args.category_separator, ", ")
     title, category = (named.get(name, ibis.literal("")) for name in ("title", "category"))
@@ -63,11 +63,13 @@ def read_items(con: ibis.BaseBackend, source: Source, args: DataArguments) -> tu
         text_columns = [name for name in ("title", "category") if name in names]
     others = {name: column for name, column in named.items() if name not in ITEM_COLUMNS}
     ours = {"item_id": named["item"], "title": title, "category": category}
-    items = _stored(con, texts.select("source_row", **ours, text=_encoder_text(named, text_columns), **others))
+    text = _encoder_text(named, text_columns)
+    items = _stored(con, texts.select("source_row", "nested_item", **ours, text=text, **others))
     repeat = ibis.row_number().over(ibis.window(group_by="item_id", order_by="source_row"))
     first = _.source_row.min().over(ibis.window(group_by="item_id"))
     problems = [
         _empty("item", names["item"]),
+        _nested("item", names["item"]),
         Problem(
             "item stands there before",
             _.repeat > 0,
@@ -75,18 +77,23 @@ def read_items(con: ibis.BaseBackend, source: Source, args: DataArguments) -> tu
         ),
     ]
     items, left_out = screen(items.mutate(repeat=repeat, first_at=first), source, problems, args.on_bad_rows)
-    return items.drop("repeat", "first_at"), source.num_unreadable() | left_out
+    return items.drop("nested_item", "repeat", "first_at"), source.num_unreadable() | left_out
 
 
-def _texts(con: ibis.BaseBackend, source: Source, names: Mapping[str, str | None]) -> tuple[dict[str, Column], Table]:
-    """Our names to the text of their columns (None: of the same name), and the table that these are of."""
+def _texts(
+    con: ibis.BaseBackend, source: Source, names: Mapping[str, str | None], ids: str
+) -> tuple[dict[str, Column], Table]:
+    """Our names to the text of their columns (None: of the same name), and the table that these are of.
+
+    It also has `nested_item`, whether the column of ids holds a list or an object.
+    """
     if len({name.lower() for name in names}) < len(names):
         listed = ", ".join(names)
         raise ValueError(f"item_columns and text_columns name {listed}, two of them equal but for case; rename one")
     cells = source.cells(column or name for name, column in names.items())
     plain = {f"t{n}": plain_text(cells[column or name]) for n, (name, column) in enumerate(names.items())}
-    raw = materialise(con, cells.select(**plain), source)
-    texts = _stored(con, raw.select("source_row", **{place: collapsed(raw[place]) for place in plain}))
+    raw = materialise(con, cells.select(nested_item=source.nested(cells, ids), **plain), source)
+    texts = _stored(con, raw.select("source_row", "nested_item", **{place: collapsed(raw[place]) for place in plain}))
     return {name: texts[place] for name, place in zip(names, plain, strict=True)}, texts
 
 
@@ -135,6 +142,7 @@ def read_interactions(
     table = cells.select(
         user_id=plain_text(cells[names["user"]]).fill_null(""),
         item_id=plain_text(cells[names["item"]]).fill_null(""),
+        **{f"nested_{name}": source.nested(cells, names[name]) for name in ("user", "item")},
         **values,
         **unread,
         **(condition.values(cells) if condition else {}),
@@ -144,7 +152,7 @@ def read_interactions(
     if condition:  # first, so that the rows for which it does not hold may hold anything
         table, excluded = condition.screened(table, source, args.on_bad_rows)
         left_out |= excluded
-    problems = [_empty(name, names[name]) for name in ("user", "item")]
+    problems = [check(name, names[name]) for name in ("user", "item") for check in (_empty, _nested)]
     table, bad = screen(table, source, [*problems, *bad_values(names)], args.on_bad_rows)
     left_out |= bad
     return table, names, left_out
@@ -184,6 +192,14 @@ def bad_values(names: Names) -> list[Problem]:
 def _empty(name: str, column: str) -> Problem:
     said = f"{column or '(no name)'} is empty; fill it or remove the row"
     return Problem(f"{name} is empty", _[f"{name}_id"] == "", lambda _: said)
+
+
+def _nested(name: str, column: str) -> Problem:
+    def message(row: Mapping[str, Any]) -> str:
+        cure = "write one id a row, or map another column"
+        return f"{column or '(no name)'} is {row[f'{name}_id']!r}, a list or an object and no id; {cure}"
+
+    return Problem(f"{name} is a list or an object", _[f"nested_{name}"].fill_null(False), message)
 
 
 def _not_a(name: str, names: Names, wanted: str, row: Mapping[str, Any]) -> str:

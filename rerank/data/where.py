@@ -48,6 +48,8 @@ _PLAIN: tuple[type[exp.Expr], ...] = (
     exp.ILike,
 )
 _PLAIN += (exp.Is, exp.Column, exp.Identifier, exp.Literal, exp.Boolean, exp.Null)
+_EXACT = 2**53  # whole numbers from here on are not each a float of their own
+_LATEST = 1e11  # seconds; numbers above are milliseconds or a smaller unit
 _TRUE, _FALSE = ("true", "t", "yes", "1"), ("false", "f", "no", "0")
 
 
@@ -81,12 +83,14 @@ class Condition:
         tree: Of it.
         columns: Of the source, that it names.
         numbers: Columns that are compared with numbers.
+        times: Columns that are compared with dates.
     """
 
     text: str
     tree: exp.Expr
     columns: list[str]
     numbers: list[str] = field(default_factory=list)
+    times: list[str] = field(default_factory=list)
 
     @classmethod
     def of(cls, text: str, source: Source) -> "Condition":
@@ -107,15 +111,23 @@ class Condition:
         return cls(text, tree, columns)
 
     def values(self, cells: Cells) -> dict[str, Column]:
-        """`holds`, and for each column that should be a number the text that is none."""
+        """`holds`, and for each column that should be a number or a time the text that is none."""
         self.numbers.clear()
+        self.times.clear()
         holds = self._boolean(self.tree, cells)
         texts = {column: as_text(cells[column]) for column in dict.fromkeys(self.numbers)}
         no_number = {
             f"no_number_{place}": ibis.ifelse((text != "") & number(text).isnull(), text, ibis.null("string"))
             for place, text in enumerate(texts.values())
         }
-        return {"holds": holds.fill_null(False), **no_number}
+        times = {column: as_text(cells[column]) for column in dict.fromkeys(self.times)}
+        no_time = {
+            f"no_time_{place}": ibis.ifelse(
+                (text != "") & (as_seconds(text).isnull() | (as_seconds(text) > _LATEST)), text, ibis.null("string")
+            )
+            for place, text in enumerate(times.values())
+        }
+        return {"holds": holds.fill_null(False), **no_number, **no_time}
 
     def screened(self, table: Table, source: Source, on_bad_rows: str) -> tuple[Table, dict[str, int]]:
         """The rows for which it holds, and the number of the others by reason."""
@@ -126,6 +138,12 @@ class Condition:
                 functools.partial(_no_number, column, place),
             )
             for place, column in enumerate(dict.fromkeys(self.numbers))
+        ]
+        problems += [
+            Problem(
+                f"{column} is no time", _[f"no_time_{place}"].notnull(), functools.partial(_no_time, column, place)
+            )
+            for place, column in enumerate(dict.fromkeys(self.times))
         ]
         table, left_out = screen(table, source, problems, on_bad_rows) if problems else (table, {})
         kept = table.filter(_.holds)
@@ -155,8 +173,9 @@ class Condition:
     def _comparison(self, node: exp.Expr, cells: Cells) -> Column:
         if isinstance(node, exp.Is):
             if isinstance(node.expression, exp.Null):
-                return self._text(node.this, cells) == ""
-            return self._boolean(node.this, cells) == self._boolean(node.expression, cells)
+                return self._text(node.this, cells).isnull()
+            is_so = self._boolean(node.this, cells) == self._boolean(node.expression, cells)
+            return is_so.fill_null(False)
         if isinstance(node, exp.In):
             return self._compared(node.this, node.expressions, cells, lambda left, *others: left.isin(others))
         if isinstance(node, exp.Between):
@@ -179,14 +198,31 @@ class Condition:
         compare: Callable[..., Column],
         is_order: bool = False,
     ) -> Column:
-        """As numbers where one side is one, or two columns are put in order; as times beside a date; else as text."""
+        """As numbers where one side is one, or two columns are put in order; as times beside a date; else as text.
+
+        A whole number that floats do not tell from its neighbors equals the same text alone.
+        """
         sides = [left, *others]
         texts = [side.unnest().name for side in sides if _is_text(side)]
-        if any(map(_is_numeric, sides)) or (is_order and not texts):
+        self._refuse_texts(texts, is_order)
+        is_exact = not is_order and any(map(_is_long, sides))
+        if not is_exact and (any(map(_is_numeric, sides)) or (is_order and not texts)):
             return compare(*(self._number(side, cells) for side in sides))
         if is_order and all(map(_is_date, texts)):
+            self.times += [side.unnest().name for side in sides if isinstance(side.unnest(), exp.Column)]
             return compare(*(as_seconds(self._text(side, cells)) for side in sides))
         return compare(*(self._text(side, cells) for side in sides))
+
+    def _refuse_texts(self, texts: Sequence[str], is_order: bool) -> None:
+        """Refuse texts of which a comparison would not be what it looks like."""
+        for text in texts:
+            if text == "":
+                raise ValueError(f"where is {self.text!r}, but a missing value equals no text; write IS NULL")
+            if is_order and is_number(text):
+                raise ValueError(
+                    f"where is {self.text!r}, which puts the text '{text}' in order; write the number without quotes: "
+                    f"{text}"
+                )
 
     def _number(self, node: exp.Expr, cells: Cells) -> Column:
         if isinstance(node, exp.Paren):
@@ -207,7 +243,7 @@ class Condition:
         node = node.unnest()
         if not isinstance(node, exp.Column | exp.Literal):
             raise self._refusal(node)
-        return as_text(cells[node.name]) if isinstance(node, exp.Column) else ibis.literal(node.name)
+        return as_text(cells[node.name]).nullif("") if isinstance(node, exp.Column) else ibis.literal(node.name)
 
     def _refusal(self, node: exp.Expr) -> ValueError:
         shown = node.sql(dialect="duckdb")
@@ -216,6 +252,19 @@ class Condition:
 
 def _no_number(column: str, place: int, row: Mapping[str, Any]) -> str:
     return f"{column} is {row[f'no_number_{place}']!r}, which where compares with a number; correct the row or where"
+
+
+def _no_time(column: str, place: int, row: Mapping[str, Any]) -> str:
+    problem = (
+        f"{column} is {row[f'no_time_{place}']!r}, neither a date nor Unix seconds, but where compares it with a date"
+    )
+    return f"{problem}; write the bound as a number in the unit of {column}, without quotes"
+
+
+def _is_long(node: exp.Expr) -> bool:
+    node = node.unnest()
+    is_whole = isinstance(node, exp.Literal) and not node.is_string and node.name.isdigit()
+    return is_whole and int(node.name) >= _EXACT
 
 
 def _is_numeric(node: exp.Expr) -> bool:

@@ -12,7 +12,7 @@ from rerank.data.asked import Asked
 from rerank.data.requests import forms, metarank
 from rerank.data.requests.raw import RawLog
 from rerank.data.sources.delimited import Delimited
-from rerank.data.sources.files import find_files, open_text, refuse_empty_file
+from rerank.data.sources.files import find_files, open_text, readable, refuse_empty_file
 from rerank.data.sources.json_lines import JsonLines
 from rerank.data.sources.opening import open_source
 from rerank.data.sources.source import Source
@@ -36,7 +36,7 @@ def read_log(con: ibis.BaseBackend, args: DataArguments) -> RawLog:
     files = find_files(asked if form not in ("mind", "metarank") else replace(asked, format=_FORMAT_OF_FORM[form]))[1]
     if form == "auto" and files and forms.is_mind(files[0]):
         form = "mind"
-    elif form == "auto" and files and _has_events(files[0]):
+    elif form == "auto" and files and _has_events(asked, files[0]):
         form = "metarank"
     if form not in ("mind", "metarank"):
         source = open_source(con, asked)
@@ -55,12 +55,12 @@ def _headerless(con: ibis.BaseBackend, asked: Asked, files: list[str], columns: 
     return Delimited(con, replace(asked, csv=written), asked.path(), files, "tsv")
 
 
-def _has_events(path: str) -> bool:
+def _has_events(asked: Asked, path: str) -> bool:
     """Whether the first line of a JSONL file is one of Metarank's events."""
     if not path.removesuffix(".gz").endswith((".jsonl", ".ndjson")):
         return False
-    refuse_empty_file(path)
-    with open_text(path) as file:
+    refuse_empty_file(asked, path)
+    with readable(asked, path), open_text(path, asked.encoding) as file:
         try:
             first = json.loads(file.readline())
         except json.JSONDecodeError:

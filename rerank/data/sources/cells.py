@@ -27,6 +27,21 @@ def json_type(value) -> str:  # type: ignore[empty-body]
     """ARRAY, OBJECT, VARCHAR or another; DuckDB's function."""
 
 
+@ibis.udf.scalar.builtin
+def json_valid(text: str) -> bool:  # type: ignore[empty-body]
+    """Whether text is JSON; DuckDB's function."""
+
+
+def is_nested(column: Column) -> Column:
+    """Whether a value is a list or an object, in JSON or in the text of JSON."""
+    kind = column.type()
+    if kind.is_json():
+        return json_type(column).isin(["ARRAY", "OBJECT"])
+    if kind.is_string():
+        return (column.startswith("[") | column.startswith("{")) & json_valid(column)
+    return column.notnull() if kind.is_nested() else ibis.literal(False)
+
+
 def as_text(column: Column) -> Column:
     """A column of any type as text, lists joined by ", ", white space collapsed, missing values empty."""
     return collapsed(plain_text(column))

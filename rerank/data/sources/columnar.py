@@ -4,6 +4,7 @@ import gzip
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import duckdb
 import ibis
@@ -12,8 +13,8 @@ import pyarrow.parquet as pq
 
 from rerank.data.asked import Asked
 from rerank.data.sources.delimited import different_columns
-from rerank.data.sources.files import scratch_file
-from rerank.data.sources.source import Source, in_memory
+from rerank.data.sources.files import readable, scratch_file
+from rerank.data.sources.source import Cells, Source, in_memory
 
 
 class ParquetFiles(Source):
@@ -21,22 +22,42 @@ class ParquetFiles(Source):
 
     def __init__(self, con: ibis.BaseBackend, asked: Asked, name: str, files: Sequence[str]) -> None:
         """Over files of one table; refuses those whose columns differ."""
-        self.as_given, self.files = list(files), [_unzipped(con, file) for file in files]
+        self.as_given, self.files = list(files), [_unzipped(con, asked, file) for file in files]
         super().__init__(con, asked, name, [])
-        columns = [self._columns(file) for file in self.files]
+        self.schemas = [self._schema(file) for file in self.files]
+        columns = [schema.names for schema in self.schemas]
         for file, of_file in zip(files, columns, strict=True):
             if {*of_file} != {*columns[0]}:
                 raise different_columns(asked, {files[0]: columns[0], file: of_file})
         try:
-            table = con.read_parquet(self.files)
+            # DuckDB casts all to the types of the first file, or by names to types that hold those of every one
+            is_mixed = any(not schema.equals(self.schemas[0]) for schema in self.schemas)
+            table = con.read_parquet(self.files, union_by_name=is_mixed)
         except duckdb.Error as error:
             raise self.unreadable(error) from None
         self.columns = [*columns[0], *table.columns[len(columns[0]) :]]
-        self.table = table
+        self.table = table.rename({f"c{place}": name for place, name in enumerate(table.columns)})
 
-    def _columns(self, file: str) -> list[str]:
+    def _read(self, columns: list[str], as_text: bool) -> Cells:
+        for column in columns:
+            self._refuse_types(column)
+        return super()._read(columns, as_text)
+
+    def _refuse_types(self, column: str) -> None:
+        """Refuse a column that has numbers in one file and text in another, as `7` and `007` are no one id."""
+        if column not in self.schemas[0].names:  # of a folder such as `day=1`
+            return
+        types = [schema.types[schema.names.index(column)] for schema in self.schemas]
+        pairs = zip(self.as_given, types, strict=True)
+        known = [(file, of_file) for file, of_file in pairs if not _kind(of_file).endswith("null")]
+        for file, of_file in known:
+            if _kind(of_file) != _kind(known[0][1]):
+                problem = f"{file} has the column {column!r} as {of_file} but {known[0][0]} as {known[0][1]}"
+                raise ValueError(f"{problem}; write it as one type, of ids string, in every file")
+
+    def _schema(self, file: str) -> pa.Schema:
         try:
-            return pq.read_schema(file).names
+            return pq.read_schema(file)
         except pa.ArrowInvalid as error:
             reason = " ".join(str(error).split())
             raise ValueError(f"{self.name} cannot be read: {reason}; correct the row or the format") from None
@@ -51,21 +72,33 @@ class ParquetFiles(Source):
         raise AssertionError("a row that was read stands in no file")
 
 
-def _unzipped(con: ibis.BaseBackend, file: str) -> str:
+def _kind(of: pa.DataType) -> str:
+    """The kind of a type, whatever its size."""
+    if pa.types.is_dictionary(of):
+        return _kind(of.value_type)
+    if pa.types.is_list(of) or pa.types.is_large_list(of):
+        return f"list of {_kind(of.value_type)}"
+    if pa.types.is_timestamp(of):
+        return "timestamp"
+    if pa.types.is_integer(of):
+        return "integer"
+    if pa.types.is_floating(of):
+        return "floating"
+    return "string" if pa.types.is_large_string(of) else str(of)
+
+
+def _unzipped(con: ibis.BaseBackend, asked: Asked, file: str) -> str:
     if not file.endswith(".gz"):
         return file
     copy = scratch_file(con, ".parquet")
-    try:
-        with gzip.open(file) as packed, open(copy, "wb") as target:
-            shutil.copyfileobj(packed, target)
-    except gzip.BadGzipFile as error:
-        raise ValueError(f"{file} is not gzipped ({error}); name it without .gz") from None
+    with readable(asked, file), gzip.open(file) as packed, open(copy, "wb") as target:
+        shutil.copyfileobj(packed, target)
     return copy
 
 
 def open_dataset(con: ibis.BaseBackend, asked: Asked) -> Source:
     """A `datasets` folder or name, written `NAME[:CONFIG][@SPLIT]`."""
-    table = _load_dataset(asked.path(), asked.key)
+    table = _load_dataset(asked.path(), asked.named)
     return Source(con, asked, asked.path(), table.column_names, in_memory(table))
 
 
@@ -76,7 +109,7 @@ def _load_dataset(path: str, key: str) -> pa.Table:
     name, _, config = name.partition(":")
     saved = any((Path(name) / file).is_file() for file in ("state.json", "dataset_dict.json"))
     try:
-        loaded = datasets.load_from_disk(name) if saved else datasets.load_dataset(name, config or None)
+        loaded = datasets.load_from_disk(name) if saved else _load_as_text(name, config or None)
     except OSError as error:
         raise FileNotFoundError(
             f"{key} is {path}, no data set on disk or on the hub: {' '.join(str(error).split())}"
@@ -90,3 +123,15 @@ def _load_dataset(path: str, key: str) -> pa.Table:
             raise ValueError(f"{key} is {path}, which has the splits {', '.join(loaded)}; name one, as {name}@SPLIT")
         loaded = loaded[split] if split else next(iter(loaded.values()))
     return loaded.with_format("arrow")[:]
+
+
+def _load_as_text(name: str, config: str | None) -> Any:
+    """A data set, of CSV as text throughout, where `datasets` would take ids such as `007` for numbers."""
+    import datasets
+
+    loaded = datasets.load_dataset(name, config)
+    first = next(iter(loaded.values()))
+    if first.info.builder_name != "csv":
+        return loaded
+    features = datasets.Features({column: datasets.Value("string") for column in first.column_names})
+    return datasets.load_dataset(name, config, features=features, keep_default_na=False)

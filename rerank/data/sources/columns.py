@@ -60,8 +60,9 @@ def require_column(source: Source, name: str, column: str, key: str) -> None:
     if not source.has(column):
         there = ", ".join(c or "(no name)" for c in source.columns)
         without = "" if not isinstance(source, Delimited) else f", or {source.name_columns()} if it has no header"
-        cure = source.problem or f"correct {key}{without}"
+        cure = source.problem or source.asked.cure(f"correct {key}{without}", "rename its column in the file")
         raise ValueError(f"{source.name} has no column {column!r} for {name}; it has {there}; {cure}")
     source.refuse_twice(column)
     if isinstance(source, Delimited) and source.is_data(column):
-        raise ValueError(f"{source.name}: {key} maps {name} to {column!r}, but {source.problem}")
+        mapped = source.asked.cure(f"{key} maps {name} to {column!r}", f"{name} is read from {column!r}")
+        raise ValueError(f"{source.name}: {mapped}, but {source.problem}")

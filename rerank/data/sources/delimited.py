@@ -11,7 +11,8 @@ import duckdb
 import ibis
 
 from rerank.data.asked import Asked
-from rerank.data.sources.files import in_utf8, line_of_row, open_text
+from rerank.data.sources.cells import MISSING
+from rerank.data.sources.files import in_utf8, line_of_row, open_text, readable
 from rerank.data.sources.source import Cells, Source
 
 SEPARATORS = {"csv": ",", "tsv": "\t", "recbole": "\t"}
@@ -22,6 +23,7 @@ EXAMPLES = {
 }
 _UNQUOTED = ("\t", " ")  # with these, as with separators of several characters, a quote is a character like others
 _FIRST_ROWS = 1000
+_NO_VALUES = (*MISSING, "none", "na", "n/a", "\\n", "-")  # in place of a number, in a line without a header
 _DATE = re.compile(r"\d{4}-\d\d-\d\d")
 _TRIED = ("::", ";", "|", "\t", ",")  # when a header is one column
 
@@ -40,7 +42,9 @@ class Delimited(Source):
         self.asked = asked
         self.rejects = ibis.util.gen_name("rejects") if asked.drops_bad else None
         headers = [next(self._rows(file), []) for file in self.files]
-        first_rows = itertools.islice(self._rows(self.files[0]), 1, _FIRST_ROWS)
+        first_rows = list(itertools.islice(self._rows(self.files[0]), 1, _FIRST_ROWS))
+        if given:
+            self._refuse_header(headers[0], first_rows)
         pairs = {pair for row in first_rows if row != headers[0] for pair in enumerate(row)}
         repeated = {word for place, word in enumerate(headers[0]) if word and (place, word) in pairs}
         self._repeated = set() if _is_counted(headers[0]) else repeated
@@ -51,8 +55,23 @@ class Delimited(Source):
         columns = list(map(str, given)) if isinstance(given, list) else columns
         super().__init__(con, asked, name, columns, row_word="line", problem=self._problem(headers[0]))
 
+    def _refuse_header(self, first: list[str], rows: Sequence[Sequence[str]]) -> None:
+        """Refuse names from the recipe for a file whose first line has none but words, above columns of numbers."""
+        if looks_like_data(first) or _is_counted(first):
+            return
+        for place, word in enumerate(first):
+            below = [row[place] for row in rows if len(row) > place]
+            if word.lower() not in _NO_VALUES and below and all(map(is_number, below)):
+                problem = (
+                    f"{self.as_given[0]} line 1 has {word!r} where the next {len(below)} rows have numbers: a header"
+                )
+                key = self.asked.csv_key
+                raise ValueError(
+                    f"{problem}; leave header out of {key}, and map its columns where they differ from ours"
+                )
+
     def _rows(self, file: str) -> Iterator[list[str]]:
-        with open_text(file) as lines:
+        with readable(self.asked, file), open_text(file) as lines:
             quoting: Literal[0, 3] = csv.QUOTE_MINIMAL if self.quote else csv.QUOTE_NONE
             split = (line.rstrip("\r\n").split(self.separator) for line in lines)
             is_plain = len(self.separator) > 1
@@ -66,7 +85,8 @@ class Delimited(Source):
 
     def name_columns(self) -> str:
         """How to give a file without a header its names."""
-        return f"name its columns in {self.asked.csv_key}: {{header: {EXAMPLES[self.asked.key]}}}"
+        cure = f"name its columns in {self.asked.csv_key}: {{header: {EXAMPLES[self.asked.key]}}}"
+        return self.asked.cure(cure, "write a line with the names of its columns above it")
 
     def _problem(self, first_line: list[str]) -> str:
         """The reason why the first lines look wrong, with a cure; nothing where they look right."""
@@ -75,7 +95,8 @@ class Delimited(Source):
             for separator in _TRIED:
                 if separator in first and separator != self.separator:
                     shown = separator.replace("\t", "\\t")
-                    return f'its first line is one column; set {key}: {{separator: "{shown}"}}'
+                    cure = f'set {key}: {{separator: "{shown}"}}'
+                    return f"its first line is one column; {self.asked.cure(cure, 'part its columns by commas')}"
         if self.has_header and (looks_like_data(first_line) or self._repeated):
             return f"its first line looks like data, no header; {self.name_columns()}"
         return ""
@@ -107,8 +128,6 @@ class Delimited(Source):
         return text
 
     def _cure(self, error: str) -> str:
-        if "not utf-8" in error:
-            return f"set {self.asked.csv_key}: {{encoding: latin-1}}, or another that it has"
         if "Number of Columns" in error and not self.has_header:
             names = f"of which it names {len(self.columns)}"
             return f"correct {self.asked.csv_key}: {{header: [...]}}, {names}, its separator, or the row"
@@ -160,5 +179,5 @@ def different_columns(asked: Asked, columns: dict[str, Sequence[str]]) -> ValueE
     """The error for the files of one table that are of two."""
     have = " and ".join(f"{file} has {', '.join(names)}" for file, names in columns.items())
     return ValueError(
-        f"{asked.key} is {asked.path()}, whose files are no parts of one table: {have}; name one of them"
+        f"{asked.named} is {asked.path()}, whose files are no parts of one table: {have}; name one of them"
     )

@@ -1,12 +1,15 @@
 """The files that a recipe names: one, a glob or a folder of parts, gzipped or not, in any encoding."""
 
 import codecs
+import contextlib
 import glob
 import gzip
 import io
 import itertools
+import re
 import shutil
 import tempfile
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -16,7 +19,7 @@ from rerank.data.asked import FORMAT_OF_SUFFIX, Asked
 from rerank.launch.files import glob_of
 
 TABLES = ("csv", "tsv", "jsonl", "parquet", "recbole")  # of which a folder may hold parts
-SPLIT_WORDS = ("train", "test", "valid", "dev")  # in the names of a folder's files: `datasets` reads such a folder
+SPLIT_WORDS = {"train", "test", "valid", "validation", "dev"}  # of file names; `datasets` reads such Parquet
 
 
 def find_files(asked: Asked) -> tuple[str, list[str]]:
@@ -30,10 +33,10 @@ def find_files(asked: Asked) -> tuple[str, list[str]]:
         return asked.format_of(path), [path]
     files = [str(file) for file in glob_of(path)]
     if not files and glob.has_magic(path):
-        raise FileNotFoundError(f"{asked.key} is {path}, a pattern that no file matches; correct it")
+        raise FileNotFoundError(f"{asked.named} is {path}, a pattern that no file matches; correct it")
     if not files:
         asked.format_of(path)  # refuses a name that would not help
-        raise FileNotFoundError(f"{asked.key} is {path}, which does not exist; correct the path")
+        raise FileNotFoundError(f"{asked.named} is {path}, which does not exist; correct the path")
     return _one_format(asked, path, files), files
 
 
@@ -41,24 +44,40 @@ def _one_format(asked: Asked, path: str, files: Sequence[str]) -> str:
     formats = {asked.format_of(file): file for file in files}
     if len(formats) > 1:
         kinds = ", ".join(f"{Path(file).name} ({form})" for form, file in formats.items())
-        raise ValueError(f"{asked.key} is {path}, which holds files of several formats: {kinds}; name those of one")
+        raise ValueError(f"{asked.named} is {path}, which holds files of several formats: {kinds}; name those of one")
     return next(iter(formats))
 
 
 def _parts(asked: Asked, folder: str) -> tuple[str, list[str]]:
-    """The parts of a table in a folder; a folder with splits in its names, or without a table, is for `datasets`."""
-    found = sorted(path for path in Path(folder).rglob("*") if path.is_file() and not path.name.startswith(("_", ".")))
+    """The parts of a table in a folder; a folder with splits in its names, or without a table, is for `datasets`.
+
+    Splits of text are refused: `datasets` would take ids such as `007` for numbers.
+    """
+    found = sorted(path for path in Path(folder).rglob("*") if path.is_file() and not _is_hidden(path, folder))
     if any((Path(folder) / name).is_file() for name in ("state.json", "dataset_dict.json")):
         return "datasets", []
     suffixes = {
         path: FORMAT_OF_SUFFIX.get(Path(path.name.removesuffix(".gz")).suffix.removeprefix(".")) for path in found
     }
     tables = [str(path) for path in found if suffixes[path] in TABLES or asked.format in TABLES]
-    has_splits = any(word in path.name.lower() for path in found for word in SPLIT_WORDS)
-    is_for_datasets = any(path.suffix == ".py" for path in found) or has_splits and asked.format == "auto"
-    if not tables or is_for_datasets:
+    has_splits = any(SPLIT_WORDS & {*re.split("[^a-z]+", path.stem.lower())} for path in found)
+    if not tables or any(path.suffix == ".py" for path in found):
         return "datasets", []
-    return _one_format(asked, folder, tables), tables
+    form = _one_format(asked, folder, tables)
+    if not has_splits or asked.format != "auto":
+        return form, tables
+    if form == "parquet":
+        return "datasets", []
+    listed = ", ".join(Path(table).name for table in tables[:4])
+    depth = "" if all(Path(table).parent == Path(folder) for table in tables) else "**/"
+    parts = f"{folder}/{depth}*{Path(tables[0]).suffix}"
+    problem = f"{asked.named} is {folder}, whose files are named as splits ({listed})"
+    raise ValueError(f"{problem}; name one of them, or {parts} for all as one table")
+
+
+def _is_hidden(path: Path, folder: str) -> bool:
+    """Whether a file, or a folder that it is in, is no data: `.ipynb_checkpoints`, `_temporary`, `_SUCCESS`."""
+    return any(part.startswith(("_", ".")) for part in path.relative_to(folder).parts)
 
 
 def open_text(path: str, encoding: str = "utf-8") -> io.TextIOBase:
@@ -68,22 +87,27 @@ def open_text(path: str, encoding: str = "utf-8") -> io.TextIOBase:
     return opener(path, "rt", encoding="utf-8-sig" if is_utf8 else encoding, newline="")
 
 
-def refuse_empty_file(path: str, encoding: str = "utf-8", csv_key: str = "csv") -> None:
+@contextlib.contextmanager
+def readable(asked: Asked, path: str) -> Iterator[None]:
+    """Refuse, while a file is read, text of another encoding, and a file that is cut off or not gzipped as named."""
+    try:
+        yield
+    except UnicodeError as error:
+        name = "UTF-8" if asked.encoding == "utf-8" else asked.encoding
+        cure = asked.cure(f"set {asked.csv_key}: {{encoding: latin-1}}, or another that it has", "write it as UTF-8")
+        raise ValueError(f"{path} is not {name} text ({error}); {cure}") from None
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        if str(error).startswith("Not a gzipped file"):
+            raise ValueError(f"{path} is not gzipped ({error}); rename it without .gz") from None
+        raise ValueError(f"{path} is cut off or damaged ({error}); copy the file again") from None
+
+
+def refuse_empty_file(asked: Asked, path: str) -> None:
     """Refuse a file that is empty, or no text of its encoding."""
-    with open_text(path, encoding) as file:
-        try:
-            start = file.read(1)
-        except (gzip.BadGzipFile, UnicodeError) as error:
-            raise undecodable(path, encoding, csv_key, error) from None
+    with readable(asked, path), open_text(path, asked.encoding) as file:
+        start = file.read(1)
     if not start:
         raise ValueError(f"{path} is empty; give a file with at least one row")
-
-
-def undecodable(path: str, encoding: str, csv_key: str, error: object) -> ValueError:
-    """The error for a file in another encoding than said."""
-    name = "UTF-8" if encoding == "utf-8" else encoding
-    cure = f"set {csv_key}: {{encoding: latin-1}}, or another that it has"
-    return ValueError(f"{path} is not {name} text, gzipped if named .gz ({error}); {cure}")
 
 
 def scratch_file(con: ibis.BaseBackend, suffix: str) -> str:
@@ -97,15 +121,13 @@ def scratch_file(con: ibis.BaseBackend, suffix: str) -> str:
 
 def in_utf8(con: ibis.BaseBackend, asked: Asked, path: str) -> str:
     """The file, or a copy of it in UTF-8; refuses an empty one."""
-    refuse_empty_file(path, asked.encoding, asked.csv_key)
+    refuse_empty_file(asked, path)
     if codecs.lookup(asked.encoding).name == "utf-8":
         return path
     copy = scratch_file(con, Path(path.removesuffix(".gz")).suffix)
-    try:
-        with open_text(path, asked.encoding) as file, open(copy, "w", encoding="utf-8", newline="") as target:
+    with readable(asked, path), open_text(path, asked.encoding) as file:
+        with open(copy, "w", encoding="utf-8", newline="") as target:
             shutil.copyfileobj(file, target)
-    except UnicodeError as error:
-        raise undecodable(path, asked.encoding, asked.csv_key, error) from None
     return copy
 
 

@@ -7,9 +7,11 @@ from typing import Any
 
 import duckdb
 import ibis
+from ibis.expr.types import Table
 
 from rerank.data.asked import Asked
-from rerank.data.sources.files import in_utf8, line_of_row, open_text, refuse_empty_file, scratch_file
+from rerank.data.sources.cells import json_type
+from rerank.data.sources.files import in_utf8, line_of_row, open_text, readable, refuse_empty_file, scratch_file
 from rerank.data.sources.source import Cells, Source
 
 _SAMPLE = 20_480  # lines in which keys are looked for first
@@ -23,11 +25,11 @@ class JsonLines(Source):
         self.files, self.as_given = [in_utf8(con, asked, file) for file in files], list(files)
         keys: dict[str, None] = {}
         for file in self.files:
-            with open_text(file) as lines:
+            with readable(asked, file), open_text(file) as lines:
                 for line in itertools.islice(lines, _SAMPLE):
                     keys |= dict.fromkeys(_keys(line))
-        self._has_all_keys = False
-        super().__init__(con, asked, name, list(keys), row_word="line")
+        self._has_all_keys, self._num_unreadable = False, 0
+        super().__init__(con, asked, name, list(keys), row_word="line", is_json=True)
 
     def has(self, column: str) -> bool:
         """Whether any line has this key."""
@@ -44,8 +46,12 @@ class JsonLines(Source):
 
     def _read(self, columns: list[str], as_text: bool) -> Cells:
         places = {column: f"c{number}" for number, column in enumerate(columns)}
-        options: dict[str, Any] = {"format": "newline_delimited", "ignore_errors": self.asked.drops_bad}
-        options["hive_partitioning"] = False
+        if self.asked.drops_bad:
+            lines = self._objects()
+            return Cells(
+                lines.select("source_row", **{place: lines.json[column] for column, place in places.items()}), places
+            )
+        options: dict[str, Any] = {"format": "newline_delimited", "hive_partitioning": False}
         if len({column.lower() for column in columns}) == len(columns) and all(columns):
             types = dict.fromkeys(columns, "VARCHAR" if as_text else "JSON")
             table = self.con.read_json(self.files, columns=types, **options)
@@ -53,6 +59,22 @@ class JsonLines(Source):
         # DuckDB takes names that are equal but for case as one
         table = self.con.read_json(self.files, columns={"json": "JSON"}, records="false", **options)
         return Cells(table.select(**{name: table.json[column] for column, name in places.items()}), places)
+
+    def _objects(self) -> Table:
+        """The lines that hold an object, with their places, after the others were counted."""
+        options: dict[str, Any] = {"format": "newline_delimited", "hive_partitioning": False, "ignore_errors": True}
+        lines = self.con.read_json(self.files, columns={"json": "JSON"}, records="false", **options)
+        try:
+            kept = self.con.create_table(ibis.util.gen_name("lines"), lines, temp=True)
+        except duckdb.Error as error:
+            raise self.unreadable(error) from None
+        is_object = (json_type(kept.json) == "OBJECT").fill_null(False)
+        self._num_unreadable = kept.filter(~is_object).count().to_pyarrow().as_py()
+        return kept.mutate(source_row=kept.rowid()).filter(is_object)
+
+    def num_unreadable(self) -> dict[str, int]:
+        """Reason to the number of lines that were left out while the table was read."""
+        return {"line that is no JSON object": self._num_unreadable} if self._num_unreadable else {}
 
     def place(self, source_row: int) -> str:
         """The file and line of one input row."""
@@ -94,17 +116,17 @@ class JsonEntries(JsonLines):
 
 
 def open_json(con: ibis.BaseBackend, asked: Asked, path: str) -> Source:
-    """A `.json` file: JSONL, an array of objects, or one object of ids.
+    """A `.json` file: JSONL, an array of objects, one object that is a row, or one object of ids.
 
     As items such an object holds objects of columns, texts (titles) or lists (categories), as interactions the list
     of items of each user.
     """
-    refuse_empty_file(path, asked.encoding, asked.csv_key)
-    with open_text(path, asked.encoding) as file:
+    refuse_empty_file(asked, path)
+    with readable(asked, path), open_text(path, asked.encoding) as file:
         lines = [line for line in itertools.islice(file, 2) if line.strip()]
         if len(lines) == 2 and _keys(lines[0]):
             return JsonLines(con, asked, path, [path])
-    with open_text(path, asked.encoding) as file:
+    with readable(asked, path), open_text(path, asked.encoding) as file:
         try:
             value = json.load(file)
         except json.JSONDecodeError as error:
@@ -116,6 +138,8 @@ def open_json(con: ibis.BaseBackend, asked: Asked, path: str) -> Source:
             f"{path} is no JSON object of item: [attribute, ...] and no array of objects; a file of one object a line "
             "ends in .jsonl"
         )
+    if any(isinstance(value.get(column), str | int | float) for column in asked.id_columns):
+        return JsonEntries(con, asked, path, iter([value]))
     if not value:
         raise ValueError(f"{path} is empty; give a file with at least one row")
     entries = (entry for key, held in value.items() for entry in _entries(asked, path, str(key), held))

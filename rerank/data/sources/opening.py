@@ -30,6 +30,6 @@ def open_source(con: ibis.BaseBackend, asked: Asked) -> Source:
     if form != "s3rec":
         return Delimited(con, asked, asked.path(), files, form)
     if len(files) > 1:
-        raise ValueError(f"{asked.key} is {asked.path()}, several files of sequences or of one object; name one")
+        raise ValueError(f"{asked.named} is {asked.path()}, several files of sequences or of one object; name one")
     is_json = ".json" in files[0].lower().removesuffix(".gz")[-5:]
     return open_json(con, asked, files[0]) if is_json else Sequences(con, asked, files[0])

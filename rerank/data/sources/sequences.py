@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from rerank.data.asked import Asked
 from rerank.data.sources.delimited import EXAMPLES, is_number
-from rerank.data.sources.files import open_text, refuse_empty_file
+from rerank.data.sources.files import open_text, readable, refuse_empty_file
 from rerank.data.sources.source import Source, in_memory
 
 _FEWEST = 3  # words of a line that may be a row of a table
@@ -20,8 +20,8 @@ class Sequences(Source):
 
     def __init__(self, con: ibis.BaseBackend, asked: Asked, path: str) -> None:
         """Of a file; refuses one that is a table."""
-        refuse_empty_file(path, asked.encoding, asked.csv_key)
-        with open_text(path, asked.encoding) as file:
+        refuse_empty_file(asked, path)
+        with readable(asked, path), open_text(path, asked.encoding) as file:
             lines = [(number, line) for number, line in enumerate(file, start=1) if line.strip()]
         words = [line.split() for _, line in lines]
         if asked.format == "auto":
@@ -62,7 +62,7 @@ def _refuse_table(asked: Asked, path: str, lines: Sequence[str], words: Sequence
             f'set {asked.csv_key}: {{separator: "{shown}"}}, with header: {EXAMPLES[asked.key]} in it if it has none'
         )
         also = "" if asked.key == "items" else f"; or {asked.format_key}: s3rec where all words are items"
-        raise ValueError(f"{asked.key} is {path}, {reason}; {cure}{also}")
+        raise ValueError(f"{asked.named} is {path}, {reason}; {asked.cure(cure + also)}")
 
 
 def _is_measure(word: str) -> bool:

@@ -9,6 +9,7 @@ import pyarrow as pa
 from ibis.expr.types import Column, Table
 
 from rerank.data.asked import Asked
+from rerank.data.sources.cells import is_nested
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,10 @@ class Source:
         asked: What the recipe says of it.
         name: Where it was found.
         columns: Their names as in the file, in its order; of JSON as far as they were looked for.
-        table: Its content where that is in memory, with the columns in this order, then `source_row` if any.
+        table: Its content where that is in memory, with the columns in this order, under names of our own, then
+            `source_row` if rows have places of their own.
         row_word: For messages.
+        is_json: Whether text in its cells may be that of JSON.
         problem: Why no column of a name is there, with a cure, where it is known.
     """
 
@@ -53,6 +56,7 @@ class Source:
     columns: Sequence[str]
     table: Table | None = None
     row_word: str = "row"
+    is_json: bool = field(default=False, kw_only=True)
     problem: str = field(default="", kw_only=True)
 
     def has(self, column: str) -> bool:
@@ -62,6 +66,11 @@ class Source:
     def cells(self, columns: Iterable[str], as_text: bool = False) -> Cells:
         """The cells of some columns, `as_text` where their text is all that is wanted, which JSON gives faster."""
         return self._read(list(dict.fromkeys(columns)), as_text)
+
+    def nested(self, cells: Cells, column: str) -> Column:
+        """Whether a cell holds a list or an object; never in a table of text."""
+        is_plain = cells[column].type().is_string() and not self.is_json
+        return ibis.literal(False) if is_plain else is_nested(cells[column])
 
     def refuse_twice(self, column: str) -> None:
         """Refuse a name that two columns have."""
@@ -91,7 +100,16 @@ class Source:
         return ValueError(f"{self.name} cannot be read: {reason}; {self._cure(str(error))}")
 
     def _cure(self, error: str) -> str:
-        also = "" if self.asked.key == "requests" else ", or leave such rows out with on_bad_rows: drop"
+        if "not utf-8" in error or "invalid UTF-8" in error:
+            cure = f"set {self.asked.csv_key}: {{encoding: latin-1}}, or another that it has"
+            return self.asked.cure(cure, "write it as UTF-8")
+        if "GZIP stream" in error:
+            return "copy the file again"
+        also = (
+            ""
+            if self.asked.key == "requests" or self.asked.option
+            else ", or leave such rows out with on_bad_rows: drop"
+        )
         return f"correct the row or the format{also}"
 
     def num_unreadable(self) -> dict[str, int]:
@@ -100,6 +118,5 @@ class Source:
 
 
 def in_memory(table: pa.Table) -> Table:
-    """An Arrow table for the database, its columns named by their places, but for `source_row`."""
-    names = [name if name == "source_row" else f"c{place}" for place, name in enumerate(table.column_names)]
-    return ibis.memtable(table.rename_columns(names))
+    """An Arrow table for the database, its columns named by their places."""
+    return ibis.memtable(table.rename_columns([f"c{place}" for place in range(table.num_columns)]))
