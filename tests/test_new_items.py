@@ -1,6 +1,7 @@
 """New items of a trained model, for one call or for good, and newer counts: what is kept and what is refused."""
 
 import json
+import os
 import re
 import shutil
 from dataclasses import asdict, replace
@@ -20,7 +21,6 @@ from rerank.models.saving import ID_TOKENIZER, SOURCES_FILE, ItemSources, save_i
 from rerank.next_item.item_head import ItemHead
 from rerank.next_item.model import NextItemModel
 from rerank.rank.items import with_new_items
-from rerank.rank.model_folder import find
 
 READING = {"item_columns": {"item": "id", "title": "name", "category": "category"}, "text_columns": None}
 READING |= {"category_separator": None}
@@ -97,8 +97,9 @@ def test_add_items_appends_for_good_and_the_old_folder_undoes_it(model, tmp_path
     old = tmp_path / "model.old"
     assert Catalogue.load(old).item_ids == CATALOGUE.item_ids
     assert not list(tmp_path.glob("*.partial*"))
-    shutil.rmtree(model)  # as a machine that stops between the two renames
-    assert find(model) == model and Catalogue.load(model).item_ids == CATALOGUE.item_ids and not old.exists()
+    assert not (model / "model.safetensors").samefile(old / "model.safetensors")  # written in place, one stays
+    shutil.rmtree(model)
+    old.rename(model)  # undone
 
     def stop(*args):
         raise KeyboardInterrupt
@@ -108,6 +109,32 @@ def test_add_items_appends_for_good_and_the_old_folder_undoes_it(model, tmp_path
     with pytest.raises(AssertionError):  # exit code 130
         run_command("add-items", model, "--items", write_items(tmp_path))
     assert sorted(tmp_path.rglob("*")) == before and len(Catalogue.load(model)) == NUM_ITEMS
+
+
+def test_two_updates_of_a_folder_do_not_overlap(model, tmp_path, monkeypatch, capfd):
+    save, errors = Counts.save, []
+    refresh = ("refresh", model, "--interactions", write_interactions(tmp_path, ["u1,m0,100"]))
+
+    def overlap(counts, path):
+        errors.append(refusal(capfd, *refresh))
+        save(counts, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Counts, "save", overlap)
+        run_command("add-items", model, "--items", write_items(tmp_path))
+    assert f"model.lock is in use by process {os.getpid()}; wait for it" in errors[0] and len(errors) == 1
+    run_command(*refresh)
+    assert len(Catalogue.load(model)) == 14 and not (tmp_path / "model.lock").exists()
+
+
+def test_an_update_that_was_cut_off_is_put_back_by_the_next_one_with_a_warning(model, tmp_path, capfd, caplog):
+    old = model.rename(tmp_path / "model.old")
+    (tmp_path / "rows.jsonl").write_text('{"history": [], "candidates": ["m0", "m1"]}')
+    words = ("rank", model, "--rows", tmp_path / "rows.jsonl", "--out", tmp_path / "out.jsonl")
+    assert f"rename it back: mv {old} {model}" in refusal(capfd, *words) and not model.exists()
+    run_command("add-items", model, "--items", write_items(tmp_path))
+    assert f"{model} was missing; {old} is renamed back to it" in caplog.text
+    assert len(Catalogue.load(model)) == 14 and len(Catalogue.load(old)) == NUM_ITEMS
 
 
 @pytest.mark.parametrize(
