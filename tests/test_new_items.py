@@ -232,5 +232,8 @@ def test_a_refresh_that_would_forget_everything_is_refused(model, tmp_path, capf
     assert "none of its 2 interactions is of an item that" in error and "`rerank add-items` first" in error
     assert "--columns is time; write a map" in refusal(capfd, *words, "--columns", "time")
     assert "is there already; choose another name" in refusal(capfd, *words, "--out", model)
+    write_interactions(tmp_path, ["u1,m0,1750000000000"])
+    error = refusal(capfd, *words)
+    assert "has times in milliseconds but those of" in error and error.rstrip().endswith("write them in seconds")
     (model / "evidence.npz").unlink()
     assert "evidence.npz is missing, so there are no counts to renew" in refusal(capfd, *words)

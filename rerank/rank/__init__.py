@@ -12,12 +12,12 @@ Answers are constrained to be rankings. A row that cannot be ranked has no ranki
 
 import logging
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 
 from rerank.baselines import Counts
+from rerank.baselines.counts import in_seconds
 from rerank.models.ranker import RankingModel, generate_answers
 from rerank.rank.files import Record, open_output, read_rows_file
 from rerank.rank.items import with_new_items
@@ -88,24 +88,16 @@ def warn_of_old_counts(records: Sequence[Record], counts: Counts | None) -> None
     """Say when rows are more than MOST_DAYS younger than the latest event that the counts know."""
     if counts is None or counts.until is None:
         return
-    times = np.array([seconds(record.get("time")) for record in records])
-    days = (times - counts.until) / DAY
+    from rerank.rank.tables import read_times
+
+    times = read_times([record.get("time") for record in records])
+    days = (in_seconds(times) - in_seconds(counts.until)) / DAY
     if (days > MOST_DAYS).any():
         logger.warning(
             "%d of %d rows are more than %d days younger than the counts of the model, which reach until %s, the "
             "youngest by %.0f days; renew them with `rerank refresh`",
             (days > MOST_DAYS).sum(), len(days), MOST_DAYS, counts.latest, np.nanmax(days),
         )  # fmt: skip
-
-
-def seconds(value: object) -> float:
-    """A row's time in seconds, nan where it is none."""
-    if isinstance(value, datetime):
-        return value.replace(tzinfo=value.tzinfo or UTC).timestamp()
-    try:
-        return float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        return float("nan")
 
 
 def warn_of_unknown(encoded: Sequence[Encoded], unknown: str) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from rerank.baselines import Counts
+from rerank.baselines.counts import MILLISECONDS
 from rerank.baselines.features import FEEDBACK_FEATURES
 from rerank.catalogue import check_vocabulary
 from rerank.launch import run_dir
@@ -206,7 +207,17 @@ def _count_anew(folder: Path, interactions_path: str | Path, columns: Mapping[st
     parts = np.split(known[order], np.flatnonzero(np.diff(users[order])) + 1)
     times = table["time"].to_numpy(zero_copy_only=False).astype(float)[items >= 0]
     until = float(np.nanmax(times)) if np.isfinite(times).any() else None
+    _check_unit(until, old, folder, interactions_path)
     return Counts.fit(dict(enumerate(parts)), old.num_items, old.facts, old.feedback, until)
+
+
+def _check_unit(until: float | None, old: Counts, folder: Path, path: str | Path) -> None:
+    """Refuse times in milliseconds for counts in seconds, and the other way round."""
+    if until is None or old.until is None:
+        return
+    new, before = ("milliseconds" if time >= MILLISECONDS else "seconds" for time in (until, old.until))
+    if new != before:
+        raise ValueError(f"{path} has times in {new} but those of {folder} are in {before}; write them in {before}")
 
 
 def _check_known(items: np.ndarray, old: Counts, model: RankingModel, path: str | Path) -> None:

@@ -1,16 +1,19 @@
-"""New items and interactions, read as the data stage reads them."""
+"""New items, interactions and times, read as the data stage reads them."""
 
+import datetime
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import ibis
+import numpy as np
 import pyarrow as pa
 
 from rerank.data import DataArguments, tables
 from rerank.data.asked import FORMAT_OF_SUFFIX, Asked
+from rerank.data.sources.cells import as_seconds
 from rerank.data.sources.opening import open_source
 from rerank.data.sources.source import Source
 
@@ -78,3 +81,18 @@ def read_interactions(path: str | Path, columns: Mapping[str, str] | None) -> pa
         unique = tables.drop_duplicates(con, read, names)
         ordered = unique.order_by(["user_id", "position", "time", "source_row"])
         return ordered.select("user_id", "item_id", "time").to_pyarrow()
+
+
+def read_times(values: Sequence[object]) -> np.ndarray:
+    """(R,) times as the data stage reads numbers, dates and their texts, nan for anything else."""
+    texts = [None if value is None else _time_text(value) for value in values]
+    with _connection() as con:
+        column = ibis.memtable(pa.table({"time": pa.array(texts, pa.string())})).time
+        found = con.to_pyarrow(as_seconds(column))
+    return found.to_numpy(zero_copy_only=False).astype(float)
+
+
+def _time_text(value: object) -> str:
+    if isinstance(value, datetime.datetime) and value.tzinfo is not None:
+        value = value.astimezone(datetime.UTC)
+    return value.isoformat() if isinstance(value, datetime.date) else str(value)
