@@ -23,6 +23,7 @@ from rerank.catalogue import check_vocabulary
 from rerank.launch import run_dir
 from rerank.launch.files import delete_folder
 from rerank.models.ranker import EVIDENCE_FILE, RankingModel
+from rerank.models.saving import SOURCES_FILE, ItemSources
 from rerank.next_item.encoder import SETTINGS, NextItemEncoder
 from rerank.rank.items import read_new_items, with_new_items
 
@@ -176,7 +177,7 @@ def refresh(
     Args:
         model_dir: Of the sft or dapo stage.
         interactions_path: All interactions that the counts may know, those of before too.
-        columns: Of the file, where they differ from user, item, time.
+        columns: Of the file, where they differ from those of the run's and from user, item, time.
         out: As of `update`.
 
     Returns:
@@ -198,7 +199,8 @@ def _count_anew(folder: Path, interactions_path: str | Path, columns: Mapping[st
         raise FileNotFoundError(f"{path} is missing, so there are no counts to renew; give a folder of a re-ranker")
     model, old = RankingModel.load(folder), Counts.load(path)
     numbers = {item_id: item for item, item_id in enumerate(model.prompter.catalogue.item_ids)}
-    table = read_interactions(interactions_path, columns)
+    reading = ItemSources.load(folder).reading if (folder / SOURCES_FILE).is_file() else {}
+    table = read_interactions(interactions_path, reading, columns)
     items = np.array([numbers.get(item_id, -1) for item_id in table["item_id"].to_pylist()])
     _check_known(items, old, model, interactions_path)
     users = np.unique(table["user_id"].to_numpy(zero_copy_only=False), return_inverse=True)[1][items >= 0]
