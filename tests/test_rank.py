@@ -63,7 +63,6 @@ def test_ids_that_are_numbers_are_found_and_written_back_as_numbers(model):
         ({"candidates": ["m1", "m2", "m1", "m3"]}, "candidates holds 'm1' twice; give each item once."),
         ({"candidates": ["m1"]}, "candidates has 1 item; there is nothing to rank."),
         ({"candidates": []}, "candidates has no item; there is nothing to rank."),
-        ({"candidates": ["m1", "zz"]}, "candidates has 1 item that the model knows; give the others by --items."),
         ({"candidates": "m1 m2"}, "candidates is 'm1 m2' but must be a list of item ids."),
         ({"candidates": ["m1", None]}, "candidates holds None but must be a list of item ids, texts or numbers."),
         ({"history": None}, "history is None but must be a list of item ids."),
@@ -106,6 +105,20 @@ def test_a_warning_says_that_rows_are_younger_than_the_counts_whatever_their_tim
     rank.warn_of_old_counts([{"time": time} for time in [*young, float("nan"), pd.NaT]] + [{}], counts)
     assert "10 of 14 rows are more than 7 days younger than the counts of the model" in caplog.text
     assert "which reach until 2026-01-02, the youngest by 10 days" in caplog.text
+
+
+def test_a_row_of_fewer_than_two_known_candidates_needs_no_model_where_the_others_go_last(model, caplog):
+    records = [{"history": ["m0"], "candidates": ids} for ids in (["zz", "m1", "yy"], ["yy", "zz"])]
+    encoded = encode([records[0], ROWS[0], records[1]], model)
+    assert encoded[1].row.candidates == (2, 3, 4, 5)
+    added = rank.answer_rows([encoded[0], encoded[2]], model)
+    assert [one["ranking"] for one in added] == [["m1", "zz", "yy"], ["yy", "zz"]]
+    assert [one["failure"] for one in added] == [None, None]
+    rank.warn_of_unknown(encoded, "last")
+    assert "4 ids in candidates of 2 rows are unknown to the model and placed last" in caplog.text
+    for record, number in zip(records, ("1 item", "no item"), strict=True):
+        (reason,) = encode([record], model, "drop")
+        assert reason == f"candidates has {number} that the model knows; give the others by --items."
 
 
 # --- rows of what a log has

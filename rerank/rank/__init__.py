@@ -22,7 +22,7 @@ from rerank.models.ranker import RankingModel, generate_answers
 from rerank.rank.files import Record, open_output, read_rows_file
 from rerank.rank.items import with_new_items
 from rerank.rank.model_folder import find
-from rerank.rank.rows import Encoded, EncodedRow, check_columns, encode_rows
+from rerank.rank.rows import Encoded, EncodedRow, SettledRow, check_columns, encode_rows
 
 __all__ = ["rank_rows"]
 
@@ -78,6 +78,8 @@ def answer_rows(encoded: Sequence[Encoded], model: RankingModel, one_token: bool
     for one in encoded:
         if isinstance(one, str):
             added.append({"ranking": None, "failure": one, "trace": None})
+        elif isinstance(one, SettledRow):
+            added.append({"ranking": one.ranking, "failure": None, "trace": None})
         else:
             row, answer = next(answered)
             added.append({"ranking": row.ranking(answer), "failure": answer.failure, "trace": answer.trace})
@@ -102,7 +104,7 @@ def warn_of_old_counts(records: Sequence[Record], counts: Counts | None) -> None
 
 def warn_of_unknown(encoded: Sequence[Encoded], unknown: str) -> None:
     """Say how many ids the model does not know."""
-    numbers = [one.unknown for one in encoded if isinstance(one, EncodedRow)]
+    numbers = [one.unknown for one in encoded if not isinstance(one, str)]
     dealt = {"last": "placed last", "drop": "left out"}.get(unknown)
     for name, of_name, what in (("histories", 0, "left out"), ("candidates", 1, dealt)):
         in_rows = [number[of_name] for number in numbers if number[of_name]]
