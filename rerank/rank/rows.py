@@ -17,7 +17,7 @@ from rerank.models.one_token import tokens_of
 from rerank.models.ranker import Answer, Batch, RankingModel, ask, grammars_of
 from rerank.prompts import MAX_LETTERS, PromptSettings
 from rerank.prompts.fields import HISTORY_FIELDS, shown_value
-from rerank.rank.files import COLUMNS, Record
+from rerank.rank.files import COLUMNS, Record, Unreadable
 from rerank.rows import PromptedRow, RankingRow
 from rerank.rows.checks import prompt_lengths
 from rerank.rows.histories import COLUMN
@@ -86,6 +86,9 @@ def encode_rows(
     items = {item_id: item for item, item_id in enumerate(model.prompter.catalogue.item_ids)}
     encoded: list[Encoded] = []
     for number, record in enumerate(records, start=1):
+        if isinstance(record, Unreadable):
+            encoded.append(record.problem)
+            continue
         try:
             encoded.append(_encode(record, number, items, shown, model.prompter.settings, unknown))
         except ValueError as error:
