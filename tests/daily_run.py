@@ -104,7 +104,7 @@ def train(run: Path, folder: Path, steps: int = 60, batch_size: int = 32) -> Non
     plain = Prompter.of_run(run)
     rng, counts = np.random.default_rng(1), Counts.load(run / "candidates/evidence.npz")
     rows = with_features(draw_rows(plain.catalogue, rng, 10 * batch_size), plain.names, counts)
-    tokenizer = base_model.train_tokenizer([plain.message(row) for row in rows], 300)
+    tokenizer = base_model.train_tokenizer([plain.message(row) for row in rows], 400, list("ABCD"))  # also by letters
     model = base_model.make_small_model(SHAPE, tokenizer, seed=0)
     base_model.add_tokens(model, tokenizer, [*id_tokens(2, GROUPS), THINK, THINK_END], seed=0)
     prompter = replace(plain, tokenizer=tokenizer)
@@ -144,7 +144,9 @@ def first_logps(model: RankingModel, rows: list[RankingRow]) -> np.ndarray:
     return np.array(found)
 
 
-def answers(model: RankingModel, rows: list[RankingRow], constrained: bool) -> tuple[list[Answer], float]:
+def answers(
+    model: RankingModel, rows: list[RankingRow], constrained: bool, one_token: bool
+) -> tuple[list[Answer], float]:
     """In place of the engine: candidates by the probability with which the model names them first."""
     orders = [np.argsort(-logps, kind="stable").tolist() for logps in first_logps(model, rows)]
     return [Answer(order, None, "", "", 1, False) for order in orders], 0.0

@@ -1,6 +1,7 @@
 """New items of a trained model, for one call or for good, and newer counts: what is kept and what is refused."""
 
 import json
+import os
 import re
 import shutil
 from dataclasses import asdict, replace
@@ -13,6 +14,7 @@ from toy_run import CATALOGUE, LINE_TOKENIZER, NUM_ITEMS, SETTINGS, first_items,
 
 from rerank.baselines import Counts, ItemFacts, feature_rows
 from rerank.catalogue import Catalogue
+from rerank.launch import run_dir
 from rerank.launch.files import write_json
 from rerank.launch.named_files import NamedFile, record
 from rerank.models.ranker import RankingModel
@@ -20,7 +22,7 @@ from rerank.models.saving import ID_TOKENIZER, SOURCES_FILE, ItemSources, save_i
 from rerank.next_item.item_head import ItemHead
 from rerank.next_item.model import NextItemModel
 from rerank.rank.items import with_new_items
-from rerank.rank.model_folder import find
+from rerank.rank.tables import read_items
 
 READING = {"item_columns": {"item": "id", "title": "name", "category": "category"}, "text_columns": None}
 READING |= {"category_separator": None}
@@ -97,8 +99,9 @@ def test_add_items_appends_for_good_and_the_old_folder_undoes_it(model, tmp_path
     old = tmp_path / "model.old"
     assert Catalogue.load(old).item_ids == CATALOGUE.item_ids
     assert not list(tmp_path.glob("*.partial*"))
-    shutil.rmtree(model)  # as a machine that stops between the two renames
-    assert find(model) == model and Catalogue.load(model).item_ids == CATALOGUE.item_ids and not old.exists()
+    assert not (model / "model.safetensors").samefile(old / "model.safetensors")  # written in place, one stays
+    shutil.rmtree(model)
+    old.rename(model)  # undone
 
     def stop(*args):
         raise KeyboardInterrupt
@@ -108,6 +111,32 @@ def test_add_items_appends_for_good_and_the_old_folder_undoes_it(model, tmp_path
     with pytest.raises(AssertionError):  # exit code 130
         run_command("add-items", model, "--items", write_items(tmp_path))
     assert sorted(tmp_path.rglob("*")) == before and len(Catalogue.load(model)) == NUM_ITEMS
+
+
+def test_two_updates_of_a_folder_do_not_overlap(model, tmp_path, monkeypatch, capfd):
+    save, errors = Counts.save, []
+    refresh = ("refresh", model, "--interactions", write_interactions(tmp_path, ["u1,m0,100"]))
+
+    def overlap(counts, path):
+        errors.append(refusal(capfd, *refresh))
+        save(counts, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Counts, "save", overlap)
+        run_command("add-items", model, "--items", write_items(tmp_path))
+    assert f"model.lock is in use by process {os.getpid()}; wait for it" in errors[0] and len(errors) == 1
+    run_command(*refresh)
+    assert len(Catalogue.load(model)) == 14 and not (tmp_path / "model.lock").exists()
+
+
+def test_an_update_that_was_cut_off_is_put_back_by_the_next_one_with_a_warning(model, tmp_path, capfd, caplog):
+    old = model.rename(tmp_path / "model.old")
+    (tmp_path / "rows.jsonl").write_text('{"history": [], "candidates": ["m0", "m1"]}')
+    words = ("rank", model, "--rows", tmp_path / "rows.jsonl", "--out", tmp_path / "out.jsonl")
+    assert f"rename it back: mv {old} {model}" in refusal(capfd, *words) and not model.exists()
+    run_command("add-items", model, "--items", write_items(tmp_path))
+    assert f"{model} was missing; {old} is renamed back to it" in caplog.text
+    assert len(Catalogue.load(model)) == 14 and len(Catalogue.load(old)) == NUM_ITEMS
 
 
 @pytest.mark.parametrize(
@@ -199,11 +228,54 @@ def test_refresh_counts_a_file_anew_and_leaves_edges_and_facts(model, tmp_path, 
     assert RankingModel.load(tmp_path / "model.old").load_counts().popularity.sum() == old.popularity.sum()
 
 
+RECIPE = {"columns": {"user": "u", "item": "i", "time": "t", "split": "s"}, "where": "r >= 3", "dedupe": "first"}
+RECIPE |= {"csv": {"separator": "::", "header": ["u", "i", "r", "t"]}, "format": "csv", "on_bad_rows": "drop"}
+LOG = [("u1", "m0", 5, 100), ("u1", "m1", 2, 200), ("u1", "m0", 4, 300), ("u2", "m2", 3, 400)]
+JSON_LOG = "\n".join(json.dumps(dict(zip("uirt", row, strict=True))) for row in LOG)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("log.dat", "\n".join("::".join(map(str, row)) for row in [*LOG, ("u3", "m3", 5, "noon")]), ()),
+        ("log.jsonl", JSON_LOG, ()),  # which has no separator
+        ("log.jsonl", JSON_LOG.replace('"t"', '"ts"'), ("--columns", "{time: ts}")),
+        ("log.jsonl", JSON_LOG.replace('"t"', '"time"'), ()),
+    ],
+    ids=["as the run's", "json", "columns given", "our names"],
+)
+def test_refresh_counts_what_the_recipe_of_the_run_counted(model, tmp_path, name, text, words):
+    write_json(model / SOURCES_FILE, asdict(ItemSources(READING | RECIPE, None, NUM_ITEMS)))
+    (tmp_path / name).write_text(text)
+    printed = run_command("refresh", model, "--interactions", tmp_path / name, *words)
+    assert printed == f"{model}: counts of 2 interactions, the latest of 1970-01-01\n"
+    counts = RankingModel.load(model).load_counts()
+    assert counts.popularity.tolist()[:4] == [1, 0, 1, 0] and counts.until == 400.0
+
+
+def test_new_items_are_read_as_the_recipe_of_the_run_reads_items(tmp_path):
+    reading = READING | {"items_csv": {"separator": "|", "header": ["id", "name", "category"]}, "items_format": "csv"}
+    (tmp_path / "new.dat").write_text("n0|Title 3|drama\nn1|Up|comedy\n")
+    tables = [read_items(path, reading, False) for path in (tmp_path / "new.dat", write_items(tmp_path))]
+    assert tables[0].equals(tables[1]) and tables[0]["title"].to_pylist() == ["Title 3", "Up"]
+    with pytest.raises(ValueError, match=r"new.dat, but must end in .csv"):
+        read_items(tmp_path / "new.dat", READING, False)
+
+
+def test_a_model_folder_keeps_how_its_run_read_items_and_interactions(toy, tmp_path, monkeypatch):
+    record = run_dir.read_record(toy, "data")
+    monkeypatch.setattr(run_dir, "read_record", lambda *_: replace(record, given=RECIPE | {"seed": 1}))
+    assert {key: value for key, value in ItemSources.of_run(toy, 2).reading.items() if value is not None} == RECIPE
+
+
 def test_a_refresh_that_would_forget_everything_is_refused(model, tmp_path, capfd):
     words = ("refresh", model, "--interactions", write_interactions(tmp_path, ["u1,zz,1", "u2,yy,2"]))
     error = refusal(capfd, *words)
     assert "none of its 2 interactions is of an item that" in error and "`rerank add-items` first" in error
     assert "--columns is time; write a map" in refusal(capfd, *words, "--columns", "time")
     assert "is there already; choose another name" in refusal(capfd, *words, "--out", model)
+    write_interactions(tmp_path, ["u1,m0,1750000000000"])
+    error = refusal(capfd, *words)
+    assert "has times in milliseconds but those of" in error and error.rstrip().endswith("write them in seconds")
     (model / "evidence.npz").unlink()
     assert "evidence.npz is missing, so there are no counts to renew" in refusal(capfd, *words)

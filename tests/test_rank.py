@@ -1,9 +1,11 @@
+import datetime
 import json
 import re
 import shutil
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 from toy_run import CATALOGUE, NUM_ITEMS, SETTINGS, toy_sequences, write_run
 
@@ -61,7 +63,6 @@ def test_ids_that_are_numbers_are_found_and_written_back_as_numbers(model):
         ({"candidates": ["m1", "m2", "m1", "m3"]}, "candidates holds 'm1' twice; give each item once."),
         ({"candidates": ["m1"]}, "candidates has 1 item; there is nothing to rank."),
         ({"candidates": []}, "candidates has no item; there is nothing to rank."),
-        ({"candidates": ["m1", "zz"]}, "candidates has 1 item that the model knows; give the others by --items."),
         ({"candidates": "m1 m2"}, "candidates is 'm1 m2' but must be a list of item ids."),
         ({"candidates": ["m1", None]}, "candidates holds None but must be a list of item ids, texts or numbers."),
         ({"history": None}, "history is None but must be a list of item ids."),
@@ -89,6 +90,35 @@ def test_unknown_ids_are_left_out_of_histories_and_dealt_with_among_candidates(m
     rank.warn_of_unknown([last, known, last], "last")
     assert "4 ids in histories of 2 rows are unknown to the model and left out" in caplog.text
     assert "4 ids in candidates of 2 rows are unknown to the model and placed last" in caplog.text
+
+
+@pytest.mark.parametrize("unit", [1, 1000])
+def test_a_warning_says_that_rows_are_younger_than_the_counts_whatever_their_times_are(caplog, unit):
+    utc = datetime.UTC
+    old = datetime.datetime(2026, 1, 2, tzinfo=utc).timestamp()
+    counts = Counts.fit({0: np.array([0, 1])}, 2, until=old * unit)
+    rank.warn_of_old_counts([{"time": old}, {"time": "2026-01-09"}, {"time": old * 1000}, {"time": "noon"}], counts)
+    assert not caplog.text
+    young = [datetime.date(2026, 1, 12), datetime.datetime(2026, 1, 12), datetime.datetime(2026, 1, 12, tzinfo=utc)]
+    young += ["2026-01-12", "2026-01-12T00:00:00", "2026-01-12 00:00:00+00:00", pd.Timestamp("2026-01-12")]
+    young += [old + 10 * 86_400, str(old + 10 * 86_400), (old + 10 * 86_400) * 1000, None]
+    rank.warn_of_old_counts([{"time": time} for time in [*young, float("nan"), pd.NaT]] + [{}], counts)
+    assert "10 of 14 rows are more than 7 days younger than the counts of the model" in caplog.text
+    assert "which reach until 2026-01-02, the youngest by 10 days" in caplog.text
+
+
+def test_a_row_of_fewer_than_two_known_candidates_needs_no_model_where_the_others_go_last(model, caplog):
+    records = [{"history": ["m0"], "candidates": ids} for ids in (["zz", "m1", "yy"], ["yy", "zz"])]
+    encoded = encode([records[0], ROWS[0], records[1]], model)
+    assert encoded[1].row.candidates == (2, 3, 4, 5)
+    added = rank.answer_rows([encoded[0], encoded[2]], model)
+    assert [one["ranking"] for one in added] == [["m1", "zz", "yy"], ["yy", "zz"]]
+    assert [one["failure"] for one in added] == [None, None]
+    rank.warn_of_unknown(encoded, "last")
+    assert "4 ids in candidates of 2 rows are unknown to the model and placed last" in caplog.text
+    for record, number in zip(records, ("1 item", "no item"), strict=True):
+        (reason,) = encode([record], model, "drop")
+        assert reason == f"candidates has {number} that the model knows; give the others by --items."
 
 
 # --- rows of what a log has

@@ -103,6 +103,64 @@ def test_types_of_parquet_come_back_as_they_were(tmp_path):
         open_output(read_rows_file(tmp_path / "rows.parquet"), tmp_path / "out.jsonl")
 
 
+def test_numbers_of_json_lines_come_back_as_they_were_written(tmp_path):
+    lines = [
+        '{"history": [], "candidates": ["a", "b"], "price": 1.10 }',
+        '{"candidates":["c"],"history":[],"price":1e5}',
+    ]
+    (tmp_path / "rows.jsonl").write_text("\r\n".join(lines))
+    text = written(tmp_path / "rows.jsonl", tmp_path / "out.jsonl", [FAILED, FAILED])
+    added = ', "ranking": null, "failure": "no item", "trace": null}'
+    assert text.splitlines() == [lines[0].removesuffix(" }") + added, lines[1].removesuffix("}") + added]
+
+
+@pytest.mark.parametrize("values", [[1, 2.5], [{"a": 1}, {"a": 2.5}], [[1], [2.5]]])
+def test_whole_numbers_among_others_are_refused_for_parquet(tmp_path, values):
+    rows = [{"history": [], "candidates": ["a", "b"], "price": value} for value in values]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(ValueError, match=r"column 'price' does not fit into Parquet: .*; give an --out .* .jsonl"):
+        open_output(read_rows_file(tmp_path / "rows.jsonl"), tmp_path / "out.parquet")
+
+
+def test_what_json_lacks_of_parquet_is_null_and_a_name_that_two_columns_have_is_refused(tmp_path):
+    numbers = [float("nan"), 1.0]
+    columns = {"history": [["a"]], "candidates": [["b", "c"]], "price": numbers[:1], "more": [{"scores": numbers}]}
+    pq.write_table(pa.table(columns), tmp_path / "rows.parquet")
+    text = written(tmp_path / "rows.parquet", tmp_path / "out.jsonl", [DONE])
+    assert '"price": null, "more": {"scores": [null, 1.0]}, "ranking"' in text and "NaN" not in text
+    pq.write_table(
+        pa.table([[["a"]], [["b"]], [1], [2]], ["history", "candidates", "x", "x"]), tmp_path / "rows.parquet"
+    )
+    with pytest.raises(
+        ValueError, match=r"rows.parquet names a column twice \(history, candidates, x, x\); rename one"
+    ):
+        read_rows_file(tmp_path / "rows.parquet")
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv"])
+@pytest.mark.parametrize("out", FORMATS)
+def test_a_row_that_cannot_be_read_has_its_reason_and_the_others_are_kept(tmp_path, suffix, out):
+    path = write_rows(tmp_path, suffix)
+    bad = '{"row_id": "7", "history": ["m' if suffix == ".jsonl" else "7,m0,m1 m2,m3"
+    lines = path.read_text().rstrip().split("\n")
+    path.write_text("\n".join([*lines[:-1], bad, lines[-1]]))
+    rows = read_rows_file(path)
+    assert [rows.rows[0], rows.rows[2]] == ROWS
+    reason = (
+        "line 2 is not JSON: Unterminated string" if suffix == ".jsonl" else "line 3 has 4 cells but the header has 3"
+    )
+    assert rows.rows[1].problem.startswith(reason)
+    found = written(path, tmp_path / f"out{out}", [DONE, {**FAILED, "failure": "bad"}, FAILED])
+    if out == ".parquet":
+        assert found["failure"].to_pylist() == [None, "bad", "no item"]
+        assert found["row_id"].to_pylist() == ["5", "7" if suffix == ".csv" else None, "9"]
+    else:
+        assert "bad" in found.splitlines()[-2] and "no item" in found.splitlines()[-1]
+    path.write_text("\n".join([*lines[: 1 if suffix == ".csv" else 0], bad, bad]))
+    with pytest.raises(ValueError, match=r"rows\..*, line \d (is not JSON|has 4 cells)"):
+        read_rows_file(path)
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
@@ -111,7 +169,7 @@ def test_types_of_parquet_come_back_as_they_were(tmp_path):
         ("rows.jsonl", '{"history": [], "candidates": [], "trace": 1}', r"has a column 'trace' already"),
         ("rows.jsonl", "", r"rows.jsonl has no rows"),
         ("rows.csv", "history,candidates\n", r"rows.csv has no rows"),
-        ("rows.jsonl", '{"history": ["m0"]}\n{"a"', r"rows.jsonl, line 2 is not JSON"),
+        ("rows.jsonl", '\n{"a"\n{', r"rows.jsonl, line 2 is not JSON"),
         ("rows.jsonl", "[1]", r"rows.jsonl, line 1 is not an object"),
         ("rows.csv", "history,candidates\nm1\n", r"rows.csv, line 2 has 1 cells but the header has 2"),
         ("rows.csv", "history,candidates,history\nm1,m2,m3\n", r"rows.csv names a column twice"),
@@ -150,13 +208,14 @@ def test_the_exit_code_says_that_rows_have_no_ranking(model_dir, tmp_path, monke
 
     monkeypatch.setattr(rank, "generate_answers", answers)
     (tmp_path / "rows.jsonl").write_text(
-        '{"history": [], "candidates": ["m1", "m1"]}\n{"history": ["m0"], "candidates": ["m2", "m3"]}\n'
+        '{"history": [], "candidates": ["m1", "m1"]}\n{"history": ["m0"], "candidates": ["m2", "m3"]}\n{"history"'
     )
     words = ["rank", str(model_dir), "--rows", str(tmp_path / "rows.jsonl"), "--out", str(tmp_path / "out.jsonl")]
     assert cli.main(words) == 3
-    assert "1 rows have no ranking; see the column failure" in capsys.readouterr().err
-    bad, good = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
+    assert "2 rows have no ranking; see the column failure" in capsys.readouterr().err
+    bad, good, unread = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
     assert bad["failure"] == "candidates holds 'm1' twice; give each item once." and bad["ranking"] is None
     assert good["ranking"] == ["m3", "m2"] and good["failure"] is None and good["trace"] == "so"
+    assert unread["failure"].startswith("line 3 is not JSON: ") and unread["ranking"] is None
     (tmp_path / "rows.jsonl").write_text('{"history": ["m0"], "candidates": ["m2", "m3"]}\n')
     assert cli.main(words) == 0

@@ -28,6 +28,12 @@ MATRICES = ("transitions", "successors", "near")
 FACT_MATRICES = ("categories", "words")
 PARTS = ("data", "indices", "indptr")  # of a sparse matrix
 NUMBER = "number:"  # before the name of an item's number in the file
+MILLISECONDS = 1e11  # the least time that is one in milliseconds, of 1973; in seconds it is in the year 5138
+
+
+def in_seconds(times: np.ndarray | float) -> np.ndarray:
+    """Times in seconds, of any shape, from times in seconds or milliseconds."""
+    return np.where(np.asarray(times) >= MILLISECONDS, np.asarray(times) / 1000, times)
 
 
 @dataclass(frozen=True)
@@ -41,7 +47,7 @@ class Counts:
     regression: ItemRegression
     facts: ItemFacts
     feedback: np.ndarray | None = None  # (2, items) lists that showed the item, and in which it was relevant
-    until: float | None = None  # seconds: the time of the latest event, None where no time is known
+    until: float | None = None  # the time of the latest event in the log's unit, None where no time is known
 
     @classmethod
     def fit(
@@ -59,7 +65,7 @@ class Counts:
             num_items: Size of the catalogue.
             facts: About the items, beside the sequences.
             feedback: (2, items) number of lists that showed each item, and of those in which it was relevant.
-            until: Seconds, the time of the latest event.
+            until: The time of the latest event.
         """
         owners, items = flatten(sequences)
         matrices = []
@@ -82,8 +88,8 @@ class Counts:
         if self.until is None:
             return "unknown date"
         try:
-            return f"{datetime.fromtimestamp(self.until, UTC):%Y-%m-%d}"
-        except (ValueError, OverflowError):  # no seconds, such as milliseconds
+            return f"{datetime.fromtimestamp(float(in_seconds(self.until)), UTC):%Y-%m-%d}"
+        except (ValueError, OverflowError):  # in another unit
             return f"time {self.until:.0f}"
 
     def save(self, path: str | Path) -> None:

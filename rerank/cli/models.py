@@ -44,7 +44,9 @@ def add_models(add: Add) -> None:
         "--interactions", required=True, metavar="FILE", help="all that the counts may know, the old ones too"
     )
     refresh.add_argument(
-        "--columns", metavar="MAP", help="names of its columns, such as '{user: user_id, item: item_id, time: ts}'"
+        "--columns",
+        metavar="MAP",
+        help="names of its columns, in place of the run's, such as '{user: user_id, item: item_id, time: ts}'",
     )
     for command in (add_items, refresh):
         command.add_argument("model_dir", metavar="MODEL_DIR", help="such as RUN_DIR/dapo/model")

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 BRAND = "brand"  # of items, on which a fact rests
 SOURCES_FILE, ID_TOKENIZER = "items.json", "id_tokenizer.npz"
+OF_ITEMS = ("item_columns", "text_columns", "category_separator", "items_format", "items_csv")  # keys of a recipe
+OF_INTERACTIONS = ("columns", "format", "csv", "where", "dedupe")
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,8 @@ class ItemSources:
     """How a trained model came to know its items, so that new ones can follow: `items.json` of its folder.
 
     Attributes:
-        reading: Keys of the data stage by which items are read.
+        reading: Keys of the data stage by which items and interactions are read; folders of earlier versions have
+            fewer.
         encoder: The sentence encoder of their texts; None where embeddings were given, or there are none.
         num_items: Of the catalogue that it was trained on.
     """
@@ -50,7 +53,7 @@ class ItemSources:
         keys, encoder = run_dir.read_record(run, "data").given, None
         if run_dir.is_finished(run, "semantic_ids"):
             encoder = encoder_of(run)
-        reading = {name: keys.get(name) for name in ("item_columns", "text_columns", "category_separator")}
+        reading = {name: keys.get(name) for name in (*OF_ITEMS, *OF_INTERACTIONS, "on_bad_rows")}
         return cls(reading, encoder, num_items)
 
     @classmethod

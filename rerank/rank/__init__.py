@@ -12,17 +12,17 @@ Answers are constrained to be rankings. A row that cannot be ranked has no ranki
 
 import logging
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 
 from rerank.baselines import Counts
+from rerank.baselines.counts import in_seconds
 from rerank.models.ranker import RankingModel, generate_answers
 from rerank.rank.files import Record, open_output, read_rows_file
 from rerank.rank.items import with_new_items
 from rerank.rank.model_folder import find
-from rerank.rank.rows import Encoded, EncodedRow, check_columns, encode_rows
+from rerank.rank.rows import Encoded, EncodedRow, SettledRow, check_columns, encode_rows
 
 __all__ = ["rank_rows"]
 
@@ -78,6 +78,8 @@ def answer_rows(encoded: Sequence[Encoded], model: RankingModel, one_token: bool
     for one in encoded:
         if isinstance(one, str):
             added.append({"ranking": None, "failure": one, "trace": None})
+        elif isinstance(one, SettledRow):
+            added.append({"ranking": one.ranking, "failure": None, "trace": None})
         else:
             row, answer = next(answered)
             added.append({"ranking": row.ranking(answer), "failure": answer.failure, "trace": answer.trace})
@@ -88,8 +90,10 @@ def warn_of_old_counts(records: Sequence[Record], counts: Counts | None) -> None
     """Say when rows are more than MOST_DAYS younger than the latest event that the counts know."""
     if counts is None or counts.until is None:
         return
-    times = np.array([seconds(record.get("time")) for record in records])
-    days = (times - counts.until) / DAY
+    from rerank.rank.tables import read_times
+
+    times = read_times([record.get("time") for record in records])
+    days = (in_seconds(times) - in_seconds(counts.until)) / DAY
     if (days > MOST_DAYS).any():
         logger.warning(
             "%d of %d rows are more than %d days younger than the counts of the model, which reach until %s, the "
@@ -98,19 +102,9 @@ def warn_of_old_counts(records: Sequence[Record], counts: Counts | None) -> None
         )  # fmt: skip
 
 
-def seconds(value: object) -> float:
-    """A row's time in seconds, nan where it is none."""
-    if isinstance(value, datetime):
-        return value.replace(tzinfo=value.tzinfo or UTC).timestamp()
-    try:
-        return float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        return float("nan")
-
-
 def warn_of_unknown(encoded: Sequence[Encoded], unknown: str) -> None:
     """Say how many ids the model does not know."""
-    numbers = [one.unknown for one in encoded if isinstance(one, EncodedRow)]
+    numbers = [one.unknown for one in encoded if not isinstance(one, str)]
     dealt = {"last": "placed last", "drop": "left out"}.get(unknown)
     for name, of_name, what in (("histories", 0, "left out"), ("candidates", 1, dealt)):
         in_rows = [number[of_name] for number in numbers if number[of_name]]

@@ -1,17 +1,19 @@
 """The user's file of rows, read without re-typing anything and written with the rankings beside what came.
 
-Text of CSV stays text, JSON and Parquet keep their types. A file that could not be written is refused before anything
-is ranked.
+Text of CSV stays text, JSON and Parquet keep their types, and lines of JSON are written as they were. A file that
+could not be written is refused before anything is ranked.
 """
 
 import csv
 import io
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pyarrow as pa
@@ -27,6 +29,14 @@ Record = Mapping[str, Any]  # a row of the user's file, or what is added to it
 Write = Callable[[Sequence[Record]], None]  # writes the file with what is added to each row
 
 
+class Unreadable(dict[str, Any]):
+    """A row that is not as its file has them: the cells that could be read, and the problem."""
+
+    def __init__(self, problem: str, cells: Record = MappingProxyType({})) -> None:
+        super().__init__(cells)
+        self.problem = problem
+
+
 @dataclass(frozen=True)
 class RowsFile:
     """The rows of a file.
@@ -35,18 +45,24 @@ class RowsFile:
         path: Of the file.
         records: The rows as they came.
         table: The same of a Parquet file, which keeps their types.
+        lines: The same of a JSONL file, as text.
     """
 
     path: Path
     records: list[Record]
     table: pa.Table | None = None
+    lines: list[str] | None = None
 
     @property
     def rows(self) -> list[Record]:
         """The rows to rank: of CSV with `history` and `candidates` as lists."""
         if self.path.suffix != ".csv":
             return self.records
-        return [{**record, **{name: record[name].split() for name in COLUMNS}} for record in self.records]
+        return [record if isinstance(record, Unreadable) else _with_lists(record) for record in self.records]
+
+
+def _with_lists(record: Record) -> Record:
+    return {**record, **{name: record[name].split() for name in COLUMNS}}
 
 
 def check_format(path: Path) -> str:
@@ -61,19 +77,24 @@ def read_rows_file(path: str | Path) -> RowsFile:
 
     Raises:
         FileNotFoundError, ValueError: For a file that is not there, cannot be read, has no row, lacks one of the two
-            in all its rows, or has a column that ranking adds.
+            in all its rows, or has a column that ranking adds. Where one row of several is not JSON, or has other
+            cells than the header, that row is Unreadable.
     """
     path = Path(path)
     form = check_format(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; give a file of rows to rank.")
     table = _read_parquet(path) if form == ".parquet" else None
+    lines = _lines(path) if form == ".jsonl" else None
     if table is not None:
         records = table.to_pylist()
     else:
-        records = list((_read_csv if form == ".csv" else _read_jsonl)(path))
+        records = list(_read_csv(path) if lines is None else map(_of_line, lines, lines.values()))
     if not records:
         raise ValueError(f"{path} has no rows.")
+    bad = [record for record in records if isinstance(record, Unreadable)]
+    if len(bad) == len(records):
+        raise ValueError(f"{path}, {bad[0].problem}")
     names = dict.fromkeys(name for record in records for name in record)
     for column in COLUMNS:
         if column not in names:
@@ -81,11 +102,14 @@ def read_rows_file(path: str | Path) -> RowsFile:
     for column in ADDED:
         if column in names:
             raise ValueError(f"{path} has a column {column!r} already, which ranking adds; rename it.")
-    return RowsFile(path, records, table)
+    return RowsFile(path, records, table, None if lines is None else list(lines.values()))
 
 
 def _read_parquet(path: Path) -> pa.Table:
     try:
+        names = pq.read_schema(path).names
+        if len(set(names)) < len(names):
+            raise ValueError(f"{path} names a column twice ({', '.join(names)}); rename one")
         return pq.read_table(path)
     except pa.ArrowInvalid as error:
         raise ValueError(f"{path} is not Parquet: {' '.join(str(error).split())}") from None
@@ -99,16 +123,18 @@ def _read_text(path: Path) -> str:
         raise ValueError(f"{path} is not UTF-8 text ({error}); convert it") from None
 
 
-def _read_jsonl(path: Path) -> Iterator[Record]:
-    for number, line in enumerate(_read_text(path).split("\n"), start=1):
-        if line.strip():
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number} is not JSON: {error}") from None
-            if not isinstance(record, dict):
-                raise ValueError(f"{path}, line {number} is not an object with history and candidates.")
-            yield record
+def _lines(path: Path) -> dict[int, str]:
+    """The lines that are not empty, by their numbers."""
+    lines = enumerate(_read_text(path).split("\n"), start=1)
+    return {number: line.strip() for number, line in lines if line.strip()}
+
+
+def _of_line(number: int, line: str) -> Record:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        return Unreadable(f"line {number} is not JSON: {error}; correct it")
+    return record if isinstance(record, dict) else Unreadable(f"line {number} is not an object; correct it")
 
 
 def _read_csv(path: Path) -> Iterator[Record]:
@@ -119,11 +145,12 @@ def _read_csv(path: Path) -> Iterator[Record]:
         if len(set(header)) < len(header):
             raise ValueError(f"{path} names a column twice in its header ({', '.join(header)}); rename one")
         for cells in reader:
+            found = dict(zip(header, cells, strict=False))
             if len(cells) not in (0, len(header)):
-                problem = f"has {len(cells)} cells but the header has {len(header)}"
-                raise ValueError(f'{path}, line {reader.line_num} {problem}; put a cell with a comma in "quotes"')
-            if cells:
-                yield dict(zip(header, cells, strict=True))
+                problem = f"line {reader.line_num} has {len(cells)} cells but the header has {len(header)}"
+                yield Unreadable(f'{problem}; put a cell with a comma in "quotes"', found)
+            elif cells:
+                yield found
     except csv.Error as error:
         raise ValueError(f"{path}, line {reader.line_num} is not CSV: {error}") from None
 
@@ -145,25 +172,44 @@ def open_output(rows: RowsFile, path: Path) -> Write:
 def _open_jsonl(rows: RowsFile, path: Path) -> Write:
     for number, record in enumerate(rows.records, start=1):
         try:
-            _json_line(record)
-        except TypeError as error:
+            _json(record)
+        except (TypeError, ValueError) as error:
             problem = f"{rows.path}, row {number} does not fit into JSON: {error}"
             raise ValueError(f"{problem}; give an --out that ends in .parquet") from None
 
     def write(added: Sequence[Record]) -> None:
-        pairs = zip(rows.records, added, strict=True)
-        write_text(path, "".join(_json_line({**record, **more}) for record, more in pairs))
+        texts = rows.lines or map(_json, rows.records)
+        pairs = zip(rows.records, texts, added, strict=True)
+        write_text(
+            path, "".join(_longer(text if record else "{}", _json(more)) + "\n" for record, text, more in pairs)
+        )
 
     return write
 
 
-def _json_line(record: Record) -> str:
-    line = json.dumps(record, ensure_ascii=False) + "\n"
+def _longer(text: str, more: str) -> str:
+    """An object of JSON with the keys of another, not empty, one behind its own."""
+    before = text[:-1].rstrip()
+    return before + (", " if before != "{" else "") + more[1:]
+
+
+def _json(record: Record) -> str:
+    record = {name: _without_nan(value) for name, value in record.items()}
+    text = json.dumps(record, ensure_ascii=False, allow_nan=False)
     try:
-        line.encode()
+        text.encode()
     except UnicodeEncodeError:  # half of a surrogate pair, which JSON can escape and UTF-8 cannot hold
-        return json.dumps(record) + "\n"
-    return line
+        return json.dumps(record)
+    return text
+
+
+def _without_nan(value: Any) -> Any:
+    """A value with null for nan, which JSON lacks."""
+    if isinstance(value, list | dict):
+        parts = value.items() if isinstance(value, dict) else enumerate(value)
+        done = {name: _without_nan(part) for name, part in parts}
+        return done if isinstance(value, dict) else list(done.values())
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _open_csv(rows: RowsFile, path: Path) -> Write:
@@ -227,7 +273,8 @@ def _column(rows: RowsFile, name: str) -> pa.Array:
     problem = "its values have no one type"
     try:
         column = pa.array(values)
-        if not pa.types.is_nested(column.type) or column.to_pylist() == values:
+        there, back = (json.dumps(found, sort_keys=True) for found in (values, column.to_pylist()))
+        if there == back:  # 1 is not 1.0
             return column
     except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError, UnicodeEncodeError) as error:
         problem = str(error).splitlines()[0]

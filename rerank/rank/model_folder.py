@@ -1,24 +1,29 @@
 """Trained folders kept up to date: new items for good, and newer counts.
 
 Both write a whole new folder and then give it the name: `add_items` and `refresh` leave MODEL_DIR as it was under
-MODEL_DIR.old, or write elsewhere with an `out`. To undo them, rename the old folder back.
+MODEL_DIR.old, or write elsewhere with an `out`. To undo them, rename the old folder back. A second one of the same
+folder is refused while the first works.
 """
 
 import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from rerank.baselines import Counts
+from rerank.baselines.counts import MILLISECONDS
 from rerank.baselines.features import FEEDBACK_FEATURES
 from rerank.catalogue import check_vocabulary
+from rerank.launch import run_dir
 from rerank.launch.files import delete_folder
 from rerank.models.ranker import EVIDENCE_FILE, RankingModel
+from rerank.models.saving import SOURCES_FILE, ItemSources
 from rerank.next_item.encoder import SETTINGS, NextItemEncoder
 from rerank.rank.items import read_new_items, with_new_items
 
@@ -33,11 +38,36 @@ def old_folder(folder: Path) -> Path:
 
 
 def find(model_dir: str | Path) -> Path:
-    """A model folder; one whose update in place was cut off between two renames is put back."""
+    """A model folder; one that is missing beside its old folder is refused with what to do."""
     folder = Path(model_dir).resolve()
     if not folder.exists() and old_folder(folder).is_dir():
-        old_folder(folder).rename(folder)
+        raise FileNotFoundError(
+            f"{folder} does not exist but {old_folder(folder)}, from before its last update, does; to use that one, "
+            f"rename it back: mv {old_folder(folder)} {folder}"
+        )
     return folder
+
+
+@contextmanager
+def locked(model_dir: str | Path) -> Iterator[Path]:
+    """A model folder locked against a second update, one whose update was cut off between two renames put back.
+
+    Raises:
+        ValueError: Naming the process that updates it.
+    """
+    folder = Path(model_dir).resolve()
+    if not os.access(folder.parent, os.W_OK):  # there can be no update in place
+        yield find(folder)
+        return
+    lock = folder.with_name(f"{folder.name}.lock")
+    with run_dir.lock(lock):
+        try:
+            if not folder.exists() and old_folder(folder).is_dir():
+                old_folder(folder).rename(folder)
+                logger.warning("%s was missing; %s is renamed back to it", folder, old_folder(folder))
+            yield folder
+        finally:
+            shutil.rmtree(lock, ignore_errors=True)
 
 
 def update(folder: Path, out: str | Path | None, change: Change) -> Path:
@@ -46,7 +76,7 @@ def update(folder: Path, out: str | Path | None, change: Change) -> Path:
     Args:
         folder: Of a model.
         out: A folder that is not there yet; None to update in place, with the old folder beside.
-        change: Works on the copy. Weights in it are the same files as before, and must be left alone.
+        change: Works on the copy.
 
     Returns:
         The folder that is changed.
@@ -54,7 +84,7 @@ def update(folder: Path, out: str | Path | None, change: Change) -> Path:
     target = folder if out is None else check_out(out)
     copy = Path(tempfile.mkdtemp(prefix=f"{target.name}.partial.", dir=target.parent))
     try:
-        shutil.copytree(folder, copy, copy_function=_copy, dirs_exist_ok=True)
+        shutil.copytree(folder, copy, dirs_exist_ok=True)
         change(copy)
         copy.chmod(folder.stat().st_mode)
     except BaseException:
@@ -76,18 +106,6 @@ def check_out(out: str | Path) -> Path:
     return target
 
 
-def _copy(source: str, target: str) -> str:
-    """A copy of a file, of large weights a second name of the same content."""
-    name = Path(source).name
-    if name.startswith(("model", "adapter")) and name.endswith(".safetensors"):
-        try:
-            os.link(source, target)
-            return target
-        except OSError:  # a file system without links
-            pass
-    return str(shutil.copy2(source, target))
-
-
 def add_items(
     model_dir: str | Path, items_path: str | Path, embeddings_path: str | Path | None, out: str | Path | None
 ) -> tuple[Path, int, int]:
@@ -102,14 +120,14 @@ def add_items(
     Returns:
         The folder, its number of items and how many of these are new.
     """
-    folder = find(model_dir)
-    if out is not None:
-        check_out(out)
-    if (folder / SETTINGS).is_file():
-        change, before, after = _more_next_items(folder, items_path, embeddings_path)
-    else:
-        change, before, after = _more_candidates(folder, items_path, embeddings_path)
-    return update(folder, out, change), after, after - before
+    with locked(model_dir) as folder:
+        if out is not None:
+            check_out(out)
+        if (folder / SETTINGS).is_file():
+            change, before, after = _more_next_items(folder, items_path, embeddings_path)
+        else:
+            change, before, after = _more_candidates(folder, items_path, embeddings_path)
+        return update(folder, out, change), after, after - before
 
 
 def _more_candidates(
@@ -159,23 +177,30 @@ def refresh(
     Args:
         model_dir: Of the sft or dapo stage.
         interactions_path: All interactions that the counts may know, those of before too.
-        columns: Of the file, where they differ from user, item, time.
+        columns: Of the file, where they differ from those of the run's and from user, item, time.
         out: As of `update`.
 
     Returns:
         The folder and its counts.
     """
+    with locked(model_dir) as folder:
+        if out is not None:
+            check_out(out)
+        counts = _count_anew(folder, interactions_path, columns)
+        return update(folder, out, lambda copy: counts.save(copy / EVIDENCE_FILE)), counts
+
+
+def _count_anew(folder: Path, interactions_path: str | Path, columns: Mapping[str, str] | None) -> Counts:
+    """Counts of the interactions of a file, with the facts of a folder."""
     from rerank.rank.tables import read_interactions
 
-    folder = find(model_dir)
-    if out is not None:
-        check_out(out)
     path = folder / EVIDENCE_FILE
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing, so there are no counts to renew; give a folder of a re-ranker")
     model, old = RankingModel.load(folder), Counts.load(path)
     numbers = {item_id: item for item, item_id in enumerate(model.prompter.catalogue.item_ids)}
-    table = read_interactions(interactions_path, columns)
+    reading = ItemSources.load(folder).reading if (folder / SOURCES_FILE).is_file() else {}
+    table = read_interactions(interactions_path, reading, columns)
     items = np.array([numbers.get(item_id, -1) for item_id in table["item_id"].to_pylist()])
     _check_known(items, old, model, interactions_path)
     users = np.unique(table["user_id"].to_numpy(zero_copy_only=False), return_inverse=True)[1][items >= 0]
@@ -184,8 +209,17 @@ def refresh(
     parts = np.split(known[order], np.flatnonzero(np.diff(users[order])) + 1)
     times = table["time"].to_numpy(zero_copy_only=False).astype(float)[items >= 0]
     until = float(np.nanmax(times)) if np.isfinite(times).any() else None
-    counts = Counts.fit(dict(enumerate(parts)), old.num_items, old.facts, old.feedback, until)
-    return update(folder, out, lambda copy: counts.save(copy / EVIDENCE_FILE)), counts
+    _check_unit(until, old, folder, interactions_path)
+    return Counts.fit(dict(enumerate(parts)), old.num_items, old.facts, old.feedback, until)
+
+
+def _check_unit(until: float | None, old: Counts, folder: Path, path: str | Path) -> None:
+    """Refuse times in milliseconds for counts in seconds, and the other way round."""
+    if until is None or old.until is None:
+        return
+    new, before = ("milliseconds" if time >= MILLISECONDS else "seconds" for time in (until, old.until))
+    if new != before:
+        raise ValueError(f"{path} has times in {new} but those of {folder} are in {before}; write them in {before}")
 
 
 def _check_known(items: np.ndarray, old: Counts, model: RankingModel, path: str | Path) -> None:

@@ -17,7 +17,7 @@ from rerank.models.one_token import tokens_of
 from rerank.models.ranker import Answer, Batch, RankingModel, ask, grammars_of
 from rerank.prompts import MAX_LETTERS, PromptSettings
 from rerank.prompts.fields import HISTORY_FIELDS, shown_value
-from rerank.rank.files import COLUMNS, Record
+from rerank.rank.files import COLUMNS, Record, Unreadable
 from rerank.rows import PromptedRow, RankingRow
 from rerank.rows.checks import prompt_lengths
 from rerank.rows.histories import COLUMN
@@ -46,7 +46,20 @@ class EncodedRow:
         return None if answer.order is None else [self.ids[place] for place in answer.order] + self.last
 
 
-Encoded = EncodedRow | str  # or why it cannot be ranked
+@dataclass(frozen=True)
+class SettledRow:
+    """A row with at most one candidate that the model knows, and others that stand behind it.
+
+    Attributes:
+        ranking: All of them, as the file has them.
+        unknown: As of an EncodedRow.
+    """
+
+    ranking: list[Any]
+    unknown: tuple[int, int]
+
+
+Encoded = EncodedRow | SettledRow | str  # or why it cannot be ranked
 
 
 def check_columns(records: Sequence[Record], model: RankingModel, where: str) -> None:
@@ -73,6 +86,9 @@ def encode_rows(
     items = {item_id: item for item, item_id in enumerate(model.prompter.catalogue.item_ids)}
     encoded: list[Encoded] = []
     for number, record in enumerate(records, start=1):
+        if isinstance(record, Unreadable):
+            encoded.append(record.problem)
+            continue
         try:
             encoded.append(_encode(record, number, items, shown, model.prompter.settings, unknown))
         except ValueError as error:
@@ -106,7 +122,7 @@ def _encode(
     shown: Mapping[str, str],
     settings: PromptSettings,
     unknown: str,
-) -> EncodedRow:
+) -> EncodedRow | SettledRow:
     for name in COLUMNS:
         if name not in record:
             raise ValueError(f"column {name!r} is missing; add it.")
@@ -122,6 +138,10 @@ def _encode(
     taken = [place for place, item_id in enumerate(history) if item_id in items]
     known = [place for place, item_id in enumerate(ids) if item_id in items]
     _check_candidates(ids, len(known), settings, unknown, [one for one in ids if one not in items])
+    as_given, missed = record["candidates"], (len(history) - len(taken), len(ids) - len(known))
+    others = [place for place, item_id in enumerate(ids) if item_id not in items] if unknown == "last" else []
+    if len(known) < 2:
+        return SettledRow([as_given[place] for place in known + others], missed)
     row = RankingRow(
         number,
         tuple(items[history[place]] for place in taken),
@@ -131,13 +151,11 @@ def _encode(
         history_times=tuple(past["history_times"][place] for place in taken if "history_times" in past),
         history_events=tuple(past["history_events"][place] for place in taken if "history_events" in past),
     )
-    as_given = record["candidates"]
-    others = [place for place, item_id in enumerate(ids) if item_id not in items] if unknown == "last" else []
     return EncodedRow(
         row,
         [as_given[place] for place in known],
         [as_given[place] for place in others],
-        (len(history) - len(taken), len(ids) - len(known)),
+        missed,
         {name: values[known] for name, values in numbers.items()},
     )
 
@@ -174,7 +192,7 @@ def _check_candidates(
         raise ValueError(
             f"candidates holds {strangers[0]!r}, which the model does not know; leave it out, or give it by --items."
         )
-    if num_known < 2:
+    if num_known < 2 and not (strangers and unknown == "last"):
         number = "1 item" if num_known else "no item"
         cure = " that the model knows; give the others by --items" if strangers else "; there is nothing to rank"
         raise ValueError(f"candidates has {number}{cure}.")
@@ -267,7 +285,7 @@ def _within_limits(encoded: Sequence[Encoded], model: RankingModel, one_token: b
             )
         reasons.append(known[labels] or long)
     checked = iter(reasons)
-    return [one if isinstance(one, str) else next(checked) or one for one in encoded]
+    return [next(checked) or one if isinstance(one, EncodedRow) else one for one in encoded]
 
 
 def _no_ranking(check: Callable[[list[PromptedRow], Any], object], row: PromptedRow, tokenizer: Any) -> str:
