@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from rerank.data import DataArguments, tables
-from rerank.data.asked import FORMAT_OF_SUFFIX, Asked
+from rerank.data.asked import FORMAT_OF_SUFFIX
 from rerank.data.filters import drop_repetitions
 from rerank.data.requests.read import item_source
 from rerank.data.sources.cells import as_seconds
@@ -63,7 +63,7 @@ def _open(con: ibis.BaseBackend, key: str, path: str | Path, args: DataArguments
         return item_source(con, args)
     if form == "auto" and _suffix(path) not in FORMAT_OF_SUFFIX and not csv.keys() & {"separator", "header"}:
         raise ValueError(f"{key} is {path}, but must end in .{', .'.join(FORMAT_OF_SUFFIX)}; convert or rename it")
-    return open_source(con, Asked(key, str(path), form, csv, asked.drops_bad))
+    return open_source(con, replace(asked, value=str(path), format=form, csv=csv, option=key))
 
 
 def _say(left_out: Mapping[str, int], source: Source) -> None:
