@@ -213,11 +213,11 @@ def test_a_file_that_an_option_names_has_cures_without_a_recipe(tmp_path, name):
     write(tmp_path / name, content)
     args = data.DataArguments(run_dir="run", interactions=name, items=name)
     with pytest.raises(ValueError, match=f"^{start}.*; {cure}$"):
-        tables.read_items(connection(), open_source(connection(), Asked.of_option("--items", name)), args)
+        tables.read_items(connection(), open_source(connection(), Asked("items", name, option="--items")), args)
 
 
 def test_an_option_names_an_object_of_titles(tmp_path):
     write(tmp_path / "titles.json", '{"7": "Toy Story"}')
     args = data.DataArguments(run_dir="run", interactions="x.csv", items="titles.json")
-    source = open_source(connection(), Asked.of_option("--items", "titles.json"))
+    source = open_source(connection(), Asked("items", "titles.json", option="--items"))
     assert tables.read_items(connection(), source, args)[0].to_pyarrow()["item_id"].to_pylist() == ["7"]

@@ -35,11 +35,6 @@ class Asked:
     id_columns: Sequence[str] = ("user", "item")
     option: str = ""
 
-    @classmethod
-    def of_option(cls, option: str, value: str, id_columns: Sequence[str] = ("user", "item")) -> "Asked":
-        """The table that an option of a command names: `--items`, `--interactions` or `--requests`."""
-        return cls(option.removeprefix("--"), value, id_columns=id_columns, option=option)
-
     @property
     def named(self) -> str:
         """The option or the key that names it, for messages."""
