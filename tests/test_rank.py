@@ -97,7 +97,9 @@ def test_a_warning_says_that_rows_are_younger_than_the_counts_whatever_their_tim
     utc = datetime.UTC
     old = datetime.datetime(2026, 1, 2, tzinfo=utc).timestamp()
     counts = Counts.fit({0: np.array([0, 1])}, 2, until=old * unit)
-    rank.warn_of_old_counts([{"time": old}, {"time": "2026-01-09"}, {"time": old * 1000}, {"time": "noon"}], counts)
+    rank.warn_of_old_counts(
+        [{"time": old}, {"time": "2026-01-09"}, {"time": old * 1000}, {"time": "noon"}, {"time": "\ud800"}], counts
+    )
     assert not caplog.text
     young = [datetime.date(2026, 1, 12), datetime.datetime(2026, 1, 12), datetime.datetime(2026, 1, 12, tzinfo=utc)]
     young += ["2026-01-12", "2026-01-12T00:00:00", "2026-01-12 00:00:00+00:00", pd.Timestamp("2026-01-12")]

@@ -105,7 +105,7 @@ def test_types_of_parquet_come_back_as_they_were(tmp_path):
 
 def test_numbers_of_json_lines_come_back_as_they_were_written(tmp_path):
     lines = [
-        '{"history": [], "candidates": ["a", "b"], "price": 1.10 }',
+        '{"history": [], "candidates": ["a", "b"], "price": [1.10, Infinity] }',
         '{"candidates":["c"],"history":[],"price":1e5}',
     ]
     (tmp_path / "rows.jsonl").write_text("\r\n".join(lines))

@@ -132,7 +132,7 @@ def _lines(path: Path) -> dict[int, str]:
 def _of_line(number: int, line: str) -> Record:
     try:
         record = json.loads(line)
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # of JSON, or a number of too many digits
         return Unreadable(f"line {number} is not JSON: {error}; correct it")
     return record if isinstance(record, dict) else Unreadable(f"line {number} is not an object; correct it")
 
@@ -170,7 +170,7 @@ def open_output(rows: RowsFile, path: Path) -> Write:
 
 
 def _open_jsonl(rows: RowsFile, path: Path) -> Write:
-    for number, record in enumerate(rows.records, start=1):
+    for number, record in enumerate(() if rows.lines else rows.records, start=1):
         try:
             _json(record)
         except (TypeError, ValueError) as error:

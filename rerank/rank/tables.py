@@ -50,7 +50,9 @@ def _fitting(path: str | Path, form: str, csv: Mapping[str, object]) -> tuple[st
     """A recipe's format and csv keys as far as a file's ending does not say otherwise."""
     found = FORMAT_OF_SUFFIX.get(_suffix(path), "s3rec")  # which tells little
     both = {form, found}
-    fits = form != "datasets" and (found in ("s3rec", form) or both in ({"csv", "tsv"}, {"mind", "tsv"}))
+    fits = form not in ("datasets", "metarank") and (
+        found in ("s3rec", form) or both in ({"csv", "tsv"}, {"mind", "tsv"})
+    )
     takes_csv = found in ("csv", "tsv", "s3rec") and _suffix(path) != "json"
     return form if fits else "auto", csv if takes_csv else {}
 
@@ -141,4 +143,5 @@ def read_times(values: Sequence[object]) -> np.ndarray:
 def _time_text(value: object) -> str:
     if isinstance(value, datetime.datetime) and value.tzinfo is not None:
         value = value.astimezone(datetime.UTC)
-    return value.isoformat() if isinstance(value, datetime.date) else str(value)
+    text = value.isoformat() if isinstance(value, datetime.date) else str(value)
+    return text.encode(errors="replace").decode()  # half of a surrogate pair
