@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from benchmarks import pretrained
+from benchmarks import busy, pretrained
 from peft import LoraConfig, get_peft_model
 from tiny_model import tiny_model, tiny_tokenizer
 from torch.utils.flop_counter import FlopCounterMode
@@ -47,12 +47,12 @@ def test_tokens_and_pairs_are_those_of_rows_written_out():
 
 
 def test_a_busy_machine_is_refused():
-    pretrained.refuse_busy(0.1)
+    busy.refuse_busy(0.1)
     with pytest.raises(
         SystemExit, match="the machine is busy: its processors were 42% in use over 3 s, and may be 10%"
     ):
-        pretrained.refuse_busy(0.42)
-    assert 0 <= pretrained.busy_share(0.05) <= 1
+        busy.refuse_busy(0.42)
+    assert 0 <= busy.busy_share(0.05) <= 1
 
 
 def test_a_round_of_a_tiny_model_has_every_figure(tmp_path, monkeypatch):

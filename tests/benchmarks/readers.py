@@ -22,13 +22,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import duckdb
-import psutil
 from rich.console import Console
 from rich.table import Table
 
+from tests.benchmarks.busy import busy_share, refuse_busy
+
 COLUMNS = ["user", "item", "time"]
 KINDS = ("csv", "jsonl", "parquet")
-MOST_BUSY, WATCHED_SECONDS = 0.1, 3.0  # share of the processors, over these seconds
 LOG = """
 SELECT 'U' || lpad((hash(n) % (1 + {lines} // 10))::VARCHAR, 9, '0') AS user,
     'B' || lpad((hash(n + {lines}) % 200000)::VARCHAR, 9, '0') AS item,
@@ -114,15 +114,6 @@ def measured(reader: str, kind: str, path: Path) -> tuple[int, float, float]:
     return lines, seconds, gigabytes
 
 
-def refuse_busy() -> None:
-    """End where others use the processors: a time taken then is worth nothing."""
-    share = psutil.cpu_percent(WATCHED_SECONDS) / 100
-    if share > MOST_BUSY:
-        raise SystemExit(
-            f"the machine is busy: its processors are {share:.0%} in use; wait, or set --busy to try it out"
-        )
-
-
 def compare(paths: dict[str, Path], lines: int, repeats: int) -> list[dict[str, float | str]]:
     """A record of each kind and reader: median seconds, peak memory, and the ratio of seconds to DuckDB's."""
     readers = [name for name in READERS if name != "polars" or importlib.util.find_spec("polars")]
@@ -157,7 +148,7 @@ def main() -> None:
         measure(*args.measure)
         return
     if not args.busy:
-        refuse_busy()
+        refuse_busy(busy_share())
     with tempfile.TemporaryDirectory() as folder:
         records = compare(write_logs(Path(folder), args.lines, args.kinds), args.lines, args.repeats)
     table = Table(title=f"{args.lines:,} lines; user, item and time")
