@@ -7,8 +7,8 @@ those of the total, each returns its part's gradients, exactly (Ring Attention, 
     attend(query, key, value, groups, scaling)
 
 Keys and values are never copied, for grouped heads neither: CUDA's flash kernel takes fewer heads of keys than of
-queries; for the others a head of keys is a batch row that its queries share, by a view of stride 0 (their gradients are
-made for each head of queries, then summed). The operators are those of PyTorch 2.13, whose schemas a test holds.
+queries; for the others a head of keys is a batch row that its queries share, by a view of stride 0 (their gradients
+are made for each head of queries, then summed). The operators are those of PyTorch 2.13, whose schemas a test holds.
 
 Letters of shapes: N tokens of a packed row, A attention heads, H heads of keys, D size of a head, M queries of a part.
 """
