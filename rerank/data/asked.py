@@ -13,6 +13,11 @@ FORMAT_OF_SUFFIX = dict(csv="csv", tsv="tsv", jsonl="jsonl", ndjson="jsonl", par
 FORMAT_OF_SUFFIX |= dict(inter="recbole", item="recbole", txt="s3rec", json="s3rec")  # s3rec: sequences, attributes
 
 
+def suffix_of(path: str | Path) -> str:
+    """The ending of a file's name in lower case, without its dot and `.gz`."""
+    return Path(str(path).removesuffix(".gz")).suffix.removeprefix(".").lower()
+
+
 @dataclass(frozen=True)
 class Asked:
     """A table as a recipe asks for it.
@@ -67,8 +72,7 @@ class Asked:
         """The format of a file: the given one, or by its suffix (`.gz` aside)."""
         if self.format != "auto":
             return self.format
-        suffix = Path(path.removesuffix(".gz")).suffix.removeprefix(".").lower()
-        found = FORMAT_OF_SUFFIX.get(suffix)
+        found = FORMAT_OF_SUFFIX.get(suffix_of(path))
         if self.csv.keys() & {"separator", "header"}:
             return found if found in ("csv", "tsv") else "csv"
         if found is None:

@@ -1,6 +1,5 @@
 """From sources to tables in memory: read, check, clean, number, split."""
 
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from rerank.data.filters import count, drop_repetitions, first_row
 from rerank.data.requests.prepare import PreparedRequests, prepare_requests
 from rerank.data.requests.read import item_source
 from rerank.data.sources.columns import Names
-from rerank.data.sources.opening import open_source
+from rerank.data.sources.opening import database, open_source
 from rerank.data.sources.source import Source
 from rerank.data.summary import Sizes, by_split, notes, share_in_history, shared_summary
 
@@ -71,17 +70,13 @@ class Prepared:
 
 def prepare(args: DataArguments) -> Prepared | PreparedRequests:
     """Tables and split of a recipe, by Ibis expressions on an embedded DuckDB; refuses what `check` does."""
-    with tempfile.TemporaryDirectory() as spill_dir:  # else DuckDB spills into the working folder
-        con = ibis.duckdb.connect(temp_directory=spill_dir)
-        try:
-            if args.requests:
-                return prepare_requests(con, args)
-            assert args.interactions
-            source = open_source(con, args.asked("interactions"))
-            is_rows = ready_rows.is_to_be_rebuilt(source, args.columns, args.split, args.rebuild)
-            prepared = (_from_ready_rows if is_rows else _from_interactions)(con, args, source)
-        finally:
-            con.disconnect()
+    with database() as con:
+        if args.requests:
+            return prepare_requests(con, args)
+        assert args.interactions
+        source = open_source(con, args.asked("interactions"))
+        is_rows = ready_rows.is_to_be_rebuilt(source, args.columns, args.split, args.rebuild)
+        prepared = (_from_ready_rows if is_rows else _from_interactions)(con, args, source)
     _refuse_empty_splits(args, prepared)
     return prepared
 

@@ -14,6 +14,7 @@ from ibis import _
 from ibis.expr.types import Column, Table
 from sqlglot import exp
 
+from rerank.baselines.counts import MILLISECONDS
 from rerank.data.asked import ALLOWED
 from rerank.data.filters import Problem, count, screen
 from rerank.data.sources.cells import as_seconds, as_text, number
@@ -49,7 +50,6 @@ _PLAIN: tuple[type[exp.Expr], ...] = (
 )
 _PLAIN += (exp.Is, exp.Column, exp.Identifier, exp.Literal, exp.Boolean, exp.Null)
 _EXACT = 2**53  # whole numbers from here on are not each a float of their own
-_LATEST = 1e11  # seconds; numbers above are milliseconds or a smaller unit
 _TRUE, _FALSE = ("true", "t", "yes", "1"), ("false", "f", "no", "0")
 
 
@@ -82,15 +82,13 @@ class Condition:
         text: As the recipe has it.
         tree: Of it.
         columns: Of the source, that it names.
-        numbers: Columns that are compared with numbers.
-        times: Columns that are compared with dates.
+        compared: Columns that are compared with a `number` or a `time`, with which of these.
     """
 
     text: str
     tree: exp.Expr
     columns: list[str]
-    numbers: list[str] = field(default_factory=list)
-    times: list[str] = field(default_factory=list)
+    compared: list[tuple[str, str]] = field(default_factory=list)
 
     @classmethod
     def of(cls, text: str, source: Source) -> "Condition":
@@ -111,39 +109,23 @@ class Condition:
         return cls(text, tree, columns)
 
     def values(self, cells: Cells) -> dict[str, Column]:
-        """`holds`, and for each column that should be a number or a time the text that is none."""
-        self.numbers.clear()
-        self.times.clear()
-        holds = self._boolean(self.tree, cells)
-        texts = {column: as_text(cells[column]) for column in dict.fromkeys(self.numbers)}
-        no_number = {
-            f"no_number_{place}": ibis.ifelse((text != "") & number(text).isnull(), text, ibis.null("string"))
-            for place, text in enumerate(texts.values())
-        }
-        times = {column: as_text(cells[column]) for column in dict.fromkeys(self.times)}
-        no_time = {
-            f"no_time_{place}": ibis.ifelse(
-                (text != "") & (as_seconds(text).isnull() | (as_seconds(text) > _LATEST)), text, ibis.null("string")
-            )
-            for place, text in enumerate(times.values())
-        }
-        return {"holds": holds.fill_null(False), **no_number, **no_time}
+        """`holds`, and for each column that should be a number or a time the text that is none, `bad_PLACE`."""
+        self.compared.clear()
+        holds = self._boolean(self.tree, cells).fill_null(False)
+        self.compared = list(dict.fromkeys(self.compared))
+        bad = {}
+        for place, (column, kind) in enumerate(self.compared):
+            text = as_text(cells[column])
+            bad[f"bad_{place}"] = ibis.ifelse((text == "") | _IS_SO[kind](text), ibis.null("string"), text)
+        return {"holds": holds, **bad}
 
     def screened(self, table: Table, source: Source, on_bad_rows: str) -> tuple[Table, dict[str, int]]:
         """The rows for which it holds, and the number of the others by reason."""
         problems = [
             Problem(
-                f"{column} is no number",
-                _[f"no_number_{place}"].notnull(),
-                functools.partial(_no_number, column, place),
+                f"{column} is no {kind}", _[f"bad_{place}"].notnull(), functools.partial(_SAID[kind], column, place)
             )
-            for place, column in enumerate(dict.fromkeys(self.numbers))
-        ]
-        problems += [
-            Problem(
-                f"{column} is no time", _[f"no_time_{place}"].notnull(), functools.partial(_no_time, column, place)
-            )
-            for place, column in enumerate(dict.fromkeys(self.times))
+            for place, (column, kind) in enumerate(self.compared)
         ]
         table, left_out = screen(table, source, problems, on_bad_rows) if problems else (table, {})
         kept = table.filter(_.holds)
@@ -209,7 +191,7 @@ class Condition:
         if not is_exact and (any(map(_is_numeric, sides)) or (is_order and not texts)):
             return compare(*(self._number(side, cells) for side in sides))
         if is_order and all(map(_is_date, texts)):
-            self.times += [side.unnest().name for side in sides if isinstance(side.unnest(), exp.Column)]
+            self.compared += [(side.unnest().name, "time") for side in sides if isinstance(side.unnest(), exp.Column)]
             return compare(*(as_seconds(self._text(side, cells)) for side in sides))
         return compare(*(self._text(side, cells) for side in sides))
 
@@ -233,7 +215,7 @@ class Condition:
             if isinstance(node, kind):
                 return compute(self._number(node.this, cells), self._number(node.expression, cells))
         if isinstance(node, exp.Column):
-            self.numbers.append(node.name)
+            self.compared.append((node.name, "number"))
             return number(as_text(cells[node.name]))
         if not isinstance(node, exp.Literal) or node.is_string and not is_number(node.name):
             raise self._refusal(node)
@@ -251,14 +233,21 @@ class Condition:
 
 
 def _no_number(column: str, place: int, row: Mapping[str, Any]) -> str:
-    return f"{column} is {row[f'no_number_{place}']!r}, which where compares with a number; correct the row or where"
+    return f"{column} is {row[f'bad_{place}']!r}, which where compares with a number; correct the row or where"
 
 
 def _no_time(column: str, place: int, row: Mapping[str, Any]) -> str:
     problem = (
-        f"{column} is {row[f'no_time_{place}']!r}, neither a date nor Unix seconds, but where compares it with a date"
+        f"{column} is {row[f'bad_{place}']!r}, neither a date nor Unix seconds, but where compares it with a date"
     )
     return f"{problem}; write the bound as a number in the unit of {column}, without quotes"
+
+
+_SAID = {"number": _no_number, "time": _no_time}
+_IS_SO: dict[str, Callable[[Column], Column]] = {
+    "number": lambda text: number(text).notnull(),
+    "time": lambda text: (as_seconds(text) < MILLISECONDS).fill_null(False),
+}
 
 
 def _is_long(node: exp.Expr) -> bool:

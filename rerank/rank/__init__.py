@@ -88,11 +88,12 @@ def answer_rows(encoded: Sequence[Encoded], model: RankingModel, one_token: bool
 
 def warn_of_old_counts(records: Sequence[Record], counts: Counts | None) -> None:
     """Say when rows are more than MOST_DAYS younger than the latest event that the counts know."""
-    if counts is None or counts.until is None:
+    given = [record.get("time") for record in records]
+    if counts is None or counts.until is None or all(time is None for time in given):
         return
     from rerank.rank.tables import read_times
 
-    times = read_times([record.get("time") for record in records])
+    times = read_times(given)
     days = (in_seconds(times) - in_seconds(counts.until)) / DAY
     if (days > MOST_DAYS).any():
         logger.warning(

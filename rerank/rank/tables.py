@@ -2,9 +2,7 @@
 
 import datetime
 import logging
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,11 +12,11 @@ import numpy as np
 import pyarrow as pa
 
 from rerank.data import DataArguments, tables
-from rerank.data.asked import FORMAT_OF_SUFFIX
+from rerank.data.asked import FORMAT_OF_SUFFIX, suffix_of
 from rerank.data.filters import drop_repetitions
 from rerank.data.requests.read import item_source
 from rerank.data.sources.cells import as_seconds
-from rerank.data.sources.opening import open_source
+from rerank.data.sources.opening import database, open_source
 from rerank.data.sources.source import Source
 
 NO_RUN = "."  # of arguments that no stage runs by
@@ -27,33 +25,19 @@ ORDERED = ("user", "item", "time", "position")  # of interactions; a split has n
 logger = logging.getLogger(__name__)
 
 
-@contextmanager
-def _connection() -> Iterator[ibis.BaseBackend]:
-    with tempfile.TemporaryDirectory() as spill_dir:  # else DuckDB spills into the working folder
-        con = ibis.duckdb.connect(temp_directory=spill_dir)
-        try:
-            yield con
-        finally:
-            con.disconnect()
-
-
 def _given(reading: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
     """The keys that a run's recipe gave."""
     return {name: reading[name] for name in names if reading.get(name) is not None}
 
 
-def _suffix(path: str | Path) -> str:
-    return Path(str(path).removesuffix(".gz")).suffix.removeprefix(".").lower()
-
-
 def _fitting(path: str | Path, form: str, csv: Mapping[str, object]) -> tuple[str, Mapping[str, object]]:
     """A recipe's format and csv keys as far as a file's ending does not say otherwise."""
-    found = FORMAT_OF_SUFFIX.get(_suffix(path), "s3rec")  # which tells little
+    found = FORMAT_OF_SUFFIX.get(suffix_of(path), "s3rec")  # which tells little
     both = {form, found}
     fits = form not in ("datasets", "metarank") and (
         found in ("s3rec", form) or both in ({"csv", "tsv"}, {"mind", "tsv"})
     )
-    takes_csv = found in ("csv", "tsv", "s3rec") and _suffix(path) != "json"
+    takes_csv = found in ("csv", "tsv", "s3rec") and suffix_of(path) != "json"
     return form if fits else "auto", csv if takes_csv else {}
 
 
@@ -63,7 +47,7 @@ def _open(con: ibis.BaseBackend, key: str, path: str | Path, args: DataArguments
     form, csv = _fitting(path, asked.format, asked.csv)
     if form == "mind":
         return item_source(con, args)
-    if form == "auto" and _suffix(path) not in FORMAT_OF_SUFFIX and not csv.keys() & {"separator", "header"}:
+    if form == "auto" and suffix_of(path) not in FORMAT_OF_SUFFIX and not csv.keys() & {"separator", "header"}:
         raise ValueError(f"{key} is {path}, but must end in .{', .'.join(FORMAT_OF_SUFFIX)}; convert or rename it")
     return open_source(con, replace(asked, value=str(path), format=form, csv=csv, option=key))
 
@@ -84,7 +68,7 @@ def read_items(path: str | Path, reading: Mapping[str, Any], with_text: bool) ->
     """
     given = _given(reading, ("category_separator", "items_format", "items_csv", "on_bad_rows"))
     args = DataArguments(run_dir=NO_RUN, interactions=str(path), items=str(path), **given)
-    with _connection() as con:
+    with database() as con:
         source = _open(con, "--items", path, args)
         columns = _columns(source, reading["item_columns"] or {})
         texts = reading["text_columns"] if with_text else []
@@ -116,7 +100,7 @@ def read_interactions(
     """
     given = _given(reading, ("format", "csv", "where", "dedupe", "on_bad_rows"))
     args = DataArguments(run_dir=NO_RUN, interactions=str(path), **given)
-    with _connection() as con:
+    with database() as con:
         source = _open(con, "--interactions", path, args)
         mapped = {
             name: column
@@ -134,7 +118,7 @@ def read_interactions(
 def read_times(values: Sequence[object]) -> np.ndarray:
     """(R,) times as the data stage reads numbers, dates and their texts, nan for anything else."""
     texts = [None if value is None else _time_text(value) for value in values]
-    with _connection() as con:
+    with database() as con:
         column = ibis.memtable(pa.table({"time": pa.array(texts, pa.string())})).time
         found = con.to_pyarrow(as_seconds(column))
     return found.to_numpy(zero_copy_only=False).astype(float)

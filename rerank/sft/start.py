@@ -45,7 +45,8 @@ def check_start(args: "SftArguments", model_args: "ModelConfig") -> None:
         check_pretrained(named, model_args)
     if not is_midtrained and (named is None or not Path(start_model(args, model_args)).is_dir()):
         return
-    adapters.check_adapter(model_args, start_model(args, model_args))
+    if named is None:
+        adapters.check_adapter(model_args, start_model(args, model_args))
     tokenizer = load_start_tokenizer(args, model_args)
     if args.task == "rerank" and all(run_dir.is_finished(args.run_dir, stage) for stage in ("candidates", "traces")):
         folder = run_dir.stage_dir(args.run_dir, "candidates")

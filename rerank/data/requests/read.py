@@ -8,7 +8,7 @@ import ibis
 import pyarrow as pa
 
 from rerank.data import DataArguments, tables
-from rerank.data.asked import Asked
+from rerank.data.asked import Asked, suffix_of
 from rerank.data.requests import forms, metarank
 from rerank.data.requests.raw import RawLog
 from rerank.data.sources.delimited import Delimited
@@ -26,7 +26,7 @@ _NEWS_COLUMNS = ["item", "category", "subcategory", "title", "abstract", "url", 
 def read_log(con: ibis.BaseBackend, args: DataArguments) -> RawLog:
     """The log that `requests` names, not yet checked."""
     asked, form = args.asked("requests"), args.requests_format
-    suffix = Path(asked.path().removesuffix(".gz")).suffix.removeprefix(".")
+    suffix = suffix_of(asked.path())
     is_file = not Path(asked.path()).is_dir()
     if is_file and Path(asked.path()).exists() and form == "auto" and suffix not in SUFFIXES and not asked.csv:
         problem = f"requests is {asked.path()}, whose suffix tells no format"
@@ -57,7 +57,7 @@ def _headerless(con: ibis.BaseBackend, asked: Asked, files: list[str], columns: 
 
 def _has_events(asked: Asked, path: str) -> bool:
     """Whether the first line of a JSONL file is one of Metarank's events."""
-    if not path.removesuffix(".gz").endswith((".jsonl", ".ndjson")):
+    if suffix_of(path) not in ("jsonl", "ndjson"):
         return False
     refuse_empty_file(asked, path)
     with readable(asked, path), open_text(path, asked.encoding) as file:

@@ -13,7 +13,7 @@ import ibis
 from rerank.data.asked import Asked
 from rerank.data.sources.cells import MISSING
 from rerank.data.sources.files import in_utf8, line_of_row, open_text, readable
-from rerank.data.sources.source import Cells, Source
+from rerank.data.sources.source import Cells, TextFiles
 
 SEPARATORS = {"csv": ",", "tsv": "\t", "recbole": "\t"}
 EXAMPLES = {
@@ -28,7 +28,7 @@ _DATE = re.compile(r"\d{4}-\d\d-\d\d")
 _TRIED = ("::", ";", "|", "\t", ",")  # when a header is one column
 
 
-class Delimited(Source):
+class Delimited(TextFiles):
     """Every column is read as text, by the names of the header or of the recipe."""
 
     def __init__(self, con: ibis.BaseBackend, asked: Asked, name: str, files: Sequence[str], form: str) -> None:
@@ -117,15 +117,6 @@ class Delimited(Source):
         lines = [line for line, _ in self._rejects()] if len(self.files) == 1 else []
         where = line_of_row(self.files, source_row, self.quote, int(self.has_header), lines)
         return self._with_given_names(where)
-
-    def unreadable(self, error: duckdb.Error) -> ValueError:
-        """The error for a row that DuckDB cannot read, in the name of the file that has it."""
-        return ValueError(self._with_given_names(str(super().unreadable(error))))
-
-    def _with_given_names(self, text: str) -> str:
-        for copy, given in zip(self.files, self.as_given, strict=True):
-            text = text.replace(copy, given)
-        return text
 
     def _cure(self, error: str) -> str:
         if "Number of Columns" in error and not self.has_header:

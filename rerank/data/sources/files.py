@@ -15,7 +15,7 @@ from pathlib import Path
 
 import ibis
 
-from rerank.data.asked import FORMAT_OF_SUFFIX, Asked
+from rerank.data.asked import FORMAT_OF_SUFFIX, Asked, suffix_of
 from rerank.launch.files import glob_of
 
 TABLES = ("csv", "tsv", "jsonl", "parquet", "recbole")  # of which a folder may hold parts
@@ -56,10 +56,7 @@ def _parts(asked: Asked, folder: str) -> tuple[str, list[str]]:
     found = sorted(path for path in Path(folder).rglob("*") if path.is_file() and not _is_hidden(path, folder))
     if any((Path(folder) / name).is_file() for name in ("state.json", "dataset_dict.json")):
         return "datasets", []
-    suffixes = {
-        path: FORMAT_OF_SUFFIX.get(Path(path.name.removesuffix(".gz")).suffix.removeprefix(".")) for path in found
-    }
-    tables = [str(path) for path in found if suffixes[path] in TABLES or asked.format in TABLES]
+    tables = [str(path) for path in found if FORMAT_OF_SUFFIX.get(suffix_of(path)) in TABLES or asked.format in TABLES]
     has_splits = any(SPLIT_WORDS & {*re.split("[^a-z]+", path.stem.lower())} for path in found)
     if not tables or any(path.suffix == ".py" for path in found):
         return "datasets", []
@@ -124,7 +121,7 @@ def in_utf8(con: ibis.BaseBackend, asked: Asked, path: str) -> str:
     refuse_empty_file(asked, path)
     if codecs.lookup(asked.encoding).name == "utf-8":
         return path
-    copy = scratch_file(con, Path(path.removesuffix(".gz")).suffix)
+    copy = scratch_file(con, f".{suffix_of(path)}")
     with readable(asked, path), open_text(path, asked.encoding) as file:
         with open(copy, "w", encoding="utf-8", newline="") as target:
             shutil.copyfileobj(file, target)

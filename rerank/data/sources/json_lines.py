@@ -3,6 +3,7 @@
 import itertools
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import duckdb
@@ -12,12 +13,12 @@ from ibis.expr.types import Table
 from rerank.data.asked import Asked
 from rerank.data.sources.cells import json_type
 from rerank.data.sources.files import in_utf8, line_of_row, open_text, readable, refuse_empty_file, scratch_file
-from rerank.data.sources.source import Cells, Source
+from rerank.data.sources.source import Cells, Source, TextFiles
 
 _SAMPLE = 20_480  # lines in which keys are looked for first
 
 
-class JsonLines(Source):
+class JsonLines(TextFiles):
     """One object a line; a column is a key of any of them."""
 
     def __init__(self, con: ibis.BaseBackend, asked: Asked, name: str, files: Sequence[str]) -> None:
@@ -80,15 +81,6 @@ class JsonLines(Source):
         """The file and line of one input row."""
         return self._with_given_names(line_of_row(self.files, source_row, "", 0))
 
-    def unreadable(self, error: duckdb.Error) -> ValueError:
-        """The error for a line that DuckDB cannot read."""
-        return ValueError(self._with_given_names(str(super().unreadable(error))))
-
-    def _with_given_names(self, text: str) -> str:
-        for copy, given in zip(self.files, self.as_given, strict=True):
-            text = text.replace(copy, given)
-        return text
-
 
 def _keys(line: str) -> list[str]:
     """The keys of a line; of one that is no object none, as its reader says what is wrong."""
@@ -107,7 +99,7 @@ class JsonEntries(JsonLines):
         copy = scratch_file(con, ".jsonl")
         with open(copy, "w", encoding="utf-8") as file:
             file.writelines(f"{json.dumps(entry, ensure_ascii=False)}\n" for entry in entries)
-        super().__init__(con, Asked(asked.key, asked.value), path, [copy])
+        super().__init__(con, replace(asked, csv={}, drops_bad=False), path, [copy])
         self.asked, self.as_given, self.row_word = asked, [path], "entry"
 
     def place(self, source_row: int) -> str:

@@ -1,14 +1,29 @@
-"""The reader that a table needs."""
+"""The database that reads, and the reader that a table needs."""
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import ibis
 
-from rerank.data.asked import Asked
+from rerank.data.asked import Asked, suffix_of
 from rerank.data.sources.columnar import ParquetFiles, open_dataset
 from rerank.data.sources.delimited import Delimited
 from rerank.data.sources.files import find_files
 from rerank.data.sources.json_lines import JsonLines, open_json
 from rerank.data.sources.sequences import Sequences
 from rerank.data.sources.source import Source
+
+
+@contextmanager
+def database() -> Iterator[ibis.BaseBackend]:
+    """An embedded DuckDB, which spills into a folder that goes with it."""
+    with tempfile.TemporaryDirectory() as spill_dir:  # else it spills into the working folder
+        con = ibis.duckdb.connect(temp_directory=spill_dir)
+        try:
+            yield con
+        finally:
+            con.disconnect()
 
 
 def open_source(con: ibis.BaseBackend, asked: Asked) -> Source:
@@ -31,5 +46,4 @@ def open_source(con: ibis.BaseBackend, asked: Asked) -> Source:
         return Delimited(con, asked, asked.path(), files, form)
     if len(files) > 1:
         raise ValueError(f"{asked.named} is {asked.path()}, several files of sequences or of one object; name one")
-    is_json = ".json" in files[0].lower().removesuffix(".gz")[-5:]
-    return open_json(con, asked, files[0]) if is_json else Sequences(con, asked, files[0])
+    return open_json(con, asked, files[0]) if suffix_of(files[0]) == "json" else Sequences(con, asked, files[0])

@@ -117,6 +117,27 @@ class Source:
         return {}
 
 
+class TextFiles(Source):
+    """Files of text, each in UTF-8 or as a copy in UTF-8, whose own name stands in messages.
+
+    Attributes:
+        files: That are read.
+        as_given: That the recipe names.
+    """
+
+    files: Sequence[str]
+    as_given: Sequence[str]
+
+    def unreadable(self, error: duckdb.Error) -> ValueError:
+        """The error for a row that DuckDB cannot read, in the name of the file that has it."""
+        return ValueError(self._with_given_names(str(super().unreadable(error))))
+
+    def _with_given_names(self, text: str) -> str:
+        for copy, given in zip(self.files, self.as_given, strict=True):
+            text = text.replace(copy, given)
+        return text
+
+
 def in_memory(table: pa.Table) -> Table:
     """An Arrow table for the database, its columns named by their places."""
     return ibis.memtable(table.rename_columns([f"c{place}" for place in range(table.num_columns)]))
