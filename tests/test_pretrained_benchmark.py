@@ -32,10 +32,7 @@ def test_operations_are_those_that_torch_counts(model):
     head = model.get_output_embeddings().weight.numel()
     assert counted(model) - without_head == 6 * tokens * head
     adapted = get_peft_model(model, LoraConfig(r=RANK, target_modules="all-linear"))
-    # no gradient goes to the frozen embedding: 2 operations a token and weight of the first layer's q, k and v
-    first = [getattr(model.model.layers[0].self_attn, f"{name}_proj") for name in "qkv"]
-    spared = 2 * tokens * sum(part.base_layer.weight.numel() + part.lora_A.default.weight.numel() for part in first)
-    assert pretrained.operations(adapted, tokens, tokens, pairs) - counted(adapted) == spared
+    assert pretrained.operations(adapted, tokens, tokens, pairs) == counted(adapted)
 
 
 def test_tokens_and_pairs_are_those_of_rows_written_out():

@@ -84,9 +84,10 @@ def test_the_launch_line_serves_the_model_for_weight_transfer():
 
 
 def test_the_address_is_the_url_or_host_and_port():
-    named = SimpleNamespace(vllm_server_base_url=None, vllm_server_host="gpu1", vllm_server_port=8003)
+    named = {"vllm_server_base_url": None, "vllm_server_host": "gpu1", "vllm_server_port": 8003}
     assert rollout_server.base_url(named) == "http://gpu1:8003"
-    assert rollout_server.base_url(config("http://gpu2:1")) == "http://gpu2:1"
+    assert rollout_server.base_url(vars(config("http://gpu2:1"))) == "http://gpu2:1"
+    assert rollout_server.base_url({}) == "http://localhost:8000"
 
 
 @pytest.mark.parametrize("first_codes", [[], [503, 502]], ids=["ready", "loading"])

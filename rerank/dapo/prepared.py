@@ -192,9 +192,10 @@ class PreparedTrainer(GRPOTrainer):
         if not answers[0]:
             if self.state.global_step:
                 self._save_checkpoint(self.model, trial=None)
+            url = server.base_url(vars(self.args))
             raise ValueError(
-                f"the vLLM server at {server.base_url(self.args)} is gone; start it again, then the same command "
-                f"continues from step {self.state.global_step}"
+                f"the vLLM server at {url} is gone; start it again, then the same command continues from step "
+                f"{self.state.global_step}"
             )
         return answers
 

@@ -285,16 +285,10 @@ def describe(steps: Sequence[Step], accelerate: str, remake: Sequence[str] = ())
         if step.stage == "dapo" and step.keys.get("vllm_mode") == "server":
             from rerank.models import server
 
-            model, url = runs.stage_dir(step.run_dir, "sft") / "model", _address(step.keys)
+            model, url = runs.stage_dir(step.run_dir, "sft") / "model", server.base_url(step.keys)
             where = recipe.load(accelerate)
             device = free_gpu(where) if server.is_local(url) and not where.get("use_cpu") else None
             lines.append(server.launch_line(model, url, step.keys.get("vllm_max_model_length"), device) + " &")
         done = step.stage not in remake and runs.is_finished(step.run_dir, step.stage)
         lines.append("# finished: " * done + shlex.join(["accelerate", "launch", *launch_words(step, accelerate)]))
     return lines
-
-
-def _address(keys: recipe.Keys) -> str:
-    """Of the rollout server; by default this machine, as TRL's 0.0.0.0."""
-    host, port = keys.get("vllm_server_host", "localhost"), keys.get("vllm_server_port", 8000)
-    return keys.get("vllm_server_base_url") or f"http://{host}:{port}"

@@ -59,10 +59,10 @@ def load_pretrained(
         refuse_quantized(settings)
         kwargs |= {"attn_implementation": settings.attn_implementation, "revision": settings.model_revision}
     tokenizer = load_tokenizer(name, settings)
-    files = list(Path(name).glob("*.gguf")) if Path(name).is_dir() else []
-    if not files:
+    file = gguf_of(Path(name))
+    if file is None:
         return with_exact_attention(AutoModelForCausalLM.from_pretrained(name, **kwargs)), tokenizer
-    packed = AutoModelForCausalLM.from_pretrained(name, gguf_file=files[0].name, **kwargs)
+    packed = AutoModelForCausalLM.from_pretrained(name, gguf_file=file.name, **kwargs)
     # A model loaded from GGUF refuses to be saved: the same weights in a model made from its plain configuration.
     dropped = ("quantization_config", "_name_or_path", "architectures")
     config = type(packed.config)(**{k: v for k, v in packed.config.to_dict().items() if k not in dropped})
@@ -70,6 +70,14 @@ def load_pretrained(
     model.load_state_dict(packed.state_dict())
     model.tie_weights()
     return with_exact_attention(model), tokenizer
+
+
+def gguf_of(folder: Path) -> Path | None:
+    """The GGUF file of a model folder; None without one, and for a name on the hub."""
+    files = list(folder.glob("*.gguf"))
+    if len(files) > 1:
+        raise ValueError(f"model folder {folder} has {len(files)} .gguf files; leave one")
+    return files[0] if files else None
 
 
 def caps_attention(config: "PreTrainedConfig") -> bool:
@@ -95,10 +103,8 @@ def load_tokenizer(name: str, settings: "ModelConfig | None" = None) -> "PreTrai
     from transformers import AutoTokenizer
 
     name = names.resolve(name, "model")
-    files = [file.name for file in Path(name).glob("*.gguf")] if Path(name).is_dir() else []
-    if len(files) > 1:
-        raise ValueError(f"model folder {name} has {len(files)} .gguf files; leave one")
-    options = {"gguf_file": files[0]} if files else {"revision": settings.model_revision if settings else "main"}
+    file = gguf_of(Path(name))
+    options = {"gguf_file": file.name} if file else {"revision": settings.model_revision if settings else "main"}
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, **options)
     written, end = tokenizer("").input_ids, tokenizer.eos_token_id
     begins_so = end == tokenizer.bos_token_id and len(written) == 1

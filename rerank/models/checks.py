@@ -32,7 +32,7 @@ def check_pretrained(name: str, settings: "ModelConfig") -> None:
     folder = Path(names.resolve(name, "model_name_or_path"))
     if not folder.is_dir():
         return
-    packed = next(iter(sorted(folder.glob("*.gguf"))), None)
+    packed = base_model.gguf_of(folder)
     config = read_config(folder, packed)
     if packed is not None:
         _check_blocks(packed)
@@ -61,6 +61,8 @@ def _read_config(file: Path, written: int) -> "PreTrainedConfig":
     options = {} if file.name == "config.json" else {"gguf_file": file.name}
     try:
         return AutoConfig.from_pretrained(file.parent, **options)
+    except ImportError:  # of what reads such a file, with how to install it
+        raise
     except Exception as error:  # whatever a damaged or unknown file leads to
         reason = " ".join(str(error).split()) or type(error).__name__
         cure = "give the folder of another model, in a format that transformers loads"

@@ -237,7 +237,7 @@ def start_config(
     named, before = model_args.model_name_or_path, STARTS[stage]
     if named is not None:
         folder = Path(names.resolve(named, "model_name_or_path"))
-        return read_config(folder, next(folder.glob("*.gguf"), None)) if folder.is_dir() else None
+        return read_config(folder, base_model.gguf_of(folder)) if folder.is_dir() else None
     if before is None:
         return base_model.small_config(args, args.vocab_size)
     if before in before_it:

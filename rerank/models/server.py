@@ -6,7 +6,7 @@ import logging
 import re
 import shlex
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -57,9 +57,10 @@ def launch_line(model_dir: str | Path, url: str, max_length: int | None = None, 
     return f"{own_gpu}VLLM_SERVER_DEV_MODE=1 {shlex.join(words)}"
 
 
-def base_url(config: "GRPOConfig") -> str:
-    """Address of the server that a GRPOConfig names."""
-    return config.vllm_server_base_url or f"http://{config.vllm_server_host}:{config.vllm_server_port}"
+def base_url(keys: Mapping[str, Any]) -> str:
+    """Address of the server that the keys of a recipe, or all of a GRPOConfig, name; by default this machine's."""
+    host, port = keys.get("vllm_server_host", "localhost"), keys.get("vllm_server_port", 8000)
+    return keys.get("vllm_server_base_url") or f"http://{host}:{port}"
 
 
 def is_local(url: str) -> bool:
@@ -69,7 +70,7 @@ def is_local(url: str) -> bool:
 
 def check_vocabulary(config: "GRPOConfig", tokenizer: "PreTrainedTokenizerBase", semantic_ids: Sequence[str]) -> None:
     """Refuse a server whose tokenizer reads the catalogue's semantic ids otherwise than the policy's, or none."""
-    url, text = base_url(config), "".join(dict.fromkeys(semantic_ids))
+    url, text = base_url(vars(config)), "".join(dict.fromkeys(semantic_ids))
     try:
         served = retry(_tokenize, config.vllm_server_timeout)(url, text)
     except requests.RequestException as error:

@@ -141,14 +141,12 @@ def main() -> None:
     parser.add_argument("--lines", type=int, default=10_000_000, help="of the log (%(default)s)")
     parser.add_argument("--kinds", nargs="+", default=[*KINDS], choices=KINDS, help="of files (all)")
     parser.add_argument("--repeats", type=int, default=3, help="rounds to take the median of (%(default)s)")
-    parser.add_argument("--busy", action="store_true", help="run on a busy machine too")
     parser.add_argument("--measure", nargs=3, metavar=("READER", "KIND", "PATH"), help="one reading in this process")
     args = parser.parse_args()
     if args.measure:
         measure(*args.measure)
         return
-    if not args.busy:
-        refuse_busy(busy_share())
+    refuse_busy(busy_share())
     with tempfile.TemporaryDirectory() as folder:
         records = compare(write_logs(Path(folder), args.lines, args.kinds), args.lines, args.repeats)
     table = Table(title=f"{args.lines:,} lines; user, item and time")
