@@ -74,6 +74,9 @@ def test_a_loss_on_the_first_label_beside_stages_that_do_not_go_with_it(toy, cap
     words = ("sft.losses=[{name: soft_targets}]", "sft.with_trace=false", "sft.no_trace_control=false")
     line = refused_run(toy, capfd, *words, "traces.ranking=letter")
     assert "losses of the sft recipe has soft_targets, after which a model writes no ranking to reward; leave" in line
+    teacher = ("traces.teacher=vllm", "traces.teacher_model=org/model")
+    line = refused_run(toy, capfd, *words, "traces.ranking=letter", *teacher)
+    assert "loss soft_targets: weight is 0.8 but the rows have no teacher's scores; set teacher: evidence in" in line
     line = refused_run(toy, capfd, "sft.losses=[{name: nll}, {name: ranknet}]")
     assert "reads the first label as one token, but ranking: semantic_id of the traces recipe has labels of se" in line
 

@@ -36,7 +36,8 @@ def _check_first_labels(stages: Mapping[str, Sequence[Any]]) -> None:
     from rerank.losses import load_losses
 
     args = stages["sft"][0]
-    losses = load_losses(args.losses, args.task)
+    has_scores = "traces" not in stages or stages["traces"][0].teacher == "evidence"
+    losses = load_losses(args.losses, args.task, has_scores)
     if losses.one_token and "dapo" in stages:
         raise ValueError(
             f"losses of the sft recipe has {losses.one_token}, after which a model writes no ranking to reward; leave "
