@@ -10,6 +10,7 @@ from trl import ModelConfig
 from rerank.launch import model_card
 from rerank.launch.files import write_json
 from rerank.models import base as base_model
+from rerank.models import ranker
 from rerank.prompts import render
 
 
@@ -128,3 +129,13 @@ def test_a_card_says_so_when_the_terms_are_not_stated(tmp_path):
     model_card.write(tmp_path, tmp_path, "dapo", model_card.ranker(2, 24, trace=False), base=None)
     card = (tmp_path / "README.md").read_text()
     assert "midtrain, sft, dapo\n" in card and "history and 2 to 24 candidates" in card
+
+
+def test_the_bytes_of_keys_and_values_bound_the_rows_completed_at_once(monkeypatch, tokenizer):
+    model, length = tiny_model(tokenizer), 30
+    assert ranker.rows_at_once(model, length) == ranker.MOST_ROWS_AT_ONCE
+    cache = model(torch.zeros(1, length, dtype=torch.long), use_cache=True).past_key_values
+    row = sum(part.nbytes for layer in cache.layers for part in (layer.keys, layer.values))
+    monkeypatch.setattr(ranker, "CACHE_BYTES", int(3.5 * row))
+    assert ranker.rows_at_once(model, length) == 3
+    assert ranker.rows_at_once(model, 100 * length) == 1, "one row is always completed"

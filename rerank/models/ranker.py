@@ -17,10 +17,12 @@ from rerank.rows import PromptedRow, Prompter, RankingRow
 from rerank.rows.checks import check_context, prompt_lengths
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase, Trainer
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
     from rerank.baselines import Counts
 
+MOST_ROWS_AT_ONCE = 256
+CACHE_BYTES = 8 * 2**30
 EVIDENCE_FILE = "evidence.npz"
 FILES = ("config.json", "prompt.json", "catalogue.parquet", "features.json", "generation.json")
 
@@ -235,7 +237,16 @@ def _check_positions(model: RankingModel, asked: Sequence[PromptedRow], tokenize
     return max(lengths) + limit
 
 
-def complete_greedily(trainer: "Trainer", prompts: Sequence[str], max_tokens: int, batch_size: int = 128) -> list[str]:
+def rows_at_once(model: "PreTrainedModel", length: int) -> int:
+    """Rows of `length` tokens that are completed at once: their keys and values take at most `CACHE_BYTES`."""
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    row = 2 * config.num_hidden_layers * heads * width * model.dtype.itemsize * length
+    return min(MOST_ROWS_AT_ONCE, max(1, CACHE_BYTES // row))
+
+
+def complete_greedily(trainer: "Trainer", prompts: Sequence[str], max_tokens: int) -> list[str]:
     """The most probable completion of each prompt by a model in training, through transformers.
 
     Nothing is inherited from the model's generation_config. Prompts of like length share a batch.
@@ -252,6 +263,9 @@ def complete_greedily(trainer: "Trainer", prompts: Sequence[str], max_tokens: in
     order = sorted(range(len(ids)), key=lambda place: len(ids[place]))
     texts = [""] * len(ids)
     with unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator) as model, torch.no_grad():
+        longest = torch.tensor([max(map(len, ids), default=0)], device=trainer.accelerator.device)
+        longest = trainer.accelerator.gather(longest).max()  # processes that share weights take equally many batches
+        batch_size = rows_at_once(model, int(longest) + max_tokens)
         for start in range(0, len(order), batch_size):
             places = order[start : start + batch_size]
             padded = tokenizer.pad(
