@@ -172,6 +172,14 @@ def test_grades_part_the_scores_of_all_rows_evenly_and_noise_moves_them(prompter
     assert [grade == 6 for grade in grades(rows[6], told=True)] == [value > 0 for value in rows[6].relevance]
 
 
+def test_grades_that_grow_rarer_tell_the_best_apart(prompter):
+    row = RankingRow(0, (), tuple(range(10)), (1.0, *[0.0] * 9))
+    scores = {0: np.arange(10.0), 1: np.arange(10.0, 127)}  # of 127 the grades hold 64, 32, 16, 8, 4, 2 and 1
+    teacher = evidence.EvidenceTeacher(scores, prompter(**SHORT), 0.0, 0, False, grade_ratio=0.5)
+    teacher.scores = {0: np.array([0, 63, 64, 95, 96, 112, 120, 124, 125, 126.0])}
+    assert teacher._grades(row, 1).tolist() == [0, 0, 1, 1, 2, 3, 4, 5, 5, 6]
+
+
 def test_out_of_fold_scores_of_the_stage_beat_chance(run_path):
     train = read_rows(run_path / "candidates/train.parquet", needs_features=True)
     scores = evidence.fit_scores(train, FEATURES, seed=0)

@@ -72,6 +72,7 @@ class TracesArguments(recipe.StageArguments):
     traces_per_row: int = option(1, "Accepted attempts wanted of a row, under rejection.")
     max_attempts: int = option(8, "Draws a row at most, for rejection.")
     temperature: float = option(1.0, "Of sampling; for evidence the scale of its noise.")
+    grade_ratio: float = option(1.0, "evidence: size of a grade over that below it; under 1, finer at the top.")
     max_completion_tokens: int = option(1024, "Longest completion of a language model.")
     teacher_max_length: int | None = option(None, "vllm: tokens of prompt and completion.")
     teacher_dtype: str = option("auto", "vllm: number type, such as bfloat16 or float32.")
@@ -99,7 +100,8 @@ class TracesArguments(recipe.StageArguments):
             check_range(name, getattr(self, name), least=1)
         for name in ("temperature", "max_rows", "max_retries", "seed"):
             check_range(name, getattr(self, name), least=0)
-        check_range("rows_for_sft", self.rows_for_sft, above=0, most=1)
+        for name in ("rows_for_sft", "grade_ratio"):
+            check_range(name, getattr(self, name), above=0, most=1)
         if self.teacher != "evidence" and not self.teacher_model:
             raise ValueError(f"teacher_model is missing but teacher is {self.teacher}; name the model.")
         if self.strategy == "rejection" and self.max_attempts > 1 and self.temperature == 0:
@@ -198,7 +200,7 @@ def _open_teacher(args: TracesArguments, prompter: Prompter, rows: Sequence[Rank
         logger.info("the teacher `evidence` is no language model: LambdaMART ranks and templates word its facts")
         scores = fit_scores(rows, prompter.names, args.seed)
         write_scores(out_dir, scores)
-        return EvidenceTeacher(scores, prompter, args.temperature, args.seed, told)
+        return EvidenceTeacher(scores, prompter, args.temperature, args.seed, told, args.grade_ratio)
     teacher = OpenaiTeacher if args.teacher == "openai" else VllmTeacher
     return teacher(args, PromptWriter(prompter, told))
 

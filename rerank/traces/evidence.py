@@ -1,7 +1,8 @@
 """The teacher `evidence`, which is no language model: LambdaMART ranks, and the facts of the prompt are put in words.
 
-Its scores, noise added, fall into seven grades, each as frequent as any other over all training candidates; a ranking
-goes by grade and keeps the order shown within one. For tiny models (`task: short`) the trace grades the candidates in
+Its scores, noise added, fall into seven grades, each as frequent over all training candidates as the one below, or by
+`grade_ratio` rarer, so that the best of a long list are told apart; a ranking goes by grade and keeps the order shown
+within one. For tiny models (`task: short`) the trace grades the candidates in
 the order shown and cites two facts of the best, which is all that a ranking follows from:
 
      1 fair 2 poor 3 strong best 3 next:9 link:8
@@ -118,6 +119,12 @@ def calibrate(scores: Sequence[np.ndarray], rows: Sequence[RankingRow]) -> float
     return float(np.exp(minimize_scalar(nll, bounds=(np.log(0.01), np.log(100)), method="bounded").x))
 
 
+def grade_places(ratio: float) -> np.ndarray:
+    """Share of all candidates below each grade but the lowest, where each grade holds `ratio` times the one below."""
+    below: np.ndarray = np.cumsum(ratio ** np.arange(len(GRADES)))
+    return below[:-1] / below[-1]
+
+
 class EvidenceTeacher:
     """Adds Gumbel noise to the scores, grades and ranks by them, and words its reasons.
 
@@ -126,12 +133,17 @@ class EvidenceTeacher:
     """
 
     def __init__(
-        self, scores: Mapping[int, np.ndarray], prompter: Prompter, temperature: float, seed: int, told: bool
+        self,
+        scores: Mapping[int, np.ndarray],
+        prompter: Prompter,
+        temperature: float,
+        seed: int,
+        told: bool,
+        grade_ratio: float = 1.0,
     ) -> None:
         self.scores, self.prompter = scores, prompter
         self.temperature, self.seed, self.told = temperature, seed, told
-        places = np.arange(1, len(GRADES)) / len(GRADES)
-        self.grade_edges = np.quantile(np.concatenate(list(scores.values())), places)
+        self.grade_edges = np.quantile(np.concatenate(list(scores.values())), grade_places(grade_ratio))
 
     def __call__(self, rows: Sequence[RankingRow], attempt: int, batch_seed: int) -> list[Draft]:
         return [self._draft(row, attempt) for row in rows]
