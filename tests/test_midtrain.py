@@ -67,8 +67,9 @@ def test_a_persona_tells_true_facts_of_its_history():
 
 
 @pytest.mark.parametrize("labels", ["semantic_id", "number"])
-def test_an_exercise_grades_by_the_mean_of_the_facts_shown_and_ranks_by_grade(labels):
-    made = list(documents.list_documents(200, FACTS, labels, CATALOGUE, np.random.default_rng(0)))
+@pytest.mark.parametrize(("layout", "before"), [("history_first", "Candidates:\n"), ("candidates_first", "Facts:\n")])
+def test_an_exercise_grades_by_the_mean_of_the_facts_shown_and_ranks_by_grade(labels, layout, before):
+    made = list(documents.list_documents(200, FACTS, labels, CATALOGUE, np.random.default_rng(0), layout=layout))
     seen, sizes = set(), []
     for document in made:
         text = document.given + document.answer
@@ -81,7 +82,8 @@ def test_an_exercise_grades_by_the_mean_of_the_facts_shown_and_ranks_by_grade(la
         if document.given:
             assert document.prompt == "Rank:"
             continue
-        heads, codes = zip(*(line.split(maxsplit=1) for line in document.prompt.split("\n")[3:]), strict=True)
+        lines = document.prompt.partition(before)[2].split("\n")
+        heads, codes = zip(*(line.split(maxsplit=1) for line in lines), strict=True)
         assert [head.rstrip(".") for head in heads] == names
         facts = [dict(code.split(":") for code in line.split()) for line in codes]
         assert len({tuple(words) for words in facts}) == 1

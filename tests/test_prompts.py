@@ -1,4 +1,5 @@
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -73,6 +74,27 @@ def test_numbered_candidates_are_ranked_by_number():
     assert candidate_labels(ROW.candidates, CATALOGUE, PromptSettings(ranking="number")) == ["1", "2"]
 
 
+def test_candidates_stand_first_where_many_users_share_them():
+    shown = {"layout": "candidates_first", "evidence": "codes", "evidence_names": SHOWN, "task": "short"}
+    assert message(**shown, ranking="number", item_fields=["title"]).split("\n") == [
+        "Rank:", "Candidates:", " 1. Alien", " 2. y", "History:", " ‹think› Heat", " Dune",
+        "Facts:", " 1. next:8 like:2", " 2. next:0 like:5",
+    ]  # fmt: skip
+    assert message(**{**shown, "evidence": "words"}, item_fields=["semantic_id"]).split("\n") == [
+        "Rank:", "Candidates:", "<s_a_1><s_b_3>", "<s_a_12><s_b_3>", "History:<s_a_7><s_b_8><s_a_1><s_b_2>", "Facts:",
+        "<s_a_1><s_b_3> chosen next by 10 others after the last item; similarity 0.25 to the last item",
+        "<s_a_12><s_b_3> chosen next by 0 others after the last item; similarity 0.53 to the last item",
+    ]  # fmt: skip
+    full = message(layout="candidates_first")
+    assert "Below are 2 candidates and the items a user took, oldest first. Reorder the 2" in full
+    assert "Facts:" not in full
+    # whatever depends on the user stands behind the candidates
+    prompter = Prompter(CATALOGUE, PromptSettings(**shown), FEATURE_NAMES, EDGES)
+    other = replace(ROW, history=(3,), features=ROW.features + 1)
+    head, of_user = prompter.message(ROW).split("\nHistory:")
+    assert prompter.message(other).startswith(head + "\nHistory:") and prompter.message(other) != head + of_user
+
+
 def test_only_the_latest_history_is_shown():
     assert "Dune" in message(max_history=1) and "Heat" not in message(max_history=1)
 
@@ -100,6 +122,7 @@ def test_settings_come_back_as_saved(tmp_path):
         ({"evidence": "code"}, "evidence is 'code' but must be one of none, codes, words"),
         ({"ranking": "ids"}, "ranking is 'ids' but must be one of"),
         ({"task": "long"}, "task is 'long' but must be one of"),
+        ({"layout": "first"}, "layout is 'first' but must be one of history_first, candidates_first"),
         ({"item_fields": ["title"]}, "must hold semantic_id"),
         ({"item_fields": [], "ranking": "number"}, "item_fields is empty, so that items have no text; name title"),
         ({"item_fields": "semantic_id"}, "must be a list"),
@@ -233,7 +256,7 @@ def assert_is_a_ranking_or_a_failure(text, labels):
 PIECES = [*LABELS, "<s_a_1>", "<s_b_3>", "<s_a_99><s_b_1>", "<s_", "<think>", "</think>", "10", *" \n,1x"]
 
 
-@settings(max_examples=2000, deadline=None, derandomize=True)
+@settings(max_examples=300, deadline=None, derandomize=True)
 @given(st.one_of(st.text(), st.lists(st.sampled_from(PIECES), max_size=12).map("".join)), st.booleans())
 def test_any_text_is_a_ranking_or_a_named_failure(text, after_trace):
     for labels in (LABELS, NUMBERS):
@@ -252,7 +275,7 @@ def mutate(text, edits):
     return data.decode("utf-8", errors="surrogateescape")
 
 
-@settings(max_examples=2000, deadline=None, derandomize=True)
+@settings(max_examples=300, deadline=None, derandomize=True)
 @given(st.permutations(range(3)), st.permutations(range(10)), st.text(max_size=8), EDITS)
 def test_any_byte_level_change_of_a_completion_is_a_ranking_or_a_named_failure(order, numbers, trace, edits):
     for ranking, labels in ((order, LABELS), (numbers, NUMBERS)):

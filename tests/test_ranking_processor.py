@@ -79,19 +79,25 @@ def test_a_million_random_steps_are_those_of_the_grammar():
         assert len(written) <= 6 + sum(sorted(map(len, labels))[-wanted:])
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.5])
-def test_an_engine_with_random_weights_writes_rankings_alone_where_it_is_told_to(tmp_path, temperature):
+MANY = pytest.param(100_000, 32, 1.5, marks=pytest.mark.matrix)
+
+
+@pytest.mark.parametrize(("number", "limit", "temperature"), [(60, 120, 0.0), (60, 120, 1.5), MANY])
+def test_an_engine_with_random_weights_writes_rankings_alone_where_it_is_told_to(tmp_path, number, limit, temperature):
     folder = save_tiny_model(tmp_path / "model")
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    rng, labels, grammars = random.Random(1), [], []
-    for place in range(60):
-        labels.append([str(number) for number in range(1, rng.choice([2, 7, 24]) + 1)])
-        rules = RankingGrammar.of_labels(tokenizer, labels[-1], rng.choice([0, 3]), 120)
-        grammars.append(None if place % 4 == 0 else rules)
-    prompts = ["Rank: History: Candidates:"] * len(labels)
+    rng, labels, grammars, made = random.Random(1), [], [], {}
+    for place in range(number):
+        size = rng.choice([2, 7, 24])
+        key = size, 3 if size == 24 and limit < 120 else rng.choice([0, 3])
+        labels.append([str(label) for label in range(1, size + 1)])
+        if key not in made:
+            made[key] = RankingGrammar.of_labels(tokenizer, labels[-1], key[1], limit)
+        grammars.append(None if place % 4 == 0 and number == 60 else made[key])
+    prompts = ["Rank: History: Candidates:"] * number
     with patch.dict(os.environ, {**recipe.ENVIRONMENT, "OMP_NUM_THREADS": "1"}):
         engine = vllm_engine.open_engine(folder, 200, constrained=True)
-        found = vllm_engine.generate(engine, prompts, 120, temperature=temperature, seed=3, grammars=grammars)
+        found = vllm_engine.generate(engine, prompts, limit, temperature=temperature, seed=3, grammars=grammars)
         assert os.environ["VLLM_USE_V2_MODEL_RUNNER"] == "0"  # it takes no such processor
     for (completion,), of_row, rules in zip(found, labels, grammars, strict=True):
         failure = parse_completion(completion.text, of_row, 0 if rules is None else rules.wanted).failure

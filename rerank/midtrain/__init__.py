@@ -39,7 +39,7 @@ from rerank.models import base as base_model
 from rerank.models.checks import check_pretrained
 from rerank.models.dropout import residual_dropout
 from rerank.models.saving import save_trained
-from rerank.prompts import FACTS, MAX_LETTERS, THINK, THINK_END, word_labels
+from rerank.prompts import FACTS, LAYOUTS, MAX_LETTERS, THINK, THINK_END, word_labels
 from rerank.prompts.facts import NUM_BUCKETS, check_facts
 from rerank.prompts.fields import SEMANTIC_ID
 from rerank.rows import by_user, training_items
@@ -64,6 +64,7 @@ class MidtrainArguments(recipe.StageArguments, base_model.SmallModelArguments):
     num_documents: int = option(0, "Documents in an epoch; 0: every sequence once.")
     list_facts: list[str] = option(list(FACTS), "Facts on the lines of lists, as evidence_names later.")
     list_labels: str = option("semantic_id", "Labels of lists: semantic_id, number or letter.")
+    list_layout: str = option("history_first", "Layout of lists, as `layout` of prompts later.")
     num_buckets: int = option(NUM_BUCKETS, "Buckets of a fact in lists, as the candidates stage has them.")
     longest_list: int = option(LONGEST_LIST, "Candidates of a list at most, as later lists have them.")
     max_items: int = option(50, "Items in one sequence document.")
@@ -79,18 +80,17 @@ class MidtrainArguments(recipe.StageArguments, base_model.SmallModelArguments):
         recipe.StageArguments.__post_init__(self)
         base_model.SmallModelArguments.__post_init__(self)
         check_choice("list_labels", self.list_labels, ("semantic_id", "number", "letter"))
+        check_choice("list_layout", self.list_layout, LAYOUTS)
         if not self.list_facts:
             raise ValueError(
                 f"list_facts is empty; name facts of candidates/features.json, such as {', '.join(FACTS)}"
             )
         check_facts("list_facts", self.list_facts)
-        for name in ("longest_list", "num_buckets"):
-            check_range(name, getattr(self, name), least=2)
+        least = {"longest_list": 2, "num_buckets": 2, "max_items": 2, "eval_recall_rows": 0, "patience": 0}
+        for name, lowest in least.items():  # max_items: a history and its next item
+            check_range(name, getattr(self, name), least=lowest)
         if self.list_labels == "letter":
             check_range("longest_list with list_labels: letter", self.longest_list, most=MAX_LETTERS)
-        check_range("eval_recall_rows", self.eval_recall_rows, least=0)
-        check_range("patience", self.patience, least=0)
-        check_range("max_items", self.max_items, least=2)  # a history and its next item
         check_range("dropout", self.dropout, least=0, below=1)
         if self.patience and not self.eval_recall_rows:
             raise ValueError(

@@ -16,6 +16,7 @@ from rerank.next_item.encoder import NEXT_ITEMS
 from rerank.prompts import THINK, completion, opening, render, word_labels
 from rerank.prompts.facts import NUM_BUCKETS, coded
 from rerank.prompts.fields import SEMANTIC_ID, clean
+from rerank.prompts.message import LAYOUTS, arranged
 from rerank.rows import windows
 
 if TYPE_CHECKING:
@@ -106,6 +107,7 @@ def list_documents(
     rng: np.random.Generator,
     longest: int = LONGEST_LIST,
     num_buckets: int = NUM_BUCKETS,
+    layout: str = LAYOUTS[0],
 ) -> Iterator[Document]:
     """Exercises for re-ranking on made-up lists: find a candidate's facts, grade them, sort by grade.
 
@@ -121,12 +123,12 @@ def list_documents(
         rng: Draws it all.
         longest: Candidates of a list at most.
         num_buckets: Of a fact.
+        layout: Of the prompts, as `PromptSettings` has it.
     """
     most = min(longest, len(catalogue)) if ranking == SEMANTIC_ID else longest
     for place in range(num):
         size = min(most, int(rng.integers(1, 3 + int(min(1, 2 * place / num) * (longest - 2)))))
         labels = list_labels(ranking, size, catalogue, rng)
-        heads = labels if ranking == SEMANTIC_ID else [f" {label}." for label in labels]
         if rng.random() < GRADED_SHARE:
             grades = rng.integers(0, len(GRADES), size)
             order = by_grade(grades)
@@ -142,9 +144,10 @@ def list_documents(
         # the mean of n uniform buckets in units of its standard deviation: each grade about equally frequent
         above = (buckets.mean(axis=1) - (num_buckets - 1) / 2) * np.sqrt(len(shown) / ((num_buckets**2 - 1) / 12))
         grades = np.searchsorted(NORMAL_EDGES, above)
-        lines = [" ".join([head, *line]) for head, line in zip(heads, texts, strict=True)]
+        lines = [" " + " ".join(line) for line in texts]
         trace = word_short(labels, grades, Facts(texts, buckets.astype(float), lines))
-        prompt = "\n".join(["Rank:", "History:", "Candidates:", *lines])
+        items = labels if ranking == SEMANTIC_ID else [""] * size
+        prompt = arranged(layout, "Rank:", ["History:"], labels, items, lines)
         yield Document("lists", prompt, completion(trace, by_grade(grades), labels))
 
 
@@ -181,7 +184,7 @@ def mixed_documents(
         if not (titles := list(title_documents(catalogue))):
             raise ValueError("mixture has titles but no item has a title or a category; leave titles out of it")
         mixed += _draw(titles, wanted["titles"], rng)
-    shape = args.list_labels, catalogue, rng, args.longest_list, args.num_buckets
+    shape = args.list_labels, catalogue, rng, args.longest_list, args.num_buckets, args.list_layout
     lists = list_documents(wanted["lists"], args.list_facts, *shape)
     places = rng.permutation(len(mixed) + wanted["lists"])
     return [mixed[place] if place < len(mixed) else next(lists) for place in places]

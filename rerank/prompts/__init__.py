@@ -1,8 +1,9 @@
 """Row -> chat prompt, completion -> ranking. The only code that knows the text format.
 
 A prompt is one user message: a task line, the user and the request (where they are shown), the history (oldest first)
-and the candidates in the order shown. A completion is `<think>` trace `</think>` and then the candidates' labels, best
-first: semantic ids, numbers or letters. `facts` words the facts on candidate lines, `fields` writes all other texts.
+and the candidates in the order shown (`message` arranges them). A completion is `<think>` trace `</think>` and then
+the candidates' labels, best first: semantic ids, numbers or letters. `facts` words the facts on candidate lines,
+`fields` writes all other texts.
 """
 
 import json
@@ -13,7 +14,6 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from string import ascii_uppercase
-from typing import TYPE_CHECKING
 
 from rerank.catalogue import Catalogue
 from rerank.launch.values import check_choice, check_range, option
@@ -25,30 +25,14 @@ from rerank.prompts.chat import prompt_ids as prompt_ids
 from rerank.prompts.chat import render as render
 from rerank.prompts.facts import FACTS as FACTS
 from rerank.prompts.facts import check_facts
-from rerank.prompts.fields import HISTORY_FIELDS, SEMANTIC_ID, UNNAMED, FieldTexts
+from rerank.prompts.fields import HISTORY_FIELDS, SEMANTIC_ID, UNNAMED
 from rerank.prompts.fields import clean as clean
-
-if TYPE_CHECKING:
-    from rerank.rows.row import RankingRow
+from rerank.prompts.message import LABEL_NAMES
+from rerank.prompts.message import LAYOUTS as LAYOUTS
+from rerank.prompts.message import rerank_prompt as rerank_prompt
 
 FAILURES = ("no_trace_end", "empty", "junk", "foreign_item", "duplicate", "too_few", "too_many")
 MAX_LETTERS = 26  # candidates that letters can name
-
-_TASK = (
-    "You are an expert re-ranker of recommendations. Below are the items a user took, oldest first, and {n} "
-    "candidates. Reorder the {n} candidates so that the one the user takes next comes first."
-)
-_PRIMING = (
-    "Use what is known of how people buy and consume: an item calls for what completes it (shampoo, then conditioner, "
-    "then styling), a series for its next part, a used-up product for its replacement."
-)
-_ANSWER = (
-    "Write your reasoning between <think> and </think>: the broad pattern of the history, the kind of item that "
-    "complements it, how each candidate matches; name items by their {names}. After </think> write the {label} "
-    "of {named} candidates, best first, and nothing else."
-)
-_AGES = "Behind an item of the history stands how long before the request it was taken, such as 2d for two days."
-_LABEL_NAMES = {"semantic_id": "ids", "number": "numbers", "letter": "letters"}
 
 _ID_TOKEN = re.compile(r"<s_([a-z]+)_[0-9]+>")
 _SEPARATORS = re.compile(r"[\s,]+")
@@ -76,12 +60,16 @@ class PromptSettings:
     ranking: str = option("semantic_id", "Labels of a completion: semantic_id, number, or letter (26 candidates).")
     knowledge_priming: bool = option(False, "Add a sentence of retail and consumption sequence knowledge to the task.")
     task: str = option("full", "Task text: full, or short for tiny models.")
+    layout: str = option(
+        "history_first", "history_first, or candidates_first: lists shared by many users are computed once."
+    )
     top_k: int = option(0, "A completion names the best k, the others keep the order shown; 0: it names all.")
 
     def __post_init__(self) -> None:
         check_choice("evidence", self.evidence, ("none", "codes", "words"))
-        check_choice("ranking", self.ranking, tuple(_LABEL_NAMES))
+        check_choice("ranking", self.ranking, tuple(LABEL_NAMES))
         check_choice("task", self.task, ("full", "short"))
+        check_choice("layout", self.layout, LAYOUTS)
         for name in ("item_fields", "user_fields", "request_fields", "history_fields", "evidence_names"):
             _check_distinct(name, getattr(self, name))
         for name in self.history_fields:
@@ -134,28 +122,6 @@ class Parsed:
     order: list[int] | None = None
     trace: str | None = None
     failure: str | None = None
-
-
-def rerank_prompt(row: "RankingRow", facts: Sequence[str], texts: FieldTexts) -> str:
-    """The user message for one row.
-
-    Args:
-        row: Its history and its candidates in the order shown.
-        facts: What stands behind each candidate's item (`grading.Facts.lines`).
-        texts: Writes items and fields.
-    """
-    settings = texts.settings
-    lines = [
-        _task_line(len(row.candidates), settings),
-        *texts.row_lines(row),
-        *texts.history_lines(row),
-        "Candidates:",
-    ]
-    labels = candidate_labels(row.candidates, texts.catalogue, settings)
-    for label, item, fact in zip(labels, row.candidates, facts, strict=True):
-        prefix = "" if settings.ranking == SEMANTIC_ID else f" {label}."
-        lines.append(prefix + texts.item_line(item) + fact)
-    return "\n".join(lines)
 
 
 def candidate_labels(candidates: Sequence[int], catalogue: Catalogue, settings: PromptSettings) -> list[str]:
@@ -244,22 +210,6 @@ def _parse(text: str, labels: tuple[str, ...], top_k: int) -> Parsed:
         return Parsed(trace=trace, failure=failure)
     order = [places[label].pop() for label in written]
     return Parsed(order=[*order, *sorted(place for of in places.values() for place in of)], trace=trace)
-
-
-def _task_line(num_candidates: int, settings: PromptSettings) -> str:
-    names_some = 0 < settings.top_k < num_candidates
-    named = f"the best {settings.top_k}" if names_some else f"all {num_candidates}"
-    sentences = [f"Rank {named}:" if names_some else "Rank:"]
-    if settings.task == "full":
-        sentences = [_TASK, *([_AGES] if "time" in settings.history_fields else []), _ANSWER]
-    if settings.knowledge_priming:
-        sentences.insert(1, _PRIMING)
-    names = {"label": _LABEL_NAMES[settings.ranking], "names": _LABEL_NAMES[settings.ranking]}
-    if settings.shows_ids:
-        names["names"] = _LABEL_NAMES[SEMANTIC_ID]
-    if settings.ranking != SEMANTIC_ID:
-        names["label"] += ", separated by spaces,"
-    return " ".join(sentences).format(n=num_candidates, named=named, **names)
 
 
 def _split_words(answer: str, pattern: re.Pattern[str]) -> list[str] | None:

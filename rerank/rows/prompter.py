@@ -114,7 +114,7 @@ class Prompter:
 
     def message(self, row: RankingRow) -> str:
         """The user message."""
-        return rerank_prompt(row, self.facts(row).lines, self.texts)
+        return rerank_prompt(row, self.labels(row), self.facts(row).lines, self.texts)
 
     def prompt(self, row: RankingRow) -> str:
         """The text that the model completes."""
