@@ -15,7 +15,7 @@ from toy_run import finish, rollout, write_items, write_rollouts, write_run, wri
 
 from rerank import cli, probe, prompts
 from rerank.launch import pipeline, recipe, run_dir
-from rerank.probe import policies
+from rerank.probe import policies, scores
 from rerank.probe.rows import NO_LIMIT, SEED, read_rows, reward_columns
 from rerank.probe.scores import Scorer, best_blind_order
 from rerank.prompts import PromptSettings, parse_completion
@@ -292,6 +292,16 @@ def test_every_policy_writes_what_its_name_says(run):
     }
     assert texts["junk_with_target"].split()[4] == "7,"
     assert parsed["no_trace"].trace == "" and parsed["oracle"].trace == "best 7"
+
+
+def test_rows_scored_in_parts_earn_the_same(run, monkeypatch):
+    rows, scorer = read_rows({"run_dir": run}, 0)[0], Scorer(load_rewards(NAIVE), "rank_gain", 3)
+    whole = scorer.draw(policies.random_order, rows)
+    monkeypatch.setattr(scores, "ROWS_AT_ONCE", 3)
+    parts = scorer.draw(policies.random_order, rows)
+    assert len(rows) % 3 and whole.gains.shape == (3, len(rows)) and len(set(whole.gains.flatten())) > 2
+    for name in ("parts", "outcomes", "gains"):
+        assert (getattr(whole, name) == getattr(parts, name)).all()
 
 
 def test_rows_are_those_of_the_recipe_and_without_traces_all_by_id(run):

@@ -17,6 +17,7 @@ from rerank.probe.rows import ProbeRow, reward_columns
 from rerank.prompts import parse_completion
 from rerank.scoring import RANK_GAIN, Reward
 
+ROWS_AT_ONCE = 2000  # whose completions the parser remembers while all rewards read them
 NUM_RANDOM = 100  # random orders of each row, whose mean is the zero
 SAME = 1e-9  # rewards that differ by less are equal
 
@@ -58,15 +59,22 @@ class Scorer:
         """Completions of every row; one draw of a policy that is not random, which writes the same in each."""
         values, gains = [], []
         for seed in range(first_seed, first_seed + (self.num_draws if policy in policies.RANDOM else 1)):
-            texts = [policy(row, random.Random(f"{seed} {row.row.row_id}")) for row in rows]
-            values.append(scoring.score(self.rewards, texts, reward_columns(rows, texts)).values)
-            pairs = zip(rows, texts, strict=True)
-            orders = [parse_completion(text, row.labels, row.top_k).order for row, text in pairs]
-            gains.append([row.row.rank_gain(order) for row, order in zip(rows, orders, strict=True)])
+            starts = range(0, len(rows), ROWS_AT_ONCE)
+            parts = [self._once(policy, rows[start : start + ROWS_AT_ONCE], seed) for start in starts]
+            values.append(np.concatenate([value for value, _ in parts]))
+            gains.append(np.concatenate([gain for _, gain in parts]))
         paid = np.nan_to_num(values) * [reward.weight for reward in self.rewards]
         names = [RANK_GAIN, *(reward.name for reward in self.rewards)]
         outcomes = [gains, *np.moveaxis(np.array(values), -1, 0)][names.index(self.outcome)]
         return Draws(paid, np.array(outcomes), np.array(gains))
+
+    def _once(self, policy: Policy, rows: Sequence[ProbeRow], seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """(D, rewards) values and (D,) rank gains of one completion of each row."""
+        texts = [policy(row, random.Random(f"{seed} {row.row.row_id}")) for row in rows]
+        values = scoring.score(self.rewards, texts, reward_columns(rows, texts)).values
+        pairs = zip(rows, texts, strict=True)
+        gains = [row.row.rank_gain(parse_completion(text, row.labels, row.top_k).order) for row, text in pairs]
+        return values, np.array(gains, dtype=float)
 
 
 @dataclass(frozen=True)

@@ -218,12 +218,20 @@ def _split_words(answer: str, pattern: re.Pattern[str]) -> list[str] | None:
     return written if written and all(pattern.fullmatch(word) for word in written) else None
 
 
+@lru_cache
+def _whole_id(levels: tuple[str, ...]) -> re.Pattern[str]:
+    return re.compile("".join(f"<s_{level}_[0-9]+>" for level in levels))
+
+
 def _split_ids(answer: str, label: str) -> list[str] | None:
     """The semantic ids written, each with the levels of `label`, None when anything else stands there."""
-    tokens = list(_ID_TOKEN.finditer(answer))
     levels = _ID_TOKEN.findall(label)
     if not levels:
         raise ValueError(f"candidate label {label!r} is neither a number nor a semantic id; check the row.")
+    whole = _whole_id(tuple(levels))
+    if not whole.sub("", answer).strip():
+        return whole.findall(answer)
+    tokens = list(_ID_TOKEN.finditer(answer))
     if _ID_TOKEN.sub("", answer).strip() or len(tokens) % len(levels):
         return None
     groups = [tokens[start : start + len(levels)] for start in range(0, len(tokens), len(levels))]
