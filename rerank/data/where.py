@@ -17,7 +17,7 @@ from sqlglot import exp
 from rerank.baselines.counts import MILLISECONDS
 from rerank.data.asked import ALLOWED
 from rerank.data.filters import Problem, count, screen
-from rerank.data.sources.cells import as_seconds, as_text, number
+from rerank.data.sources.cells import SPACED_OFFSET, as_seconds, as_text, number
 from rerank.data.sources.delimited import is_number
 from rerank.data.sources.source import Cells, Source
 
@@ -267,7 +267,7 @@ def _is_text(node: exp.Expr) -> bool:
 
 def _is_date(text: str) -> bool:
     try:
-        datetime.datetime.fromisoformat(text)
+        datetime.datetime.fromisoformat(re.sub(*SPACED_OFFSET, text))
     except ValueError:
         return False
     return True

@@ -9,6 +9,7 @@ import ibis
 from ibis.expr.types import ArrayColumn, Column
 
 MISSING = ("", "null", "nan")  # how a text cell writes a missing number
+SPACED_OFFSET = r"(\d)\s+([+-]\d|Z)", r"\1\2"  # of an offset from UTC behind a space, and how it is read
 _SPACES = (" ", "\t", "\n", "\r", "\f")
 
 
@@ -96,13 +97,16 @@ def _scalar(column: Column) -> Column:
 
 
 def as_seconds(column: Column) -> Column:
-    """Unix seconds from a number, a date or its text; null where it is neither."""
+    """Unix seconds from a number, a date or its text; null where it is neither.
+
+    An offset from UTC (`+02:00`, `-0500`, `Z`) or a time zone is read; a date without one is UTC.
+    """
     if column.type().is_temporal():
         return _epoch(column.cast("timestamp"))
     if column.type().is_integer():
         return column.cast("float64")
     text = _scalar(column) if column.type().is_json() else column.cast("string")
-    return ibis.coalesce(number(text), _epoch(text.try_cast("timestamp")))
+    return ibis.coalesce(number(text), _epoch(text.re_replace(*SPACED_OFFSET).try_cast("timestamp('UTC')")))
 
 
 def _epoch(moment: Column) -> Column:
