@@ -156,13 +156,13 @@ def test_lines_that_are_no_json_are_counted_as_such_and_keep_the_places_of_other
 
 
 def test_names_for_a_file_that_has_its_own_header_are_refused():
-    rows = "userId,movieId,time\nu1,i1,5\nu2,i2,6\n"
+    rows = "customer,movieId,time\nu1,i1,5\nu2,i2,6\n"
     named = {"csv": {"header": ["user", "item", "time"]}}
     line = refused(
         "t.csv line 1 has 'time' where the next 2 rows have numbers: a header; leave", "t.csv", rows, **named
     )
     assert "leave header out of csv" in line
-    assert len(read_interactions("t.csv", columns={"user": "userId", "item": "movieId"})[0]) == 2
+    assert len(read_interactions("t.csv", columns={"user": "customer", "item": "movieId"})[0]) == 2
     rows = "u1,i1,null\nu2,i2,6\nu3,i3,7\n"
     assert len(read_interactions("t.csv", rows, columns={"time": None}, **named)[0]) == 3
 
