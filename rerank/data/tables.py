@@ -220,6 +220,11 @@ def drop_duplicates(con: ibis.BaseBackend, table: Table, names: Names) -> Table:
     return con.create_table(ibis.util.gen_name("table"), firsts, temp=True)
 
 
+def sequence_order(split: str | None) -> list[str]:
+    """The columns by which a user's interactions are put in order."""
+    return ["time", "position", "source_row"] if split == "by_time" else ["position", "time", "source_row"]
+
+
 def k_core(con: ibis.BaseBackend, table: Table, min_user: int, min_item: int) -> Table:
     """The largest part in which every user and every item keeps its minimum of interactions."""
     if max(min_user, min_item) <= 1:

@@ -110,7 +110,7 @@ def read_interactions(
         args = replace(args, columns=mapped | dict(columns or {}))
         read, names, left_out = tables.read_interactions(con, source, args)
         _say(left_out, source)
-        order = ["position", "time", "source_row"]
+        order = tables.sequence_order(reading.get("split"))
         kept = drop_repetitions(con, tables.drop_duplicates(con, read, names), args.dedupe, order)
         return kept.order_by(["user_id", *order]).select("user_id", "item_id", "time").to_pyarrow()
 
