@@ -80,3 +80,8 @@ def test_ids_that_begin_as_names_of_columns_are_rows():
     assert found == [("user_1", "item_1", None), ("user_2", "item_1", None)]
     found = read_items("i.csv", "東京,Tokyo\n", item_columns={"item": "id"}, items_csv={"header": ["id", "title"]})[0]
     assert found == [("東京", "Tokyo", "")]
+
+
+def test_a_blank_first_line_is_no_header():
+    refused("^t.csv line 1 is blank; remove it", "t.csv", f"\n\nuser,item\n{WORDS}")
+    refused("^t.csv line 1 is blank; remove it", "t.csv", f"\n{WORDS}", csv={"header": NAMES})

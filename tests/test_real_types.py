@@ -80,6 +80,8 @@ def test_comparisons_that_are_not_what_they_look_like_are_refused():
     assert "as a number in the unit of time, without quotes" in line
     assert len(read_interactions("t.csv", where="time >= 1420070500000")[0]) == 1
     refused("text '9' in order; write the number without quotes: 9", "t.csv", where="time > '9'")
+    line = refused("text '11/13/2019' in order, letter by letter", "t.csv", where="time >= '11/13/2019'")
+    assert line.endswith("write a date as '2024-03-31 12:00:00'")
     refused("a missing value equals no text; write IS NULL", "t.csv", where="item = ''")
 
 

@@ -205,6 +205,11 @@ class Condition:
                     f"where is {self.text!r}, which puts the text '{text}' in order; write the number without quotes: "
                     f"{text}"
                 )
+            if is_order and text[0].isdigit() and not _is_date(text):
+                raise ValueError(
+                    f"where is {self.text!r}, which puts the text '{text}' in order, letter by letter; "
+                    "write a date as '2024-03-31 12:00:00'"
+                )
 
     def _number(self, node: exp.Expr, cells: Cells) -> Column:
         if isinstance(node, exp.Paren):

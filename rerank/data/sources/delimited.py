@@ -42,6 +42,9 @@ class Delimited(TextFiles):
         self.asked = asked
         self.rejects = ibis.util.gen_name("rejects") if asked.drops_bad else None
         headers = [next(self._rows(file), []) for file in self.files]
+        for file, header in zip(self.as_given, headers, strict=True):
+            if not any(header):
+                raise ValueError(f"{file} line 1 is blank; remove it, and other blank lines at the beginning")
         first_rows = list(itertools.islice(self._rows(self.files[0]), 1, _FIRST_ROWS))
         columns = [word.split(":")[0] for word in headers[0]] if form == "recbole" else headers[0]
         columns = list(map(str, given)) if isinstance(given, list) else columns
