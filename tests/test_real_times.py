@@ -59,3 +59,9 @@ def test_requests_and_metaranks_events_read_offsets(tmp_path):
     assert [row["time"] for row in run(tmp_path, log)["rows"]] == wanted
     path = write_lines(tmp_path / "events.jsonl", map(json.dumps, [*events, interaction(LOG[0], "a", log[0]["time"])]))
     assert [row["time"] for row in run(tmp_path, path)["rows"]] == wanted
+
+
+def test_a_time_of_day_is_no_time():
+    table = pa.table({"user": ["u"], "item": ["a"], "time": [datetime.time(12, 30)]})
+    with pytest.raises(ValueError, match="t.parquet row 1: time is '12:30:00', not a number of seconds or a date"):
+        read_interactions("t.parquet", table)

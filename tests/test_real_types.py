@@ -139,6 +139,14 @@ def test_text_that_looks_like_a_list_is_an_id_but_in_json():
     )
 
 
+def test_a_reason_is_told_without_hints_about_duckdb():
+    twice = '{"user": "u", "item": "a", "item": "b"}\n'
+    assert refused('t.jsonl", in line 1: .* has duplicate key "item"; correct', "t.jsonl", twice).count("Try") == 0
+    assert "Try" not in refused(
+        "unexpected end of data; correct the row", "p.jsonl", '{\n"user": "u",\n"item": "c"}\n'
+    )
+
+
 def test_unreadable_lines_of_ready_rows_are_counted(tmp_path):
     rows = [("train", "a b c"), ("train", "b c d"), ("valid", "c d e"), ("test", "d e f")]
     lines = [f"{split},u,{time},{items}\n" for time, (split, items) in enumerate(rows)]

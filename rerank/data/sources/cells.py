@@ -108,6 +108,8 @@ def as_seconds(column: Column) -> Column:
 
     An offset from UTC (`+02:00`, `-0500`, `Z`) or a time zone is read; a date without one is UTC.
     """
+    if column.type().is_time():  # of a day
+        return ibis.null("float64")
     if column.type().is_temporal():
         return _epoch(column.cast("timestamp"))
     if column.type().is_integer():
