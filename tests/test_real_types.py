@@ -80,6 +80,8 @@ def test_comparisons_that_are_not_what_they_look_like_are_refused():
     assert "as a number in the unit of time, without quotes" in line
     assert len(read_interactions("t.csv", where="time >= 1420070500000")[0]) == 1
     refused("text '9' in order; write the number without quotes: 9", "t.csv", where="time > '9'")
+    line = refused("text '11/13/2019' in order, letter by letter", "t.csv", where="time >= '11/13/2019'")
+    assert line.endswith("write a date as '2024-03-31 12:00:00'")
     refused("a missing value equals no text; write IS NULL", "t.csv", where="item = ''")
 
 
@@ -137,6 +139,14 @@ def test_text_that_looks_like_a_list_is_an_id_but_in_json():
     )
 
 
+def test_a_reason_is_told_without_hints_about_duckdb():
+    twice = '{"user": "u", "item": "a", "item": "b"}\n'
+    assert refused('t.jsonl", in line 1: .* has duplicate key "item"; correct', "t.jsonl", twice).count("Try") == 0
+    assert "Try" not in refused(
+        "unexpected end of data; correct the row", "p.jsonl", '{\n"user": "u",\n"item": "c"}\n'
+    )
+
+
 def test_unreadable_lines_of_ready_rows_are_counted(tmp_path):
     rows = [("train", "a b c"), ("train", "b c d"), ("valid", "c d e"), ("test", "d e f")]
     lines = [f"{split},u,{time},{items}\n" for time, (split, items) in enumerate(rows)]
@@ -156,13 +166,13 @@ def test_lines_that_are_no_json_are_counted_as_such_and_keep_the_places_of_other
 
 
 def test_names_for_a_file_that_has_its_own_header_are_refused():
-    rows = "userId,movieId,time\nu1,i1,5\nu2,i2,6\n"
+    rows = "customer,movieId,time\nu1,i1,5\nu2,i2,6\n"
     named = {"csv": {"header": ["user", "item", "time"]}}
     line = refused(
         "t.csv line 1 has 'time' where the next 2 rows have numbers: a header; leave", "t.csv", rows, **named
     )
     assert "leave header out of csv" in line
-    assert len(read_interactions("t.csv", columns={"user": "userId", "item": "movieId"})[0]) == 2
+    assert len(read_interactions("t.csv", columns={"user": "customer", "item": "movieId"})[0]) == 2
     rows = "u1,i1,null\nu2,i2,6\nu3,i3,7\n"
     assert len(read_interactions("t.csv", rows, columns={"time": None}, **named)[0]) == 3
 

@@ -81,7 +81,8 @@ class DataArguments(recipe.StageArguments):
         None,
         "Columns of interactions, {user: ..., item: ..., time: ..., position: ..., split: ...}, where "
         "they differ from these; ready rows have items, or history and item. position, which orders before time, has "
-        "a say only where it is named here, and null takes a column's say away.",
+        "a say only where it is named here, and null takes a column's say away. A time is a number or a date, of UTC "
+        "unless it has an offset such as +02:00.",
     )
     item_columns: dict[str, str | None] | None = option(
         None, "Columns of items, {item: ..., title: ..., category: ..., brand: ...} and any others to keep."

@@ -117,7 +117,7 @@ def _read_items(
 def _from_interactions(con: ibis.BaseBackend, args: DataArguments, source: Source) -> Prepared:
     read, names, left_out = tables.read_interactions(con, source, args)
     _check_split_columns(args, source, read, names)
-    order = ["time", "position", "source_row"] if args.split == "by_time" else ["position", "time", "source_row"]
+    order = tables.sequence_order(args.split)
     unique = tables.drop_duplicates(con, read, names)
     num_read, num_unique = count(read), count(unique)
     kept = drop_repetitions(con, unique, args.dedupe, order)

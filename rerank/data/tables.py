@@ -11,12 +11,14 @@ from ibis.expr.types import Column, Table
 
 from rerank.data import DataArguments
 from rerank.data.filters import Problem, count, first_row, screen
-from rerank.data.sources.cells import as_seconds, as_text, collapsed, has_space, plain_text
+from rerank.data.sources.cells import as_seconds, as_text, collapsed, has_space, is_nested, plain_text
 from rerank.data.sources.columns import Names, log_columns, pick_columns, require_column
-from rerank.data.sources.source import Source
+from rerank.data.sources.source import Cells, Source
 from rerank.data.where import Condition
 
 INTERACTION_COLUMNS = ("user", "item", "time", "position", "split")
+IDS = ("user", "item")
+_ORDER_COLUMNS = {"time": "float64", "position": "int64", "split": "string"}  # and their types
 ITEM_COLUMNS = ("item", "item_id", "title", "category", "text", "source_row")
 SPLITS = dict(train="train", history="train", valid="valid", validation="valid", dev="valid", test="test")
 
@@ -126,28 +128,9 @@ def read_interactions(
     of_condition = condition.columns if condition else []
     log_columns(source, names, *of_condition)
     cells = source.cells([*names.values(), *of_condition], as_text=True)
-    raw = {name: as_text(cells[names[name]]) for name in ("position", "split") if name in names}
-    values = {
-        "time": as_seconds(cells[names["time"]]) if "time" in names else ibis.null("float64"),
-        "position": raw["position"].try_cast("int64") if "position" in names else ibis.null("int64"),
-        "split": split_name(raw["split"]) if "split" in names else ibis.null("string"),
-    }
-    unread = {  # each text stands here once: DuckDB computes what stands twice for every row
-        f"raw_{name}": ibis.ifelse(
-            values[name].isnull(), plain_text(cells[names[name]]).fill_null("").strip(), ibis.null("string")
-        )
-        for name in values
-        if name in names
-    }
-    table = cells.select(
-        user_id=plain_text(cells[names["user"]]).fill_null(""),
-        item_id=plain_text(cells[names["item"]]).fill_null(""),
-        **{f"nested_{name}": source.nested(cells, names[name]) for name in ("user", "item")},
-        **values,
-        **unread,
-        **(condition.values(cells) if condition else {}),
-    )
-    table = _with_plain_ids(con, materialise(con, table, source))
+    of_row = condition.values(cells) if condition else {}
+    table = cells.select(**_id_columns(cells, source, names), **_order_columns(cells, names), **of_row)
+    table = _with_constants(_with_plain_ids(con, materialise(con, table, source)), source)
     left_out = source.num_unreadable()
     if condition:  # first, so that the rows for which it does not hold may hold anything
         table, excluded = condition.screened(table, source, args.on_bad_rows)
@@ -158,12 +141,44 @@ def read_interactions(
     return table, names, left_out
 
 
+def _id_columns(cells: Cells, source: Source, names: Names) -> dict[str, Column]:
+    """The ids, whether any `has_space`, and `nested_user` and `nested_item` where their texts do not tell it."""
+    texts = {f"{name}_id": plain_text(cells[names[name]]).fill_null("") for name in IDS}
+    typed = [name for name in IDS if not cells[names[name]].type().is_string()]
+    nested = {f"nested_{name}": source.nested(cells, names[name]) for name in typed}
+    return {**texts, "has_space": has_space(texts["user_id"].concat(texts["item_id"])), **nested}
+
+
+def _order_columns(cells: Cells, names: Names) -> dict[str, Column]:
+    """time, position and split as far as the source has them, and the text of each that cannot be read, `raw_NAME`."""
+    known = {name: cells[names[name]] for name in _ORDER_COLUMNS if name in names}
+    read = {
+        "time": as_seconds,
+        "position": lambda column: as_text(column).try_cast("int64"),
+        "split": lambda column: split_name(as_text(column)),
+    }
+    values = {name: read[name](column) for name, column in known.items()}
+    unread = {  # each text stands here once: DuckDB computes what stands twice for every row
+        f"raw_{name}": ibis.ifelse(
+            values[name].isnull(), plain_text(column).fill_null("").strip(), ibis.null("string")
+        )
+        for name, column in known.items()
+    }
+    return values | unread
+
+
 def _with_plain_ids(con: ibis.BaseBackend, table: Table) -> Table:
-    """The interactions with `collapsed` ids, which are looked at once and computed only where any has white space."""
-    ids = {name: table[name] for name in ("user_id", "item_id")}
-    if not has_space(ids["user_id"].concat(ids["item_id"])).any().to_pyarrow().as_py():
+    """The interactions with `collapsed` ids, which are computed only where any `has_space`."""
+    if count(table.filter(table.has_space)) == 0:
         return table
-    return _stored(con, table.mutate(**{name: collapsed(column) for name, column in ids.items()}))
+    return _stored(con, table.mutate(**{f"{name}_id": collapsed(table[f"{name}_id"]) for name in IDS}))
+
+
+def _with_constants(table: Table, source: Source) -> Table:
+    """The interactions with columns that would cost as much to store as the others, and are quickly computed."""
+    nested = {f"nested_{name}": is_nested(table[f"{name}_id"]) & source.is_json for name in IDS}
+    missing = nested | {name: ibis.null(kind) for name, kind in _ORDER_COLUMNS.items()}
+    return table.mutate(**{name: column for name, column in missing.items() if name not in table.columns})
 
 
 def split_name(text: Column) -> Column:
@@ -218,6 +233,11 @@ def drop_duplicates(con: ibis.BaseBackend, table: Table, names: Names) -> Table:
         split=_.split.argmin(_.source_row), source_row=_.source_row.min()
     )
     return con.create_table(ibis.util.gen_name("table"), firsts, temp=True)
+
+
+def sequence_order(split: str | None) -> list[str]:
+    """The columns by which a user's interactions are put in order."""
+    return ["time", "position", "source_row"] if split == "by_time" else ["position", "time", "source_row"]
 
 
 def k_core(con: ibis.BaseBackend, table: Table, min_user: int, min_item: int) -> Table:

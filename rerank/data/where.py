@@ -17,7 +17,7 @@ from sqlglot import exp
 from rerank.baselines.counts import MILLISECONDS
 from rerank.data.asked import ALLOWED
 from rerank.data.filters import Problem, count, screen
-from rerank.data.sources.cells import as_seconds, as_text, number
+from rerank.data.sources.cells import SPACED_OFFSET, as_seconds, as_text, number
 from rerank.data.sources.delimited import is_number
 from rerank.data.sources.source import Cells, Source
 
@@ -205,6 +205,11 @@ class Condition:
                     f"where is {self.text!r}, which puts the text '{text}' in order; write the number without quotes: "
                     f"{text}"
                 )
+            if is_order and text[0].isdigit() and not _is_date(text):
+                raise ValueError(
+                    f"where is {self.text!r}, which puts the text '{text}' in order, letter by letter; "
+                    "write a date as '2024-03-31 12:00:00'"
+                )
 
     def _number(self, node: exp.Expr, cells: Cells) -> Column:
         if isinstance(node, exp.Paren):
@@ -267,7 +272,7 @@ def _is_text(node: exp.Expr) -> bool:
 
 def _is_date(text: str) -> bool:
     try:
-        datetime.datetime.fromisoformat(text)
+        datetime.datetime.fromisoformat(re.sub(*SPACED_OFFSET, text))
     except ValueError:
         return False
     return True

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -23,7 +24,7 @@ from rerank.catalogue import check_vocabulary
 from rerank.launch import run_dir
 from rerank.launch.files import delete_folder
 from rerank.models.ranker import EVIDENCE_FILE, RankingModel
-from rerank.models.saving import SOURCES_FILE, ItemSources
+from rerank.models.saving import SOURCES_FILE, USERS_FILE, ItemSources, digests
 from rerank.next_item.encoder import SETTINGS, NextItemEncoder
 from rerank.rank.items import read_new_items, with_new_items
 
@@ -174,6 +175,9 @@ def refresh(
 ) -> tuple[Path, Counts]:
     """Count the interactions of a file in place of those that a re-ranker's facts rest on; bucket edges stay.
 
+    They are read as the run's recipe reads its own: `where`, `dedupe`, `on_bad_rows`, and `min_user_interactions` for
+    users that the run's data did not keep. Items are those that the model knows.
+
     Args:
         model_dir: Of the sft or dapo stage.
         interactions_path: All interactions that the counts may know, those of before too.
@@ -202,15 +206,44 @@ def _count_anew(folder: Path, interactions_path: str | Path, columns: Mapping[st
     reading = ItemSources.load(folder).reading if (folder / SOURCES_FILE).is_file() else {}
     table = read_interactions(interactions_path, reading, columns)
     items = np.array([numbers.get(item_id, -1) for item_id in table["item_id"].to_pylist()])
-    _check_known(items, old, model, interactions_path)
-    users = np.unique(table["user_id"].to_numpy(zero_copy_only=False), return_inverse=True)[1][items >= 0]
-    known = items[items >= 0]
+    user_ids, users = np.unique(table["user_id"].to_numpy(zero_copy_only=False), return_inverse=True)
+    kept = (items >= 0) & _frequent(folder, reading, user_ids, users, items)[users]
+    _check_known(items, kept, old, model, interactions_path)
+    users, known = users[kept], items[kept]
     order = np.argsort(users, kind="stable")
     parts = np.split(known[order], np.flatnonzero(np.diff(users[order])) + 1)
-    times = table["time"].to_numpy(zero_copy_only=False).astype(float)[items >= 0]
+    times = table["time"].to_numpy(zero_copy_only=False).astype(float)[kept]
     until = float(np.nanmax(times)) if np.isfinite(times).any() else None
     _check_unit(until, old, folder, interactions_path)
     return Counts.fit(dict(enumerate(parts)), old.num_items, old.facts, old.feedback, until)
+
+
+def _frequent(
+    folder: Path, reading: Mapping[str, Any], user_ids: np.ndarray, users: np.ndarray, items: np.ndarray
+) -> np.ndarray:
+    """(U,) whether a user counts: one that the run's data kept, or with its fewest interactions of known items.
+
+    Args:
+        folder: Of the model.
+        reading: Keys of the run's recipe.
+        user_ids: (U,).
+        users: (interactions,) number of the user of each.
+        items: (interactions,) its item, -1 where the model does not know it.
+    """
+    least = reading.get("min_user_interactions") or 0
+    if least <= 1:
+        return np.ones(len(user_ids), dtype=bool)
+    path = folder / USERS_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: the folder was copied in part; copy the whole folder")
+    sizes = np.bincount(users[items >= 0], minlength=len(user_ids))
+    frequent = (sizes >= least) | np.isin(digests(user_ids), np.load(path))
+    if not frequent.all():
+        logger.warning(
+            "%d of %d users are left out, who have fewer than %d interactions of known items "
+            "(min_user_interactions of the run's data)", (~frequent).sum(), len(frequent), least,
+        )  # fmt: skip
+    return frequent
 
 
 def _check_unit(until: float | None, old: Counts, folder: Path, path: str | Path) -> None:
@@ -222,22 +255,25 @@ def _check_unit(until: float | None, old: Counts, folder: Path, path: str | Path
         raise ValueError(f"{path} has times in {new} but those of {folder} are in {before}; write them in {before}")
 
 
-def _check_known(items: np.ndarray, old: Counts, model: RankingModel, path: str | Path) -> None:
-    """Refuse interactions of unknown items only; say how many there are, and that the file may lack older ones."""
+def _check_known(items: np.ndarray, kept: np.ndarray, old: Counts, model: RankingModel, path: str | Path) -> None:
+    """Refuse interactions of which none counts; say how many do not, and that the file may lack older ones."""
     num_known, shown = int((items >= 0).sum()), set(model.prompter.settings.evidence_names)
     folder, of_lists = model.folder, shown.intersection(FEEDBACK_FEATURES)
     if not num_known:
         cure = "check the columns, or give these items by `rerank add-items` first"
         raise ValueError(f"{path}: none of its {len(items)} interactions is of an item that {folder} knows; {cure}")
+    if not kept.any():
+        cure = "check the columns, or give the older interactions too"
+        raise ValueError(f"{path}: none of its users has the min_user_interactions of the run's data; {cure}")
     if num_known < len(items):
         logger.warning(
             "%d of %d interactions are of items that the model does not know, and are left out; `rerank add-items` "
             "adds such items", len(items) - num_known, len(items),
         )  # fmt: skip
-    if num_known < old.popularity.sum():
+    if kept.sum() < old.popularity.sum():
         logger.warning(
             "%s has %d interactions of known items but the counts of before rest on %d: they are replaced, so give "
-            "the older ones too", path, num_known, old.popularity.sum(),
+            "the older ones too", path, kept.sum(), old.popularity.sum(),
         )  # fmt: skip
     if of_lists:
         logger.warning("%s of the prompts rest on lists that were shown, and stay as they are", ", ".join(of_lists))

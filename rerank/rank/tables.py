@@ -80,9 +80,8 @@ def read_items(path: str | Path, reading: Mapping[str, Any], with_text: bool) ->
 def _columns(source: Source, mapped: Mapping[str, str | None]) -> dict[str, str | None]:
     """Our names to a file's columns, by a recipe's map or by our own name; others that it lacks are left out."""
     if not (source.has(mapped.get("item") or "item") or source.has("item")):
-        raise ValueError(
-            f"{source.name} has no column {mapped.get('item') or 'item'!r}, of ids; rename the one of ids"
-        )
+        problem = f"{source.name} has no column {mapped.get('item') or 'item'!r}, of ids"
+        raise ValueError(f"{problem}; rename the one of ids, or write a line with the names of its columns above it")
     found: dict[str, str | None] = {name: name for name in mapped if source.has(name)}
     return found | {name: column for name, column in mapped.items() if column is None or source.has(column)}
 
@@ -110,7 +109,7 @@ def read_interactions(
         args = replace(args, columns=mapped | dict(columns or {}))
         read, names, left_out = tables.read_interactions(con, source, args)
         _say(left_out, source)
-        order = ["position", "time", "source_row"]
+        order = tables.sequence_order(reading.get("split"))
         kept = drop_repetitions(con, tables.drop_duplicates(con, read, names), args.dedupe, order)
         return kept.order_by(["user_id", *order]).select("user_id", "item_id", "time").to_pyarrow()
 

@@ -9,6 +9,7 @@ import ibis
 from ibis.expr.types import ArrayColumn, Column
 
 MISSING = ("", "null", "nan")  # how a text cell writes a missing number
+SPACED_OFFSET = r"(\d)\s+([+-]\d|Z)", r"\1\2"  # of an offset from UTC behind a space, and how it is read
 _SPACES = (" ", "\t", "\n", "\r", "\f")
 
 
@@ -32,13 +33,20 @@ def json_valid(text: str) -> bool:  # type: ignore[empty-body]
     """Whether text is JSON; DuckDB's function."""
 
 
+@ibis.udf.scalar.builtin
+def isfinite(number: float) -> bool:  # type: ignore[empty-body]
+    """Whether a number is neither nan nor infinite; DuckDB's function."""
+
+
 def is_nested(column: Column) -> Column:
     """Whether a value is a list or an object, in JSON or in the text of JSON."""
     kind = column.type()
     if kind.is_json():
         return json_type(column).isin(["ARRAY", "OBJECT"])
     if kind.is_string():
-        return (column.startswith("[") | column.startswith("{")) & json_valid(column)
+        # ranges of text, which DuckDB rules out by its statistics, and JSON is read of what is in them alone
+        begins = ((column >= "[") & (column < "\\")) | ((column >= "{") & (column < "|"))
+        return ibis.ifelse(begins, json_valid(column), False)
     return column.notnull() if kind.is_nested() else ibis.literal(False)
 
 
@@ -96,13 +104,18 @@ def _scalar(column: Column) -> Column:
 
 
 def as_seconds(column: Column) -> Column:
-    """Unix seconds from a number, a date or its text; null where it is neither."""
+    """Unix seconds from a number, a date or its text; null where it is neither.
+
+    An offset from UTC (`+02:00`, `-0500`, `Z`) or a time zone is read; a date without one is UTC.
+    """
+    if column.type().is_time():  # of a day
+        return ibis.null("float64")
     if column.type().is_temporal():
         return _epoch(column.cast("timestamp"))
     if column.type().is_integer():
         return column.cast("float64")
     text = _scalar(column) if column.type().is_json() else column.cast("string")
-    return ibis.coalesce(number(text), _epoch(text.try_cast("timestamp")))
+    return ibis.coalesce(number(text), _epoch(text.re_replace(*SPACED_OFFSET).try_cast("timestamp('UTC')")))
 
 
 def _epoch(moment: Column) -> Column:
@@ -113,7 +126,7 @@ def _epoch(moment: Column) -> Column:
 def number(text: Column) -> Column:
     """A finite number from text, null for anything else."""
     value = text.try_cast("float64")
-    return ibis.ifelse(value.isnan() | value.isinf(), ibis.null("float64"), value)
+    return ibis.ifelse(isfinite(value), value, ibis.null("float64"))
 
 
 def is_missing(text: Column) -> Column:

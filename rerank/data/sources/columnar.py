@@ -1,8 +1,9 @@
-"""Parquet files and `datasets`: columns keep their types."""
+"""Parquet files and `datasets`: columns keep their types, but for text of CSV and JSON, which is not typed at all."""
 
+import contextlib
 import gzip
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pyarrow.parquet as pq
 from rerank.data.asked import Asked
 from rerank.data.sources.delimited import different_columns
 from rerank.data.sources.files import readable, scratch_file
+from rerank.data.sources.json_lines import open_json_parts
 from rerank.data.sources.source import Cells, Source, in_memory
 
 
@@ -97,41 +99,64 @@ def _unzipped(con: ibis.BaseBackend, asked: Asked, file: str) -> str:
 
 
 def open_dataset(con: ibis.BaseBackend, asked: Asked) -> Source:
-    """A `datasets` folder or name, written `NAME[:CONFIG][@SPLIT]`."""
-    table = _load_dataset(asked.path(), asked.named)
-    return Source(con, asked, asked.path(), table.column_names, in_memory(table))
-
-
-def _load_dataset(path: str, key: str) -> pa.Table:
-    import datasets
-
+    """A `datasets` folder or name, written `NAME[:CONFIG][@SPLIT]`; JSON in it is read as other JSON is."""
+    path = asked.path()
     name, _, split = path.partition("@")
     name, _, config = name.partition(":")
-    saved = any((Path(name) / file).is_file() for file in ("state.json", "dataset_dict.json"))
+    with _loadable(asked):
+        splits = _splits(name, config or None, split)
+    if split not in splits and (split or len(splits) > 1):
+        raise ValueError(
+            f"{asked.named} is {path}, which has the splits {', '.join(splits)}; name one, as {name}@SPLIT"
+        )
+    found = splits[split] if split else next(iter(splits.values()))
+    if isinstance(found, list):
+        with _loadable(asked):
+            files = list(map(_here, found))
+        return open_json_parts(con, asked, path, files)
+    table = found.with_format("arrow")[:]
+    return Source(con, asked, path, table.column_names, in_memory(table))
+
+
+@contextlib.contextmanager
+def _loadable(asked: Asked) -> Iterator[None]:
+    """Within it errors of `datasets`, which are of many kinds and some of several lines, are one line."""
     try:
-        loaded = datasets.load_from_disk(name) if saved else _load_as_text(name, config or None)
+        yield
     except OSError as error:
+        reason = " ".join(str(error).split())
         raise FileNotFoundError(
-            f"{key} is {path}, no data set on disk or on the hub: {' '.join(str(error).split())}"
+            f"{asked.named} is {asked.path()}, no data set on disk or on the hub: {reason}"
         ) from None
-    except Exception as error:  # of many kinds, some of several lines
+    except Exception as error:
         reason = " ".join(str(error).split())[:200]
         cure = "name its files, such as FOLDER/*.parquet"
-        raise ValueError(f"{key} is {path}, which datasets cannot load: {reason}; {cure}") from None
-    if isinstance(loaded, datasets.DatasetDict):
-        if split not in loaded and (split or len(loaded) > 1):
-            raise ValueError(f"{key} is {path}, which has the splits {', '.join(loaded)}; name one, as {name}@SPLIT")
-        loaded = loaded[split] if split else next(iter(loaded.values()))
-    return loaded.with_format("arrow")[:]
+        raise ValueError(f"{asked.named} is {asked.path()}, which datasets cannot load: {reason}; {cure}") from None
 
 
-def _load_as_text(name: str, config: str | None) -> Any:
-    """A data set, of CSV as text throughout, where `datasets` would take ids such as `007` for numbers."""
+def _splits(name: str, config: str | None, split: str) -> Mapping[str, Any]:
+    """The data set of each split, CSV as text throughout, or a list of its JSON files.
+
+    `datasets` would take ids such as `007` in CSV and 20 digits in JSON for numbers, and `2024-03-01` for a date.
+    """
     import datasets
 
+    if any((Path(name) / file).is_file() for file in ("state.json", "dataset_dict.json")):
+        saved = datasets.load_from_disk(name)
+        return saved if isinstance(saved, datasets.DatasetDict) else {split: saved}
+    builder = datasets.load_dataset_builder(name, config)
+    if builder.info.builder_name == "json" and not builder.config.field:
+        return {str(one): list(files) for one, files in builder.config.data_files.items()}
     loaded = datasets.load_dataset(name, config)
     first = next(iter(loaded.values()))
-    if first.info.builder_name != "csv":
+    if builder.info.builder_name != "csv":
         return loaded
     features = datasets.Features({column: datasets.Value("string") for column in first.column_names})
     return datasets.load_dataset(name, config, features=features, keep_default_na=False)
+
+
+def _here(file: str) -> str:
+    """The path of a file, downloaded if it is not on this machine."""
+    import datasets
+
+    return file if Path(file).is_file() else datasets.DownloadManager().download_and_extract(file)

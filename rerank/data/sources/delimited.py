@@ -42,33 +42,43 @@ class Delimited(TextFiles):
         self.asked = asked
         self.rejects = ibis.util.gen_name("rejects") if asked.drops_bad else None
         headers = [next(self._rows(file), []) for file in self.files]
+        for file, header in zip(self.as_given, headers, strict=True):
+            if not any(header):
+                raise ValueError(f"{file} line 1 is blank; remove it, and other blank lines at the beginning")
         first_rows = list(itertools.islice(self._rows(self.files[0]), 1, _FIRST_ROWS))
+        columns = [word.split(":")[0] for word in headers[0]] if form == "recbole" else headers[0]
+        columns = list(map(str, given)) if isinstance(given, list) else columns
         if given:
-            self._refuse_header(headers[0], first_rows)
+            self._refuse_header(headers[0], first_rows, columns)
         pairs = {pair for row in first_rows if row != headers[0] for pair in enumerate(row)}
         repeated = {word for place, word in enumerate(headers[0]) if word and (place, word) in pairs}
         self._repeated = set() if _is_counted(headers[0]) else repeated
         for file, header in zip(self.as_given, headers, strict=True):
             if self.has_header and header != headers[0]:
                 raise different_columns(asked, {self.as_given[0]: headers[0], file: header})
-        columns = [word.split(":")[0] for word in headers[0]] if form == "recbole" else headers[0]
-        columns = list(map(str, given)) if isinstance(given, list) else columns
         super().__init__(con, asked, name, columns, row_word="line", problem=self._problem(headers[0]))
 
-    def _refuse_header(self, first: list[str], rows: Sequence[Sequence[str]]) -> None:
-        """Refuse names from the recipe for a file whose first line has none but words, above columns of numbers."""
+    def _refuse_header(self, first: list[str], rows: Sequence[Sequence[str]], given: Sequence[str]) -> None:
+        """Refuse names from the recipe for a file that has a header.
+
+        That is a first line without a number or date, in which a column of ids has its own name, or a word stands
+        above numbers.
+        """
         if looks_like_data(first) or _is_counted(first):
             return
+        for word, name in zip(first, given, strict=False):
+            if name in self.asked.id_columns and _plain(word) == _plain(name):
+                raise self._has_header(f"{word!r} in the column {name!r}")
         for place, word in enumerate(first):
             below = [row[place] for row in rows if len(row) > place]
             if word.lower() not in _NO_VALUES and below and all(map(is_number, below)):
-                problem = (
-                    f"{self.as_given[0]} line 1 has {word!r} where the next {len(below)} rows have numbers: a header"
-                )
-                key = self.asked.csv_key
-                raise ValueError(
-                    f"{problem}; leave header out of {key}, and map its columns where they differ from ours"
-                )
+                raise self._has_header(f"{word!r} where the next {len(below)} rows have numbers")
+
+    def _has_header(self, found: str) -> ValueError:
+        cure = "and map its columns where they differ from ours; or remove the line"
+        return ValueError(
+            f"{self.as_given[0]} line 1 has {found}: a header; leave header out of {self.asked.csv_key}, {cure}"
+        )
 
     def _rows(self, file: str) -> Iterator[list[str]]:
         with readable(self.asked, file), open_text(file) as lines:
@@ -141,6 +151,12 @@ class Delimited(TextFiles):
         """Reason to the number of lines that were left out while the table was read."""
         reasons = [reason for _, reason in self._rejects()]
         return {f"line with {reason}": reasons.count(reason) for reason in sorted({*reasons})}
+
+
+def _plain(name: str) -> str:
+    """The name of a column of ids in small letters, without signs and `id`: `user` of `User ID`."""
+    letters = re.sub(r"[\W_]", "", name.lower())
+    return letters.removesuffix("id") or letters
 
 
 def looks_like_data(header: Sequence[str]) -> bool:

@@ -138,6 +138,19 @@ def open_json(con: ibis.BaseBackend, asked: Asked, path: str) -> Source:
     return JsonEntries(con, asked, path, entries)
 
 
+def open_json_parts(con: ibis.BaseBackend, asked: Asked, name: str, files: Sequence[str]) -> Source:
+    """One `.json` file, or several of one object a line, which are one table."""
+    if len(files) == 1:
+        return open_json(con, asked, files[0])
+    for path in files:
+        refuse_empty_file(asked, path)
+        with readable(asked, path), open_text(path, asked.encoding) as file:
+            if not _keys(next((line for line in file if line.strip()), "")):
+                problem = f"{asked.named} is {name}, of several .json files of which {path} is one array or object"
+                raise ValueError(f"{problem}; write each as JSONL (an object a line), or name one")
+    return JsonLines(con, asked, name, files)
+
+
 def _entries(asked: Asked, path: str, key: str, held: object) -> list[dict]:
     """The rows of one id of an object."""
     if isinstance(held, list) and asked.key != "items":

@@ -1,5 +1,6 @@
 """A table that was found: the names of its columns, the cells of those that are wanted, and the places of its rows."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -10,6 +11,8 @@ from ibis.expr.types import Column, Table
 
 from rerank.data.asked import Asked
 from rerank.data.sources.cells import is_nested
+
+_HINT = re.compile("[.,] Try (?:setting|auto-detecting) ")  # of DuckDB's own options
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,7 @@ class Source:
             if line.startswith(("Possible", "LINE ")):
                 break
             reasons += [line] if line.strip() else []
-        reason = ", ".join(reason.strip(" .") for reason in reasons)
+        reason = _HINT.split(", ".join(reason.strip(" .") for reason in reasons))[0]
         return ValueError(f"{self.name} cannot be read: {reason}; {self._cure(str(error))}")
 
     def _cure(self, error: str) -> str:
