@@ -1,5 +1,7 @@
 """Counts of a trained folder that are renewed: the same interactions give the counts that the run's stages made."""
 
+import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +13,7 @@ from toy_run import finish, write_traces
 
 from rerank import candidates, data
 from rerank.baselines import Counts
-from rerank.models.saving import USERS_FILE, save_ranker
+from rerank.models.saving import SOURCES_FILE, save_ranker
 from rerank.rows import Prompter
 
 RECIPE = {
@@ -70,26 +72,30 @@ def assert_same(found: Counts, wanted: Counts):
     assert np.array_equal(found.regression.places, wanted.regression.places)
 
 
-def refreshed(run, log, out):
-    run_command("refresh", run / "sft/model", "--interactions", log, "--out", out)
+def refreshed(folder, log, out):
+    run_command("refresh", folder, "--interactions", log, "--out", out)
     return Counts.load(out / "evidence.npz")
 
 
-def test_the_interactions_of_training_give_the_counts_of_training(made, tmp_path, caplog):
+def test_the_interactions_of_training_give_the_counts_of_training(made, tmp_path):
     run, rows = made
     taken, _ = interactions(run)
-    held_out = {(user, item) for user, item, split in taken if split in ("valid", "test")}
-    write_log(tmp_path / "log.csv", [row for row in rows if row[:2] not in held_out])
+    users, held_out = {user for user, _, _ in taken}, {row[:2] for row in taken if row[2] in ("valid", "test")}
+    write_log(tmp_path / "log.csv", [row for row in rows if row[0] in users and row[:2] not in held_out])
     counted = Counts.load(run / "candidates/evidence.npz")
-    found = refreshed(run, tmp_path / "log.csv", tmp_path / "model")
+    shutil.copytree(run / "sft/model", tmp_path / "old")  # for users whose last interactions are held out
+    sources = json.loads((tmp_path / "old" / SOURCES_FILE).read_text())
+    sources["reading"]["min_user_interactions"] = 1
+    (tmp_path / "old" / SOURCES_FILE).write_text(json.dumps(sources))
+    found = refreshed(tmp_path / "old", tmp_path / "log.csv", tmp_path / "model")
     assert_same(found, counted)
-    assert found.until == counted.until and "(min_user_interactions of the run's data)" in caplog.text
+    assert found.until == counted.until
     assert len({user for user, _, _ in taken}) < 60 and len(counted.popularity) < len(
         {row[1] for row in rows}
     )  # some are rare
 
 
-def test_all_interactions_give_the_counts_of_what_the_data_stage_keeps(made, tmp_path):
+def test_all_interactions_give_the_counts_of_what_the_data_stage_keeps(made, tmp_path, caplog):
     run, rows = made
     taken, items = interactions(run)
     sequences = {}
@@ -97,15 +103,12 @@ def test_all_interactions_give_the_counts_of_what_the_data_stage_keeps(made, tmp
         sequences.setdefault(user, []).append(items.index(item))
     write_log(tmp_path / "log.csv", [*rows, *[("new", "i1", 5, 2000 + k, 0) for k in range(4)]])
     wanted = Counts.fit({user: np.array(of_user) for user, of_user in enumerate(sequences.values())}, len(items))
-    assert_same(refreshed(run, tmp_path / "log.csv", tmp_path / "model"), wanted)
+    assert_same(refreshed(run / "sft/model", tmp_path / "log.csv", tmp_path / "model"), wanted)
+    assert "(min_user_interactions of the run's data)" in caplog.text
 
 
-def test_users_of_too_few_interactions_alone_and_a_folder_copied_in_part_are_refused(made, tmp_path, capfd):
+def test_users_of_too_few_interactions_alone_are_refused(made, tmp_path, capfd):
     run, _ = made
     write_log(tmp_path / "log.csv", [("new", "i1", 5, 2000, 0)])
     words = ("refresh", run / "sft/model", "--interactions", tmp_path / "log.csv", "--out", tmp_path / "model")
     assert "none of its users has the min_user_interactions of the run's data" in refusal(capfd, *words)
-    path = run / "sft/model" / USERS_FILE
-    kept = path.rename(tmp_path / "users.npy")
-    assert f"{USERS_FILE} is missing: the folder was copied in part" in refusal(capfd, *words)
-    kept.rename(path)

@@ -3,16 +3,13 @@ catalogue."""
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import pyarrow.parquet as pq
 import yaml
 
 from rerank.catalogue import Catalogue, check_vocabulary
@@ -30,7 +27,7 @@ if TYPE_CHECKING:
     from rerank.rows import Prompter
 
 BRAND = "brand"  # of items, on which a fact rests
-SOURCES_FILE, ID_TOKENIZER, USERS_FILE = "items.json", "id_tokenizer.npz", "users.npy"
+SOURCES_FILE, ID_TOKENIZER = "items.json", "id_tokenizer.npz"
 OF_ITEMS = ("item_columns", "text_columns", "category_separator", "items_format", "items_csv")  # keys of a recipe
 OF_INTERACTIONS = ("columns", "format", "csv", "where", "dedupe", "split", "min_user_interactions")
 
@@ -92,23 +89,6 @@ def save_item_sources(run: str | Path, folder: Path, num_items: int) -> None:
     write_json(folder / SOURCES_FILE, dataclasses.asdict(ItemSources.of_run(run, num_items)))
     if run_dir.is_finished(run, "semantic_ids"):
         shutil.copy2(run_dir.stage_dir(run, "semantic_ids") / "tokenizer.npz", folder / ID_TOKENIZER)
-
-
-def digests(user_ids: Iterable[str]) -> np.ndarray:
-    """(users,) eight bytes of each id's hash."""
-    found = [hashlib.blake2b(user_id.encode(), digest_size=8).digest() for user_id in user_ids]
-    return np.frombuffer(b"".join(found), dtype="<u8")
-
-
-def save_known_users(run: str | Path, folder: Path) -> None:
-    """Save which users the `min_user_interactions` of a run kept, as digests, where it has any.
-
-    They stay in later counts however few of their interactions these hold.
-    """
-    least = run_dir.read_record(run, "data").given.get("min_user_interactions")
-    if isinstance(least, int) and least > 1:
-        users = pq.read_table(run_dir.stage_dir(run, "data") / "users.parquet")["user_id"]
-        np.save(folder / USERS_FILE, digests(users.to_pylist()))
 
 
 @contextlib.contextmanager
@@ -183,7 +163,6 @@ def save_ranker(
     prompter.settings.save(folder)
     prompter.catalogue.save(folder, [*prompter.settings.item_fields, BRAND])
     save_item_sources(run, folder, len(prompter.catalogue))
-    save_known_users(run, folder)
     candidates_dir = run_dir.stage_dir(run, "candidates")
     for name in (FEATURES_FILE, EVIDENCE_FILE):
         shutil.copy2(candidates_dir / name, folder / name)

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -24,7 +23,7 @@ from rerank.catalogue import check_vocabulary
 from rerank.launch import run_dir
 from rerank.launch.files import delete_folder
 from rerank.models.ranker import EVIDENCE_FILE, RankingModel
-from rerank.models.saving import SOURCES_FILE, USERS_FILE, ItemSources, digests
+from rerank.models.saving import SOURCES_FILE, ItemSources
 from rerank.next_item.encoder import SETTINGS, NextItemEncoder
 from rerank.rank.items import read_new_items, with_new_items
 
@@ -175,8 +174,8 @@ def refresh(
 ) -> tuple[Path, Counts]:
     """Count the interactions of a file in place of those that a re-ranker's facts rest on; bucket edges stay.
 
-    They are read as the run's recipe reads its own: `where`, `dedupe`, `on_bad_rows`, and `min_user_interactions` for
-    users that the run's data did not keep. Items are those that the model knows.
+    They are read as the run's recipe reads its own: by `where`, `dedupe`, `on_bad_rows` and `min_user_interactions`,
+    the latter of known items.
 
     Args:
         model_dir: Of the sft or dapo stage.
@@ -207,7 +206,8 @@ def _count_anew(folder: Path, interactions_path: str | Path, columns: Mapping[st
     table = read_interactions(interactions_path, reading, columns)
     items = np.array([numbers.get(item_id, -1) for item_id in table["item_id"].to_pylist()])
     user_ids, users = np.unique(table["user_id"].to_numpy(zero_copy_only=False), return_inverse=True)
-    kept = (items >= 0) & _frequent(folder, reading, user_ids, users, items)[users]
+    least = reading.get("min_user_interactions") or 0
+    kept = (items >= 0) & _frequent(least, len(user_ids), users[items >= 0])[users]
     _check_known(items, kept, old, model, interactions_path)
     users, known = users[kept], items[kept]
     order = np.argsort(users, kind="stable")
@@ -218,30 +218,19 @@ def _count_anew(folder: Path, interactions_path: str | Path, columns: Mapping[st
     return Counts.fit(dict(enumerate(parts)), old.num_items, old.facts, old.feedback, until)
 
 
-def _frequent(
-    folder: Path, reading: Mapping[str, Any], user_ids: np.ndarray, users: np.ndarray, items: np.ndarray
-) -> np.ndarray:
-    """(U,) whether a user counts: one that the run's data kept, or with its fewest interactions of known items.
+def _frequent(least: int, num_users: int, users: np.ndarray) -> np.ndarray:
+    """(U,) whether a user has the fewest interactions of known items that a run's data asks for.
 
     Args:
-        folder: Of the model.
-        reading: Keys of the run's recipe.
-        user_ids: (U,).
-        users: (interactions,) number of the user of each.
-        items: (interactions,) its item, -1 where the model does not know it.
+        least: That number.
+        num_users: U.
+        users: Number of the user of each interaction of a known item.
     """
-    least = reading.get("min_user_interactions") or 0
-    if least <= 1:
-        return np.ones(len(user_ids), dtype=bool)
-    path = folder / USERS_FILE
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: the folder was copied in part; copy the whole folder")
-    sizes = np.bincount(users[items >= 0], minlength=len(user_ids))
-    frequent = (sizes >= least) | np.isin(digests(user_ids), np.load(path))
+    frequent = np.bincount(users, minlength=num_users) >= least
     if not frequent.all():
         logger.warning(
             "%d of %d users are left out, who have fewer than %d interactions of known items "
-            "(min_user_interactions of the run's data)", (~frequent).sum(), len(frequent), least,
+            "(min_user_interactions of the run's data)", (~frequent).sum(), num_users, least,
         )  # fmt: skip
     return frequent
 
