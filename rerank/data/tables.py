@@ -1,6 +1,7 @@
 """Checked tables from raw sources: items with their text, interactions without duplicates, the k-core, integer ids."""
 
 import functools
+import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -144,9 +145,12 @@ def read_interactions(
 def _id_columns(cells: Cells, source: Source, names: Names) -> dict[str, Column]:
     """The ids, whether any `has_space`, and `nested_user` and `nested_item` where their texts do not tell it."""
     texts = {f"{name}_id": plain_text(cells[names[name]]).fill_null("") for name in IDS}
-    typed = [name for name in IDS if not cells[names[name]].type().is_string()]
+    kinds = {name: cells[names[name]].type() for name in IDS}
+    typed = [name for name, kind in kinds.items() if not kind.is_string()]
     nested = {f"nested_{name}": source.nested(cells, names[name]) for name in typed}
-    return {**texts, "has_space": has_space(texts["user_id"].concat(texts["item_id"])), **nested}
+    spaced = [has_space(texts[f"{name}_id"]) for name, kind in kinds.items() if not kind.is_integer()]
+    any_spaced = functools.reduce(operator.or_, spaced, ibis.literal(False))
+    return {**texts, "has_space": any_spaced, **nested}
 
 
 def _order_columns(cells: Cells, names: Names) -> dict[str, Column]:
