@@ -16,8 +16,8 @@ from rerank.catalogue import Catalogue
 from rerank.metrics import ndcg_at_k
 from rerank.models.ranker import RankingModel
 from rerank.prompts import PromptSettings
+from rerank.rank.encoder import encode_rows
 from rerank.rank.files import read_rows_file
-from rerank.rank.rows import encode_rows
 from rerank.results.intervals import Sampling
 
 

@@ -19,10 +19,11 @@ import numpy as np
 from rerank.baselines import Counts
 from rerank.baselines.counts import in_seconds
 from rerank.models.ranker import RankingModel, generate_answers
+from rerank.rank.encoder import encode_rows
 from rerank.rank.files import Record, open_output, read_rows_file
 from rerank.rank.items import with_new_items
 from rerank.rank.model_folder import find
-from rerank.rank.rows import Encoded, EncodedRow, SettledRow, check_columns, encode_rows
+from rerank.rank.rows import Encoded, EncodedRow, SettledRow, check_columns
 
 __all__ = ["rank_rows"]
 
