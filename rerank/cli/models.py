@@ -128,17 +128,19 @@ def _serve(args: argparse.Namespace) -> None:
     from rerank.launch import recipe
     from rerank.rank import serve
 
-    key = args.api_key or os.environ.get(serve.KEY) or os.environ.get("VLLM_API_KEY")
+    environment = dict(os.environ)
+    recipe.set_environment()  # for the checks alone: those of training are none of a server's
+    of_vllm = environment.pop("VLLM_API_KEY", None)  # which would leave routes open
+    key = args.api_key or environment.get(serve.KEY) or of_vllm
     settings = serve.ServeSettings(args.unknown, args.one_token, args.max_queue, args.max_body, key)
-    added, words = serve.launch_line(args.model_dir, args.host, args.port, args.rest, os.environ)
-    recipe.set_environment()
+    added, words = serve.launch_line(args.model_dir, args.host, args.port, args.rest, environment)
     serve.check(args.model_dir, settings)
     added |= settings.as_environment()
     if args.dry_run:
         print(serve.shown(added, words))
         return
     serve.check_port(args.host, args.port)
-    serve.start(added, words)
+    serve.start({**environment, **added}, words)
 
 
 def _add_items(args: argparse.Namespace) -> None:

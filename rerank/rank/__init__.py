@@ -7,7 +7,8 @@ Where the model's prompts show them, rows have further columns: those of the use
 their names, one for each. Every column comes back as it came; `ranking` (best first), `failure` and `trace` are added.
 Answers are constrained to be rankings. A row that cannot be ranked has no ranking and its reason in `failure`.
 
-`items` ranks items that the model has not seen, `model_folder` adds them to a folder for good, and renews its counts.
+`items` ranks items that the model has not seen, `model_folder` adds them to a folder for good, and renews its counts;
+`serve` answers requests over HTTP.
 """
 
 import logging

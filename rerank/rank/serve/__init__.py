@@ -135,8 +135,7 @@ def shown(added: Mapping[str, str], words: Sequence[str]) -> str:
     return " ".join([*variables, "vllm", shlex.join(words)])
 
 
-def start(added: Mapping[str, str], words: Sequence[str]) -> None:
+def start(environment: Mapping[str, str], words: Sequence[str]) -> None:
     """Become the server: this process is replaced, so that signals reach it."""
     sys.stdout.flush()
-    environment = {name: text for name, text in os.environ.items() if name != "VLLM_API_KEY"}
-    os.execve(sys.executable, [sys.executable, "-m", MODULE, *words], {**environment, **added})
+    os.execve(sys.executable, [sys.executable, "-m", MODULE, *words], environment)
