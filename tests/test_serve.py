@@ -140,7 +140,7 @@ def test_new_documents_have_facts_without_counts(folder):
     [
         ("last", [3, 1, 0, 2], "2 documents are unknown to the model and placed last"),
         ("drop", [3, 1], "2 documents are unknown to the model and left out"),
-        ("refuse", None, "candidates holds 'zz', which the model does not know"),
+        ("refuse", None, "documents[0] is 'zz', which the model does not know; leave it out, or give"),
     ],
 )
 def test_unknown_ids_without_a_text_are_dealt_with_as_rerank_rank_does(folder, unknown, order, warning):
@@ -150,6 +150,8 @@ def test_unknown_ids_without_a_text_are_dealt_with_as_rerank_rank_does(folder, u
         assert answer.status_code == 422 and warning in answer.json()["message"]
     else:
         assert order_of(answer) == order
+        one = {"query": "", "documents": ["m3", {"id": "zz"}]}
+        assert Server(folder, unknown=unknown).ask(one).status_code == (422 if unknown == "drop" else 200)
         in_history = "1 ids of the history are unknown to the model and left out"
         assert answer.json()["meta"]["warnings"] == [in_history, warning]
 
@@ -233,3 +235,6 @@ def test_a_folder_that_is_swapped_while_it_is_read_is_read_again(folder, tmp_pat
 
     monkeypatch.setattr(RankingModel, "load_counts", load_counts)
     assert Snapshot.load(place, "last", False).folder == place and len(reads) == 2
+    place.rename(tmp_path / "soon")
+    monkeypatch.setattr("time.sleep", lambda seconds: (tmp_path / "soon").rename(place))  # after the second rename
+    assert Snapshot.load(place, "last", False).folder == place

@@ -21,7 +21,7 @@ README = (ROOT / "README.md").read_text()
 SECTION = re.search(r"^## Serving\n(.*?)^## ", README, re.M | re.S)[1]
 BASH, PYTHON = (re.search(rf"```{language}\n(.*?)```", SECTION, re.S)[1] for language in ("bash", "python"))
 KEY = re.search(r"RERANK_API_KEY=(\w+)", BASH)[1]
-FOLDER, PORT, START = "runs/mine/dapo/model", "8000", 300  # of the README, and seconds to start on a busy machine
+FOLDER, PORT, START = "runs/mine/dapo/model", "8000", 500  # of the README, and seconds to start on a busy machine
 HEADERS = {"Authorization": f"Bearer {KEY}"}
 BODY = {"query": "m0\nm1", "documents": ["m2", "m3", "m4", "m5"]}
 

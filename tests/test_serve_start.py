@@ -85,15 +85,19 @@ def test_what_is_given_goes_before_what_is_set(folder, environment, entry_points
     assert words.count("--dtype") == words.count("--shutdown-timeout") == 1
 
 
-def test_the_server_takes_the_place_of_the_command(folder, environment, entry_points, monkeypatch):
+def test_the_server_takes_the_place_of_the_command(folder, environment, entry_points, monkeypatch, capsys):
     environment |= {"VLLM_API_KEY": "secret", "HERE": "1"}
     started = []
     monkeypatch.setattr(os, "execve", lambda *call: started.append(call))
     assert cli.main(["serve", str(folder), "--port", "0", "--unknown", "drop"]) == 0
+    assert not capsys.readouterr().err
     ((path, words, variables),) = started
     assert words[:4] == [path, "-m", "vllm.entrypoints.cli.main", "serve"] and variables["HERE"] == "1"
     assert "VLLM_API_KEY" not in variables and "VLLM_ENABLE_V1_MULTIPROCESSING" not in variables
     assert ServeSettings.of_environment(variables) == ServeSettings("drop", api_key="secret")
+    environment.pop("VLLM_API_KEY", None)
+    assert cli.main(["serve", str(folder), "--port", "0", "--host", "0.0.0.0"]) == 0
+    assert "whoever reaches 0.0.0.0 can use the server; set RERANK_API_KEY" in capsys.readouterr().err
 
 
 # --- errors

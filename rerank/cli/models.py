@@ -140,6 +140,8 @@ def _serve(args: argparse.Namespace) -> None:
         print(serve.shown(added, words))
         return
     serve.check_port(args.host, args.port)
+    if key is None and args.host not in ("127.0.0.1", "localhost", "::1"):
+        print(f"rerank: whoever reaches {args.host} can use the server; set RERANK_API_KEY", file=sys.stderr)
     serve.start({**environment, **added}, words)
 
 

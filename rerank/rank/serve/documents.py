@@ -57,6 +57,7 @@ def read_row(request: RerankRequest, encoder: RowEncoder, sources: ItemSources |
         number = "one entry" if request.documents else "no entry"
         raise Refusal(422, f"documents has {number}; there is nothing to rank, give at least two")
     ids, new = _read_documents(request.documents, encoder, sources)
+    _check_known(ids, new, encoder)
     row = RequestRow({"candidates": ids}, new)
     history, context = _read_query(request, encoder)
     row.record["history"] = history
@@ -72,6 +73,17 @@ def read_row(request: RerankRequest, encoder: RowEncoder, sources: ItemSources |
             raise Refusal(422, f"{where} has no {name!r}, which the model's prompts show ({option}); add it")
         _check_length(row.record[name], name)
     return row
+
+
+def _check_known(ids: Sequence[str], new: Mapping[str, object], encoder: RowEncoder) -> None:
+    """Refuse documents that the model does not know, as far as it is told to."""
+    strangers = [item_id for item_id in ids if item_id not in encoder.items and item_id not in new]
+    if strangers and encoder.unknown == "refuse":
+        place, cure = ids.index(strangers[0]), "leave it out, or give it with its text"
+        raise Refusal(422, f"documents[{place}] is {strangers[0][:80]!r}, which the model does not know; {cure}")
+    if encoder.unknown == "drop" and len(ids) - len(strangers) < 2:
+        number = "one entry" if len(ids) > len(strangers) else "no entry"
+        raise Refusal(422, f"documents has {number} that the model knows; give the others with their texts")
 
 
 def _check_length(value: object, name: str) -> None:

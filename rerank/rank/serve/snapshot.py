@@ -14,13 +14,13 @@ from rerank.next_item.encoder import SETTINGS
 from rerank.prompts import MAX_LETTERS, word_labels
 from rerank.prompts.fields import SEMANTIC_ID
 from rerank.rank.encoder import RowEncoder
-from rerank.rank.model_folder import find
+from rerank.rank.model_folder import find, old_folder
 from rerank.rows import PromptedRow, RankingRow
 
 logger = logging.getLogger(__name__)
 
 MOST_DOCUMENTS = 1000
-TRIES = 3  # at a folder that is swapped meanwhile
+TRIES, PAUSE = 5, 0.1  # at a folder that is swapped meanwhile, and seconds between them
 WEIGHTS = ("*.safetensors", "config.json", "generation.json", "prompt.json", "tokenizer.json")
 
 Fingerprint = dict[str, tuple[int, int]]  # sizes and times of change of files by name
@@ -59,22 +59,31 @@ class Snapshot:
                 another version, or whose answers cannot be made rankings.
         """
         for _ in range(TRIES):
-            folder = find(model_dir)
-            check_folder(folder)
-            inode = folder.stat().st_ino
+            began = _inode(model_dir)
             try:
-                model = RankingModel.load(folder)
-                encoder = RowEncoder(model, model.load_counts(), unknown, one_token, context)
-                encoder.tokenizer  # noqa: B018  # read now, not with the first request
-                sources = ItemSources.load(folder) if (folder / SOURCES_FILE).is_file() else None
-                marks = fingerprint(folder)
+                found = cls._read(find(model_dir), unknown, one_token, context)
             except (TypeError, KeyError) as error:
                 raise ValueError(
-                    f"{folder} is of another version of rerank ({error}); serve it with that version, or train it anew"
+                    f"{model_dir} is of another version of rerank ({error}); serve it with that version, or train it "
+                    "anew"
                 ) from None
-            if folder.stat().st_ino == inode:
-                return cls(folder, encoder, sources, most_documents(encoder), int(time.time()), marks)
+            except FileNotFoundError:
+                if began is not None and began == _inode(model_dir) or not old_folder(Path(model_dir)).is_dir():
+                    raise
+                time.sleep(PAUSE)  # between the two renames of an update
+                continue
+            if began == _inode(model_dir):
+                return found
         raise ValueError(f"{model_dir} is being replaced again and again; try again when nothing updates it")
+
+    @classmethod
+    def _read(cls, folder: Path, unknown: str, one_token: bool, context: int | None) -> "Snapshot":
+        check_folder(folder)
+        model = RankingModel.load(folder)
+        encoder = RowEncoder(model, model.load_counts(), unknown, one_token, context)
+        encoder.tokenizer  # noqa: B018  # read now, not with the first request
+        sources = ItemSources.load(folder) if (folder / SOURCES_FILE).is_file() else None
+        return cls(folder, encoder, sources, most_documents(encoder), int(time.time()), fingerprint(folder))
 
     def renewed(self) -> "Snapshot":
         """The folder as it is now.
@@ -104,6 +113,11 @@ class Snapshot:
             "catalogue_date": f"{datetime.fromtimestamp(changed, UTC):%Y-%m-%d}",
             "counts_until": None if counts is None else counts.latest,
         }
+
+
+def _inode(model_dir: str | Path) -> int | None:
+    """Number of a folder, which another one in its place does not have; None where there is none."""
+    return Path(model_dir).stat().st_ino if Path(model_dir).exists() else None
 
 
 def check_folder(folder: Path) -> None:
