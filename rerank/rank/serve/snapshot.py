@@ -111,7 +111,7 @@ class Snapshot:
             "max_model_len": self.encoder.context,
             "items": len(model.prompter.catalogue),
             "catalogue_date": f"{datetime.fromtimestamp(changed, UTC):%Y-%m-%d}",
-            "counts_until": None if counts is None else counts.latest,
+            "counts_until": None if counts is None or counts.until is None else counts.latest,
         }
 
 
