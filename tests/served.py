@@ -6,19 +6,20 @@ import functools
 import json
 import shutil
 import tempfile
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from string import ascii_uppercase
 
 import httpx
 from fastapi import FastAPI
-from toy_run import CATALOGUE, SETTINGS, toy_sequences, write_model
+from toy_run import CATALOGUE, LINE_TOKENIZER, SETTINGS, toy_sequences, write_model
 from transformers import AutoTokenizer
 
 from rerank.baselines import FEATURES, Counts
 from rerank.launch.files import write_json
+from rerank.launch.named_files import FileRecord
 from rerank.models.ranking_grammar import Choices
-from rerank.models.saving import SOURCES_FILE
+from rerank.models.saving import ID_TOKENIZER, SOURCES_FILE, ItemSources
 from rerank.rank.serve.routes import attach
 from rerank.rank.serve.service import Service, Written
 from rerank.rank.serve.settings import ServeSettings
@@ -40,19 +41,23 @@ def model_files() -> Path:
     return folder
 
 
-def make_folder(folder: Path, max_tokens: int = 64, one_token: bool = False, **settings) -> Path:
-    """A model folder whose prompts show titles, unless told otherwise."""
+def make_folder(
+    folder: Path, max_tokens: int = 64, one_token: bool = False, encoder: str | None = None, **settings
+) -> Path:
+    """A model folder whose prompts show titles, unless told otherwise; with an encoder it can make semantic ids."""
     shutil.copytree(model_files(), folder)
-    if one_token:
+    if one_token or encoder:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        tokenizer.add_tokens([f" {letter}" for letter in ascii_uppercase])
+        tokenizer.add_tokens([f" {letter}" for letter in ascii_uppercase] if one_token else ["<s_a_3>"])
         tokenizer.save_pretrained(folder)
     shown = {"item_fields": ["title"], "ranking": "number", "evidence": "none", **settings}
     replace(SETTINGS, **shown).save(folder)
     replace(CATALOGUE, fields={"brand": ["b"] * len(CATALOGUE)}).save(folder, ["brand"])
     generation = {"max_completion_tokens": max_tokens, "trace": True, "one_token": one_token}
     write_json(folder / "generation.json", generation)
-    write_json(folder / SOURCES_FILE, {"reading": READING, "encoder": None, "num_items": len(CATALOGUE)})
+    made_by = None if encoder is None else FileRecord("encoder", encoder)
+    write_json(folder / SOURCES_FILE, asdict(ItemSources(READING, made_by, len(CATALOGUE))))
+    LINE_TOKENIZER.save(folder / ID_TOKENIZER)
     return folder
 
 

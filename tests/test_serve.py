@@ -3,7 +3,9 @@
 import asyncio
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from served import NAME, Server, make_folder, order_of
 from toy_run import CATALOGUE
@@ -15,6 +17,7 @@ from rerank.rank.items import with_new_items
 from rerank.rank.model_folder import add_items
 from rerank.rank.serve.service import Service
 from rerank.rank.serve.snapshot import Snapshot
+from rerank.semantic_ids import embeddings
 
 IDS = ["m2", "m3", "m4", "m5"]
 BODY = {"query": "m0\nm1", "documents": IDS}
@@ -133,6 +136,24 @@ def test_new_documents_have_facts_without_counts(folder):
         Server(make_folder(folder.with_name("facts"), **shown)), {**BODY, "documents": ["m2", "New one"]}
     )
     assert "2. New one: chosen 0 times" in prompt and "1. Title 2: chosen 0 times" not in prompt
+
+
+def test_new_documents_get_ids_where_the_model_reads_ids_and_has_its_encoder(folder, monkeypatch):
+    shown = {"item_fields": ["semantic_id", "title"], "ranking": "semantic_id"}
+    body, encoded = {**BODY, "documents": ["m2", {"id": "n1", "title": "New"}, "m3"]}, []
+
+    def encode(texts, **options):
+        encoded.extend(texts)
+        return np.array([[1.0]] * len(texts))  # nearest prefix 0, but the first three are full
+
+    monkeypatch.setattr(embeddings, "_load_encoder", lambda path: SimpleNamespace(encode=encode))
+    server = Server(make_folder(folder.with_name("with_encoder"), encoder="minilm", **shown))
+    prompt, answer = prompt_of(server, body)
+    assert "<s_a_3><s_b_0> New" in prompt and encoded == ["New"] and sorted(order_of(answer)) == [0, 1, 2]
+    without = Server(make_folder(folder.with_name("without_encoder"), **shown))
+    prompt, answer = prompt_of(without, body)
+    assert "New" not in prompt and order_of(answer)[-1] == 1
+    assert answer.json()["meta"]["warnings"] == ["1 documents are unknown to the model and placed last"]
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from rerank.baselines import Counts, list_features
+from rerank.catalogue import check_vocabulary
 from rerank.models.base import context_length
 from rerank.models.one_token import prompt_tokens, tokens_of
 from rerank.models.ranker import RankingModel, grammars_of
@@ -89,10 +90,16 @@ class RowEncoder:
         return replace(self.model.prompter, tokenizer=self.tokenizer)
 
     def with_items(self, new: NewItems, source: str) -> "RowEncoder":
-        """The same with new items; `source` says in messages where they come from."""
+        """The same with new items; `source` says in messages where they come from.
+
+        Raises:
+            ValueError: When they lack what prompts show, or have semantic ids that the model does not know.
+        """
         model, counts = extended(self.model, self.counts, new, source)
         numbers = {item_id: len(self.items) + place for place, item_id in enumerate(new.catalogue.item_ids)}
         bigger = replace(self, model=model, counts=counts, items=ChainMap(numbers, self.items))
+        if model.prompter.settings.shows_ids:
+            check_vocabulary(self.tokenizer, new.catalogue.semantic_ids, model.folder)
         vars(bigger)["tokenizer"] = self.tokenizer
         return bigger
 
