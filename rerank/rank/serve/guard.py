@@ -68,7 +68,7 @@ class Guard:
         if self.key is not None and path not in OPEN and not self._has_key(headers):
             return Refusal(401, "the API key is missing or wrong; send it as Authorization: Bearer KEY")
         length = headers.get("content-length", "0")
-        if not length.isdigit() or int(length[:20]) > self.max_bytes:
+        if not length.isdecimal() or int(length[:20]) > self.max_bytes:
             return self._too_large()
         return None
 
