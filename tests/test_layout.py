@@ -33,6 +33,7 @@ COMMANDS = (
     "probe",
     "losses",
     "rank",
+    "serve",
     "add-items",
     "refresh",
 )

@@ -89,6 +89,20 @@ def test_facts_of_known_items_are_the_same_beside_new_ones_whose_counts_are_zero
     assert new[0].any() and np.isfinite(new).all()  # its title and brand are those of item 3
 
 
+def test_facts_that_are_extended_again_are_those_of_a_whole_catalogue():
+    titles, categories, brands = ["Up", "Up high", "a B"], ["x, y", "y", ""], ["p", "", "q"]
+    facts = ItemFacts.of(3, None, categories, titles, brands)
+    for more in ([("b up", "z", "q")], [("", "", ""), ("high C", "x", "r"), ("c", "w", "r")], [("b up", "z", "q")]):
+        texts = [old + [one[place] for one in more] for place, old in enumerate((titles, categories, brands))]
+        grown = facts.extended(texts[1], texts[0], texts[2])
+        whole = ItemFacts.of(len(texts[0]), None, texts[1], texts[0], texts[2])
+        for name in ("categories", "words"):
+            one, other = getattr(grown, name), getattr(whole, name)
+            assert np.array_equal((one @ one.T).toarray(), (other @ other.T).toarray())
+        same = [one.brands[:, None] == one.brands for one in (grown, whole)]
+        assert np.array_equal(*same) and np.array_equal(grown.brands == -1, whole.brands == -1)
+
+
 def test_add_items_appends_for_good_and_the_old_folder_undoes_it(model, tmp_path, monkeypatch):
     weights = (model / "model.safetensors").read_bytes()
     printed = run_command("add-items", model, "--items", write_items(tmp_path))

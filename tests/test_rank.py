@@ -14,8 +14,9 @@ from rerank.baselines import Counts, ItemFacts, feature_rows
 from rerank.launch.files import write_json
 from rerank.models.ranker import Answer, RankingModel, last_tag_alone
 from rerank.prompts import parse_completion
+from rerank.rank.encoder import encode_rows
 from rerank.rank.files import read_rows_file
-from rerank.rank.rows import check_columns, encode_rows
+from rerank.rank.rows import check_columns
 
 ROWS = [
     {"row_id": 5, "history": ["m0", "m1"], "candidates": ["m2", "m3", "m4", "m5"]},

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 from scipy.sparse import csr_array
+
+CATEGORY, WORD, BRAND = r"[^,;|>]+", r"\w+", r"(?s).+"  # parts of a text of categories, of a title, of a brand
 
 
 @dataclass(frozen=True)
@@ -19,6 +21,7 @@ class ItemFacts:
     words: csr_array  # (items, title words) 0/1
     brands: np.ndarray  # (items,) number of the brand, -1: none
     numbers: Mapping[str, np.ndarray] = field(default_factory=dict)  # feature -> (items,), nan where unknown
+    _found: dict[str, tuple[csr_array, dict[str, int]]] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def of(
@@ -46,8 +49,8 @@ class ItemFacts:
         names = {name: number for number, name in enumerate(sorted(set(brands or ()) - {""}))}
         return cls(
             embeddings=(vectors / np.where(length > 0, length, 1)).astype(np.float16),
-            categories=_memberships(categories or blank, r"[^,;|>]+"),
-            words=_memberships([title.lower() for title in titles or blank], r"\w+"),
+            categories=_memberships(categories or blank, CATEGORY)[0],
+            words=_memberships(titles or blank, WORD)[0],
             brands=np.array([names.get(brand, -1) for brand in brands or blank], dtype=np.int64),
             numbers=dict(numbers or {}),
         )
@@ -78,8 +81,18 @@ class ItemFacts:
             )
         unknown = np.full(added, np.nan)
         every = {name: np.append(values, (numbers or {}).get(name, unknown)) for name, values in self.numbers.items()}
-        texts = ItemFacts.of(len(titles), None, categories, titles, brands, every)
-        return replace(texts, embeddings=np.concatenate([self.embeddings, more]))
+        members = self._grown("categories", categories, CATEGORY), self._grown("words", titles, WORD)
+        named = self._grown("brands", brands or [""] * len(titles), BRAND)
+        numbers_of_brands = np.full(len(titles), -1, dtype=np.int64)
+        numbers_of_brands[np.diff(named.indptr) > 0] = named.indices  # an item has one brand
+        return ItemFacts(np.concatenate([self.embeddings, more]), *members, numbers_of_brands, every)
+
+    def _grown(self, name: str, texts: Sequence[str], pattern: str) -> csr_array:
+        """The memberships of all items; those of these are found once, however often they are extended."""
+        known = len(self.brands)
+        if name not in self._found:
+            self._found[name] = _memberships(texts[:known], pattern)
+        return _with_rows(*self._found[name], texts[known:], pattern)
 
     @property
     def has_embeddings(self) -> bool:
@@ -92,10 +105,25 @@ class ItemFacts:
         return ItemFacts(*texts, self.numbers)
 
 
-def _memberships(texts: Sequence[str], pattern: str) -> csr_array:
-    """0/1 matrix of which parts each text has."""
-    parts = [sorted({part.strip() for part in re.findall(pattern, text)} - {""}) for text in texts]
+def _memberships(texts: Sequence[str], pattern: str) -> tuple[csr_array, dict[str, int]]:
+    """0/1 matrix of which parts each text has, and the column of each part."""
+    parts = [_parts(text, pattern) for text in texts]
     columns = {part: number for number, part in enumerate(sorted(set().union(*parts)))}
     rows = np.repeat(np.arange(len(texts)), [len(found) for found in parts])
     places = np.array([columns[part] for found in parts for part in found], dtype=np.int64)
-    return csr_array((np.ones(len(places), dtype=np.int64), (rows, places)), shape=(len(texts), max(len(columns), 1)))
+    shape = (len(texts), max(len(columns), 1))
+    return csr_array((np.ones(len(places), dtype=np.int64), (rows, places)), shape=shape), columns
+
+
+def _parts(text: str, pattern: str) -> list[str]:
+    return sorted({part.strip() for part in re.findall(pattern, text.lower() if pattern == WORD else text)} - {""})
+
+
+def _with_rows(matrix: csr_array, columns: Mapping[str, int], texts: Sequence[str], pattern: str) -> csr_array:
+    """A matrix of `_memberships` with the rows of further texts, whose new parts have columns behind the others."""
+    every, parts = dict(columns), [_parts(text, pattern) for text in texts]
+    places = [every.setdefault(part, len(every)) for found in parts for part in found]
+    indptr = np.append(matrix.indptr, matrix.indptr[-1] + np.cumsum([len(found) for found in parts], dtype=np.int64))
+    data = np.append(matrix.data, np.ones(len(places), dtype=matrix.dtype))
+    shape = (matrix.shape[0] + len(texts), max(len(every), 1))
+    return csr_array((data, np.append(matrix.indices, places).astype(np.int64), indptr), shape=shape)

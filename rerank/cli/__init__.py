@@ -213,10 +213,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; bad input ends with one line and exit code 2."""
     parser = _parser()
     args, rest = parser.parse_known_args(argv)  # argparse wants positionals together, but overrides may come last
-    if rest and (args.command != "run" or any(word.startswith("-") for word in rest)):
+    if rest and args.command != "serve" and (args.command != "run" or any(word.startswith("-") for word in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if args.command == "run":
         args.overrides += rest
+    args.rest = rest  # vLLM's options, of `serve`
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     sys.path.insert(0, "")  # for plugins beside the recipes, as with `python -m`
     try:

@@ -20,23 +20,7 @@ def add_models(add: Add) -> None:
     )  # fmt: skip
     add(_losses, "losses", "list the losses of the sft stage, their needs and costs")
 
-    rank = add(
-        _rank, "rank", "re-rank new rows with a trained model; exit code 3 if a row has no ranking but its reason in "
-        "the column failure"
-    )  # fmt: skip
-    rank.add_argument("model_dir", metavar="MODEL_DIR", help="such as RUN_DIR/dapo/model")
-    rank.add_argument(
-        "--rows", required=True, metavar="FILE", help="Parquet, JSONL or CSV with history and candidates"
-    )
-    rank.add_argument("--out", required=True, metavar="FILE", help="Parquet, JSONL or CSV to write")
-    rank.add_argument(
-        "--unknown", choices=("last", "drop", "refuse"), default="last", help="place candidates that the model does "
-        "not know last (%(default)s), leave them out, or do not rank their row; histories go without them"
-    )  # fmt: skip
-
-    rank.add_argument("--items", metavar="FILE", help="items that the model has not seen, to be ranked too")
-    rank.add_argument("--one-token", action="store_true", help="rank by the first label's probabilities, without vLLM")
-
+    rank = _add_ranking(add)
     add_items = add(_add_items, "add-items", "append new items to a trained model: catalogue, ids, counts of zero")
     add_items.add_argument("--items", required=True, metavar="FILE", help="items that the model has not seen")
     refresh = add(_refresh, "refresh", "renew the counts of a trained model; the bucket edges of its prompts stay")
@@ -59,6 +43,47 @@ def add_models(add: Add) -> None:
             "--embeddings", metavar="FILE", help="of the new items, where the run's were given: a .parquet with "
             "item_id and embedding, or a .npy with a row per item"
         )  # fmt: skip
+
+
+def _add_ranking(add: Add) -> argparse.ArgumentParser:
+    """The commands `serve` and `rank`; returns the latter."""
+    rank = add(
+        _rank, "rank", "re-rank new rows with a trained model; exit code 3 if a row has no ranking but its reason in "
+        "the column failure"
+    )  # fmt: skip
+    rank.add_argument("model_dir", metavar="MODEL_DIR", help="such as RUN_DIR/dapo/model")
+    rank.add_argument(
+        "--rows", required=True, metavar="FILE", help="Parquet, JSONL or CSV with history and candidates"
+    )
+    rank.add_argument("--out", required=True, metavar="FILE", help="Parquet, JSONL or CSV to write")
+    rank.add_argument("--items", metavar="FILE", help="items that the model has not seen, to be ranked too")
+
+    serve = add(
+        _serve, "serve", "serve a trained model: the rerank API of Cohere, LiteLLM and vLLM clients; options of `vllm "
+        "serve` may follow"
+    )  # fmt: skip
+    serve.add_argument("model_dir", metavar="MODEL_DIR", help="such as RUN_DIR/dapo/model")
+    serve.add_argument("--host", default="127.0.0.1", help="address to bind (%(default)s)")
+    serve.add_argument("--port", type=int, default=8000, help="port to bind (%(default)s)")
+    serve.add_argument(
+        "--api-key", metavar="KEY", help="that every route but /health asks for; better in the variable RERANK_API_KEY"
+    )
+    serve.add_argument(
+        "--max-queue", type=int, default=256, metavar="N", help="requests at a time; more get 429 (%(default)s)"
+    )
+    serve.add_argument(
+        "--max-body", type=float, default=4.0, metavar="MB", help="megabytes of a request at most (%(default)s)"
+    )
+    serve.add_argument("--dry-run", action="store_true", help="check everything and print the line that starts vLLM")
+    for command in (rank, serve):
+        command.add_argument(
+            "--unknown", choices=("last", "drop", "refuse"), default="last", help="place candidates that the model "
+            "does not know last (%(default)s), leave them out, or do not rank their row; histories go without them"
+        )  # fmt: skip
+        command.add_argument(
+            "--one-token", action="store_true", help="rank by the first label's probabilities, without a trace"
+        )
+    return rank
 
 
 def _ids(args: argparse.Namespace) -> int:
@@ -95,6 +120,29 @@ def _rank(args: argparse.Namespace) -> int:
     if failures:
         print(f"rerank: {failures} rows have no ranking; see the column failure of {args.out}", file=sys.stderr)
     return 3 if failures else 0
+
+
+def _serve(args: argparse.Namespace) -> None:
+    import os
+
+    from rerank.launch import recipe
+    from rerank.rank import serve
+
+    environment = dict(os.environ)
+    recipe.set_environment()  # for the checks alone: those of training are none of a server's
+    of_vllm = environment.pop("VLLM_API_KEY", None)  # which would leave routes open
+    key = args.api_key or environment.get(serve.KEY) or of_vllm
+    settings = serve.ServeSettings(args.unknown, args.one_token, args.max_queue, args.max_body, key)
+    added, words = serve.launch_line(args.model_dir, args.host, args.port, args.rest, environment)
+    serve.check(args.model_dir, settings)
+    added |= settings.as_environment()
+    if args.dry_run:
+        print(serve.shown(added, words))
+        return
+    serve.check_port(args.host, args.port)
+    if key is None and args.host not in ("127.0.0.1", "localhost", "::1"):
+        print(f"rerank: whoever reaches {args.host} can use the server; set RERANK_API_KEY", file=sys.stderr)
+    serve.start({**environment, **added}, words)
 
 
 def _add_items(args: argparse.Namespace) -> None:

@@ -22,7 +22,7 @@ import torch
 
 if TYPE_CHECKING:
     from trl.generation.vllm_generation import VLLMGeneration
-    from vllm import LLM
+    from vllm import LLM, SamplingParams
 
     from rerank.models.ranking_grammar import RankingGrammar
 
@@ -187,6 +187,25 @@ class Completion:
     truncated: bool
 
 
+def sampling_params(
+    max_tokens: int, grammar: "RankingGrammar | None" = None, temperature: float = 0.0, **options: Any
+) -> "SamplingParams":
+    """Of a completion, by default greedy; nothing is inherited from the model's generation_config but its end tokens.
+
+    Args:
+        max_tokens: Of the completion.
+        grammar: Its rules, of a constrained engine; None where it is free.
+        options: Further ones of vLLM.
+    """
+    from vllm import SamplingParams
+
+    return SamplingParams(
+        max_tokens=max_tokens, temperature=temperature, top_p=1.0, top_k=0,
+        skip_special_tokens=False,  # an answer with one in it is no ranking
+        extra_args=None if grammar is None else {GRAMMAR: grammar.as_options()}, **options,
+    )  # fmt: skip
+
+
 def generate(
     engine: "LLM",
     prompts: Sequence[str],
@@ -196,22 +215,17 @@ def generate(
     seed: int | None = None,
     grammars: "Sequence[RankingGrammar | None] | None" = None,
 ) -> list[list[Completion]]:
-    """`num_completions` completions per prompt; nothing is inherited from the model's generation_config
-    but its end tokens.
+    """`num_completions` completions per prompt, by `sampling_params`.
 
     Args:
         prompts: As `prompts.render` makes them.
         grammars: Of each prompt's completions, which are free where there is none; of a constrained engine.
         seed: With `temperature` > 0, request i has the seed seed + i, so that a second call repeats the first.
     """
-    from vllm import SamplingParams
-
     params = [
-        SamplingParams(
-            max_tokens=max_tokens, temperature=temperature, top_p=1.0, top_k=0, n=num_completions,
-            skip_special_tokens=False,  # an answer with one in it is no ranking
+        sampling_params(
+            max_tokens, grammars[i] if grammars else None, temperature=temperature, n=num_completions,
             seed=None if seed is None else seed + i,
-            extra_args={GRAMMAR: grammar.as_options()} if grammars and (grammar := grammars[i]) else None,
         )
         for i in range(len(prompts))
     ]  # fmt: skip

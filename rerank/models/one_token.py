@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from rerank.rows import PromptedRow, Prompter
 
 ANSWER_TOKENS = 3  # two tags and a label
+MOST_LABELS = 128  # whose log-probabilities vLLM gives for one position (its MAX_LOGPROB_TOKEN_IDS)
 MAX_ROWS, MAX_TOKENS = 16, 16384  # of a forward pass, padding with them
 
 
@@ -70,6 +71,11 @@ def tokens_of(asked: Sequence["PromptedRow"], tokenizer: "PreTrainedTokenizerBas
     return [made[tuple(row.labels)] for row in asked]
 
 
+def prompt_tokens(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int]) -> list[int]:
+    """Tokens of a prompt with the tags of an empty trace behind it, where the first label comes next."""
+    return [*ids, *tokenizer(THINK + THINK_END, add_special_tokens=False).input_ids]
+
+
 def check_labels(tokenizer: "PreTrainedTokenizerBase", prompter: "Prompter", path: Path) -> None:
     """Refuse a model to which a label of the lists of a candidates table is not one token.
 
@@ -100,8 +106,7 @@ def first_label_logps(
         max_tokens: Of a forward pass.
     """
     tokens = tokens_of(asked, tokenizer)
-    tags = tokenizer(THINK + THINK_END, add_special_tokens=False).input_ids
-    ids = [prompt + tags for prompt in prompt_ids(tokenizer, [row.prompt for row in asked])]
+    ids = [prompt_tokens(tokenizer, prompt) for prompt in prompt_ids(tokenizer, [row.prompt for row in asked])]
     found = [np.empty(0)] * len(ids)
     for places in _by_length([len(row) for row in ids], max_tokens):
         for place, logits in zip(places, _last_logits(model, [ids[place] for place in places]), strict=True):

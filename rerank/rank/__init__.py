@@ -7,7 +7,8 @@ Where the model's prompts show them, rows have further columns: those of the use
 their names, one for each. Every column comes back as it came; `ranking` (best first), `failure` and `trace` are added.
 Answers are constrained to be rankings. A row that cannot be ranked has no ranking and its reason in `failure`.
 
-`items` ranks items that the model has not seen, `model_folder` adds them to a folder for good, and renews its counts.
+`items` ranks items that the model has not seen, `model_folder` adds them to a folder for good, and renews its counts;
+`serve` answers requests over HTTP.
 """
 
 import logging
@@ -19,10 +20,11 @@ import numpy as np
 from rerank.baselines import Counts
 from rerank.baselines.counts import in_seconds
 from rerank.models.ranker import RankingModel, generate_answers
+from rerank.rank.encoder import encode_rows
 from rerank.rank.files import Record, open_output, read_rows_file
 from rerank.rank.items import with_new_items
 from rerank.rank.model_folder import find
-from rerank.rank.rows import Encoded, EncodedRow, SettledRow, check_columns, encode_rows
+from rerank.rank.rows import Encoded, EncodedRow, SettledRow, check_columns
 
 __all__ = ["rank_rows"]
 

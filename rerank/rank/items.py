@@ -52,13 +52,24 @@ def with_new_items(
     settings, known = model.prompter.settings, model.prompter.catalogue
     needs = settings.shows_ids or shows_similarity(settings)
     new = read_new_items(model.folder, known, items_path, embeddings_path, settings.shows_ids, needs)
-    check_fields(settings, known, new.catalogue, items_path)
-    catalogue = known.extended(new.catalogue)
+    return extended(model, counts, new, items_path)
+
+
+def extended(
+    model: RankingModel, counts: Counts | None, new: NewItems, source: str | Path
+) -> tuple[RankingModel, Counts | None]:
+    """The model and its counts with new items behind its own.
+
+    Args:
+        source: Where the items come from, for messages.
+    """
+    check_fields(model.prompter.settings, model.prompter.catalogue, new.catalogue, source)
+    catalogue = model.prompter.catalogue.extended(new.catalogue)
     bigger = replace(model, prompter=replace(model.prompter, catalogue=catalogue))
     if counts is None:
         return bigger, None
     brands = catalogue.fields.get(BRAND)
-    numbers = _numbers(new.catalogue, list(counts.facts.numbers), items_path)
+    numbers = _numbers(new.catalogue, list(counts.facts.numbers), source)
     facts = counts.facts.extended(catalogue.categories, catalogue.titles, brands, new.embeddings, numbers)
     return bigger, counts.with_items(facts)
 
@@ -108,9 +119,29 @@ def read_new_items(
     twice = next((item_id for item_id in item_ids if item_id in there), None)
     if twice is not None:
         raise ValueError(f"{items_path}: item {twice!r} is in the catalogue of {folder} already; remove the row")
-    embeddings, semantic_ids = None, [""] * len(item_ids)
+    return make_new_items(folder, known, table, sources, items_path, embeddings_path, needs_ids, needs_embeddings)
+
+
+def make_new_items(
+    folder: Path,
+    known: Catalogue,
+    table: pa.Table,
+    sources: ItemSources,
+    source: str | Path,
+    embeddings_path: str | Path | None,
+    needs_ids: bool,
+    needs_embeddings: bool,
+) -> NewItems:
+    """The items of a table with item_id, title, category, text and further columns.
+
+    Args:
+        folder, known, embeddings_path, needs_ids, needs_embeddings: As of `read_new_items`.
+        sources: Of the folder.
+        source: Where the items come from, for messages.
+    """
+    embeddings, semantic_ids = None, [""] * len(table)
     if needs_embeddings:
-        embeddings = embed(table, sources, folder, items_path, embeddings_path)
+        embeddings = embed(table, sources, folder, source, embeddings_path)
     if needs_ids:
         assert embeddings is not None
         semantic_ids = new_ids(folder, known, sources.num_items, embeddings)
@@ -118,27 +149,27 @@ def read_new_items(
 
 
 def embed(
-    table: pa.Table, sources: ItemSources, folder: Path, items_path: str | Path, embeddings_path: str | Path | None
+    table: pa.Table, sources: ItemSources, folder: Path, source: str | Path, embeddings_path: str | Path | None
 ) -> np.ndarray:
     """(K, D) embeddings of the items' texts, from their file or by the encoder that made those of the known items."""
-    from rerank.semantic_ids import embeddings as source
+    from rerank.semantic_ids import embeddings as vectors
 
     item_ids = table["item_id"].to_pylist()
     if embeddings_path is not None:
-        found = source.read_embeddings(str(embeddings_path), item_ids)
-        source.check_embeddings(found, item_ids, str(embeddings_path))
+        found = vectors.read_embeddings(str(embeddings_path), item_ids)
+        vectors.check_embeddings(found, item_ids, str(embeddings_path))
         return np.asarray(found)
     if sources.encoder is None:
         raise ValueError(
-            f"the items of {folder} have given embeddings; give those of {items_path} by --embeddings FILE, a "
+            f"the items of {folder} have given embeddings; give those of {source} by --embeddings FILE, a "
             ".parquet with item_id and embedding, or a .npy with a row per item"
         )
-    source.find_encoder(sources.encoder.name)
+    vectors.find_encoder(sources.encoder.name)
     changed = named_files.changed([sources.encoder]) if sources.encoder.sha256 else None
     if changed:
         raise ValueError(f"the ids of {folder} were made with another content of {changed}; put that encoder back")
-    found = source.encode(table["text"].to_pylist(), sources.encoder.name, BATCH_SIZE)
-    source.check_embeddings(found, item_ids, f"encoder {sources.encoder.name}")
+    found = vectors.encode(table["text"].to_pylist(), sources.encoder.name, BATCH_SIZE)
+    vectors.check_embeddings(found, item_ids, f"encoder {sources.encoder.name}")
     return found
 
 

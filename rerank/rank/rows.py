@@ -4,22 +4,17 @@ A row that cannot be ranked is a sentence that says why. N candidates of a row t
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from rerank.baselines import Counts, list_features
-from rerank.models.base import context_length
-from rerank.models.one_token import tokens_of
-from rerank.models.ranker import Answer, Batch, RankingModel, ask, grammars_of
+from rerank.models.ranker import Answer, RankingModel
 from rerank.prompts import MAX_LETTERS, PromptSettings
 from rerank.prompts.fields import HISTORY_FIELDS, shown_value
-from rerank.rank.files import COLUMNS, Record, Unreadable
-from rerank.rows import PromptedRow, RankingRow
-from rerank.rows.checks import prompt_lengths
+from rerank.rank.files import COLUMNS, Record
+from rerank.rows import RankingRow
 from rerank.rows.histories import COLUMN
 
 
@@ -70,34 +65,6 @@ def check_columns(records: Sequence[Record], model: RankingModel, where: str) ->
             raise ValueError(f"{where}: {_missing(name, option)}")
 
 
-def encode_rows(
-    records: Sequence[Record], model: RankingModel, counts: Counts | None, unknown: str, one_token: bool = False
-) -> list[Encoded]:
-    """The rows of a file, numbered from 1, each as far as it can be ranked.
-
-    Args:
-        records: With `history` and `candidates` as lists.
-        model: That will rank them.
-        counts: Facts about its items, where its prompts show any.
-        unknown: `last`, `drop` or `refuse`: what becomes of candidates that the model does not know.
-        one_token: Whether the first label's probabilities will rank them.
-    """
-    shown = shown_columns(model)
-    items = {item_id: item for item, item_id in enumerate(model.prompter.catalogue.item_ids)}
-    encoded: list[Encoded] = []
-    for number, record in enumerate(records, start=1):
-        if isinstance(record, Unreadable):
-            encoded.append(record.problem)
-            continue
-        try:
-            encoded.append(_encode(record, number, items, shown, model.prompter.settings, unknown))
-        except ValueError as error:
-            encoded.append(str(error))
-    if counts is not None:
-        encoded = _with_features(encoded, model, counts)
-    return _within_limits(encoded, model, one_token or model.one_token)
-
-
 def shown_columns(model: RankingModel) -> dict[str, str]:
     """Columns of rows that the model's prompts show, with the options that name them."""
     settings = model.prompter.settings
@@ -115,7 +82,7 @@ def _missing(name: str, option: str) -> str:
     return f"column {name!r} is missing, which the model's prompts show ({option}); add it."
 
 
-def _encode(
+def encode_row(
     record: Record,
     number: int,
     items: Mapping[str, int],
@@ -123,6 +90,19 @@ def _encode(
     settings: PromptSettings,
     unknown: str,
 ) -> EncodedRow | SettledRow:
+    """A row of a file, without facts about its candidates.
+
+    Args:
+        record: With `history` and `candidates` as lists.
+        number: Of the row.
+        items: The numbers of items by their ids.
+        shown: As of `shown_columns`.
+        settings: Of the prompts.
+        unknown: `last`, `drop` or `refuse`: what becomes of candidates that the model does not know.
+
+    Raises:
+        ValueError: Saying why it cannot be ranked.
+    """
     for name in COLUMNS:
         if name not in record:
             raise ValueError(f"column {name!r} is missing; add it.")
@@ -243,55 +223,3 @@ def _numbers(record: Record, name: str, length: int) -> np.ndarray:
     """A number of each candidate, nan for null."""
     values = _listed(record, name, length)
     return np.array([np.nan if value is None else _number(value, name) for value in values])
-
-
-def _with_features(encoded: Sequence[Encoded], model: RankingModel, counts: Counts) -> list[Encoded]:
-    """The rows with facts about each candidate: from the counts, and from columns of the file."""
-    rows = [one for one in encoded if isinstance(one, EncodedRow)]
-    names = model.prompter.names
-
-    def of_file(column: str) -> list[np.ndarray]:
-        """Zeros for a column that no prompt shows."""
-        return [one.numbers.get(column, np.zeros(len(one.ids))) for one in rows]
-
-    columns = {name: of_file(name.removeprefix(COLUMN)) for name in names if name.startswith(COLUMN)}
-    histories = [np.array(one.row.history, dtype=np.int64) for one in rows]
-    candidates = [np.array(one.row.candidates) for one in rows]
-    facts = list_features(names, counts, histories, candidates, of_file("scores"), None, columns) if rows else []
-    done = iter([replace(one, row=replace(one.row, features=of_row)) for one, of_row in zip(rows, facts, strict=True)])
-    return [next(done) if isinstance(one, EncodedRow) else one for one in encoded]
-
-
-def _within_limits(encoded: Sequence[Encoded], model: RankingModel, one_token: bool) -> list[Encoded]:
-    """The rows without those that are too long, or whose answers cannot be made rankings."""
-    rows = [one.row for one in encoded if isinstance(one, EncodedRow)]
-    if not rows:
-        return list(encoded)
-    tokenizer = model.load_tokenizer()
-    asked = ask(model, Batch(rows), tokenizer)
-    check = tokens_of if one_token else partial(grammars_of, model)
-    context = context_length(model.folder)
-    room = None if context is None else context - model.max_completion_tokens
-    known: dict[tuple[str, ...], str] = {}
-    reasons = []
-    for row, length in zip(asked, prompt_lengths(tokenizer, asked), strict=True):
-        labels = tuple(row.labels)
-        if labels not in known:
-            known[labels] = _no_ranking(check, row, tokenizer)
-        long = ""
-        if room is not None and length > room:
-            long = (
-                f"its prompt has {length} tokens but the model's context leaves {room}; give shorter lists or texts."
-            )
-        reasons.append(known[labels] or long)
-    checked = iter(reasons)
-    return [next(checked) or one if isinstance(one, EncodedRow) else one for one in encoded]
-
-
-def _no_ranking(check: Callable[[list[PromptedRow], Any], object], row: PromptedRow, tokenizer: Any) -> str:
-    """Why the answer of a row cannot be made a ranking; empty where it can."""
-    try:
-        check([row], tokenizer)
-    except ValueError as error:
-        return str(error).removeprefix(f"row {row.row.row_id}: ")
-    return ""

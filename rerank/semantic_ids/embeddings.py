@@ -3,9 +3,11 @@
 Letters of shapes: N items, D embedding columns, E co-engagement columns.
 """
 
+import functools
 import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -15,6 +17,9 @@ from rerank.models import names
 from rerank.semantic_ids.arguments import SemanticIdsArguments
 from rerank.semantic_ids.co_engagement import co_engagement_vectors
 from rerank.semantic_ids.tokenizer import blocks
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
 
 logger = logging.getLogger(__name__)
 
@@ -55,13 +60,18 @@ def find_encoder(encoder: str) -> str:
 
 def encode(texts: Sequence[str], encoder: str, batch_size: int) -> np.ndarray:
     """Embeddings (N, D) of texts by a sentence encoder."""
-    from sentence_transformers import SentenceTransformer
-
     num_empty = sum(not text.strip() for text in texts)
     if num_empty:
         logger.warning("%d of %d items have no text and share one embedding; give them a title", num_empty, len(texts))
-    model = SentenceTransformer(find_encoder(encoder))
-    return model.encode(list(texts), batch_size=batch_size, show_progress_bar=True)
+    model = _load_encoder(find_encoder(encoder))
+    return model.encode(list(texts), batch_size=batch_size, show_progress_bar=len(texts) > batch_size)
+
+
+@functools.lru_cache(maxsize=1)  # a server encodes the new items of every request
+def _load_encoder(path: str) -> "SentenceTransformer":
+    from sentence_transformers import SentenceTransformer
+
+    return SentenceTransformer(path)
 
 
 def find_embeddings(path: str) -> Path:

@@ -1,0 +1,154 @@
+"""Servers under load, for `tests.benchmarks.serving` and `tests.soak`: started, asked at Poisson times, measured."""
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import psutil
+import pyarrow.parquet as pq
+
+from rerank.models.ranker import RankingModel
+from rerank.rank import serve
+from rerank.rows import RankingRow
+
+SECONDS_TO_START = 600
+
+Ask = Callable[[httpx.AsyncClient, int], Awaitable[list[int] | None]]  # the ranking of a row; None for no answer
+
+
+@dataclass(frozen=True)
+class Load:
+    """Requests that were sent.
+
+    Attributes:
+        seconds: Of each answer.
+        orders: Rankings, None where there was none.
+        client_share: Of its core that the client was busy.
+    """
+
+    seconds: np.ndarray
+    orders: list[list[int] | None]
+    client_share: float
+
+    def p(self, percent: float) -> float:
+        """A percentile of the seconds."""
+        return float(np.percentile(self.seconds, percent))
+
+
+def read_rows(model_dir: Path, most: int) -> list[RankingRow]:
+    """The first test rows of a model's run."""
+    table = pq.read_table(model_dir.resolve().parents[1] / "candidates/test.parquet").slice(0, most)
+    return [RankingRow.of(record) for record in table.to_pylist()]
+
+
+def body_of(row: RankingRow, model: RankingModel) -> dict[str, Any]:
+    """The request that asks for a row."""
+    ids = model.prompter.catalogue.item_ids
+    context: dict[str, Any] = {**row.fields, "time": row.time}
+    context |= {"history_times": list(row.history_times), "history_events": list(row.history_events)}
+    query = context.pop("query", "")
+    return {
+        "query": query,
+        "history": [ids[item] for item in row.history],
+        "documents": [ids[item] for item in row.candidates],
+        "scores": [1 / rank for rank in row.ranks],
+        "context": {name: value for name, value in context.items() if value not in (None, [])},
+    }
+
+
+def server_words(model_dir: Path, plain: bool, environment: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
+    """Variables and the words behind `vllm` of our server, or of a plain one with the same engine."""
+    port = free_port()
+    added, words = serve.launch_line(model_dir, "127.0.0.1", port, ["--served-model-name", "model"], environment)
+    if plain:
+        place = words.index("--logits-processors")
+        del words[place : place + 2], added["VLLM_PLUGINS"]
+    return added, words
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+@contextlib.contextmanager
+def serving(model_dir: Path, plain: bool = False) -> Iterator[tuple[str, subprocess.Popen]]:
+    """The address of a server, and its process."""
+    added, words = server_words(model_dir, plain, os.environ)
+    url = f"http://127.0.0.1:{words[words.index('--port') + 1]}"
+    with tempfile.TemporaryFile() as log:
+        line = [sys.executable, "-m", serve.MODULE, *words]
+        environment = {**os.environ, **added, "RERANK_SERVE": json.dumps({"max_queue": 4096})}
+        process = subprocess.Popen(line, stdout=log, stderr=log, env=environment)
+        try:
+            began = time.monotonic()
+            while not is_up(url):
+                if process.poll() is not None or time.monotonic() - began > SECONDS_TO_START:
+                    log.seek(0)
+                    raise SystemExit(f"the server did not start: {log.read().decode(errors='replace')[-3000:]}")
+                time.sleep(0.5)
+            yield url, process
+        finally:
+            process.send_signal(signal.SIGTERM)
+            process.wait(120)
+
+
+def is_up(url: str) -> bool:
+    """Whether a server answers."""
+    try:
+        return httpx.get(f"{url}/health").status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+async def send(ask: Ask, url: str, rows: Sequence[int], times: np.ndarray, warm_up: int = 0) -> Load:
+    """Send a request for each row at its time, whatever has been answered; the first ones do not count.
+
+    Args:
+        times: (R,) seconds from the start.
+    """
+    seconds, orders = np.zeros(len(rows)), list[list[int] | None]([None] * len(rows))
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+    async with httpx.AsyncClient(base_url=url, timeout=120, limits=limits) as client:
+        began, busy = time.perf_counter(), time.process_time()
+
+        async def one(place: int) -> None:
+            sent = time.perf_counter()
+            orders[place] = await ask(client, rows[place])
+            seconds[place] = time.perf_counter() - sent
+
+        async with asyncio.TaskGroup() as tasks:
+            for place, then in enumerate(times):
+                await asyncio.sleep(max(0.0, began + then - time.perf_counter()))
+                tasks.create_task(one(place))
+        share = (time.process_time() - busy) / (time.perf_counter() - began)
+    return Load(seconds[warm_up:], orders[warm_up:], share)
+
+
+def poisson(rate: float, number: int, seed: int) -> np.ndarray:
+    """(number,) times of arrival at a rate per second."""
+    return np.cumsum(np.random.default_rng(seed).exponential(1 / rate, number))
+
+
+def memory(process: subprocess.Popen) -> dict[int, float]:
+    """Megabytes that each process of a server has for itself alone, by its id."""
+    found = {}
+    for one in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found[one.pid] = one.memory_full_info().uss / 1e6
+    return found

@@ -1,0 +1,50 @@
+"""`tests.benchmarks.serving` and `tests.soak` in small: the search for a rate, arrivals, and the growth of memory."""
+
+import numpy as np
+import pytest
+import soak
+from benchmarks import serving, serving_load
+from served import make_folder
+
+from rerank.models.ranker import RankingModel
+from rerank.rows import RankingRow
+
+
+@pytest.mark.parametrize("most", [3.0, 40.0, 171.0])
+def test_the_highest_rate_is_found_to_five_percent(most):
+    probed = []
+
+    def probe(rate):
+        probed.append(rate)
+        return serving_load.Load(np.full(100, 0.1 if rate <= most else 0.5), [], 0.0)
+
+    best, load = serving.highest_rate(probe, idle=0.09)
+    assert most / serving.PRECISION <= best <= most and load.p(95) == 0.1 and len(probed) < 20
+    with pytest.raises(SystemExit, match="is the machine quiet?"):
+        serving.highest_rate(lambda rate: serving_load.Load(np.ones(9), [], 0.0), idle=0.09)
+
+
+def test_requests_arrive_at_the_rate_whenever_they_are_answered():
+    times = serving_load.poisson(20, 4000, seed=1)
+    assert times[-1] == pytest.approx(200, rel=0.05) and np.std(np.diff(times)) == pytest.approx(1 / 20, rel=0.1)
+    assert np.array_equal(times, serving_load.poisson(20, 4000, seed=1))
+
+
+def test_growth_is_that_of_the_process_that_grows_most():
+    memory = [(minute, {1: 50 + 2.5 * minute, 2: 80.0 + (minute < 2) * 99}) for minute in range(11)]
+    memory.append((11, {2: 80.0, 1: 77.5, 3: 1000.0}))
+    assert soak.growth(memory, 2) == pytest.approx(2.5)
+    assert np.isnan(soak.growth(memory, 11))
+
+
+def test_a_row_is_asked_by_original_ids(tmp_path):
+    row = RankingRow(
+        1, (0, 1), (2, 3), ranks=(2, 1), fields={"age": 3, "query": "tv"}, time=5.0, history_times=(1, None)
+    )
+    assert serving_load.body_of(row, RankingModel.load(make_folder(tmp_path / "model"))) == {
+        "query": "tv",
+        "history": ["m0", "m1"],
+        "documents": ["m2", "m3"],
+        "scores": [0.5, 1.0],
+        "context": {"age": 3, "time": 5.0, "history_times": [1, None]},
+    }
