@@ -171,6 +171,18 @@ def test_rows_bring_the_fields_and_numbers_that_the_prompts_show(log_model):
     ]
 
 
+@pytest.mark.parametrize(
+    ("time", "then"),
+    [("172800", "0"), ("1970-01-03", "1970-01-01T00:00"), ("1970-01-03T02:00+02:00", "1970-01-01T00:00Z"),
+     (datetime.date(1970, 1, 3), datetime.datetime(1970, 1, 1)), ("1970-01-03 00:00", 0)],
+)  # fmt: skip
+def test_times_of_rows_are_numbers_or_dates(log_model, time, then):
+    (row,) = (one.row for one in encode([{**LOGGED, "time": time, "history_times": [then, None]}], log_model))
+    assert (row.time, row.history_times) == (172800, (0, None))
+    (failure,) = encode([{**LOGGED, "history_times": ["noon", None]}], log_model)
+    assert failure == "history_times holds 'noon' but must hold numbers, or dates such as 2026-01-31T12:00."
+
+
 def test_lists_of_csv_hold_numbers_parted_by_spaces(log_model, tmp_path):
     names = [*LOGGED]
     cells = {"history": "m0 m1", "candidates": "m2 m3 m4", "history_times": "0 1", "history_events": "click buy"}

@@ -3,6 +3,7 @@
 A row that cannot be ranked is a sentence that says why. N candidates of a row that the model knows.
 """
 
+import datetime
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -188,9 +189,9 @@ def _past(record: Record, length: int, shown: Sequence[str]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if "time" in shown:
         time = record["time"]
-        found["time"] = None if time is None else _number(time, "time")
+        found["time"] = None if time is None else _seconds(time, "time")
         times = _listed(record, "history_times", length)
-        found["history_times"] = [None if then is None else _number(then, "history_times") for then in times]
+        found["history_times"] = [None if then is None else _seconds(then, "history_times") for then in times]
     if "event" in shown:
         found["history_events"] = _listed(record, "history_events", length)
         for event in found["history_events"]:
@@ -207,6 +208,29 @@ def _listed(record: Record, name: str, length: int) -> list[Any]:
     if len(values) != length:
         raise ValueError(f"{name} has {len(values)} entries but there are {length} items; give one for each.")
     return values
+
+
+def _seconds(value: object, name: str) -> float:
+    """A time: a number as it is, a date or the text of one (ISO 8601) in seconds, in UTC where it says no offset."""
+    if isinstance(value, str) and not _is_number(value):
+        try:
+            value = datetime.datetime.fromisoformat(value.strip())
+        except ValueError:
+            cure = "must hold numbers, or dates such as 2026-01-31T12:00."
+            raise ValueError(f"{name} holds {value!r} but {cure}") from None
+    if isinstance(value, datetime.date) and not isinstance(value, datetime.datetime):
+        value = datetime.datetime(value.year, value.month, value.day)
+    if isinstance(value, datetime.datetime):
+        return (value if value.tzinfo else value.replace(tzinfo=datetime.UTC)).timestamp()
+    return _number(value, name)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _number(value: object, name: str) -> float:
