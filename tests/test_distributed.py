@@ -17,6 +17,8 @@ from rerank.rollouts import store as rollouts
 
 ALONE = "recipes/accelerate/cpu.yaml"
 DDP, ZERO2, ZERO3 = "recipes/accelerate/cpu_2proc.yaml", "tests/toy/zero2_cpu.yaml", "tests/toy/zero3_cpu.yaml"
+# Of `make matrix` alone: another test has the same stage, or the same accelerate file, in two processes.
+DDP_TOO, ZERO2_TOO = (pytest.param(file, marks=pytest.mark.matrix) for file in (DDP, ZERO2))
 STEPS = 3
 HALF_BATCH = "--per_device_train_batch_size=4"  # of the recipes' 8, so that the two processes together see as many
 
@@ -42,7 +44,7 @@ def midtrained_alone(toy_run, tmp_path_factory):
     return one, words
 
 
-@pytest.mark.parametrize("accelerate", [DDP, ZERO3])
+@pytest.mark.parametrize("accelerate", [DDP_TOO, ZERO3])
 def test_both_phases_of_midtrain_in_two_processes_train_as_in_one(toy_run, midtrained_alone, tmp_path, accelerate):
     one, words = midtrained_alone
     two = copy_stages(toy_run.run, tmp_path / "two", "semantic_ids")
@@ -53,7 +55,7 @@ def test_both_phases_of_midtrain_in_two_processes_train_as_in_one(toy_run, midtr
     assert all(torch.allclose(rows[0][name], rows[1][name], atol=1e-4) for name in rows[0])
 
 
-@pytest.mark.parametrize("accelerate", [DDP, ZERO3])
+@pytest.mark.parametrize("accelerate", [DDP_TOO, ZERO3])
 def test_sft_in_two_processes_has_the_losses_of_one(toy_run, tmp_path, accelerate):
     run = copy_stages(toy_run.run, tmp_path / "run", "traces")
     launch(accelerate, "rerank.sft", "sft", run, f"--max_steps={STEPS}", HALF_BATCH)
@@ -97,7 +99,7 @@ def test_all_losses_in_two_processes_are_those_of_one(toy_run, tuned_alone, tmp_
     assert models[0].keys() == models[1].keys() and not any("loss_parameters" in name for name in models[0])
 
 
-@pytest.mark.parametrize("accelerate", [ZERO2, ZERO3])  # without DeepSpeed: a test below, which samples too
+@pytest.mark.parametrize("accelerate", [ZERO2_TOO, ZERO3])  # without DeepSpeed: a test below, which samples too
 def test_dapo_in_two_processes_has_the_losses_of_one(toy_run, tmp_path, accelerate, monkeypatch):
     monkeypatch.setenv("TOY_ROLLOUTS", str(toy_run.run))
     run = copy_stages(toy_run.run, tmp_path / "run", "sft")
