@@ -175,6 +175,8 @@ def _attempt(work: Callable[P, R], *args: P.args, **options: P.kwargs) -> R | Ex
     """A result, or the exception in its place."""
     try:
         return work(*args, **options)
+    except Refusal as refusal:
+        return refusal.with_traceback(None)  # which would hold the request
     except Exception as error:
         return error
 
