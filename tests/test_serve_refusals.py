@@ -216,7 +216,7 @@ def test_a_refused_request_is_forgotten_at_once(server):
     gc.collect()
     gc.disable()
     try:
-        asyncio.run(server.post(*[changed(documents=[])] * 5))
+        asyncio.run(server.post(*[changed(documents=[]), b"[" * 100_000, b"{", changed(top_k=0)] * 2))
         assert not left()
     finally:
         gc.enable()

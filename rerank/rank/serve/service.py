@@ -176,7 +176,8 @@ def _attempt(work: Callable[P, R], *args: P.args, **options: P.kwargs) -> R | Ex
     try:
         return work(*args, **options)
     except Refusal as refusal:
-        return refusal.with_traceback(None)  # which would hold the request
+        refusal.__context__ = None  # its traceback and that of this one would hold the request
+        return refusal.with_traceback(None)
     except Exception as error:
         return error
 
