@@ -16,6 +16,7 @@ import sys
 import time
 from pathlib import Path
 from subprocess import Popen
+from typing import Any
 
 import httpx
 import numpy as np
@@ -79,14 +80,14 @@ async def closed_loop(soak: Soak, seconds: float, clients: int = 8) -> float:
     return (soak.answered - before) / seconds
 
 
-async def run(soak: Soak, rate: float, seconds: float, process: Popen) -> list[tuple[float, dict[int, float]]]:
+async def run(soak: Soak, rate: float, seconds: float, process: Popen) -> list[tuple[float, dict[str, float]]]:
     """Everything at its time; returns memory by minutes."""
     plan = [(then, soak.ask) for then in serving_load.poisson(rate, int(rate * seconds), 0)]
     plan += [(then, soak.break_one) for then in np.linspace(0, seconds, MALFORMED)]
     plan += [(then, soak.leave) for then in np.linspace(1, seconds, LEAVING)]
     plan += [(then, soak.reload) for then in (seconds / 3, seconds * 2 / 3)]
     plan.sort(key=lambda one: one[0])
-    memory: list[tuple[float, dict[int, float]]] = []
+    memory: list[tuple[float, dict[str, float]]] = []
     began = time.monotonic()
     async with asyncio.TaskGroup() as tasks:
         for number, (then, work) in enumerate(plan):
@@ -98,17 +99,17 @@ async def run(soak: Soak, rate: float, seconds: float, process: Popen) -> list[t
     return memory
 
 
-def growth(memory: list[tuple[float, dict[int, float]]], since: float) -> float:
-    """The largest slope of a process's memory, megabytes a minute."""
+def growth(memory: list[tuple[float, dict[str, float]]], since: float) -> dict[str, float]:
+    """The slope of each process's memory, megabytes a minute."""
     late = [one for one in memory if one[0] >= since]
     if len(late) < 3:
-        return float("nan")
-    pids = set.intersection(*(set(found) for _, found in late))
-    minutes = [then for then, _ in late]
-    return max(float(np.polyfit(minutes, [found[pid] for _, found in late], 1)[0]) for pid in pids)
+        return {}
+    minutes, lasting = [then for then, _ in late], set.intersection(*(set(found) for _, found in late))
+    slopes = {name: np.polyfit(minutes, [found[name] for _, found in late], 1)[0] for name in sorted(lasting)}
+    return {name: round(float(slope), 3) for name, slope in slopes.items()}
 
 
-async def measure(args: argparse.Namespace, url: str, process: Popen) -> dict[str, float]:
+async def measure(args: argparse.Namespace, url: str, process: Popen) -> dict[str, Any]:
     """The figures of a soak."""
     model = RankingModel.load(args.model)
     bodies = [
@@ -119,8 +120,10 @@ async def measure(args: argparse.Namespace, url: str, process: Popen) -> dict[st
         soak = Soak(client, bodies)
         rate = args.rate or 0.8 * await closed_loop(soak, 30)
         memory = await run(soak, rate, args.minutes * 60, process)
-    found = {"failed": soak.failed, "mb_per_min": round(growth(memory, min(WARM_UP_MINUTES, args.minutes / 2)), 3)}
-    return {**found, "answered": soak.answered, "refused": soak.refused, "rate": round(rate, 2)}
+    by_process = growth(memory, min(WARM_UP_MINUTES, args.minutes / 2))
+    found = {"failed": soak.failed, "mb_per_min": max(by_process.values(), default=float("nan"))}
+    rest = {"answered": soak.answered, "refused": soak.refused, "rate": round(rate, 2)}
+    return {**found, **rest, "by_process": by_process}
 
 
 def main() -> int:

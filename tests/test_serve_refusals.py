@@ -1,12 +1,15 @@
 """Requests that a served model refuses, keys, limits and clients that leave, by a scripted engine."""
 
 import asyncio
+import gc
 import json
 import logging
 
 import pytest
 from served import NAME, Server, make_folder, order_of
 from starlette.routing import Route
+
+from rerank.rank.serve.protocol import Refusal
 
 IDS = ["m2", "m3", "m4", "m5"]
 BODY = {"query": "m0\nm1", "documents": IDS}
@@ -204,6 +207,19 @@ def test_requests_that_could_harm_others_leave_their_answers_as_they_are(server)
     assert {one.status_code for one in answers[1::2]} <= {200, 400, 413, 422}
     texts = [server.engine.tokenizer.decode(asked[0]) for asked in server.engine.asked]
     assert not [text for text in texts if "<|endoftext|>" in text or text.count("</think>")]
+
+
+def test_a_refused_request_is_forgotten_at_once(server):
+    def left():
+        return [one for one in gc.get_objects() if isinstance(one, Refusal)]
+
+    gc.collect()
+    gc.disable()
+    try:
+        asyncio.run(server.post(*[changed(documents=[]), b"[" * 100_000, b"{", changed(top_k=0)] * 2))
+        assert not left()
+    finally:
+        gc.enable()
 
 
 def test_an_unexpected_error_of_one_request_is_not_that_of_its_batch(server, monkeypatch, caplog):

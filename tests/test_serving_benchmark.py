@@ -30,11 +30,11 @@ def test_requests_arrive_at_the_rate_whenever_they_are_answered():
     assert np.array_equal(times, serving_load.poisson(20, 4000, seed=1))
 
 
-def test_growth_is_that_of_the_process_that_grows_most():
-    memory = [(minute, {1: 50 + 2.5 * minute, 2: 80.0 + (minute < 2) * 99}) for minute in range(11)]
-    memory.append((11, {2: 80.0, 1: 77.5, 3: 1000.0}))
-    assert soak.growth(memory, 2) == pytest.approx(2.5)
-    assert np.isnan(soak.growth(memory, 11))
+def test_growth_is_that_of_each_process_from_some_minute_on():
+    memory = [(minute, {"1 a": 50 + 2.5 * minute, "2 b": 80.0 + (minute < 2) * 99}) for minute in range(11)]
+    memory.append((11, {"2 b": 80.0, "1 a": 77.5, "3 c": 1000.0}))
+    assert soak.growth(memory, 2) == {"1 a": 2.5, "2 b": pytest.approx(0, abs=1e-3)}
+    assert soak.growth(memory, 11) == {}
 
 
 def test_a_row_is_asked_by_original_ids(tmp_path):

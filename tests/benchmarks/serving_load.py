@@ -145,10 +145,11 @@ def poisson(rate: float, number: int, seed: int) -> np.ndarray:
     return np.cumsum(np.random.default_rng(seed).exponential(1 / rate, number))
 
 
-def memory(process: subprocess.Popen) -> dict[int, float]:
-    """Megabytes that each process of a server has for itself alone, by its id."""
+def memory(process: subprocess.Popen) -> dict[str, float]:
+    """Megabytes that each process of a server has for itself alone, by its id and name."""
     found = {}
     for one in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
         with contextlib.suppress(psutil.NoSuchProcess):
-            found[one.pid] = one.memory_full_info().uss / 1e6
+            name = one.cmdline()[:1] or [one.name()]
+            found[f"{one.pid} {Path(name[0]).name}"] = one.memory_full_info().uss / 1e6
     return found

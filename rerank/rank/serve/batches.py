@@ -31,7 +31,10 @@ class Batches(Generic[T, R]):
         self._waiting.append((task, future))
         if self._worker is None:
             self._worker = asyncio.create_task(self._work())
-        return await future
+        try:
+            return await future
+        finally:
+            del future  # which has the exception, whose traceback has this frame: a cycle would hold the whole request
 
     async def _work(self) -> None:
         loop = asyncio.get_running_loop()

@@ -175,6 +175,9 @@ def _attempt(work: Callable[P, R], *args: P.args, **options: P.kwargs) -> R | Ex
     """A result, or the exception in its place."""
     try:
         return work(*args, **options)
+    except Refusal as refusal:
+        refusal.__context__ = None  # its traceback and that of this one would hold the request
+        return refusal.with_traceback(None)
     except Exception as error:
         return error
 
