@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from collections import Counter
 from contextlib import nullcontext
 
@@ -115,6 +117,10 @@ def test_general_text_is_the_file_in_passages_without_anything_like_a_tag(tmp_pa
     assert "".join(document.answer for document in made) == text.replace("<", "‹").replace(">", "›")
     made = list(documents.text_documents("packages"))  # which needs no file
     assert len(made) > 20 and not any("<" in document.answer for document in made)
+    words = [sys.executable, "-c", "import importlib_metadata; from rerank.midtrain import documents; "
+             "print(''.join(one.answer for one in documents.text_documents('packages')))"]  # fmt: skip
+    shown = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    assert shown.split() == "".join(document.answer for document in made).split(), "a backport changes nothing"
 
 
 # 8 items in windows of 4, each 2 on: starts 0, 2, 4, of 6 users 18 made; 18 * 0.2 / 0.5 = 7.2, 18 * 0.15 / 0.5 = 5.4

@@ -117,7 +117,7 @@ def test_what_cannot_be_served_is_refused_in_one_line(
     assert "generation.json is missing" in error_of(capsys, changed(folder, tmp_path, "generation.json", None))
     assert "evidence.npz is missing" in error_of(capsys, changed(make_folder(tmp_path / "facts", evidence="words",
         evidence_names=["popularity"]), tmp_path, "evidence.npz", None))  # fmt: skip
-    newer = {**json.loads((folder / "prompt.json").read_text()), "layout": "candidates_first"}
+    newer = {**json.loads((folder / "prompt.json").read_text()), "tone": "kind"}
     assert "is of another version of rerank" in error_of(capsys, changed(folder, tmp_path, "prompt.json", newer))
     error = error_of(capsys, changed(folder, tmp_path, "generation.json", {"trace": True}))
     assert "is of another version of rerank ('max_completion_tokens')" in error

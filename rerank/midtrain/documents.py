@@ -155,13 +155,19 @@ def text_documents(source: str, length: int = 400) -> Iterator[Document]:
     """Passages of general text: of a file, or, offline, of the descriptions of the packages the project stands on."""
     if source == "packages":
         names = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "numpy", "scipy", "scikit-learn")
-        texts = [metadata.metadata(name).get_payload() or metadata.metadata(name).get("Summary", "") for name in names]
+        texts = [_description(name) for name in names]
     else:
         texts = [Path(source).read_text(encoding="utf-8")]
     for text in texts:
         words = text.replace("<", "‹").replace(">", "›")
         for start in range(0, len(words), length):
             yield Document("text", "", words[start : start + length])
+
+
+def _description(package: str) -> str:
+    """Where the package importlib_metadata has been imported too, it stands under a key, not behind all keys."""
+    found = metadata.metadata(package)
+    return str(found.get_payload() or found.get("Description") or found.get("Summary", ""))
 
 
 def mixed_documents(
