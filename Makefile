@@ -26,7 +26,7 @@ test: lint
 
 matrix: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "matrix or not matrix" tests/test_matrix.py tests/test_zero3_lora.py \
-		tests/test_ranking_processor.py tests/test_distributed.py
+		tests/test_ranking_processor.py tests/test_distributed*.py
 
 lint: setup
 	$(BIN)/ruff check .

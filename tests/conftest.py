@@ -11,7 +11,8 @@ from toy_recipe import TOY, environment, run_command
 
 from rerank.launch import recipe
 
-LONGEST, NEXT_LONGEST = "test_distributed.py", "test_resume.py"  # both need the toy run
+LONGEST = "test_distributed.py"
+NEXT_LONGEST = ("test_distributed_dapo.py", "test_resume.py")  # all need the toy run
 
 
 def pytest_addoption(parser):
@@ -25,7 +26,7 @@ def pytest_addoption(parser):
 def pytest_collection_modifyitems(items):
     """The longest file first, which makes the toy run; others need it when it is there: no worker waits."""
     need_it = {item.path for item in items if "toy_run" in item.fixturenames}
-    items.sort(key=lambda item: (item.path.name != LONGEST, item.path in need_it, item.path.name != NEXT_LONGEST))
+    items.sort(key=lambda item: (item.path.name != LONGEST, item.path in need_it, item.path.name not in NEXT_LONGEST))
 
 
 @pytest.fixture
