@@ -143,7 +143,6 @@ class EvidenceTeacher:
     ) -> None:
         self.scores, self.prompter = scores, prompter
         self.temperature, self.seed, self.told = temperature, seed, told
-        self._shown: dict[int, tuple[Facts, list[str]]] = {}  # of rows by id: they are asked for several drafts
         self.grade_edges = np.quantile(np.concatenate(list(scores.values())), grade_places(grade_ratio))
 
     def __call__(self, rows: Sequence[RankingRow], attempt: int, batch_seed: int) -> list[Draft]:
@@ -151,9 +150,7 @@ class EvidenceTeacher:
 
     def _draft(self, row: RankingRow, attempt: int) -> Draft:
         grades = self._grades(row, attempt)
-        if row.row_id not in self._shown:
-            self._shown[row.row_id] = self.prompter.facts(row), self.prompter.labels(row)
-        order, (facts, labels) = by_grade(grades), self._shown[row.row_id]
+        order, facts, labels = by_grade(grades), self.prompter.facts(row), self.prompter.labels(row)
         is_short = self.prompter.settings.task == "short"
         trace = word_short(labels, grades, facts) if is_short else word_full(row, order, facts, self.prompter)
         return Draft(prompts.completion(trace, order, labels, self.prompter.settings.top_k))
