@@ -27,6 +27,8 @@ from rerank.rank.serve.snapshot import Snapshot
 from rerank.rows import FEATURES_FILE
 
 NAME = "toy"
+IDS = ["m2", "m3", "m4", "m5"]
+BODY = {"query": "m0\nm1", "documents": IDS}
 READING = {"item_columns": {"item": "item_id", "title": "name"}, "text_columns": None, "category_separator": None}
 
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from served import NAME, Server, make_folder, order_of
+from served import BODY, IDS, NAME, Server, make_folder, order_of
 from toy_run import CATALOGUE
 
 from rerank.models.ranker import RankingModel
@@ -18,9 +18,6 @@ from rerank.rank.model_folder import add_items
 from rerank.rank.serve.service import Service
 from rerank.rank.serve.snapshot import Snapshot
 from rerank.semantic_ids import embeddings
-
-IDS = ["m2", "m3", "m4", "m5"]
-BODY = {"query": "m0\nm1", "documents": IDS}
 
 
 @pytest.fixture(scope="module")

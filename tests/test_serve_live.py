@@ -14,7 +14,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from served import make_folder
+from served import BODY, make_folder
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -23,7 +23,6 @@ BASH, PYTHON = (re.search(rf"```{language}\n(.*?)```", SECTION, re.S)[1] for lan
 KEY = re.search(r"RERANK_API_KEY=(\w+)", BASH)[1]
 FOLDER, PORT, START = "runs/mine/dapo/model", "8000", 500  # of the README, and seconds to start on a busy machine
 HEADERS = {"Authorization": f"Bearer {KEY}"}
-BODY = {"query": "m0\nm1", "documents": ["m2", "m3", "m4", "m5"]}
 
 
 def free_port():

@@ -6,13 +6,10 @@ import json
 import logging
 
 import pytest
-from served import NAME, Server, make_folder, order_of
+from served import BODY, NAME, Server, make_folder, order_of
 from starlette.routing import Route
 
 from rerank.rank.serve.protocol import Refusal
-
-IDS = ["m2", "m3", "m4", "m5"]
-BODY = {"query": "m0\nm1", "documents": IDS}
 
 
 @pytest.fixture(scope="module")

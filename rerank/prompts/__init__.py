@@ -220,24 +220,18 @@ def _split_words(answer: str, pattern: re.Pattern[str]) -> list[str] | None:
 
 @lru_cache
 def _whole_id(levels: tuple[str, ...]) -> re.Pattern[str]:
-    return re.compile("".join(f"<s_{level}_[0-9]+>" for level in levels))
+    return re.compile(r"\s*".join(f"<s_{level}_[0-9]+>" for level in levels))
 
 
 def _split_ids(answer: str, label: str) -> list[str] | None:
     """The semantic ids written, each with the levels of `label`, None when anything else stands there."""
-    levels = _ID_TOKEN.findall(label)
+    levels = _ID_TOKEN.findall(label)  # letters name them
     if not levels:
         raise ValueError(f"candidate label {label!r} is neither a number nor a semantic id; check the row.")
     whole = _whole_id(tuple(levels))
-    if not whole.sub("", answer).strip():
-        return whole.findall(answer)
-    tokens = list(_ID_TOKEN.finditer(answer))
-    if _ID_TOKEN.sub("", answer).strip() or len(tokens) % len(levels):
+    if whole.sub("", answer).strip():
         return None
-    groups = [tokens[start : start + len(levels)] for start in range(0, len(tokens), len(levels))]
-    if any([token[1] for token in group] != levels for group in groups):  # letters name levels
-        return None
-    return ["".join(token[0] for token in group) for group in groups]
+    return ["".join(found.split()) for found in whole.findall(answer)]
 
 
 def _failure(written: Sequence[str], shown: Mapping[str, int], wanted: int) -> str | None:

@@ -212,12 +212,11 @@ def _listed(record: Record, name: str, length: int) -> list[Any]:
 
 def _seconds(value: object, name: str) -> float:
     """A time: a number as it is, a date or the text of one (ISO 8601) in seconds, in UTC where it says no offset."""
-    if isinstance(value, str) and not _is_number(value):
+    if isinstance(value, str):
         try:
-            value = datetime.datetime.fromisoformat(value.strip())
+            return _number(value, name)
         except ValueError:
-            cure = "must hold numbers, or dates such as 2026-01-31T12:00."
-            raise ValueError(f"{name} holds {value!r} but {cure}") from None
+            value = _date(value, name)
     if isinstance(value, datetime.date) and not isinstance(value, datetime.datetime):
         value = datetime.datetime(value.year, value.month, value.day)
     if isinstance(value, datetime.datetime):
@@ -225,12 +224,12 @@ def _seconds(value: object, name: str) -> float:
     return _number(value, name)
 
 
-def _is_number(text: str) -> bool:
+def _date(text: str, name: str) -> datetime.datetime:
     try:
-        float(text)
+        return datetime.datetime.fromisoformat(text.strip())
     except ValueError:
-        return False
-    return True
+        cure = "must hold numbers, or dates such as 2026-01-31T12:00."
+        raise ValueError(f"{name} holds {text!r} but {cure}") from None
 
 
 def _number(value: object, name: str) -> float:
