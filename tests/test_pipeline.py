@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from toy_run import RECIPES, finish, write_recipes
 
-from rerank.launch import pipeline, recipe, run_dir
+from rerank.launch import pipeline, recipe, run_dir, signals
 from rerank.launch.gpus import gpu_words
 from rerank.launch.stages import STAGES
 
@@ -186,7 +186,7 @@ def test_a_signal_reaches_the_stage_and_not_its_launcher(tmp_path):
     words = [sys.executable, "-c", parent, "accelerate.commands.launch"]  # the last word makes it look like a launcher
     launcher = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, start_new_session=True)
     assert launcher.stdout.readline() == "ready\n"
-    pipeline._signal_tree(launcher.pid, 2, lambda line: not pipeline._is_launcher(line))
+    signals.signal_tree(launcher.pid, 2, lambda line: not signals.is_launcher(line))
     assert launcher.stdout.read() == "asked\n"
     assert launcher.wait(30) == 7
 

@@ -34,6 +34,10 @@ def _add_runs(add: Add) -> None:
     run.add_argument("--from", dest="first", metavar="STAGE", help="first stage to run")
     run.add_argument("--to", dest="last", metavar="STAGE", help="last stage to run")
     run.add_argument("--only", metavar="STAGE", help="the one stage to run")
+    run.add_argument(
+        "--shard", metavar="I/N", help="with --only: part I of N of the rows that a model runs over, for job arrays; "
+        "once all N are made, the same command without it merges them"
+    )  # fmt: skip
     run.add_argument("--force", metavar="STAGE", help="make a stage and those after it again, finished or not")
     run.add_argument("--dry-run", action="store_true", help="check everything and print the launch lines")
     run.add_argument("overrides", nargs="*", metavar="STAGE.key=value", help="override a key of a stage's recipe")
@@ -115,7 +119,7 @@ def _run(args: argparse.Namespace) -> int:
 
     recipe.set_environment()
     every_step = pipeline.read_steps(args.recipe_dir, args.out, args.overrides)
-    steps = pipeline.select(every_step, args.first, args.last, args.only)
+    steps = pipeline.select(every_step, args.first, args.last, args.only, args.shard)
     remake = pipeline.forced(every_step, steps, args.force)
     if args.dry_run:
         from rerank.models import memory
@@ -125,7 +129,7 @@ def _run(args: argparse.Namespace) -> int:
         print("".join(f"# {line}\n" for line in memory.estimates(waiting, args.accelerate)), end="")
         return 0
     code = pipeline.run(steps, args.accelerate, lambda line: print(line, flush=True), remake)
-    if code == 0 and steps[-1].stage == "evaluate":
+    if code == 0 and steps[-1].folder_name == "evaluate":
         _print_results(steps[-1].run_dir)
     return code
 

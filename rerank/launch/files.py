@@ -48,6 +48,12 @@ def delete_folder(folder: Path) -> None:
         shutil.rmtree(deleted)
 
 
+def delete_folders(parent: Path, pattern: str) -> None:
+    """Delete the folders of a folder whose names match a pattern."""
+    for folder in sorted(parent.glob(pattern)):
+        delete_folder(folder)
+
+
 def files_of(path: Path) -> list[Path]:
     """A file, the files of a folder or of a glob, in order; what Python has compiled is left out."""
     if path.is_file() or not path.exists():

@@ -1,30 +1,27 @@
 """`rerank run`: the numbered recipes of a folder, checked together, then launched one after another."""
 
-import contextlib
-import logging
 import os
 import re
 import shlex
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rerank.launch import recipe
+from rerank.launch import recipe, shards
 from rerank.launch import run_dir as runs
 from rerank.launch.across import check_across
 from rerank.launch.files import write_whole
 from rerank.launch.gpus import free_gpu, gpu_words
 from rerank.launch.named_files import ACCELERATE_VARIABLE
+from rerank.launch.shards import Shard
+from rerank.launch.signals import die_with_parent, wait
 from rerank.launch.stages import STAGES
 from rerank.launch.trainer_options import check_stage
 from rerank.plugins import did_you_mean
-
-logger = logging.getLogger(__name__)
 
 LAUNCHER = (sys.executable, "-m", "accelerate.commands.launch", "--quiet")
 RECIPE_NAME = re.compile(r"(\d+)_(\w+)\.ya?ml")
@@ -32,12 +29,19 @@ RECIPE_NAME = re.compile(r"(\d+)_(\w+)\.ya?ml")
 
 @dataclass(frozen=True)
 class Step:
-    """One stage of a pipeline: its recipe file, that file's keys merged with the overrides, and the overrides."""
+    """One stage of a pipeline: its recipe file, that file's keys merged with the overrides, the overrides, and the
+    shard to make, None for the whole stage."""
 
     stage: str
     path: Path
     keys: recipe.Keys
     overrides: dict[str, str]
+    shard: Shard | None = None
+
+    @property
+    def folder_name(self) -> str:
+        """Of the folder that it makes."""
+        return shards.folder_name(self.run_dir, self.stage, self.shard)
 
     @property
     def run_dir(self) -> str:
@@ -95,14 +99,20 @@ def _split_overrides(words: Sequence[str], stages: Sequence[str]) -> dict[str, d
     return given
 
 
-def select(steps: Sequence[Step], first: str | None, last: str | None, only: str | None) -> list[Step]:
-    """The steps from `first` to `last`, or `only` one."""
+def select(
+    steps: Sequence[Step], first: str | None, last: str | None, only: str | None, shard: str | None = None
+) -> list[Step]:
+    """The steps from `first` to `last`, or `only` one, or a shard of it."""
     names = [step.stage for step in steps]
     for name in (first, last, only):
         if name is not None and name not in names:
             raise ValueError(_no_stage(name, names))
+    if shard and not only:
+        raise ValueError(f"--shard {shard} is a part of one stage; name it by --only STAGE")
     if only:
-        return [step for step in steps if step.stage == only]
+        part = Shard.parse(shard) if shard else None
+        shards.check_stage_takes(only, part)
+        return [replace(step, shard=part) for step in steps if step.stage == only]
     start, end = names.index(first) if first else 0, names.index(last) if last else len(names) - 1
     if end < start:
         raise ValueError(f"--from {first} comes after --to {last}; swap them")
@@ -117,6 +127,8 @@ def forced(steps: Sequence[Step], selected: Sequence[Step], stage: str | None) -
     """The selected stages that `--force STAGE` makes again: it and those after it."""
     if stage is None:
         return []
+    if selected[0].shard is not None:
+        raise ValueError(f"--force {stage} deletes all shards of a stage; run it without --shard, or leave it out")
     known, names = ([step.stage for step in some] for some in (steps, selected))
     if stage not in known:
         raise ValueError(f"--force {stage}: {_no_stage(stage, known)}")
@@ -138,7 +150,7 @@ def check_steps(
         remake: Stages to make again, finished or not.
     """
     with runs.as_unfinished(steps[0].run_dir, remake):
-        waiting = [step for step in steps if not runs.is_finished(step.run_dir, step.stage)]
+        waiting = [step for step in steps if not runs.is_finished(step.run_dir, step.folder_name)]
         remade, made = [step.stage for step in waiting], list[str]()
         for step in steps:
             if step not in waiting:
@@ -147,9 +159,11 @@ def check_steps(
         for step in waiting:
             arguments = resolved[step.stage] = recipe.resolve(step.stage, step.keys, str(step.path))
             recipe.check_inputs(step.stage, arguments, made, accelerate)
-            runs.refuse_held(step.run_dir, step.stage)
+            runs.refuse_held(step.run_dir, step.folder_name)
             if step.stage not in remake:
-                runs.refuse_partial_of_another_recipe(step.run_dir, step.stage, step.keys, accelerate)
+                runs.refuse_partial_of_another_recipe(step.run_dir, step.folder_name, step.keys, accelerate)
+                command = shlex.join(["python", *_module_words(step)])
+                shards.check(step.run_dir, step.stage, step.keys, arguments, step.shard, command, made, accelerate)
             check_stage(step.stage, arguments, accelerate)
             made.append(step.stage)
         check_across(resolved)
@@ -157,15 +171,21 @@ def check_steps(
 
 
 def _check_finished(step: Step, remade: Sequence[str], accelerate: str | None) -> None:
-    if runs.difference(step.stage, runs.read_record(step.run_dir, step.stage).given, step.keys):
+    if runs.difference(step.stage, runs.read_record(step.run_dir, step.folder_name).given, step.keys):
         recipe.resolve(step.stage, step.keys, str(step.path))  # a misspelt key is what should be named
-    runs.check_finished(step.run_dir, step.stage, step.keys, remade, accelerate)
+    runs.check_finished(step.run_dir, step.folder_name, step.keys, remade, accelerate)
 
 
 def launch_words(step: Step, accelerate: str) -> list[str]:
     """The words after `accelerate launch` that launch a step."""
-    words = ["--config_file", accelerate, "-m", STAGES[step.stage], "--config", str(step.path)]
-    return words + [f"--{key}={value}" for key, value in step.overrides.items()]
+    return ["--config_file", accelerate, *_module_words(step)]
+
+
+def _module_words(step: Step) -> list[str]:
+    """The words after `python` that run a step."""
+    words = ["-m", STAGES[step.stage], "--config", str(step.path)]
+    words += [f"--{key}={value}" for key, value in step.overrides.items()]
+    return words + ([f"--shard={step.shard}"] if step.shard else [])
 
 
 def run_step(step: Step, accelerate: str) -> int:
@@ -182,42 +202,14 @@ def run_step(step: Step, accelerate: str) -> int:
         [*LAUNCHER, *gpu_words(where), *launch_words(step, accelerate)],
         env=environment,
         start_new_session=True,  # Ctrl-C reaches only this process, which signals the stage, not accelerate
-        preexec_fn=recipe.die_with_parent,  # also after kill -9 of this process
+        preexec_fn=die_with_parent,  # also after kill -9 of this process
     )
-    interrupted = False
-    while True:
-        try:
-            code = child.wait()
-            return 130 if interrupted else code
-        except KeyboardInterrupt:
-            if interrupted:
-                _signal_tree(child.pid, signal.SIGKILL, lambda words: True)
-            else:
-                logger.warning("stopping %s; once more kills it", step.stage)
-                _signal_tree(child.pid, signal.SIGINT, lambda words: not _is_launcher(words))
-            interrupted = True
+    return wait(child, step.stage)
 
 
 def _python_path() -> str:
     """The working folder first, as with `python -m`, so that plugins beside the recipes are found."""
     return os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")]))
-
-
-def _is_launcher(words: Sequence[str]) -> bool:
-    return any("accelerate.commands.launch" in word or "torch.distributed" in word for word in words)
-
-
-def _signal_tree(pid: int, number: int, chosen: Callable[[Sequence[str]], bool]) -> None:
-    """Signal `pid` and the processes below it, those whose command line is chosen."""
-    import psutil
-
-    is_gone = contextlib.suppress(psutil.NoSuchProcess)
-    with is_gone:
-        root = psutil.Process(pid)
-        for process in [*root.children(recursive=True), root]:
-            with is_gone:
-                if chosen(process.cmdline()):
-                    process.send_signal(number)
 
 
 def run(steps: Sequence[Step], accelerate: str, say: Callable[[str], None], remake: Sequence[str] = ()) -> int:
@@ -237,7 +229,7 @@ def run(steps: Sequence[Step], accelerate: str, say: Callable[[str], None], rema
             say(f"{stage} is kept as {stage}.replaced until the new one is finished")
         runs.set_aside(steps[0].run_dir, stage)
     for number, step in enumerate(steps, start=1):
-        name = f"[{number}/{len(steps)}] {step.stage}"
+        name = f"[{number}/{len(steps)}] {step.stage}" + (f", shard {step.shard}" if step.shard else "")
         if step.stage not in waiting:
             say(f"{name}: finished already")
         elif code := _launch_step(step, name, accelerate, say, "the same command" + " without --force" * bool(remake)):
@@ -261,7 +253,7 @@ def _launch_step(step: Step, name: str, accelerate: str, say: Callable[[str], No
         say(f"{name} {'was stopped' if code == 130 else f'failed with exit code {code}'}; "
             f"{again} continues from here")  # fmt: skip
         return code
-    if not runs.is_finished(step.run_dir, step.stage):
+    if not runs.is_finished(step.run_dir, step.folder_name):
         say(f"{name} ended without a result; {again} tries it again")
         return 1
     say(f"{name}: {time.monotonic() - begin:.0f} s")
@@ -269,10 +261,15 @@ def _launch_step(step: Step, name: str, accelerate: str, say: Callable[[str], No
 
 
 def _write_missing_report(step: Step) -> None:
-    """Write the page of an evaluated run; the tasks that rank the whole catalogue have none."""
+    """Write the page of an evaluated run; the tasks that rank the whole catalogue and shards have none."""
     folder = runs.stage_dir(step.run_dir, step.stage)
     path = folder / "report.html"
-    if step.stage == "evaluate" and step.keys.get("task", "rerank") == "rerank" and not path.is_file():
+    if (
+        folder.is_dir()
+        and step.stage == "evaluate"
+        and step.keys.get("task", "rerank") == "rerank"
+        and not path.is_file()
+    ):
         from rerank import report
 
         write_whole(path, lambda temporary: report.write_report(step.run_dir, folder, temporary))
@@ -289,6 +286,6 @@ def describe(steps: Sequence[Step], accelerate: str, remake: Sequence[str] = ())
             where = recipe.load(accelerate)
             device = free_gpu(where) if server.is_local(url) and not where.get("use_cpu") else None
             lines.append(server.launch_line(model, url, step.keys.get("vllm_max_model_length"), device) + " &")
-        done = step.stage not in remake and runs.is_finished(step.run_dir, step.stage)
+        done = step.stage not in remake and runs.is_finished(step.run_dir, step.folder_name)
         lines.append("# finished: " * done + shlex.join(["accelerate", "launch", *launch_words(step, accelerate)]))
     return lines

@@ -1,12 +1,11 @@
 """Recipes: flat YAML files, overridable on the command line, resolved into a stage's dataclasses and run."""
 
 import contextlib
-import ctypes
 import dataclasses
 import difflib
 import logging
 import os
-import signal
+import shlex
 import sys
 import traceback
 import typing
@@ -18,15 +17,15 @@ from typing import Any
 
 import yaml
 
-from rerank.launch import named_files, trackers
+from rerank.launch import named_files, shards, trackers
 from rerank.launch import run_dir as runs
-from rerank.launch.stages import Stage, load_stage
+from rerank.launch.shards import Shard
+from rerank.launch.signals import die_with_parent
+from rerank.launch.stages import STAGES, Stage, load_stage
 from rerank.launch.trainer_options import check_stage, check_trainer_options
 from rerank.launch.values import default_of, type_hints, typed_value
 
 logger = logging.getLogger(__name__)
-
-_PR_SET_PDEATHSIG = 1
 
 Keys = dict[str, Any]  # of a recipe, with their values as YAML reads them
 
@@ -205,19 +204,16 @@ def check_inputs(
     return inputs
 
 
-def _command_line(argv: Sequence[str]) -> tuple[Keys, str]:
-    """The merged keys of `--config FILE` and its overrides, and the file's name."""
+def _command_line(argv: Sequence[str]) -> tuple[Keys, str, Shard | None]:
+    """The merged keys of `--config FILE` and its overrides, the file's name, and the shard that is asked for."""
     words = list(argv)
     if "--config" not in words or words.index("--config") + 1 == len(words):
         raise ValueError("--config RECIPE.yaml is missing")
     place = words.index("--config")
     path = words[place + 1]
-    return {**load(path), **read_overrides(words[:place] + words[place + 2 :])}, path
-
-
-def die_with_parent() -> None:
-    """Ask Linux to send this process SIGTERM when its parent dies, even by kill -9; a training then saves itself."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))
+    overrides = read_overrides(words[:place] + words[place + 2 :])
+    shard = Shard.parse(str(overrides.pop("shard"))) if "shard" in overrides else None
+    return {**load(path), **overrides}, path, shard
 
 
 def launch(stage: str) -> None:
@@ -259,30 +255,38 @@ def _run(stage: str, argv: Sequence[str]) -> None:
     is_main, accelerate = os.environ.get("RANK", "0") == "0", os.environ.get(named_files.ACCELERATE_VARIABLE)
     with contextlib.ExitStack() as held:
         try:
-            keys, source = _command_line(argv)
+            keys, source, shard = _command_line(argv)
+            shards.check_stage_takes(stage, shard)
             arguments = resolve(stage, keys, source)
             run_dir, declared = arguments[0].run_dir, load_stage(stage)
-            if runs.is_finished(run_dir, stage):
-                runs.check_finished(run_dir, stage, keys, accelerate=accelerate)
-                logger.info("%s is finished already", runs.stage_dir(run_dir, stage))
+            name = shards.folder_name(run_dir, stage, shard)
+            if runs.is_finished(run_dir, name):
+                runs.check_finished(run_dir, name, keys, accelerate=accelerate)
+                logger.info("%s is finished already", runs.stage_dir(run_dir, name))
                 return
             inputs = check_inputs(stage, arguments, accelerate=accelerate)
-            folder = runs.partial_dir(run_dir, stage)
+            command = shlex.join(["python", "-m", STAGES[stage], *argv])
+            shards.check(run_dir, stage, keys, arguments, shard, command, accelerate=accelerate)
+            folder = runs.partial_dir(run_dir, name)
             if is_main:
                 held.enter_context(runs.lock(folder))
-                runs.refuse_partial_of_another_recipe(run_dir, stage, keys, accelerate)
+                runs.refuse_partial_of_another_recipe(run_dir, name, keys, accelerate)
                 check_stage(stage, arguments, accelerate)
-                runs.begin(run_dir, stage, keys, inputs, named_files.named_files(declared, keys, accelerate))
+                runs.begin(run_dir, name, keys, inputs, named_files.named_files(declared, keys, accelerate))
         except (ValueError, FileNotFoundError) as error:
             _fail(one_line(error), 2)
-        metrics = _main(declared, arguments, folder)
+        metrics = _main(declared, arguments, folder, shard)
         if is_main:
-            runs.finish(run_dir, stage, keys, resolved_recipe(arguments, keys), inputs, metrics)
+            runs.finish(run_dir, name, keys, resolved_recipe(arguments, keys), inputs, metrics)
 
 
-def _main(declared: Stage, arguments: Sequence[Any], folder: Path) -> dict[str, Any]:
-    """The stage's metrics, once every process has them."""
+def _main(declared: Stage, arguments: Sequence[Any], folder: Path, shard: Shard | None) -> dict[str, Any]:
+    """The stage's metrics, once every process has them; a shard has none."""
     try:
+        if shard is not None:
+            assert declared.main_of_shard is not None  # as `check_stage_takes` ensures
+            declared.main_of_shard(*arguments, shard, folder)
+            return {}
         metrics = declared.main(*arguments, folder)
     except (ValueError, FileNotFoundError) as error:
         if not _is_ours(error):

@@ -22,7 +22,7 @@ import filelock
 import yaml
 
 from rerank.launch import named_files
-from rerank.launch.files import delete_folder, write_json, write_text
+from rerank.launch.files import delete_folder, delete_folders, write_json, write_text
 from rerank.launch.named_files import FileRecord, NamedFile
 from rerank.launch.stages import load_stage
 from rerank.launch.values import default_of
@@ -182,6 +182,8 @@ def _other(name: str, inputs: Mapping[str, str]) -> str:
 
 
 def _cure(folder: Path) -> str:
+    if ".shard-" in folder.name:
+        return f"delete {folder} and make this shard again, or choose another --out"
     return (
         f"delete {folder} and the stages after it, as `rerank run --force {folder.name}` does, or choose another --out"
     )
@@ -216,7 +218,8 @@ def refuse_partial_of_another_recipe(
     begun, folder = _read_begun(run_dir, stage), partial_dir(run_dir, stage)
     if begun is None:
         return
-    cure = f"delete it to start the stage anew, as `rerank run --force {stage}` does, or choose another --out"
+    as_forced = "" if ".shard-" in stage else f", as `rerank run --force {stage}` does"
+    cure = f"delete it to start anew{as_forced}, or choose another --out"
     if changed := difference(stage, begun.given, given):
         raise ValueError(f"{folder} was begun by another recipe: {changed}; {cure}")
     if changed := named_files.changed(begun.files, accelerate):
@@ -234,13 +237,14 @@ def replaced_dir(run_dir: str | Path, stage: str) -> Path:
 def set_aside(run_dir: str | Path, stage: str) -> None:
     """Make way for a stage that is to be made again.
 
-    A finished folder is renamed to `<stage>.replaced` and deleted once the new one is finished, an unfinished one is
-    deleted.
+    A finished folder is renamed to `<stage>.replaced` and deleted once the new one is finished, an unfinished one and
+    shards are deleted.
     """
     if is_finished(run_dir, stage):
         delete_folder(replaced_dir(run_dir, stage))
         stage_dir(run_dir, stage).rename(replaced_dir(run_dir, stage))
     delete_folder(partial_dir(run_dir, stage))
+    delete_folders(Path(run_dir), f"{stage}.shard-*")
 
 
 def partial_dir(run_dir: str | Path, stage: str) -> Path:
@@ -291,4 +295,5 @@ def finish(
     finished = folder.replace(stage_dir(run_dir, stage))
     for name in ("begun.json", "holder.pid", "lock"):  # only now: a run that was killed before still knows its recipe
         (finished / name).unlink(missing_ok=True)
+    delete_folders(Path(run_dir), f"{stage}.shard-*")  # which are merged
     delete_folder(replaced_dir(run_dir, stage))

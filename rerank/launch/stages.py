@@ -19,6 +19,9 @@ class Stage:
         arguments: Its dataclasses: its own, then those of TRL.
         main: Takes the arguments and the folder to write into; returns metrics.
         check: Takes the arguments; refuses what can be known before the stage starts.
+        main_of_shard: Takes the arguments, a shard and its folder to write into; makes what `main` reads of finished
+            shards. None for a stage that runs no model over rows.
+        check_shard: Takes the arguments; refuses those with which `main` runs no model over rows.
         inputs: Stages whose folders it always reads.
         optional_inputs: Takes its arguments; returns further stages whose folders it reads with these.
         inputs_if_made: Stages that a recipe may leave out, and whose folders it reads where the run has them.
@@ -33,6 +36,8 @@ class Stage:
     arguments: tuple[type, ...]
     main: Callable[..., dict[str, Any]]
     check: Callable[..., None]
+    main_of_shard: Callable[..., None] | None = field(default=None, kw_only=True)
+    check_shard: Callable[..., None] = field(default=lambda *arguments: None, kw_only=True)
     inputs: tuple[str, ...] = ()
     optional_inputs: Callable[..., Sequence[str]] = lambda *arguments: ()
     inputs_if_made: tuple[str, ...] = ()
@@ -54,9 +59,13 @@ STAGES = {name: f"rerank.{name}" for name in _NAMES}  # name -> module
 def load_stage(name: str) -> Stage:
     """The declaration of a stage; it is imported only now, since most of them take seconds.
 
+    Args:
+        name: Of the stage or of its folder; a shard's is `<stage>.shard-2-of-8`.
+
     Raises:
         ValueError: When there is no such stage.
     """
+    name = name.partition(".shard-")[0]
     if name not in STAGES:
         raise ValueError(f"there is no stage {name!r}; stages are {', '.join(STAGES)}")
     return importlib.import_module(STAGES[name]).STAGE
