@@ -126,7 +126,7 @@ def test_an_engine_starts_beside_objects_that_answer_to_any_name(tmp_path):
 
     assert not isinstance(loaded.C.__dict__, dict)
     llm = engine.open_engine(save_tiny_model(tmp_path / "model"), max_length=64, dtype="float32")
-    (answers,) = engine.generate(llm, ["Rank: the title"], 4, temperature=1.0, num_completions=2, seed=0)
+    (answers,) = engine.generate(llm, ["Rank: the title"], 4, temperature=1.0, num_completions=2, seeds=[0])
     llm.llm_engine.engine_core.shutdown()
     assert all(0 < len(one.token_ids) <= 4 and one.truncated == (len(one.token_ids) == 4) for one in answers)
 

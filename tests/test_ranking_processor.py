@@ -97,7 +97,8 @@ def test_an_engine_with_random_weights_writes_rankings_alone_where_it_is_told_to
     prompts = ["Rank: History: Candidates:"] * number
     with patch.dict(os.environ, {**recipe.ENVIRONMENT, "OMP_NUM_THREADS": "1"}):
         engine = vllm_engine.open_engine(folder, 200, constrained=True)
-        found = vllm_engine.generate(engine, prompts, limit, temperature=temperature, seed=3, grammars=grammars)
+        seeds = range(3, 3 + number)
+        found = vllm_engine.generate(engine, prompts, limit, temperature=temperature, seeds=seeds, grammars=grammars)
         assert os.environ["VLLM_USE_V2_MODEL_RUNNER"] == "0"  # it takes no such processor
     for (completion,), of_row, rules in zip(found, labels, grammars, strict=True):
         failure = parse_completion(completion.text, of_row, 0 if rules is None else rules.wanted).failure

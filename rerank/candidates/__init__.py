@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 from rerank.baselines import NUM_BUCKETS, Counts, Ragged, feature_names, fit_edges
 from rerank.candidates.augmentation import AugmentationArguments, further_lists, shuffled_lists
 from rerank.candidates.counting import CountedRows, Events, check_numbers, counted_rows, item_facts
+from rerank.candidates.model_lists import make_shard, model_lists
 from rerank.candidates.reordering import reorder
 from rerank.candidates.row_lists import RowLists, as_table, is_hit
 from rerank.candidates.seen_targets import refuse_seen_targets
@@ -32,7 +33,6 @@ from rerank.launch.stages import Stage
 from rerank.launch.values import check_choice, check_range, option
 from rerank.next_item.encoder import SETTINGS
 from rerank.next_item.item_head import FILE as HEAD_FILE
-from rerank.next_item.model import NextItemModel
 from rerank.rows import FEATURES_FILE, TargetRows, has_lists
 from rerank.rows.lists import read_lists
 
@@ -40,7 +40,6 @@ logger = logging.getLogger(__name__)
 
 SOURCES = ("transitions", "model", "lists", "requests", "lambdamart")
 FILES = {"rerank": "train", "valid": "valid", "test": "test"}  # split of a row -> name of its file
-MAX_HISTORY = 20  # items of the history in a prompt for a model's list
 
 
 @dataclass
@@ -136,6 +135,12 @@ def check(args: CandidatesArguments) -> None:
             )
 
 
+def check_shard(args: CandidatesArguments) -> None:
+    """Refuse shards of lists that no model makes."""
+    if args.source != "model":
+        raise ValueError(f"--shard parts the rows for a model, but source is {args.source}; leave it out")
+
+
 def check_requests(args: CandidatesArguments) -> bool:
     """Whether the rows are requests; refuses a source that does not go with the rows, and lists of another kind."""
     is_log = has_lists(args.run_dir)
@@ -185,23 +190,6 @@ def make_lists(args: CandidatesArguments, rows: TargetRows, counts: Counts, part
             list, counts.top_rows(rows.histories, args.num_candidates, parts[0].own, args.exclude_seen)
         )
     return RowLists.of_first_stage(rows, items, scores)
-
-
-def model_lists(args: CandidatesArguments, rows: TargetRows) -> tuple[np.ndarray, np.ndarray]:
-    """A model's most likely items and their log-probabilities, items of the history left out by `exclude_seen`."""
-    folder = args.model_dir
-    model = NextItemModel.load(Path(folder)) if folder else NextItemModel.load_midtrained(Path(args.run_dir))
-    model = model.with_max_history(MAX_HISTORY)
-    if args.num_beams:
-        sizes = args.num_candidates, args.num_beams, args.batch_size
-        found = model.by_beams(rows.histories, *sizes, exclude_seen=args.exclude_seen)
-    else:
-        found = model.by_head(rows.histories, args.num_candidates, args.batch_size, args.exclude_seen)
-    for row, items in enumerate(found.items):
-        if len(items) < args.num_candidates:
-            cure = "raise num_beams" if args.num_beams else "lower num_candidates"
-            raise ValueError(f"row {row}: found {len(items)} items, but a list needs {args.num_candidates}; {cure}")
-    return np.array(found.items), np.array(found.logps)
 
 
 def further_tables(
@@ -284,6 +272,8 @@ STAGE = Stage(
     arguments=(CandidatesArguments,),
     main=main,
     check=check,
+    main_of_shard=make_shard,
+    check_shard=check_shard,
     inputs=("data",),
     optional_inputs=optional_inputs,
     inputs_if_made=("semantic_ids",),

@@ -11,8 +11,9 @@ ranked: `results.json`, `results.md`, `bar.json`, `lists.parquet`, and with next
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,10 @@ import pyarrow.parquet as pq
 
 from rerank.catalogue import Catalogue
 from rerank.evaluate import next_item
-from rerank.evaluate.ranking import Questions, Ranked, rank
-from rerank.launch import recipe, run_dir
+from rerank.evaluate.ranking import Questions, Ranked, answers_table, can_rank, rank, rankers_of
+from rerank.launch import recipe, run_dir, shards
 from rerank.launch.files import write_json, write_text, write_whole
+from rerank.launch.shards import Shard
 from rerank.launch.stages import Stage
 from rerank.launch.values import check_choice, check_range, option
 from rerank.metrics import METRICS, compared
@@ -33,11 +35,11 @@ from rerank.next_item.encoder import SETTINGS
 from rerank.results import bar, orders, overview
 from rerank.results.intervals import Sampling
 from rerank.results.orders import MAX_ROWS, ShuffledRows
-from rerank.results.rankers import SPLITS, TASKS, Ranker, models_of_task, of_task
+from rerank.results.rankers import SPLITS, TASKS, models_of_task, of_task
 from rerank.results.rankings import EvaluatedRows, Ranking, difficulty, make_results, shared_ids, values_of
 from rerank.results.shuffled_texts import shows_texts
 from rerank.results.slices import LEAST_ROWS, MOST_VALUES, SplitLists, check_columns
-from rerank.rows import RankingRow, read_feature_names
+from rerank.rows import RankingRow
 
 logger = logging.getLogger(__name__)
 
@@ -107,6 +109,7 @@ class EvaluateArguments(recipe.StageArguments):
         False, "Task rerank: a further row of each model that writes rankings, whose every answer is made one."
     )
     one_token: bool = option(False, "Task rerank: a further row of each, by the first label's probabilities alone.")
+    tensor_parallel_size: int = option(1, "Task rerank: GPUs that share each model that writes rankings.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -134,7 +137,7 @@ class EvaluateArguments(recipe.StageArguments):
                 raise ValueError(f"{name} goes with task rerank, but task is {self.task}; leave it out")
         for name in ("max_rows", "orders"):
             check_range(name, getattr(self, name), least=0)
-        for name in ("batch_size", "num_bootstrap", "num_beams"):
+        for name in ("batch_size", "num_bootstrap", "num_beams", "tensor_parallel_size"):
             check_range(name, getattr(self, name), least=1)
 
 
@@ -177,29 +180,6 @@ def refuse_ranker(folder: Path) -> None:
         raise FileNotFoundError(
             f"{folder} has no {SETTINGS}; train it with task next_item, or evaluate task rerank or [midtrained]"
         )
-
-
-def rankers_of(args: EvaluateArguments) -> Iterator[Ranker]:
-    """The baselines and the models that are asked for; a control that was not trained is left out.
-
-    So is a baseline whose feature the candidates do not have.
-    """
-    features = read_feature_names(run_dir.stage_dir(args.run_dir, "candidates"))[0]
-    for ranker in of_task("rerank"):
-        if ranker.repeats or (ranker.needs_feature and ranker.needs_feature not in features):
-            continue
-        if ranker.is_optional and ranker.name in args.models and not ranker.model_dir(args.run_dir).is_dir():
-            logger.info("no %s row: %s was not trained", ranker.name, ranker.model_dir(args.run_dir))
-        elif ranker.is_baseline or ranker.name in args.models:
-            yield ranker
-
-
-def can_rank(ranker: Ranker, args: EvaluateArguments, catalogue: Catalogue) -> bool:
-    """Whether there is what a ranker rests on: the mid-trained model scores items by their semantic ids."""
-    if ranker.kind != "likelihood" or (catalogue.has_ids and ranker.model_dir(args.run_dir).is_dir()):
-        return True
-    logger.info("no %s row: this run has no model that knows semantic ids", ranker.name)
-    return False
 
 
 def kept_steps(args: EvaluateArguments) -> dict[str, dict[str, Any]]:
@@ -251,18 +231,37 @@ def write_bar(rankings: Sequence[Ranking], evaluated: EvaluatedRows, num_bootstr
     bar.write(path, values, evaluated.metrics, sampling, evaluated.split)
 
 
+def read_rows(args: EvaluateArguments) -> EvaluatedRows:
+    """The rows that are ranked."""
+    candidates_dir = run_dir.stage_dir(args.run_dir, "candidates")
+    evaluated = EvaluatedRows.load(candidates_dir, args.split, args.max_rows, args.metrics)
+    logger.info("%d %s rows", len(evaluated.rows), args.split)
+    return evaluated
+
+
+def check_shard(args: EvaluateArguments) -> None:
+    """Refuse shards of the tasks that rank the whole catalogue."""
+    if args.task != "rerank":
+        raise ValueError(f"--shard goes with task rerank, but task is {args.task}; leave it out")
+
+
+def make_shard(args: EvaluateArguments, shard: Shard, folder: Path) -> None:
+    """Have every model rank a shard of the rows; a model that has done so is not asked again."""
+    asked, catalogue = Questions.of(args, read_rows(args).rows), Catalogue.load(args.run_dir)
+    for ranker in rankers_of(args):
+        if ranker.orders is None and can_rank(ranker, args, catalogue):
+            shards.make(folder, ranker.name, partial(answers_table, ranker, args, asked, shard))
+
+
 def main(args: EvaluateArguments, out_dir: Path) -> dict[str, Any]:
     """Rank, measure and write the tables; returns the split, n and the first N@k of each ranker."""
     if args.task == "next_item":
         return next_item.evaluate(args, out_dir)
     if args.task == "held_out_sets":
         return next_item.evaluate_sets(args, out_dir)
-    lists = SplitLists.load(args.run_dir, args.split, args.slices)
-    candidates_dir = run_dir.stage_dir(args.run_dir, "candidates")
-    evaluated = EvaluatedRows.load(candidates_dir, args.split, args.max_rows, args.metrics)
-    logger.info("%d %s rows", len(evaluated.rows), args.split)
+    lists, catalogue = SplitLists.load(args.run_dir, args.split, args.slices), Catalogue.load(args.run_dir)
+    evaluated = read_rows(args)
     asked = Questions.of(args, evaluated.rows)
-    catalogue = Catalogue.load(args.run_dir)
     ranked = [rank(ranker, args, asked) for ranker in rankers_of(args) if can_rank(ranker, args, catalogue)]
     rankings = [one.ranking for one in ranked] + [ranking for one in ranked for ranking in one.repeated]
     results = make_results(rankings, evaluated, args.num_bootstrap)
@@ -289,6 +288,8 @@ STAGE = Stage(
     arguments=(EvaluateArguments,),
     main=main,
     check=check,
+    main_of_shard=make_shard,
+    check_shard=check_shard,
     inputs=("data",),
     optional_inputs=optional_inputs,
     inputs_if_made=("semantic_ids", "midtrain"),

@@ -157,7 +157,12 @@ def sleep_when_told(generation: "VLLMGeneration") -> Callable[[], None]:
 
 
 def open_engine(
-    model_dir: str | Path, max_length: int | None = None, seed: int = 0, dtype: str = "auto", constrained: bool = False
+    model_dir: str | Path,
+    max_length: int | None = None,
+    seed: int = 0,
+    dtype: str = "auto",
+    constrained: bool = False,
+    tensor_parallel_size: int = 1,
 ) -> "LLM":
     """An offline vLLM engine on a model folder.
 
@@ -165,16 +170,23 @@ def open_engine(
         max_length: Prompt and completion together, in tokens; None for the model's own.
         dtype: As of `engine_dtype`.
         constrained: Whether `generate` can be given grammars.
+        tensor_parallel_size: GPUs that share the model.
     """
     from vllm import LLM
+
+    if tensor_parallel_size > max(1, torch.cuda.device_count()):
+        raise ValueError(
+            f"tensor_parallel_size is {tensor_parallel_size} but {torch.cuda.device_count()} GPUs are visible; lower "
+            "it, or set CUDA_VISIBLE_DEVICES and gpu_ids of the accelerate file"
+        )
 
     keep_weights_live()
     if constrained:  # Model Runner V2, on GPUs the default, takes processors of another form
         os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
-    options = {"logits_processors": [PROCESSOR]} if constrained else {}
+    options: dict[str, Any] = {"logits_processors": [PROCESSOR]} if constrained else {}
     return LLM(
-        model=str(model_dir), max_model_len=max_length, seed=seed, dtype=engine_dtype(dtype), **options,
-        **engine_options(),
+        model=str(model_dir), max_model_len=max_length, seed=seed, dtype=engine_dtype(dtype),
+        tensor_parallel_size=tensor_parallel_size, **options, **engine_options(),
     )  # fmt: skip
 
 
@@ -212,7 +224,7 @@ def generate(
     max_tokens: int,
     temperature: float = 0.0,
     num_completions: int = 1,
-    seed: int | None = None,
+    seeds: Sequence[int] | None = None,
     grammars: "Sequence[RankingGrammar | None] | None" = None,
 ) -> list[list[Completion]]:
     """`num_completions` completions per prompt, by `sampling_params`.
@@ -220,12 +232,12 @@ def generate(
     Args:
         prompts: As `prompts.render` makes them.
         grammars: Of each prompt's completions, which are free where there is none; of a constrained engine.
-        seed: With `temperature` > 0, request i has the seed seed + i, so that a second call repeats the first.
+        seeds: Of each prompt, so that with `temperature` > 0 a second call repeats the first.
     """
     params = [
         sampling_params(
             max_tokens, grammars[i] if grammars else None, temperature=temperature, n=num_completions,
-            seed=None if seed is None else seed + i,
+            seed=None if seeds is None else seeds[i],
         )
         for i in range(len(prompts))
     ]  # fmt: skip

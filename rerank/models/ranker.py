@@ -127,14 +127,16 @@ def generate_answers(
     return generate_batches(model, [Batch(rows, constrained=constrained, one_token=one_token)])[0]
 
 
-def generate_batches(model: RankingModel, batches: Sequence[Batch]) -> list[tuple[list[Answer], float]]:
+def generate_batches(
+    model: RankingModel, batches: Sequence[Batch], tensor_parallel_size: int = 1
+) -> list[tuple[list[Answer], float]]:
     """`generate_answers` of each batch, one after the other by one engine; none is started for one-token batches."""
     tokenizer = model.load_tokenizer()
     asked = [ask(model, batch, tokenizer) for batch in batches]
     max_length = _check_positions(model, [row for rows in asked for row in rows], tokenizer)
     by_token = [batch.one_token or model.one_token for batch in batches]
     free = [(batch, rows) for batch, rows, is_by in zip(batches, asked, by_token, strict=True) if not is_by]
-    written = iter(_generate(model, free, tokenizer, max_length) if free else [])
+    written = iter(_generate(model, free, tokenizer, max_length, tensor_parallel_size) if free else [])
     ranked = iter(_rank_by_one_token(model, list(itertools.compress(asked, by_token)), tokenizer))
     return [next(ranked if is_by else written) for is_by in by_token]
 
@@ -165,13 +167,16 @@ def _generate(
     batches: Sequence[tuple[Batch, list[PromptedRow]]],
     tokenizer: "PreTrainedTokenizerBase",
     max_length: int,
+    tensor_parallel_size: int,
 ) -> list[tuple[list[Answer], float]]:
     """Answers that an engine writes, and the seconds that they took, of each batch and its rows as they are asked."""
     from rerank.models import engine as vllm_engine
 
     grammars = [grammars_of(model, rows, tokenizer) if batch.constrained else None for batch, rows in batches]
     is_constrained = any(batch.constrained for batch, _ in batches)
-    engine = vllm_engine.open_engine(model.folder, max_length, constrained=is_constrained)
+    engine = vllm_engine.open_engine(
+        model.folder, max_length, constrained=is_constrained, tensor_parallel_size=tensor_parallel_size
+    )
     found = []
     try:
         for (_, rows), rules in zip(batches, grammars, strict=True):

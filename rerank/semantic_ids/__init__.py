@@ -51,6 +51,14 @@ def check(args: SemanticIdsArguments) -> None:
             sources.check_embeddings(found, item_ids, args.source)
 
 
+def check_shard(args: SemanticIdsArguments) -> None:
+    """Refuse shards of given embeddings."""
+    if args.encoder is None:
+        raise ValueError(
+            f"--shard parts the texts for an encoder, but {args.embeddings} gives embeddings; leave it out"
+        )
+
+
 def check_fitting(args: SemanticIdsArguments, num_items: int) -> None:
     """Refuse sizes that do not fit the catalogue, and options that need co-engaged items where there are none."""
     check_size(num_items, args.levels, args.codebook_size)
@@ -144,6 +152,8 @@ STAGE = Stage(
     arguments=(SemanticIdsArguments,),
     main=main,
     check=check,
+    main_of_shard=sources.make_shard,
+    check_shard=check_shard,
     inputs=("data",),
     files=("encoder", "embeddings", "extends/semantic_ids/stage.json"),
 )

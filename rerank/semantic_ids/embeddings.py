@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rerank.launch import run_dir
+from rerank.launch import run_dir, shards
+from rerank.launch.shards import Shard
 from rerank.models import names
 from rerank.semantic_ids.arguments import SemanticIdsArguments
 from rerank.semantic_ids.co_engagement import co_engagement_vectors
@@ -35,8 +37,8 @@ def embed(args: SemanticIdsArguments, out_dir: Path) -> tuple[np.ndarray, np.nda
     if args.embeddings is not None:
         found = read_embeddings(args.embeddings, item_ids)
     else:
-        assert args.encoder is not None, "one of the two is given"
-        found = encode(texts, args.encoder, args.encoder_batch_size)
+        made = shards.merged(args.run_dir, "semantic_ids", "embeddings")
+        found = _encode(args, texts) if made is None else _from_table(made)
     check_embeddings(found, item_ids, args.source)
     of_text = save_normalised(found, out_dir / "embeddings.npy")
     del found  # pages that were read of a memory map count as memory until it is closed
@@ -44,6 +46,29 @@ def embed(args: SemanticIdsArguments, out_dir: Path) -> tuple[np.ndarray, np.nda
         return of_text, of_text
     vectors = co_engagement_vectors(run_dir.stage_dir(args.run_dir, "data"), len(item_ids), args.seed)
     return of_text, save_with_co_engagement(of_text, vectors, args.co_engagement_weight, out_dir / ID_EMBEDDINGS)
+
+
+def make_shard(args: SemanticIdsArguments, shard: Shard, folder: Path) -> None:
+    """Encode the texts of a shard of the items."""
+    _, texts = read_items(args.run_dir)
+    shards.make(folder, "embeddings", lambda: _as_table(_encode(args, shard.of(texts))))
+
+
+def _encode(args: SemanticIdsArguments, texts: Sequence[str]) -> np.ndarray:
+    assert args.encoder is not None, "one of encoder and embeddings is given"
+    return encode(texts, args.encoder, args.encoder_batch_size)
+
+
+def _as_table(embeddings: np.ndarray) -> pa.Table:
+    """A table of embeddings (N, D), one a row."""
+    values = pa.array(np.ascontiguousarray(embeddings).ravel())
+    return pa.table({"embedding": pa.FixedSizeListArray.from_arrays(values, embeddings.shape[1])})
+
+
+def _from_table(table: pa.Table) -> np.ndarray:
+    """The embeddings (N, D) of `_as_table`."""
+    parts = table["embedding"].chunks
+    return np.concatenate([part.flatten().to_numpy().reshape(len(part), -1) for part in parts])
 
 
 def read_items(run: str | Path) -> tuple[list[str], list[str]]:

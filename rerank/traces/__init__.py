@@ -24,7 +24,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rerank.launch import recipe, run_dir
+from rerank.launch import recipe, run_dir, shards
+from rerank.launch.shards import ALL_ROWS, Shard
 from rerank.launch.stages import Stage
 from rerank.launch.values import check_choice, check_range, option
 from rerank.prompts import PromptSettings
@@ -41,7 +42,7 @@ from rerank.rows import (
 )
 from rerank.rows.checks import check_fields, check_letters
 from rerank.rows.teacher_scores import write_scores
-from rerank.traces.attempts import AttemptStore, Teacher, collect, summarize
+from rerank.traces.attempts import AttemptStore, Teacher, collect, in_order, summarize
 from rerank.traces.evidence import EvidenceTeacher, fit_scores
 from rerank.traces.teachers import (
     KEYS,
@@ -76,6 +77,7 @@ class TracesArguments(recipe.StageArguments):
     max_completion_tokens: int = option(1024, "Longest completion of a language model.")
     teacher_max_length: int | None = option(None, "vllm: tokens of prompt and completion.")
     teacher_dtype: str = option("auto", "vllm: number type, such as bfloat16 or float32.")
+    tensor_parallel_size: int = option(1, "vllm: GPUs that share the teacher.")
     leave_out: list[str] = option([], f"openai: keys that its gateway refuses, of {' and '.join(KEYS)}.")
     max_concurrency: int = option(16, "openai: requests at a time.")
     max_retries: int = option(5, "openai: tries after a failed request.")
@@ -98,6 +100,7 @@ class TracesArguments(recipe.StageArguments):
             check_choice("leave_out", key, KEYS)
         for name in ("max_attempts", "traces_per_row", "max_completion_tokens", "max_concurrency", "batch_size"):
             check_range(name, getattr(self, name), least=1)
+        check_range("tensor_parallel_size", self.tensor_parallel_size, least=1)
         for name in ("temperature", "max_rows", "max_retries", "seed"):
             check_range(name, getattr(self, name), least=0)
         for name in ("rows_for_sft", "grade_ratio"):
@@ -130,21 +133,15 @@ def check(args: TracesArguments, settings: PromptSettings) -> None:
 
 def main(args: TracesArguments, settings: PromptSettings, out_dir: Path) -> dict[str, Any]:
     """Split the rows, let the teacher write, keep the completions whose ranking is good enough."""
-    train = run_dir.stage_dir(args.run_dir, "candidates") / "train.parquet"
-    rows = read_rows(train, needs_features=_needs_features(args, settings))
-    settings = without_similarity(train.parent, settings)
-    prompter = Prompter.of_run(args.run_dir, settings=settings)
-    sft_users = users_for_sft([row.user for row in rows], args.rows_for_sft, args.seed)
-    used_for = ["sft" if row.user in sft_users else "dapo" for row in rows]
+    given = TrainingRows.load(args, settings)
+    rows, sft_rows, settings = given.rows, given.sft_rows, given.prompter.settings
+    used_for = ["sft" if row.user in given.sft_users else "dapo" for row in rows]
     split = pa.table({"row_id": [row.row_id for row in rows], "used_for": used_for})
     pq.write_table(split, out_dir / "row_split.parquet")
-    sft_rows = [row for row in rows if row.user in sft_users]
-    chosen = choose_rows(sft_rows, args.max_rows, args.seed)
-    if args.teacher == "vllm":
-        check_prompts(args, PromptWriter(prompter, args.strategy == "targeted"), chosen)
-    store = AttemptStore(out_dir)
-    labels = [prompter.labels(row) for row in chosen]
-    collect(chosen, labels, partial(_open_teacher, args, prompter, rows, out_dir), store, args, settings.top_k)
+    made = shards.merged(args.run_dir, "traces", AttemptStore.name)
+    attempts = draw(args, given, ALL_ROWS, out_dir) if made is None else in_order(made)
+    if made is not None and args.teacher == "evidence":
+        write_scores(out_dir, fit_scores(rows, given.prompter.names, args.seed))
     metrics = {
         "teacher": args.teacher,
         "teacher_model": args.teacher_model,
@@ -154,12 +151,58 @@ def main(args: TracesArguments, settings: PromptSettings, out_dir: Path) -> dict
         "hit_rows": len(rows),
         "sft_rows": len(sft_rows),
         "dapo_rows": len(rows) - len(sft_rows),
-        **summarize(store.read()),
+        **summarize(attempts),
     }
     _refuse_nothing_accepted(metrics, out_dir)
     _log(metrics)
-    _write(out_dir, store, settings)
+    _write(out_dir, attempts, settings)
     return metrics
+
+
+@dataclass(frozen=True)
+class TrainingRows:
+    """The hit training rows.
+
+    Attributes:
+        rows: All.
+        sft_users: Those whose rows the sft stage gets.
+        prompter: Of the run.
+    """
+
+    rows: list[RankingRow]
+    sft_users: set[int]
+    prompter: Prompter
+
+    @classmethod
+    def load(cls, args: TracesArguments, settings: PromptSettings) -> "TrainingRows":
+        """Of a run's candidates."""
+        train = run_dir.stage_dir(args.run_dir, "candidates") / "train.parquet"
+        rows = read_rows(train, needs_features=_needs_features(args, settings))
+        settings = without_similarity(train.parent, settings)
+        sft_users = users_for_sft([row.user for row in rows], args.rows_for_sft, args.seed)
+        return cls(rows, sft_users, Prompter.of_run(args.run_dir, settings=settings))
+
+    @property
+    def sft_rows(self) -> list[RankingRow]:
+        """Those of these users."""
+        return [row for row in self.rows if row.user in self.sft_users]
+
+
+def draw(args: TracesArguments, given: TrainingRows, shard: Shard, out_dir: Path) -> pa.Table:
+    """The attempts of a shard of the rows to write traces for, those that `out_dir` has already and new ones."""
+    chosen = shard.of(choose_rows(given.sft_rows, args.max_rows, args.seed))
+    if args.teacher == "vllm":
+        check_prompts(args, PromptWriter(given.prompter, args.strategy == "targeted"), chosen)
+    store, labels = AttemptStore(out_dir), [given.prompter.labels(row) for row in chosen]
+    open_teacher = partial(_open_teacher, args, given.prompter, given.rows, out_dir)
+    collect(chosen, labels, open_teacher, store, args, given.prompter.settings.top_k)
+    return store.read()
+
+
+def make_shard(args: TracesArguments, settings: PromptSettings, shard: Shard, folder: Path) -> None:
+    """Write the traces of a shard of the rows."""
+    given = TrainingRows.load(args, settings)
+    shards.make(folder, AttemptStore.name, lambda: draw(args, given, shard, folder))
 
 
 def without_similarity(candidates_dir: Path, settings: PromptSettings) -> PromptSettings:
@@ -225,13 +268,12 @@ def _log(metrics: Mapping[str, Any]) -> None:
     logger.info("%s", text.format(**metrics, by_rank=", ".join(by_rank)))
 
 
-def _write(out_dir: Path, store: AttemptStore, settings: PromptSettings) -> None:
+def _write(out_dir: Path, attempts: pa.Table, settings: PromptSettings) -> None:
     """The artifacts; the attempts come last, so that a crash on the way loses nothing."""
-    attempts = store.read()
     accepted = attempts.filter(attempts["accepted"]).select(["row_id", "trace", "order"])
     pq.write_table(accepted, out_dir / "accepted.parquet")
     settings.save(out_dir)
-    store.merge()
+    AttemptStore(out_dir).merge(attempts)
 
 
 STAGE = Stage(
@@ -239,6 +281,7 @@ STAGE = Stage(
     arguments=(TracesArguments, PromptSettings),
     main=main,
     check=check,
+    main_of_shard=make_shard,
     inputs=("data", "candidates"),
     optional_inputs=lambda args, settings: ("semantic_ids",) if settings.shows_ids else (),
     inputs_if_made=("semantic_ids",),

@@ -59,7 +59,7 @@ class Draft:
 
 
 LEAST_ANSWERS, ENOUGH_ANSWERS = 20, 100  # to judge a teacher by
-Teacher = Callable[[Sequence[RankingRow], int, int], list[Draft]]  # (rows, attempt from 1, seed of the batch)
+Teacher = Callable[[Sequence[RankingRow], int], list[Draft]]  # (rows, attempt from 1)
 
 
 def gives_answer_away(trace: str, label: str) -> bool:
@@ -133,8 +133,10 @@ def judge(
 class AttemptStore:
     """Attempts in part files of FOLDER/attempts, each written whole or not at all; in the end one file."""
 
+    name = "attempts"
+
     def __init__(self, folder: str | Path) -> None:
-        self.parts, self.merged = Path(folder) / "attempts", Path(folder) / "attempts.parquet"
+        self.parts, self.merged = Path(folder) / self.name, Path(folder) / f"{self.name}.parquet"
         self.parts.mkdir(parents=True, exist_ok=True)
         self.num_parts = len(list(self.parts.glob("part-*.parquet")))
 
@@ -143,8 +145,7 @@ class AttemptStore:
         # a run that was stopped after `merge` has them all in one file, and perhaps parts that are left over
         paths = [self.merged] if self.merged.is_file() else sorted(self.parts.glob("part-*.parquet"))
         parts = [pq.read_table(path, schema=SCHEMA) for path in paths]
-        table = pa.concat_tables([SCHEMA.empty_table(), *parts])
-        return table.sort_by([("row_id", "ascending"), ("attempt", "ascending")])
+        return in_order(pa.concat_tables([SCHEMA.empty_table(), *parts]))
 
     def add(self, attempts: Sequence[Mapping[str, object]]) -> None:
         """Store a batch as one part."""
@@ -152,10 +153,15 @@ class AttemptStore:
         write_whole(self.parts / f"part-{self.num_parts:06d}.parquet", partial(pq.write_table, table))
         self.num_parts += 1
 
-    def merge(self) -> None:
-        """Make attempts.parquet of the parts."""
-        write_whole(self.merged, partial(pq.write_table, self.read()))
+    def merge(self, attempts: pa.Table) -> None:
+        """Write all attempts as attempts.parquet, in place of the parts."""
+        write_whole(self.merged, partial(pq.write_table, attempts))
         shutil.rmtree(self.parts)
+
+
+def in_order(attempts: pa.Table) -> pa.Table:
+    """Attempts by row and number."""
+    return attempts.sort_by([("row_id", "ascending"), ("attempt", "ascending")])
 
 
 def attempts_made(table: pa.Table) -> tuple[Counter[int], Counter[int]]:
@@ -179,7 +185,7 @@ def collect(
         labels: The candidates' labels per row.
         open_teacher: Called once, and only when a row is open.
         store: Where attempts are kept, `batch_size` of them at a time.
-        args: Limits, what is accepted, and the seed; draws of different attempts never share one.
+        args: Limits, and what is accepted.
         top_k: As for `prompts.parse_completion`.
     """
     from tqdm.auto import tqdm
@@ -198,7 +204,7 @@ def collect(
             drawn = [i for i, row in enumerate(rows) if is_open(i) and made[row.row_id] == attempt - 1]
             for start in range(0, len(drawn), args.batch_size):
                 batch = drawn[start : start + args.batch_size]
-                drafts = teacher([rows[i] for i in batch], attempt, args.seed + attempt * len(rows) + batch[0])
+                drafts = teacher([rows[i] for i in batch], attempt)
                 lines = [
                     judge(rows[i], labels[i], attempt, draft, args.accept, top_k)
                     for i, draft in zip(batch, drafts, strict=True)

@@ -145,7 +145,7 @@ class EvidenceTeacher:
         self.temperature, self.seed, self.told = temperature, seed, told
         self.grade_edges = np.quantile(np.concatenate(list(scores.values())), grade_places(grade_ratio))
 
-    def __call__(self, rows: Sequence[RankingRow], attempt: int, batch_seed: int) -> list[Draft]:
+    def __call__(self, rows: Sequence[RankingRow], attempt: int) -> list[Draft]:
         return [self._draft(row, attempt) for row in rows]
 
     def _draft(self, row: RankingRow, attempt: int) -> Draft:

@@ -7,6 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from rerank import prompts
 from rerank.models.base import context_length, load_tokenizer
 from rerank.prompts.facts import UNKNOWN, fact_words
@@ -71,23 +73,32 @@ def check_prompts(args: "TracesArguments", write_prompt: PromptWriter, rows: Seq
     check_context(prompter, asked, prompt_lengths(tokenizer, asked), limit, context, 1)
 
 
+def draft_seed(seed: int, row_id: int, attempt: int) -> int:
+    """The seed of a draft, of 31 bits: the same whatever other rows are asked beside it."""
+    return int(np.random.SeedSequence([seed, row_id, attempt]).generate_state(1)[0]) >> 1
+
+
 class VllmTeacher:
-    """Drafts by an offline engine; with a seed a batch can be repeated."""
+    """Drafts by an offline engine."""
 
     def __init__(self, args: "TracesArguments", write_prompt: PromptWriter) -> None:
         from rerank.models import engine
 
         model = find_model(str(args.teacher_model))
         self.tokenizer = load_tokenizer(model)
-        self.engine = engine.open_engine(model, args.teacher_max_length, args.seed, args.teacher_dtype)
+        self.engine = engine.open_engine(
+            model, args.teacher_max_length, args.seed, args.teacher_dtype,
+            tensor_parallel_size=args.tensor_parallel_size,
+        )  # fmt: skip
         self.args, self.write_prompt = args, write_prompt
 
-    def __call__(self, rows: Sequence[RankingRow], attempt: int, batch_seed: int) -> list[Draft]:
+    def __call__(self, rows: Sequence[RankingRow], attempt: int) -> list[Draft]:
         from rerank.models import engine
 
         texts = [prompts.render(self.tokenizer, self.write_prompt(row), open_tag=True) for row in rows]
         limits = self.args.max_completion_tokens, self.args.temperature
-        outputs = engine.generate(self.engine, texts, *limits, seed=batch_seed)
+        seeds = [draft_seed(self.args.seed, row.row_id, attempt) for row in rows]
+        outputs = engine.generate(self.engine, texts, *limits, seeds=seeds)
         return [Draft(with_opening_tag(completion.text), completion.truncated) for (completion,) in outputs]
 
 
@@ -127,8 +138,8 @@ class OpenaiTeacher:
         self.client = open_client(args.base_url, args.max_retries)
         self.args, self.write_prompt = args, write_prompt
 
-    def __call__(self, rows: Sequence[RankingRow], attempt: int, batch_seed: int) -> list[Draft]:
-        seeds = range(batch_seed, batch_seed + len(rows))
+    def __call__(self, rows: Sequence[RankingRow], attempt: int) -> list[Draft]:
+        seeds = [draft_seed(self.args.seed, row.row_id, attempt) for row in rows]
         with ThreadPoolExecutor(self.args.max_concurrency) as pool:
             return list(pool.map(self._draft, rows, seeds))
 
