@@ -131,6 +131,16 @@ def test_an_engine_starts_beside_objects_that_answer_to_any_name(tmp_path):
     assert all(0 < len(one.token_ids) <= 4 and one.truncated == (len(one.token_ids) == 4) for one in answers)
 
 
+def test_an_engine_is_spread_over_the_gpus_that_are_asked_for_and_no_more_than_there_are(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ValueError, match="tensor_parallel_size is 2 but 1 GPUs are visible; lower it, or set CUDA_"):
+        engine.open_engine("model", tensor_parallel_size=2)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr("vllm.LLM", dict)
+    assert engine.open_engine("model", tensor_parallel_size=2)["tensor_parallel_size"] == 2
+    assert engine.open_engine("model")["tensor_parallel_size"] == 1
+
+
 def fused_loss(labels):
     """Loss, per-token outputs, the embedding's gradient and the number of tokens that were scored."""
     model = tiny_model(tiny_tokenizer())

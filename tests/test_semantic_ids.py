@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from toy_ids import NUM_ITEMS, clustered_embeddings, ids_arguments, run_ids
+from toy_ids import NUM_ITEMS, clustered_embeddings, ids_arguments, run_ids, write_encoder
 from toy_run import LINE, LINE_TOKENIZER
 
 from rerank import semantic_ids
@@ -234,22 +234,15 @@ def test_a_source_that_is_not_there_or_of_another_kind_is_refused(given, error, 
 
 
 def test_the_encoder_gets_the_batch_size_of_the_recipe(tmp_path):
-    from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import StaticEmbedding
-    from tokenizers import Tokenizer as FastTokenizer
-    from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import Whitespace
 
-    words = FastTokenizer(WordLevel({"[UNK]": 0, **{str(k): k + 1 for k in range(NUM_ITEMS)}}, unk_token="[UNK]"))
-    words.pre_tokenizer = Whitespace()
-    module = StaticEmbedding(words, embedding_weights=np.random.default_rng(0).normal(size=(NUM_ITEMS + 1, 12)))
-    SentenceTransformer(modules=[module], device="cpu").save(str(tmp_path / "encoder"))
+    weights = write_encoder(tmp_path / "encoder")
     with patch.object(StaticEmbedding, "forward", autospec=True, side_effect=StaticEmbedding.forward) as batches:
         out_dir, _ = run_ids(tmp_path / "run", encoder=str(tmp_path / "encoder"), encoder_batch_size=25)
     assert [len(call.args[1]["offsets"]) for call in batches.call_args_list] == [25, 25, 10]
     saved = np.load(out_dir / "embeddings.npy")
     # `Film 7` is an unknown word and the word of row 8: the mean of both rows, of length one
-    expected = module.embedding.weight.detach().numpy()[[0, 8]].mean(axis=0)
+    expected = weights[[0, 8]].mean(axis=0)
     np.testing.assert_allclose(saved[7], expected / np.linalg.norm(expected), rtol=1e-4, atol=1e-6)
 
 

@@ -470,6 +470,15 @@ def test_the_share_of_targeted_traces_that_give_the_answer_away(run_path, served
     assert metrics["gives_answer_away_share"] == pytest.approx(first / 30)
 
 
+def test_the_offline_teacher_is_spread_over_gpus(monkeypatch):
+    monkeypatch.setattr(teachers, "find_model", str)
+    monkeypatch.setattr(teachers, "load_tokenizer", str)
+    monkeypatch.setattr("rerank.models.engine.open_engine", lambda *args, **options: options)
+    options = {"teacher": "vllm", "teacher_model": "a/b", "tensor_parallel_size": 4}
+    teacher = teachers.VllmTeacher(traces.TracesArguments(run_dir="-", **options), None)
+    assert teacher.engine == {"tensor_parallel_size": 4}
+
+
 def test_a_refused_prompt_is_named(run_path, served):
     with pytest.raises(ValueError, match=r"refuses the prompt of row_id \d+: .*too long.*lower max_history"):
         run_stage(run_path, {}, max_completion_tokens=1, **served)

@@ -47,3 +47,19 @@ def run_ids(folder: Path, **options) -> tuple[Path, dict]:
     args = ids_arguments(folder, **options)
     check(args)
     return out_dir, main(args, out_dir)
+
+
+def write_encoder(folder: Path) -> np.ndarray:
+    """Save a sentence encoder that knows the numbers of items; its vectors, of unknown words and of each number."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+    from tokenizers import Tokenizer as FastTokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+
+    words = FastTokenizer(WordLevel({"[UNK]": 0, **{str(k): k + 1 for k in range(NUM_ITEMS)}}, unk_token="[UNK]"))
+    words.pre_tokenizer = Whitespace()
+    weights = np.random.default_rng(0).normal(size=(NUM_ITEMS + 1, 12)).astype(np.float32)
+    module = StaticEmbedding(words, embedding_weights=weights)
+    SentenceTransformer(modules=[module], device="cpu").save(str(folder))
+    return weights

@@ -46,7 +46,16 @@ class Shard:
         return f"{stage}.shard-{self.number}-of-{self.count}"
 
     def of(self, rows: Sequence[T]) -> Sequence[T]:
-        """Its rows, in order; the shards' rows one after the other are all rows."""
+        """Its rows, in order; the shards' rows one after the other are all rows.
+
+        Raises:
+            ValueError: When there are more shards than rows, so that some have none.
+        """
+        if 0 < len(rows) < self.count:
+            raise ValueError(
+                f"--shard is {self} but there are {len(rows)} rows; make at most {len(rows)} shards, and delete the "
+                "folders of these"
+            )
         start, end = (len(rows) * number // self.count for number in (self.number - 1, self.number))
         return rows[start:end]
 
