@@ -1,12 +1,12 @@
 """Shards of a stage: made by commands of their own, killed and made again, merged to what one command makes."""
 
 import json
+import math
 import multiprocessing
 import os
 import re
 import shutil
 import threading
-import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
@@ -48,16 +48,20 @@ def test_a_shard_that_is_none_is_refused(text):
 class Server(BaseHTTPRequestHandler):
     """A teacher whose ranking follows from the seed of a request alone, so that a draft repeats only with its seed."""
 
-    requests: list[str] = []
-    stops_at: int | None = None  # the request from which on none is answered
+    requests: list[str] = []  # that were answered
+    num_answers: float = math.inf  # then the next request waits until the test lets it fail
+    waiting, failing = threading.Event(), threading.Event()
 
     def do_GET(self):
         self.answer({"object": "list", "data": [{"id": "toy", "object": "model", "created": 0, "owned_by": "x"}]})
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        while Server.stops_at is not None and len(Server.requests) >= Server.stops_at:
-            time.sleep(0.01)
+        if len(Server.requests) >= Server.num_answers:
+            Server.waiting.set()
+            Server.failing.wait(60)
+            self.close_connection = True
+            return
         ids = re.findall(r"^<s_a_\d+><s_b_\d+>", body["messages"][0]["content"].partition("Candidates:")[2], re.M)
         Server.requests.append("".join(ids))  # no two rows have one list
         order = np.random.default_rng(body["seed"]).permutation(len(ids))
@@ -77,12 +81,14 @@ class Server(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def base_url():
-    Server.requests, Server.stops_at = [], None
+    Server.requests, Server.num_answers = [], math.inf
+    Server.waiting.clear()
+    Server.failing.clear()
     server = ThreadingHTTPServer(("127.0.0.1", 0), Server)
     server.daemon_threads = True
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     yield f"http://127.0.0.1:{server.server_address[1]}/v1"
-    Server.stops_at = None
+    Server.failing.set()
     server.shutdown()
     server.server_close()
 
@@ -136,17 +142,16 @@ def test_a_shard_that_was_killed_makes_only_its_rest_and_the_merge_is_that_of_on
 
     Server.requests = []
     end(start(recipe_dir, "--shard", "1/2"))
-    Server.stops_at = len(Server.requests) + 20
+    Server.num_answers = len(Server.requests) + 20
     killed = start(recipe_dir, "--shard", "2/2")
-    while len(Server.requests) < Server.stops_at:
-        assert killed.is_alive()
-        time.sleep(0.01)
+    assert Server.waiting.wait(60)
     os.kill(killed.pid, 9)
     killed.join(60)
     assert killed.exitcode == -9 and not run_dir.is_finished(run, "traces.shard-2-of-2")
     stored = sum(len(pq.read_table(path)) for path in (run / "traces.shard-2-of-2.partial/attempts").glob("*.parquet"))
     assert 15 <= stored <= 20
-    Server.stops_at = None
+    Server.num_answers = math.inf
+    Server.failing.set()
     end(start(recipe_dir, "--shard", "2/2"))
     assert len(Server.requests) == len(asked) + 20 - stored  # of what was stored nothing is asked again
     end(start(recipe_dir))

@@ -17,6 +17,7 @@ from toy_run import NUM_CANDIDATES, NUM_ITEMS, finish, write_candidates, write_i
 from rerank import grading, prompts, traces
 from rerank.baselines import FEATURES
 from rerank.catalogue import Catalogue
+from rerank.launch.shards import Shard
 from rerank.prompts import FACTS, PromptSettings
 from rerank.rows import Prompter, RankingRow, read_rows
 from rerank.traces import attempts, evidence, teachers
@@ -338,6 +339,20 @@ def test_a_stopped_stage_continues_without_repeating_a_draw(run_path, monkeypatc
     assert run_stage(run_path, SHORT, "stopped", **options)[0] == resumed == whole
     for name in ("attempts", "accepted", "row_split"):
         assert read(resumed_dir / f"{name}.parquet") == read(whole_dir / f"{name}.parquet")
+
+
+def test_shards_of_evidence_give_its_traces_and_scores(run_path):
+    whole, whole_dir = run_stage(run_path, SHORT, "whole", max_attempts=3)
+    given = checked(run_path, SHORT, max_attempts=3)
+    for shard in (Shard(1, 2), Shard(2, 2)):
+        folder = run_path / shard.name("traces")
+        folder.mkdir()
+        traces.make_shard(*given, shard, folder)
+        finish(folder)
+    merged, merged_dir = run_stage(run_path, SHORT, "merged", max_attempts=3)
+    assert merged == whole
+    for path in whole_dir.glob("*.parquet"):
+        assert pq.read_table(path) == pq.read_table(merged_dir / path.name)
 
 
 def test_targeted_evidence_accepts_every_row_in_one_draw_and_gives_nothing_away(run_path):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from rerank.launch import shards
 from rerank.launch.shards import Shard
@@ -24,7 +25,7 @@ def model_lists(args: "CandidatesArguments", rows: TargetRows) -> tuple[np.ndarr
     """A model's most likely items (R, K) and their log-probabilities, items of the history left out by
     `exclude_seen`; read from the shards where there are some."""
     made = shards.merged(args.run_dir, "candidates", "lists")
-    found = _ask(args, rows) if made is None else made
+    found = _ask(args, rows) if made is None else made.take(pc.index_in(pa.array(rows.row_ids), made["row_id"]))
     return np.array(found["items"].to_pylist()), np.array(found["logps"].to_pylist())
 
 

@@ -132,7 +132,7 @@ class EvaluateArguments(recipe.StageArguments):
             if getattr(self, name) and self.task != "rerank":
                 raise ValueError(f"{name} goes with task rerank, but task is {self.task}; leave it out")
         compared(self.metrics)  # refuses what is no metric
-        for name, default in (("metrics", list(METRICS)), ("slices", [])):
+        for name, default in (("metrics", list(METRICS)), ("slices", []), ("tensor_parallel_size", 1)):
             if self.task != "rerank" and getattr(self, name) != default:
                 raise ValueError(f"{name} goes with task rerank, but task is {self.task}; leave it out")
         for name in ("max_rows", "orders"):

@@ -153,7 +153,7 @@ def main(args: TracesArguments, settings: PromptSettings, out_dir: Path) -> dict
         "dapo_rows": len(rows) - len(sft_rows),
         **summarize(attempts),
     }
-    _refuse_nothing_accepted(metrics, out_dir)
+    _refuse_nothing_accepted(metrics, [out_dir] if made is None else [Path(args.run_dir) / "traces.shard-*", out_dir])
     _log(metrics)
     _write(out_dir, attempts, settings)
     return metrics
@@ -248,12 +248,13 @@ def _open_teacher(args: TracesArguments, prompter: Prompter, rows: Sequence[Rank
     return teacher(args, PromptWriter(prompter, told))
 
 
-def _refuse_nothing_accepted(metrics: Mapping[str, Any], out_dir: Path) -> None:
+def _refuse_nothing_accepted(metrics: Mapping[str, Any], folders: Sequence[Path]) -> None:
     if not metrics["accepted"]:
         reasons = ", ".join(f"{reason} {count}" for reason, count in metrics["reasons"].items())
         raise ValueError(
             f"none of {metrics['attempts']} attempts on {metrics['rows']} rows was accepted ({reasons}); read "
-            f"{out_dir / 'attempts'}, then change the teacher or the prompt and delete {out_dir}."
+            f"{folders[0] / 'attempts'}*, then change the teacher or the prompt and delete "
+            f"{' and '.join(map(str, folders))}."
         )
 
 
