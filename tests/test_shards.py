@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from toy_recipe import refusal
+from toy_recipe import refusal, run_command
 from toy_run import NUM_CANDIDATES, NUM_ITEMS, finish, write_candidates, write_items, write_semantic_ids
 
 from rerank import traces
@@ -165,6 +165,16 @@ def test_a_shard_that_was_killed_makes_only_its_rest_and_the_merge_is_that_of_on
     assert files == {path.name for path in whole.iterdir()} | {
         "metrics.json", "recipe.yaml", "stage.json", "versions.json"
     }  # fmt: skip
+
+
+def test_a_dry_run_of_a_shard_shows_its_launch_line(recipe_dir):
+    words = ("run", recipe_dir, "--only", "traces", "--shard", "1/2", "--dry-run", "traces.max_rows=9")
+    line = (
+        f"accelerate launch --config_file recipes/accelerate/cpu.yaml -m rerank.traces --config {recipe_dir}/5_traces"
+    )
+    assert run_command(*words) == f"{line}.yaml --max_rows=9 --shard=1/2\n"
+    make_by_hand(recipe_dir, SHARDS[0], max_rows=9)
+    assert run_command(*words).startswith("# finished: accelerate launch ")
 
 
 # --- shards that do not go together

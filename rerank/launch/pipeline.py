@@ -234,7 +234,8 @@ def run(steps: Sequence[Step], accelerate: str, say: Callable[[str], None], rema
             say(f"{name}: finished already")
         elif code := _launch_step(step, name, accelerate, say, "the same command" + " without --force" * bool(remake)):
             return code
-        _write_missing_report(step)
+        if step.shard is None:
+            _write_missing_report(step)
     return 0
 
 
@@ -261,15 +262,10 @@ def _launch_step(step: Step, name: str, accelerate: str, say: Callable[[str], No
 
 
 def _write_missing_report(step: Step) -> None:
-    """Write the page of an evaluated run; the tasks that rank the whole catalogue and shards have none."""
+    """Write the page of an evaluated run; the tasks that rank the whole catalogue have none."""
     folder = runs.stage_dir(step.run_dir, step.stage)
     path = folder / "report.html"
-    if (
-        folder.is_dir()
-        and step.stage == "evaluate"
-        and step.keys.get("task", "rerank") == "rerank"
-        and not path.is_file()
-    ):
+    if step.stage == "evaluate" and step.keys.get("task", "rerank") == "rerank" and not path.is_file():
         from rerank import report
 
         write_whole(path, lambda temporary: report.write_report(step.run_dir, folder, temporary))
