@@ -133,7 +133,9 @@ def test_an_engine_starts_beside_objects_that_answer_to_any_name(tmp_path):
 
 def test_an_engine_is_spread_over_the_gpus_that_are_asked_for_and_no_more_than_there_are(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(ValueError, match="tensor_parallel_size is 2 but 1 GPUs are visible; lower it, or set CUDA_"):
+    with pytest.raises(
+        ValueError, match="tensor_parallel_size is 2 but GPUs that this process sees are 1; lower it, or"
+    ):
         engine.open_engine("model", tensor_parallel_size=2)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr("vllm.LLM", dict)

@@ -176,8 +176,8 @@ def open_engine(
 
     if tensor_parallel_size > max(1, torch.cuda.device_count()):
         raise ValueError(
-            f"tensor_parallel_size is {tensor_parallel_size} but {torch.cuda.device_count()} GPUs are visible; lower "
-            "it, or set CUDA_VISIBLE_DEVICES and gpu_ids of the accelerate file"
+            f"tensor_parallel_size is {tensor_parallel_size} but GPUs that this process sees are "
+            f"{torch.cuda.device_count()}; lower it, or give an --accelerate file of more GPUs, such as ddp.yaml"
         )
 
     keep_weights_live()
