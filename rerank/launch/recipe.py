@@ -223,7 +223,8 @@ def die_with_parent() -> None:
 def launch(stage: str) -> None:
     """Run one stage from the command line; exit code 2 and one line on bad input, 130 when stopped by a signal."""
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
-    for noisy in ("httpx", "datasets", "filelock", "sentence_transformers", "accelerate", "DeepSpeed", "faiss.loader"):
+    quiet = "httpx", "httpx2", "datasets", "filelock", "sentence_transformers", "accelerate", "DeepSpeed", "faiss.loader"
+    for noisy in quiet:
         logging.getLogger(noisy).setLevel(logging.WARNING)
     set_environment()
     die_with_parent()
