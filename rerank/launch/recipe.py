@@ -215,6 +215,9 @@ def _command_line(argv: Sequence[str]) -> tuple[Keys, str]:
     return {**load(path), **read_overrides(words[:place] + words[place + 2 :])}, path
 
 
+NOISY = ("httpx", "httpx2", "datasets", "filelock", "sentence_transformers", "accelerate", "DeepSpeed", "faiss.loader")
+
+
 def die_with_parent() -> None:
     """Ask Linux to send this process SIGTERM when its parent dies, even by kill -9; a training then saves itself."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))
@@ -223,8 +226,7 @@ def die_with_parent() -> None:
 def launch(stage: str) -> None:
     """Run one stage from the command line; exit code 2 and one line on bad input, 130 when stopped by a signal."""
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
-    quiet = "httpx", "httpx2", "datasets", "filelock", "sentence_transformers", "accelerate", "DeepSpeed", "faiss.loader"
-    for noisy in quiet:
+    for noisy in NOISY:
         logging.getLogger(noisy).setLevel(logging.WARNING)
     set_environment()
     die_with_parent()
