@@ -14,6 +14,8 @@ import yaml
 from request_logs import request, write_csv, write_table
 from toy_recipe import environment, run_command
 
+from rerank.prompts import EMPTY_TRACE
+
 LENGTHS = (2, 7, 24, 300)
 TOP_K = 5
 SPLITS = ["train"] * 40 + ["valid"] * 8 + ["test"] * 8
@@ -35,8 +37,9 @@ CHANGES = {
         "outcome": "digits",
         "max_steps": 5,
         "max_sampling_rounds": 3,
+        "bypass_reasoning": True,
     },
-    "evaluate": {"one_token": True},
+    "evaluate": {"one_token": True, "bypassed": True},
 }
 # Differs between completions of an untrained model too.
 REWARD = '''
@@ -100,6 +103,9 @@ def test_every_stage_ranks_lists_of_all_lengths(run):
     rollouts = [row for part in (run / "dapo/rollouts").iterdir() for row in read(part)]
     assert lengths(rollouts, "relevance").keys() == set(LENGTHS)
     assert {row["top_k"] for row in rollouts} == {TOP_K}
+    assert all(row["completion"].count(EMPTY_TRACE) == 1 for row in rollouts if row["order"])
+    assert all(row["completion"].startswith(EMPTY_TRACE) for row in rollouts)
+    assert any(EMPTY_TRACE not in row["completion"] for row in read(run / "traces/attempts.parquet"))
     rankings = read(run / "evaluate/rankings.parquet")
     assert lengths([row for row in rankings if row["ranker"] == "lambdamart"], "order") == dict.fromkeys(LENGTHS, 2)
     assert sum(row["ranker"] == "dapo" for row in rankings) == 8  # so little trained, it may write no ranking
@@ -109,7 +115,8 @@ def test_every_stage_ranks_lists_of_all_lengths(run):
         results["rows"]["dapo_one_token"]["parse_failures"] == 0 and "dapo_one_token_vs_dapo" in results["comparisons"]
     )
     assert lengths([row for row in rankings if row["ranker"] == "sft_one_token"], "order") == dict.fromkeys(LENGTHS, 2)
-    assert "shared_ids" not in results
+    assert "sft_bypassed" in results["rows"] and "dapo_bypassed" not in results["rows"]  # it is bypassed as it is
+    assert "sft_bypassed_vs_sft" in results["comparisons"] and "shared_ids" not in results
     assert "There are no semantic ids yet" in (run / "evaluate/report.html").read_text()
 
 

@@ -2,6 +2,8 @@
 
 import itertools
 import random
+import re
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -53,6 +55,17 @@ def test_the_choices_of_every_prefix_are_those_of_all_rankings(name, wanted):
     for prefix in {answer[:length] for answer in whole for length in range(len(answer))}:
         expected = {answer[len(prefix)] for answer in whole if answer[: len(prefix)] == prefix}
         assert set(after_trace(grammar(labels, wanted), prefix).allowed()) == expected, prefix
+
+
+@pytest.mark.parametrize("name", LABELS)
+def test_behind_the_tags_of_a_prompt_only_labels_are_written(name):
+    rules = replace(grammar(LABELS[name]), begun=True)
+    for prefix in {answer[:length] for answer in answers(LABELS[name], len(LABELS[name])) for length in range(9)}:
+        choices = Choices(rules)
+        for token in prefix[: -1 if END in prefix else None]:
+            choices.push(token)
+        inside = after_trace(grammar(LABELS[name]), prefix[: -1 if END in prefix else None])
+        assert set(choices.allowed()) == set(inside.allowed()) and choices.written == inside.written - 2
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)
@@ -117,6 +130,13 @@ def test_too_small_a_limit_and_tags_of_several_tokens_are_refused():
     tokenizer.add_tokens([prompts.THINK, prompts.THINK_END])
     with pytest.raises(ValueError, match=r"a ranking of 2 of 2 candidates takes up to \d+ tokens but a "):
         RankingGrammar.of_labels(tokenizer, ["1", "2"], 0, 4)
+    needed = {}
+    for begun in (False, True):
+        with pytest.raises(ValueError, match="takes up to") as refused:
+            RankingGrammar.of_labels(tokenizer, ["1", "2"], 0, 1, begun=begun)
+        needed[begun] = int(re.search(r"up to (\d+)", str(refused.value))[1])
+        RankingGrammar.of_labels(tokenizer, ["1", "2"], 0, needed[begun], begun=begun)
+    assert needed[True] == needed[False] - 2  # the prompt has the tags
 
 
 @pytest.mark.parametrize("ranking", ["number", "letter", "semantic_id"])

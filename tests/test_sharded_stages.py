@@ -70,7 +70,7 @@ def test_candidates_of_a_model_are_found_in_shards(next_item_run, tmp_path, monk
 
 def answer(row, batch):
     """An answer that follows from the row as it is shown, one in five no ranking."""
-    of_batch = batch.constrained, batch.one_token, batch.catalogue is None
+    of_batch = batch.constrained, batch.one_token, batch.bypass_reasoning, batch.catalogue is None
     rng = np.random.default_rng([row.row_id, *row.candidates, *of_batch])
     order = rng.permutation(len(row.candidates)).tolist() if rng.random() > 0.2 else None
     return Answer(order, None if order else "junk", f"trace {row.row_id}", f"text {order}", 5, order is None)
@@ -89,7 +89,7 @@ def evaluated(tmp_path, monkeypatch):
         return [([answer(row, batch) for row in batch.rows], float(len(batch.rows))) for batch in batches]
 
     monkeypatch.setattr(ranking, "generate_batches", generate)
-    also = {"shuffle_texts": True, "constrained": True, "one_token": True, "tensor_parallel_size": 2}
+    also = dict.fromkeys(("shuffle_texts", "constrained", "one_token", "bypassed"), True) | {"tensor_parallel_size": 2}
     return EvaluateArguments(run_dir=str(run), num_bootstrap=20, orders=2, **also), asked
 
 
@@ -105,7 +105,7 @@ def test_rankings_are_made_in_shards(evaluated, tmp_path, monkeypatch):
         assert results["rows"]["midtrained"].pop("seconds_per_row") > 0
         assert results["rows"]["sft"]["seconds_per_row"] == 1  # the seconds of all shards
     assert one == other and metrics[0] == metrics[1]
-    assert {"sft_constrained", "dapo_one_token", "sft_shuffled_texts"} <= {*one["rows"]}
+    assert {"sft_constrained", "dapo_one_token", "sft_bypassed", "dapo_shuffled_texts"} <= {*one["rows"]}
     assert (whole / "bar.json").read_bytes() == (merged / "bar.json").read_bytes()
 
 

@@ -53,12 +53,14 @@ def variant_steps(
 ) -> list[pipeline.Step]:
     """The steps of one run: its seed in every stage that has one, from `seed_from` on, and its training minutes.
 
-    The minutes are cut in equal parts over the training stages.
+    `{seed}` in an override is the number of the seed, such as in the path of another variant's model. The minutes are
+    cut in equal parts over the training stages.
     """
-    plain = pipeline.read_steps(variant.recipe_dir, str(out), variant.overrides)
+    own = [word.replace("{seed}", str(seed)) for word in variant.overrides]
+    plain = pipeline.read_steps(variant.recipe_dir, str(out), own)
     seeding.check_first(seed_from, plain)
     stages = [step.stage for step in plain]
-    overrides = [*variant.overrides, *seeding.overrides(plain, seed, seed_from)]
+    overrides = [*own, *seeding.overrides(plain, seed, seed_from)]
     if minutes_per_run is not None:
         trained = [stage for stage in stages if load_stage(stage).trains]
         overrides += [f"{stage}.max_minutes={minutes_per_run / len(trained):.3f}" for stage in trained]

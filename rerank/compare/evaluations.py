@@ -19,9 +19,11 @@ import yaml
 
 from rerank.launch import run_dir as runs
 from rerank.metrics import METRICS
+from rerank.models import names
 from rerank.next_item import held_out_sets, recall
 from rerank.next_item.pruning import FILE as PRUNING_FILE
 from rerank.next_item.pruning import Pruning
+from rerank.results.orders import merged
 from rerank.results.rankers import of_task
 from rerank.results.rankings import Ranking, Values, metrics_per_row
 from rerank.results.tables import metrics_of
@@ -29,6 +31,7 @@ from rerank.results.tables import metrics_of
 logger = logging.getLogger(__name__)
 
 FAILED = "parse failures"
+MERGED = "dapo_merged"  # with the rankings of the run whose model it started from, by reciprocal rank fusion
 PRUNING = "pruning"  # beside the rankers' metrics: whether beam search prunes each target
 
 RunsOf = Mapping[str, Sequence[Path]]  # variant -> the run of each seed
@@ -98,10 +101,25 @@ class ListEvaluation(Evaluation):
         values["random"] = metrics_per_row(Ranking("random", None), relevance, metrics=metrics)
         folders = {r.name: runs.stage_dir(run, r.stage).resolve() for r in of_task("rerank") if r.stage}
         recipe = folders["dapo"] / "recipe.yaml"
-        without_trace = recipe.is_file() and yaml.safe_load(recipe.read_text()).get("without_trace")
-        start = "sft_no_trace" if without_trace else "sft"
+        keys = yaml.safe_load(recipe.read_text()) if recipe.is_file() else {}
+        start = "sft_no_trace" if keys.get("without_trace") else "sft"
+        before = _orders_of_start(keys.get("start_model"), shown["row_id"].tolist())
+        if before is not None and "dapo" in by_ranker:
+            pairs = zip(by_ranker["dapo"]["order"], before, strict=True)
+            fused = [merged([None if order is None else list(order) for order in pair]) for pair in pairs]
+            values[MERGED] = metrics_per_row(Ranking(MERGED, fused), relevance, metrics=metrics)
+            values[MERGED][FAILED] = np.array([float(order is None) for order in fused])
         rows: list[tuple[object, ...]] = list(zip(shown["row_id"], shown["user"], strict=True))
         return cls(rows, shown["user"].to_numpy(), values, folders, start)
+
+
+def _orders_of_start(start_model: str | None, row_ids: Sequence[int]) -> list[Any] | None:
+    """The rankings of the same rows by the run of a `start_model`, where it is RUN/dapo/model and was evaluated."""
+    if start_model is None:
+        return None
+    path = Path(names.locate(start_model, "start_model")).parents[1] / "evaluate/rankings.parquet"
+    lines = _by_ranker(path).get("dapo") if path.is_file() else None
+    return lines["order"].tolist() if lines is not None and lines["row_id"].tolist() == list(row_ids) else None
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,15 +11,18 @@ By default each sampling has one update, at which the ratio is 1 and clipping do
 above `gradient_accumulation_steps` makes it several, each on a part of the rollouts; `num_iterations` above 1 repeats
 them.
 
+`bypass_reasoning` with the dapo model of another run as `start_model` is the second stage of GR2's technical report,
+which internalises the reasoning: RL continues with the reasoning cut off, on the same rows and rewards. How the report
+cuts it off, and for how many steps, is not published; here prompts end in `<think></think>`.
+
     accelerate launch --config_file recipes/accelerate/cpu.yaml -m rerank.dapo --config recipes/ml100k/7_dapo.yaml
 """
 
-import json
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from trl import GRPOConfig, ModelConfig
 
@@ -28,6 +31,7 @@ from rerank.catalogue import Catalogue
 from rerank.dapo.checks import check_batches, check_rewards, warn_of_repeats
 from rerank.dapo.gains import gain_at_equal_ranks, gain_over_training
 from rerank.dapo.prompt_stream import PromptStream
+from rerank.dapo.start import check_start, generation_of, refuse_one_token, start_dir, token_limit
 from rerank.launch import run_dir, stopping, validation
 from rerank.launch.files import write_json
 from rerank.launch.stages import Stage
@@ -63,6 +67,12 @@ class DapoArguments(validation.ValidatedArguments):
         True, "Train on the further lists of a row too, not on that of the first stage alone."
     )
     without_trace: bool = option(False, "Start from sft/model_no_trace, to see what the reasoning is worth.")
+    start_model: str | None = option(
+        None, "Start from this model folder of another run's dapo or sft stage, of the same prompts and items."
+    )
+    bypass_reasoning: bool = option(
+        False, "Prompts end in the tags of an empty trace: the model learns to rank without thinking aloud."
+    )
     dynamic_sampling: bool = option(True, "Drop groups whose completions all have one outcome, sample new prompts.")
     outcome: str | None = option(
         None,
@@ -87,6 +97,8 @@ class DapoArguments(validation.ValidatedArguments):
         self.group_forward = {"true": True, "false": False}.get(str(self.group_forward).lower(), "auto")
         self.rewards = scoring.read_rewards(self.rewards, "the recipe")
         scoring.check_outcome(self.outcome, self.load_rewards())
+        if self.start_model and self.without_trace:
+            raise ValueError(f"start_model is {self.start_model} but without_trace is true; leave one of the two out")
 
     def load_rewards(self) -> list[scoring.Reward]:
         """The rewards that the recipe names."""
@@ -115,7 +127,9 @@ def check(args: DapoArguments, training_args: DapoConfig, model_args: ModelConfi
     """Look at batches, rewards and the model folder, if it is there."""
     check_batches(args, training_args)
     is_made, folder = run_dir.is_finished(args.run_dir, "sft"), start_dir(args)
-    if is_made and not folder.is_dir():
+    if args.start_model:
+        check_start(folder, args.run_dir)
+    elif is_made and not folder.is_dir():
         raise FileNotFoundError(f"{folder} is missing; set no_trace_control: true in the sft recipe")
     adapters.check_adapter(model_args, folder)
     known_limit = token_limit(training_args, folder) if is_made else training_args.max_completion_length
@@ -136,32 +150,6 @@ def rows_to_train_on(
     """The rows that the recipe names, as `rerank.rows.training_rows` reads them."""
     rows = training_rows(args.run_dir, args.rows, needs_features, skip_features)
     return [row for row in rows if args.further_lists or row.list_number == 0]
-
-
-def start_dir(args: DapoArguments) -> Path:
-    """The sft stage's model to start from."""
-    return run_dir.stage_dir(args.run_dir, "sft") / ("model_no_trace" if args.without_trace else "model")
-
-
-def token_limit(config: DapoConfig, base_dir: Path) -> int:
-    """The token limit of a completion: the recipe's, or what the sft stage found enough."""
-    if config.max_completion_length is not None:
-        return config.max_completion_length
-    return generation_of(base_dir)["max_completion_tokens"]
-
-
-def generation_of(folder: Path) -> dict[str, Any]:
-    """The limits of the completions of a model, which the sft stage wrote beside it."""
-    return json.loads((folder / "generation.json").read_text())
-
-
-def refuse_one_token(folder: Path) -> None:
-    """Refuse a model that writes no ranking, since it was trained on first labels alone."""
-    if generation_of(folder).get("one_token"):
-        raise ValueError(
-            f"{folder} was trained on rankings' first labels alone, so that it writes no ranking to reward; leave "
-            "dapo out, or train sft with the losses nll and ranknet"
-        )
 
 
 def prepare(
@@ -231,8 +219,9 @@ def completer(trainer: "DapoTrainer", max_completion_tokens: int) -> validation.
         if trainer.use_vllm:
             completions = trainer.generate_greedily(texts)
             trainer.rest_engine()  # an update on rollouts that are there already may come next
-            return completions
-        return complete_greedily(trainer, texts, max_completion_tokens)
+        else:
+            completions = complete_greedily(trainer, texts, max_completion_tokens)
+        return [row.begun + text for row, text in zip(asked, completions, strict=True)]
 
     return complete
 
@@ -244,7 +233,7 @@ def main(args: DapoArguments, training_args: DapoConfig, model_args: ModelConfig
     base_dir = start_dir(args)
     tokenizer = base_model.load_tokenizer(str(base_dir), model_args)
     tokenizer.padding_side = "left"
-    prompter = Prompter.of_run(args.run_dir, tokenizer)
+    prompter = replace(Prompter.of_run(args.run_dir, tokenizer), bypass_reasoning=args.bypass_reasoning)
     prompts, held_out = prepare(args, training_args, prompter, base_dir)
     if training_args.vllm_mode == "server":
         ids = prompter.catalogue.semantic_ids if prompter.catalogue.has_ids else [THINK, THINK_END]
@@ -256,10 +245,11 @@ def main(args: DapoArguments, training_args: DapoConfig, model_args: ModelConfig
     stopping.train(trainer, args.max_minutes)
     save_trained(trainer, tokenizer, base_dir, out_dir / "model", checks.finish())
     if checks.kept_step == 0:
-        logger.warning("no check was better than that of the sft model, which is kept; see dapo/log_history.json")
+        logger.warning("no check was better than that of the start, which is kept; see dapo/log_history.json")
     steps = [entry for entry in trainer.state.log_history if "rollouts/reward" in entry]
     if trainer.accelerator.is_main_process:
-        has_trace = not args.without_trace and generation_of(start_dir(args)).get("trace", True)
+        bypasses = args.without_trace or args.bypass_reasoning
+        has_trace = not bypasses and generation_of(base_dir).get("trace", True)
         save_ranker(args.run_dir, prompter, out_dir / "model", has_trace, prompts.max_completion_tokens)
         write_json(out_dir / "log_history.json", trainer.state.log_history)
     return {
@@ -284,6 +274,7 @@ STAGE = Stage(
     check=check,
     inputs=("data", "candidates", "traces", "sft"),
     inputs_if_made=("semantic_ids", "midtrain"),
+    files=("start_model",),
     plugins={"rewards": "rewards"},
     trains=True,
     renamed_keys={**scoring.RENAMED_KEYS, **RENAMED_KEYS},

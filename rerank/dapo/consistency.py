@@ -49,5 +49,5 @@ def _rank(asked: Sequence[PromptedRow], generate: GenerateGreedily) -> list[list
     """Items of each row, best first; None for no ranking."""
     completions = generate([row.prompt for row in asked])
     answers = zip(asked, completions, strict=True)
-    parsed = [(row.row, parse_completion(text, row.labels, row.top_k).order) for row, text in answers]
+    parsed = [(row.row, parse_completion(row.begun + text, row.labels, row.top_k).order) for row, text in answers]
     return [order and [row.candidates[place] for place in order] for row, order in parsed]

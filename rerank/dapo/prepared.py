@@ -116,7 +116,7 @@ class PreparedTrainer(GRPOTrainer):
             Completion(
                 list(prompt_ids[i]),
                 list(own),
-                self._text(own),
+                prompts[i].asked.begun + self._text(own),
                 logps and list(logps[i]),
                 own[-1] not in ends,
                 seeds[i],

@@ -109,6 +109,9 @@ class EvaluateArguments(recipe.StageArguments):
         False, "Task rerank: a further row of each model that writes rankings, whose every answer is made one."
     )
     one_token: bool = option(False, "Task rerank: a further row of each, by the first label's probabilities alone.")
+    bypassed: bool = option(
+        False, "Task rerank: a further row of each that writes traces, its reasoning cut off by an empty trace."
+    )
     tensor_parallel_size: int = option(1, "Task rerank: GPUs that share each model that writes rankings.")
 
     def __post_init__(self) -> None:
@@ -128,7 +131,7 @@ class EvaluateArguments(recipe.StageArguments):
                 f"lists names {', '.join(self.lists)}; it goes with task next_item, and with other names than "
                 f"{', '.join(names)}"
             )
-        for name in ("shuffle_texts", "constrained", "one_token"):
+        for name in ("shuffle_texts", "constrained", "one_token", "bypassed"):
             if getattr(self, name) and self.task != "rerank":
                 raise ValueError(f"{name} goes with task rerank, but task is {self.task}; leave it out")
         compared(self.metrics)  # refuses what is no metric

@@ -15,7 +15,7 @@ from rerank.launch.shards import ALL_ROWS, Shard
 from rerank.models.ranker import Answer, Batch, RankingModel, generate_batches
 from rerank.next_item.model import NextItemModel, likelihood_orders
 from rerank.results.orders import Order, ShuffledRows
-from rerank.results.rankers import FittedOrders, Ranker, constrained, control, of_task, one_token
+from rerank.results.rankers import FittedOrders, Ranker, bypassed, constrained, control, of_task, one_token
 from rerank.results.rankings import Ranking
 from rerank.results.shuffled_texts import ShuffledTexts
 from rerank.rows import RankingRow, read_feature_names
@@ -42,6 +42,7 @@ class Questions:
         texts: With other items' texts; None where the control is not asked for.
         constrained: Whether models that write rankings rank the rows once more, each answer made a ranking.
         one_token: Whether they rank them once more by the probabilities of the first label.
+        bypassed: Whether those that write traces rank them once more with their reasoning cut off.
     """
 
     rows: Sequence[RankingRow]
@@ -49,13 +50,15 @@ class Questions:
     texts: ShuffledTexts | None
     constrained: bool = False
     one_token: bool = False
+    bypassed: bool = False
 
     @classmethod
     def of(cls, args: "EvaluateArguments", rows: Sequence[RankingRow]) -> "Questions":
-        """By the options `orders`, `shuffle_texts`, `constrained` and `one_token`."""
+        """By the options `orders`, `shuffle_texts`, `constrained`, `one_token` and `bypassed`."""
         candidates_dir = run_dir.stage_dir(args.run_dir, "candidates")
         texts = ShuffledTexts.of(candidates_dir, rows) if args.shuffle_texts else None
-        return cls(rows, ShuffledRows.of(rows, args.orders), texts, args.constrained, args.one_token)
+        ways = args.constrained, args.one_token, args.bypassed
+        return cls(rows, ShuffledRows.of(rows, args.orders), texts, *ways)
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,8 @@ class Ranked:
     Attributes:
         ranking: Of the rows as given.
         again: Of the rows in other orders, as `ShuffledRows.as_given`; empty for a ranker that reads no list.
-        repeated: Of the rows with other texts, with constrained answers and by one token, where asked for.
+        repeated: Of the rows with other texts, with constrained answers, by one token and without reasoning, where
+            asked for.
     """
 
     ranking: Ranking
@@ -171,6 +175,8 @@ def further_batches(ranker: Ranker, model: RankingModel, asked: Questions) -> di
         found[constrained(ranker).name] = Batch(asked.rows, constrained=True)
     if asked.one_token and not model.one_token:
         found[one_token(ranker).name] = Batch(asked.rows, one_token=True)
+    if asked.bypassed and model.has_trace:
+        found[bypassed(ranker).name] = Batch(asked.rows, bypass_reasoning=True)
     if asked.texts:
         catalogue = asked.texts.catalogue(model.prompter.catalogue)
         found[control(ranker).name] = Batch(asked.texts.rows, catalogue)

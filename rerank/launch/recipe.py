@@ -28,6 +28,7 @@ from rerank.launch.values import default_of, type_hints, typed_value
 logger = logging.getLogger(__name__)
 
 Keys = dict[str, Any]  # of a recipe, with their values as YAML reads them
+NOISY = ("httpx", "httpx2", "datasets", "filelock", "sentence_transformers", "accelerate", "DeepSpeed", "faiss.loader")
 
 # Every stage process sets these unless the user did: quiet, private, and modest in memory on CPU.
 ENVIRONMENT = {
@@ -219,7 +220,7 @@ def _command_line(argv: Sequence[str]) -> tuple[Keys, str, Shard | None]:
 def launch(stage: str) -> None:
     """Run one stage from the command line; exit code 2 and one line on bad input, 130 when stopped by a signal."""
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
-    for noisy in ("httpx", "datasets", "filelock", "sentence_transformers", "accelerate", "DeepSpeed", "faiss.loader"):
+    for noisy in NOISY:
         logging.getLogger(noisy).setLevel(logging.WARNING)
     set_environment()
     die_with_parent()
@@ -283,11 +284,7 @@ def _run(stage: str, argv: Sequence[str]) -> None:
 def _main(declared: Stage, arguments: Sequence[Any], folder: Path, shard: Shard | None) -> dict[str, Any]:
     """The stage's metrics, once every process has them; a shard has none."""
     try:
-        if shard is not None:
-            assert declared.main_of_shard is not None  # as `check_stage_takes` ensures
-            declared.main_of_shard(*arguments, shard, folder)
-            return {}
-        metrics = declared.main(*arguments, folder)
+        metrics = declared.make(arguments, folder, shard)
     except (ValueError, FileNotFoundError) as error:
         if not _is_ours(error):
             raise

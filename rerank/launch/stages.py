@@ -7,6 +7,7 @@ folder may hold follow from STAGES.
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 
@@ -50,6 +51,14 @@ class Stage:
     def inputs_of(self, *arguments: object) -> list[str]:
         """The stages that it cannot do without, with these arguments."""
         return [*self.inputs, *self.optional_inputs(*arguments)]
+
+    def make(self, arguments: Sequence[object], folder: Path, shard: object | None = None) -> dict[str, Any]:
+        """Run `main` or, of a stage that takes shards, `main_of_shard`, which has no metrics."""
+        if shard is None:
+            return self.main(*arguments, folder)
+        assert self.main_of_shard is not None
+        self.main_of_shard(*arguments, shard, folder)
+        return {}
 
 
 _NAMES = ("data", "semantic_ids", "midtrain", "candidates", "traces", "sft", "dapo", "evaluate")

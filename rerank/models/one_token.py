@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from rerank.models.base import with_exact_attention
-from rerank.prompts import THINK, THINK_END, completion, prompt_ids, spaced, word_labels
+from rerank.prompts import EMPTY_TRACE, THINK_END, completion, prompt_ids, spaced, word_labels
 from rerank.prompts.fields import SEMANTIC_ID
 from rerank.rows.checks import list_lengths
 
@@ -72,8 +72,9 @@ def tokens_of(asked: Sequence["PromptedRow"], tokenizer: "PreTrainedTokenizerBas
 
 
 def prompt_tokens(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int]) -> list[int]:
-    """Tokens of a prompt with the tags of an empty trace behind it, where the first label comes next."""
-    return [*ids, *tokenizer(THINK + THINK_END, add_special_tokens=False).input_ids]
+    """Tokens of a prompt with the tags of an empty trace at its end, where the first label comes next."""
+    tags: list[int] = tokenizer(EMPTY_TRACE, add_special_tokens=False).input_ids
+    return [*ids] if list(ids[-len(tags) :]) == tags else [*ids, *tags]
 
 
 def check_labels(tokenizer: "PreTrainedTokenizerBase", prompter: "Prompter", path: Path) -> None:

@@ -36,12 +36,16 @@ class RankingModel:
         prompter: Turns rows into prompts and labels; it has no tokenizer.
         max_completion_tokens: Token limit of an answer.
         one_token: Whether it was trained on a ranking's first label alone, so that it can rank by that, but not write.
+        has_trace: Whether it was trained to write traces.
+
+    Its prompter bypasses the reasoning where it was trained so.
     """
 
     folder: Path
     prompter: Prompter
     max_completion_tokens: int
     one_token: bool = False
+    has_trace: bool = True
 
     @classmethod
     def load(cls, folder: str | Path) -> "RankingModel":
@@ -52,7 +56,8 @@ class RankingModel:
                 raise FileNotFoundError(f"{folder / name} is missing; give a model folder of the sft or dapo stage.")
         generation = json.loads((folder / "generation.json").read_text())
         limit, one_token = generation["max_completion_tokens"], generation.get("one_token", False)
-        return cls(folder, Prompter.of_model(folder), limit, one_token)
+        prompter = replace(Prompter.of_model(folder), bypass_reasoning=generation.get("bypass_reasoning", False))
+        return cls(folder, prompter, limit, one_token, generation.get("trace", True) and not one_token)
 
     def load_tokenizer(self) -> "PreTrainedTokenizerBase":
         """Its tokenizer; one that lacks a semantic id of the catalogue beside it is refused, if prompts show ids."""
@@ -87,12 +92,15 @@ class Batch:
         constrained: Whether every answer is made a ranking.
         one_token: Whether the probabilities of the first label rank, in one forward pass; so they do for a model that
             was trained for that.
+        bypass_reasoning: Whether prompts end in the tags of an empty trace; so they do for a model that was trained
+            for that.
     """
 
     rows: Sequence[RankingRow]
     catalogue: Catalogue | None = None
     constrained: bool = False
     one_token: bool = False
+    bypass_reasoning: bool = False
 
 
 @dataclass(frozen=True)
@@ -186,7 +194,7 @@ def _generate(
             seconds = time.perf_counter() - began
             answers = [
                 read_answer(
-                    completion.text if rules is None else last_tag_alone(completion.text),
+                    row.begun + (completion.text if rules is None else last_tag_alone(completion.text)),
                     len(completion.token_ids), completion.truncated, row.labels, row.top_k,
                 )
                 for row, (completion,) in zip(rows, completions, strict=True)
@@ -201,7 +209,9 @@ def _generate(
 
 def ask(model: RankingModel, batch: Batch, tokenizer: "PreTrainedTokenizerBase") -> list[PromptedRow]:
     """The rows of a batch with the prompts that the model answers."""
-    prompter = replace(model.prompter, tokenizer=tokenizer, catalogue=batch.catalogue or model.prompter.catalogue)
+    bypasses = batch.bypass_reasoning or model.prompter.bypass_reasoning
+    catalogue = batch.catalogue or model.prompter.catalogue
+    prompter = replace(model.prompter, tokenizer=tokenizer, catalogue=catalogue, bypass_reasoning=bypasses)
     return [prompter.ask(row, model.max_completion_tokens) for row in batch.rows]
 
 
@@ -217,15 +227,16 @@ def grammars_of(
     if path.is_file():  # vLLM ends a completion at each of its tokens, whatever it is asked for
         named = json.loads(path.read_text()).get("eos_token_id")
         ends = set(named if isinstance(named, list) else [] if named is None else [named])
-    made: dict[tuple[tuple[str, ...], int], RankingGrammar] = {}
+    made: dict[tuple[tuple[str, ...], int, str], RankingGrammar] = {}
     for row in rows:
-        key = tuple(row.labels), row.top_k
+        key = tuple(row.labels), row.top_k, row.begun
         if key not in made:
+            rules = tokenizer, *key[:2], model.max_completion_tokens, ends, bool(row.begun)
             try:
-                made[key] = RankingGrammar.of_labels(tokenizer, *key, model.max_completion_tokens, ends)
+                made[key] = RankingGrammar.of_labels(*rules)
             except ValueError as error:
                 raise ValueError(f"row {row.row.row_id}: {error}") from None
-    return [made[tuple(row.labels), row.top_k] for row in rows]
+    return [made[tuple(row.labels), row.top_k, row.begun] for row in rows]
 
 
 def last_tag_alone(text: str) -> str:

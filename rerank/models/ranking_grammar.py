@@ -2,7 +2,8 @@
 
 A completion is `<think>`, a trace, `</think>`, then labels of the row's candidates, each once, then the end token. The
 trace is free but for its length and special tokens. Labels may be several tokens, and the tokens of one may begin
-those of another (" 1", " 10"): every reading of what is written is followed until one is left.
+those of another (" 1", " 10"): every reading of what is written is followed until one is left. Where the prompt ends
+in the tags of an empty trace, the labels are all that is written.
 
 Letters of shapes: N candidates.
 """
@@ -30,6 +31,7 @@ class RankingGrammar:
         think_end: The closing tag.
         end: The token that ends a completion.
         not_in_trace: Tokens that a trace may not hold.
+        begun: Whether the prompt ends in the tags of an empty trace.
     """
 
     labels: list[list[int]]
@@ -40,6 +42,7 @@ class RankingGrammar:
     think_end: int
     end: int
     not_in_trace: list[int]
+    begun: bool = False
 
     @classmethod
     def of_labels(
@@ -49,6 +52,7 @@ class RankingGrammar:
         top_k: int,
         max_tokens: int,
         ends: Collection[int] = (),
+        begun: bool = False,
     ) -> "RankingGrammar":
         """Of a row.
 
@@ -58,6 +62,7 @@ class RankingGrammar:
             top_k: Labels to write; 0 for all.
             max_tokens: Of a completion. What the longest ranking leaves of it is for the trace.
             ends: Further tokens at which the engine ends a completion.
+            begun: Whether the prompt ends in the tags of an empty trace.
 
         Raises:
             ValueError: Where a tag is not one token, the labels of a ranking are not written one after the other, or
@@ -69,7 +74,8 @@ class RankingGrammar:
         first, later = _tokens(tokenizer, labels)
         wanted = min(top_k or len(labels), len(labels))
         lengths = [max(map(len, both)) for both in zip(first, later, strict=True)]
-        needed = 3 + sum(sorted(lengths)[-wanted:])  # two tags, the longest labels, the end
+        tags = 0 if begun else 2
+        needed = tags + sum(sorted(lengths)[-wanted:]) + 1  # the tags, the longest labels, the end
         if needed > max_tokens:
             raise ValueError(
                 f"a ranking of {wanted} of {len(labels)} candidates takes up to {needed} tokens but a completion has "
@@ -78,7 +84,7 @@ class RankingGrammar:
         special = [token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special]
         end = int(tokenizer.eos_token_id)  # type: ignore[arg-type]  # of one token, a number
         never = sorted({think, end, *special, *ends} - {think_end})
-        return cls(later, first, wanted, max_tokens - needed, think, think_end, end, never)
+        return cls(later, first, wanted, max_tokens - needed, think, think_end, end, never, begun)
 
     def as_options(self) -> dict[str, Any]:
         """Plain values, from which `RankingGrammar(**values)` makes it again."""
@@ -148,6 +154,7 @@ class Choices:
         for label, kind in zip(self.grammar.labels, numbers, strict=True):
             self._grow(LATER, label, kind)
         self._readings = {_Reading(tuple(counts), FIRST)}
+        self._in_trace = not self.grammar.begun
 
     def _grow(self, root: int, label: Sequence[int], kind: int) -> None:
         """Add a label's tokens to the tree below `root`."""
@@ -163,7 +170,7 @@ class Choices:
     def allowed(self) -> list[int] | None:
         """Tokens of which the next must be one, in no order; None within a trace, where all but `forbidden` may be."""
         grammar = self.grammar
-        if self.written == 0:
+        if self._is_at_start:
             return [grammar.think]
         if self._in_trace:
             return [grammar.think_end] if self.written > grammar.max_trace else None
@@ -183,8 +190,8 @@ class Choices:
         """
         if not self._takes(token):
             raise ValueError(f"token {token} may not follow the {self.written} tokens before it")
-        self.written += 1
-        if self.written == 1:
+        was_at_start, self.written = self._is_at_start, self.written + 1
+        if was_at_start:
             return
         if self._in_trace:
             self._in_trace = token != self.grammar.think_end
@@ -198,12 +205,17 @@ class Choices:
 
     def _takes(self, token: int) -> bool:
         """Whether `allowed` and `forbidden` allow a token, without listing them."""
-        if self.written == 0:
+        if self._is_at_start:
             return token == self.grammar.think
         if self._in_trace:
             ends = token == self.grammar.think_end
             return ends or (self.written <= self.grammar.max_trace and token not in self.grammar.not_in_trace)
         return any(self._continues(reading, token) for reading in self._readings)
+
+    @property
+    def _is_at_start(self) -> bool:
+        """Whether the opening tag comes next."""
+        return self.written == 0 and not self.grammar.begun
 
     def _continues(self, reading: _Reading, token: int) -> bool:
         if self._is_whole(reading):

@@ -168,7 +168,8 @@ def save_ranker(
         shutil.copy2(candidates_dir / name, folder / name)
     shortest, longest = list_lengths(candidates_dir / "train.parquet")
     generation = {"max_completion_tokens": max_completion_tokens, "trace": trace, "num_candidates": longest}
-    write_json(folder / "generation.json", {**generation, "one_token": one_token})
+    ways = {"one_token": one_token, "bypass_reasoning": prompter.bypass_reasoning}
+    write_json(folder / "generation.json", {**generation, **ways})
     what = model_card.ranker(shortest, longest, trace, one_token)
     write_card(run, folder, folder.parent.name.removesuffix(".partial"), what, base)
 

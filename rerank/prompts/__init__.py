@@ -17,6 +17,7 @@ from string import ascii_uppercase
 
 from rerank.catalogue import Catalogue
 from rerank.launch.values import check_choice, check_range, option
+from rerank.prompts.chat import EMPTY_TRACE as EMPTY_TRACE
 from rerank.prompts.chat import THINK as THINK
 from rerank.prompts.chat import THINK_END as THINK_END
 from rerank.prompts.chat import completion_text as completion_text

@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 THINK, THINK_END = "<think>", "</think>"
+EMPTY_TRACE = THINK + THINK_END
 # A chat template without tokens of its own, for a tokenizer that has none.
 PLAIN_TEMPLATE = "{% for message in messages %}{{ message.content + '\\n\\n' }}{% endfor %}"
 

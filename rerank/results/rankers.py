@@ -201,12 +201,13 @@ RANKERS: tuple[Ranker, ...] = (
     ),
     Ranker("dapo", "fine-tuned, then reinforced", _RERANK, "generates", stage="dapo"),
 )  # fmt: skip
-CONTROL, CONSTRAINED, ONE_TOKEN = "_shuffled_texts", "_constrained", "_one_token"
+CONTROL, CONSTRAINED, ONE_TOKEN, BYPASSED = "_shuffled_texts", "_constrained", "_one_token", "_bypassed"
 COMPARISONS = (  # what results.json compares
     *(("dapo", "sft"), ("sft", "sft_no_trace"), ("dapo", "lambdamart")),
     *((name, name + CONTROL) for name in ("dapo", "sft", "lambdamart")),
     *((name + CONSTRAINED, name) for name in ("dapo", "sft")),
     *((name + ONE_TOKEN, name) for name in ("dapo", "sft", "sft_no_trace")),
+    *((name + BYPASSED, name) for name in ("dapo", "sft")),
 )
 
 
@@ -216,7 +217,7 @@ def of_task(task: str) -> list[Ranker]:
     if task != "rerank":
         return found
     writers = [ranker for ranker in found if ranker.kind == "generates"]
-    asked_again = [*map(constrained, writers), *map(one_token, writers)]
+    asked_again = [way(ranker) for way in (constrained, one_token, bypassed) for ranker in writers]
     return [*found, *asked_again, *(control(ranker) for ranker in found if ranker.reads_lists)]
 
 
@@ -237,6 +238,12 @@ def one_token(ranker: Ranker) -> Ranker:
     """The line of a model that ranks by the probabilities of the first label behind an empty trace."""
     described = f"{ranker.name}, by the probabilities of its first label, in one forward pass"
     return replace(ranker, name=ranker.name + ONE_TOKEN, description=described, tasks=_RERANK, repeats=ranker.name)
+
+
+def bypassed(ranker: Ranker) -> Ranker:
+    """The line of a model whose reasoning is cut off: its prompts end in the tags of an empty trace."""
+    described = f"{ranker.name}, its reasoning cut off: prompts end in an empty trace"
+    return replace(ranker, name=ranker.name + BYPASSED, description=described, tasks=_RERANK, repeats=ranker.name)
 
 
 def models_of_task(task: str) -> list[Ranker]:

@@ -16,7 +16,15 @@ import pyarrow as pa
 from rerank.catalogue import Catalogue
 from rerank.grading import Facts
 from rerank.launch import run_dir
-from rerank.prompts import PromptSettings, candidate_labels, completion, prompt_ids, render, rerank_prompt
+from rerank.prompts import (
+    EMPTY_TRACE,
+    PromptSettings,
+    candidate_labels,
+    completion,
+    prompt_ids,
+    render,
+    rerank_prompt,
+)
 from rerank.prompts.facts import coded, worded
 from rerank.prompts.fields import FieldTexts, check_catalogue
 from rerank.rows.row import RankingRow
@@ -29,14 +37,23 @@ FEATURES_FILE = "features.json"  # names and bucket edges of the features, besid
 
 @dataclass(frozen=True)
 class PromptedRow:
-    """A row as it is asked: its prompt, the label of each candidate shown, the token limit of an answer, and how many
-    candidates the answer names, the best (0: all)."""
+    """A row as it is asked.
+
+    Attributes:
+        row: To rank.
+        prompt: The text that the model continues.
+        labels: Of the candidates shown.
+        max_completion_tokens: Token limit of an answer.
+        top_k: How many candidates the answer names, the best; 0 for all.
+        begun: Beginning of the completion, with which the prompt ends: the tags of an empty trace, or nothing.
+    """
 
     row: RankingRow
     prompt: str
     labels: list[str]
     max_completion_tokens: int
     top_k: int = 0
+    begun: str = ""
 
 
 @dataclass(frozen=True)
@@ -49,6 +66,8 @@ class Prompter:
         names: Names of the columns of `RankingRow.features`.
         edges: Bucket edges of each feature.
         tokenizer: Renders prompts by its chat template and cuts long fields; without one a prompt is its user message.
+        bypass_reasoning: Whether prompts end in the tags of an empty trace, so that the model writes its ranking at
+            once.
 
     Raises:
         ValueError: When the settings name fields of items that the catalogue lacks.
@@ -59,6 +78,7 @@ class Prompter:
     names: Sequence[str] = ()
     edges: Mapping[str, Sequence[float]] = field(default_factory=dict)
     tokenizer: "PreTrainedTokenizerBase | None" = None
+    bypass_reasoning: bool = False
 
     def __post_init__(self) -> None:
         check_catalogue(self.settings, self.catalogue)
@@ -119,7 +139,12 @@ class Prompter:
     def prompt(self, row: RankingRow) -> str:
         """The text that the model completes."""
         message = self.message(row)
-        return message if self.tokenizer is None else render(self.tokenizer, message)
+        return (message if self.tokenizer is None else render(self.tokenizer, message)) + self.begun
+
+    @property
+    def begun(self) -> str:
+        """`PromptedRow.begun` of every row."""
+        return EMPTY_TRACE if self.bypass_reasoning else ""
 
     def labels(self, row: RankingRow) -> list[str]:
         """The label that a completion writes for each candidate, in the order shown."""
@@ -127,7 +152,8 @@ class Prompter:
 
     def ask(self, row: RankingRow, max_completion_tokens: int) -> PromptedRow:
         """The row with its prompt and labels."""
-        return PromptedRow(row, self.prompt(row), self.labels(row), max_completion_tokens, self.settings.top_k)
+        top_k = self.settings.top_k
+        return PromptedRow(row, self.prompt(row), self.labels(row), max_completion_tokens, top_k, self.begun)
 
     def example(self, row: RankingRow, trace: str | None, order: Sequence[int]) -> dict[str, list[int]]:
         """Token ids and labels of prompt and completion; the two are tokenized apart, as rollouts are."""

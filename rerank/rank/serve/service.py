@@ -242,7 +242,7 @@ def _ranking(job: Job, written: Written | None) -> Ranking:
         shares = np.exp(logps - np.logaddexp.reduce(logps))[best]
         order = [places[encoded.ids[place]] for place in best] + last
         return Ranking(order, [*shares.tolist(), *[0.0] * len(last)], "probability", "", *tokens)
-    text = last_tag_alone(written.text)
+    text = ready.asked.begun + last_tag_alone(written.text)
     answer = read_answer(text, written.num_tokens, written.truncated, ready.asked.labels, ready.asked.top_k)
     ranking = encoded.ranking(answer)
     if ranking is None:
