@@ -1,13 +1,14 @@
 """The benchmark of growing logs: its log, its watch over a process tree, and its arithmetic."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
 import duckdb
 import pytest
 
-from tests.benchmarks import scale, scale_log
+from tests.benchmarks import scale, scale_log, scale_peers
 from tests.benchmarks.scale_log import num_users, write_log
 from tests.benchmarks.scale_watch import watch
 
@@ -109,3 +110,16 @@ def test_a_larger_log_is_reckoned_by_the_measured_exponents(tmp_path, monkeypatc
     assert lines[1] == "data: 6.7 hours (exponent 1.30), 4 GB of memory (exponent 0.30), 15 GB written."
     with pytest.raises(SystemExit, match="no two sizes of equal proportions"):
         scale.project(10**9, {"cells": CELLS[-1:]})
+
+
+def test_the_files_of_a_commit_are_taken_without_touching_the_checkout(tmp_path):
+    repository = tmp_path / "repository"
+    git = ["git", "-C", str(repository), "-c", "user.name=a", "-c", "user.email=a@b"]
+    subprocess.run(["git", "init", "-q", str(repository)], check=True)
+    (repository / "old.py").write_text("old")
+    subprocess.run([*git, "add", "."], check=True)
+    subprocess.run([*git, "commit", "-qm", "first"], check=True)
+    (repository / "old.py").write_text("new")
+    tree = scale_peers.tree_of("HEAD", repository, tmp_path)
+    assert tree is not None and (tree / "old.py").read_text() == "old" and (repository / "old.py").read_text() == "new"
+    assert scale_peers.tree_of("aacb4c7", repository, tmp_path) is None
