@@ -209,10 +209,11 @@ def others(bench: Bench, num_ids: int) -> Record:
     found: Record = {"first_step_s": None, "first_step_gb": None}
     if importlib.util.find_spec("tests.benchmarks.loader"):
         loader = last_json(bench, "tests.benchmarks.loader")
-        found |= {key: loader.get(key) for key in found}
+        found = {key: loader.get(key) for key in found} | {"loader": loader}
     if num_ids:
         ids = last_json(bench, "tests.benchmarks.semantic_ids_scale", f"--num_items={num_ids}")
-        found["semantic_ids"] = ids
+        seconds = ids.get("stage_seconds")
+        found |= {"ids_minutes": seconds and seconds / 60, "ids_gb": ids.get("peak_gb"), "semantic_ids": ids}
     return found
 
 
@@ -262,7 +263,8 @@ def run(cells: Sequence[Cell], before: str = "", num_ids: int = 0, out: Path | N
     if out is not None:
         out.write_text(json.dumps(result, indent=2))
     print(json.dumps(result))
-    if not all(is_whole(of["stages"]) for of in records):
+    failed = [name for name in ("loader", "semantic_ids") if result.get(name, {}).get("failed")]
+    if failed or not all(is_whole(of["stages"]) for of in records):
         raise SystemExit(1)
 
 
