@@ -35,15 +35,23 @@ def stored_neighbours(folder: Path, num_neighbours: int) -> np.ndarray:
     source, path = folder / "embeddings.npy", folder / FILE
     with filelock.FileLock(folder / f"{FILE}.lock"):  # every process of a training wants the same rows
         made_of = f"{fingerprint(source)} {num_neighbours}"
-        if not path.is_file() or str(np.load(path)["made_of"]) != made_of:
-            neighbours, recall = similar_items(np.load(source, mmap_mode="r"), num_neighbours)
-            arrays = {"neighbours": neighbours, "recall": np.array(recall), "made_of": np.array(made_of)}
+        found = _read(path, made_of)
+        if found is None:
+            found = similar_items(np.load(source, mmap_mode="r"), num_neighbours)
+            arrays = {"neighbours": found[0], "recall": np.array(found[1]), "made_of": np.array(made_of)}
             write_whole(path, lambda temporary: _write(temporary, arrays))
-        found = np.load(path)
-    neighbours, recall = np.asarray(found["neighbours"], dtype=np.int64), float(found["recall"])
+    neighbours, recall = found
     how = "exact" if len(neighbours) <= MOST_EXACT else f"by HNSW, with a recall of {recall:.4f} on {SAMPLE} items"
     logger.info("similar items: %s of each of %s, %s, in %s", neighbours.shape[1], len(neighbours), how, path)
-    return neighbours
+    return neighbours.astype(np.int64)
+
+
+def _read(path: Path, made_of: str) -> tuple[np.ndarray, float] | None:
+    """What was stored, None where that is nothing or of others."""
+    if not path.is_file():
+        return None
+    with np.load(path) as arrays:
+        return (arrays["neighbours"], float(arrays["recall"])) if str(arrays["made_of"]) == made_of else None
 
 
 def _write(path: Path, arrays: dict[str, np.ndarray]) -> None:

@@ -12,7 +12,7 @@ from rerank.baselines import Counts
 from rerank.baselines.pairs import lookup, matrix_of
 
 MOST_SUCCESSORS = 50
-SUCCESSORS_AT_ONCE = 2**24  # of the items of the histories of some rows
+SUCCESSORS_AT_ONCE = 2**22  # of the items of the histories of some rows
 
 
 def is_one_hop(counts: Counts, histories: Sequence[np.ndarray], targets: np.ndarray) -> np.ndarray:
