@@ -40,6 +40,7 @@ from tests.benchmarks.scale_watch import GB, Watched, watch
 ROOT = Path(__file__).parents[2]
 STAGES = ("data", "candidates")
 MINUTES = 150
+SHOWN = ("seconds", "cpu_seconds", "peak_gb", "written_gb", "spilled_gb")
 DISK_PER_INTERACTION = 400  # bytes: the log, the tables, and what is spilled
 UNITS = {"k": 10**3, "M": 10**6, "G": 10**9}
 Cell = tuple[int, int]  # interactions and items
@@ -220,13 +221,13 @@ def others(bench: Bench, num_ids: int) -> Record:
 def print_table(records: Sequence[Record]) -> None:
     """A line for each size and stage."""
     table = Table(title="stages by size; peak memory of all processes together")
-    for column in ("interactions", "items", "stage", "seconds", "peak GB", "written GB", "spilled GB"):
+    for column in ("interactions", "items", "stage", "seconds", "CPU seconds", "peak GB", "written GB", "spilled GB"):
         table.add_column(column, justify="left" if column == "stage" else "right")
     for of in records:
         for stage, own in of["stages"].items():
-            numbers = [f"{own[key]:.2f}" for key in ("seconds", "peak_gb", "written_gb", "spilled_gb")]
+            numbers = [f"{own[key]:.2f}" for key in SHOWN]
             table.add_row(f"{of['interactions']:,}", f"{of['items']:,}", f"{stage} {own['failed']}".strip(), *numbers)
-    Console().print(table)
+    Console(width=119).print(table)
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import resource
 import subprocess
 import tempfile
 import time
@@ -22,6 +23,7 @@ class Watched:
 
     Attributes:
         seconds: Of the wall clock.
+        cpu_seconds: Of all processors.
         peak_gb: The most resident memory of its processes together, mapped pages of files included, in 10^9 bytes.
         written_gb: That it sent to the disk.
         spilled_gb: The most that the folders held at once beyond what they hold at the end.
@@ -29,6 +31,7 @@ class Watched:
     """
 
     seconds: float
+    cpu_seconds: float
     peak_gb: float
     written_gb: float
     spilled_gb: float
@@ -47,7 +50,7 @@ def watch(
         folders: That it may write into.
         most_seconds: After which it is killed, with `failed` set.
     """
-    written, begun, peak, most, looks, failed = _written(), time.monotonic(), 0, 0, 0, ""
+    before, written, begun, peak, most, looks, failed = _processor(), _written(), time.monotonic(), 0, 0, 0, ""
     with tempfile.TemporaryFile("w+") as output:
         process = subprocess.Popen(words, cwd=cwd, env={**os.environ, **env}, stdout=output, stderr=output)
         try:
@@ -68,7 +71,8 @@ def watch(
     if process.returncode and not failed:
         failed = f"exit code {process.returncode}: {lines[-1] if lines else 'no output'}"
     spilled = max(most - sum(map(size_of, folders)), 0)
-    return Watched(time.monotonic() - begun, peak / GB, (_written() - written) / GB, spilled / GB, failed)
+    seconds = time.monotonic() - begun, _processor() - before
+    return Watched(*seconds, peak / GB, (_written() - written) / GB, spilled / GB, failed)
 
 
 def _limit(seconds: float, most_seconds: float) -> str:
@@ -85,6 +89,12 @@ def _kill(pid: int) -> None:
         for process in [*root.children(recursive=True), root]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
+
+
+def _processor() -> float:
+    """Seconds of the processes that this one has waited for, with theirs."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def _written() -> int:
