@@ -47,7 +47,7 @@ def stored_neighbours(folder: Path, num_neighbours: int) -> np.ndarray:
 
 
 def _read(path: Path, made_of: str) -> tuple[np.ndarray, float] | None:
-    """What was stored, None where that is nothing or of others."""
+    """The stored neighbours and their recall, None where there are none or they are of others."""
     if not path.is_file():
         return None
     with np.load(path) as arrays:
