@@ -14,7 +14,7 @@ from toy_run import CATALOGUE, NUM_ITEMS, toy_codes, toy_sequences, write_intera
 from rerank import evaluate, metrics
 from rerank.baselines import Counts
 from rerank.launch.files import write_json
-from rerank.next_item import recall
+from rerank.next_item import one_hop, recall
 from rerank.next_item.encoder import SETTINGS
 from rerank.next_item.model import NextItemModel
 from rerank.semantic_ids import SemanticIds
@@ -57,9 +57,32 @@ def test_a_target_is_one_hop_away_when_it_is_among_the_most_frequent_successors(
     # after 0: 1 twice, 3 and 4 once; 3 is more popular than 4. After 1: 2 and 3 once. After 5: 0.
     histories = [np.array([0]), np.array([0]), np.array([0]), np.array([5, 0, 0]), np.array([2])]
     targets = np.array([1, 3, 4, 4, 0])
-    assert recall.is_one_hop(counts, histories, targets).tolist() == [True, True, True, True, False]
-    monkeypatch.setattr(recall, "MOST_SUCCESSORS", 2)
-    assert recall.is_one_hop(counts, histories, targets).tolist() == [True, True, False, False, False]
+    assert one_hop.is_one_hop(counts, histories, targets).tolist() == [True, True, True, True, False]
+    monkeypatch.setattr(one_hop, "MOST_SUCCESSORS", 2)
+    assert one_hop.is_one_hop(counts, histories, targets).tolist() == [True, True, False, False, False]
+
+
+def one_hop_by_loop(counts, histories, targets, most):
+    """The definition, row by row."""
+    found = []
+    for history, target in zip(histories, targets.tolist(), strict=True):
+        times = sum((counts.successors[[item]].toarray()[0] for item in set(history.tolist())), np.zeros(40, int))
+        followers = sorted(np.flatnonzero(times).tolist(), key=lambda i: (-times[i], -counts.popularity[i], i))
+        found.append(target in followers[:most])
+    return found
+
+
+@pytest.mark.parametrize("at_once", [1, 500, 2**24])
+def test_one_hop_is_that_of_a_loop_over_rows(at_once, monkeypatch):
+    rng = np.random.default_rng(0)
+    monkeypatch.setattr(one_hop, "SUCCESSORS_AT_ONCE", at_once)
+    monkeypatch.setattr(one_hop, "MOST_SUCCESSORS", 6)
+    sequences = {user: rng.integers(0, 40, rng.integers(1, 9)) for user in range(60)}  # few: ties are many
+    histories = [rng.integers(0, 40, size) for size in rng.integers(0, 7, 200)]  # some are empty
+    targets, counts = rng.integers(0, 40, 200), Counts.fit(sequences, 40)
+    wanted = one_hop_by_loop(counts, histories, targets, 6)
+    assert one_hop.is_one_hop(counts, histories, targets).tolist() == wanted
+    assert 20 < sum(wanted) < 180
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +190,7 @@ def check_slices(run, made, text):
 
 
 def test_every_row_is_ranked_and_the_groups_add_up(run, best, tmp_path, monkeypatch):
-    monkeypatch.setattr(recall, "MOST_SUCCESSORS", 2)
+    monkeypatch.setattr(one_hop, "MOST_SUCCESSORS", 2)
     args = evaluate.EvaluateArguments(
         run_dir=str(run), task="next_item", models=["midtrained"], lists={"best": best}, num_bootstrap=50
     )

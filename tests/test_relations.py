@@ -1,4 +1,4 @@
-"""Which items are related: co-occurrence, back-fill, cosine similarity, and the random control."""
+"""Which items are related: co-occurrence, back-fill, and the random control."""
 
 from collections import Counter
 
@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from rerank.losses import _relations as relations
-from rerank.losses._relations import co_occurrence_neighbours, fill_from, random_neighbours, semantic_neighbours
+from rerank.losses._relations import co_occurrence_neighbours, fill_from, random_neighbours
+from rerank.losses._similar import semantic_neighbours
 
 
 def neighbours_by_loop(users, items, num_items, window, num_neighbours):
@@ -65,28 +66,6 @@ def test_back_fill_is_that_of_the_loop(seed, num_neighbours):
     wanted = fill_by_loop(neighbours, semantic, num_neighbours)
     assert fill_from(neighbours, semantic, num_neighbours).tolist() == wanted
     assert (neighbours == given).all()
-
-
-@pytest.mark.parametrize("at_once", [1, 500, 2**22])
-@pytest.mark.parametrize("seed", range(3))
-def test_semantic_neighbours_are_those_of_the_full_matrix(seed, at_once, monkeypatch):
-    monkeypatch.setattr(relations, "SIMILARITIES_AT_ONCE", at_once)
-    rng = np.random.default_rng(seed)
-    embeddings = rng.standard_normal((70, 19)).astype(np.float32)
-    embeddings[rng.integers(0, 70, 30)] = embeddings[rng.integers(0, 5, 30)]  # up to seven or so of one kind
-    rows = [(row / np.linalg.norm(row)).tolist() for row in embeddings.astype(np.float64)]
-    cosines = [[sum(a * b for a, b in zip(x, y, strict=True)) for y in rows] for x in rows]
-    wanted = [sorted(set(range(70)) - {i}, key=lambda j, own=own: (-own[j], j)) for i, own in enumerate(cosines)]
-    for number in (1, 9, 69):
-        assert semantic_neighbours(embeddings, number).tolist() == [row[:number] for row in wanted]
-
-
-@pytest.mark.parametrize("value", [0, np.nan, np.inf])
-def test_an_embedding_without_a_direction_is_refused(value):
-    embeddings = np.ones((4, 3), dtype=np.float32)
-    embeddings[2] = value
-    with pytest.raises(ValueError, match="the embedding in row 2 is zero or not finite; embed that item again"):
-        semantic_neighbours(embeddings, 2)
 
 
 @pytest.mark.parametrize("find", [lambda: semantic_neighbours(np.ones((4, 3)), 4), lambda: random_neighbours(4, 4, 0)])

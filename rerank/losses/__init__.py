@@ -117,6 +117,10 @@ class AuxiliaryLoss:
     task_numbers: Mapping[str, int]  # name of a task -> its number in a batch's column `task`; set by the trainer
     redraws: bool = False  # whether `redraw` is to be called
 
+    def check_size(self, num_items: int, hidden_size: int, num_targets: int) -> None:
+        """Refuse sizes that it is not for, before a model loads: of the catalogue, of a state (0: unknown), and the
+        next items that a micro-batch predicts at most."""
+
     def rows(self, encoder: "NextItemEncoder") -> dict[str, list[Row]]:
         """Task name -> rows that are trained on beside the stage's own."""
         return {}

@@ -1,7 +1,7 @@
-"""Related items, mined from training sequences and from embeddings.
+"""Related items, mined from training sequences; those by embeddings are in `_similar.py`.
 
 Source: IIRG (arXiv:2606.17276), whose code is not used: its licence forbids it.
-Letters of shapes: N items, I interactions, K neighbours, S semantic neighbours, R rows, D columns of an embedding.
+Letters of shapes: N items, I interactions, K neighbours, S semantic neighbours.
 Neighbours of an item are item numbers, best first; -1, after them, stands for none.
 """
 
@@ -9,8 +9,6 @@ from collections.abc import Sequence
 
 import numpy as np
 from scipy.sparse import csr_array
-
-SIMILARITIES_AT_ONCE = 2**22  # what one step holds fits in a cache
 
 
 def co_occurrence_neighbours(
@@ -66,38 +64,8 @@ def fill_from(neighbours: np.ndarray, semantic: np.ndarray, num_neighbours: int)
     return filled
 
 
-def semantic_neighbours(embeddings: np.ndarray, num_neighbours: int) -> np.ndarray:
-    """Items of highest cosine similarity to each item of embeddings (N, D) but itself, (N, K) int64; ties by item."""
-    num_items = len(embeddings)
-    _check_number(num_items, num_neighbours)
-    lengths = np.sqrt(np.einsum("nd,nd->n", embeddings, embeddings, dtype=np.float64))
-    wrong = np.flatnonzero(~np.isfinite(lengths) | (lengths == 0))
-    if len(wrong):
-        raise ValueError(f"the embedding in row {wrong[0]} is zero or not finite; embed that item again.")
-    unit = np.divide(embeddings, lengths[:, None], out=np.empty(embeddings.shape, np.float32), casting="same_kind")
-    # one column for equal embeddings: a matrix product may round two equal columns differently, and they must tie
-    different, column = np.unique(unit, axis=0, return_inverse=True)
-    parts, rows_at_once = [], max(SIMILARITIES_AT_ONCE // num_items, 1)
-    for start in range(0, num_items, rows_at_once):
-        similarity = (unit[start : start + rows_at_once] @ different.T)[:, column]  # (R, N)
-        own = np.arange(len(similarity))
-        similarity[own, start + own] = -np.inf
-        parts.append(_highest(similarity, num_neighbours))
-    return np.concatenate(parts)
-
-
-def _highest(values: np.ndarray, number: int) -> np.ndarray:
-    """Columns of the highest values of each row, highest first, ties by lower column."""
-    least = np.partition(values, values.shape[1] - number, axis=1)[:, values.shape[1] - number]
-    places = np.flatnonzero(values >= least[:, None])  # twice as fast as nonzero
-    rows, columns = np.divmod(places, values.shape[1])
-    order = np.lexsort((columns, -values.ravel()[places], rows))
-    place = np.arange(len(rows)) - np.searchsorted(rows, rows)
-    highest: np.ndarray = columns[order][place < number].reshape(-1, number)
-    return highest
-
-
-def _check_number(num_items: int, num_neighbours: int) -> None:
+def check_number(num_items: int, num_neighbours: int) -> None:
+    """Raise a ValueError where an item has fewer others than are asked for."""
     if num_neighbours >= num_items:
         raise ValueError(f"num_neighbours is {num_neighbours} but must be below the {num_items} items; use fewer.")
 
@@ -107,7 +75,7 @@ def random_neighbours(num_items: int, num_neighbours: int, seed: int) -> np.ndar
 
     Source: Floyd's sampling without replacement (Bentley & Floyd 1987), for all items at once.
     """
-    _check_number(num_items, num_neighbours)
+    check_number(num_items, num_neighbours)
     rng = np.random.default_rng(seed)
     drawn = np.full((num_items, num_neighbours), -1, dtype=np.int64)
     for place, largest in enumerate(range(num_items - 1 - num_neighbours, num_items - 1)):

@@ -10,7 +10,7 @@ from torch import nn
 from rerank.launch.values import check_range
 from rerank.losses import AuxiliaryLoss, Batch, LossInfo, LossInputs, Row
 from rerank.next_item.encoder import NEXT_ITEMS
-from rerank.next_item.item_head import ItemHead, scale_of
+from rerank.next_item.item_head import ItemHead, refuse_many_items, scale_of
 from rerank.rows import by_user
 
 if TYPE_CHECKING:
@@ -95,6 +95,9 @@ class cllm4rec(AuxiliaryLoss):
         self.regularisation, self.content_weight = regularisation, content_weight
         self.shuffle_history, self.mask_share = shuffle_history, mask_share
         self.redraws = shuffle_history or mask_share > 0
+
+    def check_size(self, num_items: int, hidden_size: int, num_targets: int) -> None:
+        refuse_many_items(num_items, hidden_size, num_targets)
 
     def task_weights(self) -> dict[str, float]:
         return {CONTENT: self.content_weight} if self.regularisation else {}

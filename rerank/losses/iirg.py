@@ -5,10 +5,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from rerank.launch import run_dir
 from rerank.launch.values import check_choice, check_range
 from rerank.losses import AuxiliaryLoss, LossInfo, Row
 from rerank.losses import _relations as relations
 from rerank.losses._inputs import check_count
+from rerank.losses._similar import stored_neighbours
 
 if TYPE_CHECKING:
     from rerank.next_item.encoder import NextItemEncoder
@@ -78,13 +80,18 @@ class iirg(AuxiliaryLoss):
             seed = encoder.seed + list(PROMPTS).index(relation)
             return relations.random_neighbours(num_items, NUM_NEIGHBOURS, seed)
         if relation == SEMANTIC:
-            return relations.semantic_neighbours(encoder.embeddings(), NUM_NEIGHBOURS)
+            relations.check_number(num_items, NUM_NEIGHBOURS)
+            return self._semantic(encoder)[:, :NUM_NEIGHBOURS]
         users, items = encoder.training_interactions()
         mined = relations.co_occurrence_neighbours(users, items, num_items, self.window, NUM_MINED)
-        semantic = relations.semantic_neighbours(encoder.embeddings(), min(NUM_MINED, num_items - 1))
-        found = relations.fill_from(mined, semantic, NUM_MINED)[:, :NUM_NEIGHBOURS]
+        found = relations.fill_from(mined, self._semantic(encoder), NUM_MINED)[:, :NUM_NEIGHBOURS]
         relations.refuse_without_neighbours(found, encoder.catalogue.item_ids)
         return found
+
+    def _semantic(self, encoder: "NextItemEncoder") -> np.ndarray:
+        """(items, NUM_MINED, or all others where there are fewer) items of the most similar texts, best first."""
+        folder = run_dir.stage_dir(encoder.run, "semantic_ids")
+        return stored_neighbours(folder, min(NUM_MINED, len(encoder.catalogue) - 1))
 
     def _more_next_items(self, encoder: "NextItemEncoder") -> list[Row]:
         """Next-item rows, repeated in random order until they have the relation rows' number of tokens under loss."""

@@ -157,10 +157,6 @@ class NextItemEncoder:
         self._refuse_unknown(items, users, "interactions.parquet, user {}")
         return users, items
 
-    def embeddings(self) -> np.ndarray:
-        """(items, columns) embeddings of the items' texts."""
-        return np.load(run_dir.stage_dir(self.run, "semantic_ids") / "embeddings.npy", mmap_mode="r")
-
     def windows(self) -> list[np.ndarray]:
         """Stretches of every user's training items, of at least two, each overlapping the one before by half."""
         histories = by_user(*self.training_interactions())

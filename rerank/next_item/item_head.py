@@ -10,11 +10,36 @@ import torch
 from torch import nn
 
 FILE = "item_head.safetensors"
+MOST_ITEMS = 100_000
+GB = 1e9
 
 
 def scale_of(embedding: nn.Module) -> torch.Tensor | float:
     """The factor that a model's input embedding puts on what it looks up, sqrt(H) in Gemma."""
     return getattr(embedding, "embed_scale", 1.0)
+
+
+def refuse_many_items(num_items: int, hidden_size: int, num_targets: int) -> None:
+    """Refuse to train a head of more than MOST_ITEMS items, with the memory that it would take beside the model.
+
+    In float32: 16 bytes for each number of an item's own part (value, gradient, Adam's two moments), 8 for one of its
+    vector in a forward pass (value, gradient), 12 for each score (value, log-softmax, gradient).
+
+    Args:
+        num_items: J.
+        hidden_size: H, 0 where it is not known: then scores alone are counted.
+        num_targets: Next items that a micro-batch predicts, at most.
+
+    Raises:
+        ValueError: With the cure.
+    """
+    if num_items > MOST_ITEMS:
+        size = num_items * ((16 + 8) * hidden_size + 12 * num_targets)
+        raise ValueError(
+            f"the item head would score {num_items} items at up to {num_targets} targets at once, which takes "
+            f"{'at least ' * (not hidden_size)}{size / GB:.1f} GB beside the model, and is for {MOST_ITEMS} items at "
+            "most; take cllm4rec out of losses: next items are then found by beams over semantic ids"
+        )
 
 
 class ItemHead(nn.Module):

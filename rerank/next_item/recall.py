@@ -21,6 +21,7 @@ from rerank.catalogue import Catalogue
 from rerank.launch import run_dir as runs
 from rerank.next_item.encoder import SETTINGS, NextItemEncoder
 from rerank.next_item.model import NextItemModel
+from rerank.next_item.one_hop import MOST_SUCCESSORS, is_one_hop
 from rerank.next_item.slices import shared_texts, shared_texts_sentence, slice_lines, slice_results
 from rerank.results.intervals import LEAVES_SEEDS_OUT, Sampling
 from rerank.results.slices import Slices
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
 METRICS = ("R@5", "R@10", "N@5", "N@10")
 COMPARED = ("R@5", "N@10")  # with differences to REFERENCE
 LIST_LENGTH, NUM_BEAMS = 10, 20
-MOST_SUCCESSORS = 50
 SAMPLE_SEED = 0  # one sample for all seeds of a training, so that their recall can be compared
 GROUPS = {"all": "all", "one_hop": "one hop", "rest": "the rest"}
 REFERENCE = "transitions"
@@ -85,21 +85,6 @@ def transition_lists(counts: Counts, histories: Sequence[np.ndarray], length: in
         if wanted:
             lists[rows, :wanted] = counts.top_rows([histories[row] for row in rows], wanted)[0]
     return lists
-
-
-def is_one_hop(counts: Counts, histories: Sequence[np.ndarray], targets: np.ndarray) -> np.ndarray:
-    """Whether each target is among the most frequent direct successors of its history's items, (R,).
-
-    Frequencies are summed over the distinct items of the history; ties go by popularity, then by item.
-    """
-    found = np.zeros(len(targets), dtype=bool)
-    for row, (history, target) in enumerate(zip(histories, targets, strict=True)):
-        followers = counts.successors[np.unique(history)].sum(axis=0)
-        if followers[target]:
-            items = np.flatnonzero(followers)
-            order = items[np.lexsort((items, -counts.popularity[items], -followers[items]))]
-            found[row] = target in order[:MOST_SUCCESSORS]
-    return found
 
 
 def filled(lists: Sequence[Sequence[int]] | Sequence[np.ndarray], length: int) -> np.ndarray:

@@ -40,7 +40,7 @@ from rerank.rows import PromptedRow, Prompter
 from rerank.rows.checks import check_context, longest_field, prompt_lengths, shorter
 from rerank.rows.teacher_scores import read_scores
 from rerank.sft.rows import check_lengths, examples
-from rerank.sft.start import check_start, load_start, load_start_tokenizer, start_model
+from rerank.sft.start import check_sizes, check_start, load_start, load_start_tokenizer, start_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -96,6 +96,8 @@ def check(args: SftArguments, training_args: SFTConfig, model_args: ModelConfig)
         validation.validation_rows(args.run_dir, args.eval_rows)
     if args.task == "rerank" and run_dir.is_finished(args.run_dir, "traces"):
         load_losses(args.losses, args.task, has_scores=bool(read_scores(args.run_dir)))
+    if args.task == "next_item" and run_dir.is_finished(args.run_dir, "data"):
+        check_sizes(args, training_args, model_args)
     check_start(args, model_args)
 
 

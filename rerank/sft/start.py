@@ -3,10 +3,12 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import pyarrow.parquet as pq
+
 from rerank.catalogue import Catalogue, check_vocabulary
 from rerank.launch import run_dir
 from rerank.losses import load_losses
-from rerank.models import adapters, names
+from rerank.models import adapters, memory, names
 from rerank.models import base as base_model
 from rerank.models.checks import check_pretrained
 from rerank.models.one_token import check_labels
@@ -16,7 +18,7 @@ from rerank.rows.checks import SPLITS, warn_of_split_codes, warn_of_split_labels
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-    from trl import ModelConfig
+    from trl import ModelConfig, SFTConfig
 
     from rerank.sft import SftArguments
 
@@ -58,6 +60,16 @@ def check_start(args: "SftArguments", model_args: "ModelConfig") -> None:
         warn_of_split_labels(tokenizer, folder, settings)
         if is_midtrained and run_dir.read_record(args.run_dir, "midtrain").given.get("model_name_or_path") is None:
             warn_of_split_codes(tokenizer, folder, settings)
+
+
+def check_sizes(args: "SftArguments", training_args: "SFTConfig", model_args: "ModelConfig") -> None:
+    """Refuse losses of next items that are not for a catalogue of this size."""
+    num_items = pq.read_metadata(run_dir.stage_dir(args.run_dir, "data") / "items.parquet").num_rows
+    config = memory.start_config("sft", args, model_args, {})
+    hidden_size = config.get_text_config().hidden_size if config is not None else 0
+    num_targets = training_args.per_device_train_batch_size * (args.max_items - 1)
+    for loss in load_losses(args.losses, args.task).auxiliary.values():
+        loss.check_size(num_items, hidden_size, num_targets)
 
 
 def load_start_tokenizer(args: "SftArguments", model_args: "ModelConfig") -> "PreTrainedTokenizerBase":
