@@ -1,0 +1,38 @@
+"""Rows as a dataset for a trainer, which shuffles, shares out and skips their numbers."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+
+Row = Mapping[str, Any]
+
+
+class RowDataset(Dataset):  # type: ignore[misc]  # datasets has no types
+    """A map-style dataset of rows that are made when they are read, in a worker where the loader has some.
+
+    Its table holds the rows' numbers alone. It is a `datasets.Dataset` since TRL takes no other; a transform of such a
+    one would be pickled whole for its fingerprint, with tokenizer and catalogue.
+
+    Attributes:
+        rows: Makes or holds the rows.
+    """
+
+    rows: Sequence[Row]
+
+    @classmethod
+    def of(cls, rows: Sequence[Row]) -> "RowDataset":
+        """The dataset of some rows."""
+        made: RowDataset = cls.from_dict({"number": np.arange(len(rows))})
+        made.rows = rows
+        return made
+
+    def __getitem__(self, key: int | str) -> Any:
+        return self.rows[key] if isinstance(key, int) else super().__getitem__(key)
+
+    def __getitems__(self, keys: list[int]) -> list[Row]:
+        return [self.rows[key] for key in keys]
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self.rows)
