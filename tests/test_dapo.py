@@ -248,7 +248,7 @@ def test_further_lists_are_trained_on_unless_the_recipe_leaves_them_out(toy_run,
     )
     for options, expected in (({}, rows), ({"further_lists": False}, rows[1:])):
         args = dapo.DapoArguments(run_dir=str(run), rewards=NDCG, **options)
-        assert [row.row_id for row in dapo.rows_to_train_on(args)] == expected
+        assert dapo.lists_to_train_on(args).used.tolist() == expected
 
 
 def test_rows_that_are_drawn_more_than_twice_are_warned_of_with_the_numbers(toy_run, tmp_path, caplog):
