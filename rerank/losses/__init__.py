@@ -117,8 +117,8 @@ class AuxiliaryLoss:
     task_numbers: Mapping[str, int]  # name of a task -> its number in a batch's column `task`; set by the trainer
     redraws: bool = False  # whether `redraw` is to be called
 
-    def rows(self, encoder: "NextItemEncoder") -> dict[str, list[Row]]:
-        """Task name -> rows that are trained on beside the stage's own."""
+    def rows(self, encoder: "NextItemEncoder") -> Mapping[str, Sequence[Row]]:
+        """Task name -> rows that are trained on beside the stage's own, such as a list, or made when they are read."""
         return {}
 
     def redraw(self, task: str, row: Row, rng: np.random.Generator, encoder: "NextItemEncoder") -> Row:

@@ -45,6 +45,24 @@ def windows(history: np.ndarray, max_items: int) -> Iterator[np.ndarray]:
         yield history[start : start + max_items]
 
 
+def window_places(users: np.ndarray, max_items: int) -> tuple[np.ndarray, np.ndarray]:
+    """First place and the one behind the last of `windows` of two items or more, of each user's items in turn.
+
+    Args:
+        users: Of each item, as `training_items` has them.
+        max_items: Of a window.
+    """
+    borders = np.flatnonzero(np.diff(users, prepend=-1, append=-1)) if len(users) else np.zeros(1, dtype=np.int64)
+    firsts, lengths = borders[:-1], np.diff(borders)
+    step = max(1, max_items // 2)
+    numbers = -(-np.maximum(1, lengths - max_items // 2) // step)  # of windows, of each user
+    within = np.arange(numbers.sum()) - np.repeat(np.cumsum(numbers) - numbers, numbers)
+    starts = np.repeat(firsts, numbers) + within * step
+    ends = np.minimum(starts + max_items, np.repeat(firsts + lengths, numbers))
+    kept = ends - starts > 1
+    return starts[kept], ends[kept]
+
+
 @dataclass(frozen=True)
 class LoggedLists:
     """The lists that the rows of data/rows.parquet hold where they are requests.
