@@ -10,7 +10,7 @@ import pytest
 from scripted_dapo import rows as dapo_rows
 from scripted_dapo import stream
 from tiny_model import sft_config
-from toy_run import finish, toy_sequences, write_run, write_traces
+from toy_run import finish, toy_sequences, write_interactions, write_run, write_traces
 from transformers import AutoModelForCausalLM
 from trl import ModelConfig
 
@@ -62,6 +62,7 @@ def test_hits_of_a_column_are_those_of_the_rows():
 def run(tmp_path_factory):
     """Finished stages up to traces, with an accepted attempt on each sft row; rows stand in no order of row_id."""
     run = write_run(tmp_path_factory.mktemp("on_read") / "run")
+    write_interactions(run / "data", items=12, users=30, interactions=240)
     path = run / "candidates/train.parquet"
     table = pq.read_table(path)
     table = table.append_column("list_number", pa.array([user % 2 for user in table["user"].to_pylist()]))

@@ -22,9 +22,10 @@ class RowDataset(Dataset):  # type: ignore[misc]  # datasets has no types
     rows: Sequence[Row]
 
     @classmethod
-    def of(cls, rows: Sequence[Row]) -> "RowDataset":
-        """The dataset of some rows."""
-        made: RowDataset = cls.from_dict({"number": np.arange(len(rows))})
+    def of(cls, rows: Sequence[Row], lengths: np.ndarray | None = None) -> "RowDataset":
+        """The dataset of some rows; `lengths` of them, about, let the trainer group them without making them."""
+        columns = {"number": np.arange(len(rows))} | ({} if lengths is None else {"length": lengths})
+        made: RowDataset = cls.from_dict(columns)
         made.rows = rows
         return made
 

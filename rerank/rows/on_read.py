@@ -64,9 +64,12 @@ def joined(parts: Sequence[Sequence[T]]) -> Sequence[T]:
 
 def places_to_check(num_rows: int) -> list[int]:
     """The places of the rows that are made before training: all up to CHECKED_ROWS, else a seeded sample."""
-    if num_rows <= CHECKED_ROWS:
-        return list(range(num_rows))
-    return sorted(np.random.default_rng(SAMPLE_SEED).choice(num_rows, SAMPLED_ROWS, replace=False).tolist())
+    return list(range(num_rows)) if num_rows <= CHECKED_ROWS else seeded_sample(num_rows, SAMPLED_ROWS)
+
+
+def seeded_sample(num_rows: int, size: int) -> list[int]:
+    """Places of `size` rows drawn at random, always the same, ascending."""
+    return sorted(np.random.default_rng(SAMPLE_SEED).choice(num_rows, size, replace=False).tolist())
 
 
 def read_parts(path: str | Path, columns: Sequence[str]) -> Iterable[pa.RecordBatch]:

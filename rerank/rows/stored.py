@@ -14,7 +14,15 @@ import pyarrow.parquet as pq
 
 from rerank.launch import run_dir
 from rerank.rows.on_read import MadeOnRead, column, read_parts, store
-from rerank.rows.row import RankingRow, check_features, check_use, columns_of, refuse_no_hits, refuse_no_rows
+from rerank.rows.row import (
+    RankingRow,
+    check_features,
+    check_use,
+    choose_rows,
+    columns_of,
+    refuse_no_hits,
+    refuse_no_rows,
+)
 
 KEYS = ("row_id", "relevance", "list_number")
 
@@ -55,6 +63,61 @@ def hit_parts(path: str | Path, columns: Sequence[str]) -> Iterator[pa.RecordBat
     """
     for part in read_parts(path, columns):
         yield part.filter(pa.array(hits(part.column("relevance"))))
+
+
+def read_some_rows(path: str | Path, max_rows: int, seed: int, needs_features: bool = False) -> list[RankingRow]:
+    """`choose_rows` of `read_rows`, in memory that does not grow with the table; raises as they do."""
+    columns = columns_of(path)
+    if needs_features:
+        check_features(path)
+    row_ids = [row_id for part in hit_parts(path, KEYS[:2]) for row_id in part.column("row_id").to_pylist()]
+    if not row_ids:
+        refuse_no_hits(path, pq.read_metadata(path).num_rows)
+    chosen = pa.array(choose_rows(sorted(row_ids), max_rows, seed))
+    parts = (part.filter(pc.is_in(part.column("row_id"), chosen)) for part in hit_parts(path, columns))
+    return sorted((RankingRow.of(one) for part in parts for one in part.to_pylist()), key=lambda row: row.row_id)
+
+
+def common_rows(path: str | Path, other: str | Path) -> list[RankingRow]:
+    """The hits of a candidates table that are hits of another one too, by row_id.
+
+    Rows are the same that have one request_id; without one, user, history and relevant items. Of most rows the user
+    and the length of the history tell already that they are not.
+    """
+    marks = {mark for part in _marked_parts(path) for mark in part[1]}
+    alike, identities = set[int](), set[int]()
+    for part, of_part in _marked_parts(other):
+        for row in _marked_rows(part, of_part, marks):
+            alike.add(_mark(row.request_id, row.user, len(row.history)))
+            identities.add(hash(_identity(row)))
+    rows = (row for part in _marked_parts(path) for row in _marked_rows(*part, alike)) if alike else iter(())
+    return sorted((row for row in rows if hash(_identity(row)) in identities), key=lambda row: row.row_id)
+
+
+def _mark(request_id: str | None, user: int | None, length: int) -> int:
+    return hash((user, length) if request_id is None else request_id)
+
+
+def _marked_parts(path: str | Path) -> Iterator[tuple[pa.RecordBatch, list[int]]]:
+    """The hits of a table, part by part, without features, and a mark of each row."""
+    for part in hit_parts(path, [name for name in columns_of(path) if name != "features"]):
+        lengths = pc.list_value_length(part.column("history")).to_pylist()
+        has_requests = "request_id" in part.schema.names
+        requests = part.column("request_id").to_pylist() if has_requests else [None] * len(part)
+        columns = requests, part.column("user").to_pylist(), lengths
+        yield part, [_mark(*of_row) for of_row in zip(*columns, strict=True)]
+
+
+def _marked_rows(part: pa.RecordBatch, marks: Sequence[int], wanted: set[int]) -> list[RankingRow]:
+    places = [place for place, mark in enumerate(marks) if mark in wanted]
+    return [RankingRow.of(record) for record in part.take(pa.array(places, pa.int64())).to_pylist()] if places else []
+
+
+def _identity(row: RankingRow) -> tuple[object, ...]:
+    if row.request_id is not None:
+        return (row.request_id,)
+    relevant = frozenset(item for item, grade in zip(row.candidates, row.relevance, strict=True) if grade > 0)
+    return row.user, row.history, relevant
 
 
 @dataclass(frozen=True)
