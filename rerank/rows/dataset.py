@@ -30,7 +30,7 @@ class RowDataset(Dataset):  # type: ignore[misc]  # datasets has no types
         return made
 
     def __getitem__(self, key: int | str) -> Any:
-        return self.rows[key] if isinstance(key, int) else super().__getitem__(key)
+        return self.rows[key] if isinstance(key, int) else self.data.column(key).to_pylist()
 
     def __getitems__(self, keys: list[int]) -> list[Row]:
         return [self.rows[key] for key in keys]
