@@ -182,18 +182,17 @@ def shuffle(row: RankingRow, seed: int, epoch: int = 0) -> RankingRow:
     return row.shuffled(order.tolist())
 
 
-def read_rows(path: str | Path, needs_features: bool = False, skip_features: bool = False) -> list[RankingRow]:
+def read_rows(path: str | Path, needs_features: bool = False) -> list[RankingRow]:
     """The rows of a candidates table that are hits (`RankingRow.is_hit`), by row_id.
 
     Args:
         path: Parquet with COLUMNS, such as RUN_DIR/candidates/train.parquet.
         needs_features: Refuse rows without features.
-        skip_features: Leave them out, most of the file.
 
     Raises:
         ValueError: When a column is missing, no row is left, or a row lacks the features that are needed.
     """
-    columns = [name for name in columns_of(path) if not (skip_features and name == "features")]
+    columns = columns_of(path)
     if needs_features:
         check_features(path)
     table = pq.read_table(path, columns=columns).sort_by("row_id")
@@ -256,9 +255,7 @@ def check_top_k(path: str | Path, top_k: int) -> None:
         )
 
 
-def training_rows(
-    run: str | Path, use: str, needs_features: bool = False, skip_features: bool = False
-) -> list[RankingRow]:
+def training_rows(run: str | Path, use: str, needs_features: bool = False) -> list[RankingRow]:
     """The hit rows of the training lists that the traces stage assigned to `sft` or `dapo`, or `all` of them.
 
     Raises:
@@ -267,7 +264,7 @@ def training_rows(
     check_use(use)
     split = pq.read_table(run_dir.stage_dir(run, "traces") / "row_split.parquet").to_pydict()
     used_for = dict(zip(split["row_id"], split["used_for"], strict=True))
-    rows = read_rows(run_dir.stage_dir(run, "candidates") / "train.parquet", needs_features, skip_features)
+    rows = read_rows(run_dir.stage_dir(run, "candidates") / "train.parquet", needs_features)
     chosen = [row for row in rows if row.row_id in used_for and use in ("all", used_for[row.row_id])]
     if not chosen:
         refuse_no_rows(use)
