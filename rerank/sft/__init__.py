@@ -187,7 +187,7 @@ def train_and_save(
 
 
 def _longest(prompter: Prompter, rows: Sequence[RankingRow], places: Sequence[int], limit: str, longest: int) -> str:
-    """What to do about a row beyond a limit, the longest of those at some places."""
+    """The cure for a row beyond a limit, the longest of those at some places."""
     return f"{shorter(limit)} ({longest_field(prompter, rows[places[longest]])})"
 
 
