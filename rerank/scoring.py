@@ -117,7 +117,7 @@ def total(values: npt.NDArray[np.float64], weights: Sequence[float]) -> npt.NDAr
     return np.where(np.isnan(values).all(axis=1), np.nan, np.nansum(values * np.asarray(weights), axis=1))
 
 
-def choose_outcome(given: str | None, rewards: Sequence[Reward], relevance: Iterable[Sequence[float]]) -> str:
+def choose_outcome(given: str | None, rewards: Sequence[Reward], has_several: bool) -> str:
     """The outcome in which the completions of a useful group differ: the recipe's, or else one that fits its rows.
 
     Where each row has one positive it is `rank_gain`, which says of a ranking all that a single positive can. Where
@@ -126,11 +126,11 @@ def choose_outcome(given: str | None, rewards: Sequence[Reward], relevance: Iter
     Args:
         given: The recipe's `outcome`; None where it names none.
         rewards: Of the recipe.
-        relevance: The grades of each row.
+        has_several: Whether some row has several positives.
     """
     if given is not None:
         return given
-    if not has_several_positives(relevance):
+    if not has_several:
         return RANK_GAIN
     return main_reward({reward.name: reward.weight for reward in rewards})
 

@@ -248,6 +248,27 @@ def test_lengths_that_the_recipe_leaves_open_come_from_the_sft_stage_and_prompts
         prepare(config(tmp_path, max_completion_length=16, vllm_max_model_length=room + 16), rows="all")
 
 
+def test_of_many_rows_a_sample_is_measured_before_training_and_each_prompt_when_it_is_drawn(
+    prepare, tmp_path, monkeypatch
+):
+    whole, options = prepare(config(tmp_path), rows="all", eval_rows=0)[0], {"rows": "all", "eval_rows": 0}
+    lengths = [len(whole.prompter.tokenizer(whole.ask(row).prompt).input_ids) for row in whole.rows]
+    monkeypatch.setattr(dapo, "places_to_check", lambda num_rows: [int(np.argmin(lengths))])
+    training = config(tmp_path)
+    prompts, _ = prepare(training, **options)
+    assert training.vllm_max_model_length == min(lengths) + min(lengths) // 4 + training.max_completion_length
+    taken = [[prompt.asked.prompt for prompt in of.take(0, 2 * len(lengths))] for of in (prompts, whole)]
+    assert taken[0] == taken[1]
+    monkeypatch.setattr(dapo, "places_to_check", lambda num_rows: [])
+    short = config(tmp_path, vllm_max_model_length=max(lengths) + 15, max_completion_length=16)
+    prompts, _ = prepare(short, **options)
+    message = (
+        rf"^1 of 1 prompts \(row_id \d+\) have more than {max(lengths) - 1} tokens, the longest {max(lengths)}: vllm"
+    )
+    with pytest.raises(ValueError, match=message):
+        prompts.take(0, len(lengths))
+
+
 def test_fewer_rows_than_a_step_has_groups_are_refused(toy_run, prepare, tmp_path):
     count = len(training_rows(toy_run.run, "dapo"))
     prepare(config(tmp_path, num_generations=2, per_device_train_batch_size=2 * count))
@@ -276,7 +297,7 @@ def test_further_lists_are_trained_on_unless_the_recipe_leaves_them_out(toy_run,
     )
     for options, expected in (({}, rows), ({"further_lists": False}, rows[1:])):
         args = dapo.DapoArguments(run_dir=str(run), rewards=NDCG, **options)
-        assert [row.row_id for row in dapo.rows_to_train_on(args)] == expected
+        assert dapo.lists_to_train_on(args).used.tolist() == expected
 
 
 def test_rows_that_are_drawn_more_than_twice_are_warned_of_with_the_numbers(toy_run, tmp_path, caplog):

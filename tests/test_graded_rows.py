@@ -400,11 +400,15 @@ def test_a_told_teacher_hears_all_of_the_best():
 def test_the_outcome_is_rank_gain_until_a_row_has_several_positives():
     specs = [{"name": "well_formed", "weight": 0.2}, {"name": "ndcg"}, {"name": "auc", "weight": 1.0}]
     rewards = scoring.load_rewards(specs)
-    assert scoring.choose_outcome(None, rewards, [SINGLE.relevance]) == "rank_gain"
-    assert scoring.choose_outcome(None, rewards, [(1.0, NOT_SEEN), SINGLE.relevance]) == "rank_gain"
-    assert scoring.choose_outcome(None, rewards, [SINGLE.relevance, ROW.relevance]) == "ndcg"  # of equals the first
-    assert scoring.choose_outcome("well_formed", rewards, [ROW.relevance]) == "well_formed"
-    assert scoring.choose_outcome("rank_gain", rewards, [ROW.relevance]) == "rank_gain"
+
+    def chosen(given, *relevance):
+        return scoring.choose_outcome(given, rewards, scoring.has_several_positives(relevance))
+
+    assert chosen(None, SINGLE.relevance) == "rank_gain"
+    assert chosen(None, (1.0, NOT_SEEN), SINGLE.relevance) == "rank_gain"
+    assert chosen(None, SINGLE.relevance, ROW.relevance) == "ndcg"  # of equals the first
+    assert chosen("well_formed", ROW.relevance) == "well_formed"
+    assert chosen("rank_gain", ROW.relevance) == "rank_gain"
 
 
 def test_a_sampler_reads_the_best_k_of_graded_rows():

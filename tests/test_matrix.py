@@ -19,7 +19,8 @@ from trl.trainer.utils import add_fused_lm_head
 from rerank import sft
 from rerank.launch.files import write_json
 from rerank.losses import load_losses
-from rerank.midtrain.documents import Document, encode
+from rerank.midtrain.documents import Document
+from rerank.midtrain.encoding import encode
 from rerank.models import base as base_model
 from rerank.models import engine, group_attention
 from rerank.models.ranker import Batch, RankingModel, ask, complete_greedily, generate_answers

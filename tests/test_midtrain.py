@@ -22,7 +22,8 @@ from rerank import midtrain
 from rerank.catalogue import Catalogue
 from rerank.grading import GRADES
 from rerank.launch import run_dir
-from rerank.midtrain import documents
+from rerank.midtrain import documents, encoding, exercises
+from rerank.midtrain.mixture import _draw, mixed_documents
 from rerank.models import base as base_model
 from rerank.next_item import recall as full_catalogue
 from rerank.next_item.encoder import NextItemEncoder
@@ -71,7 +72,7 @@ def test_a_persona_tells_true_facts_of_its_history():
 @pytest.mark.parametrize("labels", ["semantic_id", "number"])
 @pytest.mark.parametrize(("layout", "before"), [("history_first", "Candidates:\n"), ("candidates_first", "Facts:\n")])
 def test_an_exercise_grades_by_the_mean_of_the_facts_shown_and_ranks_by_grade(labels, layout, before):
-    made = list(documents.list_documents(200, FACTS, labels, CATALOGUE, np.random.default_rng(0), layout=layout))
+    made = list(exercises.list_documents(200, FACTS, labels, CATALOGUE, np.random.default_rng(0), layout=layout))
     seen, sizes = set(), []
     for document in made:
         text = document.given + document.answer
@@ -102,7 +103,7 @@ def test_an_exercise_grades_by_the_mean_of_the_facts_shown_and_ranks_by_grade(la
 
 
 def test_grades_of_exercises_are_about_equally_frequent():
-    made = documents.list_documents(2000, FACTS, "number", CATALOGUE, np.random.default_rng(0))
+    made = exercises.list_documents(2000, FACTS, "number", CATALOGUE, np.random.default_rng(0))
     text = " ".join(document.answer.partition(" best")[0] for document in made if not document.given)
     shares = np.array([text.count(f" {grade}") for grade in GRADES])
     shares = shares / shares.sum()
@@ -130,15 +131,15 @@ def test_general_text_is_the_file_in_passages_without_anything_like_a_tag(tmp_pa
 def test_the_mixture_shares_out_the_documents(mixture, num_documents, wanted):
     mixture, wanted = (dict(zip(documents.TASKS[: len(of)], of, strict=True)) for of in (mixture, wanted))
     args = arguments(mixture=mixture, num_documents=num_documents, max_items=4)
-    made = documents.mixed_documents(HISTORIES, CATALOGUE, args, seed=0)
+    made = mixed_documents(HISTORIES, CATALOGUE, args, seed=0)
     assert Counter(d.task for d in made) == wanted
-    assert made == documents.mixed_documents(HISTORIES, CATALOGUE, args, seed=0)
-    assert made != documents.mixed_documents(HISTORIES, CATALOGUE, args, seed=1)
+    assert made == mixed_documents(HISTORIES, CATALOGUE, args, seed=0)
+    assert made != mixed_documents(HISTORIES, CATALOGUE, args, seed=1)
 
 
 def test_lists_keep_their_order_in_the_mixture():
     args = arguments(mixture={"sequence": 0.5, "lists": 0.5}, num_documents=400, max_items=4, list_labels="number")
-    made = documents.mixed_documents(HISTORIES, CATALOGUE, args, seed=0)
+    made = mixed_documents(HISTORIES, CATALOGUE, args, seed=0)
     lengths = [len(d.given + d.answer) for d in made if d.task == "lists"]
     assert np.mean(lengths[:50]) < 0.7 * np.mean(lengths[-50:])
     assert {d.task for d in made[:20]} == {"sequence", "lists"}
@@ -146,18 +147,20 @@ def test_lists_keep_their_order_in_the_mixture():
 
 def test_documents_of_a_batch_are_of_like_length_and_move_little():
     lengths = np.random.default_rng(0).integers(1, 100, 1003).tolist()  # three are left over
-    order = documents.in_batches(lengths, 8, np.random.default_rng(0))
+    order = encoding.in_batches(lengths, 8, np.random.default_rng(0))
     assert sorted(order) == list(range(1003))
-    assert max(abs(place - i) for place, i in enumerate(order)) < 8 * documents.WINDOW
+    assert max(abs(place - i) for place, i in enumerate(order)) < 8 * encoding.WINDOW
     spread = [np.ptp([lengths[i] for i in order[start : start + 8]]) for start in range(0, 1000, 8)]
     assert np.mean(spread) < 10  # in random order 78
-    assert order != documents.in_batches(lengths, 8, np.random.default_rng(1))
+    assert order != encoding.in_batches(lengths, 8, np.random.default_rng(1))
 
 
 def test_documents_are_repeated_evenly_where_there_are_too_few():
-    drawn = documents._draw(["a", "b", "c"], 7, np.random.default_rng(0))
+    letters = documents.Documents(np.array([1, 2, 3]), "abc".__getitem__)
+    drawn = _draw(letters, 7, np.random.default_rng(0))
     assert sorted(Counter(drawn).values()) == [2, 2, 3]
-    assert documents._draw([], 7, np.random.default_rng(0)) == []
+    assert drawn.lengths.tolist() == ["abc".index(letter) + 1 for letter in drawn]
+    assert list(_draw(documents.Documents(np.array([]), "".__getitem__), 7, np.random.default_rng(0))) == []
 
 
 @pytest.mark.parametrize(("has_seen", "items"), [(False, [[3, 1], [2]]), (True, [[3, 1, 4], [2]])])
@@ -169,14 +172,14 @@ def test_targets_of_the_reranker_are_read_only_when_the_summary_says_so(tmp_path
 
 def test_only_the_answer_of_a_document_has_loss_and_a_prompt_is_how_a_sequence_begins():
     _, tokenizer, _ = model_with_ids()
-    row = documents.encode(documents.Document("caption", "Describe:<s_a_1>", "drama"), tokenizer)
+    row = encoding.encode(documents.Document("caption", "Describe:<s_a_1>", "drama"), tokenizer)
     prompt = tokenizer("<|user|>Describe:<s_a_1><|assistant|>").input_ids
     answer = [*tokenizer("drama").input_ids, tokenizer.eos_token_id]
     assert row == {"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer}
     document = documents.Document("sequence", "Next items:", "<s_a_1><s_b_0>", ends=False)
-    assert documents.encode(document, tokenizer)["labels"][-2:] == tokenizer("<s_a_1><s_b_0>").input_ids
+    assert encoding.encode(document, tokenizer)["labels"][-2:] == tokenizer("<s_a_1><s_b_0>").input_ids
     prompt = NextItemEncoder(CATALOGUE, tokenizer, "semantic_id", 2).next_item_prompt([4])
-    assert prompt == documents.encode(document, tokenizer)["input_ids"]  # asked as a sequence begins
+    assert prompt == encoding.encode(document, tokenizer)["input_ids"]  # asked as a sequence begins
     assert tokenizer.decode(prompt) == "<|user|>Next items:<|assistant|><s_a_1><s_b_0>"
 
 
@@ -187,7 +190,7 @@ def test_phase_one_moves_the_new_rows_alone_as_training_the_whole_table_would(tm
     before = {name: value.clone() for name, value in model.state_dict().items()}
     config = sft_config(tmp_path / "checkpoints", lr_scheduler_type="constant")
     text = documents.Document("sequence", "Next items:", "".join(ID_TOKENS))
-    dataset, _ = midtrain.encoded_dataset([text] * 6, tokenizer, config)
+    dataset, _ = encoding.encoded_dataset([text] * 6, tokenizer, config)
     args = arguments(token_learning_rate=0.05)
     midtrain.train_new_rows(model, tokenizer, ids, dataset, args, config, tmp_path / "rows.safetensors")
     midtrain.load_rows(trained, ids, tmp_path / "rows.safetensors")

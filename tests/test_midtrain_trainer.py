@@ -9,7 +9,8 @@ from trl import SFTTrainer
 
 from rerank import midtrain
 from rerank.launch import stopping
-from rerank.midtrain.documents import Document, encode
+from rerank.midtrain import encoding
+from rerank.midtrain.documents import Document
 from rerank.midtrain.trainer import MidtrainTrainer, collate_with_tasks
 from rerank.models import base as base_model
 
@@ -33,7 +34,7 @@ def config(folder, **options):
 def trainer(folder, recall=None, callbacks=None, **options):
     model, tokenizer, _ = model_with_ids()
     settings = config(folder, **options)
-    dataset, _ = midtrain.encoded_dataset(DOCUMENTS, tokenizer, settings)
+    dataset, _ = encoding.encoded_dataset(DOCUMENTS, tokenizer, settings)
     data = {"train_dataset": dataset, "eval_dataset": dataset if recall else None}
     return MidtrainTrainer(model, settings, recall, processing_class=tokenizer, callbacks=callbacks, **data)
 
@@ -41,7 +42,7 @@ def trainer(folder, recall=None, callbacks=None, **options):
 def loss_of_each_token(document):
     """One document alone, no padding, plain cross-entropy."""
     model, tokenizer, _ = model_with_ids()
-    row = encode(document, tokenizer)
+    row = encoding.encode(document, tokenizer)
     ids, labels = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"])[1:]
     with torch.no_grad():
         losses = torch.nn.functional.cross_entropy(model(ids).logits[0, :-1], labels, reduction="none")
@@ -86,7 +87,7 @@ def test_a_tokenizer_without_a_token_for_padding_trains_alike(tmp_path, options)
         change(AutoTokenizer.from_pretrained(folder)).save_pretrained(folder)
         model, tokenizer = base_model.load_pretrained(str(folder))
         settings = config(tmp_path / "out", **options)
-        dataset, _ = midtrain.encoded_dataset(DOCUMENTS, tokenizer, settings)
+        dataset, _ = encoding.encoded_dataset(DOCUMENTS, tokenizer, settings)
         made = MidtrainTrainer(model, settings, processing_class=tokenizer, train_dataset=dataset)
         stopping.train(made)
         losses.append(made.state.log_history[0]["loss"])
@@ -127,7 +128,7 @@ def test_training_stops_without_a_gain_and_keeps_the_best_weights(tmp_path):
 def test_tasks_and_evaluations_change_nothing_in_what_is_trained(tmp_path):
     model, tokenizer, _ = model_with_ids()
     settings = config(tmp_path / "trl", max_steps=4)
-    dataset, _ = midtrain.encoded_dataset(DOCUMENTS, tokenizer, settings)
+    dataset, _ = encoding.encoded_dataset(DOCUMENTS, tokenizer, settings)
     plain = SFTTrainer(model, settings, train_dataset=dataset, processing_class=tokenizer)
     recall, _ = recalls(0.1, 0.2)
     options = midtrain.recall_options(config(tmp_path, eval_steps=2))

@@ -248,10 +248,10 @@ def test_rows_without_a_teachers_scores_are_refused_by_the_dry_run(made, tmp_pat
 
 
 @pytest.mark.parametrize("with_trace", [True, False])
-def test_ranknet_goes_beside_nll_behind_a_trace_or_without_one(made, tokenizer, with_trace):
+def test_ranknet_goes_beside_nll_behind_a_trace_or_without_one(made, tokenizer, with_trace, tmp_path):
     run, losses = made[0], load_losses([{"name": "nll"}, {"name": "ranknet"}], "rerank")
     prompter = Prompter.of_run(run, tokenizer)
-    chosen, encoded = examples(prompter, str(run), with_trace, losses)
+    chosen, encoded = examples(prompter, str(run), with_trace, losses, tmp_path)
     assert len(chosen) == 5  # accepted attempts
     for row, example in zip(chosen, encoded, strict=True):
         first, order = example["first_label"], gold_order(row, [0, 2, 1, 3])

@@ -15,7 +15,7 @@ from toy_run import finish, write_candidates, write_items
 from rerank import prompts, traces
 from rerank.catalogue import Catalogue
 from rerank.grading import trace_words
-from rerank.midtrain import MidtrainArguments, documents
+from rerank.midtrain import MidtrainArguments, exercises
 from rerank.midtrain.words import fixed_words, warn_of_split_words
 from rerank.models import base as base_model
 from rerank.prompts import PromptSettings, completion, facts, parse_completion
@@ -190,12 +190,12 @@ def test_a_word_that_tells_the_answer_is_no_letter_within_another_word():
 
 def test_list_exercises_grow_to_the_longest_list_with_letters_and_numbers():
     rng = np.random.default_rng(0)
-    made = list(documents.list_documents(300, ["place"], "number", TOY, rng, longest=60, num_buckets=4))
+    made = list(exercises.list_documents(300, ["place"], "number", TOY, rng, longest=60, num_buckets=4))
     sizes = [len(document.answer.partition("</think>")[2].split()) for document in made]
     assert max(sizes[:20]) <= 10 and max(sizes) == 60
     shown = {line.split(" place:")[1] for document in made for line in document.prompt.split("\n")[3:]}
     assert shown == set("0123")
-    for document in documents.list_documents(50, ["place"], "letter", TOY, rng, longest=26):
+    for document in exercises.list_documents(50, ["place"], "letter", TOY, rng, longest=26):
         labels = [chr(ord("A") + place) for place in range(len(document.answer.partition("</think>")[2].split()))]
         assert parse_completion(document.given + document.answer, labels).order is not None
         assert [line[:3] for line in document.prompt.split("\n")[3:]] in ([], [f" {label}." for label in labels])

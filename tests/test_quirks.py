@@ -12,7 +12,8 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbed
 
 from rerank import prompts
 from rerank.catalogue import Catalogue
-from rerank.midtrain.documents import Document, encode
+from rerank.midtrain.documents import Document
+from rerank.midtrain.encoding import encode
 from rerank.models import base as base_model
 from rerank.next_item.encoder import NextItemEncoder
 from rerank.next_item.item_head import ItemHead

@@ -31,7 +31,7 @@ from rerank import evaluate, midtrain, sft, traces
 from rerank.baselines import FEATURES, Counts, fit_edges
 from rerank.catalogue import Catalogue
 from rerank.launch import pipeline, run_dir
-from rerank.midtrain import documents
+from rerank.midtrain import encoding, exercises, mixture
 from rerank.models.ranker import RankingModel
 from rerank.probe import rows as probe_rows
 from rerank.prompts import PromptSettings, parse_completion
@@ -229,7 +229,7 @@ def test_mid_training_without_ids_teaches_lists_and_titles(run):
     )  # fmt: skip
     assert not args.tasks_of_ids and midtrain.STAGE.inputs_of(args) == ["data"]
     catalogue = Catalogue.load(run)
-    made = documents.mixed_documents([np.arange(5)], catalogue, args, seed=0)
+    made = mixture.mixed_documents([np.arange(5)], catalogue, args, seed=0)
     assert sorted(document.task for document in made) == ["lists"] * 30 + ["text"] * 10 + ["titles"] * 10
     titles = {document.answer for document in made if document.task == "titles"}
     assert titles <= {f"Title {item} | drama" for item in range(NUM_ITEMS)} and len(titles) == 10
@@ -238,22 +238,22 @@ def test_mid_training_without_ids_teaches_lists_and_titles(run):
     assert not [token for token in tokenizer.get_vocab() if token.startswith("<s_")]
     nameless = replace(catalogue, titles=[""] * NUM_ITEMS, categories=[""] * NUM_ITEMS)
     with pytest.raises(ValueError, match="mixture has titles but no item has a title or a category"):
-        documents.mixed_documents([], nameless, args, seed=0)
+        mixture.mixed_documents([], nameless, args, seed=0)
 
 
 def test_ids_of_the_run_are_taught_where_it_has_them(run):
     write_semantic_ids(run / "semantic_ids")
     finish(run / "semantic_ids", {"levels": 2, "codebook_size": 4})
     args = midtrain.MidtrainArguments(run_dir=str(run), mixture={"lists": 1}, num_documents=9, list_labels="number")
-    made = documents.mixed_documents([], Catalogue.load(run), args, seed=0)
+    made = mixture.mixed_documents([], Catalogue.load(run), args, seed=0)
     _, tokenizer, ids = midtrain.fresh_model(args, ModelConfig(), made, seed=0)
     assert tokenizer.convert_ids_to_tokens(ids)[:2] == ["<s_a_0>", "<s_a_1>"] and len(ids) == 10
 
 
 def test_lists_that_do_not_fit_are_said(tmp_path, caplog):
-    made = list(documents.list_documents(20, ["place"], "number", FILMS, np.random.default_rng(0), longest=20))
+    made = list(exercises.list_documents(20, ["place"], "number", FILMS, np.random.default_rng(0), longest=20))
     caplog.set_level(logging.WARNING)
-    dataset, _ = documents.encoded_dataset(made, tiny_tokenizer(), sft_config(tmp_path, max_length=64))
+    dataset, _ = encoding.encoded_dataset(made, tiny_tokenizer(), sft_config(tmp_path, max_length=64))
     num_cut = sum(len(row["input_ids"]) == 64 for row in dataset)
     assert 0 < num_cut < 20 and f"{num_cut} lists are longer than max_length 64" in caplog.text
 

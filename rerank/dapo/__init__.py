@@ -28,7 +28,7 @@ from trl import GRPOConfig, ModelConfig
 
 from rerank import scoring
 from rerank.catalogue import Catalogue
-from rerank.dapo.checks import check_batches, check_rewards, warn_of_repeats
+from rerank.dapo.checks import check_batches, check_prompts, check_rewards, warn_of_repeats
 from rerank.dapo.gains import gain_at_equal_ranks, gain_over_training
 from rerank.dapo.prompt_stream import PromptStream
 from rerank.dapo.start import check_start, generation_of, refuse_one_token, start_dir, token_limit
@@ -41,8 +41,10 @@ from rerank.models import base as base_model
 from rerank.models.ranker import complete_greedily
 from rerank.models.saving import check_model, save_ranker, save_trained
 from rerank.prompts import THINK, THINK_END, PromptSettings
-from rerank.rows import PromptedRow, Prompter, RankingRow, training_rows
-from rerank.rows.checks import check_context, prompt_lengths
+from rerank.rows import PromptedRow, Prompter
+from rerank.rows.checks import prompt_lengths
+from rerank.rows.on_read import places_to_check
+from rerank.rows.stored import TrainingLists
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -141,15 +143,13 @@ def check(args: DapoArguments, training_args: DapoConfig, model_args: ModelConfi
     if is_made and PromptSettings.load(folder).shows_ids:
         check_model(folder, Catalogue.load(args.run_dir))
     if run_dir.is_finished(args.run_dir, "traces"):
-        warn_of_repeats(training_args, len(rows_to_train_on(args, skip_features=True)))
+        warn_of_repeats(training_args, len(lists_to_train_on(args).used))
 
 
-def rows_to_train_on(
-    args: DapoArguments, needs_features: bool = False, skip_features: bool = False
-) -> list[RankingRow]:
-    """The rows that the recipe names, as `rerank.rows.training_rows` reads them."""
-    rows = training_rows(args.run_dir, args.rows, needs_features, skip_features)
-    return [row for row in rows if args.further_lists or row.list_number == 0]
+def lists_to_train_on(args: DapoArguments) -> TrainingLists:
+    """The rows that the recipe names, without their content."""
+    lists = TrainingLists.find(args.run_dir, args.rows)
+    return lists if args.further_lists else lists.first_only()
 
 
 def prepare(
@@ -157,9 +157,11 @@ def prepare(
 ) -> tuple[PromptStream, list[PromptedRow]]:
     """The prompts to train on and the validation rows, as they are asked.
 
-    Sets lengths that the recipe leaves open, and refuses prompts that do not fit.
+    Sets lengths that the recipe leaves open, and refuses prompts that do not fit: all of them before training where
+    there are few rows, else those of a sample, and each of the others when it is read (`rerank.rows.on_read`).
     """
-    rows = rows_to_train_on(args, prompter.needs_features)
+    lists = lists_to_train_on(args)
+    rows = lists.stored(stored_rows(config), prompter.needs_features)
     num_groups = config.generation_batch_size // config.num_generations
     if len(rows) < num_groups:  # TRL would have no batch, and end at once
         raise ValueError(
@@ -168,21 +170,26 @@ def prepare(
         )
     config.max_completion_length = token_limit(config, base_dir)
     limit = config.max_completion_length
-    prompts = PromptStream(rows, prompter, config.seed, limit)
+    prompts = PromptStream(rows, prompter, config.seed, limit, lists)
     held_out = validation.validation_rows(args.run_dir, args.eval_rows, prompter.needs_features)
-    asked = [prompter.ask(row, limit) for row in held_out]
-    every = [*(prompts.ask(row) for row in prompts.rows), *asked]
+    asked, places = [prompter.ask(row, limit) for row in held_out], places_to_check(len(rows))
+    every = [*(prompts.ask(rows[place]) for place in places), *asked]
     assert prompter.tokenizer is not None  # as of every prompter that a model is trained with
-    lengths = prompt_lengths(prompter.tokenizer, every)
+    lengths, context = prompt_lengths(prompter.tokenizer, every), base_model.context_length(base_dir)
     if config.vllm_max_model_length is None:
-        config.vllm_max_model_length = max(lengths) + limit
-    context = base_model.context_length(base_dir)
-    for name, most in (
-        ("vllm_max_model_length", config.vllm_max_model_length),
-        (f"the context of {base_dir}", context),
-    ):
-        check_context(prompter, every, lengths, name, most, limit)
+        unseen = 0 if len(places) == len(rows) else max(lengths) // 4  # room for prompts longer than the sample's
+        needed = max(lengths) + limit
+        config.vllm_max_model_length = max(needed, min(needed + unseen, context or needed + unseen))
+    limits = {"vllm_max_model_length": config.vllm_max_model_length, f"the context of {base_dir}": context}
+    check_prompts(prompter, limits, limit, every, lengths)
+    if len(places) < len(rows):
+        prompts.check = lambda prompt: check_prompts(prompter, limits, limit, [prompt])
     return prompts, asked
+
+
+def stored_rows(config: DapoConfig) -> Path:
+    """The file that rows are read from while the stage runs."""
+    return Path(str(config.output_dir)) / "rows.arrow"
 
 
 def make_trainer(
@@ -252,6 +259,7 @@ def main(args: DapoArguments, training_args: DapoConfig, model_args: ModelConfig
         has_trace = not bypasses and generation_of(base_dir).get("trace", True)
         save_ranker(args.run_dir, prompter, out_dir / "model", has_trace, prompts.max_completion_tokens)
         write_json(out_dir / "log_history.json", trainer.state.log_history)
+        stored_rows(training_args).unlink()
     return {
         "rollout_engine": "vllm" if training_args.use_vllm else "transformers",
         "vllm_mode": training_args.vllm_mode if training_args.use_vllm else None,

@@ -1,13 +1,14 @@
 """Checks of a dapo recipe before anything is trained: batches, rewards, rows."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rerank import scoring
 from rerank.models import group_attention
 from rerank.prompts import completion
-from rerank.rows import PromptedRow, RankingRow, reward_columns
+from rerank.rows import PromptedRow, Prompter, RankingRow, reward_columns
+from rerank.rows.checks import check_context, prompt_lengths
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -79,6 +80,20 @@ def check_rewards(rewards: Sequence[scoring.Reward], max_completion_tokens: int)
     asked = PromptedRow(row, "", ["<s_a_0><s_b_0>", "<s_a_0><s_b_1>"], max_completion_tokens)
     texts = [completion("why", [1, 0], asked.labels), "no ranking"]
     scoring.score(rewards, texts, {**reward_columns([asked, asked]), "completion_ids": [[0], [0]]})
+
+
+def check_prompts(
+    prompter: Prompter,
+    limits: Mapping[str, int | None],
+    max_completion_tokens: int,
+    asked: Sequence[PromptedRow],
+    lengths: Sequence[int] | None = None,
+) -> None:
+    """`rerank.rows.checks.check_context` of each limit, by name; `lengths` are the prompts' where they are known."""
+    assert prompter.tokenizer is not None
+    lengths = prompt_lengths(prompter.tokenizer, asked) if lengths is None else lengths
+    for name, most in limits.items():
+        check_context(prompter, asked, lengths, name, most, max_completion_tokens)
 
 
 def warn_of_repeats(config: "DapoConfig", num_rows: int) -> None:

@@ -79,7 +79,7 @@ class DapoTrainer(PreparedTrainer):
         self.rewards, self.prompts = args.load_rewards(), prompts
         self.gap_check = GapCheck(args.max_logp_gap)
         config.reward_weights = [reward.weight for reward in self.rewards]
-        dataset = Dataset.from_dict({"prompt": [str(row.row_id) for row in prompts.rows]})  # only its length counts
+        dataset = Dataset.from_dict({"prompt": ["its number"] * len(prompts.rows)})  # only its length counts
         super().__init__(
             model,
             [*self.rewards],
@@ -95,7 +95,7 @@ class DapoTrainer(PreparedTrainer):
         # an optimizer step samples more than once, all of it with the same weights
         keeps_surplus = self.generate_every < config.gradient_accumulation_steps
         rounds = args.max_sampling_rounds if args.dynamic_sampling else 1
-        outcome = scoring.choose_outcome(args.outcome, self.rewards, (row.relevance for row in prompts.rows))
+        outcome = scoring.choose_outcome(args.outcome, self.rewards, prompts.has_several_positives)
         logger.info("completions of a useful group differ in %s", outcome)
         sampling = SamplingOptions(
             self.num_generations,

@@ -23,7 +23,8 @@ from rerank.launch.processes import in_shares
 from rerank.launch.values import check_choice, check_range, option
 from rerank.metrics import ZERO_METRICS, ranking_metrics
 from rerank.prompts import parse_completion
-from rerank.rows import PromptedRow, RankingRow, choose_rows, read_rows
+from rerank.rows import PromptedRow, RankingRow
+from rerank.rows.stored import common_rows, read_some_rows
 
 logger = logging.getLogger(__name__)
 
@@ -77,25 +78,15 @@ def validation_rows(run: str | Path, max_rows: int, needs_features: bool = False
         return []
     folder = run_dir.stage_dir(run, "candidates")
     try:
-        rows = read_rows(folder / "valid.parquet", needs_features=needs_features)
+        rows = read_some_rows(folder / "valid.parquet", max_rows, ROWS_SEED, needs_features)
     except ValueError as error:
         raise ValueError(f"{error}; or set eval_rows: 0, and the last model is kept") from None
-    trained = {_identity(row) for row in read_rows(folder / "train.parquet", skip_features=True)}
-    for row in rows:
-        if _identity(row) in trained:
-            raise ValueError(
-                f"{folder / 'valid.parquet'}: row_id {row.row_id} of user {row.user} is a training row as well, and "
-                "says nothing about rows that training has not seen; take it out of one of the two"
-            )
-    return choose_rows(rows, max_rows, ROWS_SEED)
-
-
-def _identity(row: RankingRow) -> tuple[object, ...]:
-    """The id of a request; else user, history and relevant items: two rows in which they are equal are the same."""
-    if row.request_id is not None:
-        return (row.request_id,)
-    relevant = frozenset(item for item, grade in zip(row.candidates, row.relevance, strict=True) if grade > 0)
-    return row.user, row.history, relevant
+    for row in common_rows(folder / "valid.parquet", folder / "train.parquet"):
+        raise ValueError(
+            f"{folder / 'valid.parquet'}: row_id {row.row_id} of user {row.user} is a training row as well, and "
+            "says nothing about rows that training has not seen; take it out of one of the two"
+        )
+    return rows
 
 
 def measure(asked: Sequence[PromptedRow], completions: Sequence[str]) -> dict[str, float]:

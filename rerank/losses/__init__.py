@@ -121,8 +121,8 @@ class AuxiliaryLoss:
         """Refuse sizes that it is not for, before a model loads: of the catalogue, of a state (0: unknown), and the
         next items that a micro-batch predicts at most."""
 
-    def rows(self, encoder: "NextItemEncoder") -> dict[str, list[Row]]:
-        """Task name -> rows that are trained on beside the stage's own."""
+    def rows(self, encoder: "NextItemEncoder") -> Mapping[str, Sequence[Row]]:
+        """Task name -> rows that are trained on beside the stage's own, such as a list, or made when they are read."""
         return {}
 
     def redraw(self, task: str, row: Row, rng: np.random.Generator, encoder: "NextItemEncoder") -> Row:

@@ -1,5 +1,6 @@
 """Auxiliary loss: CLLM4Rec's multinomial item head, and its mutual regularisation of two embedding tables."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -12,6 +13,7 @@ from rerank.losses import AuxiliaryLoss, Batch, LossInfo, LossInputs, Row
 from rerank.next_item.encoder import NEXT_ITEMS
 from rerank.next_item.item_head import ItemHead, refuse_many_items, scale_of
 from rerank.rows import by_user
+from rerank.rows.on_read import MadeOnRead
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -102,7 +104,7 @@ class cllm4rec(AuxiliaryLoss):
     def task_weights(self) -> dict[str, float]:
         return {CONTENT: self.content_weight} if self.regularisation else {}
 
-    def rows(self, encoder: "NextItemEncoder") -> dict[str, list[Row]]:
+    def rows(self, encoder: "NextItemEncoder") -> dict[str, Sequence[Row]]:
         """Content rows, and a masked prompt of each user with two training items or more."""
         found = {}
         if self.regularisation:
@@ -198,24 +200,25 @@ class cllm4rec(AuxiliaryLoss):
         self.module.head.save(folder)
 
 
-def content_rows(encoder: "NextItemEncoder") -> list[Row]:
-    """A row for each item with a title or a category: the item, then that text."""
+def content_rows(encoder: "NextItemEncoder") -> Sequence[Row]:
+    """A row for each item with a title or a category, made when it is read: the item, then that text."""
     catalogue = encoder.catalogue
     texts = [" | ".join(filter(None, two)) for two in zip(catalogue.titles, catalogue.categories, strict=True)]
-    rows = [encoder.text_row("Describe:", item, text) for item, text in enumerate(texts) if text]
-    if not rows:
+    told = [item for item, text in enumerate(texts) if text]
+    if not told:
         raise ValueError("loss cllm4rec: no item has a title or a category to learn from; set regularisation to 0")
-    return rows
+    return MadeOnRead(len(told), lambda place: encoder.text_row("Describe:", told[place], texts[told[place]]))
 
 
-def masked_rows(encoder: "NextItemEncoder") -> list[Row]:
+def masked_rows(encoder: "NextItemEncoder") -> Sequence[Row]:
     """A row for each user with two training items or more; its prompt is drawn anew whenever it is read."""
-    histories = [items.tolist() for items in by_user(*encoder.training_interactions())]
-    return [
-        encoder.unmarked(encoder.next_item_prompt(history[: encoder.max_items]), []) | {"sequence": history}
-        for history in histories
-        if len(set(history)) > 1
-    ]
+    histories = [items for items in by_user(*encoder.training_interactions()) if (items != items[0]).any()]
+
+    def row(place: int) -> Row:
+        history = histories[place].tolist()
+        return encoder.unmarked(encoder.next_item_prompt(history[: encoder.max_items]), []) | {"sequence": history}
+
+    return MadeOnRead(len(histories), row)
 
 
 def masked_prompt(items: list[int], share: float, rng: np.random.Generator, encoder: "NextItemEncoder") -> Row:

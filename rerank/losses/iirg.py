@@ -1,6 +1,6 @@
 """Auxiliary loss: IIRG, which adds rows that ask for the items related to an item."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,6 +11,7 @@ from rerank.losses import AuxiliaryLoss, LossInfo, Row
 from rerank.losses import _relations as relations
 from rerank.losses._inputs import check_count
 from rerank.losses._similar import stored_neighbours
+from rerank.rows.on_read import MadeOnRead
 
 if TYPE_CHECKING:
     from rerank.next_item.encoder import NextItemEncoder
@@ -67,7 +68,7 @@ class iirg(AuxiliaryLoss):
     def task_weights(self) -> dict[str, float]:
         return {} if self.neighbours == NEXT_ITEM else self.weights
 
-    def rows(self, encoder: "NextItemEncoder") -> dict[str, list[Row]]:
+    def rows(self, encoder: "NextItemEncoder") -> dict[str, Sequence[Row]]:
         """Rows of the relations, or of the control."""
         if self.neighbours == NEXT_ITEM:
             return {NEXT_ITEM: self._more_next_items(encoder)}
@@ -93,26 +94,32 @@ class iirg(AuxiliaryLoss):
         folder = run_dir.stage_dir(encoder.run, "semantic_ids")
         return stored_neighbours(folder, min(NUM_MINED, len(encoder.catalogue) - 1))
 
-    def _more_next_items(self, encoder: "NextItemEncoder") -> list[Row]:
+    def _more_next_items(self, encoder: "NextItemEncoder") -> Sequence[Row]:
         """Next-item rows, repeated in random order until they have the relation rows' number of tokens under loss."""
         random = relations.random_neighbours(len(encoder.catalogue), NUM_NEIGHBOURS, encoder.seed)
         wanted = len(self.weights) * _num_labels(relation_rows(encoder, PROMPTS[SEMANTIC], random))
         pool, rng = encoder.next_item_rows("all"), np.random.default_rng(encoder.seed)
-        chosen: list[Row] = []
+        chosen: list[int] = []
         while wanted > 0:
-            for place in rng.permutation(len(pool)):
-                chosen.append(pool[place])
+            for place in rng.permutation(len(pool)).tolist():
+                chosen.append(place)
                 wanted -= _num_labels([pool[place]])
                 if wanted <= 0:
                     break
-        return chosen
+        return MadeOnRead(len(chosen), lambda place: pool[chosen[place]])
 
 
-def relation_rows(encoder: "NextItemEncoder", prompt: str, related: np.ndarray) -> list[Row]:
-    """A row for each item that has neighbours: the item given, its neighbours (-1 for none) under loss."""
-    neighbours = [[item for item in line if item >= 0] for line in related.tolist()]
-    return [encoder.row(prompt, [anchor, *line], num_given=1) for anchor, line in enumerate(neighbours) if line]
+def relation_rows(encoder: "NextItemEncoder", prompt: str, related: np.ndarray) -> Sequence[Row]:
+    """A row for each item that has neighbours, made when it is read: the item given, its neighbours (-1 for none)
+    under loss."""
+    anchors = np.flatnonzero((related >= 0).any(axis=1))
+
+    def row(place: int) -> Row:
+        line = related[anchors[place]]
+        return encoder.row(prompt, [int(anchors[place]), *line[line >= 0].tolist()], num_given=1)
+
+    return MadeOnRead(len(anchors), row)
 
 
-def _num_labels(rows: Sequence[Row]) -> int:
+def _num_labels(rows: Iterable[Row]) -> int:
     return sum(label != -100 for row in rows for label in row["labels"])

@@ -28,10 +28,12 @@ from trl import ModelConfig, SFTConfig
 from rerank.catalogue import Catalogue, id_tokens
 from rerank.grading import LONGEST_LIST
 from rerank.launch import model_card, recipe, run_dir, stopping
-from rerank.launch.files import write_json
+from rerank.launch.files import delete_folder, write_json
 from rerank.launch.stages import Stage
 from rerank.launch.values import check_choice, check_range, option
-from rerank.midtrain.documents import OF_IDS, TASKS, Document, encoded_dataset, mixed_documents
+from rerank.midtrain.documents import OF_IDS, TASKS, Document
+from rerank.midtrain.encoding import encoded_dataset, stored_rows
+from rerank.midtrain.mixture import mixed_documents, texts_of
 from rerank.midtrain.new_rows import load_rows, save_rows, train_only_rows
 from rerank.midtrain.words import fixed_words, warn_of_split_words
 from rerank.models import adapters, names
@@ -164,8 +166,7 @@ def fresh_model(
     if settings.model_name_or_path is not None:
         model, tokenizer = base_model.load_pretrained(settings.model_name_or_path, settings)
     else:
-        texts = [f"{document.prompt}\n{document.answer}" for document in documents]
-        tokenizer = base_model.train_tokenizer(texts, args.vocab_size, fixed_words(args))
+        tokenizer = base_model.train_tokenizer(texts_of(documents), args.vocab_size, fixed_words(args))
         warn_of_split_words(tokenizer, args)
         model = base_model.make_small_model(args, tokenizer, seed)
         model.set_attn_implementation(settings.attn_implementation or "sdpa")
@@ -229,17 +230,15 @@ def main(args: MidtrainArguments, training_args: SFTConfig, model_args: ModelCon
     from rerank.midtrain.trainer import MidtrainTrainer
     from rerank.next_item.recall import ValidationRecall
 
-    data_dir = run_dir.stage_dir(args.run_dir, "data")
-    catalogue = Catalogue.load(args.run_dir)
-    documents = mixed_documents(sequences(data_dir), catalogue, args, training_args.seed)
+    catalogue, histories = Catalogue.load(args.run_dir), sequences(run_dir.stage_dir(args.run_dir, "data"))
+    documents = mixed_documents(histories, catalogue, args, training_args.seed)
     model, tokenizer, ids = fresh_model(args, model_args, documents, training_args.seed)
     training_args.dataset_kwargs = {"skip_prepare_dataset": True}
     dataset, token_counts = encoded_dataset(documents, tokenizer, training_args)
     logger.info("%d documents, tokens under loss: %s", len(documents), token_counts)
 
     if model_args.model_name_or_path is not None and args.token_epochs > 0:
-        rows_path = out_dir / "new_rows.safetensors"
-        if not rows_path.is_file():
+        if not (rows_path := out_dir / "new_rows.safetensors").is_file():
             train_new_rows(model, tokenizer, ids, dataset, args, training_args, rows_path)
             del model
             gc.collect()  # before the second copy, of a model that may be large
@@ -271,6 +270,7 @@ def main(args: MidtrainArguments, training_args: SFTConfig, model_args: ModelCon
         what = model_card.LANGUAGE_MODEL if catalogue.has_ids else model_card.WITHOUT_IDS
         model_card.write(out_dir / "model", args.run_dir, "midtrain", what, model_args.model_name_or_path)
         write_json(out_dir / "log_history.json", trainer.state.log_history)
+        delete_folder(stored_rows(training_args))
     metrics = {
         "documents": len(documents),
         "tokens_under_loss": token_counts,

@@ -17,7 +17,9 @@ from rerank.launch import run_dir
 from rerank.launch.files import write_json
 from rerank.next_item.prefix_index import PrefixIndex
 from rerank.prompts import prompt_ids, render
-from rerank.rows import TargetRows, by_user, training_items, windows
+from rerank.rows import TargetRows, training_items
+from rerank.rows.histories import window_places
+from rerank.rows.on_read import MadeOnRead
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -128,7 +130,8 @@ class NextItemEncoder:
         """A row of a prompt, items that are given, and the items after them, which are under loss."""
         ids = self.prompt(prompt)
         labels, nodes, firsts = [-100] * len(ids), [NO_NODE] * len(ids), [NO_ITEM] * len(ids)
-        for place, item in enumerate(items):
+        sequence = [int(item) for item in items]
+        for place, item in enumerate(sequence):
             tokens, path, is_given = self.tokens[item], self.paths[item], place < num_given
             dropped = [is_given or (self.constrained and not self.has_choice[node]) for node in path]
             ids += tokens
@@ -136,7 +139,7 @@ class NextItemEncoder:
             nodes += [NO_NODE] * len(tokens) if is_given else path
             firsts += [NO_ITEM if is_given else item] + [NO_ITEM] * (len(tokens) - 1)
         row = {"input_ids": ids, "labels": labels, "nodes": nodes, "items": firsts}
-        return row | {"sequence": [int(item) for item in items], "num_given": num_given}
+        return row | {"sequence": sequence, "num_given": num_given}
 
     def text_row(self, prompt: str, item: int, answer: str) -> ItemRow:
         """A row of a prompt, an item, and a text about it that is under loss."""
@@ -157,32 +160,38 @@ class NextItemEncoder:
         self._refuse_unknown(items, users, "interactions.parquet, user {}")
         return users, items
 
-    def windows(self) -> list[np.ndarray]:
+    def windows(self) -> Sequence[np.ndarray]:
         """Stretches of every user's training items, of at least two, each overlapping the one before by half."""
-        histories = by_user(*self.training_interactions())
-        found = [window for history in histories for window in windows(history, self.max_items)]
-        return [window for window in found if len(window) > 1]
+        users, items = self.training_interactions()
+        starts, ends = window_places(users, self.max_items)
+        return MadeOnRead(len(starts), lambda place: items[starts[place] : ends[place]])
 
-    def next_item_rows(self, targets: str) -> list[ItemRow]:
-        """Rows of the task itself; at least one.
+    def next_item_rows(self, targets: str) -> Sequence[ItemRow]:
+        """Rows of the task itself, made when they are read; at least one.
 
         Args:
             targets: `all`: windows of the users' sequences, every item after the first under loss; `last`: the rows
                 of the split rerank, their target under loss.
         """
-        if targets == "all":
-            rows = [self.row(NEXT_ITEMS, window, num_given=1) for window in self.windows()]
-        else:
-            given = TargetRows.load(self.run).of_split("rerank")
-            pairs = zip(given.histories, given.targets.tolist(), strict=True)
-            sequences = [[*history[-(self.max_items - 1) :].tolist(), target] for history, target in pairs]
-            for number, items in enumerate(sequences):
-                where = "rows.parquet, row {} of the split rerank"
-                self._refuse_unknown(np.array(items), np.full(len(items), number), where)
-            rows = [self.row(NEXT_ITEMS, sequence, num_given=len(sequence) - 1) for sequence in sequences]
-        if not rows:
+        sequences = self.windows() if targets == "all" else self._last_items()
+        if not len(sequences):
             raise ValueError(f"{self.run}: no training row has a history and a next item; give longer sequences")
-        return rows
+
+        def row(place: int) -> ItemRow:
+            items = sequences[place]
+            return self.row(NEXT_ITEMS, items, num_given=1 if targets == "all" else len(items) - 1)
+
+        return MadeOnRead(len(sequences), row)
+
+    def _last_items(self) -> Sequence[np.ndarray]:
+        """The last items of each history of the split rerank, with its target."""
+        given = TargetRows.load(self.run).of_split("rerank")
+        pairs = zip(given.histories, given.targets, strict=True)
+        sequences = [np.append(history[-(self.max_items - 1) :], target) for history, target in pairs]
+        if sequences:
+            owners = np.repeat(np.arange(len(sequences)), [len(items) for items in sequences])
+            self._refuse_unknown(np.concatenate(sequences), owners, "rows.parquet, row {} of the split rerank")
+        return sequences
 
     def _refuse_unknown(self, items: np.ndarray, owners: np.ndarray, where: str) -> None:
         unknown = np.flatnonzero((items < 0) | (items >= len(self.catalogue)))

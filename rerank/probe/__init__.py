@@ -228,7 +228,8 @@ def probe(keys: Mapping[str, Any], num_rows: int = 0, max_blind: float = MAX_BLI
     rows, what = read_rows(keys, num_rows)
     rewards = scoring.load_rewards(scoring.read_rewards(keys.get("rewards"), "the dapo recipe"))
     scoring.check_outcome(keys.get("outcome"), rewards)
-    outcome = scoring.choose_outcome(keys.get("outcome"), rewards, (row.row.relevance for row in rows))
+    has_several = scoring.has_several_positives(row.row.relevance for row in rows)
+    outcome = scoring.choose_outcome(keys.get("outcome"), rewards, has_several)
     open_rows = [row for row in rows if row.row.positive_rank != 1]
     first_rows = [row for row in rows if row.row.positive_rank == 1]
     if not open_rows:

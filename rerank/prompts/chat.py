@@ -1,6 +1,7 @@
 """The tags of a trace, a prompt in a model's chat template, and the tokens with which every sequence begins."""
 
 from collections.abc import Collection, Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -42,7 +43,12 @@ def check_template(tokenizer: "PreTrainedTokenizerBase") -> None:
 
 def opening(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     """The tokens that the tokenizer writes before every text by itself, such as Gemma's and Llama 3's BOS."""
-    return list(tokenizer("").input_ids)
+    return list(_opening(tokenizer))
+
+
+@lru_cache(maxsize=4)  # asked for every row that is read
+def _opening(tokenizer: "PreTrainedTokenizerBase") -> tuple[int, ...]:
+    return tuple(tokenizer("").input_ids)
 
 
 def prompt_ids(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> list[list[int]]:

@@ -124,7 +124,8 @@ def rescore(run_dir: str | Path, scoring: Scoring) -> pd.DataFrame:
     gains = {RANK_GAIN: np.where(masked, np.nan, np.nan_to_num(rank_gains(table), nan=-np.inf))}  # -inf: no ranking
     stored, relevance = reward_values(table), table["relevance"].to_pylist()
     frame["stored/useful"] = _differ(frame, (gains | stored).get(_stored_outcome(run_dir, relevance)))
-    frame["new/useful"] = _differ(frame, (gains | values)[choose_outcome(scoring.outcome, scoring.rewards, relevance)])
+    outcome = choose_outcome(scoring.outcome, scoring.rewards, has_several_positives(relevance))
+    frame["new/useful"] = _differ(frame, (gains | values)[outcome])
     parts = [pd.DataFrame(stored).add_prefix("stored/"), pd.DataFrame(values).add_prefix("new/")]
     return pd.concat([frame, *parts], axis=1)
 

@@ -11,7 +11,6 @@ from rerank.rows.histories import (
     has_lists,
     training_items,
     training_sequences,
-    windows,
 )
 from rerank.rows.prompter import (
     FEATURES_FILE,
@@ -57,5 +56,4 @@ __all__ = [
     "training_items",
     "training_rows",
     "training_sequences",
-    "windows",
 ]

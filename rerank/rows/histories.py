@@ -3,7 +3,7 @@
 R rows.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,11 +38,24 @@ def training_sequences(data_dir: Path, splits: Sequence[str] = TRAINING) -> dict
     return dict(zip(np.unique(users).tolist(), by_user(users, items), strict=True))
 
 
-def windows(history: np.ndarray, max_items: int) -> Iterator[np.ndarray]:
-    """Stretches of a history, each overlapping the one before by half, so that every item has a past."""
+def window_places(users: np.ndarray, max_items: int, least: int = 2) -> tuple[np.ndarray, np.ndarray]:
+    """Stretches of every user's items, each overlapping the one before by half, so that every item has a past: the
+    first place of each and the one behind its last.
+
+    Args:
+        users: Of each item, as `training_items` has them.
+        max_items: Of a window.
+        least: Items of a window; shorter ones are left out.
+    """
+    borders = np.flatnonzero(np.diff(users, prepend=-1, append=-1)) if len(users) else np.zeros(1, dtype=np.int64)
+    firsts, lengths = borders[:-1], np.diff(borders)
     step = max(1, max_items // 2)
-    for start in range(0, max(1, len(history) - max_items // 2), step):
-        yield history[start : start + max_items]
+    numbers = -(-np.maximum(1, lengths - max_items // 2) // step)  # of windows, of each user
+    within = np.arange(numbers.sum()) - np.repeat(np.cumsum(numbers) - numbers, numbers)
+    starts = np.repeat(firsts, numbers) + within * step
+    ends = np.minimum(starts + max_items, np.repeat(firsts + lengths, numbers))
+    kept = ends - starts >= least
+    return starts[kept], ends[kept]
 
 
 @dataclass(frozen=True)

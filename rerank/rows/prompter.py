@@ -16,15 +16,7 @@ import pyarrow as pa
 from rerank.catalogue import Catalogue
 from rerank.grading import Facts
 from rerank.launch import run_dir
-from rerank.prompts import (
-    EMPTY_TRACE,
-    PromptSettings,
-    candidate_labels,
-    completion,
-    prompt_ids,
-    render,
-    rerank_prompt,
-)
+from rerank.prompts import EMPTY_TRACE, PromptSettings, candidate_labels, completion, opening, render, rerank_prompt
 from rerank.prompts.facts import coded, worded
 from rerank.prompts.fields import FieldTexts, check_catalogue
 from rerank.rows.row import RankingRow
@@ -158,10 +150,9 @@ class Prompter:
     def example(self, row: RankingRow, trace: str | None, order: Sequence[int]) -> dict[str, list[int]]:
         """Token ids and labels of prompt and completion; the two are tokenized apart, as rollouts are."""
         assert self.tokenizer is not None
-        (prompt,) = prompt_ids(self.tokenizer, [self.prompt(row)])
-        text = completion(trace, order, self.labels(row), self.settings.top_k)
-        answer = self.tokenizer(text, add_special_tokens=False).input_ids
-        answer = [*answer, self.tokenizer.eos_token_id]
+        texts = [self.prompt(row), completion(trace, order, self.labels(row), self.settings.top_k)]
+        prompt, answer = self.tokenizer(texts, add_special_tokens=False).input_ids
+        prompt, answer = opening(self.tokenizer) + prompt, [*answer, self.tokenizer.eos_token_id]
         return {"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer}
 
 

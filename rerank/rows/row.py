@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 import pyarrow.compute as pc
@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from rerank.launch import run_dir
 from rerank.metrics import judged_order
+from rerank.rows.on_read import read_parts
 
 T = TypeVar("T")
 COLUMNS = ("row_id", "user", "history", "candidates", "relevance")  # of a candidates table; the others are optional
@@ -181,16 +182,31 @@ def shuffle(row: RankingRow, seed: int, epoch: int = 0) -> RankingRow:
     return row.shuffled(order.tolist())
 
 
-def read_rows(path: str | Path, needs_features: bool = False, skip_features: bool = False) -> list[RankingRow]:
+def read_rows(path: str | Path, needs_features: bool = False) -> list[RankingRow]:
     """The rows of a candidates table that are hits (`RankingRow.is_hit`), by row_id.
 
     Args:
         path: Parquet with COLUMNS, such as RUN_DIR/candidates/train.parquet.
         needs_features: Refuse rows without features.
-        skip_features: Leave them out, most of the file.
 
     Raises:
         ValueError: When a column is missing, no row is left, or a row lacks the features that are needed.
+    """
+    columns = columns_of(path)
+    if needs_features:
+        check_features(path)
+    table = pq.read_table(path, columns=columns).sort_by("row_id")
+    rows = [row for row in map(RankingRow.of, table.to_pylist()) if row.is_hit]
+    if not rows:
+        refuse_no_hits(path, len(table))
+    return rows
+
+
+def columns_of(path: str | Path) -> list[str]:
+    """Those of COLUMNS and OPTIONAL that a candidates table has.
+
+    Raises:
+        ValueError: When one of COLUMNS is missing.
     """
     names = pq.read_schema(path).names
     for name in COLUMNS:
@@ -198,14 +214,12 @@ def read_rows(path: str | Path, needs_features: bool = False, skip_features: boo
             raise ValueError(
                 f"{path} has no column {name!r}; it has {', '.join(names)}; run the candidates stage again"
             )
-    if needs_features:
-        check_features(path)
-    optional = [name for name in OPTIONAL if name in names and not (skip_features and name == "features")]
-    table = pq.read_table(path, columns=[*COLUMNS, *optional]).sort_by("row_id")
-    rows = [row for row in map(RankingRow.of, table.to_pylist()) if row.is_hit]
-    if not rows:
-        raise ValueError(f"{path}: none of its {len(table)} rows lists a relevant item; use longer candidate lists")
-    return rows
+    return [*COLUMNS, *(name for name in OPTIONAL if name in names)]
+
+
+def refuse_no_hits(path: str | Path, num_rows: int) -> NoReturn:
+    """Say that no row of a candidates table can be ranked well or badly."""
+    raise ValueError(f"{path}: none of its {num_rows} rows lists a relevant item; use longer candidate lists")
 
 
 def check_features(path: str | Path) -> None:
@@ -217,10 +231,14 @@ def check_features(path: str | Path) -> None:
     cure = "let the candidates stage compute them, or use evidence: none and a teacher that is a language model"
     if "features" not in pq.read_schema(path).names:
         raise ValueError(f"{path} has no column features, which evidence rests on; {cure}.")
-    table = pq.read_table(path, columns=["row_id", "features"])
-    lacking = table.filter(pc.or_kleene(pc.is_null(table["features"]), pc.equal(pc.list_value_length(table[1]), 0)))
-    if len(lacking):
-        raise ValueError(f"{path}: row_id {lacking['row_id'][0]} has no features, which evidence rests on; {cure}.")
+    for table in read_parts(path, ["row_id", "features"]):
+        lacking = table.filter(
+            pc.or_kleene(pc.is_null(table["features"]), pc.equal(pc.list_value_length(table["features"]), 0))
+        )
+        if len(lacking):
+            raise ValueError(
+                f"{path}: row_id {lacking['row_id'][0]} has no features, which evidence rests on; {cure}."
+            )
 
 
 def check_top_k(path: str | Path, top_k: int) -> None:
@@ -237,25 +255,31 @@ def check_top_k(path: str | Path, top_k: int) -> None:
         )
 
 
-def training_rows(
-    run: str | Path, use: str, needs_features: bool = False, skip_features: bool = False
-) -> list[RankingRow]:
+def training_rows(run: str | Path, use: str, needs_features: bool = False) -> list[RankingRow]:
     """The hit rows of the training lists that the traces stage assigned to `sft` or `dapo`, or `all` of them.
 
     Raises:
         ValueError: When none is left.
     """
-    if use not in USES:
-        raise ValueError(f"rows is {use!r}; choose one of {', '.join(USES)}")
+    check_use(use)
     split = pq.read_table(run_dir.stage_dir(run, "traces") / "row_split.parquet").to_pydict()
     used_for = dict(zip(split["row_id"], split["used_for"], strict=True))
-    rows = read_rows(run_dir.stage_dir(run, "candidates") / "train.parquet", needs_features, skip_features)
+    rows = read_rows(run_dir.stage_dir(run, "candidates") / "train.parquet", needs_features)
     chosen = [row for row in rows if row.row_id in used_for and use in ("all", used_for[row.row_id])]
     if not chosen:
-        raise ValueError(
-            f"no training rows are left for {use}; lower rows_for_sft of the traces stage, or set rows: all"
-        )
+        refuse_no_rows(use)
     return chosen
+
+
+def check_use(use: str) -> None:
+    """Refuse what rows cannot be used for."""
+    if use not in USES:
+        raise ValueError(f"rows is {use!r}; choose one of {', '.join(USES)}")
+
+
+def refuse_no_rows(use: str) -> NoReturn:
+    """Say that the traces stage assigned no rows to a use."""
+    raise ValueError(f"no training rows are left for {use}; lower rows_for_sft of the traces stage, or set rows: all")
 
 
 def choose_rows(rows: Sequence[T], max_rows: int, seed: int) -> list[T]:

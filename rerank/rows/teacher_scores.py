@@ -1,6 +1,10 @@
-"""A teacher's scores of the candidates of training rows, which the traces stage writes and losses may learn from."""
+"""A teacher's scores of the candidates of training rows, which the traces stage writes and losses may learn from.
 
-from collections.abc import Mapping, Sequence
+R rows.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -20,10 +24,36 @@ def write_scores(folder: Path, scores: Mapping[int, Sequence[float] | np.ndarray
     write_whole(folder / FILE, partial(pq.write_table, table))
 
 
-def read_scores(run: str | Path) -> dict[int, list[float]]:
+@dataclass(frozen=True)
+class TeacherScores(Mapping[int, list[float]]):
+    """Scores of the candidates of rows, by row_id, ascending, in two arrays.
+
+    Attributes:
+        row_ids: (R,).
+        scores: R lists.
+    """
+
+    row_ids: np.ndarray
+    scores: pa.ListArray
+
+    def __len__(self) -> int:
+        return len(self.row_ids)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.row_ids.tolist())
+
+    def __getitem__(self, row_id: int) -> list[float]:
+        place = int(np.searchsorted(self.row_ids, row_id))
+        if place == len(self.row_ids) or self.row_ids[place] != row_id:
+            raise KeyError(row_id)
+        found: list[float] = self.scores[place].as_py()
+        return found
+
+
+def read_scores(run: str | Path) -> TeacherScores:
     """The scores that `write_scores` wrote in a run; none where its teacher has none."""
     path = run_dir.stage_dir(run, "traces") / FILE
     if not path.is_file():
-        return {}
-    columns = pq.read_table(path).to_pydict()
-    return dict(zip(columns["row_id"], columns["scores"], strict=True))
+        return TeacherScores(np.zeros(0, dtype=np.int64), pa.array([], pa.list_(pa.float64())))
+    table = pq.read_table(path).sort_by("row_id").combine_chunks()
+    return TeacherScores(table["row_id"].to_numpy(), pa.chunked_array(table["scores"]).combine_chunks())

@@ -20,11 +20,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from trl import ModelConfig, SFTConfig
 
 from rerank.catalogue import Catalogue
 from rerank.launch import model_card, run_dir, stopping, validation
-from rerank.launch.files import write_json
+from rerank.launch.files import delete_folder, write_json
 from rerank.launch.stages import Stage
 from rerank.launch.values import check_choice, check_range, option
 from rerank.losses import FOLDER as LOSSES
@@ -36,10 +37,11 @@ from rerank.models.ranker import complete_greedily
 from rerank.models.saving import save_item_sources, save_ranker, save_trained, write_card
 from rerank.next_item.encoder import ITEM_TEXTS, NextItemEncoder
 from rerank.prompts import THINK_END
-from rerank.rows import PromptedRow, Prompter
+from rerank.rows import PromptedRow, Prompter, RankingRow
 from rerank.rows.checks import check_context, longest_field, prompt_lengths, shorter
+from rerank.rows.on_read import MadeOnRead, joined
 from rerank.rows.teacher_scores import read_scores
-from rerank.sft.rows import check_lengths, examples
+from rerank.sft.rows import check_and_keep, check_lengths, examples
 from rerank.sft.start import check_sizes, check_start, load_start, load_start_tokenizer, start_model
 
 if TYPE_CHECKING:
@@ -122,20 +124,23 @@ def make_trainer(
     **options: Any,
 ) -> "LossTrainer":
     """The trainer of rows of several tasks, in random order; a row gets the number of its task and its own."""
-    from datasets import Dataset
     from transformers import set_seed
 
+    from rerank.rows.dataset import RowDataset
     from rerank.sft.trainer import LossTrainer
 
     set_seed(config.seed)  # an adapter starts at random before the trainer sets its seed
-    numbered = [row | {"task": task} for task, of_task in enumerate(rows.values()) for row in of_task]
-    check_lengths(numbered, config.max_length)
+    every, ends = joined(list(rows.values())), np.cumsum([len(of_task) for of_task in rows.values()])
+
+    def numbered(number: int) -> Row:
+        return every[number] | {"task": int(np.searchsorted(ends, number, side="right")), "number": number}
+
     return LossTrainer(
         model,
         config,
         losses,
         tuple(rows),
-        train_dataset=Dataset.from_list([row | {"number": number} for number, row in enumerate(numbered)]),
+        train_dataset=RowDataset.of(MadeOnRead(len(every), numbered)),
         processing_class=tokenizer,
         peft_config=adapters.lora_config(model_args, model),
         **options,
@@ -183,6 +188,11 @@ def train_and_save(
     return {"steps": trainer.state.global_step, "train_loss": losses[-1] if losses else None, **chosen}
 
 
+def _longest(prompter: Prompter, rows: Sequence[RankingRow], places: Sequence[int], limit: str, longest: int) -> str:
+    """The cure for a row beyond a limit, the longest of those at some places."""
+    return f"{shorter(limit)} ({longest_field(prompter, rows[places[longest]])})"
+
+
 def fit(
     args: SftArguments, config: SFTConfig, model_args: ModelConfig, folder: Path, with_trace: bool
 ) -> dict[str, Any]:
@@ -190,20 +200,22 @@ def fit(
     tokenizer, start = load_start_tokenizer(args, model_args), start_model(args, model_args)
     prompter = Prompter.of_run(args.run_dir, tokenizer)
     losses = load_losses(args.losses, args.task)
-    chosen, encoded = examples(prompter, args.run_dir, with_trace, losses)
+    stored = Path(str(config.output_dir)) / "rows"
+    chosen, rows = examples(prompter, args.run_dir, with_trace, losses, stored)
     context = base_model.context_length(start)
 
-    def told(limit: str, place: int) -> str:
-        return f"{shorter(limit)} ({longest_field(prompter, chosen[place])})"
+    def check_fit(made: Sequence[Row], places: Sequence[int]) -> None:
+        for name, most in (("max_length", config.max_length), (f"the context of {start},", context)):
+            longest = partial(_longest, prompter, chosen, places, name)
+            check_lengths(made, most, name, longest)
 
-    for name, most in (("max_length", config.max_length), (f"the context of {start},", context)):
-        check_lengths(encoded, most, name, partial(told, name))
-    lengths = num_labels(encoded)
+    encoded, made = check_and_keep(rows, check_fit)
+    lengths = num_labels(made)
     limit = max(lengths) + max(lengths) // 4  # room for traces somewhat longer than any seen
     if losses.one_token:
         limit = one_token.ANSWER_TOKENS
-    rows = validation.validation_rows(args.run_dir, args.eval_rows, prompter.needs_features)
-    held_out = [prompter.ask(row, limit) for row in rows]
+    validating = validation.validation_rows(args.run_dir, args.eval_rows, prompter.needs_features)
+    held_out = [prompter.ask(row, limit) for row in validating]
     check_context(prompter, held_out, prompt_lengths(tokenizer, held_out), f"the context of {start}", context, limit)
     model, base_dir = load_start(args, model_args, config.seed, folder.parent)
     trace_end = tokenizer.convert_tokens_to_ids(THINK_END) if with_trace else None
@@ -218,6 +230,8 @@ def fit(
     saved = (with_trace, limit, model_args.model_name_or_path, bool(losses.one_token))
     save = partial(save_ranker, args.run_dir, prompter, folder, *saved)
     metrics = train_and_save(args, trainer, tokenizer, base_dir, folder, save, checks)
+    if trainer.accelerator.is_main_process:
+        delete_folder(stored)
     tokens = {"mean_completion_tokens": sum(lengths) / len(lengths), "max_completion_tokens": max(lengths)}
     return {"rows": len(encoded), **metrics, **tokens}
 
@@ -230,12 +244,15 @@ def fit_next_item(args: SftArguments, config: SFTConfig, model_args: ModelConfig
     source = (args.run_dir, config.seed, config.max_length)
     shape = (args.item_text, args.max_items, losses.constrained)
     encoder = NextItemEncoder(Catalogue.load(args.run_dir), tokenizer, *shape, *source)
-    rows = {"next_item": encoder.next_item_rows(args.targets)}
+    rows: dict[str, Sequence[Row]] = {"next_item": encoder.next_item_rows(args.targets)}
     for loss in losses.auxiliary.values():
         for task, added in loss.rows(encoder).items():
-            rows[task] = rows.get(task, []) + added
+            rows[task] = joined([rows[task], added]) if task in rows else added
     numbers = {task: len(of_task) for task, of_task in rows.items()}
-    tokens = {task: sum(num_labels(of_task)) for task, of_task in rows.items()}
+    tokens = {}
+    for task, of_task in rows.items():
+        rows[task], made = check_and_keep(of_task, lambda some, _: check_lengths(some, config.max_length))
+        tokens[task] = round(sum(num_labels(made)) * len(of_task) / max(len(made), 1))  # a sample stands for all
     logger.info("rows: %s, tokens under loss: %s", numbers, tokens)
     trainer = make_trainer(config, model_args, model, tokenizer, rows, losses, encoder=encoder)
 

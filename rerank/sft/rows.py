@@ -6,8 +6,9 @@ N candidates of a row.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rerank.launch import run_dir
@@ -15,73 +16,102 @@ from rerank.losses import Losses, Row
 from rerank.metrics import best_first, judged_order
 from rerank.models.one_token import tokens_of
 from rerank.prompts import THINK_END
-from rerank.rows import Prompter, RankingRow, training_rows
+from rerank.rows import PromptedRow, Prompter, RankingRow
+from rerank.rows.on_read import MadeOnRead, column, places_to_check, read_parts, store
+from rerank.rows.stored import TrainingLists
 from rerank.rows.teacher_scores import read_scores
 
+Attempt = tuple[RankingRow, str | None, Sequence[int]]  # a row, its trace, and the teacher's order
 
-def examples(prompter: Prompter, run: str, with_trace: bool, losses: Losses) -> tuple[list[RankingRow], list[Row]]:
-    """The rows of the accepted attempts on the sft rows, and the attempts, encoded with the gold orders.
+
+def examples(
+    prompter: Prompter, run: str, with_trace: bool, losses: Losses, folder: Path
+) -> tuple[Sequence[RankingRow], Sequence[Row]]:
+    """The rows of the accepted attempts on the sft rows, and the attempts, encoded with the gold orders; both are made
+    when they are read.
 
     A token loss that is computed at the first label alone needs no attempt: all sft rows are encoded, up to there.
-    """
-    rows, scores = {row.row_id: row for row in training_rows(run, "sft")}, read_scores(run)
-    attempts: list[dict[str, Any]]
-    if losses.one_token:
-        attempts = [
-            {"row_id": row_id, "trace": None, "order": _teacher_order(row, scores)} for row_id, row in rows.items()
-        ]
-    else:
-        accepted = pq.read_table(run_dir.stage_dir(run, "traces") / "accepted.parquet").to_pylist()
-        attempts = [attempt for attempt in accepted if attempt["row_id"] in rows]
-    traces = [attempt["trace"] if with_trace else None for attempt in attempts]
-    chosen = [rows[attempt["row_id"]] for attempt in attempts]
-    orders = [gold_order(row, attempt["order"]) for row, attempt in zip(chosen, attempts, strict=True)]
-    encoded: list[Row] = [prompter.example(*parts) for parts in zip(chosen, traces, orders, strict=True)]
-    if losses.first_label:
-        encoded = with_first_labels(prompter, chosen, orders, encoded, scores)
-    return chosen, [up_to_first_label(row) for row in encoded] if losses.one_token else encoded
-
-
-def _teacher_order(row: RankingRow, scores: Mapping[int, Sequence[float]]) -> list[int]:
-    """By the teacher's scores; the order shown without them."""
-    return best_first(scores[row.row_id]) if row.row_id in scores else list(range(len(row.candidates)))
-
-
-def with_first_labels(
-    prompter: Prompter,
-    rows: Sequence[RankingRow],
-    orders: Sequence[Sequence[int]],
-    encoded: Sequence[Row],
-    scores: Mapping[int, Sequence[float]],
-) -> list[Row]:
-    """The encoded rows with the place of the first label and LIST_COLUMNS.
 
     Args:
-        prompter: That encoded them.
-        rows: Before.
-        orders: That they teach.
-        encoded: By `Prompter.example`.
-        scores: The teacher's, of candidates by row_id; a row may be missing.
+        prompter: With the tokenizer.
+        run: Folder of the run.
+        with_trace: Whether traces are taught.
+        losses: That read the rows.
+        folder: Of the memory-mapped files that they are read from.
+    """
+    lists, scores = TrainingLists.find(run, "sft"), read_scores(run)
+    rows = lists.stored(folder / "rows.arrow", prompter.needs_features)
+    attempts: Sequence[Attempt]
+    if losses.one_token:
+        attempts = MadeOnRead(len(rows), lambda place: _without_trace(rows[place], scores))
+    else:
+        attempts = accepted(run, with_trace, lists, rows, folder / "accepted.arrow")
+
+    def encode(place: int) -> Row:
+        row, trace, order = attempts[place]
+        order = gold_order(row, order)
+        example: Row = prompter.example(row, trace, order)
+        if losses.first_label:
+            example = with_first_label(prompter, row, order, example, scores)
+        return up_to_first_label(example) if losses.one_token else example
+
+    return MadeOnRead(len(attempts), lambda place: attempts[place][0]), MadeOnRead(len(attempts), encode)
+
+
+def accepted(
+    run: str, with_trace: bool, lists: TrainingLists, rows: Sequence[RankingRow], file: Path
+) -> Sequence[Attempt]:
+    """The accepted attempts on some rows, in the order of their file, read from a memory-mapped copy."""
+    path, names = run_dir.stage_dir(run, "traces") / "accepted.parquet", ("row_id", "trace", "order")
+    schema = pa.schema([pq.read_schema(path).field(name) for name in names])
+    table = store(file, schema, (lists.own(part) for part in read_parts(path, names)))
+    places = lists.places(column(table, "row_id"))
+
+    def attempt(place: int) -> Attempt:
+        record = table[place]
+        return rows[int(places[place])], record["trace"] if with_trace else None, record["order"]
+
+    return MadeOnRead(len(table), attempt)
+
+
+def _without_trace(row: RankingRow, scores: Mapping[int, Sequence[float]]) -> Attempt:
+    """The order by the teacher's scores; the order shown without them."""
+    known = scores.get(row.row_id)
+    return row, None, list(range(len(row.candidates))) if known is None else best_first(known)
+
+
+def with_first_label(
+    prompter: Prompter,
+    row: RankingRow,
+    order: Sequence[int],
+    example: Row,
+    scores: Mapping[int, Sequence[float]],
+) -> Row:
+    """An encoded row with the place of the first label and LIST_COLUMNS.
+
+    Args:
+        prompter: That encoded it.
+        row: Before.
+        order: That it teaches.
+        example: By `Prompter.example`.
+        scores: The teacher's, of candidates by row_id; the row may be missing.
 
     Raises:
         ValueError: When a label is not one token.
     """
     assert prompter.tokenizer is not None
-    tokens = tokens_of([prompter.ask(row, 0) for row in rows], prompter.tokenizer)
-    trace_end, found = prompter.tokenizer.convert_tokens_to_ids(THINK_END), []
-    for row, order, example, of_row in zip(rows, orders, encoded, tokens, strict=True):
-        answer = sum(label == -100 for label in example["labels"])
-        first = example["input_ids"].index(trace_end, answer) + 1
-        if example["input_ids"][first] != of_row[order[0]]:
-            raise ValueError(
-                f"row {row.row_id}: the first label of its ranking is written with another token than alone, so that "
-                "no loss can read it there; train with ranking: letter, or without soft_targets and ranknet"
-            )
-        unknown = [math.nan] * len(order)
-        columns = {"first_label": first, "label_tokens": of_row, "grades": list(row.relevance)}
-        columns |= {"ranks": ranks_of(row, order, prompter.settings.top_k)}
-        found.append({**example, **columns, "teacher_scores": list(scores.get(row.row_id, unknown))})
-    return found
+    (tokens,) = tokens_of([PromptedRow(row, "", prompter.labels(row), 0)], prompter.tokenizer)
+    trace_end = prompter.tokenizer.convert_tokens_to_ids(THINK_END)
+    answer = sum(label == -100 for label in example["labels"])
+    first = example["input_ids"].index(trace_end, answer) + 1
+    if example["input_ids"][first] != tokens[order[0]]:
+        raise ValueError(
+            f"row {row.row_id}: the first label of its ranking is written with another token than alone, so that "
+            "no loss can read it there; train with ranking: letter, or without soft_targets and ranknet"
+        )
+    columns = {"first_label": first, "label_tokens": tokens, "grades": list(row.relevance)}
+    columns |= {"ranks": ranks_of(row, order, prompter.settings.top_k)}
+    return {**example, **columns, "teacher_scores": scores.get(row.row_id, [math.nan] * len(order))}
 
 
 def ranks_of(row: RankingRow, order: Sequence[int], top_k: int = 0) -> list[int]:
@@ -135,3 +165,28 @@ def check_lengths(
     if too_long:
         told = longest(max(range(len(rows)), key=lengths.__getitem__))
         raise ValueError(f"{too_long} of {len(rows)} rows are longer than {limit} {max_length}; {told}")
+
+
+Check = Callable[[Sequence[Row], Sequence[int]], None]
+
+
+def check_and_keep(rows: Sequence[Row], check: Check) -> tuple[Sequence[Row], list[Row]]:
+    """The rows to train on, and those of them that are made before training (`rerank.rows.on_read`).
+
+    Args:
+        rows: Made when they are read.
+        check: Refuses rows, told with their places; called of those that are made before training, and of every other
+            one when it is read.
+    """
+    places = places_to_check(len(rows))
+    made = [rows[place] for place in places]
+    check(made, places)
+    if len(made) == len(rows):
+        return made, made
+
+    def read(place: int) -> Row:
+        row = rows[place]
+        check([row], [place])
+        return row
+
+    return MadeOnRead(len(rows), read), made

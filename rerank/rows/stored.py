@@ -1,0 +1,185 @@
+"""Training rows of a run in a memory-mapped file, read one by one.
+
+R rows.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from rerank.launch import run_dir
+from rerank.rows.on_read import MadeOnRead, column, read_parts, store
+from rerank.rows.row import (
+    RankingRow,
+    check_features,
+    check_use,
+    choose_rows,
+    columns_of,
+    refuse_no_hits,
+    refuse_no_rows,
+)
+
+KEYS = ("row_id", "relevance", "list_number")
+
+
+def hits(relevance: pa.Array) -> np.ndarray:
+    """(R,) `RankingRow.is_hit` of lists of grades."""
+    grades, owners = _judged(relevance)
+    highest, lowest = np.full(len(relevance), -np.inf), np.full(len(relevance), np.inf)
+    np.maximum.at(highest, owners, grades)
+    np.minimum.at(lowest, owners, grades)
+    found: np.ndarray = (highest > 0) & (lowest < highest)
+    return found
+
+
+def _judged(relevance: pa.Array) -> tuple[np.ndarray, np.ndarray]:
+    """The grades of all candidates that were seen, and the row of each."""
+    lengths = pc.fill_null(pc.list_value_length(relevance), 0).to_numpy(zero_copy_only=False)
+    grades = pc.list_flatten(relevance).to_numpy(zero_copy_only=False).astype(float)  # null becomes nan
+    judged = ~np.isnan(grades)
+    return grades[judged], np.repeat(np.arange(len(lengths)), lengths)[judged]
+
+
+def _keys(part: pa.RecordBatch) -> pa.Table:
+    """Row_id, number of the list, and number of positives of the rows of a part."""
+    grades, owners = _judged(part.column("relevance"))
+    is_numbered = "list_number" in part.schema.names
+    numbers = pc.fill_null(part.column("list_number"), 0) if is_numbered else np.zeros(len(part), dtype=np.int64)
+    positives = np.bincount(owners[grades > 0], minlength=len(part))
+    return pa.table({"row_id": part.column("row_id"), "list_number": numbers, "num_positives": positives})
+
+
+def hit_parts(path: str | Path, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    """The rows of a candidates table that are hits, part by part.
+
+    Args:
+        path: Parquet, as `read_rows` takes it.
+        columns: To read, `relevance` among them.
+    """
+    for part in read_parts(path, columns):
+        yield part.filter(pa.array(hits(part.column("relevance"))))
+
+
+def read_some_rows(path: str | Path, max_rows: int, seed: int, needs_features: bool = False) -> list[RankingRow]:
+    """`choose_rows` of `read_rows`, in memory that does not grow with the table; raises as they do."""
+    columns = columns_of(path)
+    if needs_features:
+        check_features(path)
+    row_ids = [row_id for part in hit_parts(path, KEYS[:2]) for row_id in part.column("row_id").to_pylist()]
+    if not row_ids:
+        refuse_no_hits(path, pq.read_metadata(path).num_rows)
+    chosen = pa.array(choose_rows(sorted(row_ids), max_rows, seed))
+    parts = (part.filter(pc.is_in(part.column("row_id"), chosen)) for part in hit_parts(path, columns))
+    return sorted((RankingRow.of(one) for part in parts for one in part.to_pylist()), key=lambda row: row.row_id)
+
+
+def common_rows(path: str | Path, other: str | Path) -> list[RankingRow]:
+    """The hits of a candidates table that are hits of another one too, by row_id.
+
+    Rows are the same that have one request_id; without one, user, history and relevant items. Of most rows the user
+    and the length of the history tell already that they are not.
+    """
+    marks = {mark for part in _marked_parts(path) for mark in part[1]}
+    alike, identities = set[int](), set[int]()
+    for part, of_part in _marked_parts(other):
+        for row in _marked_rows(part, of_part, marks):
+            alike.add(_mark(row.request_id, row.user, len(row.history)))
+            identities.add(hash(_identity(row)))
+    rows = (row for part in _marked_parts(path) for row in _marked_rows(*part, alike)) if alike else iter(())
+    return sorted((row for row in rows if hash(_identity(row)) in identities), key=lambda row: row.row_id)
+
+
+def _mark(request_id: str | None, user: int | None, length: int) -> int:
+    return hash((user, length) if request_id is None else request_id)
+
+
+def _marked_parts(path: str | Path) -> Iterator[tuple[pa.RecordBatch, list[int]]]:
+    """The hits of a table, part by part, without features, and a mark of each row."""
+    for part in hit_parts(path, [name for name in columns_of(path) if name != "features"]):
+        lengths = pc.list_value_length(part.column("history")).to_pylist()
+        has_requests = "request_id" in part.schema.names
+        requests = part.column("request_id").to_pylist() if has_requests else [None] * len(part)
+        columns = requests, part.column("user").to_pylist(), lengths
+        yield part, [_mark(*of_row) for of_row in zip(*columns, strict=True)]
+
+
+def _marked_rows(part: pa.RecordBatch, marks: Sequence[int], wanted: set[int]) -> list[RankingRow]:
+    places = [place for place, mark in enumerate(marks) if mark in wanted]
+    return [RankingRow.of(record) for record in part.take(pa.array(places, pa.int64())).to_pylist()] if places else []
+
+
+def _identity(row: RankingRow) -> tuple[object, ...]:
+    if row.request_id is not None:
+        return (row.request_id,)
+    relevant = frozenset(item for item, grade in zip(row.candidates, row.relevance, strict=True) if grade > 0)
+    return row.user, row.history, relevant
+
+
+@dataclass(frozen=True)
+class TrainingLists:
+    """The training lists that the traces stage assigned to a use, without their content.
+
+    Attributes:
+        path: The candidates table.
+        used: (R,) row_ids of the hits of that use, ascending.
+        list_numbers, num_positives: (R,) of each.
+    """
+
+    path: Path
+    used: np.ndarray
+    list_numbers: np.ndarray
+    num_positives: np.ndarray
+
+    @classmethod
+    def find(cls, run: str | Path, use: str) -> "TrainingLists":
+        """Those of a run; `use` as `training_rows` takes it.
+
+        Raises:
+            ValueError: When none is left.
+        """
+        check_use(use)
+        split = pq.read_table(run_dir.stage_dir(run, "traces") / "row_split.parquet")
+        given = split if use == "all" else split.filter(pc.equal(split["used_for"], use))
+        path = run_dir.stage_dir(run, "candidates") / "train.parquet"
+        names = [name for name in columns_of(path) if name in KEYS]
+        parts = [_keys(part) for part in hit_parts(path, names)]
+        if not sum(map(len, parts)):
+            refuse_no_hits(path, pq.read_metadata(path).num_rows)
+        table = pa.concat_tables(parts).filter(pc.is_in(pc.field("row_id"), given["row_id"].combine_chunks()))
+        if not len(table):
+            refuse_no_rows(use)
+        return cls(path, *(values.to_numpy() for values in table.sort_by("row_id").columns))
+
+    def first_only(self) -> "TrainingLists":
+        """Without the further lists of a row."""
+        first = self.list_numbers == 0
+        return TrainingLists(self.path, self.used[first], self.list_numbers[first], self.num_positives[first])
+
+    def stored(self, file: Path, needs_features: bool = False) -> Sequence[RankingRow]:
+        """The rows by row_id, read from a memory-mapped copy each time.
+
+        Args:
+            file: Of the copy, which every process of a training calls for.
+            needs_features: Refuse rows without features; else they are left out.
+        """
+        if needs_features:
+            check_features(self.path)
+        names = [name for name in columns_of(self.path) if needs_features or name != "features"]
+        schema = pa.schema([field for field in pq.read_schema(self.path) if field.name in names])
+        table = store(file, schema, (self.own(part) for part in hit_parts(self.path, schema.names)))
+        places = np.argsort(column(table, "row_id"), kind="stable")
+        return MadeOnRead(len(places), lambda place: RankingRow.of(table[int(places[place])]))
+
+    def own(self, part: pa.RecordBatch) -> pa.RecordBatch:
+        """The rows of a part with a row_id of that use."""
+        row_ids = part.column("row_id").to_numpy()
+        return part.filter(pa.array(self.used[self.places(row_ids).clip(max=len(self.used) - 1)] == row_ids))
+
+    def places(self, row_ids: np.ndarray) -> np.ndarray:
+        """The places of row_ids among those of the use."""
+        return np.searchsorted(self.used, row_ids)
