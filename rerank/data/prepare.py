@@ -18,6 +18,7 @@ from rerank.data.sources.columns import Names
 from rerank.data.sources.opening import database, open_source
 from rerank.data.sources.source import Source
 from rerank.data.summary import Sizes, by_split, notes, share_in_history, shared_summary
+from rerank.rows.sequences import write_sequences
 
 ROW_SPLITS = ("rerank", "valid", "test")
 
@@ -49,6 +50,7 @@ class Prepared:
         pq.write_table(self.users, out_dir / "users.parquet")
         pq.write_table(self.interactions.drop_columns("available"), out_dir / "interactions.parquet")
         splits.write_rows(out_dir / "rows.parquet", self.interactions, self.targets)
+        write_sequences(out_dir, out_dir / "interactions.parquet", len(self.users))
 
     def count(self, is_row: bool) -> dict[str, int]:
         """Number of interactions, or of rows, by split."""

@@ -21,11 +21,10 @@ ROWS = pa.schema(
         "user": pa.int64(),
         "split": pa.string(),
         "position": pa.int64(),
-        "history": pa.list_(pa.int64()),
+        "history_length": pa.int64(),
         "target": pa.int64(),
     }
 )
-_ROWS_A_BLOCK = 65_536  # bounds the memory that histories take while they are written
 
 
 def number_positions(table: Table, order: list[str]) -> Table:
@@ -117,18 +116,8 @@ def targets(interactions: pa.Table, min_history: int) -> np.ndarray:
 
 
 def write_rows(path: str | Path, interactions: pa.Table, chosen: np.ndarray) -> None:
-    """rows.parquet: the chosen interactions as targets, each with the items before it, oldest first."""
-    items = interactions["item"].to_numpy()
-    columns = interactions.select(["user", "split", "position"])
-    lengths = interactions["available"].to_numpy()
-    with pq.ParquetWriter(path, ROWS) as writer:
-        for start in range(0, len(chosen), _ROWS_A_BLOCK):
-            block = chosen[start : start + _ROWS_A_BLOCK]
-            length = lengths[block]
-            offsets = np.concatenate(([0], np.cumsum(length)))
-            # Interactions are sorted by user and position: a history is the stretch right before its target.
-            places = np.arange(offsets[-1]) + np.repeat(block - length - offsets[:-1], length)
-            histories = pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(items[places]))
-            table = columns.take(pa.array(block)).add_column(0, "row_id", pa.array(start + np.arange(len(block))))
-            table = table.append_column("history", histories).append_column("target", pa.array(items[block]))
-            writer.write_table(table.cast(ROWS))
+    """rows.parquet: the chosen interactions as targets, each with its place in its user's sequence."""
+    table = interactions.select(["user", "split", "position"]).take(pa.array(chosen))
+    table = table.add_column(0, "row_id", pa.array(np.arange(len(chosen))))
+    table = table.append_column("history_length", interactions["available"].take(pa.array(chosen)))
+    pq.write_table(table.append_column("target", interactions["item"].take(pa.array(chosen))).cast(ROWS), path)

@@ -17,9 +17,10 @@ import pyarrow.parquet as pq
 
 from rerank.launch import run_dir
 from rerank.metrics import judged_order
+from rerank.rows.sequences import HISTORY, history_columns, read_histories
 
 T = TypeVar("T")
-COLUMNS = ("row_id", "user", "history", "candidates", "relevance")  # of a candidates table; the others are optional
+COLUMNS = ("row_id", "user", "candidates", "relevance")  # of a candidates table, with its histories; others optional
 OPTIONAL = (
     *("first_stage_ranks", "list_number", "features", "fields"),
     *("request_id", "time", "history_times", "history_events"),
@@ -185,27 +186,45 @@ def read_rows(path: str | Path, needs_features: bool = False, skip_features: boo
     """The rows of a candidates table that are hits (`RankingRow.is_hit`), by row_id.
 
     Args:
-        path: Parquet with COLUMNS, such as RUN_DIR/candidates/train.parquet.
+        path: Parquet with COLUMNS and histories (`rows.sequences`), such as RUN_DIR/candidates/train.parquet.
         needs_features: Refuse rows without features.
         skip_features: Leave them out, most of the file.
 
     Raises:
         ValueError: When a column is missing, no row is left, or a row lacks the features that are needed.
     """
-    names = pq.read_schema(path).names
+    if needs_features:
+        check_features(path)
+    records = read_records(path, [name for name in OPTIONAL if not (skip_features and name == "features")])
+    rows = [row for row in map(RankingRow.of, records) if row.is_hit]
+    if not rows:
+        raise ValueError(f"{path}: none of its {len(records)} rows lists a relevant item; use longer candidate lists")
+    return rows
+
+
+def read_records(path: str | Path, optional: Sequence[str] = OPTIONAL) -> list[dict[str, Any]]:
+    """The rows of a candidates table by row_id, for `RankingRow.of`, each with its history as a list.
+
+    Args:
+        path: Parquet with COLUMNS and histories; those that are in the sequences of the users' are read from the data
+            folder of the same run.
+        optional: Further columns, as far as the table has them.
+
+    Raises:
+        ValueError: When a column of COLUMNS is missing.
+    """
+    path, names = Path(path), pq.read_schema(path).names
     for name in COLUMNS:
         if name not in names:
             raise ValueError(
                 f"{path} has no column {name!r}; it has {', '.join(names)}; run the candidates stage again"
             )
-    if needs_features:
-        check_features(path)
-    optional = [name for name in OPTIONAL if name in names and not (skip_features and name == "features")]
-    table = pq.read_table(path, columns=[*COLUMNS, *optional]).sort_by("row_id")
-    rows = [row for row in map(RankingRow.of, table.to_pylist()) if row.is_hit]
-    if not rows:
-        raise ValueError(f"{path}: none of its {len(table)} rows lists a relevant item; use longer candidate lists")
-    return rows
+    wanted = [*COLUMNS, *history_columns(names), *(name for name in optional if name in names)]
+    table = pq.read_table(path, columns=wanted).sort_by("row_id")
+    histories = read_histories(table, run_dir.stage_dir(path.absolute().parents[1], "data"), path)
+    return [
+        {**record, HISTORY: history.tolist()} for record, history in zip(table.to_pylist(), histories, strict=True)
+    ]
 
 
 def check_features(path: str | Path) -> None:
