@@ -10,12 +10,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from real_files import prepare
 from toy_run import features_of
 
 from rerank import data
 from rerank.baselines import FEATURES, Counts
 from rerank.candidates.counting import check_numbers, item_facts
-from rerank.data.prepare import prepare
 from rerank.launch import recipe
 from rerank.rows.sequences import read_histories
 
