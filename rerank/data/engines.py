@@ -17,6 +17,7 @@ from typing import Any
 
 import ibis
 import ibis.expr.operations as ops
+import pyarrow as pa
 import pyarrow.parquet as pq
 from ibis.expr.types import Table
 
@@ -28,9 +29,9 @@ _SPARK_OPTIONS = {
     "spark.sql.session.timeZone": "UTC",
     "spark.sql.ansi.enabled": "true",  # what overflows or is no number ends the stage, and is no null
     "spark.sql.catalogImplementation": "in-memory",  # no metastore of Hive in the working folder
-    "spark.sql.execution.topKSortFallbackThreshold": "100000",  # an offset is sorted for, not held by the driver
     "spark.sql.parquet.compression.codec": "snappy",
     "spark.ui.enabled": "false",
+    "spark.ui.showConsoleProgress": "false",
 }
 
 
@@ -120,12 +121,13 @@ def drop_others(con: ibis.BaseBackend, tables: Sequence[Table]) -> None:
 
 
 def join_parts(parts: Sequence[Path], path: Path) -> None:
-    """Write the rows of Parquet files into one, in their order, some thousand at a time."""
-    schema = pq.read_schema(parts[0]).remove_metadata()
-    with pq.ParquetWriter(path, schema) as writer:
+    """Write the rows of Parquet files into one, in their order, some thousand at a time, integers as int64."""
+    fields = pq.read_schema(parts[0]).remove_metadata()
+    wide = [pa.field(field.name, pa.int64() if pa.types.is_integer(field.type) else field.type) for field in fields]
+    with pq.ParquetWriter(path, pa.schema(wide)) as writer:
         for part in parts:
             for batch in pq.ParquetFile(part).iter_batches():
-                writer.write_batch(batch.replace_schema_metadata())
+                writer.write_batch(batch.cast(writer.schema))
 
 
 def check_backend(backend: str) -> None:

@@ -80,7 +80,9 @@ def _time_at(table: Table, share: float) -> float:
     """The time of the interaction before which the given share of all lies."""
     size = count(table)
     place = min(size - 1, round(size * share))
-    return table.order_by("time").select("time").limit(1, offset=place).to_pyarrow()["time"][0].as_py()
+    times = table.group_by("time").agg(size=_.count().cast("float64"))
+    until = times.mutate(until=_.size.sum().over(ibis.window(order_by="time", following=0)))
+    return until.filter(_.until > place).time.min().to_pyarrow().as_py()
 
 
 def mark_rerank(table: Table, num_rerank: int | str, min_history: int) -> Table:
