@@ -42,7 +42,7 @@ GIVEN = """
 COPY (
     SELECT 'u' || n % 40 AS user, 'i' || hash(n) % 30 AS item, n % 3 AS place,
         CASE WHEN n % 7 > 0 THEN n // 90 END AS time,
-        (['train', 'train', 'valid', 'test'])[1 + hash(n + 1) % 4] AS split
+        (['train', 'train', 'valid', 'test'])[1 + (hash(n + 1) % 4)::INT] AS split
     FROM range(400) AS numbers(n)
 ) TO '{path}'
 """
