@@ -2,7 +2,7 @@
 
 In: requests (lists that were shown, with graded feedback), interactions, or both, and items (files, a package's files,
 a `datasets` name). Out: `items.parquet`, `users.parquet`, `interactions.parquet` and `rows.parquet` with integer items
-and users, and a summary.
+and users, of interactions alone each user's sequence in `sequences.npy`, and a summary.
 
     accelerate launch --config_file recipes/accelerate/cpu.yaml -m rerank.data --config recipes/ml100k/1_data.yaml
 """
@@ -263,8 +263,8 @@ def main(args: DataArguments, out_dir: Path) -> dict[str, object]:
     with told_of_full_disk(Path(tempfile.gettempdir())), prepared(args) as found:
         with told_of_full_disk(out_dir, found.num_bytes()):
             found.write(out_dir)
-        metrics, said = found.summary(args), "%(users)d users, %(items)d items, %(interactions)d interactions"
-        logger.info(f"{said}; rows: %(rows)s", metrics)
+        metrics = found.summary(args)
+        logger.info("%(users)d users, %(items)d items, %(interactions)d interactions; rows: %(rows)s", metrics)
         for line in found.notes(metrics):
             logger.info(line)
     return metrics

@@ -25,6 +25,7 @@ from rerank.data.sources.opening import database
 from rerank.launch.files import write_whole
 
 _FULL = ("No space left on device", "failed to offload data block", "max_temp_directory_size")  # in errors of engines
+_STORED = "ibis_table_"  # begins the names of stored tables
 _SPARK_OPTIONS = {
     "spark.sql.session.timeZone": "UTC",
     "spark.sql.ansi.enabled": "true",  # what overflows or is no number ends the stage, and is no null
@@ -90,7 +91,7 @@ class Spark(DuckDB):
         """Delete every stored table that these do not stand on."""
         kept = _names(tables)
         for path in self.folder.iterdir():
-            if path.name.startswith("table_") and path.name not in kept:
+            if path.name.startswith(_STORED) and path.name not in kept:
                 self.session.catalog.dropTempView(path.name)
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
@@ -105,7 +106,7 @@ class Spark(DuckDB):
         return self.session.sql(self.con.compile(table))
 
     def _new_path(self) -> Path:
-        return self.folder / ibis.util.gen_name("table").lower()
+        return self.folder / ibis.util.gen_name("table")
 
 
 def _names(tables: Sequence[Table]) -> set[str]:
@@ -190,7 +191,7 @@ def told_of_full_disk(folder: Path, needed: int | None = None) -> Iterator[None]
 
     Args:
         folder: Into which files are written.
-        needed: Bytes that the files take at most, where it is known.
+        needed: Bytes that the tables of interactions and of rows take at most, where it is known.
 
     Raises:
         ValueError: When the disk is full.
@@ -201,7 +202,7 @@ def told_of_full_disk(folder: Path, needed: int | None = None) -> Iterator[None]
         if not _says_full(error):
             raise
         free = shutil.disk_usage(folder).free
-        size = "" if needed is None else f", and the files take up to {_gigabytes(needed)}"
+        size = "" if needed is None else f", and the interactions and rows take up to {_gigabytes(needed)}"
         cure = f"free that disk, choose another --out, or set TMPDIR where {tempfile.gettempdir()} is full"
         raise ValueError(f"the disk of {folder} is full: {_gigabytes(free)} are free{size}; {cure}") from None
 

@@ -16,7 +16,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from numpy.lib.format import open_memmap
+from numpy.lib.format import write_array_header_1_0
+
+from rerank.launch.files import write_whole
 
 SEQUENCES, STARTS = "sequences.npy", "sequence_starts.npy"
 HISTORY = "history"  # column of a row's own history
@@ -139,16 +141,17 @@ def write_sequences(data_dir: Path, interactions: Path, num_users: int) -> None:
         interactions: Parquet with `user` and `item`, sorted by user and position; it is read in parts.
         num_users: U.
     """
-    file = pq.ParquetFile(interactions)
     counts = np.zeros(num_users + 1, dtype=np.int64)
-    items = open_memmap(data_dir / SEQUENCES, mode="w+", dtype=np.int32, shape=(file.metadata.num_rows,))  # type: ignore[no-untyped-call]
-    begin = 0
-    for batch in file.iter_batches(columns=["user", "item"]):
-        users = batch["user"].to_numpy()
-        items[begin : begin + len(users)] = batch["item"].to_numpy()
-        first = int(users[0]) if len(users) else 0
-        of_batch = np.bincount(users - first)
-        counts[first + 1 : first + 1 + len(of_batch)] += of_batch
-        begin += len(users)
-    items.flush()
+
+    def write(path: Path) -> None:
+        file = pq.ParquetFile(interactions)
+        with open(path, "wb") as target:  # no memory-mapped file: a full disk would end the process
+            header = {"descr": "<i4", "fortran_order": False, "shape": (file.metadata.num_rows,)}
+            write_array_header_1_0(target, header)  # type: ignore[no-untyped-call]
+            for batch in file.iter_batches(columns=["user", "item"]):
+                target.write(batch["item"].to_numpy().astype("<i4").tobytes())
+                users, sizes = np.unique(batch["user"].to_numpy(), return_counts=True)
+                counts[users + 1] += sizes
+
+    write_whole(data_dir / SEQUENCES, write)
     np.save(data_dir / STARTS, np.cumsum(counts))
