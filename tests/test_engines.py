@@ -94,9 +94,8 @@ def test_a_full_disk_leaves_whole_files_and_says_how_much_was_needed(log, tmp_pa
 
     monkeypatch.setattr(engines.DuckDB, "write", write_until_full)
     # 24 interactions and 3 x 3 rows of at most 60 bytes each
-    with pytest.raises(
-        ValueError, match=f"the disk of {out} is full: .* GB are free, and the files take up to 1.98e-06"
-    ):
+    said = f"the disk of {out} is full: .* GB are free, and the interactions and rows take up to 1.98e-06 GB; free"
+    with pytest.raises(ValueError, match=said):
         data.main(arguments(log), out)
     assert sorted(path.name for path in out.glob("*.parquet")) == ["items.parquet", "users.parquet"]
     assert len(pq.read_table(out / "items.parquet")) == 8 and len(pq.read_table(out / "users.parquet")) == 3
