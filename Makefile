@@ -1,4 +1,5 @@
 # demo: the pipeline on MovieLens-100K. test: lint and tests. matrix: models of all families, with vLLM and ZeRO-3.
+# spark: what the data stage makes with backend: pyspark, which test skips where the extra and Java are missing.
 # setup: the environment of all, in .venv, installed once.
 SHELL := /bin/bash
 PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python3)
@@ -11,7 +12,7 @@ INSTALLED := $(VENV)/installed
 TORCH := torch==2.13.0+cpu
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: setup demo test matrix lint machine gpu-core gpu-test
+.PHONY: setup demo test matrix spark lint machine gpu-core gpu-test
 .DELETE_ON_ERROR:
 
 setup: $(INSTALLED)
@@ -27,6 +28,11 @@ test: lint
 matrix: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "matrix or not matrix" tests/test_matrix.py tests/test_zero3_lora.py \
 		tests/test_ranking_processor.py tests/test_distributed*.py
+
+spark: setup
+	@command -v java >/dev/null || { echo "missing; install with: apt-get install -y openjdk-17-jre-headless" >&2; exit 2; }
+	$(INSTALL) --editable '.[spark]'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m spark tests/test_backends.py
 
 lint: setup
 	$(BIN)/ruff check .

@@ -20,7 +20,7 @@ from rerank import candidates, data, sft, traces
 from rerank.models import base as base_model
 from rerank.models.names import locate
 from rerank.prompts import THINK, THINK_END, PromptSettings
-from rerank.rows import Prompter, read_rows
+from rerank.rows import Prompter, TargetRows, read_rows
 
 USERS, SIZE = 200, 5  # of a list
 USER, ITEM = "user_id:token", "item_id:token"
@@ -69,12 +69,12 @@ def _make_lists(run: Path, log: pd.DataFrame, rng: np.random.Generator) -> tuple
     ids = candidates.read_item_ids(run)
     users = pq.read_table(run / "data/users.parquet")["user_id"].to_pylist()
     taken = log.groupby(USER)[ITEM].agg(set)
-    rows = pq.read_table(run / "data/rows.parquet").to_pylist()
+    rows, histories = pq.read_table(run / "data/rows.parquet").to_pylist(), TargetRows.load(run).histories
     lists = [_list(rng, ids[row["target"]], ids, taken[users[row["user"]]]) for row in rows]
     pq.write_table(pa.table({"row_id": [row["row_id"] for row in rows], "candidates": lists}), run / "lists.parquet")
     records = [
-        {"history": [ids[item] for item in row["history"]], "candidates": shown, "target": ids[row["target"]]}
-        for row, shown in zip(rows, lists, strict=True)
+        {"history": [ids[item] for item in history], "candidates": shown, "target": ids[row["target"]]}
+        for row, history, shown in zip(rows, histories, lists, strict=True)
         if row["split"] == "test"
     ]
     return run / "lists.parquet", records

@@ -5,6 +5,7 @@ import gzip
 import json
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import ibis
 import pyarrow as pa
@@ -12,6 +13,7 @@ import pyarrow.parquet as pq
 
 from rerank import data
 from rerank.data import tables
+from rerank.data.prepare import prepared
 from rerank.data.requests.read import item_source
 from rerank.data.sources.opening import open_source
 
@@ -43,6 +45,18 @@ def read_interactions(name: str, content=None, **options):
     table, _, left_out = tables.read_interactions(connection(), source, args)
     rows = table.order_by("source_row").to_pyarrow().to_pylist()
     return [(row["user_id"], row["item_id"], row["time"]) for row in rows], left_out
+
+
+def prepare(args: data.DataArguments) -> SimpleNamespace:
+    """The tables of the stage in memory, and what it counts and says."""
+    with prepared(args) as found:
+        if args.requests:
+            return SimpleNamespace(items=found.items, log=found.log)
+        tables = {"items": found.items.order_by("item"), "users": found.users.order_by("user")}
+        tables["interactions"] = found.interactions.order_by(["user", "position"])
+        summary = found.summary(args)
+        counts = {"num_read": found.num_read, "left_out": found.left_out, "notes": found.notes(summary)}
+        return SimpleNamespace(summary=summary, **counts, **{n: t.to_pyarrow() for n, t in tables.items()})
 
 
 def read_items(name: str, content, *others: str, **options):

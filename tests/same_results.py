@@ -34,6 +34,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from rerank.rows import read_records
+
 TOLERANCE = 1e-6
 TIMEOUT = 150 * 60  # seconds of one command
 BEFORE_DAPO = ("data", "semantic_ids", "midtrain", "candidates", "traces", "sft")
@@ -140,8 +142,10 @@ def make_outputs(side: Side) -> None:
 def write_rows(run: Path, path: Path, number: int = 20) -> Path:
     """The first test rows of a run, as `rerank rank` takes new ones."""
     names = pq.read_table(run / "data/items.parquet").sort_by("item")["item_id"].to_pylist()
-    rows = pq.read_table(run / "candidates/test.parquet", columns=["history", "candidates"]).slice(0, number)
-    lines = [json.dumps({key: [names[item] for item in row[key]] for key in row}) for row in rows.to_pylist()]
+    rows = read_records(run / "candidates/test.parquet")[:number]
+    lines = [
+        json.dumps({key: [names[item] for item in row[key]] for key in ("history", "candidates")}) for row in rows
+    ]
     path.write_text("\n".join(lines) + "\n")
     return path
 

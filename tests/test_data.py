@@ -10,13 +10,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from real_files import prepare
 from toy_run import features_of
 
 from rerank import data
 from rerank.baselines import FEATURES, Counts
 from rerank.candidates.counting import check_numbers, item_facts
-from rerank.data.prepare import prepare
 from rerank.launch import recipe
+from rerank.rows.sequences import read_histories
 
 # One user with eight interactions, one with six, each in order of time.
 TOY = [("u", item, time) for time, item in enumerate("abcdefgh")]
@@ -51,9 +52,10 @@ def run(folder, interactions=TOY, header="user,item,time", **options):
     for row in tables["interactions"].to_pylist():
         found["sequences"].setdefault(users[row["user"]], []).append(items[row["item"]])
         found["splits"].setdefault(users[row["user"]], []).append(row["split"])
+    histories = read_histories(tables["rows"], folder, folder / "rows.parquet")
     found["rows"] = [
-        (users[row["user"]], row["split"], [items[i] for i in row["history"]], items[row["target"]])
-        for row in tables["rows"].to_pylist()
+        (users[row["user"]], row["split"], [items[i] for i in history], items[row["target"]])
+        for row, history in zip(tables["rows"].to_pylist(), histories, strict=True)
     ]
     return found
 
@@ -78,9 +80,8 @@ def test_tables_have_the_documented_columns(tmp_path):
     assert tables["items"].column_names == ["item", "item_id", "title", "category", "text", "source_row"]
     assert tables["users"].column_names == ["user", "user_id"]
     assert tables["interactions"].column_names == ["user", "item", "position", "time", "split"]
-    assert tables["rows"].column_names == ["row_id", "user", "split", "position", "history", "target"]
+    assert tables["rows"].column_names == ["row_id", "user", "split", "position", "history_length", "target"]
     assert tables["rows"]["row_id"].to_pylist() == list(range(6))
-    assert tables["rows"].schema.field("history").type == pa.list_(pa.int64())
     assert tables["items"]["item"].to_pylist() == list(range(8))
 
 

@@ -5,10 +5,9 @@ import logging
 
 import pyarrow as pa
 import pytest
-from real_files import read_interactions, read_items, write
+from real_files import prepare, read_interactions, read_items, write
 
 from rerank import data
-from rerank.data.prepare import prepare
 from rerank.launch import named_files
 from rerank.launch.named_files import NamedFile
 

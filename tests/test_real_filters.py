@@ -5,11 +5,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from real_files import read_interactions, read_items, write
+from real_files import prepare, read_interactions, read_items, write
 
 from rerank import data
 from rerank.baselines import Counts
-from rerank.data.prepare import prepare
 from rerank.next_item.held_out_sets import metrics_of_sets
 
 RATED = "user,item,time,rating,kind\n" + "".join(f"u,i{n},{n},{n}.5,{'ab'[n % 2]}\n" for n in range(6))
@@ -229,13 +228,12 @@ def test_a_random_split_never_puts_one_pair_on_both_sides():
 
 
 def test_the_summary_tells_how_many_targets_stand_in_their_own_history():
-    args = data.DataArguments(run_dir="run", interactions="t.csv", min_history=2, num_rerank=2)
     found, _ = prepared(
         [("u", item) for item in "abcad"] + [("v", item) for item in "abcdef"], min_history=2, num_rerank=2
     )
-    summary = found.summary(args)  # u: c (rerank), a (valid), d; v: c d e f
+    summary = found.summary  # u: c (rerank), a (valid), d; v: c d e f
     assert summary["share_of_targets_in_history"] == pytest.approx(1 / 7)
-    assert "14.3% of targets are in their own history" in " ".join(found.notes(summary))
+    assert "14.3% of targets are in their own history" in " ".join(found.notes)
 
 
 def test_lists_hold_items_of_the_history_where_they_may():

@@ -6,12 +6,11 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
-from real_files import connection, read_interactions, read_items, write
+from real_files import connection, prepare, read_interactions, read_items, write
 
 from rerank import data
 from rerank.data import tables
 from rerank.data.asked import Asked
-from rerank.data.prepare import prepare
 from rerank.data.sources.opening import open_source
 
 

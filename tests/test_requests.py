@@ -6,6 +6,7 @@ import logging
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from real_files import prepare
 from request_logs import (
     HISTORIES,
     LOG,
@@ -25,7 +26,6 @@ from request_logs import (
 )
 
 from rerank import data
-from rerank.data.prepare import prepare
 
 FORMS = (
     "wide.jsonl wide.jsonl.gz wide.csv wide.parquet long.csv long.csv.gz long.jsonl long.parquet "

@@ -17,7 +17,7 @@ from rerank.baselines import Counts, UserContributions, feature_rows
 from rerank.candidates.row_lists import RowLists
 from rerank.launch import recipe
 from rerank.launch.values import check_choice, check_range, option
-from rerank.rows import TargetRows
+from rerank.rows import Histories, TargetRows
 
 Ranked = tuple[np.ndarray, np.ndarray]  # (R, M) items, best first, and their scores
 FirstStage = Callable[[Counts, Sequence[np.ndarray], int, UserContributions, bool], Ranked]
@@ -67,7 +67,7 @@ class DrawnLists:
     """
 
     rows: np.ndarray
-    histories: list[np.ndarray]
+    histories: Histories
     columns: dict[str, np.ndarray]
 
     def lists(self, rows: TargetRows) -> RowLists:
@@ -147,7 +147,9 @@ def further_lists(
         number: Of the list; it and the seed decide every draw.
     """
     rng = np.random.default_rng([args.seed, number])
-    histories = [_cut(history, rng) for history in rows.histories] if args.cut_histories else rows.histories
+    histories = rows.histories
+    if args.cut_histories:  # to a random number of the last items, at least one
+        histories = histories.last([rng.integers(1, length + 1) for length in histories.lengths.tolist()])
     stages = rng.integers(len(args.first_stages), size=len(rows))
     pool = np.zeros((len(rows), args.pool_size or size), dtype=np.int64)
     scores = np.zeros(pool.shape)
@@ -165,7 +167,7 @@ def further_lists(
         keys += [np.isin(pool[row], rows.histories[row]) for row in hits]
     places = np.sort(np.argsort(keys, axis=1)[:, :size], axis=1)
     candidates, chosen_scores = (np.take_along_axis(of_pool[hits], places, axis=1) for of_pool in (pool, scores))
-    kept = [histories[row] for row in hits]
+    kept = histories.take(hits)
     features = feature_rows(counts, kept, candidates, chosen_scores, own.of_rows(hits))
     shown = np.tile(np.arange(size), (len(hits), 1))
     if args.shuffle_candidates:
@@ -181,8 +183,3 @@ def shuffled_lists(args: AugmentationArguments, lists: RowLists, number: int) ->
     """List `number`, from 1, of each training request: its candidates in random order, their facts unchanged."""
     rng = np.random.default_rng([args.seed, number])
     return lists.shown_as([rng.permutation(len(items)).tolist() for items in lists.candidates])
-
-
-def _cut(history: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A random number of the last items, at least one."""
-    return history[-int(rng.integers(1, len(history) + 1)) :]

@@ -107,7 +107,7 @@ def as_table(rows: TargetRows, lists: RowLists, number: int = 0) -> pa.Table:
         "row_id": rows.row_ids,
         "list_number": pa.array([number] * len(rows), pa.int64()),
         "user": rows.users,
-        "history": pa.array(rows.histories, pa.list_(pa.int64())),
+        **rows.histories.columns(),
         "candidates": _nested(lists.candidates, pa.int64()),
         "relevance": _nested(lists.relevance, pa.float64()),
         "first_stage_scores": _nested(lists.scores, pa.from_numpy_dtype(np.asarray(lists.scores[0]).dtype)),

@@ -2,12 +2,13 @@
 
 In: requests (lists that were shown, with graded feedback), interactions, or both, and items (files, a package's files,
 a `datasets` name). Out: `items.parquet`, `users.parquet`, `interactions.parquet` and `rows.parquet` with integer items
-and users, and a summary.
+and users, of interactions alone each user's sequence in `sequences.npy`, and a summary.
 
     accelerate launch --config_file recipes/accelerate/cpu.yaml -m rerank.data --config recipes/ml100k/1_data.yaml
 """
 
 import logging
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from rerank.launch import recipe
 from rerank.launch.stages import Stage
 from rerank.launch.values import check_choice, check_range, option
 
+BACKENDS = ("duckdb", "pyspark")
 SPLITS = ("per_user", "by_time", "by_user", "random", "given")
 REQUESTS_FORMATS = ("wide", "long", "mind", "metarank")
 ITEMS_FORMATS = (*FORMATS, "mind", "metarank")
@@ -131,6 +133,11 @@ class DataArguments(recipe.StageArguments):
     rebuild: bool = option(
         False, "Put ready rows (a history and its target, already split) back into one sequence a user."
     )
+    backend: str = option(
+        "duckdb",
+        "Engine of interactions: duckdb, in this process, or pyspark, on the master of spark-defaults.conf or "
+        "PYSPARK_SUBMIT_ARGS; on a cluster TMPDIR and run_dir are folders that all machines see.",
+    )
     seed: int = option(0, "Seed of split: random and by_user.")
     terms: str = option("", "Terms of use of the data; the card of every model quotes them.")
 
@@ -146,6 +153,12 @@ class DataArguments(recipe.StageArguments):
         for name in ("where", "dedupe") if self.rebuild else ():
             if getattr(self, name):
                 raise ValueError(f"{name} is {getattr(self, name)} but rebuild is true; it is for single interactions")
+        for name in ("requests", "rebuild"):
+            if self.backend == "pyspark" and getattr(self, name):
+                raise ValueError(
+                    f"backend is pyspark but {name} is {getattr(self, name)}, of which the tables are made in this "
+                    "process; set backend: duckdb"
+                )
         if self.test_users and self.split != "by_user":
             raise ValueError(f"test_users is set but split is {self.split}; set split: by_user")
         for kind, grade in (self.grades or {}).items():
@@ -170,6 +183,7 @@ class DataArguments(recipe.StageArguments):
         ):
             check_choice(name, getattr(self, name), ("auto", *choices))
         check_choice("split", self.split, SPLITS)
+        check_choice("backend", self.backend, BACKENDS)
         check_choice("on_bad_rows", self.on_bad_rows, ("refuse", "drop"))
         check_choice("without_metadata", self.without_metadata, ("refuse", "keep", "drop"))
         if self.dedupe is not None:
@@ -224,23 +238,35 @@ def check(args: DataArguments) -> None:
 
     Raises:
         FileNotFoundError: When an input is not there.
-        ValueError: When an input is empty, lacks a column, has a bad row, or leaves a split without rows.
+        ValueError: When an input is empty, lacks a column, has a bad row, or leaves a split without rows; when the
+            backend is not installed, or the disk is full.
     """
-    from rerank.data.prepare import prepare
+    from rerank.data.engines import told_of_full_disk
+    from rerank.data.prepare import prepared
 
-    prepare(args)
+    with told_of_full_disk(Path(tempfile.gettempdir())), prepared(args):
+        pass
+
+
+def check_names(args: DataArguments) -> None:
+    """Refuse a backend, a file or a column that is not there; `main` refuses the rest before it writes."""
+    from rerank.data import prepare
+
+    prepare.check_names(args)
 
 
 def main(args: DataArguments, out_dir: Path) -> dict[str, object]:
     """Write the tables of the stage; returns their counts."""
-    from rerank.data.prepare import prepare
+    from rerank.data.engines import told_of_full_disk
+    from rerank.data.prepare import prepared
 
-    prepared = prepare(args)
-    prepared.write(out_dir)
-    metrics = prepared.summary(args)
-    logger.info("%(users)d users, %(items)d items, %(interactions)d interactions; rows: %(rows)s", metrics)
-    for line in prepared.notes(metrics):
-        logger.info(line)
+    with told_of_full_disk(Path(tempfile.gettempdir())), prepared(args) as found:
+        with told_of_full_disk(out_dir, found.num_bytes()):
+            found.write(out_dir)
+        metrics = found.summary(args)
+        logger.info("%(users)d users, %(items)d items, %(interactions)d interactions; rows: %(rows)s", metrics)
+        for line in found.notes(metrics):
+            logger.info(line)
     return metrics
 
 
@@ -249,5 +275,6 @@ STAGE = Stage(
     arguments=(DataArguments,),
     main=main,
     check=check,
+    quick_check=check_names,
     files=("requests", "interactions", "items", "test_users"),
 )

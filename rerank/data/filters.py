@@ -8,6 +8,7 @@ import ibis
 from ibis import _
 from ibis.expr.types import Column, Table
 
+from rerank.data.engines import DuckDB
 from rerank.data.sources.source import Source
 
 
@@ -65,7 +66,7 @@ def screen(
     return kept, left_out
 
 
-def drop_repetitions(con: ibis.BaseBackend, table: Table, dedupe: str | None, order: Sequence[str]) -> Table:
+def drop_repetitions(engine: DuckDB, table: Table, dedupe: str | None, order: Sequence[str]) -> Table:
     """One interaction of each user and item, the first or the last; or of each run of one item the first."""
     if dedupe is None:
         return table
@@ -77,4 +78,4 @@ def drop_repetitions(con: ibis.BaseBackend, table: Table, dedupe: str | None, or
         by = [ibis.desc(name, nulls_first=True) if dedupe == "last" else name for name in order]
         place = ibis.row_number().over(ibis.window(group_by=["user_id", "item_id"], order_by=by))
         kept = table.mutate(place=place).filter(_.place == 0).drop("place")
-    return con.create_table(ibis.util.gen_name("deduped"), kept, temp=True)
+    return engine.stored(kept)

@@ -4,28 +4,14 @@ A table here has user, item, position (0-based in the user's sequence), time, sp
 of history before the interaction when it is a target.
 """
 
-from pathlib import Path
-
 import ibis
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from ibis import _
 from ibis.expr.types import Table
 
 from rerank.data.filters import count
 
-ROWS = pa.schema(
-    {
-        "row_id": pa.int64(),
-        "user": pa.int64(),
-        "split": pa.string(),
-        "position": pa.int64(),
-        "history": pa.list_(pa.int64()),
-        "target": pa.int64(),
-    }
-)
-_ROWS_A_BLOCK = 65_536  # bounds the memory that histories take while they are written
+ROWS = ("row_id", "user", "split", "position", "history_length", "target")  # columns of rows.parquet
+SPLITS = ("train", "rerank", "valid", "test")
 
 
 def number_positions(table: Table, order: list[str]) -> Table:
@@ -62,9 +48,10 @@ def split_at_random(table: Table, valid_fraction: float, test_fraction: float, s
     words = table.user.cast("string"), " ", table.item.cast("string")
     table = table.mutate(digest=ibis.literal(f"{seed} ").concat(*words).hexdigest("md5"))
     place = ibis.dense_rank().over(ibis.window(group_by="user", order_by="digest"))  # one of a repeated item
-    size = _.item.nunique().over(ibis.window(group_by="user"))
-    num_test, num_valid = (_at_least_one(size * share) for share in (test_fraction, valid_fraction))
-    table = table.mutate(place=place, num_test=num_test, num_held_out=num_test + num_valid)
+    table = table.mutate(place=place)
+    table = table.mutate(size=_.place.max().over(ibis.window(group_by="user")) + 1)  # items of the user
+    num_test, num_valid = (_at_least_one(table.size * share) for share in (test_fraction, valid_fraction))
+    table = table.mutate(num_test=num_test, num_held_out=num_test + num_valid)
     table = table.mutate(part=ibis.cases((_.place < _.num_test, 2), (_.place < _.num_held_out, 1), else_=0))
     table = table.mutate(split=_.part.cases((2, "test"), (1, "valid"), else_="train"))
     return number_positions(table, ["part", "position"])
@@ -93,7 +80,9 @@ def _time_at(table: Table, share: float) -> float:
     """The time of the interaction before which the given share of all lies."""
     size = count(table)
     place = min(size - 1, round(size * share))
-    return table.order_by("time").select("time").limit(1, offset=place).to_pyarrow()["time"][0].as_py()
+    times = table.group_by("time").agg(size=_.count().cast("float64"))
+    until = times.mutate(until=_.size.sum().over(ibis.window(order_by="time", following=0)))
+    return until.filter(_.until > place).time.min().to_pyarrow().as_py()
 
 
 def mark_rerank(table: Table, num_rerank: int | str, min_history: int) -> Table:
@@ -110,25 +99,24 @@ def mark_rerank(table: Table, num_rerank: int | str, min_history: int) -> Table:
     return table.select("user", "item", "position", "time", "split", "available")
 
 
-def targets(interactions: pa.Table, min_history: int) -> np.ndarray:
-    """Indices of the interactions that are a row's target."""
-    is_target = interactions["split"].to_numpy(zero_copy_only=False) != "train"
-    return np.flatnonzero(is_target & (interactions["available"].to_numpy() >= min_history))
+def targets(interactions: Table, min_history: int) -> Table:
+    """The interactions that are a row's target."""
+    return interactions.filter((_.split != "train") & (_.available >= min_history))
 
 
-def write_rows(path: str | Path, interactions: pa.Table, chosen: np.ndarray) -> None:
-    """rows.parquet: the chosen interactions as targets, each with the items before it, oldest first."""
-    items = interactions["item"].to_numpy()
-    columns = interactions.select(["user", "split", "position"])
-    lengths = interactions["available"].to_numpy()
-    with pq.ParquetWriter(path, ROWS) as writer:
-        for start in range(0, len(chosen), _ROWS_A_BLOCK):
-            block = chosen[start : start + _ROWS_A_BLOCK]
-            length = lengths[block]
-            offsets = np.concatenate(([0], np.cumsum(length)))
-            # Interactions are sorted by user and position: a history is the stretch right before its target.
-            places = np.arange(offsets[-1]) + np.repeat(block - length - offsets[:-1], length)
-            histories = pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(items[places]))
-            table = columns.take(pa.array(block)).add_column(0, "row_id", pa.array(start + np.arange(len(block))))
-            table = table.append_column("history", histories).append_column("target", pa.array(items[block]))
-            writer.write_table(table.cast(ROWS))
+def numbered_rows(rows: Table) -> Table:
+    """rows.parquet: the targets with their places in their users' sequences, numbered by user and position."""
+    sizes = rows.group_by("user").agg(size=_.count())
+    # as floats, exact below 2^53: DuckDB's sum of integers has 128 bits, which Parquet lacks
+    ends = _.size.cast("float64").sum().over(ibis.window(order_by="user", following=0))
+    starts = sizes.mutate(start=ends.cast("int64") - _.size)
+    place = ibis.row_number().over(ibis.window(group_by="user", order_by="position"))
+    table = rows.join(starts.select("user", "start"), "user").mutate(place=place)
+    return table.mutate(row_id=table.start + table.place, history_length=_.available, target=_.item).select(*ROWS)
+
+
+def sizes(table: Table) -> dict[str, int]:
+    """The number of interactions of each split, those there are."""
+    found = table.group_by("split").agg(size=_.count()).to_pyarrow().to_pylist()
+    of_split = {row["split"]: row["size"] for row in found}
+    return {split: of_split[split] for split in SPLITS if split in of_split}

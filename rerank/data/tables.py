@@ -11,6 +11,7 @@ from ibis import _
 from ibis.expr.types import Column, Table
 
 from rerank.data import DataArguments
+from rerank.data.engines import DuckDB
 from rerank.data.filters import Problem, count, first_row, screen
 from rerank.data.sources.cells import as_seconds, as_text, collapsed, has_space, is_nested, plain_text
 from rerank.data.sources.columns import Names, log_columns, pick_columns, require_column
@@ -18,6 +19,7 @@ from rerank.data.sources.source import Cells, Source
 from rerank.data.where import Condition
 
 INTERACTION_COLUMNS = ("user", "item", "time", "position", "split")
+READ_COLUMNS = ("source_row", "user_id", "item_id", "time", "position", "split")  # of interactions as they were read
 IDS = ("user", "item")
 _ORDER_COLUMNS = {"time": "float64", "position": "int64", "split": "string"}  # and their types
 ITEM_COLUMNS = ("item", "item_id", "title", "category", "text", "source_row")
@@ -44,19 +46,25 @@ def refuse_empty(empty: Table, source: Source, column: str) -> None:
         raise ValueError(f"{row['place']}: {column} is empty; fill it or remove the row")
 
 
+def item_columns(source: Source, args: DataArguments) -> tuple[Names, list[str]]:
+    """Our column names to those of a source of items, and further columns of the sentence encoder's text."""
+    given, text_columns = args.item_columns or {}, args.text_columns
+    for name in {*given} & {"item_id", "text", "source_row"}:
+        raise ValueError(f"item_columns has the key {name!r}, which items.parquet has already; take another name")
+    known = ("item", "title", "category", "brand", *given)
+    names = pick_columns(source, given, "item_columns", known, ("item",))
+    further = [name for name in text_columns or () if name not in names]
+    for name in further:
+        require_column(source, "the text", name, "text_columns")
+    return names, further
+
+
 def read_items(con: ibis.BaseBackend, source: Source, args: DataArguments) -> tuple[Table, dict[str, int]]:
     """Items in file order, and the number of rows left out by reason.
 
     Their columns: source_row, item_id, title, category, text, then the others that the recipe names.
     """
-    item_columns, text_columns = args.item_columns or {}, args.text_columns
-    for name in {*item_columns} & {"item_id", "text", "source_row"}:
-        raise ValueError(f"item_columns has the key {name!r}, which items.parquet has already; take another name")
-    known = ("item", "title", "category", "brand", *item_columns)
-    names = pick_columns(source, item_columns, "item_columns", known, ("item",))
-    further = [name for name in text_columns or () if name not in names]
-    for name in further:
-        require_column(source, "the text", name, "text_columns")
+    (names, further), text_columns = item_columns(source, args), args.text_columns
     log_columns(source, names, *further)
     named, texts = _texts(con, source, dict.fromkeys(further) | names, names["item"])
     if args.category_separator and "category" in named:
@@ -115,17 +123,24 @@ def _encoder_text(named: dict[str, Column], text_columns: list[str]) -> Column:
     return text
 
 
+def interaction_columns(source: Source, args: DataArguments) -> tuple[Names, Condition | None]:
+    """Our column names to those of a source of interactions, and the recipe's condition on them.
+
+    A `position` has a say only where the recipe maps it, a `split` also under `split: given`.
+    """
+    by_name = ("user", "item", "time", *(("split",) if args.split == "given" else ()))
+    names = pick_columns(source, args.columns, "columns", INTERACTION_COLUMNS, ("user", "item"), by_name)
+    return names, Condition.of(args.where, source) if args.where else None
+
+
 def read_interactions(
     con: ibis.BaseBackend, source: Source, args: DataArguments
 ) -> tuple[Table, Names, dict[str, int]]:
     """Interactions in file order, every field checked, our column names to the source's, and rows left out by reason.
 
-    Their columns: source_row, user_id, item_id, and time, position and split, null where the source has none. A
-    `position` has a say only where the recipe maps it, a `split` also under `split: given`.
+    Their columns: source_row, user_id, item_id, and time, position and split, null where the source has none.
     """
-    by_name = ("user", "item", "time", *(("split",) if args.split == "given" else ()))
-    names = pick_columns(source, args.columns, "columns", INTERACTION_COLUMNS, ("user", "item"), by_name)
-    condition = Condition.of(args.where, source) if args.where else None
+    names, condition = interaction_columns(source, args)
     of_condition = condition.columns if condition else []
     log_columns(source, names, *of_condition)
     cells = source.cells([*names.values(), *of_condition], as_text=True)
@@ -225,18 +240,18 @@ def _not_a(name: str, names: Names, wanted: str, row: Mapping[str, Any]) -> str:
     return f"{names[name]} is {row[f'raw_{name}']!r}, not {wanted}; correct the row or map another column"
 
 
-def drop_duplicates(con: ibis.BaseBackend, table: Table, names: Names) -> Table:
+def drop_duplicates(engine: DuckDB, table: Table, names: Names) -> Table:
     """One interaction for each (user, item, time, position): the first in the input.
 
     Without time and position a repeated (user, item) may be a real second visit: nothing is dropped.
     """
-    table = table.select("source_row", "user_id", "item_id", "time", "position", "split")
+    table = table.select(*READ_COLUMNS)
     if not {"time", "position"} & set(names):
         return table
     firsts = table.group_by(["user_id", "item_id", "time", "position"]).agg(
         split=_.split.argmin(_.source_row), source_row=_.source_row.min()
     )
-    return con.create_table(ibis.util.gen_name("table"), firsts, temp=True)
+    return engine.stored(firsts)
 
 
 def sequence_order(split: str | None) -> list[str]:
@@ -244,7 +259,7 @@ def sequence_order(split: str | None) -> list[str]:
     return ["time", "position", "source_row"] if split == "by_time" else ["position", "time", "source_row"]
 
 
-def k_core(con: ibis.BaseBackend, table: Table, min_user: int, min_item: int) -> Table:
+def k_core(engine: DuckDB, table: Table, min_user: int, min_item: int) -> Table:
     """The largest part in which every user and every item keeps its minimum of interactions."""
     if max(min_user, min_item) <= 1:
         return table
@@ -253,7 +268,7 @@ def k_core(con: ibis.BaseBackend, table: Table, min_user: int, min_item: int) ->
         users = table.group_by("user_id").agg(n=_.count()).filter(_.n >= min_user)
         items = table.group_by("item_id").agg(n=_.count()).filter(_.n >= min_item)
         kept = table.semi_join(users, "user_id").semi_join(items, "item_id")
-        table = con.create_table(ibis.util.gen_name("core"), kept, temp=True)
+        table = engine.stored(kept)
         before, size = size, count(table)
         if size == 0:
             raise ValueError(
@@ -261,33 +276,3 @@ def k_core(con: ibis.BaseBackend, table: Table, min_user: int, min_item: int) ->
             )
         if size == before:
             return table
-
-
-def number_users(table: Table) -> Table:
-    """user and user_id, in order of first appearance in the input."""
-    firsts = table.group_by("user_id").agg(first_at=_.source_row.min())
-    return _number(firsts, "user", ["first_at", "user_id"]).select("user", "user_id")
-
-
-def number_items(items: Table) -> Table:
-    """ITEM_COLUMNS, then the other columns that the recipe names, in the order of the items file."""
-    numbered = _number(items, "item", ["source_row", "item_id"])
-    return numbered.select(*ITEM_COLUMNS, *(name for name in items.columns if name not in ITEM_COLUMNS))
-
-
-def _number(table: Table, name: str, order: list[str]) -> Table:
-    return table.mutate(**{name: ibis.row_number().over(ibis.window(order_by=order)).cast("int64")}).order_by(name)
-
-
-def with_further_items(items: Table, used: Table) -> Table:
-    """The items and those of interactions that are not among them: empty text, and no place in the file."""
-    further = used.select("item_id").distinct()
-    empty = {name: ibis.literal("") for name in items.columns if name not in ("item_id", "source_row")}
-    further = further.mutate(**empty, source_row=ibis.null("int64")).select(*items.columns)
-    return items.union(further)
-
-
-def items_of(table: Table) -> Table:
-    """A catalogue without text from the interactions alone, in order of first appearance."""
-    empty = ibis.literal("")
-    return table.group_by("item_id").agg(source_row=_.source_row.min()).mutate(title=empty, category=empty, text=empty)

@@ -138,7 +138,7 @@ def forced(steps: Sequence[Step], selected: Sequence[Step], stage: str | None) -
 
 
 def check_steps(
-    steps: Sequence[Step], accelerate: str | None = None, remake: Sequence[str] = ()
+    steps: Sequence[Step], accelerate: str | None = None, remake: Sequence[str] = (), launches: bool = False
 ) -> dict[str, tuple[Any, ...]]:
     """Check every step before anything is launched; returns the stages that are to be launched, with their arguments.
 
@@ -147,7 +147,8 @@ def check_steps(
     Args:
         steps: Of the command.
         accelerate: The accelerate file of the command.
-        remake: Stages to make again, finished or not.
+        remake: Stages to make again, finished or not; their input is checked whole before they are set aside.
+        launches: Whether the first of them is launched at once.
     """
     with runs.as_unfinished(steps[0].run_dir, remake):
         waiting = [step for step in steps if not runs.is_finished(step.run_dir, step.folder_name)]
@@ -164,7 +165,8 @@ def check_steps(
                 runs.refuse_partial_of_another_recipe(step.run_dir, step.folder_name, step.keys, accelerate)
                 command = shlex.join(["python", *_module_words(step)])
                 shards.check(step.run_dir, step.stage, step.keys, arguments, step.shard, command, made, accelerate)
-            check_stage(step.stage, arguments, accelerate)
+            is_launched = launches and not made and step.stage not in remake
+            check_stage(step.stage, arguments, accelerate, is_launched)
             made.append(step.stage)
         check_across(resolved)
     return resolved
@@ -221,7 +223,7 @@ def run(steps: Sequence[Step], accelerate: str, say: Callable[[str], None], rema
         say: Takes a line.
         remake: Stages to make again, finished or not.
     """
-    waiting = check_steps(steps, accelerate, remake)
+    waiting = check_steps(steps, accelerate, remake, launches=True)
     if not Path(accelerate).is_file():
         raise FileNotFoundError(f"accelerate file {accelerate} is not there; recipes/accelerate holds some")
     for stage in remake:

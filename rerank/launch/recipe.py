@@ -272,7 +272,7 @@ def _run(stage: str, argv: Sequence[str]) -> None:
             if is_main:
                 held.enter_context(runs.lock(folder))
                 runs.refuse_partial_of_another_recipe(run_dir, name, keys, accelerate)
-                check_stage(stage, arguments, accelerate)
+                check_stage(stage, arguments, accelerate, is_launched=True)
                 runs.begin(run_dir, name, keys, inputs, named_files.named_files(declared, keys, accelerate))
         except (ValueError, FileNotFoundError) as error:
             _fail(one_line(error), 2)
@@ -288,6 +288,8 @@ def _main(declared: Stage, arguments: Sequence[Any], folder: Path, shard: Shard 
     except (ValueError, FileNotFoundError) as error:
         if not _is_ours(error):
             raise
+        if declared.quick_check:  # its input is refused, so that nothing is begun that another recipe must resume
+            (folder / "begun.json").unlink(missing_ok=True)
         _fail(one_line(error), 2)
     if declared.trains and os.environ.get("WORLD_SIZE", "1") != "1":
         from accelerate import PartialState

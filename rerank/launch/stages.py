@@ -31,6 +31,8 @@ class Stage:
         plugins: Options that list plugins, or name a file with such a list -> the package of their short names.
         trains: Whether every process of a launch takes part, and `max_minutes` can end it.
         renamed_keys: Keys that earlier recipes had -> how to write them now.
+        quick_check: In place of `check` where the stage is launched at once, and main would do the work of `check`
+            again: it refuses the rest before it writes.
     """
 
     name: str
@@ -47,6 +49,12 @@ class Stage:
     plugins: Mapping[str, str] = field(default_factory=dict)
     trains: bool = False
     renamed_keys: Mapping[str, str] = field(default_factory=dict)
+    quick_check: Callable[..., None] | None = None
+
+    def check_before(self, arguments: Sequence[object], is_launched: bool) -> None:
+        """The check before a dry run ends, or before the stage is launched at once."""
+        check = self.quick_check if is_launched and self.quick_check else self.check
+        check(*arguments)
 
     def inputs_of(self, *arguments: object) -> list[str]:
         """The stages that it cannot do without, with these arguments."""

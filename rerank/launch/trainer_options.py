@@ -56,7 +56,7 @@ def _check_sampling(options: "GRPOConfig") -> None:
         raise ValueError(f"temperature is {options.temperature}, with which all completions are alike; set it above 0")
 
 
-def check_stage(stage: str, arguments: Sequence[Any], accelerate: str | None) -> None:
+def check_stage(stage: str, arguments: Sequence[Any], accelerate: str | None, is_launched: bool = False) -> None:
     """A stage's own check, and of one that trains a model that its steps are not lost to rounding.
 
     Adam's steps are about as large as the learning rate. Of a weight w, a number format of precision eps loses those
@@ -66,10 +66,11 @@ def check_stage(stage: str, arguments: Sequence[Any], accelerate: str | None) ->
         stage: Its name.
         arguments: Its dataclasses.
         accelerate: The accelerate file, where known.
+        is_launched: Whether the stage is launched at once.
     """
     import torch
 
-    load_stage(stage).check(*arguments)
+    load_stage(stage).check_before(arguments, is_launched)
     dtype = _trained_dtype(stage, arguments)
     if dtype is None or dtype.itemsize >= 4:
         return

@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from rerank.data import DataArguments, tables
 from rerank.data.asked import FORMAT_OF_SUFFIX, suffix_of
+from rerank.data.engines import DuckDB
 from rerank.data.filters import drop_repetitions
 from rerank.data.requests.read import item_source
 from rerank.data.sources.cells import as_seconds
@@ -110,7 +111,8 @@ def read_interactions(
         read, names, left_out = tables.read_interactions(con, source, args)
         _say(left_out, source)
         order = tables.sequence_order(reading.get("split"))
-        kept = drop_repetitions(con, tables.drop_duplicates(con, read, names), args.dedupe, order)
+        engine = DuckDB(con)
+        kept = drop_repetitions(engine, tables.drop_duplicates(engine, read, names), args.dedupe, order)
         return kept.order_by(["user_id", *order]).select("user_id", "item_id", "time").to_pyarrow()
 
 

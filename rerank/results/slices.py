@@ -19,14 +19,13 @@ import pyarrow.parquet as pq
 from rerank.launch import run_dir
 from rerank.metrics import judged
 from rerank.results.intervals import Column, Sampling
-from rerank.rows import RankingRow, TargetRows, training_items
+from rerank.rows import RankingRow, TargetRows, read_records, training_items
 
 COLD_MOST = 5  # training interactions of a cold target
 POPULAR_PERCENTILE, SHORT_PERCENTILE = 90, 25  # of the items' training interactions; of the rows' histories
 RANK_GROUPS = (*((rank, rank) for rank in range(1, 11)), (11, 20), (21, 50), (51, 100))
 MISSED = "not in the list"
-COLUMNS = ["row_id", "history", "candidates", "relevance", "target"]  # of a candidates table
-OPTIONAL = ("first_stage_ranks", "fields")
+OPTIONAL = ("target", "first_stage_ranks", "fields")  # columns of a candidates table
 LEAST_ROWS, MOST_VALUES = 20, 10  # of a value of a column that has a slice; such values of a column
 BEST_GRADED = "the candidate of the highest grade, of equals the one that the first stage ranks best"
 NO_VALUE = "none"  # of a row that lacks the column
@@ -110,7 +109,7 @@ class Slices:
     @classmethod
     def of_rows(cls, run: str | Path, rows: TargetRows) -> "Slices":
         """The slices of the rows of a split, which have no lists."""
-        return cls.of(training_interactions(run), rows.targets, np.array([len(history) for history in rows.histories]))
+        return cls.of(training_interactions(run), rows.targets, rows.histories.lengths)
 
     def taken(self, places: np.ndarray) -> "Slices":
         """The same slices of the rows at these places."""
@@ -185,20 +184,19 @@ class SplitLists:
         """
         path = run_dir.stage_dir(run, "candidates") / f"{split}.parquet"
         check_columns(path, columns)
-        optional = [name for name in pq.read_schema(path).names if name in OPTIONAL]
-        table = pq.read_table(path, columns=[*COLUMNS, *optional]).sort_by("row_id")
-        rows, targets = [RankingRow.of(record) for record in table.to_pylist()], table["target"]
+        records = read_records(path)
+        rows, targets = [RankingRow.of(record) for record in records], [record["target"] for record in records]
         lengths, interactions = np.array([len(row.history) for row in rows]), training_interactions(run)
-        if targets.null_count:
+        if None in targets:
             slices = Slices.of_requests(interactions, rows, lengths)
         else:
-            slices = Slices.of(interactions, targets.to_numpy(), lengths)
+            slices = Slices.of(interactions, np.array(targets), lengths)
         return cls(
             row_ids=np.array([row.row_id for row in rows]),
             ranks=np.array([min((row.ranks[place] for place in best_places(row)), default=0) for row in rows]),
             length=max(max(row.ranks) for row in rows),
             slices=slices.with_columns([row.fields for row in rows], columns),
-            target=BEST_GRADED if targets.null_count else "",
+            target=BEST_GRADED if None in targets else "",
         )
 
     @property

@@ -1,7 +1,7 @@
 """The row to rank: read, shuffled, asked and turned into reward columns here and nowhere else.
 
 `RankingRow` is one list of candidates after one history. `Prompter` writes its prompt and its labels, REWARD_COLUMNS
-are what a reward is told of it. `histories` reads what has no list yet.
+are what a reward is told of it. `histories` reads what has no list yet, `sequences` the history of every row.
 """
 
 from rerank.rows.histories import (
@@ -28,13 +28,16 @@ from rerank.rows.row import (
     check_features,
     check_top_k,
     choose_rows,
+    read_records,
     read_rows,
     shuffle,
     training_rows,
 )
+from rerank.rows.sequences import Histories
 
 __all__ = [
     "FEATURES_FILE",
+    "Histories",
     "LoggedLists",
     "REWARD_COLUMNS",
     "PromptedRow",
@@ -50,6 +53,7 @@ __all__ = [
     "column_names",
     "has_lists",
     "read_feature_names",
+    "read_records",
     "read_rows",
     "reward_columns",
     "shuffle",

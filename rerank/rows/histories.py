@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from rerank.launch import run_dir
 from rerank.rows.row import choose_rows
+from rerank.rows.sequences import Histories, history_columns, read_histories
 
 TRAINING = ("train", "rerank")  # splits of which nothing is held out
 DETAILS = ("request_id", "time", "history_times", "history_events", "fields")  # of requests, handed on as they are
@@ -112,14 +113,14 @@ class TargetRows:
 
     Attributes:
         row_ids, users, splits: (R,).
-        histories: R arrays of items, oldest first.
+        histories: R arrays of items, oldest first; read from the users' sequences only when they are asked for.
         targets: (R,), -1 where the rows are requests.
         lists: Of requests; None where a first stage has yet to make them.
     """
 
     row_ids: np.ndarray
     users: np.ndarray
-    histories: list[np.ndarray]
+    histories: Histories
     targets: np.ndarray
     splits: np.ndarray
     lists: LoggedLists | None = None
@@ -128,12 +129,14 @@ class TargetRows:
     def load(cls, run: str | Path) -> "TargetRows":
         """The rows of a run's data stage."""
         path = run_dir.stage_dir(run, "data") / "rows.parquet"
-        is_log, columns = has_lists(run), ["row_id", "user", "split", "history", "target"]
+        is_log, found = has_lists(run), history_columns(pq.read_schema(path).names)
+        columns = ["row_id", "user", "split", "target", *found]
         table = pq.read_table(path, columns=None if is_log else columns).combine_chunks()
-        row_ids, users, splits = (table[name].to_numpy() for name in ("row_id", "user", "split"))
+        row_ids, users = (table[name].to_numpy() for name in ("row_id", "user"))
+        splits = table["split"].to_pandas(deduplicate_objects=True).to_numpy()
         targets = pc.fill_null(table["target"], -1).to_numpy()
         lists = LoggedLists.of(table) if is_log else None
-        return cls(row_ids, users, _split_lists(table["history"]), targets, splits, lists)
+        return cls(row_ids, users, read_histories(table, path.parent, path), targets, splits, lists)
 
     def of_split(self, split: str, max_rows: int = 0, seed: int = 0) -> "TargetRows":
         """The rows of a split, `max_rows` of them drawn at random; all for 0."""
@@ -141,7 +144,7 @@ class TargetRows:
 
     def take(self, chosen: Sequence[int] | np.ndarray) -> "TargetRows":
         """The rows at these places."""
-        row_ids, users, histories = self.row_ids[chosen], self.users[chosen], [self.histories[row] for row in chosen]
+        row_ids, users, histories = self.row_ids[chosen], self.users[chosen], self.histories.take(chosen)
         lists = None if self.lists is None else self.lists.take(chosen)
         return TargetRows(row_ids, users, histories, self.targets[chosen], self.splits[chosen], lists)
 

@@ -12,15 +12,17 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from rerank.launch import run_dir
 from rerank.metrics import judged_order
 from rerank.rows.on_read import read_parts
+from rerank.rows.sequences import HISTORY, history_columns, read_histories
 
 T = TypeVar("T")
-COLUMNS = ("row_id", "user", "history", "candidates", "relevance")  # of a candidates table; the others are optional
+COLUMNS = ("row_id", "user", "candidates", "relevance")  # of a candidates table, with its histories; others optional
 OPTIONAL = (
     *("first_stage_ranks", "list_number", "features", "fields"),
     *("request_id", "time", "history_times", "history_events"),
@@ -186,24 +188,49 @@ def read_rows(path: str | Path, needs_features: bool = False) -> list[RankingRow
     """The rows of a candidates table that are hits (`RankingRow.is_hit`), by row_id.
 
     Args:
-        path: Parquet with COLUMNS, such as RUN_DIR/candidates/train.parquet.
+        path: Parquet with COLUMNS and histories (`rows.sequences`), such as RUN_DIR/candidates/train.parquet.
         needs_features: Refuse rows without features.
 
     Raises:
         ValueError: When a column is missing, no row is left, or a row lacks the features that are needed.
     """
-    columns = columns_of(path)
     if needs_features:
         check_features(path)
-    table = pq.read_table(path, columns=columns).sort_by("row_id")
-    rows = [row for row in map(RankingRow.of, table.to_pylist()) if row.is_hit]
+    records = read_records(path)
+    rows = [row for row in map(RankingRow.of, records) if row.is_hit]
     if not rows:
-        refuse_no_hits(path, len(table))
+        refuse_no_hits(path, len(records))
     return rows
 
 
+def read_records(path: str | Path) -> list[dict[str, Any]]:
+    """The rows of a candidates table by row_id, for `RankingRow.of`, each with its history as a list.
+
+    Args:
+        path: Parquet with COLUMNS and histories; those that are in the users' sequences are read from the data folder
+            of the same run.
+
+    Raises:
+        ValueError: When a column of COLUMNS is missing.
+    """
+    return records_of(pq.read_table(path, columns=columns_of(path)).sort_by("row_id"), path)
+
+
+def records_of(table: pa.Table, path: str | Path) -> list[dict[str, Any]]:
+    """`read_records` of some rows of the candidates table at `path`, in their order."""
+    histories = read_histories(table, data_dir_of(path), Path(path))
+    return [
+        {**record, HISTORY: history.tolist()} for record, history in zip(table.to_pylist(), histories, strict=True)
+    ]
+
+
+def data_dir_of(path: str | Path) -> Path:
+    """The folder of the data stage of the run that a candidates table is in."""
+    return run_dir.stage_dir(Path(path).absolute().parents[1], "data")
+
+
 def columns_of(path: str | Path) -> list[str]:
-    """Those of COLUMNS and OPTIONAL that a candidates table has.
+    """Those of COLUMNS and OPTIONAL that a candidates table has, and those that tell its histories.
 
     Raises:
         ValueError: When one of COLUMNS is missing.
@@ -214,7 +241,7 @@ def columns_of(path: str | Path) -> list[str]:
             raise ValueError(
                 f"{path} has no column {name!r}; it has {', '.join(names)}; run the candidates stage again"
             )
-    return [*COLUMNS, *(name for name in OPTIONAL if name in names)]
+    return [*COLUMNS, *history_columns(names), *(name for name in OPTIONAL if name in names)]
 
 
 def refuse_no_hits(path: str | Path, num_rows: int) -> NoReturn:

@@ -6,6 +6,7 @@ R rows.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,9 +21,12 @@ from rerank.rows.row import (
     check_use,
     choose_rows,
     columns_of,
+    data_dir_of,
+    records_of,
     refuse_no_hits,
     refuse_no_rows,
 )
+from rerank.rows.sequences import HISTORY, PLACE, read_histories
 
 KEYS = ("row_id", "relevance", "list_number")
 
@@ -75,7 +79,12 @@ def read_some_rows(path: str | Path, max_rows: int, seed: int, needs_features: b
         refuse_no_hits(path, pq.read_metadata(path).num_rows)
     chosen = pa.array(choose_rows(sorted(row_ids), max_rows, seed))
     parts = (part.filter(pc.is_in(part.column("row_id"), chosen)) for part in hit_parts(path, columns))
-    return sorted((RankingRow.of(one) for part in parts for one in part.to_pylist()), key=lambda row: row.row_id)
+    rows = (RankingRow.of(record) for part in parts for record in _records(part, path))
+    return sorted(rows, key=lambda row: row.row_id)
+
+
+def _records(part: pa.RecordBatch, path: str | Path) -> list[dict[str, Any]]:
+    return records_of(pa.Table.from_batches([part]), path)
 
 
 def common_rows(path: str | Path, other: str | Path) -> list[RankingRow]:
@@ -87,10 +96,10 @@ def common_rows(path: str | Path, other: str | Path) -> list[RankingRow]:
     marks = {mark for part in _marked_parts(path) for mark in part[1]}
     alike, identities = set[int](), set[int]()
     for part, of_part in _marked_parts(other):
-        for row in _marked_rows(part, of_part, marks):
+        for row in _marked_rows(part, of_part, marks, other):
             alike.add(_mark(row.request_id, row.user, len(row.history)))
             identities.add(hash(_identity(row)))
-    rows = (row for part in _marked_parts(path) for row in _marked_rows(*part, alike)) if alike else iter(())
+    rows = (row for part in _marked_parts(path) for row in _marked_rows(*part, alike, path)) if alike else iter(())
     return sorted((row for row in rows if hash(_identity(row)) in identities), key=lambda row: row.row_id)
 
 
@@ -101,16 +110,16 @@ def _mark(request_id: str | None, user: int | None, length: int) -> int:
 def _marked_parts(path: str | Path) -> Iterator[tuple[pa.RecordBatch, list[int]]]:
     """The hits of a table, part by part, without features, and a mark of each row."""
     for part in hit_parts(path, [name for name in columns_of(path) if name != "features"]):
-        lengths = pc.list_value_length(part.column("history")).to_pylist()
+        lengths = read_histories(pa.Table.from_batches([part]), data_dir_of(path), Path(path)).lengths.tolist()
         has_requests = "request_id" in part.schema.names
         requests = part.column("request_id").to_pylist() if has_requests else [None] * len(part)
         columns = requests, part.column("user").to_pylist(), lengths
         yield part, [_mark(*of_row) for of_row in zip(*columns, strict=True)]
 
 
-def _marked_rows(part: pa.RecordBatch, marks: Sequence[int], wanted: set[int]) -> list[RankingRow]:
+def _marked_rows(part: pa.RecordBatch, marks: Sequence[int], wanted: set[int], path: str | Path) -> list[RankingRow]:
     places = [place for place, mark in enumerate(marks) if mark in wanted]
-    return [RankingRow.of(record) for record in part.take(pa.array(places, pa.int64())).to_pylist()] if places else []
+    return [*map(RankingRow.of, _records(part.take(pa.array(places, pa.int64())), path))] if places else []
 
 
 def _identity(row: RankingRow) -> tuple[object, ...]:
@@ -172,8 +181,17 @@ class TrainingLists:
         names = [name for name in columns_of(self.path) if needs_features or name != "features"]
         schema = pa.schema([field for field in pq.read_schema(self.path) if field.name in names])
         table = store(file, schema, (self.own(part) for part in hit_parts(self.path, schema.names)))
-        places = np.argsort(column(table, "row_id"), kind="stable")
-        return MadeOnRead(len(places), lambda place: RankingRow.of(table[int(places[place])]))
+        order = np.argsort(column(table, "row_id"), kind="stable").tolist()
+        if HISTORY in schema.names:
+            return MadeOnRead(len(order), lambda number: RankingRow.of(table[order[number]]))
+        places = pa.table({name: column(table, name) for name in ("user", *PLACE)})
+        histories = read_histories(places, data_dir_of(self.path), self.path)
+
+        def row(number: int) -> RankingRow:
+            place = order[number]
+            return RankingRow.of({**table[place], HISTORY: histories[place].tolist()})
+
+        return MadeOnRead(len(order), row)
 
     def own(self, part: pa.RecordBatch) -> pa.RecordBatch:
         """The rows of a part with a row_id of that use."""

@@ -18,11 +18,10 @@ from typing import Any
 import httpx
 import numpy as np
 import psutil
-import pyarrow.parquet as pq
 
 from rerank.models.ranker import RankingModel
 from rerank.rank import serve
-from rerank.rows import RankingRow
+from rerank.rows import RankingRow, read_records
 
 SECONDS_TO_START = 600
 
@@ -50,8 +49,8 @@ class Load:
 
 def read_rows(model_dir: Path, most: int) -> list[RankingRow]:
     """The first test rows of a model's run."""
-    table = pq.read_table(model_dir.resolve().parents[1] / "candidates/test.parquet").slice(0, most)
-    return [RankingRow.of(record) for record in table.to_pylist()]
+    records = read_records(model_dir.resolve().parents[1] / "candidates/test.parquet")
+    return [RankingRow.of(record) for record in records[:most]]
 
 
 def body_of(row: RankingRow, model: RankingModel) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from rerank.data.requests.histories import Events, Histories, in_order, positive
 from rerank.data.requests.interactions import join_interactions, read_interactions
 from rerank.data.requests.log import Numbered, RawArrays, RequestLog, number_log, strings
 from rerank.data.requests.splits import LEVELS, split_requests
-from rerank.data.summary import Sizes, shared_summary
+from rerank.data.summary import SequenceFacts, Sizes, shared_summary
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,9 @@ class PreparedRequests:
         pq.write_table(self.interactions(), out_dir / "interactions.parquet")
         rows.write_rows(out_dir / "rows.parquet", self.log, self.levels, self.joined)
 
+    def num_bytes(self) -> None:
+        """Unknown: rows of requests hold what the log holds."""
+
     def interactions(self) -> pa.Table:
         """user, item, position, time and split of what users took."""
         taken = self.events
@@ -69,7 +72,9 @@ class PreparedRequests:
         """Counts of what was read, kept and split; terms and fingerprints of the sources."""
         rows_of = dict(zip(LEVELS, np.bincount(self.levels, minlength=len(LEVELS)).tolist(), strict=True))
         sizes = Sizes(self.counts["interactions_read"], self.counts["duplicates_removed"], rows_of)
-        shared = shared_summary(args, self.items, self.users, self.interactions(), sizes, self.sources)
+        without_text = int(np.sum(self.items["text"].to_numpy(zero_copy_only=False) == ""))
+        counts, facts = (len(self.users), len(self.items), without_text), SequenceFacts.of_arrays(self.interactions())
+        shared = shared_summary(args, *counts, facts, sizes, self.sources)
         without = len(self.items) - self.num_with_metadata
         further = {**summary.of_requests(self.log, self.joined), "items_without_metadata": without}
         left_out = {"interactions_left_out": self.counts["interactions_left_out"], "left_out": self.left_out}

@@ -9,6 +9,7 @@ import pyarrow as pa
 
 from rerank.data import DataArguments, tables
 from rerank.data.asked import Asked, suffix_of
+from rerank.data.numbering import number_items
 from rerank.data.requests import forms, metarank
 from rerank.data.requests.raw import RawLog
 from rerank.data.sources.delimited import Delimited
@@ -87,4 +88,4 @@ def read_items(con: ibis.BaseBackend, args: DataArguments) -> tuple[pa.Table, st
         return pa.schema(types).empty_table(), None, {}
     source = item_source(con, args)
     items, left_out = tables.read_items(con, source, args)
-    return tables.number_items(items).order_by("item").to_pyarrow(), source.name, left_out
+    return number_items(items).order_by("item").to_pyarrow(), source.name, left_out

@@ -1,0 +1,216 @@
+"""The engines that compute the tables of the stage: DuckDB in this process, or Spark.
+
+Files are read by DuckDB alone, in a stream and in their order: it numbers the rows by file and line (`source_row`) and
+turns cells into text, seconds and numbers, so that both engines begin with one table. From there on an engine is Ibis
+expressions, stored tables and Parquet files, and no table passes through Python whole.
+"""
+
+import contextlib
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import ibis
+import ibis.expr.operations as ops
+import pyarrow as pa
+import pyarrow.parquet as pq
+from ibis.expr.types import Table
+
+from rerank.data.sources.opening import database
+from rerank.launch.files import write_whole
+
+_FULL = ("No space left on device", "failed to offload data block", "max_temp_directory_size")  # in errors of engines
+_STORED = "ibis_table_"  # begins the names of stored tables
+_SPARK_OPTIONS = {
+    "spark.sql.session.timeZone": "UTC",
+    "spark.sql.ansi.enabled": "true",  # what overflows or is no number ends the stage, and is no null
+    "spark.sql.catalogImplementation": "in-memory",  # no metastore of Hive in the working folder
+    "spark.sql.parquet.compression.codec": "snappy",
+    "spark.ui.enabled": "false",
+    "spark.ui.showConsoleProgress": "false",
+}
+
+
+class DuckDB:
+    """DuckDB, which reads the files and computes the tables in one process, out of core.
+
+    Attributes:
+        reader: The database that reads.
+        con: The one that computes.
+    """
+
+    def __init__(self, reader: ibis.BaseBackend) -> None:
+        """On a database of `sources.opening`."""
+        self.reader = self.con = reader
+
+    def taken(self, table: Table) -> Table:
+        """A table of the reader's as one of this engine."""
+        return table
+
+    def stored(self, table: Table) -> Table:
+        """The table computed and kept until `keep_only`."""
+        return self.con.create_table(ibis.util.gen_name("table"), table, temp=True)
+
+    def keep_only(self, *tables: Table) -> None:
+        """Drop every stored table that these do not stand on."""
+        drop_others(self.reader, tables)
+
+    def write(self, table: Table, path: Path) -> None:
+        """Write one Parquet file, whole or not at all, its rows as the table orders them."""
+        write_whole(path, lambda temporary: self.con.to_parquet(table, temporary))
+
+
+class Spark(DuckDB):
+    """Spark, which computes the tables; each is stored as Parquet in a folder that goes with the engine."""
+
+    def __init__(self, reader: ibis.BaseBackend, session: Any, folder: Path) -> None:
+        """On a session; `folder` is one that all its machines see."""
+        super().__init__(reader)
+        self.session, self.folder = session, folder
+        self.con = ibis.pyspark.connect(session)
+
+    def taken(self, table: Table) -> Table:
+        """A table of the reader's as one of this engine; the reader's are dropped."""
+        path = self._new_path()
+        self.reader.to_parquet(table, path)
+        drop_others(self.reader, ())
+        return self.con.read_parquet(str(path), table_name=path.name)
+
+    def stored(self, table: Table) -> Table:
+        """The table computed and kept until `keep_only`."""
+        path = self._new_path()
+        self._frame(table).write.parquet(str(path))
+        return self.con.read_parquet(str(path), table_name=path.name)
+
+    def keep_only(self, *tables: Table) -> None:
+        """Delete every stored table that these do not stand on."""
+        kept = _names(tables)
+        for path in self.folder.iterdir():
+            if path.name.startswith(_STORED) and path.name not in kept:
+                self.session.catalog.dropTempView(path.name)
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def write(self, table: Table, path: Path) -> None:
+        """Write one Parquet file, whole or not at all, its rows as the table orders them."""
+        parts = self._new_path()
+        self._frame(table).write.parquet(str(parts))
+        write_whole(path, lambda temporary: join_parts(sorted(parts.glob("*.parquet")), temporary))
+        shutil.rmtree(parts)
+
+    def _frame(self, table: Table) -> Any:
+        return self.session.sql(self.con.compile(table))
+
+    def _new_path(self) -> Path:
+        return self.folder / ibis.util.gen_name("table")
+
+
+def _names(tables: Sequence[Table]) -> set[str]:
+    return {node.name for table in tables for node in table.op().find(ops.DatabaseTable)}
+
+
+def drop_others(con: ibis.BaseBackend, tables: Sequence[Table]) -> None:
+    """Drop the tables of a DuckDB that these do not stand on; those of rejected lines stay."""
+    kept = _names(tables)
+    for (name,) in con.con.execute("SELECT table_name FROM duckdb_tables()").fetchall():
+        if name not in kept and not name.startswith("ibis_rejects"):
+            con.con.execute(f'DROP TABLE "{name}"')
+
+
+def join_parts(parts: Sequence[Path], path: Path) -> None:
+    """Write the rows of Parquet files into one, in their order, some thousand at a time, integers as int64."""
+    fields = pq.read_schema(parts[0]).remove_metadata()
+    wide = [pa.field(field.name, pa.int64() if pa.types.is_integer(field.type) else field.type) for field in fields]
+    with pq.ParquetWriter(path, pa.schema(wide)) as writer:
+        for part in parts:
+            for batch in pq.ParquetFile(part).iter_batches():
+                writer.write_batch(batch.cast(writer.schema))
+
+
+def check_backend(backend: str) -> None:
+    """Refuse an engine that is not installed.
+
+    Raises:
+        ValueError: With the line that installs it.
+    """
+    if backend != "pyspark":
+        return
+    cure = "or set backend: duckdb"
+    if find_spec("pyspark") is None:
+        raise ValueError(f"backend is pyspark but pyspark is not installed; pip install 'rerank[spark]', {cure}")
+    java_home = os.environ.get("JAVA_HOME")
+    if not shutil.which("java", path=f"{java_home}/bin" if java_home else None):
+        where = f"JAVA_HOME is {java_home}, which has no bin/java" if java_home else "there is no java"
+        raise ValueError(f"backend is pyspark but {where}; apt-get install -y openjdk-17-jre-headless, {cure}")
+
+
+@contextlib.contextmanager
+def engine(backend: str) -> Iterator[DuckDB]:
+    """The engine of a backend, whose files are in a temporary folder (TMPDIR) that goes with it.
+
+    Raises:
+        ValueError: When it is not installed or does not start.
+    """
+    check_backend(backend)
+    with database() as reader:
+        if backend == "duckdb":
+            yield DuckDB(reader)
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            session = _start_spark(Path(folder))
+            try:
+                yield Spark(reader, session, Path(folder))
+            finally:
+                session.stop()
+
+
+def _start_spark(folder: Path) -> Any:
+    """A session; its master and memory are those of `spark-defaults.conf` or PYSPARK_SUBMIT_ARGS."""
+    from pyspark.sql import SparkSession
+
+    builder = SparkSession.builder.appName("rerank.data")
+    places = {"spark.sql.warehouse.dir": str(folder / "warehouse"), "spark.local.dir": str(folder / "local")}
+    for name, value in (_SPARK_OPTIONS | places).items():
+        builder = builder.config(name, value)
+    try:
+        session = builder.getOrCreate()
+    except Exception as error:  # of Java, of Py4J or of Spark
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"backend is pyspark but Spark does not start: {reason}; set backend: duckdb") from None
+    session.sparkContext.setLogLevel("ERROR")
+    return session
+
+
+@contextlib.contextmanager
+def told_of_full_disk(folder: Path, needed: int | None = None) -> Iterator[None]:
+    """Within it a disk that fills ends in one line that says how much was needed.
+
+    Args:
+        folder: Into which files are written.
+        needed: Bytes that the tables of interactions and of rows take at most, where it is known.
+
+    Raises:
+        ValueError: When the disk is full.
+    """
+    try:
+        yield
+    except Exception as error:  # of Python, Arrow, DuckDB or Spark
+        if not _says_full(error):
+            raise
+        free = shutil.disk_usage(folder).free
+        size = "" if needed is None else f", and the interactions and rows take up to {_gigabytes(needed)}"
+        cure = f"free that disk, choose another --out, or set TMPDIR where {tempfile.gettempdir()} is full"
+        raise ValueError(f"the disk of {folder} is full: {_gigabytes(free)} are free{size}; {cure}") from None
+
+
+def _says_full(error: BaseException) -> bool:
+    is_ours = isinstance(error, OSError) and error.errno == errno.ENOSPC
+    return is_ours or any(words in str(error) for words in _FULL)
+
+
+def _gigabytes(number: int) -> str:
+    return f"{number / 1e9:.3g} GB"

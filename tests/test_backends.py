@@ -1,0 +1,162 @@
+"""Spark and DuckDB make the same tables of the data stage: `pytest tests/test_backends.py -m spark`.
+
+Both run for real, Spark on two threads of this machine, and fetching more than MOST rows from it fails.
+"""
+
+import functools
+import os
+from pathlib import Path
+
+import duckdb
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from toy_recipe import TOY
+
+from rerank import data
+from rerank.data import BACKENDS
+from rerank.data.engines import check_backend
+from rerank.launch import recipe
+from rerank.rows.sequences import SEQUENCES, STARTS
+
+MOST = 100_000
+FETCHES = ("collect", "toPandas", "toArrow", "toLocalIterator", "_collect_as_arrow")  # of a DataFrame
+KEYS = {"items": "item", "users": "user", "interactions": ["user", "position"], "rows": "row_id"}
+SUBMIT = [
+    *("--master", "local[2]", "--driver-memory", "1g", "--conf", "spark.sql.shuffle.partitions=2"),
+    *(
+        "--conf",
+        "spark.sql.codegen.wholeStage=false",
+        "--driver-java-options",
+        "-XX:TieredStopAtLevel=1",
+    ),  # small data
+]
+LOG = """
+COPY (
+    SELECT 'u' || floor({users} * pow(hash(n) / 2.0**64, 2))::INT AS user,
+        'i' || floor(1000 * pow(hash(-n) / 2.0**64, 3))::INT AS item, hash(n + {size}) % 50000 AS time
+    FROM range({size}) AS numbers(n) ORDER BY hash(n + 7)
+) TO '{path}'
+"""
+GIVEN = """
+COPY (
+    SELECT 'u' || n % 40 AS user, 'i' || hash(n) % 30 AS item, n % 3 AS place,
+        CASE WHEN n % 7 > 0 THEN n // 90 END AS time,
+        (['train', 'train', 'valid', 'test'])[1 + (hash(n + 1) % 4)::INT] AS split
+    FROM range(400) AS numbers(n)
+) TO '{path}'
+"""
+
+
+def missing() -> str:
+    """Why Spark cannot run here, or nothing."""
+    try:
+        check_backend("pyspark")
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+pytestmark = [pytest.mark.spark, pytest.mark.skipif(bool(missing()), reason=missing())]
+
+
+def limited(fetch, most=MOST):
+    """A method of a DataFrame that fails once it returns more rows, or a stream of them."""
+
+    @functools.wraps(fetch)
+    def fetch_few(*args, **options):
+        found = fetch(*args, **options)
+        number = sum(len(batch) for batch in found) if fetch.__name__ == "_collect_as_arrow" else len(found)
+        assert number <= most, f"{fetch.__name__} of {number} rows"
+        return found
+
+    return fetch_few
+
+
+@pytest.fixture(scope="module", autouse=True)
+def spark():
+    """A Java process of few rows, which ends with the module."""
+    from pyspark import SparkContext
+    from pyspark.sql.classic.dataframe import DataFrame
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYSPARK_SUBMIT_ARGS", " ".join([*SUBMIT, "pyspark-shell"]))
+        patch.setenv("SPARK_LOCAL_IP", "127.0.0.1")
+        for name in FETCHES:
+            patch.setattr(DataFrame, name, limited(getattr(DataFrame, name)))
+        yield
+    if SparkContext._gateway is not None:
+        SparkContext._gateway.shutdown()
+        SparkContext._gateway.proc.stdin.close()  # at which the process ends
+        SparkContext._gateway = SparkContext._jvm = None
+
+
+def compare(folder: Path, **options) -> dict:
+    """Run the stage with both backends in empty folders; returns what both of them count."""
+    metrics, here = [], set(Path().iterdir())
+    for backend in BACKENDS:
+        (folder / backend).mkdir(parents=True)
+        args = data.DataArguments(run_dir="run", backend=backend, **options)
+        metrics.append(data.main(args, folder / backend))
+    assert {path.name for path in (folder / "duckdb").iterdir()} == {
+        path.name for path in (folder / "pyspark").iterdir()
+    }
+    for name, keys in KEYS.items():
+        tables = [pq.read_table(folder / backend / f"{name}.parquet") for backend in BACKENDS]
+        assert tables[0].schema.names == tables[1].schema.names and tables[0].schema.types == tables[1].schema.types
+        first, second = (table.to_pandas() for table in tables)
+        for column in first:
+            if first[column].dtype == float:
+                np.testing.assert_allclose(first[column], second[column], rtol=1e-9, atol=1e-9)
+            else:
+                assert first[column].equals(second[column]), (name, column)
+        assert first.sort_values(keys).index.equals(first.index)  # the file has this order
+    for name in (SEQUENCES, STARTS):
+        assert np.array_equal(np.load(folder / "duckdb" / name), np.load(folder / "pyspark" / name))
+    assert metrics[0] == metrics[1] and len(first) > 0
+    assert set(Path().iterdir()) == here  # no warehouse and no metastore
+    return metrics[0]
+
+
+def test_the_limit_on_fetched_rows_holds():
+    def collect(rows):
+        return [0] * rows
+
+    assert limited(collect, 3)(3) == [0] * 3
+    with pytest.raises(AssertionError, match="collect of 4 rows"):
+        limited(collect, 3)(4)
+
+
+def test_the_toy(tmp_path):
+    given = recipe.load(TOY / "1_data.yaml")
+    metrics = compare(tmp_path, **{name: value for name, value in given.items() if name != "run_dir"})
+    assert metrics["items"] == 24
+
+
+def test_movielens_split_by_time_and_pruned(tmp_path):
+    given = recipe.load("recipes/ml100k/1_data.yaml")
+    changes = {"split": "by_time", "min_user_interactions": 30, "min_item_interactions": 5, "dedupe": "last"}
+    kept = {name: value for name, value in given.items() if name not in ("run_dir", "num_test", "num_valid")}
+    metrics = compare(tmp_path, **{**kept, **changes})
+    assert metrics["interactions_read"] == 100_000 and metrics["share_of_time_ties"] > 0.5
+
+
+@pytest.mark.parametrize("split", ["given", "random"])
+def test_objects_a_line_without_a_time_in_some(tmp_path, split):
+    path = tmp_path / "log.json"
+    duckdb.execute(GIVEN.format(path=path))
+    path = path.rename(tmp_path / "log.jsonl")
+    columns = {"position": "place"}  # of which many are equal, and of those some have no time
+    metrics = compare(tmp_path / "out", interactions=str(path), split=split, columns=columns)
+    assert metrics["interactions"] == 400
+
+
+@pytest.mark.parametrize(
+    "size", [100_000, pytest.param(1_000_000, marks=pytest.mark.matrix)], ids=["100 thousand", "1 million"]
+)
+def test_a_synthetic_log(tmp_path, size):
+    path = tmp_path / "log.parquet"
+    duckdb.execute(LOG.format(path=path, size=size, users=size // 20))
+    metrics = compare(tmp_path / "out", interactions=str(path), num_rerank="all")
+    assert metrics["interactions"] > 0.98 * size and metrics["rows"]["rerank"] > MOST / 2
+    assert os.path.getsize(tmp_path / "out/duckdb" / SEQUENCES) < 4 * size + 200
