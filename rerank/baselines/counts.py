@@ -27,6 +27,7 @@ from rerank.baselines.pairs import (
     flatten,
     matrix_of,
     weighted_pairs,
+    with_empty,
 )
 from rerank.baselines.regression import ItemRegression
 from rerank.launch.files import write_whole
@@ -188,7 +189,7 @@ class Counts:
             facts: About all items.
         """
         added = len(facts.brands) - self.num_items
-        transitions, successors, near = (_with_empty(getattr(self, name), added) for name in MATRICES)
+        transitions, successors, near = (with_empty(getattr(self, name), added) for name in MATRICES)
         popularity = np.pad(self.popularity, (0, added))
         regression = replace(self.regression, places=np.pad(self.regression.places, (0, added), constant_values=-1))
         feedback = None if self.feedback is None else np.pad(self.feedback, ((0, 0), (0, added)))
@@ -269,13 +270,6 @@ class Counts:
             )
         popularity = self._popularity(np.full(len(items), row), items, own)
         return items[np.lexsort((items, -popularity))[:n]]
-
-
-def _with_empty(matrix: csr_array, number: int) -> csr_array:
-    """A square matrix with empty rows and columns added at its end."""
-    size = matrix.shape[0] + number
-    indptr = np.pad(matrix.indptr, (0, number), mode="edge")
-    return csr_array((matrix.data, matrix.indices, indptr), shape=(size, size))
 
 
 def _write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -156,16 +156,9 @@ class Interactions:
         around = around.order_by("item") if sizes.sum() > PAIRS_IN_PASS else around  # so that a pass reads its part
         name = ibis.util.gen_name("around")
         around = self.con.create_table(name, around)
-        parts: list[list[csr_array]] = [[] for _ in ALL_WEIGHTS]
-        for first, last in passes(sizes):
-            inside = around.filter((around.item >= first) & (around.item < last))
-            for weights, blocks in zip(ALL_WEIGHTS, parts, strict=True):
-                pairs = pair_query.weighted_pairs(inside, *weights)
-                if sizes[first:last].sum() > PAIRS_IN_PASS:  # one item that so many took
-                    pairs = pair_query.summed(pairs)
-                blocks.append(cut(self._matrix(pairs, first, last), neighbours))
+        parts = [self._of_range(around, first, last, sizes, neighbours) for first, last in passes(sizes)]
         self.con.raw_sql(f'DROP TABLE "{name}"')  # the `drop_table` of Ibis 12 leaves the name out under sqlglot 30
-        return [stacked(blocks, self.num_items) for blocks in parts]
+        return [stacked(blocks, self.num_items) for blocks in zip(*parts, strict=True)]
 
     @cached_property
     def popularity(self) -> np.ndarray:
@@ -180,14 +173,39 @@ class Interactions:
         near, before = (replace(self, table=table).matrices() for table in pair_query.around_moment(self.table, since))
         return [csr_array(one - other) for one, other in zip(near, before, strict=True)]
 
-    def _matrix(self, pairs: Table, first: int, last: int) -> csr_array:
-        """(last - first, I) the sums of pairs whose first item is in the range."""
-        found = self.con.to_pyarrow(pairs)
-        rows, columns, weights = (found[name].to_numpy() for name in ("first", "second", "weight"))
-        return matrix_of(rows - first, columns, weights, (last - first, self.num_items))
+    def _of_range(
+        self, around: Table, first: int, last: int, sizes: np.ndarray, neighbours: int | None
+    ) -> list[csr_array]:
+        """The rows of the matrices from item `first` to before item `last`."""
+        around = around.filter((around.item >= first) & (around.item < last))
+        if sizes[first:last].sum() > PAIRS_IN_PASS:  # one item that so many took: the engine sums its pairs
+            found = [self._summed(around, *weights) for weights in ALL_WEIGHTS]
+        else:
+            lines = self.con.to_pyarrow(around)
+            columns = {name: lines[name].to_numpy() for name in lines.column_names}
+            found = [pairs_around(columns, *weights) for weights in ALL_WEIGHTS]
+        shape = last - first, self.num_items
+        return [cut(matrix_of(rows - first, items, weights, shape), neighbours) for rows, items, weights in found]
+
+    def _summed(self, around: Table, forward: tuple[int, ...], backward: tuple[int, ...]) -> list[np.ndarray]:
+        found = self.con.to_pyarrow(pair_query.summed(pair_query.weighted_pairs(around, forward, backward)))
+        return [found[name].to_numpy() for name in ("first", "second", "weight")]
 
     def _number(self, table: Table) -> int:
         return int(self.con.to_pyarrow(table.count()).as_py())
+
+
+def pairs_around(
+    around: Mapping[str, np.ndarray], forward: tuple[int, ...], backward: tuple[int, ...]
+) -> list[np.ndarray]:
+    """(first, second, weight) of the pairs of `pair_query.weighted_pairs`, of lines in memory."""
+    parts: list[tuple[np.ndarray, ...]] = []
+    for name, weights in (("next", forward), ("previous", backward)):
+        for step, weight in enumerate(weights, start=1):
+            known = around[f"{name}_{step}"] >= 0
+            first, second = (around[column][known] for column in ("item", f"{name}_{step}"))
+            parts.append((first, second, np.full(len(first), weight)))
+    return [np.concatenate(columns) for columns in zip(*parts, strict=True)]
 
 
 def passes(sizes: np.ndarray) -> list[tuple[int, int]]:
@@ -205,7 +223,7 @@ def passes(sizes: np.ndarray) -> list[tuple[int, int]]:
     return list(itertools.pairwise(bounds))
 
 
-def stacked(blocks: list[csr_array], num_columns: int) -> csr_array:
+def stacked(blocks: Sequence[csr_array], num_columns: int) -> csr_array:
     """Rows of matrices, one under the other."""
     if len(blocks) == 1:
         return blocks[0]

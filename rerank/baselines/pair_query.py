@@ -30,10 +30,13 @@ def part_of(events: Table, until: float | None = None, without_users: np.ndarray
 
 
 def surroundings(events: Table) -> Table:
-    """The item of each interaction, and those that its user took just before and after it: next_1, previous_1 ..."""
+    """The item of each interaction, and those that its user took just after and before it: next_1, previous_1 ...
+
+    -1 stands for none.
+    """
     order = ibis.window(group_by="user", order_by="position")
-    after = {f"next_{step}": events.item.lead(step).over(order) for step in range(1, NEAR + 1)}
-    before = {f"previous_{step}": events.item.lag(step).over(order) for step in range(1, NEAR + 1)}
+    after = {f"next_{step}": events.item.lead(step, -1).over(order) for step in range(1, NEAR + 1)}
+    before = {f"previous_{step}": events.item.lag(step, -1).over(order) for step in range(1, NEAR + 1)}
     return events.select(item=events.item, **after, **before)
 
 
@@ -48,7 +51,7 @@ def weighted_pairs(around: Table, forward: Sequence[int], backward: Sequence[int
     steps = [(f"next_{step}", weight) for step, weight in enumerate(forward, start=1)]
     steps += [(f"previous_{step}", weight) for step, weight in enumerate(backward, start=1)]
     pairs = [
-        around.filter(around[name].notnull()).select(
+        around.filter(around[name] >= 0).select(
             first=around.item, second=around[name], weight=ibis.literal(weight, "int64")
         )
         for name, weight in steps

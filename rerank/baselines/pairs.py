@@ -18,6 +18,8 @@ FORWARD = (60, 30, 20)  # 1 / (j - i) in sixtieths, for j - i = 1, 2, 3
 BACKWARD = (18, 9, 6)  # 0.3 / (j - i) in sixtieths
 NEAR = 10
 
+MANY_ITEMS, NEIGHBOURS = 50_000, 200  # from so many items on, so many entries of each item are kept
+
 Sequences = Mapping[int, np.ndarray]  # user -> items, oldest first
 
 
@@ -68,6 +70,11 @@ def matrix_of(rows: np.ndarray, columns: np.ndarray, values: np.ndarray, shape: 
     return csr_array((values.astype(np.int64), (rows, columns)), shape=shape)
 
 
+def neighbours_of(num_items: int, asked: int | None = None) -> int | None:
+    """Entries of each item that counts keep: those asked for, else all (None), or NEIGHBOURS of a large catalogue."""
+    return NEIGHBOURS if asked is None and num_items >= MANY_ITEMS else asked
+
+
 def cut(matrix: csr_array, neighbours: int | None) -> csr_array:
     """The largest entries of each row, `neighbours` of them, ties by column; all for None."""
     if neighbours is None:
@@ -88,6 +95,13 @@ def cut(matrix: csr_array, neighbours: int | None) -> csr_array:
 def _narrow(values: np.ndarray) -> np.ndarray:
     """The same in 32 bits where they fit."""
     return values.astype(np.int32) if values.max(initial=0) <= np.iinfo(np.int32).max else values
+
+
+def with_empty(matrix: csr_array, number: int) -> csr_array:
+    """A square matrix with empty rows and columns added at its end."""
+    size = matrix.shape[0] + number
+    indptr = np.pad(matrix.indptr, (0, number), mode="edge")
+    return csr_array((matrix.data, matrix.indices, indptr), shape=(size, size))
 
 
 @dataclass(frozen=True)

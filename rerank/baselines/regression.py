@@ -46,10 +46,16 @@ class ItemRegression:
             together += (chosen.T @ chosen).toarray()
         return cls(np.linalg.inv(together), places)
 
+    @property
+    def num_unknown(self) -> int:
+        """Items that have no weights."""
+        return int((self.places < 0).sum())
+
     def scores(
         self, histories: Sequence[np.ndarray], candidates: np.ndarray, own: csr_array | None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Scores after the whole history, and with items fading by their age, (R, N) each.
+        """Scores after the whole history, and with items fading by their age, (R, N) each; nan for items without
+        weights, of a catalogue of more than MAX_ITEMS.
 
         Args:
             histories: Items, oldest first.
@@ -74,7 +80,7 @@ class ItemRegression:
         # -P[b, b] / P[b, b] = -1 is what an item of the history adds to its own score
         itself = (np.take_along_axis(weight.toarray(), places, axis=1) for weight in weights)
         whole, recent = (
-            np.where(places >= 0, added - total / diagonal, 0) for total, added in zip(sums, itself, strict=True)
+            np.where(places >= 0, added - total / diagonal, np.nan) for total, added in zip(sums, itself, strict=True)
         )
         return whole, recent
 
