@@ -10,7 +10,7 @@ import numpy as np
 
 
 class Candidates(lightgbm.Sequence):
-    """The judged candidates of rows, one after the other, as lines of F features."""
+    """The judged candidates of rows, one after the other, as lines of F float64 features."""
 
     batch_size = 2**16
 
@@ -38,11 +38,11 @@ class Candidates(lightgbm.Sequence):
     def _line(self, index: int) -> np.ndarray:
         row = bisect.bisect_right(self._ends, index)
         begin = self._ends[row - 1] if row else 0
-        line: np.ndarray = self._features[self._rows[row]][self._judged[row][index - begin]]
-        return line
+        line = self._features[self._rows[row]][self._judged[row][index - begin]]
+        return np.asarray(line, dtype=np.float64)
 
     def _between(self, begin: int, end: int) -> np.ndarray:
         first, last = bisect.bisect_right(self._ends, begin), bisect.bisect_left(self._ends, end)
         lines = np.concatenate([self._features[self._rows[row]][self._judged[row]] for row in range(first, last + 1)])
         before = self._ends[first - 1] if first else 0
-        return lines[begin - before : end - before]
+        return np.asarray(lines[begin - before : end - before], dtype=np.float64)

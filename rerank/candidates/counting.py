@@ -30,8 +30,9 @@ NUM_FOLDS = 10  # of the users of training requests
 PART = 8192  # rows that are worked on together
 
 
-def in_parts(places: np.ndarray, size: int = PART) -> Iterator[np.ndarray]:
-    """The places, at most `size` at a time."""
+def in_parts(places: np.ndarray, size: int | None = None) -> Iterator[np.ndarray]:
+    """The places, at most `size` at a time, by default PART."""
+    size = size or PART
     for start in range(0, len(places), size):
         yield places[start : start + size]
 
