@@ -53,16 +53,16 @@ def test_tables_do_not_depend_on_the_size_of_a_part(run, tmp_path, monkeypatch, 
     assert groups >= 60 // 7 > pq.read_metadata(tmp_path / "whole/train.parquet").num_row_groups
 
 
-@pytest.mark.parametrize("source", ["requests", "lambdamart"])
-def test_tables_of_requests_do_not_depend_on_the_size_of_a_part(tmp_path, monkeypatch, source):
+def test_tables_of_requests_do_not_depend_on_the_size_of_a_part(tmp_path, monkeypatch):
     write_requests(tmp_path / "run", draw_requests(), split="by_user")
     finish(tmp_path / "run/semantic_ids")
-    options = {"source": source, "lists_per_row": 2, "shuffle_candidates": True}
+    options = {"source": "requests", "lists_per_row": 2, "shuffle_candidates": True}
     whole = tables_of(tmp_path / "run", tmp_path / "whole", **options)
     monkeypatch.setattr(counting, "PART", 5)
     parts = tables_of(tmp_path / "run", tmp_path / "parts", **options)
     assert whole[0] == parts[0] and whole[2] == parts[2]
-    assert all(parts[1][name].equals(table) for name, table in whole[1].items())
+    for name, table in whole[1].items():
+        assert repr(parts[1][name].to_pylist()) == repr(table.to_pylist())  # a fact that is unknown is nan
 
 
 def test_counts_of_the_stage_keep_the_neighbours_asked_for(run, tmp_path, caplog):
