@@ -178,7 +178,7 @@ class Interactions:
     ) -> list[csr_array]:
         """The rows of the matrices from item `first` to before item `last`."""
         around = around.filter((around.item >= first) & (around.item < last))
-        if sizes[first:last].sum() > PAIRS_IN_PASS:  # one item that so many took: the engine sums its pairs
+        if sizes[first:last].sum() > PAIRS_IN_PASS:  # one very popular item: the engine sums its pairs
             found = [self._summed(around, *weights) for weights in ALL_WEIGHTS]
         else:
             lines = self.con.to_pyarrow(around)

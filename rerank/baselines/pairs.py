@@ -18,7 +18,7 @@ FORWARD = (60, 30, 20)  # 1 / (j - i) in sixtieths, for j - i = 1, 2, 3
 BACKWARD = (18, 9, 6)  # 0.3 / (j - i) in sixtieths
 NEAR = 10
 
-MANY_ITEMS, NEIGHBOURS = 50_000, 200  # from so many items on, so many entries of each item are kept
+MANY_ITEMS, NEIGHBOURS = 50_000, 200  # from MANY_ITEMS items on, NEIGHBOURS entries of each are kept
 
 Sequences = Mapping[int, np.ndarray]  # user -> items, oldest first
 

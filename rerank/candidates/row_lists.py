@@ -60,10 +60,6 @@ class RowLists:
         asked = histories, self.candidates, self.scores, part.own, self.columns
         return replace(self, features=list_features(names, part.counts, *asked))
 
-    def take(self, places: Sequence[int]) -> "RowLists":
-        """The lists of the rows at these places."""
-        return self._each(lambda values: [values[place] for place in places])
-
     def reordered(self, scores: Ragged) -> "RowLists":
         """The same candidates in the order of other scores, ties as they were, as the first stage of the lists."""
         orders = [best_first(of_row) for of_row in scores]
