@@ -169,7 +169,7 @@ class Interactions:
         return number
 
     def matrices_since(self, since: float) -> list[csr_array]:
-        """What interactions from a moment on add to the `matrices` of those before it; see `around_moment`."""
+        """The addition of interactions from a moment on to the `matrices` of those before it; see `around_moment`."""
         near, before = (replace(self, table=table).matrices() for table in pair_query.around_moment(self.table, since))
         return [csr_array(one - other) for one, other in zip(near, before, strict=True)]
 

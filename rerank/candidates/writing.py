@@ -89,7 +89,7 @@ def further_tables(
 
 
 class Found:
-    """What the lists of a split hold, gathered part by part."""
+    """Counts and recall of the lists of a split, gathered part by part."""
 
     def __init__(self) -> None:
         self._best: list[int] = []  # place of the first positive of each list, -1 without any
