@@ -152,7 +152,7 @@ class UserContributions:
         return np.where((owners >= 0) & (items >= 0) & (self.keys[found] == wanted), found, -1)
 
     def within(self, transitions: csr_array, successors: csr_array, near: csr_array) -> UserContributions:
-        """The part that can be subtracted from (items, items) counts that were cut: nothing where these hold nothing."""
+        """The part that can be subtracted from counts that were cut: nothing where these hold nothing."""
         kept = [self._within(*pair) for pair in ((self.transitions, transitions), (self.successors, successors))]
         return replace(self, transitions=kept[0], successors=kept[1], near=self._within(self.near, near))
 
