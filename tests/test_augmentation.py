@@ -8,7 +8,7 @@ from toy_run import NUM_ITEMS, finish, toy_sequences, write_interactions, write_
 
 from rerank import candidates
 from rerank.baselines import FEATURES, Counts, feature_rows
-from rerank.candidates.augmentation import FIRST_STAGES, AugmentationArguments, further_lists
+from rerank.candidates.augmentation import FIRST_STAGES, AugmentationArguments, DrawnLists, further_lists
 from rerank.catalogue import Catalogue
 from rerank.dapo.prompt_stream import PromptStream
 from rerank.prompts import PromptSettings
@@ -40,8 +40,11 @@ def draw(run, number=1, **options):
     """The training rows, and a further list of each."""
     rows = TargetRows.load(run).of_split("rerank")
     args = AugmentationArguments(run_dir=str(run), lists_per_row=4, **{"pool_size": POOL, **options})
-    own = fitted(SEQUENCES).own(rows.users, {user: items[:6] for user, items in SEQUENCES.items()})
-    return rows, further_lists(args, SIZE, rows, fitted(SEQUENCES), own, number)
+    sequences = {user: items[:6] for user, items in SEQUENCES.items()}
+    parts = list(further_lists(args, SIZE, rows, fitted(SEQUENCES), sequences, number))
+    columns = {name: np.concatenate([part.columns[name] for part in parts]) for name in parts[0].columns}
+    histories = [history for part in parts for history in part.histories]
+    return rows, DrawnLists(np.concatenate([part.rows for part in parts]), histories, columns)
 
 
 def pool_without_user(stage: str, user: int, history) -> list[int]:

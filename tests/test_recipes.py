@@ -146,7 +146,13 @@ KEPT = {
     "traces.teacher_max_length": "teacher: vllm on a machine with little memory",
 }
 # Kept with a test of their own.
-TESTED = {"candidates.model_dir", "semantic_ids.encoder_batch_size", "traces.max_concurrency", "traces.max_retries"}
+TESTED = {
+    "candidates.model_dir",
+    "candidates.neighbours",
+    "semantic_ids.encoder_batch_size",
+    "traces.max_concurrency",
+    "traces.max_retries",
+}
 MOST = 15
 
 

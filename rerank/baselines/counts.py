@@ -11,15 +11,29 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy.sparse import csr_array
 
 from rerank.baselines.features import recent_items
 from rerank.baselines.item_facts import ItemFacts
-from rerank.baselines.pairs import ALL_WEIGHTS, UNIT, Sequences, UserContributions, flatten, matrix_of, weighted_pairs
+from rerank.baselines.pairs import (
+    ALL_WEIGHTS,
+    UNIT,
+    Sequences,
+    UserContributions,
+    cut,
+    flatten,
+    matrix_of,
+    weighted_pairs,
+    with_empty,
+)
 from rerank.baselines.regression import ItemRegression
 from rerank.launch.files import write_whole
+
+if TYPE_CHECKING:
+    from rerank.baselines.interactions import Interactions
 
 RECENCY = (60, 30, 20, 15, 12)  # 1 / m in sixtieths
 SCORE_UNIT = UNIT * 60
@@ -48,6 +62,7 @@ class Counts:
     facts: ItemFacts
     feedback: np.ndarray | None = None  # (2, items) lists that showed the item, and in which it was relevant
     until: float | None = None  # the time of the latest event in the log's unit, None where no time is known
+    neighbours: int | None = None  # entries of each item in the three matrices, the largest ones; None: all
 
     @classmethod
     def fit(
@@ -57,8 +72,9 @@ class Counts:
         facts: ItemFacts | None = None,
         feedback: np.ndarray | None = None,
         until: float | None = None,
+        neighbours: int | None = None,
     ) -> Counts:
-        """Counts of the given sequences.
+        """Counts of sequences in memory.
 
         Args:
             sequences: User to items, oldest first.
@@ -66,16 +82,53 @@ class Counts:
             facts: About the items, beside the sequences.
             feedback: (2, items) number of lists that showed each item, and of those in which it was relevant.
             until: The time of the latest event.
+            neighbours: As of `of`.
         """
         owners, items = flatten(sequences)
         matrices = []
         for weights in ALL_WEIGHTS:
             _, first, second, weight = weighted_pairs(owners, items, *weights)
-            matrices.append(matrix_of(first, second, weight, (num_items, num_items)))
-        popularity, regression = np.bincount(items, minlength=num_items), ItemRegression.fit(owners, items, num_items)
+            matrices.append(cut(matrix_of(first, second, weight, (num_items, num_items)), neighbours))
+        popularity = np.bincount(items, minlength=num_items)
+        regression = ItemRegression.fit([(owners, items)], popularity)
         transitions, successors, near = matrices
         facts = facts or ItemFacts.of(num_items)
-        return cls(transitions, successors, near, popularity, regression, facts, feedback, until)
+        return cls(transitions, successors, near, popularity, regression, facts, feedback, until, neighbours)
+
+    @classmethod
+    def of(
+        cls,
+        interactions: Interactions,
+        facts: ItemFacts | None = None,
+        feedback: np.ndarray | None = None,
+        until: float | None = None,
+        neighbours: int | None = None,
+        earlier: Counts | None = None,
+        since: float | None = None,
+    ) -> Counts:
+        """Counts of interactions in an engine, out of core: those of `fit` to the last digit.
+
+        Args:
+            interactions: In order; all that the counts rest on.
+            facts, feedback, until: As of `fit`.
+            neighbours: Entries of each item that a matrix keeps. A kept value is exact, one that was cut is taken for
+                0, with a user left out or not; which are kept is decided with all users. None keeps all.
+            earlier: Counts of those before `since`, to which the pairs of the later ones are added: the result is that
+                of counting all. Needs users' interactions in the order of time, and counts of all neighbours.
+            since: The moment.
+        """
+        if earlier is None or since is None:
+            matrices = interactions.matrices(neighbours)
+        elif earlier.neighbours is not None:
+            raise ValueError(f"counts of {earlier.neighbours} neighbours cannot be added to; count all interactions")
+        else:
+            added = zip(MATRICES, interactions.matrices_since(since), strict=True)
+            matrices = [csr_array(getattr(earlier, name) + matrix) for name, matrix in added]
+        popularity = interactions.popularity
+        regression = ItemRegression.fit(interactions.sequences.blocks(), popularity)
+        transitions, successors, near = matrices
+        facts = facts or ItemFacts.of(interactions.num_items)
+        return cls(transitions, successors, near, popularity, regression, facts, feedback, until, neighbours)
 
     @property
     def num_items(self) -> int:
@@ -98,6 +151,7 @@ class Counts:
         arrays |= {"inverse": self.regression.inverse, "places": self.regression.places}
         arrays |= {} if self.feedback is None else {"feedback": self.feedback}
         arrays |= {} if self.until is None else {"until": np.array(self.until)}
+        arrays |= {} if self.neighbours is None else {"neighbours": np.array(self.neighbours)}
         arrays |= {f"{NUMBER}{name}": values for name, values in self.facts.numbers.items()}
         matrices = {name: getattr(self, name) for name in MATRICES}
         matrices |= {name: getattr(self.facts, name) for name in FACT_MATRICES}
@@ -124,7 +178,9 @@ class Counts:
             regression = ItemRegression(arrays["inverse"], arrays["places"])
             transitions, successors, near = map(matrix, MATRICES)
             until = float(arrays["until"]) if "until" in arrays.files else None
-            return cls(transitions, successors, near, arrays["popularity"], regression, facts, feedback, until)
+            neighbours = int(arrays["neighbours"]) if "neighbours" in arrays.files else None
+            popularity = arrays["popularity"]
+            return cls(transitions, successors, near, popularity, regression, facts, feedback, until, neighbours)
 
     def with_items(self, facts: ItemFacts) -> Counts:
         """The same counts of a catalogue with more items behind these, none of which was chosen yet.
@@ -133,15 +189,17 @@ class Counts:
             facts: About all items.
         """
         added = len(facts.brands) - self.num_items
-        transitions, successors, near = (_with_empty(getattr(self, name), added) for name in MATRICES)
+        transitions, successors, near = (with_empty(getattr(self, name), added) for name in MATRICES)
         popularity = np.pad(self.popularity, (0, added))
         regression = replace(self.regression, places=np.pad(self.regression.places, (0, added), constant_values=-1))
         feedback = None if self.feedback is None else np.pad(self.feedback, ((0, 0), (0, added)))
-        return Counts(transitions, successors, near, popularity, regression, facts, feedback, self.until)
+        counted = transitions, successors, near, popularity, regression
+        return Counts(*counted, facts, feedback, self.until, self.neighbours)
 
     def own(self, users: Sequence[int] | np.ndarray, sequences: Sequences) -> UserContributions:
         """The contributions of each row's user to these counts, for `top_rows` and `feature_rows`."""
-        return UserContributions.of(users, sequences, self.num_items)
+        own = UserContributions.of(users, sequences, self.num_items)
+        return own if self.neighbours is None else own.within(self.transitions, self.successors, self.near)
 
     def _score_matrix(
         self, histories: Sequence[np.ndarray], rows: np.ndarray, own: UserContributions | None, exclude_seen: bool
@@ -212,13 +270,6 @@ class Counts:
             )
         popularity = self._popularity(np.full(len(items), row), items, own)
         return items[np.lexsort((items, -popularity))[:n]]
-
-
-def _with_empty(matrix: csr_array, number: int) -> csr_array:
-    """A square matrix with empty rows and columns added at its end."""
-    size = matrix.shape[0] + number
-    indptr = np.pad(matrix.indptr, (0, number), mode="edge")
-    return csr_array((matrix.data, matrix.indices, indptr), shape=(size, size))
 
 
 def _write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:

@@ -194,7 +194,7 @@ def _shared(members: csr_array, recent: np.ndarray, candidates: np.ndarray) -> n
 
 
 def _jaccard(members: csr_array, recent: np.ndarray, candidates: np.ndarray) -> np.ndarray:
-    sizes = np.asarray(members.sum(axis=1))
+    sizes = np.diff(members.indptr)
     shared = _shared(members, recent, candidates)
     union = sizes[recent][:, :, None] + sizes[candidates][:, None, :] - shared
     return shared / np.maximum(union, 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -10,6 +11,7 @@ import numpy as np
 from scipy.sparse import csr_array
 
 CATEGORY, WORD, BRAND = r"[^,;|>]+", r"\w+", r"(?s).+"  # parts of a text of categories, of a title, of a brand
+BLOCK = 65_536  # items whose vectors are worked on together
 
 
 @dataclass(frozen=True)
@@ -44,11 +46,9 @@ class ItemFacts:
             numbers: Further features by name, one number an item.
         """
         blank = [""] * num_items
-        vectors = np.zeros((num_items, 1)) if embeddings is None else np.asarray(embeddings, dtype=np.float32)
-        length = np.linalg.norm(vectors, axis=1, keepdims=True)
         names = {name: number for number, name in enumerate(sorted(set(brands or ()) - {""}))}
         return cls(
-            embeddings=(vectors / np.where(length > 0, length, 1)).astype(np.float16),
+            embeddings=_of_length_one(np.zeros((num_items, 1)) if embeddings is None else embeddings),
             categories=_memberships(categories or blank, CATEGORY)[0],
             words=_memberships(titles or blank, WORD)[0],
             brands=np.array([names.get(brand, -1) for brand in brands or blank], dtype=np.int64),
@@ -105,12 +105,28 @@ class ItemFacts:
         return ItemFacts(*texts, self.numbers)
 
 
+def _of_length_one(vectors: np.ndarray) -> np.ndarray:
+    """(items, d) float16 rows of length one, or of zeros."""
+    found = np.empty(vectors.shape, dtype=np.float16)
+    for start in range(0, len(vectors), BLOCK):
+        part = np.asarray(vectors[start : start + BLOCK], dtype=np.float32)
+        length = np.linalg.norm(part, axis=1, keepdims=True)
+        found[start : start + BLOCK] = part / np.where(length > 0, length, 1)
+    return found
+
+
 def _memberships(texts: Sequence[str], pattern: str) -> tuple[csr_array, dict[str, int]]:
     """0/1 matrix of which parts each text has, and the column of each part."""
-    parts = [_parts(text, pattern) for text in texts]
-    columns = {part: number for number, part in enumerate(sorted(set().union(*parts)))}
-    rows = np.repeat(np.arange(len(texts)), [len(found) for found in parts])
-    places = np.array([columns[part] for found in parts for part in found], dtype=np.int64)
+    numbers: dict[str, int] = {}  # in the order in which they come
+    lengths, found = array("q"), array("q")
+    for text in texts:
+        parts = _parts(text, pattern)
+        lengths.append(len(parts))
+        found.extend(numbers.setdefault(part, len(numbers)) for part in parts)
+    columns = {part: number for number, part in enumerate(sorted(numbers))}
+    of_number = np.array([columns[part] for part in numbers], dtype=np.int64)
+    places = of_number[np.array(found, dtype=np.int64)]
+    rows = np.repeat(np.arange(len(texts)), np.array(lengths, dtype=np.int64))
     shape = (len(texts), max(len(columns), 1))
     return csr_array((np.ones(len(places), dtype=np.int64), (rows, places)), shape=shape), columns
 

@@ -9,7 +9,7 @@ score.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -24,6 +24,7 @@ NUM_FITS = 5
 MIN_ROWS_PER_LEAF = 200
 LEARNING_RATE, FAST = 0.03, 0.1  # the latter for scores out of fold
 LEAST_USERS = 2  # one is left out while the others are fitted
+PART = 8192  # rows that are scored together
 MOST_GRADE = 30  # LightGBM has gains 2^g - 1 for no higher one
 
 # (N, F) features and (N,) relevance of each row, NaN for a candidate that nobody has judged
@@ -44,15 +45,49 @@ class LambdaMart:
 
     def scores(self, features: Sequence[np.ndarray]) -> list[np.ndarray]:
         """A score of each candidate, (N,) a row, the mean of all fits; higher is better."""
-        of_fits = self.scores_of_fits(features)
-        return [np.mean(of_row, axis=0) for of_row in zip(*of_fits, strict=True)]
+        return [
+            of_row for of_part in self._of_parts(features) for of_row in of_part.split(of_part.of_fits.mean(axis=0))
+        ]
 
     def scores_of_fits(self, features: Sequence[np.ndarray]) -> list[list[np.ndarray]]:
         """As `scores`, by each fit alone."""
-        if not len(features):
-            return [[] for _ in self.boosters]
-        rows, ends = np.concatenate(list(features)), np.cumsum([len(row) for row in features])
-        return [np.split(np.asarray(booster.predict(rows)), ends[:-1]) for booster in self.boosters]
+        parts = list(self._of_parts(features))
+        return [
+            [of_row for of_part in parts for of_row in of_part.split(of_part.of_fits[fit])]
+            for fit in range(len(self.boosters))
+        ]
+
+    def _of_parts(self, features: Sequence[np.ndarray]) -> Iterator[_PartScores]:
+        """The scores of PART rows at a time."""
+        for start in range(0, len(features), PART):
+            rows = [features[row] for row in range(start, min(start + PART, len(features)))]
+            lines, ends = np.concatenate(rows), np.cumsum([len(row) for row in rows])
+            yield _PartScores(np.stack([np.asarray(booster.predict(lines)) for booster in self.boosters]), ends)
+
+
+@dataclass(frozen=True)
+class _PartScores:
+    """Scores of the candidates of some rows, (fits, candidates), and where each row's end."""
+
+    of_fits: np.ndarray
+    ends: np.ndarray
+
+    def split(self, scores: np.ndarray) -> list[np.ndarray]:
+        return np.split(scores, self.ends[:-1])
+
+
+@dataclass(frozen=True)
+class Chosen(Sequence[np.ndarray]):
+    """Some entries of a sequence, read when they are asked for."""
+
+    values: Sequence[np.ndarray]
+    places: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.values[self.places[index]]
 
 
 def fit_lambdamart(
@@ -84,12 +119,15 @@ def fit_lambdamart(
     """
     import lightgbm
 
-    train = _judged(train)
-    kept = [row for row, values in enumerate(train[1]) if max(values, default=0) > 0]
+    grades = [np.asarray(of_row, dtype=float) for of_row in train[1]]
+    judged = [np.flatnonzero(~np.isnan(of_row)) for of_row in grades]
+    kept = [row for row, places in enumerate(judged) if max(grades[row][places], default=0) > 0]
     if not kept:
         raise ValueError(f"none of the {len(train[1])} training rows has a relevant candidate; use longer lists.")
-    dataset, folds = _dataset(train, kept, names), user_folds([users[row] for row in kept], STOPPING_FOLDS, seed)
-    owner = np.repeat(folds, [len(train[1][row]) for row in kept])  # fold of each candidate
+    labels = [grades[row][judged[row]] for row in kept]
+    dataset = _dataset(train[0], kept, [judged[row] for row in kept], labels, names)
+    folds = user_folds([users[row] for row in kept], STOPPING_FOLDS, seed)
+    owner = np.repeat(folds, [len(of_row) for of_row in labels])  # fold of each candidate
     parts = [(np.flatnonzero(owner != fold), np.flatnonzero(owner == fold)) for fold in range(folds.max() + 1)]
     if len(parts) < LEAST_USERS:
         raise ValueError(f"all {len(kept)} training rows are of one user, so that none can be left out; add data.")
@@ -120,27 +158,28 @@ def _parameters(seed: int, min_rows_per_leaf: int, learning_rate: float = LEARNI
     }
 
 
-def _judged(lists: Lists) -> Lists:
-    """The rows without the candidates that nobody has judged."""
-    known = [~np.isnan(np.asarray(grades, dtype=float)) for grades in lists[1]]
-    features = [of_row if seen.all() else of_row[seen] for of_row, seen in zip(lists[0], known, strict=True)]
-    return features, [np.asarray(grades)[seen] for grades, seen in zip(lists[1], known, strict=True)]
-
-
-def _dataset(lists: Lists, kept: Sequence[int], names: Sequence[str]) -> lightgbm.Dataset:
+def _dataset(
+    features: Sequence[np.ndarray],
+    rows: Sequence[int],
+    judged: Sequence[np.ndarray],
+    grades: Sequence[np.ndarray],
+    names: Sequence[str],
+) -> lightgbm.Dataset:
+    """The judged candidates of some rows, with their grades."""
     import lightgbm
 
-    features, relevance = lists
-    labels = np.concatenate([np.asarray(relevance[row], dtype=float) for row in kept])
+    from rerank.baselines.tree_rows import Candidates
+
+    labels = np.concatenate(grades)
     if (labels != np.rint(labels)).any():
         odd = labels[labels != np.rint(labels)][0]
         raise ValueError(f"relevance {odd} in the training rows is not a whole number, as LambdaMART needs; round it.")
     if labels.max() > MOST_GRADE:
         raise ValueError(f"relevance {labels.max():g} in the training rows is above {MOST_GRADE}; use lower grades.")
     return lightgbm.Dataset(
-        np.concatenate([features[row] for row in kept]),
+        Candidates(features, rows, judged),
         label=labels,
-        group=[len(relevance[row]) for row in kept],
+        group=[len(of_row) for of_row in grades],
         feature_name=list(names) or "auto",
     )
 
@@ -184,11 +223,11 @@ def out_of_fold_scores(
     folds = user_folds(users, num_folds, seed)
     scores: list[np.ndarray] = [np.empty(0)] * len(users)
     for fold in range(num_folds):
-        others, held = np.flatnonzero(folds != fold), np.flatnonzero(folds == fold)
-        rest = [features[row] for row in others], [relevance[row] for row in others]
+        others, held = np.flatnonzero(folds != fold).tolist(), np.flatnonzero(folds == fold).tolist()
+        rest = Chosen(features, others), [relevance[row] for row in others]
         # there are num_folds of them, and no figure rests on one
         few = {"num_fits": 1, "stopping_folds": 1, "learning_rate": FAST} | options
         fitted = fit_lambdamart(rest, [users[row] for row in others], seed=seed, names=names, **few)
-        for row, row_scores in zip(held, fitted.scores([features[row] for row in held]), strict=True):
+        for row, row_scores in zip(held, fitted.scores(Chosen(features, held)), strict=True):
             scores[row] = row_scores
     return scores

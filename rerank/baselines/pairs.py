@@ -18,6 +18,8 @@ FORWARD = (60, 30, 20)  # 1 / (j - i) in sixtieths, for j - i = 1, 2, 3
 BACKWARD = (18, 9, 6)  # 0.3 / (j - i) in sixtieths
 NEAR = 10
 
+MANY_ITEMS, NEIGHBOURS = 50_000, 200  # from MANY_ITEMS items on, NEIGHBOURS entries of each are kept
+
 Sequences = Mapping[int, np.ndarray]  # user -> items, oldest first
 
 
@@ -68,6 +70,40 @@ def matrix_of(rows: np.ndarray, columns: np.ndarray, values: np.ndarray, shape: 
     return csr_array((values.astype(np.int64), (rows, columns)), shape=shape)
 
 
+def neighbours_of(num_items: int, asked: int | None = None) -> int | None:
+    """Entries of each item that counts keep: those asked for, else all (None), or NEIGHBOURS of a large catalogue."""
+    return NEIGHBOURS if asked is None and num_items >= MANY_ITEMS else asked
+
+
+def cut(matrix: csr_array, neighbours: int | None) -> csr_array:
+    """The largest entries of each row, `neighbours` of them, ties by column; all for None."""
+    if neighbours is None:
+        return matrix
+    kept = np.ones(matrix.nnz, dtype=bool)
+    for row in np.flatnonzero(np.diff(matrix.indptr) > neighbours).tolist():
+        begin, end = matrix.indptr[row : row + 2]
+        values = matrix.data[begin:end]
+        least = np.partition(values, len(values) - neighbours)[len(values) - neighbours]
+        tied = np.flatnonzero(values == least)
+        kept[begin:end] = values > least
+        kept[begin + tied[: neighbours - (values > least).sum()]] = True
+    indptr = np.append(0, np.cumsum(kept))[matrix.indptr]
+    data, indices, indptr = map(_narrow, (matrix.data[kept], matrix.indices[kept], indptr))
+    return csr_array((data, indices, indptr), shape=matrix.shape)
+
+
+def _narrow(values: np.ndarray) -> np.ndarray:
+    """The same in 32 bits where they fit."""
+    return values.astype(np.int32) if values.max(initial=0) <= np.iinfo(np.int32).max else values
+
+
+def with_empty(matrix: csr_array, number: int) -> csr_array:
+    """A square matrix with empty rows and columns added at its end."""
+    size = matrix.shape[0] + number
+    indptr = np.pad(matrix.indptr, (0, number), mode="edge")
+    return csr_array((matrix.data, matrix.indices, indptr), shape=(size, size))
+
+
 @dataclass(frozen=True)
 class UserContributions:
     """The contributions of each row's user to the counts, for exact leave-one-user-out.
@@ -114,6 +150,18 @@ class UserContributions:
         wanted = owners * self.num_items + items
         found = np.minimum(np.searchsorted(self.keys, wanted), len(self.keys) - 1)
         return np.where((owners >= 0) & (items >= 0) & (self.keys[found] == wanted), found, -1)
+
+    def within(self, transitions: csr_array, successors: csr_array, near: csr_array) -> UserContributions:
+        """The part that can be subtracted from counts that were cut: nothing where these hold nothing."""
+        kept = [self._within(*pair) for pair in ((self.transitions, transitions), (self.successors, successors))]
+        return replace(self, transitions=kept[0], successors=kept[1], near=self._within(self.near, near))
+
+    def _within(self, own: csr_array, counts: csr_array) -> csr_array:
+        items = np.repeat(self.keys % self.num_items, np.diff(own.indptr))
+        values = own.data * (lookup(counts, items, own.indices) > 0)
+        kept = csr_array((values, own.indices, own.indptr), shape=own.shape)
+        kept.eliminate_zeros()
+        return kept
 
     def of_rows(self, rows: np.ndarray) -> UserContributions:
         """The same of some of the rows."""

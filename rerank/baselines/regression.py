@@ -8,7 +8,7 @@ The weight of an item in its own prediction is 0.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,27 +27,35 @@ class ItemRegression:
     places: np.ndarray  # (items,) row of the inverse, -1: none
 
     @classmethod
-    def fit(cls, owners: np.ndarray, items: np.ndarray, num_items: int) -> ItemRegression:
+    def fit(cls, blocks: Iterable[tuple[np.ndarray, np.ndarray]], popularity: np.ndarray) -> ItemRegression:
         """The model of interactions.
 
         Args:
-            owners: Number of the user of each interaction, from 0.
-            items: Its item.
-            num_items: Size of the catalogue.
+            blocks: (owner, item) of the interactions of some users at a time, owners from 0 in each block.
+            popularity: (items,) number of interactions of each.
         """
-        popularity = np.bincount(items, minlength=num_items)
         kept = np.sort(np.argsort(-popularity, kind="stable")[:MAX_ITEMS])
-        places = np.full(num_items, -1, dtype=np.int64)
+        places = np.full(len(popularity), -1, dtype=np.int64)
         places[kept] = np.arange(len(kept))
-        chosen = csr_array((np.ones(len(items)), (owners, items)), shape=(owners.max(initial=-1) + 1, num_items))
-        chosen = chosen.astype(bool).astype(float)[:, kept]  # an item taken twice is one item
-        together = (chosen.T @ chosen).toarray()
-        return cls(np.linalg.inv(together + RIDGE * np.eye(len(kept))), places)
+        together = RIDGE * np.eye(len(kept))
+        for owners, items in blocks:
+            known = places[items] >= 0
+            shape = owners.max(initial=-1) + 1, len(kept)
+            chosen = csr_array((np.ones(known.sum()), (owners[known], places[items[known]])), shape=shape)
+            chosen = chosen.astype(bool).astype(float)  # an item taken twice is one item
+            together += (chosen.T @ chosen).toarray()
+        return cls(np.linalg.inv(together), places)
+
+    @property
+    def num_unknown(self) -> int:
+        """Items that have no weights."""
+        return int((self.places < 0).sum())
 
     def scores(
         self, histories: Sequence[np.ndarray], candidates: np.ndarray, own: csr_array | None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Scores after the whole history, and with items fading by their age, (R, N) each.
+        """Scores after the whole history, and with items fading by their age, (R, N) each; nan for items without
+        weights, of a catalogue of more than MAX_ITEMS.
 
         Args:
             histories: Items, oldest first.
@@ -72,7 +80,7 @@ class ItemRegression:
         # -P[b, b] / P[b, b] = -1 is what an item of the history adds to its own score
         itself = (np.take_along_axis(weight.toarray(), places, axis=1) for weight in weights)
         whole, recent = (
-            np.where(places >= 0, added - total / diagonal, 0) for total, added in zip(sums, itself, strict=True)
+            np.where(places >= 0, added - total / diagonal, np.nan) for total, added in zip(sums, itself, strict=True)
         )
         return whole, recent
 

@@ -11,21 +11,22 @@ of fold: `transitions` subtracts the user's own counts, and a model that has see
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
-from rerank.baselines import NUM_BUCKETS, Counts, Ragged, feature_names, fit_edges
-from rerank.candidates.augmentation import AugmentationArguments, further_lists, shuffled_lists
+from rerank.baselines import NUM_BUCKETS, Counts, feature_names
+from rerank.baselines.interactions import engine
+from rerank.baselines.pairs import neighbours_of
+from rerank.candidates.augmentation import AugmentationArguments
 from rerank.candidates.counting import CountedRows, Events, check_numbers, counted_rows, item_facts
-from rerank.candidates.model_lists import make_shard, model_lists
+from rerank.candidates.making import edges_of, fill, read_item_ids, stored_lists
+from rerank.candidates.model_lists import make_shard
 from rerank.candidates.reordering import reorder
-from rerank.candidates.row_lists import RowLists, as_table, is_hit
 from rerank.candidates.seen_targets import refuse_seen_targets
+from rerank.candidates.writing import further_tables, write_split
 from rerank.catalogue import Catalogue
 from rerank.launch import run_dir
 from rerank.launch.files import write_json
@@ -74,8 +75,16 @@ class CandidatesArguments(AugmentationArguments):
         86400.0, "Requests split by time: seconds of a window; a training row is counted on what lies before its own."
     )
 
+    neighbours: int | None = option(
+        None,
+        "Largest entries of each item that the tables of which item follows which keep; a value that is cut counts "
+        "0. By default all, and 200 from 50,000 items on.",
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.neighbours is not None:
+            check_range("neighbours", self.neighbours, least=1)
         check_choice("source", self.source, SOURCES)
         if (self.source == "lists" and self.lists is None) or (
             self.lists is not None and self.source not in ("lists", "lambdamart")
@@ -168,103 +177,48 @@ def check_model_dir(args: CandidatesArguments, folder: Path) -> None:
             raise ValueError(f"model_dir {folder} knows other items or ids than {args.run_dir}; use runs of one data")
 
 
-def read_item_ids(run: str | Path) -> list[str]:
-    """The original id of each item of a run."""
-    items = pq.read_table(run_dir.stage_dir(run, "data") / "items.parquet", columns=["item", "item_id"])
-    return items.sort_by("item")["item_id"].to_pylist()
-
-
-def make_lists(args: CandidatesArguments, rows: TargetRows, counts: Counts, parts: Sequence[CountedRows]) -> RowLists:
-    """The lists before `source: lambdamart` orders them anew."""
-    if rows.lists is not None:
-        return RowLists.of_log(rows)
-    items: Ragged
-    scores: Ragged
-    if args.lists is not None:
-        logger.info("own lists: that training lists are out of fold is for %s to ensure", args.lists)
-        items, scores = read_lists(args.lists, rows.row_ids, read_item_ids(args.run_dir))
-    elif args.source == "model":
-        items, scores = map(list, model_lists(args, rows))
-    else:
-        items, scores = map(
-            list, counts.top_rows(rows.histories, args.num_candidates, parts[0].own, args.exclude_seen)
-        )
-    return RowLists.of_first_stage(rows, items, scores)
-
-
-def further_tables(
-    args: CandidatesArguments, rows: TargetRows, lists: RowLists, part: CountedRows, first_id: int
-) -> Iterator[pa.Table]:
-    """The further lists of the training rows, with row ids of their own from `first_id` on."""
-    for number in range(1, args.lists_per_row):
-        if rows.lists is not None:
-            chosen, drawn = rows, shuffled_lists(args, lists, number)
-        else:
-            assert part.own is not None
-            found = further_lists(args, args.num_candidates, rows, part.counts, part.own, number)
-            chosen, drawn = replace(rows.take(found.rows), histories=found.histories), found.lists(rows)
-        yield as_table(replace(chosen, row_ids=chosen.row_ids + number * first_id), drawn, number)
-
-
-def measure(lists: RowLists) -> dict[str, float]:
-    """Counts and recall of the lists of a split."""
-    best = [int(np.argmax(grades > 0)) if (grades > 0).any() else None for grades in lists.relevance]  # first positive
-    lengths = [len(items) for items in lists.candidates]
-    hits = sum(map(is_hit, lists.relevance))
-    cuts = sorted({1, min(5, max(lengths)), max(lengths)})
-    recall = {f"recall@{cut}": float(np.mean([place is not None and place < cut for place in best])) for cut in cuts}
-    return {"rows": len(best), "hits": hits, "missed": sum(place is None for place in best), **recall}
-
-
-def log_constant(names: Sequence[str], features: np.ndarray) -> list[str]:
-    """Say which features are the same for all candidates of the training lists; returns their names.
-
-    Args:
-        names: (F,) of the features.
-        features: (candidates, F).
-    """
-    constant = [name for name, values in zip(names, features.T, strict=True) if len(np.unique(values)) == 1]
-    if constant:
-        logger.info("the same for every candidate in training, so that they tell nothing: %s", ", ".join(constant))
-    return constant
+def log_counts(counts: Counts) -> None:
+    """Say what the counts do not hold."""
+    if counts.neighbours is not None:
+        logger.info("counts keep the %d best neighbours of each item (neighbours)", counts.neighbours)
+    if unknown := counts.regression.num_unknown:
+        known = len(counts.popularity) - unknown
+        logger.info("fit_history and fit_recent are of the %d most popular items; %d have neither", known, unknown)
 
 
 def main(args: CandidatesArguments, out_dir: Path) -> dict[str, object]:
-    """Make the lists, look up facts about each candidate, and write them by split."""
+    """Make the lists, look up facts about each candidate, and write them by split, a part of the rows at a time."""
     started = time.perf_counter()
     rows = TargetRows.load(args.run_dir)
-    events, facts = Events.load(args.run_dir, rows), item_facts(args.run_dir, args.item_numbers)
+    facts = item_facts(args.run_dir, args.item_numbers)
     if not facts.has_embeddings:
         logger.info("the texts have no embeddings, which the stage semantic_ids makes: no facts of their similarity")
-    counts = events.counts(facts)
-    parts = list(counted_rows(args.run_dir, rows, counts, events, args.count_window, args.seed))
-    lists = make_lists(args, rows, counts, parts)
-    names = feature_names(counts, list(lists.columns))
-    lists = lists.with_features(names, rows, parts)
-    if args.source == "lambdamart":
-        lists = reorder(args.run_dir, rows, lists).with_features(names, rows, parts)
-    training = np.flatnonzero(rows.splits == "rerank").tolist()
-    train = np.concatenate(lists.take(training).features)
-    edges = {name: fit_edges(train[:, number], args.num_buckets) for number, name in enumerate(names)}
-    counts.save(out_dir / "evidence.npz")
-    write_json(out_dir / FEATURES_FILE, {"names": list(names), "edges": edges})
-    splits, num_further = {}, 0
-    for split, name in FILES.items():
-        chosen = np.flatnonzero(rows.splits == split)
-        of_split, of_rows = lists.take(chosen.tolist()), rows.take(chosen)
-        tables, splits[name] = [as_table(of_rows, of_split)], measure(of_split)
-        if split == "rerank":
-            part = replace(parts[0], own=None if parts[0].own is None else parts[0].own.of_rows(chosen))
-            first_id = int(rows.row_ids.max()) + 1
-            tables += further_tables(args, of_rows, of_split, part, first_id)
-            num_further = sum(map(len, tables[1:]))
-        pq.write_table(pa.concat_tables(tables), out_dir / f"{name}.parquet")
-        logger.info("%s: %s of %s lists hold the target", name, splits[name]["hits"], splits[name]["rows"])
-    seconds = time.perf_counter() - started
-    longest = max(len(items) for items in lists.candidates)
-    sizes = {"source": args.source, "num_candidates": longest, "further_lists": num_further}
-    constant = {} if rows.lists is None else {"constant_features": log_constant(names, train)}
-    return {**sizes, **constant, "splits": splits, "seconds": seconds}
+    with engine() as con:
+        events = Events.load(con, args.run_dir, rows)
+        counts = events.counts(facts, neighbours_of(len(facts.brands), args.neighbours))
+        log_counts(counts)
+        names = feature_names(counts, [] if rows.lists is None else list(rows.lists.columns))
+        lists = stored_lists(args, rows, out_dir)
+
+        def parts() -> Iterator[CountedRows]:
+            return counted_rows(args.run_dir, rows, counts, events, args.count_window, args.seed)
+
+        fill(args, lists, names, parts())
+        if args.source == "lambdamart":
+            reorder(args.run_dir, rows, lists)
+            fill(args, lists, names, parts())
+        edges, constant = edges_of(names, lists, np.flatnonzero(rows.splits == "rerank"), args.num_buckets)
+        counts.save(out_dir / "evidence.npz")
+        write_json(out_dir / FEATURES_FILE, {"names": list(names), "edges": edges})
+        written = {
+            name: write_split(out_dir / f"{name}.parquet", lists, split, further_tables(args, lists, counts, events))
+            for split, name in FILES.items()
+        }
+    splits = {name: of_split for name, (of_split, _) in written.items()}
+    sizes = {"source": args.source, "num_candidates": int(lists.lengths.max())}
+    sizes["further_lists"] = sum(num_further for _, num_further in written.values())
+    found = {} if rows.lists is None else {"constant_features": constant}
+    return {**sizes, **found, "splits": splits, "seconds": time.perf_counter() - started}
 
 
 STAGE = Stage(

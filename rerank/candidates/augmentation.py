@@ -8,12 +8,17 @@ the row's user out as for list 0.
 R rows, N candidates of a list, M items of the longer list they are drawn from.
 """
 
-from collections.abc import Callable, Sequence
+import copy
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import numpy as np
 
 from rerank.baselines import Counts, UserContributions, feature_rows
+from rerank.baselines.pairs import Sequences
+from rerank.candidates.counting import in_parts
 from rerank.candidates.row_lists import RowLists
 from rerank.launch import recipe
 from rerank.launch.values import check_choice, check_range, option
@@ -22,6 +27,7 @@ from rerank.rows import Histories, TargetRows
 Ranked = tuple[np.ndarray, np.ndarray]  # (R, M) items, best first, and their scores
 FirstStage = Callable[[Counts, Sequence[np.ndarray], int, UserContributions, bool], Ranked]
 CHUNK = 256
+MOST_SCORES = 2**23  # of all items, for some rows together
 
 
 @dataclass
@@ -93,7 +99,8 @@ def by_ease(
 
     def score(rows: np.ndarray) -> np.ndarray:
         everything = np.broadcast_to(np.arange(counts.num_items), (len(rows), counts.num_items))
-        return counts.regression.scores([histories[row] for row in rows.tolist()], everything, own.items_of(rows))[0]
+        found = counts.regression.scores([histories[row] for row in rows.tolist()], everything, own.items_of(rows))
+        return np.nan_to_num(found[0])  # 0 for an item without weights
 
     return _best(counts, histories, n, score, exclude_seen)
 
@@ -122,8 +129,9 @@ def _best(
     """The n best items, without those of the history by `exclude_seen`; ties by popularity, then by item."""
     order = np.lexsort((np.arange(counts.num_items), -counts.popularity))
     found = []
-    for start in range(0, len(histories), CHUNK):
-        rows = np.arange(start, min(start + CHUNK, len(histories)))
+    size = max(1, min(CHUNK, MOST_SCORES // counts.num_items))
+    for start in range(0, len(histories), size):
+        rows = np.arange(start, min(start + size, len(histories)))
         scores = np.array(score(rows), dtype=float)
         for line, row in enumerate(rows.tolist() if exclude_seen else ()):
             scores[line, histories[row]] = -np.inf
@@ -134,52 +142,117 @@ def _best(
 
 
 def further_lists(
-    args: AugmentationArguments, size: int, rows: TargetRows, counts: Counts, own: UserContributions, number: int
-) -> DrawnLists:
-    """List `number`, from 1, of each training row.
+    args: AugmentationArguments, size: int, rows: TargetRows, counts: Counts, sequences: Sequences, number: int
+) -> Iterator[DrawnLists]:
+    """List `number`, from 1, of each training row, in parts.
 
     Args:
         args: Which lists to draw.
         size: N.
         rows: The training rows.
         counts: With which the first stages rank.
-        own: What each row's user put into them.
+        sequences: Of users, on which they rest: what each row's user put in is left out.
         number: Of the list; it and the seed decide every draw.
     """
     rng = np.random.default_rng([args.seed, number])
-    histories = rows.histories
+    kept = None
     if args.cut_histories:  # to a random number of the last items, at least one
-        histories = histories.last([rng.integers(1, length + 1) for length in histories.lengths.tolist()])
+        kept = np.array([rng.integers(1, length + 1) for length in rows.histories.lengths.tolist()], dtype=np.int64)
     stages = rng.integers(len(args.first_stages), size=len(rows))
-    pool = np.zeros((len(rows), args.pool_size or size), dtype=np.int64)
-    scores = np.zeros(pool.shape)
-    for stage, name in enumerate(args.first_stages):
-        chosen = np.flatnonzero(stages == stage)
-        of_stage = [histories[row] for row in chosen.tolist()]
-        pool[chosen], scores[chosen] = FIRST_STAGES[name](
-            counts, of_stage, pool.shape[1], own.of_rows(chosen), args.exclude_seen
-        )
-    is_target = pool == rows.targets[:, None]
-    hits = np.flatnonzero(is_target.any(axis=1))
-    # the target and the N - 1 others of the smallest random keys, in first-stage order; last what a cut left out
-    keys = np.where(is_target[hits], -2.0, rng.random((len(hits), pool.shape[1])))
-    if args.exclude_seen:
-        keys += [np.isin(pool[row], rows.histories[row]) for row in hits]
-    places = np.sort(np.argsort(keys, axis=1)[:, :size], axis=1)
-    candidates, chosen_scores = (np.take_along_axis(of_pool[hits], places, axis=1) for of_pool in (pool, scores))
-    kept = histories.take(hits)
-    features = feature_rows(counts, kept, candidates, chosen_scores, own.of_rows(hits))
-    shown = np.tile(np.arange(size), (len(hits), 1))
-    if args.shuffle_candidates:
-        shown = rng.permuted(shown, axis=1)
-    columns = {"candidates": candidates, "first_stage_ranks": np.arange(1, size + 1) + 0 * shown}
-    columns["first_stage_scores"] = chosen_scores
-    columns = {name: np.take_along_axis(values, shown, axis=1) for name, values in columns.items()}
-    features = np.take_along_axis(features, shown[:, :, None], axis=1)
-    return DrawnLists(hits, kept, {**columns, "features": features})
+    pools = _Pools(args, rows, counts, sequences, kept, stages, args.pool_size or size)
+    order_rng = _after(rng, pools.num_hits * pools.items.shape[1])
+    for places in in_parts(np.arange(len(rows))):
+        yield pools.draw(places, size, rng, order_rng)
 
 
-def shuffled_lists(args: AugmentationArguments, lists: RowLists, number: int) -> RowLists:
-    """List `number`, from 1, of each training request: its candidates in random order, their facts unchanged."""
-    rng = np.random.default_rng([args.seed, number])
+class _Pools:
+    """The longer lists of the training rows in memory-mapped files, from which further lists are drawn.
+
+    Attributes:
+        items, scores: (R, M).
+        num_hits: Rows whose target is among them.
+    """
+
+    def __init__(
+        self,
+        args: AugmentationArguments,
+        rows: TargetRows,
+        counts: Counts,
+        sequences: Sequences,
+        kept: np.ndarray | None,
+        stages: np.ndarray,
+        length: int,
+    ) -> None:
+        """Rank the items of every row.
+
+        Args:
+            args, rows, counts, sequences: As of `further_lists`.
+            kept: (R,) last items of each history after which its items are ranked; None for all.
+            stages: (R,) first stage of each row.
+            length: M.
+        """
+        self._args, self._rows, self._counts, self._sequences, self._kept = args, rows, counts, sequences, kept
+        self.items, self.scores = (_mapped((len(rows), length), kind) for kind in (np.int64, np.float64))
+        self.num_hits = 0
+        for places in in_parts(np.arange(len(rows))):
+            own = counts.own(rows.users[places], sequences)
+            for stage, name in enumerate(args.first_stages):
+                chosen = np.flatnonzero(stages[places] == stage)
+                of_stage = self._histories(places[chosen])
+                if len(of_stage):
+                    found = FIRST_STAGES[name](counts, of_stage, length, own.of_rows(chosen), args.exclude_seen)
+                    self.items[places[chosen]], self.scores[places[chosen]] = found
+            self.num_hits += int((self.items[places] == rows.targets[places, None]).any(axis=1).sum())
+
+    def _histories(self, places: np.ndarray) -> Histories:
+        histories = self._rows.histories.take(places)
+        return histories if self._kept is None else histories.last(self._kept[places])
+
+    def draw(
+        self, places: np.ndarray, size: int, rng: np.random.Generator, order_rng: np.random.Generator
+    ) -> DrawnLists:
+        """The lists of the rows at these places, by draws of what is kept and of the order shown."""
+        is_target = self.items[places] == self._rows.targets[places, None]
+        hits = places[is_target.any(axis=1)]
+        pool, scores = np.asarray(self.items[hits]), np.asarray(self.scores[hits])
+        # the target and the N - 1 others of the smallest random keys, in first-stage order; last what a cut left out
+        keys = np.where(is_target[is_target.any(axis=1)], -2.0, rng.random(pool.shape))
+        if self._args.exclude_seen:
+            seen = [
+                np.isin(of_row, self._rows.histories[row]) for row, of_row in zip(hits.tolist(), pool, strict=True)
+            ]
+            keys += np.reshape(seen, keys.shape)
+        chosen = np.sort(np.argsort(keys, axis=1)[:, :size], axis=1)
+        candidates, chosen_scores = (np.take_along_axis(values, chosen, axis=1) for values in (pool, scores))
+        histories = self._histories(hits)
+        own = self._counts.own(self._rows.users[hits], self._sequences)
+        features = feature_rows(self._counts, histories, candidates, chosen_scores, own)
+        shown = np.tile(np.arange(size), (len(hits), 1))
+        if self._args.shuffle_candidates:
+            shown = order_rng.permuted(shown, axis=1)
+        columns = {"candidates": candidates, "first_stage_ranks": np.arange(1, size + 1) + 0 * shown}
+        columns["first_stage_scores"] = chosen_scores
+        columns = {name: np.take_along_axis(values, shown, axis=1) for name, values in columns.items()}
+        features = np.take_along_axis(features, shown[:, :, None], axis=1)
+        return DrawnLists(hits, histories, {**columns, "features": features})
+
+
+def _mapped(shape: tuple[int, int], kind: type) -> np.ndarray:
+    """An array in a file without a name, which is gone when nobody reads it."""
+    with tempfile.TemporaryFile() as file:
+        return np.memmap(file, dtype=kind, mode="w+", shape=shape)
+
+
+def _after(rng: np.random.Generator, draws: int) -> np.random.Generator:
+    """A generator as `rng` will be after this number of draws of `random`."""
+    later = copy.deepcopy(rng)
+    bits = cast(np.random.PCG64, later.bit_generator)
+    half = {name: bits.state[name] for name in ("has_uint32", "uinteger")}  # a draw of which half is left
+    bits.advance(draws)
+    bits.state = cast(Any, {**bits.state, **half})
+    return later
+
+
+def shuffled_lists(lists: RowLists, rng: np.random.Generator) -> RowLists:
+    """Lists of training requests with their candidates in random order, their facts unchanged."""
     return lists.shown_as([rng.permutation(len(items)).tolist() for items in lists.candidates])

@@ -13,19 +13,28 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import ibis
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from rerank.baselines import Counts, ItemFacts, UserContributions
+from rerank.baselines.interactions import Interactions
 from rerank.baselines.lambdamart import user_folds
 from rerank.launch import run_dir
 from rerank.rows import TargetRows
-from rerank.rows.histories import TRAINING, by_user
+from rerank.rows.histories import TRAINING
 
 ITEM_NUMBER = "item_"  # before the name of an item's number among features, which has names of its own
 NUM_FOLDS = 10  # of the users of training requests
+PART = 8192  # rows that are worked on together
+
+
+def in_parts(places: np.ndarray, size: int | None = None) -> Iterator[np.ndarray]:
+    """The places, at most `size` at a time, by default PART."""
+    size = size or PART
+    for start in range(0, len(places), size):
+        yield places[start : start + size]
 
 
 @dataclass(frozen=True)
@@ -33,67 +42,55 @@ class Events:
     """Training interactions and training lists.
 
     Attributes:
-        users, items, times: (interactions,) each user's together and oldest first.
+        interactions: In an engine.
         requests: The training requests; None where there are none.
         request_times: Of these, nan where unknown.
-        num_items: Size of the catalogue.
     """
 
-    users: np.ndarray
-    items: np.ndarray
-    times: np.ndarray
+    interactions: Interactions
     requests: TargetRows | None
     request_times: np.ndarray
-    num_items: int
 
     @classmethod
-    def load(cls, run: str | Path, rows: TargetRows) -> "Events":
-        """Those of a run; `rows` are all of its rows."""
+    def load(cls, con: ibis.BaseBackend, run: str | Path, rows: TargetRows) -> "Events":
+        """Those of a run, read by an engine; `rows` are all of its rows."""
         data_dir = run_dir.stage_dir(run, "data")
-        table = pq.read_table(data_dir / "interactions.parquet")
-        table = table.filter(pc.field("split").isin(TRAINING)).sort_by(
-            [("user", "ascending"), ("position", "ascending")]
-        )
-        users, items = table["user"].to_numpy(), table["item"].to_numpy()
-        known = "time" in table.column_names
-        times = table["time"].to_numpy().astype(float) if known else np.full(len(table), np.nan)
-        training = np.flatnonzero(rows.splits == "rerank")
-        requests = rows.take(training) if rows.lists is not None else None
-        request_times = times_of(requests) if requests is not None else np.empty(0)
         num_items = pq.read_metadata(data_dir / "items.parquet").num_rows
-        return cls(users, items, times, requests, request_times, num_items)
+        interactions = Interactions.of_file(con, data_dir / "interactions.parquet", num_items, TRAINING)
+        requests = rows.take(np.flatnonzero(rows.splits == "rerank")) if rows.lists is not None else None
+        return cls(interactions, requests, times_of(requests) if requests is not None else np.empty(0))
 
-    def part(self, before: float | None = None, without_users: np.ndarray | None = None) -> "Events":
+    def part(self, until: float | None = None, without_users: np.ndarray | None = None) -> "Events":
         """Those before a moment, or without some users."""
-        kept, rows = np.ones(len(self.users), dtype=bool), np.ones(len(self.request_times), dtype=bool)
-        if before is not None:
-            kept, rows = self.times < before, self.request_times < before
-        if without_users is not None:
-            kept &= ~np.isin(self.users, without_users)
-            rows &= ~np.isin(self.requests.users, without_users) if self.requests is not None else True
-        requests = None if self.requests is None else self.requests.take(np.flatnonzero(rows))
-        events = self.users[kept], self.items[kept], self.times[kept]
-        return Events(*events, requests, self.request_times[rows], self.num_items)
-
-    def sequences(self) -> dict[int, np.ndarray]:
-        """User to items, oldest first."""
-        return dict(zip(np.unique(self.users).tolist(), by_user(self.users, self.items), strict=True))
+        kept = np.ones(len(self.request_times), dtype=bool)
+        if until is not None:
+            kept = self.request_times < until
+        if without_users is not None and self.requests is not None:
+            kept &= ~np.isin(self.requests.users, without_users)
+        requests = None if self.requests is None else self.requests.take(np.flatnonzero(kept))
+        return Events(self.interactions.part(until, without_users), requests, self.request_times[kept])
 
     def feedback(self) -> np.ndarray | None:
         """(2, items) lists whose user judged the item, and those in which it was relevant; None without lists."""
         if self.requests is None or self.requests.lists is None:
             return None
-        lists = self.requests.lists
+        lists, num_items = self.requests.lists, self.interactions.num_items
         items = np.concatenate([*lists.candidates, np.empty(0, dtype=np.int64)])
         grades = np.concatenate([*lists.relevance, np.empty(0)])
         chosen = (items[~np.isnan(grades)], items[grades > 0])
-        return np.stack([np.bincount(part, minlength=self.num_items) for part in chosen])
+        return np.stack([np.bincount(part, minlength=num_items) for part in chosen])
 
-    def counts(self, facts: ItemFacts) -> Counts:
-        """Counts of all of them."""
-        times = np.concatenate([self.times, self.request_times])
+    def counts(
+        self,
+        facts: ItemFacts,
+        neighbours: int | None = None,
+        earlier: Counts | None = None,
+        since: float | None = None,
+    ) -> Counts:
+        """Counts of all of them; arguments as of `Counts.of`."""
+        times = np.append(self.request_times, self.interactions.latest())
         until = float(np.nanmax(times)) if np.isfinite(times).any() else None
-        return Counts.fit(self.sequences(), self.num_items, facts, self.feedback(), until)
+        return Counts.of(self.interactions, facts, self.feedback(), until, neighbours, earlier, since)
 
 
 @dataclass(frozen=True)
@@ -103,7 +100,7 @@ class CountedRows:
     Attributes:
         places: (R,) of the rows.
         counts: For these rows.
-        own: To be subtracted from them, by place of the row among all; None for nothing.
+        own: What each row's user put into them, to be subtracted; None for nothing.
     """
 
     places: np.ndarray
@@ -165,7 +162,7 @@ def _numbers(items: pa.Table, name: str, path: Path) -> np.ndarray:
 def counted_rows(
     run: str | Path, rows: TargetRows, all_counts: Counts, events: Events, window: float, seed: int
 ) -> Iterator[CountedRows]:
-    """The rows in parts, each with its counts.
+    """The rows in parts of at most PART, each with its counts.
 
     Args:
         run: Folder of the run.
@@ -177,17 +174,42 @@ def counted_rows(
     """
     if rows.lists is None:
         # only training rows were counted: -1, no user, subtracts nothing
-        own = all_counts.own(np.where(rows.splits == "rerank", rows.users, -1), events.sequences())
-        yield CountedRows(np.arange(len(rows)), all_counts, own)
+        users = np.where(rows.splits == "rerank", rows.users, -1)
+        for places in in_parts(np.arange(len(rows))):
+            yield CountedRows(places, all_counts, all_counts.own(users[places], events.interactions.sequences))
         return
-    yield CountedRows(np.flatnonzero(rows.splits != "rerank"), all_counts, None)
+    for places in in_parts(np.flatnonzero(rows.splits != "rerank")):
+        yield CountedRows(places, all_counts, None)
     training = np.flatnonzero(rows.splits == "rerank")
-    by_time = is_by_time(run)
-    if by_time:
+    if is_by_time(run):
         labels = np.floor(times_of(rows)[training] / window) * window  # of windows that later events do not move
+        counted = counts_before(events, np.unique(labels).tolist(), all_counts)
     else:
         labels = user_folds(rows.users[training].tolist(), NUM_FOLDS, seed).astype(float)
-    for label in np.unique(labels).tolist():
-        places = training[labels == label]
-        part = events.part(before=label) if by_time else events.part(without_users=rows.users[places])
-        yield CountedRows(places, part.counts(all_counts.facts), None)
+        counted = counts_without(
+            events, [rows.users[training[labels == fold]] for fold in np.unique(labels)], all_counts
+        )
+    for label, counts in zip(np.unique(labels).tolist(), counted, strict=True):
+        for places in in_parts(training[labels == label]):
+            yield CountedRows(places, counts, None)
+
+
+def counts_without(events: Events, users: Sequence[np.ndarray], like: Counts) -> Iterator[Counts]:
+    """Counts of the events without each of these sets of users, with the facts and neighbours of others."""
+    for left_out in users:
+        yield events.part(without_users=left_out).counts(like.facts, like.neighbours)
+
+
+def counts_before(events: Events, moments: Sequence[float], like: Counts) -> Iterator[Counts]:
+    """Counts of the events before each of these moments, in ascending order, with the facts and neighbours of others.
+
+    Where users' interactions are in the order of time and no entry is cut, those of a moment are added to those of the
+    moment before; the result is the same.
+    """
+    grows = like.neighbours is None and events.interactions.is_in_order_of_time
+    earlier: Counts | None = None
+    since: float | None = None
+    for moment in moments:
+        counts = events.part(until=moment).counts(like.facts, like.neighbours, earlier, since)
+        earlier, since = counts if grows else None, moment
+        yield counts

@@ -3,7 +3,7 @@
 R rows, N candidates of a row (another number in each), F features of a candidate.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -48,22 +48,17 @@ class RowLists:
         own = rows.lists
         return cls(own.candidates, own.scores, own.relevance, _ranks(own.candidates), columns=own.columns)
 
-    def with_features(self, names: Sequence[str], rows: TargetRows, parts: Iterable[CountedRows]) -> "RowLists":
-        """The lists with the features of these names, by counts that may speak about each row."""
-        features: list[np.ndarray] = [np.empty(0)] * len(self.candidates)
-        for part in parts:
-            places = part.places.tolist()
-            chosen = self.take(places)
-            own = None if part.own is None else part.own.of_rows(part.places)
-            histories = [rows.histories[place] for place in places]
-            asked = histories, chosen.candidates, chosen.scores, own, chosen.columns
-            for place, of_row in zip(places, list_features(names, part.counts, *asked), strict=True):
-                features[place] = of_row
-        return replace(self, features=features)
+    def with_features(self, names: Sequence[str], rows: TargetRows, part: CountedRows) -> "RowLists":
+        """These lists, of the rows of a part, with the features of these names.
 
-    def take(self, places: Sequence[int]) -> "RowLists":
-        """The lists of the rows at these places."""
-        return self._each(lambda values: [values[place] for place in places])
+        Args:
+            names: Of the features.
+            rows: All rows of the run.
+            part: The rows of these lists, with the counts that may speak about them.
+        """
+        histories = [rows.histories[place] for place in part.places.tolist()]
+        asked = histories, self.candidates, self.scores, part.own, self.columns
+        return replace(self, features=list_features(names, part.counts, *asked))
 
     def reordered(self, scores: Ragged) -> "RowLists":
         """The same candidates in the order of other scores, ties as they were, as the first stage of the lists."""

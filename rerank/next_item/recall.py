@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rerank.baselines import Counts
+from rerank.baselines.pairs import neighbours_of
 from rerank.catalogue import Catalogue
 from rerank.launch import run_dir as runs
 from rerank.next_item.encoder import SETTINGS, NextItemEncoder
@@ -69,7 +70,8 @@ def baseline_lists(
     run: Path, num_items: int, histories: Sequence[np.ndarray], length: int
 ) -> tuple[Counts, dict[str, np.ndarray]]:
     """Counts of a run's training sequences, and the (R, length) lists of the rankers that rest on them."""
-    counts = Counts.fit(training_sequences(runs.stage_dir(run, "data")), num_items)
+    sequences = training_sequences(runs.stage_dir(run, "data"))
+    counts = Counts.fit(sequences, num_items, neighbours=neighbours_of(num_items))
     return counts, {
         "popularity": popular_lists(counts.popularity, histories, length),
         REFERENCE: transition_lists(counts, histories, length),

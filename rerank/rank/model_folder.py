@@ -215,7 +215,7 @@ def _count_anew(folder: Path, interactions_path: str | Path, columns: Mapping[st
     times = table["time"].to_numpy(zero_copy_only=False).astype(float)[kept]
     until = float(np.nanmax(times)) if np.isfinite(times).any() else None
     _check_unit(until, old, folder, interactions_path)
-    return Counts.fit(dict(enumerate(parts)), old.num_items, old.facts, old.feedback, until)
+    return Counts.fit(dict(enumerate(parts)), old.num_items, old.facts, old.feedback, until, old.neighbours)
 
 
 def _frequent(least: int, num_users: int, users: np.ndarray) -> np.ndarray:
