@@ -78,8 +78,9 @@ def test_counts_of_the_stage_keep_the_neighbours_asked_for(run, tmp_path, caplog
 def test_items_without_weights_have_no_fact_of_the_linear_model(run, tmp_path, caplog, monkeypatch):
     caplog.set_level(logging.INFO)
     monkeypatch.setattr(regression, "MAX_ITEMS", 9)
+    monkeypatch.setattr(regression, "MANY_ITEMS", 12)  # all of them
     _, tables, _ = tables_of(run, tmp_path / "few", num_candidates=SIZE)
-    assert "fit_history and fit_recent are of the 9 most popular items; 3 have neither" in caplog.text
+    assert "fit_history and fit_recent are of the 9 most popular items; 3 have no weights" in caplog.text
     counts = Counts.load(tmp_path / "few/evidence.npz")
     names = feature_names(counts)
     for row in tables["test"].to_pylist():

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.sparse import csr_array
 
+from rerank.baselines.pairs import MANY_ITEMS
+
 RIDGE = 300
 MAX_ITEMS = 3000  # the inverse takes items^2 numbers: rarer items of a larger catalogue have no weights
 FADING = 10  # places: an item so far back counts 1 / e in the recent score
@@ -54,8 +56,10 @@ class ItemRegression:
     def scores(
         self, histories: Sequence[np.ndarray], candidates: np.ndarray, own: csr_array | None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Scores after the whole history, and with items fading by their age, (R, N) each; nan for items without
-        weights, of a catalogue of more than MAX_ITEMS.
+        """Scores after the whole history, and with items fading by their age, (R, N) each.
+
+        An item without weights has none (nan) in a catalogue of MANY_ITEMS or more; in a smaller one it has 0, as in
+        the results of this project's recipes.
 
         Args:
             histories: Items, oldest first.
@@ -78,9 +82,10 @@ class ItemRegression:
             ]
             diagonal = diagonal + wanted**2 / rest
         # -P[b, b] / P[b, b] = -1 is what an item of the history adds to its own score
+        unknown = np.nan if len(self.places) >= MANY_ITEMS else 0.0
         itself = (np.take_along_axis(weight.toarray(), places, axis=1) for weight in weights)
         whole, recent = (
-            np.where(places >= 0, added - total / diagonal, np.nan) for total, added in zip(sums, itself, strict=True)
+            np.where(places >= 0, added - total / diagonal, unknown) for total, added in zip(sums, itself, strict=True)
         )
         return whole, recent
 

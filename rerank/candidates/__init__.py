@@ -183,7 +183,7 @@ def log_counts(counts: Counts) -> None:
         logger.info("counts keep the %d best neighbours of each item (neighbours)", counts.neighbours)
     if unknown := counts.regression.num_unknown:
         known = len(counts.popularity) - unknown
-        logger.info("fit_history and fit_recent are of the %d most popular items; %d have neither", known, unknown)
+        logger.info("fit_history and fit_recent are of the %d most popular items; %d have no weights", known, unknown)
 
 
 def main(args: CandidatesArguments, out_dir: Path) -> dict[str, object]:
