@@ -13,6 +13,7 @@ from rerank import data
 from rerank.data import engines
 from rerank.data.prepare import prepared
 from rerank.launch import pipeline, recipe
+from rerank.launch.disk import told_of_full_disk
 from rerank.launch.stages import load_stage
 
 ROWS = [f"{user},{item},{time}" for user in "uvw" for time, item in enumerate("abcdefgh")]
@@ -103,7 +104,7 @@ def test_a_full_disk_leaves_whole_files_and_says_how_much_was_needed(log, tmp_pa
 
 def test_another_error_of_the_engine_is_not_taken_for_a_full_disk(tmp_path):
     with pytest.raises(duckdb.IOException, match="no such file"):
-        with engines.told_of_full_disk(tmp_path):
+        with told_of_full_disk(tmp_path):
             raise duckdb.IOException("no such file")
 
 

@@ -112,7 +112,8 @@ class Counts:
             interactions: In order; all that the counts rest on.
             facts, feedback, until: As of `fit`.
             neighbours: Entries of each item that a matrix keeps. A kept value is exact, one that was cut is taken for
-                0, with a user left out or not; which are kept is decided with all users. None keeps all.
+                0. With a user left out a value is also 0 where the other users' part of it would have been cut. None
+                keeps all.
             earlier: Counts of those before `since`, to which the pairs of the later ones are added: the result is that
                 of counting all. Needs users' interactions in the order of time, and counts of all neighbours.
             since: The moment.
@@ -123,7 +124,7 @@ class Counts:
             raise ValueError(f"counts of {earlier.neighbours} neighbours cannot be added to; count all interactions")
         else:
             added = zip(MATRICES, interactions.matrices_since(since), strict=True)
-            matrices = [csr_array(getattr(earlier, name) + matrix) for name, matrix in added]
+            matrices = [cut(csr_array(getattr(earlier, name) + matrix), neighbours) for name, matrix in added]
         popularity = interactions.popularity
         regression = ItemRegression.fit(interactions.sequences.blocks(), popularity)
         transitions, successors, near = matrices
@@ -199,7 +200,11 @@ class Counts:
     def own(self, users: Sequence[int] | np.ndarray, sequences: Sequences) -> UserContributions:
         """The contributions of each row's user to these counts, for `top_rows` and `feature_rows`."""
         own = UserContributions.of(users, sequences, self.num_items)
-        return own if self.neighbours is None else own.within(self.transitions, self.successors, self.near)
+        return (
+            own
+            if self.neighbours is None
+            else own.within(self.transitions, self.successors, self.near, self.neighbours)
+        )
 
     def _score_matrix(
         self, histories: Sequence[np.ndarray], rows: np.ndarray, own: UserContributions | None, exclude_seen: bool

@@ -134,7 +134,7 @@ class Interactions:
         with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as file:
             self.con.to_parquet(ordered, Path(folder) / "ordered.parquet")
             for batch in dataset.dataset(folder).to_batches():
-                batch.column("item").to_numpy().astype(np.int32).tofile(file)
+                file.write(batch.column("item").to_numpy().astype(np.int32).tobytes())
                 found.append(np.unique(batch.column("user").to_numpy(), return_counts=True))
             file.flush()
             size = sum(int(lengths.sum()) for _, lengths in found)

@@ -6,6 +6,7 @@ however many of them a user has; a join on the user would make the square of tha
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import ibis
@@ -20,7 +21,7 @@ COLUMNS = ("user", "item", "position")  # of interactions, and `time` where it i
 def part_of(events: Table, until: float | None = None, without_users: np.ndarray | None = None) -> Table:
     """Interactions before a moment, or without those of some users; one of an unknown time is before no moment."""
     if until is not None:
-        if "time" not in events.columns:
+        if "time" not in events.columns or math.isnan(until):  # DuckDB has nan above every number
             return events.limit(0)
         events = events.filter(events.time.cast("float64") < until)
     if without_users is not None:

@@ -92,6 +92,22 @@ def cut(matrix: csr_array, neighbours: int | None) -> csr_array:
     return csr_array((data, indices, indptr), shape=matrix.shape)
 
 
+def _least_kept(matrix: csr_array, neighbours: int) -> tuple[np.ndarray, np.ndarray]:
+    """The smallest value of each row that may have been cut, 0 of another, and the last column that has it."""
+    lengths, least = np.diff(matrix.indptr), np.zeros(matrix.shape[0], dtype=matrix.dtype)
+    last = np.full(matrix.shape[0], matrix.shape[1])
+    filled = np.flatnonzero(lengths)
+    if len(filled):
+        least[filled] = np.minimum.reduceat(matrix.data, matrix.indptr[filled])
+        rows = np.repeat(np.arange(matrix.shape[0]), lengths)
+        is_least = matrix.data == least[rows]
+        last[filled] = -1
+        np.maximum.at(last, rows[is_least], matrix.indices[is_least])
+    whole = lengths < neighbours
+    least[whole], last[whole] = 0, matrix.shape[1]
+    return least, last
+
+
 def _narrow(values: np.ndarray) -> np.ndarray:
     """The same in 32 bits where they fit."""
     return values.astype(np.int32) if values.max(initial=0) <= np.iinfo(np.int32).max else values
@@ -151,14 +167,24 @@ class UserContributions:
         found = np.minimum(np.searchsorted(self.keys, wanted), len(self.keys) - 1)
         return np.where((owners >= 0) & (items >= 0) & (self.keys[found] == wanted), found, -1)
 
-    def within(self, transitions: csr_array, successors: csr_array, near: csr_array) -> UserContributions:
-        """The part that can be subtracted from counts that were cut: nothing where these hold nothing."""
-        kept = [self._within(*pair) for pair in ((self.transitions, transitions), (self.successors, successors))]
-        return replace(self, transitions=kept[0], successors=kept[1], near=self._within(self.near, near))
+    def within(
+        self, transitions: csr_array, successors: csr_array, near: csr_array, neighbours: int
+    ) -> UserContributions:
+        """The part to subtract from counts that were cut to `neighbours` entries of each item.
 
-    def _within(self, own: csr_array, counts: csr_array) -> csr_array:
+        Where these hold nothing it is nothing. Where the user's own part alone lifted a value above what was cut, it
+        is all of the value: what is left would tell that this user had both items, as no other pair so rare has one.
+        """
+        pairs = (self.transitions, transitions), (self.successors, successors), (self.near, near)
+        kept = [self._within(*pair, neighbours) for pair in pairs]
+        return replace(self, transitions=kept[0], successors=kept[1], near=kept[2])
+
+    def _within(self, own: csr_array, counts: csr_array, neighbours: int) -> csr_array:
         items = np.repeat(self.keys % self.num_items, np.diff(own.indptr))
-        values = own.data * (lookup(counts, items, own.indices) > 0)
+        held, (least, last) = lookup(counts, items, own.indices), _least_kept(counts, neighbours)
+        left = held - own.data
+        was_lifted = (left < least[items]) | ((left == least[items]) & (own.indices > last[items]))
+        values = np.where(held > 0, np.where(was_lifted, held, own.data), 0)
         kept = csr_array((values, own.indices, own.indptr), shape=own.shape)
         kept.eliminate_zeros()
         return kept

@@ -29,6 +29,7 @@ from rerank.candidates.seen_targets import refuse_seen_targets
 from rerank.candidates.writing import further_tables, write_split
 from rerank.catalogue import Catalogue
 from rerank.launch import run_dir
+from rerank.launch.disk import told_of_full_disk
 from rerank.launch.files import write_json
 from rerank.launch.stages import Stage
 from rerank.launch.values import check_choice, check_range, option
@@ -193,7 +194,7 @@ def main(args: CandidatesArguments, out_dir: Path) -> dict[str, object]:
     facts = item_facts(args.run_dir, args.item_numbers)
     if not facts.has_embeddings:
         logger.info("the texts have no embeddings, which the stage semantic_ids makes: no facts of their similarity")
-    with engine() as con:
+    with told_of_full_disk(out_dir), engine() as con:
         events = Events.load(con, args.run_dir, rows)
         counts = events.counts(facts, neighbours_of(len(facts.brands), args.neighbours))
         log_counts(counts)

@@ -9,7 +9,6 @@ R rows, N candidates of a list, M items of the longer list they are drawn from.
 """
 
 import copy
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -21,6 +20,7 @@ from rerank.baselines.pairs import Sequences
 from rerank.candidates.counting import in_parts
 from rerank.candidates.row_lists import RowLists
 from rerank.launch import recipe
+from rerank.launch.files import mapped
 from rerank.launch.values import check_choice, check_range, option
 from rerank.rows import Histories, TargetRows
 
@@ -192,7 +192,7 @@ class _Pools:
             length: M.
         """
         self._args, self._rows, self._counts, self._sequences, self._kept = args, rows, counts, sequences, kept
-        self.items, self.scores = (_mapped((len(rows), length), kind) for kind in (np.int64, np.float64))
+        self.items, self.scores = (mapped(None, (len(rows), length), kind) for kind in (np.int64, np.float64))
         self.num_hits = 0
         for places in in_parts(np.arange(len(rows))):
             own = counts.own(rows.users[places], sequences)
@@ -235,12 +235,6 @@ class _Pools:
         columns = {name: np.take_along_axis(values, shown, axis=1) for name, values in columns.items()}
         features = np.take_along_axis(features, shown[:, :, None], axis=1)
         return DrawnLists(hits, histories, {**columns, "features": features})
-
-
-def _mapped(shape: tuple[int, int], kind: type) -> np.ndarray:
-    """An array in a file without a name, which is gone when nobody reads it."""
-    with tempfile.TemporaryFile() as file:
-        return np.memmap(file, dtype=kind, mode="w+", shape=shape)
 
 
 def _after(rng: np.random.Generator, draws: int) -> np.random.Generator:

@@ -3,7 +3,6 @@
 R rows, N candidates of a row (another number in each), C candidates of all rows, F features of a candidate.
 """
 
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 
 from rerank.baselines import Ragged
 from rerank.candidates.row_lists import RowLists
+from rerank.launch.files import mapped
 from rerank.rows import TargetRows
 
 
@@ -82,9 +82,7 @@ class StoredLists:
         return Column(self._columns[name], self._ends, self.lengths)
 
     def _empty(self, example: np.ndarray) -> np.ndarray:
-        shape = (int(self._ends[-1]), *example.shape[1:])
-        with tempfile.TemporaryFile(dir=self._folder) as file:
-            return np.memmap(file, dtype=example.dtype, mode="w+", shape=shape)
+        return mapped(self._folder, (int(self._ends[-1]), *example.shape[1:]), example.dtype)
 
     def _copies(self, name: str, places: np.ndarray) -> list[np.ndarray]:
         column = self.by_row(name)

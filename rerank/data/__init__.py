@@ -14,6 +14,7 @@ from pathlib import Path
 
 from rerank.data.asked import ALLOWED, FORMATS, Asked, checked_csv
 from rerank.launch import recipe
+from rerank.launch.disk import told_of_full_disk
 from rerank.launch.stages import Stage
 from rerank.launch.values import check_choice, check_range, option
 
@@ -241,7 +242,6 @@ def check(args: DataArguments) -> None:
         ValueError: When an input is empty, lacks a column, has a bad row, or leaves a split without rows; when the
             backend is not installed, or the disk is full.
     """
-    from rerank.data.engines import told_of_full_disk
     from rerank.data.prepare import prepared
 
     with told_of_full_disk(Path(tempfile.gettempdir())), prepared(args):
@@ -257,7 +257,6 @@ def check_names(args: DataArguments) -> None:
 
 def main(args: DataArguments, out_dir: Path) -> dict[str, object]:
     """Write the tables of the stage; returns their counts."""
-    from rerank.data.engines import told_of_full_disk
     from rerank.data.prepare import prepared
 
     with told_of_full_disk(Path(tempfile.gettempdir())), prepared(args) as found:

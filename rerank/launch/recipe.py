@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from rerank.launch import named_files, shards, trackers
+from rerank.launch import files, named_files, shards, trackers
 from rerank.launch import run_dir as runs
 from rerank.launch.shards import Shard
 from rerank.launch.signals import die_with_parent
@@ -289,7 +289,7 @@ def _main(declared: Stage, arguments: Sequence[Any], folder: Path, shard: Shard 
         if not _is_ours(error):
             raise
         if declared.quick_check:  # its input is refused, so that nothing is begun that another recipe must resume
-            (folder / "begun.json").unlink(missing_ok=True)
+            files.clear(folder, ("lock", "holder.pid"))
         _fail(one_line(error), 2)
     if declared.trains and os.environ.get("WORLD_SIZE", "1") != "1":
         from accelerate import PartialState

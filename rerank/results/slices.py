@@ -184,7 +184,7 @@ class SplitLists:
         """
         path = run_dir.stage_dir(run, "candidates") / f"{split}.parquet"
         check_columns(path, columns)
-        records = read_records(path)
+        records = read_records(path, OPTIONAL)
         rows, targets = [RankingRow.of(record) for record in records], [record["target"] for record in records]
         lengths, interactions = np.array([len(row.history) for row in rows]), training_interactions(run)
         if None in targets:

@@ -203,17 +203,18 @@ def read_rows(path: str | Path, needs_features: bool = False) -> list[RankingRow
     return rows
 
 
-def read_records(path: str | Path) -> list[dict[str, Any]]:
+def read_records(path: str | Path, optional: Sequence[str] = OPTIONAL) -> list[dict[str, Any]]:
     """The rows of a candidates table by row_id, for `RankingRow.of`, each with its history as a list.
 
     Args:
         path: Parquet with COLUMNS and histories; those that are in the users' sequences are read from the data folder
             of the same run.
+        optional: Further columns, as far as the table has them.
 
     Raises:
         ValueError: When a column of COLUMNS is missing.
     """
-    return records_of(pq.read_table(path, columns=columns_of(path)).sort_by("row_id"), path)
+    return records_of(pq.read_table(path, columns=columns_of(path, optional)).sort_by("row_id"), path)
 
 
 def records_of(table: pa.Table, path: str | Path) -> list[dict[str, Any]]:
@@ -229,8 +230,8 @@ def data_dir_of(path: str | Path) -> Path:
     return run_dir.stage_dir(Path(path).absolute().parents[1], "data")
 
 
-def columns_of(path: str | Path) -> list[str]:
-    """Those of COLUMNS and OPTIONAL that a candidates table has, and those that tell its histories.
+def columns_of(path: str | Path, optional: Sequence[str] = OPTIONAL) -> list[str]:
+    """Those of COLUMNS and of optional columns that a candidates table has, and those that tell its histories.
 
     Raises:
         ValueError: When one of COLUMNS is missing.
@@ -241,7 +242,7 @@ def columns_of(path: str | Path) -> list[str]:
             raise ValueError(
                 f"{path} has no column {name!r}; it has {', '.join(names)}; run the candidates stage again"
             )
-    return [*COLUMNS, *history_columns(names), *(name for name in OPTIONAL if name in names)]
+    return [*COLUMNS, *history_columns(names), *(name for name in optional if name in names)]
 
 
 def refuse_no_hits(path: str | Path, num_rows: int) -> NoReturn:
