@@ -31,7 +31,13 @@ def list_records(first_row_id: int) -> list[dict]:
     """
     lists = {1: [0, 1, 2, 4, 5, 6], 3: [0, 3, 2, 4, 5, 6], 7: [0, 1, 2, 3, 4, 5]}
     return [
-        {"row_id": first_row_id + number, "history": [8] * (number + 1), "candidates": lists[target], "target": target}
+        {
+            "row_id": first_row_id + number,
+            "user": (first_row_id + number) // 2,
+            "history": [8] * (number + 1),
+            "candidates": lists[target],
+            "target": target,
+        }
         | {"relevance": [float(item == target) for item in lists[target]]}
         for number, target in enumerate((1, 1, 3, 3, 7, 7, 7))
     ]

@@ -23,6 +23,10 @@ def test_rankings_are_merged_with_those_of_the_run_that_a_variant_continues(tmp_
     # reciprocal rank fusion: 1 / 62 + 1 / 62 is above 1 / 61 + 1 / 64
     assert table["b", MERGED][1] == "1.0000" and table["a", "dapo"][1] == table["b", "dapo"][1] == "0.0000"
     assert ("a", MERGED) not in table
+    for other in ("a-seed0/sft/model", "model"):  # no dapo model of a run
+        write_json(out / "b-seed0/dapo/recipe.yaml", {"start_model": str(out / other)})
+        assert MERGED not in ListEvaluation.load(out / "b-seed0").values
+    write_json(out / "b-seed0/dapo/recipe.yaml", {"start_model": str(out / "a-seed0/dapo/model")})
     (out / "a-seed0/evaluate/rankings.parquet").unlink()  # the other run is not there any more
     assert MERGED not in ListEvaluation.load(out / "b-seed0").values
 

@@ -2,7 +2,6 @@
 
 import inspect
 import shutil
-from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -15,8 +14,6 @@ from rerank import dapo
 from rerank.dapo.trainer import DapoTrainer
 from rerank.launch import recipe
 from rerank.models import base as base_model
-from rerank.models import one_token
-from rerank.prompts import EMPTY_TRACE, PromptSettings, prompt_ids
 from rerank.rollouts import store as rollouts
 from rerank.rows import Prompter, column_names, reward_columns, training_rows
 
@@ -205,31 +202,6 @@ def test_training_without_traces_starts_from_the_control_of_the_sft_stage(toy_ru
     shutil.rmtree(run / "sft/model_no_trace")
     with pytest.raises(FileNotFoundError, match="model_no_trace is missing; set no_trace_control: true in the sft"):
         check(NDCG, run=run, without_trace=True)
-
-
-def test_training_continues_from_a_model_of_another_run_with_the_same_prompts_and_items(toy_run, tmp_path):
-    run, start = copy_stages(toy_run.run, tmp_path / "run", "sft"), tmp_path / "model"
-    options = {"run": run, "start_model": str(start)}
-    with pytest.raises(FileNotFoundError, match="config.json is missing; give a model folder of the sft or dapo"):
-        check(NDCG, **options)
-    shutil.copytree(toy_run.run / "dapo/model", start)
-    check(NDCG, **options)
-    assert dapo.start_dir(dapo.DapoArguments(run_dir=str(run), rewards=NDCG, start_model=str(start))) == start
-    with pytest.raises(ValueError, match="without_trace is true; leave one of the two out"):
-        check(NDCG, **options, without_trace=True)
-    PromptSettings(max_history=3).save(start)
-    with pytest.raises(ValueError, match="was trained on other prompts or items than those of .*run; give a model of"):
-        check(NDCG, **options)
-
-
-def test_prompts_that_bypass_the_reasoning_end_in_an_empty_trace_with_which_completions_begin(toy_run, prompter):
-    row = training_rows(toy_run.run, "dapo")[0]
-    asked = replace(prompter, bypass_reasoning=True).ask(row, 9)
-    assert asked.prompt == prompter.prompt(row) + EMPTY_TRACE and asked.begun == EMPTY_TRACE
-    assert prompter.ask(row, 9).begun == ""
-    ids, bare = (prompt_ids(prompter.tokenizer, [text])[0] for text in (asked.prompt, prompter.prompt(row)))
-    assert one_token.prompt_tokens(prompter.tokenizer, ids) == ids  # the first label comes next already
-    assert one_token.prompt_tokens(prompter.tokenizer, bare) == ids
 
 
 def test_lengths_that_the_recipe_leaves_open_come_from_the_sft_stage_and_prompts_beyond_are_named(prepare, tmp_path):

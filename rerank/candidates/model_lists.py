@@ -25,7 +25,10 @@ MAX_HISTORY = 20  # items of the history in a prompt for a model's list
 
 def model_lists(args: "CandidatesArguments", rows: TargetRows) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """By part of the rows, their places, a model's most likely items (R, K) and their log-probabilities, items of the
-    history left out by `exclude_seen`; read from the shards where there are some."""
+    history left out by `exclude_seen`; read from the shards where there are some.
+
+    Rows of like length are decoded together within a part, so that the last digits of a log-probability depend on it.
+    """
     made = shards.merged(args.run_dir, "candidates", "lists")
     ask = _asker(args) if made is None else lambda part: made.take(pc.index_in(pa.array(part.row_ids), made["row_id"]))
     for places in in_parts(np.arange(len(rows)), max(1, PART // args.batch_size) * args.batch_size):

@@ -143,8 +143,12 @@ def compare(
     }
     for of_seed in zip(*folders.values(), strict=True):
         check_same_data([steps_of[run] for run in of_seed])
-    for variant in variants:  # a misspelt key of the last one should not show after hours of the others
-        pipeline.check_steps(steps_of[folders[variant.name][0]], accelerate)
+    from rerank.dapo.start import to_be_made
+
+    models = [runs.stage_dir(run, stage) / "model" for run in steps_of for stage in ("sft", "dapo")]
+    with to_be_made(models):
+        for variant in variants:  # a misspelt key of the last one should not show after hours of the others
+            pipeline.check_steps(steps_of[folders[variant.name][0]], accelerate)
     earlier: dict[Path, Sequence[pipeline.Step]] = {}
     for run, steps in steps_of.items():
         share_stages(run, steps, earlier)

@@ -80,7 +80,7 @@ class ListEvaluation(Evaluation):
 
     Attributes:
         folders: Ranker with a model to the folder of the stage that made it, which runs may share.
-        start: The sft stage's ranker that reinforcement learning started from.
+        start: The sft stage's ranker that reinforcement learning started from; empty for a model of another run.
     """
 
     folders: dict[str, Path]
@@ -103,12 +103,14 @@ class ListEvaluation(Evaluation):
         recipe = folders["dapo"] / "recipe.yaml"
         keys = yaml.safe_load(recipe.read_text()) if recipe.is_file() else {}
         start = "sft_no_trace" if keys.get("without_trace") else "sft"
+        start = "" if keys.get("start_model") else start
         before = _orders_of_start(keys.get("start_model"), shown["row_id"].tolist())
         if before is not None and "dapo" in by_ranker:
             pairs = zip(by_ranker["dapo"]["order"], before, strict=True)
             fused = [merged([None if order is None else list(order) for order in pair]) for pair in pairs]
             values[MERGED] = metrics_per_row(Ranking(MERGED, fused), relevance, metrics=metrics)
             values[MERGED][FAILED] = np.array([float(order is None) for order in fused])
+            folders[MERGED] = folders["dapo"]
         rows: list[tuple[object, ...]] = list(zip(shown["row_id"], shown["user"], strict=True))
         return cls(rows, shown["user"].to_numpy(), values, folders, start)
 
@@ -117,7 +119,10 @@ def _orders_of_start(start_model: str | None, row_ids: Sequence[int]) -> list[An
     """The rankings of the same rows by the run of a `start_model`, where it is RUN/dapo/model and was evaluated."""
     if start_model is None:
         return None
-    path = Path(names.locate(start_model, "start_model")).parents[1] / "evaluate/rankings.parquet"
+    folder = Path(names.locate(start_model, "start_model")).absolute()
+    if folder.parts[-2:] != ("dapo", "model"):
+        return None
+    path = folder.parents[1] / "evaluate/rankings.parquet"
     lines = _by_ranker(path).get("dapo") if path.is_file() else None
     return lines["order"].tolist() if lines is not None and lines["row_id"].tolist() == list(row_ids) else None
 

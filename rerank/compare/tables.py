@@ -82,7 +82,7 @@ def list_lines(runs_of: RunsOf) -> list[str]:
     baselines = [ranker.name for ranker in of_task("rerank") if ranker.is_baseline]
     rankers = [(NO_VALUE, of_first, name) for name in baselines if name in of_first[0].values]
     for variant, seeds in read.items():
-        own = [name for name in seeds[0].values if name not in baselines]
+        own = [name for name in seeds[0].values if name not in baselines and all(name in one.values for one in seeds)]
         own = [name for name in own if seeds is of_first or not _shared(seeds, of_first, name)]
         rankers += [(variant, seeds, name) for name in own]
     sampling, values, differences = Sampling(of_first[0].users), [], []

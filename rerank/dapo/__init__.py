@@ -31,7 +31,14 @@ from rerank.catalogue import Catalogue
 from rerank.dapo.checks import check_batches, check_prompts, check_rewards, warn_of_repeats
 from rerank.dapo.gains import gain_at_equal_ranks, gain_over_training
 from rerank.dapo.prompt_stream import PromptStream
-from rerank.dapo.start import check_start, generation_of, refuse_one_token, start_dir, token_limit
+from rerank.dapo.start import (
+    check_start,
+    generation_of,
+    is_to_be_made,
+    refuse_one_token,
+    start_dir,
+    token_limit,
+)
 from rerank.launch import run_dir, stopping, validation
 from rerank.launch.files import write_json
 from rerank.launch.stages import Stage
@@ -129,11 +136,14 @@ def check(args: DapoArguments, training_args: DapoConfig, model_args: ModelConfi
     """Look at batches, rewards and the model folder, if it is there."""
     check_batches(args, training_args)
     is_made, folder = run_dir.is_finished(args.run_dir, "sft"), start_dir(args)
-    if args.start_model:
+    if is_to_be_made(folder):
+        is_made = False
+    elif args.start_model:
         check_start(folder, args.run_dir)
     elif is_made and not folder.is_dir():
         raise FileNotFoundError(f"{folder} is missing; set no_trace_control: true in the sft recipe")
-    adapters.check_adapter(model_args, folder)
+    if is_made or not args.start_model:
+        adapters.check_adapter(model_args, folder)
     known_limit = token_limit(training_args, folder) if is_made else training_args.max_completion_length
     check_rewards(args.load_rewards(), known_limit or PAPERS_LIMIT)
     if run_dir.is_finished(args.run_dir, "candidates"):

@@ -1,6 +1,9 @@
 """The model that the dapo stage starts from."""
 
+import contextlib
 import json
+from collections.abc import Collection, Iterator
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,9 +12,28 @@ from rerank.launch import run_dir
 from rerank.models import names
 from rerank.models.ranker import RankingModel
 from rerank.prompts import PromptSettings
+from rerank.rows import read_feature_names
 
 if TYPE_CHECKING:
     from rerank.dapo import DapoArguments, DapoConfig
+
+
+_TO_BE_MADE: ContextVar[Collection[Path]] = ContextVar("to be made", default=())
+
+
+@contextlib.contextmanager
+def to_be_made(folders: Collection[Path]) -> Iterator[None]:
+    """Within it a `start_model` may be one of these folders, which an earlier run of the same command makes."""
+    token = _TO_BE_MADE.set([folder.absolute() for folder in folders])
+    try:
+        yield
+    finally:
+        _TO_BE_MADE.reset(token)
+
+
+def is_to_be_made(folder: Path) -> bool:
+    """Whether a model folder that is not there is one of `to_be_made`."""
+    return not folder.exists() and folder.absolute() in _TO_BE_MADE.get()
 
 
 def start_dir(args: "DapoArguments") -> Path:
@@ -27,10 +49,12 @@ def check_start(folder: Path, run: str) -> None:
     traces = run_dir.stage_dir(run, "traces")
     if not run_dir.is_finished(run, "traces"):
         return
-    if PromptSettings.load(folder) != PromptSettings.load(traces) or Catalogue.load(folder) != Catalogue.load(run):
+    prompts = PromptSettings.load(folder) == PromptSettings.load(traces)
+    features = read_feature_names(folder) == read_feature_names(run_dir.stage_dir(run, "candidates"))
+    if not prompts or not features or Catalogue.load(folder) != Catalogue.load(run):
         raise ValueError(
             f"start_model {folder} was trained on other prompts or items than those of {run}; give a model of the "
-            "same data, semantic_ids and traces recipes"
+            "same data, semantic_ids, candidates and traces recipes"
         )
 
 

@@ -55,6 +55,10 @@ class Questions:
     @classmethod
     def of(cls, args: "EvaluateArguments", rows: Sequence[RankingRow]) -> "Questions":
         """By the options `orders`, `shuffle_texts`, `constrained`, `one_token` and `bypassed`."""
+        if args.tensor_parallel_size > 1:  # before the baselines rank
+            from rerank.models.engine import check_gpus
+
+            check_gpus(args.tensor_parallel_size)
         candidates_dir = run_dir.stage_dir(args.run_dir, "candidates")
         texts = ShuffledTexts.of(candidates_dir, rows) if args.shuffle_texts else None
         ways = args.constrained, args.one_token, args.bypassed

@@ -161,6 +161,8 @@ def check_steps(
             arguments = resolved[step.stage] = recipe.resolve(step.stage, step.keys, str(step.path))
             recipe.check_inputs(step.stage, arguments, made, accelerate)
             runs.refuse_held(step.run_dir, step.folder_name)
+            for one in shards.begun(step.run_dir, step.stage) if step.stage in remake else ():
+                runs.refuse_held(step.run_dir, one.name(step.stage))
             if step.stage not in remake:
                 runs.refuse_partial_of_another_recipe(step.run_dir, step.folder_name, step.keys, accelerate)
                 command = shlex.join(["python", *_module_words(step)])

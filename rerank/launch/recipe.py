@@ -248,6 +248,8 @@ def _fail(message: str, code: int) -> typing.NoReturn:
 def _is_ours(error: BaseException) -> bool:
     """Whether code of this package raised it, as it does on bad input, and not a library that it calls."""
     *_, (last, _) = traceback.walk_tb(error.__traceback__)
+    if str(error).startswith("Caught "):  # in a worker of a loader, whose traceback is the text
+        return "/rerank/" in str(error).rpartition('File "')[2].partition('"')[0]
     return str(last.f_globals.get("__name__")).partition(".")[0] == "rerank"
 
 

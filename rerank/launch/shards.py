@@ -75,7 +75,7 @@ def check_stage_takes(stage: str, shard: Shard | None) -> None:
         raise ValueError(f"--shard {shard}: the stage {stage} has no shards, only {', '.join(known)}; leave it out")
 
 
-def _begun(run_dir: str | Path, stage: str) -> list[Shard]:
+def begun(run_dir: str | Path, stage: str) -> list[Shard]:
     """The shards of a stage that are begun or finished, by number."""
     name = re.compile(rf"{stage}\.shard-(\d+)-of-(\d+)(?:\.partial)?")
     found = [match for path in Path(run_dir).glob(f"{stage}.shard-*") if (match := name.fullmatch(path.name))]
@@ -109,19 +109,19 @@ def check(
     """
     if shard is not None:
         load_stage(stage).check_shard(*arguments)
-    begun = _begun(run_dir, stage)
-    together = [*begun, *([shard] if shard else [])]
+    others = begun(run_dir, stage)
+    together = [*others, *([shard] if shard else [])]
     if other := next((one for one in together if one.count != together[-1].count), None):
         folders = [runs.stage_dir(run_dir, one.name(stage)) for one in (other, together[-1])]
         raise ValueError(
             f"{folders[0]} is one of {other.count} shards but {folders[1]} one of {together[-1].count}; give one "
             "number for all, and delete the folders of the other"
         )
-    finished = [one for one in begun if runs.is_finished(run_dir, one.name(stage))]
+    finished = [one for one in others if runs.is_finished(run_dir, one.name(stage))]
     for one in finished:
         runs.check_finished(run_dir, one.name(stage), given, remade, accelerate)
-    if begun and shard is None and len(finished) < begun[0].count:
-        every = [Shard(number, begun[0].count) for number in range(1, begun[0].count + 1)]
+    if others and shard is None and len(finished) < others[0].count:
+        every = [Shard(number, others[0].count) for number in range(1, others[0].count + 1)]
         missing = [one for one in every if one not in finished]
         raise FileNotFoundError(
             f"{runs.stage_dir(run_dir, missing[0].name(stage))} is missing, so that the shards of {stage} cannot be "
@@ -138,5 +138,5 @@ def make(folder: Path, name: str, rows: Callable[[], pa.Table]) -> None:
 
 def merged(run_dir: str | Path, stage: str, name: str) -> pa.Table | None:
     """The table that the shards of a stage have made, in the order of the shards; None where it has no shards."""
-    paths = [runs.stage_dir(run_dir, one.name(stage)) / f"{name}.parquet" for one in _begun(run_dir, stage)]
+    paths = [runs.stage_dir(run_dir, one.name(stage)) / f"{name}.parquet" for one in begun(run_dir, stage)]
     return pa.concat_tables([pq.read_table(path) for path in paths]) if paths else None

@@ -174,12 +174,7 @@ def open_engine(
     """
     from vllm import LLM
 
-    if tensor_parallel_size > max(1, torch.cuda.device_count()):
-        raise ValueError(
-            f"tensor_parallel_size is {tensor_parallel_size} but GPUs that this process sees are "
-            f"{torch.cuda.device_count()}; lower it, or give an --accelerate file of more GPUs, such as ddp.yaml"
-        )
-
+    check_gpus(tensor_parallel_size)
     keep_weights_live()
     if constrained:  # Model Runner V2, on GPUs the default, takes processors of another form
         os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
@@ -188,6 +183,15 @@ def open_engine(
         model=str(model_dir), max_model_len=max_length, seed=seed, dtype=engine_dtype(dtype),
         tensor_parallel_size=tensor_parallel_size, **options, **engine_options(),
     )  # fmt: skip
+
+
+def check_gpus(tensor_parallel_size: int) -> None:
+    """Refuse a model that is shared by more GPUs than there are."""
+    if tensor_parallel_size > max(1, torch.cuda.device_count()):
+        raise ValueError(
+            f"tensor_parallel_size is {tensor_parallel_size} but GPUs that this process sees are "
+            f"{torch.cuda.device_count()}; lower it, or give an --accelerate file of more GPUs, such as ddp.yaml"
+        )
 
 
 @dataclass(frozen=True)

@@ -234,7 +234,7 @@ def start_config(
     """Of the model that a stage trains: the recipe's, that of the stage before, or the one that is made."""
     from rerank.models.checks import read_config
 
-    named, before = model_args.model_name_or_path, STARTS[stage]
+    named, before = getattr(args, "start_model", None) or model_args.model_name_or_path, STARTS[stage]
     if named is not None:
         folder = Path(names.resolve(named, "model_name_or_path"))
         return read_config(folder, base_model.gguf_of(folder)) if folder.is_dir() else None

@@ -5,6 +5,7 @@ import re
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -103,7 +104,8 @@ def _max_completion_tokens(keys: Mapping[str, Any]) -> int:
     if keys.get("max_completion_length"):
         return int(keys["max_completion_length"])
     model = "model_no_trace" if keys.get("without_trace") else "model"
-    path = run_dir.stage_dir(keys["run_dir"], "sft") / model / "generation.json"
+    folder = run_dir.stage_dir(keys["run_dir"], "sft") / model
+    path = Path(keys.get("start_model") or folder) / "generation.json"
     return int(json.loads(path.read_text())["max_completion_tokens"]) if path.is_file() else NO_LIMIT
 
 

@@ -23,16 +23,8 @@ from rerank.rows.prompter import (
     read_feature_names,
     reward_columns,
 )
-from rerank.rows.row import (
-    RankingRow,
-    check_features,
-    check_top_k,
-    choose_rows,
-    read_records,
-    read_rows,
-    shuffle,
-    training_rows,
-)
+from rerank.rows.reading import check_features, check_top_k, choose_rows, read_records, read_rows, training_rows
+from rerank.rows.row import RankingRow, shuffle
 from rerank.rows.sequences import Histories
 
 __all__ = [

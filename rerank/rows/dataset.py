@@ -13,7 +13,8 @@ class RowDataset(Dataset):  # type: ignore[misc]  # datasets has no types
     """A map-style dataset of rows that are made when they are read, in a worker where the loader has some.
 
     Its table holds the rows' numbers alone. It is a `datasets.Dataset` since TRL takes no other; a transform of such a
-    one would be pickled whole for its fingerprint, with tokenizer and catalogue.
+    one would be pickled whole for its fingerprint, with tokenizer and catalogue. `select` and the like give a dataset
+    of the numbers.
 
     Attributes:
         rows: Makes or holds the rows.
@@ -30,7 +31,7 @@ class RowDataset(Dataset):  # type: ignore[misc]  # datasets has no types
         return made
 
     def __getitem__(self, key: int | str) -> Any:
-        return self.rows[key] if isinstance(key, int) else self.data.column(key).to_pylist()
+        return self.rows[int(key)] if isinstance(key, int | np.integer) else self.data.column(key).to_pylist()
 
     def __getitems__(self, keys: list[int]) -> list[Row]:
         return [self.rows[key] for key in keys]

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from rerank.launch import run_dir
-from rerank.rows.row import choose_rows
+from rerank.rows.reading import choose_rows
 from rerank.rows.sequences import Histories, history_columns, read_histories
 
 TRAINING = ("train", "rerank")  # splits of which nothing is held out

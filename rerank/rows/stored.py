@@ -15,8 +15,7 @@ import pyarrow.parquet as pq
 
 from rerank.launch import run_dir
 from rerank.rows.on_read import MadeOnRead, column, read_parts, store
-from rerank.rows.row import (
-    RankingRow,
+from rerank.rows.reading import (
     check_features,
     check_use,
     choose_rows,
@@ -26,6 +25,7 @@ from rerank.rows.row import (
     refuse_no_hits,
     refuse_no_rows,
 )
+from rerank.rows.row import RankingRow
 from rerank.rows.sequences import HISTORY, PLACE, read_histories
 
 KEYS = ("row_id", "relevance", "list_number")
