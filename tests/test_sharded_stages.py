@@ -89,6 +89,7 @@ def evaluated(tmp_path, monkeypatch):
         return [([answer(row, batch) for row in batch.rows], float(len(batch.rows))) for batch in batches]
 
     monkeypatch.setattr(ranking, "generate_batches", generate)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     also = dict.fromkeys(("shuffle_texts", "constrained", "one_token", "bypassed"), True) | {"tensor_parallel_size": 2}
     return EvaluateArguments(run_dir=str(run), num_bootstrap=20, orders=2, **also), asked
 
@@ -122,6 +123,7 @@ def test_a_shard_of_rankings_that_was_stopped_asks_only_the_models_that_are_left
     with pytest.raises(RuntimeError, match="killed"):
         make_shard(evaluate.STAGE, args, Shard(1, 2))
     monkeypatch.setattr(ranking, "generate_batches", generate)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     make_shard(evaluate.STAGE, args, Shard(1, 2))
     assert asked == ["sft", "dapo"]
 
