@@ -32,7 +32,7 @@ from rerank.rollouts import metrics as rollout_metrics
 from rerank.rollouts import rescore, text
 from rerank.rollouts.groups import RolloutGroups
 from rerank.rollouts.store import open_rollouts, read_rollouts, to_table
-from rerank.rows import PromptedRow, Prompter, RankingRow, check_top_k, read_rows, reward_columns
+from rerank.rows import PromptedRow, Prompter, RankingRow, check_top_k, read_rows, reward_columns, stored
 from rerank.sft.rows import gold_order
 from rerank.traces import TracesArguments, attempts, evidence
 from rerank.traces.teachers import PromptWriter
@@ -371,7 +371,7 @@ def test_the_evidence_teacher_scores_and_ranks_lists_of_any_length():
     rows = [row for row in rows if len(row.candidates) < 100]  # of as many items as the catalogue has
     for told in (False, True):
         teacher = evidence.EvidenceTeacher(scores, prompter, 1.0, 0, told)
-        for row, draft in zip(rows, teacher(rows, 1, 0), strict=True):
+        for row, draft in zip(rows, teacher(rows, 1), strict=True):
             order = parse_completion(draft.text, prompter.labels(row)).order
             assert sorted(order) == list(range(len(row.candidates)))
             if told:  # all of the highest grade first
@@ -382,7 +382,7 @@ def test_the_evidence_teacher_writes_the_best_k():
     row = evidence_row(0, (0.0, 1.0, 2.0, 0.0))
     prompter = Prompter(CATALOGUE, PromptSettings(ranking="number", top_k=2, task="short"))
     teacher = evidence.EvidenceTeacher({0: np.arange(4.0)}, prompter, 0.0, 0, told=True)
-    (draft,) = teacher([row], 1, 0)
+    (draft,) = teacher([row], 1)
     assert len(draft.text.partition("</think>")[2].split()) == 2
     assert parse_completion(draft.text, LABELS[:4], 2).order[0] == 2
 
@@ -438,9 +438,9 @@ def test_validation_measures_what_was_seen_and_knows_top_k():
 
 def test_requests_are_the_same_where_their_ids_are():
     same = RankingRow(1, (9,), (0, 1), (1.0, 0.0), user=3, request_id="a")
-    assert validation._identity(same) == validation._identity(RankingRow(2, (), (4, 5), user=8, request_id="a"))
+    assert stored._identity(same) == stored._identity(RankingRow(2, (), (4, 5), user=8, request_id="a"))
     other = RankingRow(1, (9,), (0, 1), (1.0, 0.0), user=3, request_id="b")
-    assert validation._identity(same) != validation._identity(other)
+    assert stored._identity(same) != stored._identity(other)
 
 
 # --- the probe

@@ -103,7 +103,7 @@ def test_an_engine_sleeps_once_a_step_and_gets_weights_only_when_they_changed(tm
 
 def test_it_sleeps_after_a_check_of_validation_rows(tmp_path, monkeypatch):
     trainer, llm = trained(tmp_path, monkeypatch)
-    dapo.completer(trainer, LIMIT)([SimpleNamespace(prompt="Rank: the title")])
+    dapo.completer(trainer, LIMIT)([SimpleNamespace(prompt="Rank: the title", begun="")])
     assert (llm.syncs, llm.sleeps, llm.awake) == (STEPS + 1, STEPS + 1, set())
 
 

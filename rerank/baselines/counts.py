@@ -112,8 +112,7 @@ class Counts:
             interactions: In order; all that the counts rest on.
             facts, feedback, until: As of `fit`.
             neighbours: Entries of each item that a matrix keeps. A kept value is exact, one that was cut is taken for
-                0. With a user left out a value is also 0 where the other users' part of it would have been cut. None
-                keeps all.
+                0. With a user left out it is also 0 where the others' part of it would have been cut. None keeps all.
             earlier: Counts of those before `since`, to which the pairs of the later ones are added: the result is that
                 of counting all. Needs users' interactions in the order of time, and counts of all neighbours.
             since: The moment.

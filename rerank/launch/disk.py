@@ -1,4 +1,4 @@
-"""What is said when a disk fills."""
+"""The message of a disk that fills."""
 
 import contextlib
 import errno
