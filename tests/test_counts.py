@@ -153,6 +153,21 @@ def test_a_cut_table_is_exact_where_it_holds_something_and_never_negative(sequen
             assert (left[row][(kept[row] > 0) & (others[row] > least)] > 0).all()
 
 
+def test_a_cut_table_does_not_tell_the_target_of_a_training_row():
+    rng, num_items = np.random.default_rng(0), 3000
+    law = 1 / np.arange(1, num_items + 1) ** 0.7
+    law /= law.sum()
+    sequences = {user: rng.choice(num_items, 20, p=law) for user in range(2000)}  # in which nothing is to be found
+    counts, users = Counts.fit(sequences, num_items, neighbours=20), list(range(1000))
+    lists = np.stack([[sequences[user][-1], *rng.choice(num_items, 50, p=law)] for user in users])
+    histories, scores = [sequences[user][:-1] for user in users], np.zeros(lists.shape)
+    features = feature_rows(counts, histories, lists, scores, counts.own(users, sequences))
+    for name in ("near", "from_last"):
+        target, others = np.split(features[..., FEATURES.index(name)], [1], axis=1)
+        # .57 and .53 where a user's own counts are subtracted from whatever value was kept
+        assert ((target > others) + 0.5 * (target == others)).mean() == pytest.approx(0.5, abs=0.015), name
+
+
 def test_no_fact_of_a_training_row_is_negative_after_a_cut():
     sequences = sequences_of(drawn_log(longest=15))
     sequences = {user: np.array([item for item, _ in rows]) for user, rows in sequences.items()}
