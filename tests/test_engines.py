@@ -131,3 +131,17 @@ def test_a_launch_that_refuses_its_input_leaves_no_recipe_to_resume(log, capsys)
         assert "t.csv line 26: item is empty" in capsys.readouterr().err
     assert not (log.parent / "data.partial/begun.json").exists() and load_stage("data").quick_check
     assert not Path(log.parent / "data").exists()
+
+
+def test_a_run_whose_data_stage_refuses_its_input_ends_with_exit_code_2(tmp_path, monkeypatch):
+    (step, *_), said = pipeline.read_steps(TOY, str(tmp_path / "run"), []), []
+    (tmp_path / "run/data.partial").mkdir(parents=True)
+    for code, ends in ((1, 2), (130, 130)):  # the launcher has 1 for a refusal, and 130 for Ctrl-C
+        monkeypatch.setattr(pipeline, "run_step", lambda *_, code=code: code)
+        assert pipeline.run([step], "recipes/accelerate/cpu.yaml", said.append) == ends
+    begun = tmp_path / "run/data.partial/begun.json"
+    begun.write_text('{"given": {}, "inputs": {}, "files": []}')
+    monkeypatch.setattr(pipeline, "run_step", lambda *_: 1)
+    assert pipeline._launch_step(step, "data", "cpu.yaml", said.append, "it") == 1  # what it has begun has failed
+    assert said[1:] == ["[1/1] data ...", "[1/1] data was stopped; the same command continues from here",
+                        "data ...", "data failed with exit code 1; it continues from here"]  # fmt: skip

@@ -19,7 +19,7 @@ from rerank.launch.gpus import free_gpu, gpu_words
 from rerank.launch.named_files import ACCELERATE_VARIABLE
 from rerank.launch.shards import Shard
 from rerank.launch.signals import die_with_parent, wait
-from rerank.launch.stages import STAGES
+from rerank.launch.stages import STAGES, load_stage
 from rerank.launch.trainer_options import check_stage
 from rerank.plugins import did_you_mean
 
@@ -255,6 +255,10 @@ def _launch_step(step: Step, name: str, accelerate: str, say: Callable[[str], No
     say(f"{name} ...")
     begin = time.monotonic()
     if code := run_step(step, accelerate):
+        folder = runs.partial_dir(step.run_dir, step.folder_name)
+        is_refused = folder.is_dir() and not (folder / "begun.json").is_file()
+        if code == 1 and load_stage(step.stage).quick_check and is_refused:  # it has refused its input, and said why
+            return 2
         say(f"{name} {'was stopped' if code == 130 else f'failed with exit code {code}'}; "
             f"{again} continues from here")  # fmt: skip
         return code
