@@ -7,12 +7,13 @@ import os
 import re
 import shutil
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from json_server import JsonHandler
 from toy_recipe import refusal, run_command
 from toy_run import NUM_CANDIDATES, NUM_ITEMS, finish, write_candidates, write_items, write_semantic_ids
 
@@ -45,7 +46,7 @@ def test_a_shard_that_is_none_is_refused(text):
 # --- a stage in processes
 
 
-class Server(BaseHTTPRequestHandler):
+class Server(JsonHandler):
     """A teacher whose ranking follows from the seed of a request alone, so that a draft repeats only with its seed."""
 
     requests: list[str] = []  # that were answered
@@ -53,7 +54,7 @@ class Server(BaseHTTPRequestHandler):
     waiting, failing = threading.Event(), threading.Event()
 
     def do_GET(self):
-        self.answer({"object": "list", "data": [{"id": "toy", "object": "model", "created": 0, "owned_by": "x"}]})
+        self.answer(200, {"object": "list", "data": [{"id": "toy", "object": "model", "created": 0, "owned_by": "x"}]})
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -67,16 +68,7 @@ class Server(BaseHTTPRequestHandler):
         order = np.random.default_rng(body["seed"]).permutation(len(ids))
         text = f"<think>By seed {body['seed']}.</think>{''.join(ids[place] for place in order)}"
         choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}
-        self.answer({"id": "1", "object": "chat.completion", "created": 0, "model": "toy", "choices": [choice]})
-
-    def answer(self, value):
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.end_headers()
-        self.wfile.write(json.dumps(value).encode())
-
-    def log_message(self, *_):
-        pass
+        self.answer(200, {"id": "1", "object": "chat.completion", "created": 0, "model": "toy", "choices": [choice]})
 
 
 @pytest.fixture

@@ -6,12 +6,13 @@ import math
 import re
 import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from json_server import JsonHandler
 from toy_run import NUM_CANDIDATES, NUM_ITEMS, finish, write_candidates, write_items, write_semantic_ids
 
 from rerank import grading, prompts, traces
@@ -373,7 +374,7 @@ def test_a_teacher_reads_the_full_task_what_codes_mean_and_what_it_is_told(promp
     assert told.startswith(hidden) and f"The item taken next is {label}." in told.removeprefix(hidden)
 
 
-class Server(BaseHTTPRequestHandler):
+class Server(JsonHandler):
     """A chat completions server that ranks in the order shown, but puts first what it is told."""
 
     requests: list[dict] = []
@@ -417,15 +418,6 @@ class Server(BaseHTTPRequestHandler):
         elif "<s_a_2>" in ids[-1]:  # a server that parts reasoning from the answer
             return {"content": ranking, "reasoning_content": trace}, "stop"
         return {"content": f"<think>{trace}</think>{ranking}"}, "stop"
-
-    def answer(self, status, value):
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.end_headers()
-        self.wfile.write(json.dumps(value).encode())
-
-    def log_message(self, *_):
-        pass
 
 
 @pytest.fixture

@@ -9,38 +9,29 @@ import itertools
 import math
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 import ibis
 import numpy as np
-import psutil
 import pyarrow.dataset as dataset
 from ibis.expr.types import Table
 from scipy.sparse import csr_array
 
 from rerank.baselines import pair_query
 from rerank.baselines.pairs import ALL_WEIGHTS, NEAR, cut, matrix_of
+from rerank.launch.database import database
 
 MEMORY = 4 * 2**30  # bytes that the engine may take before it spills, at most a quarter of the machine's
 PAIRS_IN_PASS = 2**25  # that are brought into sparse matrices at once: 32 bytes each
 INTERACTIONS_IN_BLOCK = 2**20
 
 
-@contextmanager
-def engine() -> Iterator[ibis.BaseBackend]:
-    """An embedded DuckDB that takes bounded memory and spills into a folder that goes with it."""
-    limit = min(MEMORY, psutil.virtual_memory().total // 4)
-    with tempfile.TemporaryDirectory() as folder:
-        con = ibis.duckdb.connect(
-            Path(folder) / "counts.duckdb", memory_limit=f"{limit // 2**20}MiB", temp_directory=folder
-        )
-        try:
-            yield con
-        finally:
-            con.disconnect()
+def engine() -> AbstractContextManager[ibis.BaseBackend]:
+    """The DuckDB that counts, with room beside it for the matrices."""
+    return database(MEMORY, part=4, on_disk=True)
 
 
 @dataclass(frozen=True, eq=False)

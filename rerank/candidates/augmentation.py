@@ -19,8 +19,8 @@ from rerank.baselines import Counts, UserContributions, feature_rows
 from rerank.baselines.pairs import Sequences
 from rerank.candidates.counting import in_parts
 from rerank.candidates.row_lists import RowLists
+from rerank.candidates.stored_lists import mapped
 from rerank.launch import recipe
-from rerank.launch.files import mapped
 from rerank.launch.values import check_choice, check_range, option
 from rerank.rows import Histories, TargetRows
 

@@ -3,6 +3,9 @@
 R rows, N candidates of a row (another number in each), C candidates of all rows, F features of a candidate.
 """
 
+import math
+import os
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,8 +15,23 @@ import numpy as np
 
 from rerank.baselines import Ragged
 from rerank.candidates.row_lists import RowLists
-from rerank.launch.files import mapped
 from rerank.rows import TargetRows
+
+
+def mapped(folder: Path | None, shape: tuple[int, ...], kind: Any) -> np.ndarray:
+    """An array in a file without a name, which is gone when nobody reads it; its room on the disk is taken at once.
+
+    Args:
+        folder: On whose disk the file is; None for that of temporary files.
+        shape, kind: Of the array, which is 0 at first.
+
+    Raises:
+        OSError: When the disk is full.
+    """
+    with tempfile.TemporaryFile(dir=folder) as file:
+        # otherwise a disk that fills later ends the process without a word
+        os.posix_fallocate(file.fileno(), 0, max(1, math.prod(shape) * np.dtype(kind).itemsize))
+        return np.memmap(file, dtype=kind, mode="r+", shape=shape)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from ibis.expr.types import Table
 
-from rerank.data.sources.opening import database
+from rerank.launch.database import database
 from rerank.launch.files import write_whole
 
 _STORED = "ibis_table_"  # begins the names of stored tables
@@ -43,7 +43,7 @@ class DuckDB:
     """
 
     def __init__(self, reader: ibis.BaseBackend) -> None:
-        """On a database of `sources.opening`."""
+        """On a database of `launch.database`."""
         self.reader = self.con = reader
 
     def taken(self, table: Table) -> Table:

@@ -15,9 +15,10 @@ from rerank.data.requests.prepare import PreparedRequests, prepare_requests
 from rerank.data.requests.read import item_source
 from rerank.data.sources.columns import Names
 from rerank.data.sources.files import find_files
-from rerank.data.sources.opening import database, open_source
+from rerank.data.sources.opening import open_source
 from rerank.data.sources.source import Source
 from rerank.data.summary import SequenceFacts, Sizes, notes, share_in_history, shared_summary
+from rerank.launch.database import database
 from rerank.rows.sequences import write_sequences
 
 ROW_SPLITS = ("rerank", "valid", "test")

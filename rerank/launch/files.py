@@ -3,15 +3,10 @@
 import glob
 import hashlib
 import json
-import math
 import os
 import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 
 def write_whole(path: str | Path, write: Callable[[Path], object]) -> None:
@@ -41,22 +36,6 @@ def clear(folder: Path, kept: tuple[str, ...]) -> None:
     for path in folder.iterdir():
         if path.name not in kept:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def mapped(folder: Path | None, shape: tuple[int, ...], kind: Any) -> np.ndarray:
-    """An array in a file without a name, which is gone when nobody reads it; its room on the disk is taken at once.
-
-    Args:
-        folder: On whose disk the file is; None for that of temporary files.
-        shape, kind: Of the array, which is 0 at first.
-
-    Raises:
-        OSError: When the disk is full.
-    """
-    with tempfile.TemporaryFile(dir=folder) as file:
-        # otherwise a disk that fills later ends the process without a word
-        os.posix_fallocate(file.fileno(), 0, max(1, math.prod(shape) * np.dtype(kind).itemsize))
-        return np.memmap(file, dtype=kind, mode="r+", shape=shape)
 
 
 def write_text(path: str | Path, text: str) -> None:

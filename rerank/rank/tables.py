@@ -17,8 +17,9 @@ from rerank.data.engines import DuckDB
 from rerank.data.filters import drop_repetitions
 from rerank.data.requests.read import item_source
 from rerank.data.sources.cells import as_seconds
-from rerank.data.sources.opening import database, open_source
+from rerank.data.sources.opening import open_source
 from rerank.data.sources.source import Source
+from rerank.launch.database import database
 
 NO_RUN = "."  # of arguments that no stage runs by
 ORDERED = ("user", "item", "time", "position")  # of interactions; a split has no say

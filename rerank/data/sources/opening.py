@@ -1,11 +1,6 @@
-"""The database that reads, and the reader that a table needs."""
-
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+"""The reader that a table needs."""
 
 import ibis
-import psutil
 
 from rerank.data.asked import Asked, suffix_of
 from rerank.data.sources.columnar import ParquetFiles, open_dataset
@@ -14,23 +9,6 @@ from rerank.data.sources.files import find_files
 from rerank.data.sources.json_lines import JsonLines, open_json_parts
 from rerank.data.sources.sequences import Sequences
 from rerank.data.sources.source import Source
-
-MOST_MEMORY = 6 * 2**30  # bytes that DuckDB holds before it spills; a process has about as much again beside it
-
-
-@contextmanager
-def database() -> Iterator[ibis.BaseBackend]:
-    """An embedded DuckDB, which spills into a folder that goes with it.
-
-    It holds MOST_MEMORY, or half of the machine's memory where that is less.
-    """
-    memory = min(MOST_MEMORY, psutil.virtual_memory().total // 2)
-    with tempfile.TemporaryDirectory() as spill_dir:  # else it spills into the working folder
-        con = ibis.duckdb.connect(temp_directory=spill_dir, memory_limit=f"{memory >> 20}MiB")
-        try:
-            yield con
-        finally:
-            con.disconnect()
 
 
 def open_source(con: ibis.BaseBackend, asked: Asked) -> Source:
