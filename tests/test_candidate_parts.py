@@ -29,7 +29,7 @@ def tables_of(run, out, **options):
         *("evidence.npz", "features.json", "test.parquet", "train.parquet", "valid.parquet")
     ]
     tables = {name: pq.read_table(out / f"{name}.parquet") for name in candidates.FILES.values()}
-    return {**metrics, "seconds": 0}, tables, (out / "features.json").read_text()
+    return {**metrics, "seconds": 0, "counts_seconds": 0}, tables, (out / "features.json").read_text()
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Two processes, plain and with DeepSpeed ZeRO-2, train as one process does: real engines, real gradients.
+"""Two processes, plain and with DeepSpeed ZeRO, train as one process does: real engines, real gradients.
 
 The one process is that of the toy run; its rows and its stored rollouts are what the two train on.
 """
@@ -17,7 +17,7 @@ from rerank.launch import run_dir
 ALONE = "recipes/accelerate/cpu.yaml"
 DDP, ZERO2, ZERO3 = "recipes/accelerate/cpu_2proc.yaml", "tests/toy/zero2_cpu.yaml", "tests/toy/zero3_cpu.yaml"
 # Of `make matrix` alone: another test has the same stage, or the same accelerate file, in two processes.
-DDP_TOO = pytest.param(DDP, marks=pytest.mark.matrix)
+DDP_TOO, ZERO3_TOO = (pytest.param(accelerate, marks=pytest.mark.matrix) for accelerate in (DDP, ZERO3))
 STEPS = 3
 HALF_BATCH = "--per_device_train_batch_size=4"  # of the recipes' 8, so that the two processes together see as many
 
@@ -43,7 +43,7 @@ def midtrained_alone(toy_run, tmp_path_factory):
     return one, words
 
 
-@pytest.mark.parametrize("accelerate", [DDP_TOO, ZERO3])
+@pytest.mark.parametrize("accelerate", [DDP_TOO, ZERO3_TOO])
 def test_both_phases_of_midtrain_in_two_processes_train_as_in_one(toy_run, midtrained_alone, tmp_path, accelerate):
     one, words = midtrained_alone
     two = copy_stages(toy_run.run, tmp_path / "two", "semantic_ids")

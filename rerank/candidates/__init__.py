@@ -196,7 +196,9 @@ def main(args: CandidatesArguments, out_dir: Path) -> dict[str, object]:
         logger.info("the texts have no embeddings, which the stage semantic_ids makes: no facts of their similarity")
     with told_of_full_disk(out_dir), engine() as con:
         events = Events.load(con, args.run_dir, rows)
+        begun = time.perf_counter()
         counts = events.counts(facts, neighbours_of(len(facts.brands), args.neighbours))
+        counts_seconds = time.perf_counter() - begun
         log_counts(counts)
         names = feature_names(counts, [] if rows.lists is None else list(rows.lists.columns))
         lists = stored_lists(args, rows, out_dir)
@@ -219,7 +221,8 @@ def main(args: CandidatesArguments, out_dir: Path) -> dict[str, object]:
     sizes = {"source": args.source, "num_candidates": int(lists.lengths.max())}
     sizes["further_lists"] = sum(num_further for _, num_further in written.values())
     found = {} if rows.lists is None else {"constant_features": constant}
-    return {**sizes, **found, "splits": splits, "seconds": time.perf_counter() - started}
+    seconds = {"counts_seconds": counts_seconds, "seconds": time.perf_counter() - started}
+    return {**sizes, **found, "splits": splits, **seconds}
 
 
 STAGE = Stage(

@@ -15,7 +15,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from rerank.baselines import Counts, UserContributions, feature_rows
+from rerank.baselines import Counts, UserContributions, feature_names, list_features
 from rerank.baselines.pairs import Sequences
 from rerank.candidates.counting import in_parts
 from rerank.candidates.row_lists import RowLists
@@ -226,7 +226,10 @@ class _Pools:
         candidates, chosen_scores = (np.take_along_axis(values, chosen, axis=1) for values in (pool, scores))
         histories = self._histories(hits)
         own = self._counts.own(self._rows.users[hits], self._sequences)
-        features = feature_rows(self._counts, histories, candidates, chosen_scores, own)
+        names = feature_names(self._counts)
+        lists = list(candidates), list(chosen_scores)
+        of_rows = list_features(names, self._counts, histories, *lists, own, {})
+        features = np.reshape(of_rows, (*candidates.shape, len(names)))
         shown = np.tile(np.arange(size), (len(hits), 1))
         if self._args.shuffle_candidates:
             shown = order_rng.permuted(shown, axis=1)

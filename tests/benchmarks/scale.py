@@ -6,13 +6,13 @@
 
 A synthetic log (`scale_log`) is written out of core, then each stage is run as users do, `rerank run --only STAGE`, in
 a process of its own, watched with all processes below it. Candidates are counts, lists and features of up to a million
-rows to rank; seconds of its parts stand beside where the stage measures them. Sizes are a hundredth and a tenth of the
-interactions and items, both, and a tenth of the interactions with all items. The exponent of a stage between two sizes
-of equal proportions is log(seconds / seconds) / log(interactions / interactions), and the worst counts between the two
-largest. Peers at up to ten million interactions, as ratios of ours to theirs (below 1 is better): a commit before
-(--before), and the counts alone in Polars, streaming, where it is installed, to the whole stage candidates unless that
-measures its counts. --ids N adds semantic ids of N given embeddings. A busy machine, or one with too little disk, is
-refused; after MINUTES no further command is started and the one that runs is killed. Ends with one JSON line.
+rows to rank; the counts' seconds stand beside. Sizes are a hundredth and a tenth of the interactions and items, both,
+and a tenth of the interactions with all items. The exponent of a stage between two sizes of equal proportions is
+log(seconds / seconds) / log(interactions / interactions), and the worst counts between the two largest. Peers at up to
+ten million interactions, as ratios of ours to theirs (below 1 is better): a commit before (--before), and the counts
+alone in Polars, streaming, where it is installed. --ids N adds semantic ids of N given embeddings. A busy machine, or
+one with too little disk, is refused; after MINUTES no further command is started and the one that runs is killed. Ends
+with one JSON line.
 """
 
 import argparse
@@ -104,8 +104,7 @@ class Bench:
         words = ["-m", "tests.benchmarks.scale_peers", str(run / "data/interactions.parquet"), str(out)]
         theirs = asdict(self.watch(words, ROOT, [out], cell / "spill"))
         ours = stages["candidates"]
-        seconds = ours.get("counts_seconds", ours["seconds"])
-        return theirs | ratios({"seconds": seconds, "peak_gb": ours["peak_gb"]}, theirs)
+        return theirs | ratios({"seconds": ours["counts_seconds"], "peak_gb": ours["peak_gb"]}, theirs)
 
     def measure(self, cell: Cell, tree: Path | None, before: str) -> Record:
         """All of one size."""
