@@ -31,7 +31,7 @@ CHANGES = {
     },
     "candidates": {"source": "requests", "num_candidates": None},
     "traces": {"ranking": "number", "evidence_names": ["popularity", "place"], "top_k": TOP_K, "accept": "ndcg"},
-    "sft": {"max_steps": 8, "max_length": 8192},
+    "sft": {"max_steps": 2, "max_length": 8192},
     "dapo": {
         "rewards": [{"name": "ndcg", "kwargs": {"k": TOP_K}}, {"name": "REWARD:digits", "weight": 0.5}],
         "outcome": "digits",

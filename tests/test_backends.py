@@ -1,26 +1,31 @@
-"""Spark and DuckDB make the same tables of the data stage: `pytest tests/test_backends.py -m spark`.
+"""Spark and DuckDB make the same tables of data, counts and candidates: `pytest tests/test_backends.py -m spark`.
 
 Both run for real, Spark on two threads of this machine, and fetching more than MOST rows from it fails.
 """
 
 import functools
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import duckdb
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 from toy_recipe import TOY
+from toy_run import finish
 
-from rerank import data
-from rerank.data import BACKENDS
-from rerank.data.engines import check_backend
+from rerank import candidates, data
 from rerank.launch import recipe
+from rerank.launch.engines import check_backend
+from rerank.launch.values import BACKENDS
 from rerank.rows.sequences import SEQUENCES, STARTS
 
 MOST = 100_000
 FETCHES = ("collect", "toPandas", "toArrow", "toLocalIterator", "_collect_as_arrow")  # of a DataFrame
+LEFT = {"spark-warehouse", "metastore_db", "derby.log"}  # what Spark leaves in the working folder, if it is let
 KEYS = {"items": "item", "users": "user", "interactions": ["user", "position"], "rows": "row_id"}
 SUBMIT = [
     *("--master", "local[2]", "--driver-memory", "1g", "--conf", "spark.sql.shuffle.partitions=2"),
@@ -91,31 +96,64 @@ def spark():
         SparkContext._gateway = SparkContext._jvm = None
 
 
-def compare(folder: Path, **options) -> dict:
-    """Run the stage with both backends in empty folders; returns what both of them count."""
-    metrics, here = [], set(Path().iterdir())
+def compare(folder: Path, lists: dict | None = None, **options) -> dict:
+    """Run the stages data and candidates with both backends in empty folders; returns what both count of the data.
+
+    Args:
+        folder: For the runs.
+        lists: Options of the candidates stage.
+        options: Of the data stage.
+    """
+    metrics = []
     for backend in BACKENDS:
-        (folder / backend).mkdir(parents=True)
+        (folder / backend / "data").mkdir(parents=True)
         args = data.DataArguments(run_dir="run", backend=backend, **options)
-        metrics.append(data.main(args, folder / backend))
-    assert {path.name for path in (folder / "duckdb").iterdir()} == {
-        path.name for path in (folder / "pyspark").iterdir()
-    }
+        metrics.append(data.main(args, folder / backend / "data"))
+    runs = [folder / backend for backend in BACKENDS]
+    names = [{path.name for path in (run / "data").iterdir()} for run in runs]
+    assert names[0] == names[1]
     for name, keys in KEYS.items():
-        tables = [pq.read_table(folder / backend / f"{name}.parquet") for backend in BACKENDS]
-        assert tables[0].schema.names == tables[1].schema.names and tables[0].schema.types == tables[1].schema.types
-        first, second = (table.to_pandas() for table in tables)
-        for column in first:
-            if first[column].dtype == float:
-                np.testing.assert_allclose(first[column], second[column], rtol=1e-9, atol=1e-9)
-            else:
-                assert first[column].equals(second[column]), (name, column)
-        assert first.sort_values(keys).index.equals(first.index)  # the file has this order
+        found = assert_same_tables(*(run / f"data/{name}.parquet" for run in runs))
+        assert found.sort_values(keys).index.equals(found.index)  # the file has this order
     for name in (SEQUENCES, STARTS):
-        assert np.array_equal(np.load(folder / "duckdb" / name), np.load(folder / "pyspark" / name))
-    assert metrics[0] == metrics[1] and len(first) > 0
-    assert set(Path().iterdir()) == here  # no warehouse and no metastore
+        assert np.array_equal(*(np.load(run / "data" / name) for run in runs))
+    assert metrics[0] == metrics[1] and len(found) > 0
+    for run, backend, of_data in zip(runs, BACKENDS, metrics, strict=True):
+        finish(run / "data", of_data, options)
+        (run / "candidates").mkdir()
+        keys = {"num_candidates": 5, "exclude_seen": False, **(lists or {})}
+        args = candidates.CandidatesArguments(run_dir=str(run), backend=backend, **keys)
+        candidates.check(args)
+        candidates.main(args, run / "candidates")
+    for name in candidates.FILES.values():
+        assert_same_tables(*(run / f"candidates/{name}.parquet" for run in runs))
+    first, second = (dict(np.load(run / "candidates/evidence.npz")) for run in runs)
+    assert first.keys() == second.keys() and first["near_data"].any()
+    assert all(np.allclose(first[name], second[name], rtol=1e-9, atol=1e-9) for name in first)
+    assert not LEFT & {path.name for path in Path().iterdir()}
     return metrics[0]
+
+
+def assert_same_tables(*paths: Path):
+    """Two Parquet files with equal schemas and rows, floats to 1e-9; returns one of them."""
+    tables = [pq.read_table(path) for path in paths]
+    assert tables[0].schema.names == tables[1].schema.names and tables[0].schema.types == tables[1].schema.types
+    for name in tables[0].column_names:
+        for first, second in zip(*(levels(table[name].combine_chunks()) for table in tables), strict=True):
+            if pa.types.is_floating(first.type):
+                values = (column.to_numpy(zero_copy_only=False) for column in (first, second))
+                np.testing.assert_allclose(*values, rtol=1e-9, atol=1e-9)
+            else:
+                assert first.equals(second), (paths[0].name, name)
+    return tables[0].to_pandas()
+
+
+def levels(column: pa.Array) -> Iterator[pa.Array]:
+    """The values of a column; of lists how long they are, then those of their entries."""
+    while pa.types.is_list(column.type):
+        yield pc.list_value_length(column)
+        column = column.flatten()
+    yield column
 
 
 def test_the_limit_on_fetched_rows_holds():
@@ -157,6 +195,6 @@ def test_objects_a_line_without_a_time_in_some(tmp_path, split):
 def test_a_synthetic_log(tmp_path, size):
     path = tmp_path / "log.parquet"
     duckdb.execute(LOG.format(path=path, size=size, users=size // 20))
-    metrics = compare(tmp_path / "out", interactions=str(path), num_rerank="all")
+    metrics = compare(tmp_path / "out", {"neighbours": 20}, interactions=str(path), num_rerank="all")
     assert metrics["interactions"] > 0.98 * size and metrics["rows"]["rerank"] > MOST / 2
-    assert os.path.getsize(tmp_path / "out/duckdb" / SEQUENCES) < 4 * size + 200
+    assert os.path.getsize(tmp_path / "out/duckdb/data" / SEQUENCES) < 4 * size + 200

@@ -118,7 +118,7 @@ def test_a_user_of_many_interactions_is_counted_without_a_join(tmp_path, con):
     table = pa.table({**one, "position": np.arange(100_000), "split": ["train"] * 100_000})
     found = stored(con, tmp_path / "log.parquet", table)
     query = pair_query.summed(pair_query.weighted_pairs(pair_query.surroundings(found.table), *ALL_WEIGHTS[2]))
-    plan = con.raw_sql(f"EXPLAIN {ibis.to_sql(query, dialect='duckdb')}").fetchall()[0][1]
+    plan = con.con.raw_sql(f"EXPLAIN {ibis.to_sql(query, dialect='duckdb')}").fetchall()[0][1]
     assert "Window" in plan and "join" not in plan.lower()
     assert_same(Counts.of(found), Counts.fit({0: one["item"]}, NUM_ITEMS))
 

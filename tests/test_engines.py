@@ -10,9 +10,8 @@ import pytest
 from toy_recipe import TOY
 
 from rerank import data
-from rerank.data import engines
 from rerank.data.prepare import prepared
-from rerank.launch import pipeline, recipe
+from rerank.launch import engines, pipeline, recipe
 from rerank.launch.disk import told_of_full_disk
 from rerank.launch.stages import load_stage
 

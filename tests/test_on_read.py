@@ -19,7 +19,7 @@ from rerank.baselines import Counts
 from rerank.rows import RankingRow, on_read, read_rows, training_rows
 from rerank.rows.dataset import RowDataset
 from rerank.rows.on_read import MadeOnRead, joined, places_to_check, read_parts
-from rerank.rows.stored import TrainingLists, hits
+from rerank.rows.stored import HitLists, TrainingLists, hits
 
 GRADES = [
     [0.0, 1.0], [1.0, 1.0], [0.0, 0.0], [None, 1.0], [None, 1.0, 0.0], [math.nan, 2.0, 1.0], [], None, [-1.0, 0.0],
@@ -89,6 +89,26 @@ def test_stored_rows_are_those_that_are_read_into_memory(run, tmp_path, use):
     assert lists.list_numbers.tolist() == [row.list_number for row in wanted]
     assert lists.num_positives.tolist() == [len(row.positives) for row in wanted]
     assert lists.first_only().used.tolist() == [row.row_id for row in wanted if row.list_number == 0]
+
+
+def test_the_lists_that_trees_are_fitted_on_are_those_rows(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(on_read, "CHUNK", 7)
+    table = pq.read_table(run / "candidates/train.parquet")
+    grades = table["relevance"].to_pylist()
+    grades[0][grades[0].index(0.0)] = None  # one that was not seen
+    places = [table.column_names.index(name) for name in ("relevance", "user")]
+    table = table.set_column(places[0], "relevance", pa.array(grades, pa.list_(pa.float64())))
+    table = table.set_column(places[1], "user", pa.array([None, *table["user"].to_pylist()[1:]], pa.int64()))
+    path = tmp_path / "data_of/candidates/train.parquet"
+    path.parent.mkdir(parents=True)
+    (tmp_path / "data_of/data").symlink_to(run / "data")
+    pq.write_table(table, path)
+    lists, wanted = HitLists.read(path), read_rows(path, needs_features=True)
+    assert lists.users == [row.user for row in wanted] and None in lists.users
+    for row, features, relevance in zip(wanted, lists.features, lists.relevance, strict=True):
+        assert np.array_equal(features, np.asarray(row.features, dtype=np.float32))
+        assert np.array_equal(relevance, row.relevance, equal_nan=True)
+    assert len(wanted) < len(table) and any(np.isnan(of_row).any() for of_row in lists.relevance)
 
 
 def test_a_file_is_read_in_parts(run, monkeypatch):

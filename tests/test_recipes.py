@@ -131,7 +131,6 @@ def test_a_recipe_folder_passes_its_dry_run(folder, data_dirs, tmp_path, capsys)
 KEPT = {
     "dapo.group_forward": "true to be refused where a model cannot run packed rows, false to compare",
     "dapo.max_logp_gap": "a bfloat16 engine on a large model needs a wider bound",
-    "data.backend": "pyspark where one machine is not enough",
     "midtrain.context_length": "of the small model, for long histories",
     "midtrain.general_text": "a text of one's own",
     "midtrain.token_epochs": "GR2 phase one, longer for many new tokens",

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import soak
-from benchmarks import serving, serving_load
+from benchmarks import serving, serving_load, serving_shares
 from served import make_folder
 
 from rerank.models.ranker import RankingModel
@@ -48,3 +48,11 @@ def test_a_row_is_asked_by_original_ids(tmp_path):
         "scores": [0.5, 1.0],
         "context": {"age": 3, "time": 5.0, "history_times": [1, None]},
     }
+
+
+def test_a_share_is_of_the_tokens_that_are_computed():
+    prompts = [[1, 2, 3, 4, 9], [1, 2, 3, 4, 8], [1, 2, 3, 4, 7, 7]]
+    assert serving_shares.prefix_limit(prompts) == 16 / 8
+    assert serving_shares.prefix_limit([[1, 2], [2, 2]]) == 1.0
+    slow, fast = iter([(9.0, 100), (4.0, 100), (6.0, 100)]), iter([(9.0, 50), (2.5, 50), (2.5, 50)])
+    assert serving_shares.share(lambda: next(slow), lambda: next(fast), repeats=2) == 1.0  # (0.8 + 1.2) / 2

@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-import ibis
 import numpy as np
 import pyarrow.dataset as dataset
 from ibis.expr.types import Table
@@ -22,16 +21,17 @@ from scipy.sparse import csr_array
 
 from rerank.baselines import pair_query
 from rerank.baselines.pairs import ALL_WEIGHTS, NEAR, cut, matrix_of
-from rerank.launch.database import database
+from rerank.launch import engines
+from rerank.launch.engines import DuckDB, Spark
 
 MEMORY = 4 * 2**30  # bytes that the engine may take before it spills, at most a quarter of the machine's
 PAIRS_IN_PASS = 2**25  # that are brought into sparse matrices at once: 32 bytes each
 INTERACTIONS_IN_BLOCK = 2**20
 
 
-def engine() -> AbstractContextManager[ibis.BaseBackend]:
-    """The DuckDB that counts, with room beside it for the matrices."""
-    return database(MEMORY, part=4, on_disk=True)
+def engine(backend: str = "duckdb") -> AbstractContextManager[DuckDB]:
+    """The engine that counts; a DuckDB leaves room beside it for the matrices."""
+    return engines.engine(backend, on_disk=True, most=MEMORY, part=4)
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,22 +83,22 @@ class Interactions:
     """Interactions in an engine.
 
     Attributes:
-        con: The engine.
+        engine: Which holds them.
         table: user, item, position and, where it is known, time.
         num_items: I.
     """
 
-    con: ibis.BaseBackend
+    engine: DuckDB
     table: Table
     num_items: int
 
     @classmethod
-    def of_file(cls, con: ibis.BaseBackend, path: str | Path, num_items: int, splits: tuple[str, ...]) -> Interactions:
+    def of_file(cls, engine: DuckDB, path: str | Path, num_items: int, splits: tuple[str, ...]) -> Interactions:
         """Those of some splits of a table of the data stage, one file or a folder of parts."""
-        table = con.read_parquet(f"{path}/*.parquet" if Path(path).is_dir() else str(path))
+        table = engine.con.read_parquet(f"{path}/*.parquet" if Path(path).is_dir() else str(path))
         table = table.filter(table.split.isin(splits))
         names = [*pair_query.COLUMNS, *(name for name in ("time",) if name in table.columns)]
-        return cls(con, table.select(names), num_items)
+        return cls(engine, table.select(names), num_items)
 
     def part(self, until: float | None = None, without_users: np.ndarray | None = None) -> Interactions:
         """Those before a moment, or without some users."""
@@ -113,7 +113,7 @@ class Interactions:
         """The time of the latest one, nan where none is known."""
         if "time" not in self.table.columns:
             return math.nan
-        found = self.con.to_pyarrow(self.table.aggregate(latest=self.table.time.cast("float64").max()))
+        found = self.engine.fetched(self.table.aggregate(latest=self.table.time.cast("float64").max()))
         latest = found["latest"][0].as_py()
         return math.nan if latest is None else float(latest)
 
@@ -123,7 +123,7 @@ class Interactions:
         ordered = self.table.order_by("user", "position").select("user", "item")
         found = [(np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64))]
         with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as file:
-            self.con.to_parquet(ordered, Path(folder) / "ordered.parquet")
+            self.engine.write(ordered, Path(folder) / "ordered.parquet")
             for batch in dataset.dataset(folder).to_batches():
                 file.write(batch.column("item").to_numpy().astype(np.int32).tobytes())
                 found.append(np.unique(batch.column("user").to_numpy(), return_counts=True))
@@ -137,24 +137,31 @@ class Interactions:
     def matrices(self, neighbours: int | None = None) -> list[csr_array]:
         """The (I, I) matrices of ALL_WEIGHTS: transitions, successors, near.
 
-        They are counted in passes over ranges of the first item, each of about PAIRS_IN_PASS pairs.
+        Spark sums the pairs and leaves out what is cut. DuckDB counts in passes over ranges of the first item, each of
+        about PAIRS_IN_PASS pairs.
 
         Args:
             neighbours: Entries of each item that are kept, those of the largest values, ties by item; None for all.
         """
         sizes = self.popularity * 2 * NEAR
-        around = pair_query.surroundings(self.table)
-        around = around.order_by("item") if sizes.sum() > PAIRS_IN_PASS else around  # so that a pass reads its part
-        name = ibis.util.gen_name("around")
-        around = self.con.create_table(name, around)
-        parts = [self._of_range(around, first, last, sizes, neighbours) for first, last in passes(sizes)]
-        self.con.raw_sql(f'DROP TABLE "{name}"')  # the `drop_table` of Ibis 12 leaves the name out under sqlglot 30
-        return [stacked(blocks, self.num_items) for blocks in zip(*parts, strict=True)]
+        around, in_passes = pair_query.surroundings(self.table), not isinstance(self.engine, Spark)
+        if in_passes and sizes.sum() > PAIRS_IN_PASS:
+            around = around.order_by("item")  # so that a pass reads its part
+        around = self.engine.stored(around)
+        if in_passes:
+            parts = [self._of_range(around, first, last, sizes, neighbours) for first, last in passes(sizes)]
+            matrices = [stacked(blocks, self.num_items) for blocks in zip(*parts, strict=True)]
+        else:
+            shape = self.num_items, self.num_items
+            found = (self._summed(around, *weights, neighbours) for weights in ALL_WEIGHTS)
+            matrices = [matrix_of(first, second, weight, shape) for first, second, weight in found]
+        self.engine.keep_only()
+        return matrices
 
     @cached_property
     def popularity(self) -> np.ndarray:
         """(I,) number of interactions of each item."""
-        found = self.con.to_pyarrow(self.table.group_by("item").aggregate(number=self.table.count()))
+        found = self.engine.fetched(self.table.group_by("item").aggregate(number=self.table.count()))
         number = np.zeros(self.num_items, dtype=np.int64)
         number[found["item"].to_numpy()] = found["number"].to_numpy()
         return number
@@ -172,18 +179,21 @@ class Interactions:
         if sizes[first:last].sum() > PAIRS_IN_PASS:  # one very popular item: the engine sums its pairs
             found = [self._summed(around, *weights) for weights in ALL_WEIGHTS]
         else:
-            lines = self.con.to_pyarrow(around)
+            lines = self.engine.fetched(around)
             columns = {name: lines[name].to_numpy() for name in lines.column_names}
             found = [pairs_around(columns, *weights) for weights in ALL_WEIGHTS]
         shape = last - first, self.num_items
         return [cut(matrix_of(rows - first, items, weights, shape), neighbours) for rows, items, weights in found]
 
-    def _summed(self, around: Table, forward: tuple[int, ...], backward: tuple[int, ...]) -> list[np.ndarray]:
-        found = self.con.to_pyarrow(pair_query.summed(pair_query.weighted_pairs(around, forward, backward)))
+    def _summed(
+        self, around: Table, forward: tuple[int, ...], backward: tuple[int, ...], neighbours: int | None = None
+    ) -> list[np.ndarray]:
+        pairs = pair_query.summed(pair_query.weighted_pairs(around, forward, backward))
+        found = self.engine.fetched(pairs if neighbours is None else pair_query.largest(pairs, neighbours))
         return [found[name].to_numpy() for name in ("first", "second", "weight")]
 
     def _number(self, table: Table) -> int:
-        return int(self.con.to_pyarrow(table.count()).as_py())
+        return int(self.engine.fetched(table.aggregate(number=table.count()))["number"][0].as_py())
 
 
 def pairs_around(

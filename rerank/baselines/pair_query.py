@@ -65,6 +65,12 @@ def summed(pairs: Table) -> Table:
     return pairs.group_by("first", "second").aggregate(weight=pairs.weight.sum().cast("int64"))
 
 
+def largest(pairs: Table, neighbours: int) -> Table:
+    """The pairs of the largest weights of each first item, `neighbours` of them, ties by the second item."""
+    order = ibis.window(group_by="first", order_by=[ibis.desc("weight"), "second"])
+    return pairs.mutate(place=ibis.row_number().over(order)).filter(lambda ranked: ranked.place < neighbours)
+
+
 def around_moment(events: Table, since: float) -> tuple[Table, Table]:
     """Of users who have interactions from a moment on: these with the last NEAR before, and these NEAR alone.
 

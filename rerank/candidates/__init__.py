@@ -30,9 +30,10 @@ from rerank.candidates.writing import further_tables, write_split
 from rerank.catalogue import Catalogue
 from rerank.launch import run_dir
 from rerank.launch.disk import told_of_full_disk
+from rerank.launch.engines import check_backend
 from rerank.launch.files import write_json
 from rerank.launch.stages import Stage
-from rerank.launch.values import check_choice, check_range, option
+from rerank.launch.values import BACKENDS, check_choice, check_range, option
 from rerank.next_item.encoder import SETTINGS
 from rerank.next_item.item_head import FILE as HEAD_FILE
 from rerank.rows import FEATURES_FILE, TargetRows, has_lists
@@ -75,7 +76,7 @@ class CandidatesArguments(AugmentationArguments):
     count_window: float = option(
         86400.0, "Requests split by time: seconds of a window; a training row is counted on what lies before its own."
     )
-
+    backend: str = option("duckdb", "What counts: duckdb, in this process, or pyspark, where it is not enough.")
     neighbours: int | None = option(
         None,
         "Largest entries of each item that the tables of which item follows which keep; a value that is cut counts "
@@ -87,6 +88,7 @@ class CandidatesArguments(AugmentationArguments):
         if self.neighbours is not None:
             check_range("neighbours", self.neighbours, least=1)
         check_choice("source", self.source, SOURCES)
+        check_choice("backend", self.backend, BACKENDS)
         if (self.source == "lists" and self.lists is None) or (
             self.lists is not None and self.source not in ("lists", "lambdamart")
         ):
@@ -114,6 +116,7 @@ def optional_inputs(args: CandidatesArguments) -> tuple[str, ...]:
 
 def check(args: CandidatesArguments) -> None:
     """Refuse lists that cannot be made from this data, and own lists that do not fit it."""
+    check_backend(args.backend)
     if args.lists is not None and not Path(args.lists).is_file():
         raise FileNotFoundError(f"lists {args.lists} is not there; give a Parquet file of row_id and candidates")
     if args.model_dir is not None:
@@ -132,12 +135,13 @@ def check(args: CandidatesArguments) -> None:
     if check_requests(args):
         return
     rows, item_ids = TargetRows.load(args.run_dir), read_item_ids(args.run_dir)
-    seen = max(len(np.unique(history)) for history in rows.histories) if args.exclude_seen else 0
-    free = len(item_ids) - seen
     if args.lists is not None:
         read_lists(args.lists, rows.row_ids, item_ids)
     for name in ("num_candidates", "pool_size"):
         length = getattr(args, name) or 0
+        too_long = np.flatnonzero(rows.histories.lengths > len(item_ids) - length) if args.exclude_seen else ()
+        seen = max((len(np.unique(rows.histories[place])) for place in too_long), default=0)
+        free = len(item_ids) - seen
         if length > free and (name == "pool_size" or args.lists is None):
             cure = f"use at most {free}" + (", or exclude_seen: false" if seen else "")
             raise ValueError(
@@ -194,8 +198,8 @@ def main(args: CandidatesArguments, out_dir: Path) -> dict[str, object]:
     facts = item_facts(args.run_dir, args.item_numbers)
     if not facts.has_embeddings:
         logger.info("the texts have no embeddings, which the stage semantic_ids makes: no facts of their similarity")
-    with told_of_full_disk(out_dir), engine() as con:
-        events = Events.load(con, args.run_dir, rows)
+    with told_of_full_disk(out_dir), engine(args.backend) as counting:
+        events = Events.load(counting, args.run_dir, rows)
         begun = time.perf_counter()
         counts = events.counts(facts, neighbours_of(len(facts.brands), args.neighbours))
         counts_seconds = time.perf_counter() - begun

@@ -19,10 +19,10 @@ from rerank.baselines import Counts, UserContributions, feature_names, list_feat
 from rerank.baselines.pairs import Sequences
 from rerank.candidates.counting import in_parts
 from rerank.candidates.row_lists import RowLists
-from rerank.candidates.stored_lists import mapped
 from rerank.launch import recipe
 from rerank.launch.values import check_choice, check_range, option
 from rerank.rows import Histories, TargetRows
+from rerank.rows.mapped import mapped
 
 Ranked = tuple[np.ndarray, np.ndarray]  # (R, M) items, best first, and their scores
 FirstStage = Callable[[Counts, Sequence[np.ndarray], int, UserContributions, bool], Ranked]

@@ -13,7 +13,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import ibis
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,6 +21,7 @@ from rerank.baselines import Counts, ItemFacts, UserContributions
 from rerank.baselines.interactions import Interactions
 from rerank.baselines.lambdamart import user_folds
 from rerank.launch import run_dir
+from rerank.launch.engines import DuckDB
 from rerank.rows import TargetRows
 from rerank.rows.histories import TRAINING
 
@@ -52,11 +52,11 @@ class Events:
     request_times: np.ndarray
 
     @classmethod
-    def load(cls, con: ibis.BaseBackend, run: str | Path, rows: TargetRows) -> "Events":
+    def load(cls, engine: DuckDB, run: str | Path, rows: TargetRows) -> "Events":
         """Those of a run, read by an engine; `rows` are all of its rows."""
         data_dir = run_dir.stage_dir(run, "data")
         num_items = pq.read_metadata(data_dir / "items.parquet").num_rows
-        interactions = Interactions.of_file(con, data_dir / "interactions.parquet", num_items, TRAINING)
+        interactions = Interactions.of_file(engine, data_dir / "interactions.parquet", num_items, TRAINING)
         requests = rows.take(np.flatnonzero(rows.splits == "rerank")) if rows.lists is not None else None
         return cls(interactions, requests, times_of(requests) if requests is not None else np.empty(0))
 

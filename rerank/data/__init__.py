@@ -16,9 +16,8 @@ from rerank.data.asked import ALLOWED, FORMATS, Asked, checked_csv
 from rerank.launch import recipe
 from rerank.launch.disk import told_of_full_disk
 from rerank.launch.stages import Stage
-from rerank.launch.values import check_choice, check_range, option
+from rerank.launch.values import BACKENDS, check_choice, check_range, option
 
-BACKENDS = ("duckdb", "pyspark")
 SPLITS = ("per_user", "by_time", "by_user", "random", "given")
 REQUESTS_FORMATS = ("wide", "long", "mind", "metarank")
 ITEMS_FORMATS = (*FORMATS, "mind", "metarank")

@@ -8,8 +8,8 @@ import ibis
 from ibis import _
 from ibis.expr.types import Column, Table
 
-from rerank.data.engines import DuckDB
 from rerank.data.sources.source import Source
+from rerank.launch.engines import DuckDB
 
 
 def count(table: Table) -> int:

@@ -9,7 +9,6 @@ from ibis import _
 from ibis.expr.types import Table
 
 from rerank.data import DataArguments, numbering, ready_rows, splits, tables
-from rerank.data.engines import DuckDB, check_backend, engine
 from rerank.data.filters import count, drop_repetitions, first_row
 from rerank.data.requests.prepare import PreparedRequests, prepare_requests
 from rerank.data.requests.read import item_source
@@ -19,6 +18,7 @@ from rerank.data.sources.opening import open_source
 from rerank.data.sources.source import Source
 from rerank.data.summary import SequenceFacts, Sizes, notes, share_in_history, shared_summary
 from rerank.launch.database import database
+from rerank.launch.engines import DuckDB, check_backend, engine
 from rerank.rows.sequences import write_sequences
 
 ROW_SPLITS = ("rerank", "valid", "test")

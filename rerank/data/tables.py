@@ -11,12 +11,12 @@ from ibis import _
 from ibis.expr.types import Column, Table
 
 from rerank.data import DataArguments
-from rerank.data.engines import DuckDB
 from rerank.data.filters import Problem, count, first_row, screen
 from rerank.data.sources.cells import as_seconds, as_text, collapsed, has_space, is_nested, plain_text
 from rerank.data.sources.columns import Names, log_columns, pick_columns, require_column
 from rerank.data.sources.source import Cells, Source
 from rerank.data.where import Condition
+from rerank.launch.engines import DuckDB
 
 INTERACTION_COLUMNS = ("user", "item", "time", "position", "split")
 READ_COLUMNS = ("source_row", "user_id", "item_id", "time", "position", "split")  # of interactions as they were read

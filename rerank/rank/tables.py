@@ -13,13 +13,13 @@ import pyarrow as pa
 
 from rerank.data import DataArguments, tables
 from rerank.data.asked import FORMAT_OF_SUFFIX, suffix_of
-from rerank.data.engines import DuckDB
 from rerank.data.filters import drop_repetitions
 from rerank.data.requests.read import item_source
 from rerank.data.sources.cells import as_seconds
 from rerank.data.sources.opening import open_source
 from rerank.data.sources.source import Source
 from rerank.launch.database import database
+from rerank.launch.engines import DuckDB
 
 NO_RUN = "."  # of arguments that no stage runs by
 ORDERED = ("user", "item", "time", "position")  # of interactions; a split has no say

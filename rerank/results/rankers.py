@@ -17,7 +17,8 @@ from rerank.baselines.counts import RECENCY
 from rerank.baselines.features import TRANSITIONS
 from rerank.baselines.pairs import UNIT
 from rerank.metrics import best_first, gains_of
-from rerank.rows import RankingRow, read_feature_names, read_rows
+from rerank.rows import RankingRow, read_feature_names
+from rerank.rows.stored import HitLists
 
 TASKS = ("rerank", "next_item", "held_out_sets")  # of the evaluate stage
 SPLITS = ("test", "valid")
@@ -153,9 +154,8 @@ def _by_feature(name: str) -> Baseline:
 
 def lambdamart(candidates_dir: Path, rows: Sequence[RankingRow]) -> FittedOrders:
     """The order of LambdaMART fitted on all training lists that hold a relevant item, and on nothing else."""
-    train, names = read_rows(candidates_dir / "train.parquet", needs_features=True), read_feature_names(candidates_dir)
-    users = cast("list[int]", [row.user for row in train])
-    lists = _features(train), [row.relevance for row in train]
+    train, names = HitLists.read(candidates_dir / "train.parquet"), read_feature_names(candidates_dir)
+    lists, users = (train.features, train.relevance), cast("list[int]", train.users)
     fitted = fit_lambdamart(lists, users, seed=LAMBDAMART_SEED, names=names[0])
     by_fits = [_best_first(rows, scores) for scores in fitted.scores_of_fits(_features(rows))]
     return FittedOrders(_best_first(rows, fitted.scores(_features(rows))), by_fits)

@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from rerank.launch import run_dir
+from rerank.rows.mapped import Column, mapped
 from rerank.rows.on_read import MadeOnRead, column, read_parts, store
 from rerank.rows.reading import (
     check_features,
@@ -127,6 +128,43 @@ def _identity(row: RankingRow) -> tuple[object, ...]:
         return (row.request_id,)
     relevant = frozenset(item for item, grade in zip(row.candidates, row.relevance, strict=True) if grade > 0)
     return row.user, row.history, relevant
+
+
+@dataclass(frozen=True)
+class HitLists:
+    """The hits of a candidates table as trees are fitted on them, by row_id.
+
+    Attributes:
+        users: (R,) of each row, None where it has none.
+        relevance: R arrays of the grades of its candidates, nan for one that was not seen.
+        features: (N, F) float32 of each row, in a memory-mapped file.
+    """
+
+    users: list[int | None]
+    relevance: list[np.ndarray]
+    features: Column
+
+    @classmethod
+    def read(cls, path: str | Path) -> "HitLists":
+        """Those of a candidates table; raises as `read_rows` with features."""
+        check_features(path)
+        parts = hit_parts(path, ("row_id", "user", "relevance"))
+        keys = pa.concat_tables(pa.Table.from_batches([part]) for part in parts)
+        if not len(keys):
+            refuse_no_hits(path, pq.read_metadata(path).num_rows)
+        lengths = pc.list_value_length(keys["relevance"]).to_numpy()
+        ends, values, begin = np.cumsum(lengths), np.empty((0, 0), dtype=np.float32), 0
+        for part in hit_parts(path, ("relevance", "features")):
+            lines = part.column("features").flatten()
+            block = lines.flatten().to_numpy(zero_copy_only=False).reshape(len(lines), -1)
+            values = values if values.size else mapped(None, (int(ends[-1]), block.shape[1]), np.float32)
+            values[begin : begin + len(block)] = block
+            begin += len(block)
+        grades = pc.list_flatten(keys["relevance"]).to_numpy(zero_copy_only=False).astype(float)  # null becomes nan
+        relevance, users = np.split(grades, ends[:-1]), keys["user"].to_pylist()
+        order = np.argsort(keys["row_id"].to_numpy(), kind="stable")
+        features = Column(values, ends[order], lengths[order])
+        return cls([users[row] for row in order], [relevance[row] for row in order], features)
 
 
 @dataclass(frozen=True)

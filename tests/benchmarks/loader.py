@@ -6,7 +6,8 @@ A run is written whose stages up to traces are made up: lists of ten candidates 
 grades them, and a model of the demo's shape with random weights. The stage then trains in a process of its own, as
 `rerank run` starts it. Seconds count from the start of that process to the end of the first step; memory is the most
 that the process has held by then, mapped pages that it touched included. After --steps steps the loader is read alone,
-without a worker: its tokens per second, over those of a step without its reading. Ends with one JSON line.
+by this process and then by --workers processes: its tokens per second, and their ratio to those of a step without its
+reading. Ends with one JSON line.
 """
 
 import argparse
@@ -44,6 +45,7 @@ CANDIDATES, HISTORY, BUCKETS = 10, 10, 10
 FACTS = ["direct_last", "near", "fit_recent", "fit_history", "popularity", "cosine_last"]
 PART = 20_000  # rows that are written at once
 WARM_STEPS = 3  # that do not count
+BATCHES, WARM_BATCHES = 200, 20  # that are read, and before them: workers read ahead
 VALIDATION = 200
 
 
@@ -144,8 +146,8 @@ class Clock(TrainerCallback):
             raise Enough
 
 
-def measure(run: Path, num_steps: int) -> dict[str, float]:
-    """The stage's first steps and its loader, in this process."""
+def measure(run: Path, num_steps: int, num_workers: int) -> dict[str, float]:
+    """The stage's first steps and its loader."""
     clock, made, plain = Clock(num_steps), [], sft.make_trainer
 
     def make_trainer(*args: Any, **options: Any) -> Any:
@@ -164,42 +166,53 @@ def measure(run: Path, num_steps: int) -> dict[str, float]:
         sft.main(args, config, ModelConfig(), run / "sft.partial")
     except Enough:
         pass
-    loader, tokens, batches = made[0].get_train_dataloader(), 0, 0
-    begun = time.time()
-    for batch in loader:
-        tokens, batches = tokens + int(batch["attention_mask"].sum()), batches + 1
-        if batches == num_steps:
-            break
-    reading = (time.time() - begun) / batches
+    (tokens, reading), (tokens_by_workers, by_workers) = read(made[0], 0), read(made[0], num_workers)
     step = (clock.ends[-1] - clock.ends[WARM_STEPS]) / (num_steps - 1 - WARM_STEPS)
+    training = tokens / (step - reading)
     return {
         "first_step_s": clock.ends[0] - psutil.Process().create_time(),
         "first_step_gb": clock.peak_gb[0],
         "last_step_gb": clock.peak_gb[-1],
-        "training_tokens_per_second": tokens / batches / (step - reading),
-        "loader_tokens_per_second": tokens / batches / reading,
+        "training_tokens_per_second": training,
+        "loader_tokens_per_second": tokens / reading,
+        "ratio": tokens / reading / training,
+        "ratio_by_workers": tokens_by_workers / by_workers / training,
     }
+
+
+def read(trainer: Any, num_workers: int) -> tuple[float, float]:
+    """Tokens and seconds of a batch, of BATCHES after the first ones."""
+    trainer.args.dataloader_num_workers = num_workers
+    begun, tokens = 0.0, 0
+    for number, batch in enumerate(trainer.get_train_dataloader(), start=-WARM_BATCHES):
+        if number == 0:
+            begun = time.time()
+        tokens += int(batch["attention_mask"].sum()) if number > 0 else 0
+        if number == BATCHES:
+            break
+    return tokens / BATCHES, (time.time() - begun) / BATCHES
 
 
 def main() -> None:
     """Print a table and one JSON line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=1_000_000, help="(%(default)s)")
-    parser.add_argument("--steps", type=int, default=30, help="of training, and batches of the loader (%(default)s)")
+    parser.add_argument("--steps", type=int, default=30, help="of training (%(default)s)")
+    parser.add_argument("--workers", type=int, default=2, help="(%(default)s)")
     parser.add_argument("--busy", action="store_true", help="also on a busy machine, whose figures count for nothing")
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure is not None:
-        print(json.dumps(measure(args.measure, args.steps)))
+        print(json.dumps(measure(args.measure, args.steps, args.workers)))
         return
     if not args.busy:
         refuse_busy(busy_share())
     with tempfile.TemporaryDirectory() as folder:
         write_run(Path(folder), args.rows)
-        line = [sys.executable, "-m", "tests.benchmarks.loader", "--measure", folder, "--steps", str(args.steps)]
+        line = [sys.executable, "-m", "tests.benchmarks.loader", "--measure", folder]
+        line += ["--steps", str(args.steps), "--workers", str(args.workers)]
         done = subprocess.run(line, check=True, stdout=subprocess.PIPE, text=True)
     found = json.loads(done.stdout.splitlines()[-1])
-    found["ratio"] = found["loader_tokens_per_second"] / found["training_tokens_per_second"]
     table = Table(title=f"sft on {args.rows:,} rows{', on a busy machine' if args.busy else ''}")
     for name in found:
         table.add_column(name.replace("_", " "), justify="right")

@@ -9,6 +9,10 @@ taken, by `/v1/completions`; its client parses the answers, and takes the input 
 - `changed_share`: rankings at temperature 0 that differ under load from those of the idle server.
 - `constraint_overhead`: by batch size, seconds of decoding with the rules over those without, of requests whose free
   answer is a ranking; their prompts are in the engine's cache.
+- `no_think_share`, `one_token_share`, `prefix_share_of_limit`: how many times faster answers without reasoning, those
+  of one token, and prompts of lists that 32 users share are, over how many times fewer tokens they take
+  (`serving_shares`).
+- `rates` has those of vLLM's `/generative_scoring` too: a score for each document, of a probability after it.
 - `client_share`: of its core that the client was busy, at most; the server has the other cores.
 
 On a quiet machine:
@@ -39,6 +43,7 @@ from rerank.rows import RankingRow
 from tests.benchmarks import serving_load
 from tests.benchmarks.busy import busy_share, refuse_busy
 from tests.benchmarks.serving_load import Ask, Load, poisson, send
+from tests.benchmarks.serving_shares import shares
 
 WARM_UP, IDLE, PRECISION, SLOWER = 50, 50, 1.05, 2.0
 BATCHES = (1, 16, 256)
@@ -50,6 +55,7 @@ class Requests:
 
     rows: list[RankingRow]
     bodies: list[dict[str, Any]]
+    records: list[dict[str, Any]]
     ready: list[ReadyRow]
 
     @classmethod
@@ -62,7 +68,7 @@ class Requests:
         ready = encoder.prepare(records)
         kept = [place for place, one in enumerate(ready) if isinstance(one, ReadyRow)]
         found = [one for one in ready if isinstance(one, ReadyRow)]
-        return cls([rows[place] for place in kept], [bodies[place] for place in kept], found)
+        return cls(*([of[place] for place in kept] for of in (rows, bodies, records)), found)
 
     async def ours(self, client: httpx.AsyncClient, number: int) -> list[int] | None:
         """A ranking by `rerank serve`."""
@@ -81,6 +87,18 @@ class Requests:
         text, tokens = choice["text"], answer.json()["usage"]["completion_tokens"]
         parsed = read_answer(text, tokens, choice["finish_reason"] == "length", ready.asked.labels, ready.asked.top_k)
         return parsed.order or list(range(len(ready.asked.labels)))
+
+    async def scoring(self, client: httpx.AsyncClient, number: int) -> list[int] | None:
+        """An order by scores of the documents one by one, which no model here was trained for: a measure of time."""
+        lines = self.ready[number].asked.prompt.split("\n")
+        begun = tuple(f" {label}." for label in self.ready[number].asked.labels)
+        items = [line for line in lines if line.startswith(begun)]
+        query = "\n".join(line for line in lines if line not in items)
+        body = {"model": "model", "query": query, "items": items, "label_token_ids": [0, 1]}
+        answer = await client.post("/generative_scoring", json=body)
+        answer.raise_for_status()
+        scores = [one["score"] for one in answer.json()["data"]]
+        return sorted(range(len(scores)), key=lambda place: -scores[place])
 
     def ndcg(self, numbers: Sequence[int], orders: Sequence[list[int] | None]) -> float:
         """Mean N@5 of rankings of these rows."""
@@ -108,7 +126,7 @@ class Side:
         rows = [place % len(requests.rows) for place in range(WARM_UP + number)]
         *others, own = range(psutil.cpu_count() or 1)
         psutil.Process().cpu_affinity(others or [own])  # which the server inherits
-        with serving_load.serving(model_dir, plain=self.name == "plain") as (url, _):
+        with serving_load.serving(model_dir, plain=self.name != "ours") as (url, _):
             psutil.Process().cpu_affinity([own])
             alone = asyncio.run(self._one_by_one(url, rows))
             idle = dict(zip(rows, alone.orders, strict=False))
@@ -190,20 +208,22 @@ def main() -> None:
     refuse_busy(busy_share())
     requests = Requests.of_model(args.model, 1000)
     overhead = constraint_overhead(args.model, requests, args.rounds)
-    sides = Side("ours", requests.ours), Side("plain", requests.plain)
+    saved = shares(args.model, requests.rows[: BATCHES[-1]], requests.records, args.rounds)
+    sides = [Side(name, getattr(requests, name)) for name in ("ours", "plain", "scoring")]
     for seed in range(args.rounds):
         for side in sides:
             refuse_busy(busy_share())
             side.measure(args.model, requests, args.requests, seed)
-    ours, plain = sides
+    ours, plain, _ = sides
     ratios = [one / other for one, other in zip(ours.rates, plain.rates, strict=True)]
     found = {
         "throughput_vs_plain": round(statistics.median(ratios), 4),
         "rates": {side.name: [round(rate, 2) for rate in side.rates] for side in sides},
-        "ndcg@5": {side.name: round(statistics.mean(side.ndcg), 4) for side in sides},
+        "ndcg@5": {side.name: round(statistics.mean(side.ndcg), 4) for side in (ours, plain)},
         "changed_share": {side.name: max(side.changed) for side in sides},
         "client_share": round(max(side.client_share for side in sides), 2),
         "constraint_overhead": overhead,
+        **saved,
     }
     sys.stdout.write(json.dumps(found) + "\n")
 

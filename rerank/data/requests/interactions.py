@@ -9,12 +9,12 @@ import pyarrow.compute as pc
 from ibis import _
 
 from rerank.data import DataArguments, tables
-from rerank.data.engines import DuckDB
 from rerank.data.filters import count, first_row
 from rerank.data.requests.histories import Events
 from rerank.data.requests.log import Numbered, RequestLog, floats, strings
 from rerank.data.sources.opening import open_source
 from rerank.data.sources.source import Source
+from rerank.launch.engines import DuckDB
 
 
 @dataclass(frozen=True)

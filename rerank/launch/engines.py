@@ -1,8 +1,8 @@
-"""The engines that compute the tables of the stage: DuckDB in this process, or Spark.
+"""The engines that compute the tables of the stage data and the counts of interactions: DuckDB here, or Spark.
 
-Files are read by DuckDB alone, in a stream and in their order: it numbers the rows by file and line (`source_row`) and
-turns cells into text, seconds and numbers, so that both engines begin with one table. From there on an engine is Ibis
-expressions, stored tables and Parquet files, and no table passes through Python whole.
+Users' files are read by DuckDB alone, in a stream and in their order: it numbers the rows by file and line
+(`source_row`) and turns cells into text, seconds and numbers, so that both engines begin with one table. From there on
+an engine is Ibis expressions, stored tables and Parquet files.
 """
 
 import contextlib
@@ -40,11 +40,13 @@ class DuckDB:
     Attributes:
         reader: The database that reads.
         con: The one that computes.
+        on_disk: Whether stored tables stand in the file of the database, not among its temporary ones.
     """
 
-    def __init__(self, reader: ibis.BaseBackend) -> None:
+    def __init__(self, reader: ibis.BaseBackend, on_disk: bool = False) -> None:
         """On a database of `launch.database`."""
         self.reader = self.con = reader
+        self.on_disk = on_disk
 
     def taken(self, table: Table) -> Table:
         """A table of the reader's as one of this engine."""
@@ -52,7 +54,11 @@ class DuckDB:
 
     def stored(self, table: Table) -> Table:
         """The table computed and kept until `keep_only`."""
-        return self.con.create_table(ibis.util.gen_name("table"), table, temp=True)
+        return self.con.create_table(ibis.util.gen_name("table"), table, temp=not self.on_disk)
+
+    def fetched(self, table: Table) -> pa.Table:
+        """The rows of a table, which fit into memory."""
+        return self.con.to_pyarrow(table)
 
     def keep_only(self, *tables: Table) -> None:
         """Drop every stored table that these do not stand on."""
@@ -84,6 +90,14 @@ class Spark(DuckDB):
         path = self._new_path()
         self._frame(table).write.parquet(str(path))
         return self.con.read_parquet(str(path), table_name=path.name)
+
+    def fetched(self, table: Table) -> pa.Table:
+        """The rows of a table, which fit into memory; they come by a file, not through the driver of Spark."""
+        path = self._new_path()
+        self._frame(table).write.parquet(str(path))
+        found = pq.read_table(path)
+        shutil.rmtree(path)
+        return found
 
     def keep_only(self, *tables: Table) -> None:
         """Delete every stored table that these do not stand on."""
@@ -147,16 +161,20 @@ def check_backend(backend: str) -> None:
 
 
 @contextlib.contextmanager
-def engine(backend: str) -> Iterator[DuckDB]:
+def engine(backend: str = "duckdb", on_disk: bool = False, **limits: int) -> Iterator[DuckDB]:
     """The engine of a backend, whose files are in a temporary folder (TMPDIR) that goes with it.
+
+    Args:
+        backend: One of `launch.values.BACKENDS`.
+        on_disk, **limits: Of `launch.database`.
 
     Raises:
         ValueError: When it is not installed or does not start.
     """
     check_backend(backend)
-    with database() as reader:
+    with database(on_disk=on_disk, **limits) as reader:
         if backend == "duckdb":
-            yield DuckDB(reader)
+            yield DuckDB(reader, on_disk)
             return
         with tempfile.TemporaryDirectory() as folder:
             session = _start_spark(Path(folder))
@@ -170,7 +188,7 @@ def _start_spark(folder: Path) -> Any:
     """A session; its master and memory are those of `spark-defaults.conf` or PYSPARK_SUBMIT_ARGS."""
     from pyspark.sql import SparkSession
 
-    builder = SparkSession.builder.appName("rerank.data")
+    builder = SparkSession.builder.appName("rerank")
     places = {"spark.sql.warehouse.dir": str(folder / "warehouse"), "spark.local.dir": str(folder / "local")}
     for name, value in (_SPARK_OPTIONS | places).items():
         builder = builder.config(name, value)
