@@ -1,5 +1,5 @@
 # demo: the pipeline on MovieLens-100K. test: lint and tests. matrix: models of all families, with vLLM and ZeRO-3.
-# spark: what the data stage makes with backend: pyspark, which test skips where the extra and Java are missing.
+# spark: what data and candidates make with backend: pyspark, which test skips where the extra or Java is missing.
 # setup: the environment of all, in .venv, installed once.
 SHELL := /bin/bash
 PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python3)

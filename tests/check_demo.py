@@ -1,6 +1,8 @@
 """Checks of a finished demo run, one line each; exit code 1 when one fails.
 
-python -m tests.check_demo runs/ml100k
+python -m tests.check_demo runs/ml100k [--short]
+
+--short is for a run of fewer steps than the recipe's, and leaves out what its model cannot reach.
 """
 
 import json
@@ -14,7 +16,7 @@ SCRIPT = re.compile(r"<script.*?</script>", re.DOTALL)  # may hold addresses: th
 OUTSIDE = re.compile(r"""(\b(src|href)\s*=|\burl\(|@import)\s*["']?\s*(https?:)?//""", re.IGNORECASE)
 
 
-def checks(run: Path) -> Iterator[tuple[str, bool, object]]:
+def checks(run: Path, is_short: bool) -> Iterator[tuple[str, bool, object]]:
     """Name, outcome and value of each check."""
     dapo = json.loads((run / "dapo/metrics.json").read_text())
     gap = dapo["max_logp_gap"]
@@ -25,10 +27,11 @@ def checks(run: Path) -> Iterator[tuple[str, bool, object]]:
     rows = results["rows"]
     yield "all nine rankers are there", set(rows) == RANKERS, ", ".join(rows)
     yield "986 rows are ranked", results["n"] == 986, results["n"]
-    failures = rows["dapo"]["parse_failure_share"]
-    yield "fewer than 3 % of dapo's completions are no ranking", failures < 0.03, f"{failures:.2%}"
+    failures, most = rows["dapo"]["parse_failure_share"], 0.2 if is_short else 0.03
+    yield f"fewer than {most:.0%} of dapo's completions are no ranking", failures < most, f"{failures:.2%}"
     difference, (low, high) = rows["dapo"]["N@5_minus_no_op"], rows["dapo"]["N@5_interval"]
-    yield "N@5 of dapo minus no_op is above zero", low > 0, f"{difference:+.4f} [{low:+.4f}, {high:+.4f}]"
+    if not is_short:
+        yield "N@5 of dapo minus no_op is above zero", low > 0, f"{difference:+.4f} [{low:+.4f}, {high:+.4f}]"
 
     report = run / "evaluate/report.html"
     page = report.read_text(encoding="utf-8") if report.is_file() else ""
@@ -37,10 +40,10 @@ def checks(run: Path) -> Iterator[tuple[str, bool, object]]:
     yield "the report loads nothing from outside", found is None and "default-src 'none'" in page, found and found[0]
 
 
-def main(run: str) -> int:
+def main(run: str, *words: str) -> int:
     """Print the checks of a run."""
     passed = True
-    for name, is_so, value in checks(Path(run)):
+    for name, is_so, value in checks(Path(run), "--short" in words):
         print(f"{'ok' if is_so else 'FAILED'}: {name} ({value})")
         passed = passed and is_so
     return 0 if passed else 1

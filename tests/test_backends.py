@@ -14,10 +14,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
+from request_run import DAY, draw_requests, write_requests
 from toy_recipe import TOY
 from toy_run import finish
 
 from rerank import candidates, data
+from rerank.candidates import counting
 from rerank.launch import recipe
 from rerank.launch.engines import check_backend
 from rerank.launch.values import BACKENDS
@@ -104,7 +106,7 @@ def compare(folder: Path, lists: dict | None = None, **options) -> dict:
         lists: Options of the candidates stage.
         options: Of the data stage.
     """
-    metrics = []
+    metrics, before = [], {path.name for path in Path().iterdir()}
     for backend in BACKENDS:
         (folder / backend / "data").mkdir(parents=True)
         args = data.DataArguments(run_dir="run", backend=backend, **options)
@@ -118,20 +120,26 @@ def compare(folder: Path, lists: dict | None = None, **options) -> dict:
     for name in (SEQUENCES, STARTS):
         assert np.array_equal(*(np.load(run / "data" / name) for run in runs))
     assert metrics[0] == metrics[1] and len(found) > 0
-    for run, backend, of_data in zip(runs, BACKENDS, metrics, strict=True):
+    for run, of_data in zip(runs, metrics, strict=True):
         finish(run / "data", of_data, options)
+    compare_candidates(runs, **{"num_candidates": 5, "exclude_seen": False, **(lists or {})})
+    assert not LEFT & {path.name for path in Path().iterdir()} - before
+    return metrics[0]
+
+
+def compare_candidates(runs: list[Path], **options) -> None:
+    """Run the stage candidates on a run by each backend: equal tables and counts."""
+    for run, backend in zip(runs, BACKENDS, strict=True):
         (run / "candidates").mkdir()
-        keys = {"num_candidates": 5, "exclude_seen": False, **(lists or {})}
-        args = candidates.CandidatesArguments(run_dir=str(run), backend=backend, **keys)
+        args = candidates.CandidatesArguments(run_dir=str(run), backend=backend, **options)
         candidates.check(args)
         candidates.main(args, run / "candidates")
     for name in candidates.FILES.values():
         assert_same_tables(*(run / f"candidates/{name}.parquet" for run in runs))
     first, second = (dict(np.load(run / "candidates/evidence.npz")) for run in runs)
     assert first.keys() == second.keys() and first["near_data"].any()
-    assert all(np.allclose(first[name], second[name], rtol=1e-9, atol=1e-9) for name in first)
-    assert not LEFT & {path.name for path in Path().iterdir()}
-    return metrics[0]
+    for name, values in first.items():
+        assert values.dtype == second[name].dtype and np.allclose(values, second[name], rtol=1e-9, atol=1e-9), name
 
 
 def assert_same_tables(*paths: Path):
@@ -177,6 +185,15 @@ def test_movielens_split_by_time_and_pruned(tmp_path):
     kept = {name: value for name, value in given.items() if name not in ("run_dir", "num_test", "num_valid")}
     metrics = compare(tmp_path, **{**kept, **changes})
     assert metrics["interactions_read"] == 100_000 and metrics["share_of_time_ties"] > 0.5
+
+
+@pytest.mark.parametrize("split", ["by_user", "by_time"])
+def test_requests_whose_rows_have_counts_of_other_users_or_of_before(tmp_path, monkeypatch, split):
+    monkeypatch.setattr(counting, "NUM_FOLDS", 2)
+    runs = [tmp_path / backend for backend in BACKENDS]
+    for run in runs:
+        write_requests(run, draw_requests(), split=split)
+    compare_candidates(runs, source="requests", count_window=8 * DAY, neighbours=None if split == "by_time" else 4)
 
 
 @pytest.mark.parametrize("split", ["given", "random"])

@@ -96,6 +96,8 @@ def test_the_lists_that_trees_are_fitted_on_are_those_rows(run, tmp_path, monkey
     table = pq.read_table(run / "candidates/train.parquet")
     grades = table["relevance"].to_pylist()
     grades[0][grades[0].index(0.0)] = None  # one that was not seen
+    for row in [*range(7, 14), *range(len(table) - 2, len(table))]:
+        grades[row] = [0.0] * len(grades[row])  # parts without a hit, in the middle and at the end
     places = [table.column_names.index(name) for name in ("relevance", "user")]
     table = table.set_column(places[0], "relevance", pa.array(grades, pa.list_(pa.float64())))
     table = table.set_column(places[1], "user", pa.array([None, *table["user"].to_pylist()[1:]], pa.int64()))
@@ -108,7 +110,15 @@ def test_the_lists_that_trees_are_fitted_on_are_those_rows(run, tmp_path, monkey
     for row, features, relevance in zip(wanted, lists.features, lists.relevance, strict=True):
         assert np.array_equal(features, np.asarray(row.features, dtype=np.float32))
         assert np.array_equal(relevance, row.relevance, equal_nan=True)
-    assert len(wanted) < len(table) and any(np.isnan(of_row).any() for of_row in lists.relevance)
+    assert len(wanted) < len(table) - 7 and any(np.isnan(of_row).any() for of_row in lists.relevance)
+    features = [of_row[: 2 + row % 2] for row, of_row in enumerate(table["features"].to_pylist())]
+    place = table.column_names.index("features")
+    pq.write_table(table.set_column(place, "features", pa.array(features, table["features"].type)), path)
+    with pytest.raises(ValueError, match=r"row_id \d+: features has 2 entries but there are 4 candidates; run the"):
+        HitLists.read(path)
+    pq.write_table(table.drop_columns("user"), path)
+    with pytest.raises(ValueError, match="has no column 'user'"):
+        HitLists.read(path)
 
 
 def test_a_file_is_read_in_parts(run, monkeypatch):

@@ -1,5 +1,7 @@
 """`tests.benchmarks.serving` and `tests.soak` in small: the search for a rate, arrivals, and the growth of memory."""
 
+import asyncio
+
 import numpy as np
 import pytest
 import soak
@@ -20,8 +22,26 @@ def test_the_highest_rate_is_found_to_five_percent(most):
 
     best, load = serving.highest_rate(probe, idle=0.09)
     assert most / serving.PRECISION <= best <= most and load.p(95) == 0.1 and len(probed) < 20
+    for near, most_probes in ((0.98 * most, 2), (1.02 * most, 3), (most / 3, 8), (3 * most, 8)):
+        probed.clear()
+        best, _ = serving.highest_rate(probe, 0.09, near)
+        assert most / serving.PRECISION <= best <= most and len(probed) <= most_probes, (near, probed)
     with pytest.raises(SystemExit, match="is the machine quiet?"):
         serving.highest_rate(lambda rate: serving_load.Load(np.ones(9), [], 0.0), idle=0.09)
+
+
+@pytest.mark.parametrize("slow", [1, 5])
+def test_a_rate_at_which_too_many_are_slow_is_given_up(slow):
+    asked = []
+
+    async def ask(client, row):
+        asked.append(row)
+        await asyncio.sleep(0.05 if row % 20 < slow else 0)
+        return [0]
+
+    load = asyncio.run(serving_load.send(ask, "http://127.0.0.1", range(220), np.arange(220) / 2000, 20, most=0.02))
+    assert np.isinf(load.seconds).all() == (slow > 1) and len(load.orders) == 200
+    assert len(asked) == 220 or slow > 1 and len(asked) < 200
 
 
 def test_requests_arrive_at_the_rate_whenever_they_are_answered():
@@ -51,8 +71,7 @@ def test_a_row_is_asked_by_original_ids(tmp_path):
 
 
 def test_a_share_is_of_the_tokens_that_are_computed():
-    prompts = [[1, 2, 3, 4, 9], [1, 2, 3, 4, 8], [1, 2, 3, 4, 7, 7]]
-    assert serving_shares.prefix_limit(prompts) == 16 / 8
-    assert serving_shares.prefix_limit([[1, 2], [2, 2]]) == 1.0
+    prompts = [[1, 2, 3, 9], [1, 5, 6], [1, 2, 3, 8], [1, 2, 3, 7, 7], [2]]
+    assert serving_shares.computed_once(prompts) == 3 + 1 + 1 + 2 + 2 + 1
     slow, fast = iter([(9.0, 100), (4.0, 100), (6.0, 100)]), iter([(9.0, 50), (2.5, 50), (2.5, 50)])
     assert serving_shares.share(lambda: next(slow), lambda: next(fast), repeats=2) == 1.0  # (0.8 + 1.2) / 2

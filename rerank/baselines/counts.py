@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,8 +22,10 @@ from rerank.baselines.item_facts import ItemFacts
 from rerank.baselines.pairs import (
     ALL_WEIGHTS,
     UNIT,
+    Cut,
     Sequences,
     UserContributions,
+    contenders,
     cut,
     flatten,
     matrix_of,
@@ -199,11 +202,16 @@ class Counts:
     def own(self, users: Sequence[int] | np.ndarray, sequences: Sequences) -> UserContributions:
         """The contributions of each row's user to these counts, for `top_rows` and `feature_rows`."""
         own = UserContributions.of(users, sequences, self.num_items)
-        return (
-            own
-            if self.neighbours is None
-            else own.within(self.transitions, self.successors, self.near, self.neighbours)
-        )
+        return own if self.neighbours is None else own.within(*self._cut)
+
+    @cached_property
+    def _cut(self) -> list[Cut]:
+        return [Cut.of(getattr(self, name), self.neighbours or 0) for name in MATRICES]
+
+    @cached_property
+    def _most_popular(self) -> np.ndarray:
+        """(items,) the most popular item first, ties by item."""
+        return np.lexsort((np.arange(self.num_items), -self.popularity))
 
     def _score_matrix(
         self, histories: Sequence[np.ndarray], rows: np.ndarray, own: UserContributions | None, exclude_seen: bool
@@ -243,7 +251,7 @@ class Counts:
         for start in range(0, len(histories), CHUNK):
             rows = np.arange(start, min(start + CHUNK, len(histories)))
             matrix = self._score_matrix(histories, rows, own, exclude_seen)
-            line, item, score = _contenders(matrix, n)
+            line, item, score = contenders(matrix, n)
             popularity = self._popularity(rows[line], item, own)
             order = np.lexsort((item, -popularity, -score, line))
             line, item, score = line[order], item[order], score[order]
@@ -264,9 +272,12 @@ class Counts:
         self, row: int, seen: Sequence[int] | np.ndarray, found: np.ndarray, n: int, own: UserContributions | None
     ) -> np.ndarray:
         """The n most popular items that are neither excluded nor found already: all have score 0."""
-        free = np.ones(self.num_items, dtype=bool)
-        free[np.asarray(seen, dtype=np.int64)] = free[found] = False
-        items = np.flatnonzero(free)
+        left_out = np.concatenate([np.asarray(seen, dtype=np.int64), found])
+        user = -1 if own is None else int(own.owners[row])
+        number_of_own = 0 if own is None or user < 0 else int(np.diff(own.popularity.indptr)[user])
+        # without the user's own part only items of the user lose a place
+        items = self._most_popular[: n + len(left_out) + number_of_own]
+        items = items[~np.isin(items, left_out)]
         if len(items) < n:
             raise ValueError(
                 f"row {row} has seen all but {len(items) + len(found)} of {self.num_items} items, "
@@ -285,16 +296,3 @@ def _recency_weights(columns: np.ndarray, width: int) -> csr_array:
     """(R, width) matrix with 1/m, in sixtieths, at each row's m-th column; -1 stands for none."""
     lines, steps = np.nonzero(columns >= 0)
     return matrix_of(lines, columns[lines, steps], np.array(RECENCY)[steps], (len(columns), width))
-
-
-def _contenders(matrix: csr_array, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(row, item, score) of the entries that can be among the n best of their row, all ties included."""
-    lengths = np.diff(matrix.indptr)
-    width = max(int(lengths.max(initial=0)), n)
-    filled = np.arange(width) < lengths[:, None]
-    padded = np.zeros(filled.shape, dtype=matrix.dtype)
-    padded[filled] = matrix.data
-    least = np.partition(padded, width - n, axis=1)[:, width - n]
-    kept = filled & (padded >= least[:, None])
-    chosen = kept[filled]
-    return np.nonzero(kept)[0], matrix.indices[chosen].astype(np.int64), matrix.data[chosen]

@@ -154,8 +154,8 @@ class Interactions:
         else:
             shape = self.num_items, self.num_items
             found = (self._summed(around, *weights, neighbours) for weights in ALL_WEIGHTS)
-            matrices = [matrix_of(first, second, weight, shape) for first, second, weight in found]
-        self.engine.keep_only()
+            matrices = [cut(matrix_of(first, second, weight, shape), neighbours) for first, second, weight in found]
+        self.engine.keep_only(self.table)
         return matrices
 
     @cached_property

@@ -18,6 +18,7 @@ FORWARD = (60, 30, 20)  # 1 / (j - i) in sixtieths, for j - i = 1, 2, 3
 BACKWARD = (18, 9, 6)  # 0.3 / (j - i) in sixtieths
 NEAR = 10
 
+ROWS_IN_BLOCK = 2**15
 MANY_ITEMS, NEIGHBOURS = 50_000, 200  # from MANY_ITEMS items on, NEIGHBOURS entries of each are kept
 
 Sequences = Mapping[int, np.ndarray]  # user -> items, oldest first
@@ -92,20 +93,35 @@ def cut(matrix: csr_array, neighbours: int | None) -> csr_array:
     return csr_array((data, indices, indptr), shape=matrix.shape)
 
 
-def _least_kept(matrix: csr_array, neighbours: int) -> tuple[np.ndarray, np.ndarray]:
-    """The smallest value of each row that may have been cut, 0 of another, and the last column that has it."""
-    lengths, least = np.diff(matrix.indptr), np.zeros(matrix.shape[0], dtype=matrix.dtype)
-    last = np.full(matrix.shape[0], matrix.shape[1])
-    filled = np.flatnonzero(lengths)
-    if len(filled):
-        least[filled] = np.minimum.reduceat(matrix.data, matrix.indptr[filled])
-        rows = np.repeat(np.arange(matrix.shape[0]), lengths)
-        is_least = matrix.data == least[rows]
-        last[filled] = -1
-        np.maximum.at(last, rows[is_least], matrix.indices[is_least])
-    whole = lengths < neighbours
-    least[whole], last[whole] = 0, matrix.shape[1]
-    return least, last
+@dataclass(frozen=True)
+class Cut:
+    """Counts that were cut to the largest entries of each item.
+
+    Attributes:
+        matrix: (I, I).
+        least: (I,) the smallest entry of each item of which some may have been cut; 0 of another.
+        last: (I,) the last column that has it; I where none was cut.
+    """
+
+    matrix: csr_array
+    least: np.ndarray
+    last: np.ndarray
+
+    @classmethod
+    def of(cls, matrix: csr_array, neighbours: int) -> Cut:
+        """Of a matrix that `cut` has made."""
+        lengths = np.diff(matrix.indptr)
+        least, last = np.zeros(matrix.shape[0], dtype=matrix.dtype), np.full(matrix.shape[0], matrix.shape[1])
+        full = np.flatnonzero(lengths >= neighbours)
+        for start in range(0, len(full), ROWS_IN_BLOCK):
+            rows = full[start : start + ROWS_IN_BLOCK]
+            begins = np.cumsum(lengths[rows]) - lengths[rows]
+            places = np.arange(lengths[rows].sum()) + np.repeat(matrix.indptr[rows] - begins, lengths[rows])
+            values = matrix.data[places]
+            least[rows] = np.minimum.reduceat(values, begins)
+            columns = np.where(values == np.repeat(least[rows], lengths[rows]), matrix.indices[places], -1)
+            last[rows] = np.maximum.reduceat(columns, begins)
+        return cls(matrix, least, last)
 
 
 def _narrow(values: np.ndarray) -> np.ndarray:
@@ -167,21 +183,19 @@ class UserContributions:
         found = np.minimum(np.searchsorted(self.keys, wanted), len(self.keys) - 1)
         return np.where((owners >= 0) & (items >= 0) & (self.keys[found] == wanted), found, -1)
 
-    def within(
-        self, transitions: csr_array, successors: csr_array, near: csr_array, neighbours: int
-    ) -> UserContributions:
-        """The part to subtract from counts that were cut to `neighbours` entries of each item.
+    def within(self, transitions: Cut, successors: Cut, near: Cut) -> UserContributions:
+        """The part to subtract from counts that were cut.
 
         Where these hold nothing it is nothing. Where the user's own part alone lifted a value above what was cut, it
         is all of the value: what is left would tell that this user had both items, as no other pair so rare has one.
         """
         pairs = (self.transitions, transitions), (self.successors, successors), (self.near, near)
-        kept = [self._within(*pair, neighbours) for pair in pairs]
+        kept = [self._within(*pair) for pair in pairs]
         return replace(self, transitions=kept[0], successors=kept[1], near=kept[2])
 
-    def _within(self, own: csr_array, counts: csr_array, neighbours: int) -> csr_array:
+    def _within(self, own: csr_array, counts: Cut) -> csr_array:
         items = np.repeat(self.keys % self.num_items, np.diff(own.indptr))
-        held, (least, last) = lookup(counts, items, own.indices), _least_kept(counts, neighbours)
+        held, least, last = lookup(counts.matrix, items, own.indices), counts.least, counts.last
         left = held - own.data
         was_lifted = (left < least[items]) | ((left == least[items]) & (own.indices > last[items]))
         values = np.where(held > 0, np.where(was_lifted, held, own.data), 0)
@@ -203,3 +217,16 @@ class UserContributions:
         shape = len(rows), self.popularity.shape[0]
         picks = matrix_of(owned, self.owners[rows][owned], np.ones(len(owned)), shape)
         return csr_array(picks @ self.popularity)
+
+
+def contenders(matrix: csr_array, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(row, item, score) of the entries that can be among the n best of their row, all ties included."""
+    lengths = np.diff(matrix.indptr)
+    width = max(int(lengths.max(initial=0)), n)
+    filled = np.arange(width) < lengths[:, None]
+    padded = np.zeros(filled.shape, dtype=matrix.dtype)
+    padded[filled] = matrix.data
+    least = np.partition(padded, width - n, axis=1)[:, width - n]
+    kept = filled & (padded >= least[:, None])
+    chosen = kept[filled]
+    return np.nonzero(kept)[0], matrix.indices[chosen].astype(np.int64), matrix.data[chosen]

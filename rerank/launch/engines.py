@@ -88,13 +88,13 @@ class Spark(DuckDB):
     def stored(self, table: Table) -> Table:
         """The table computed and kept until `keep_only`."""
         path = self._new_path()
-        self._frame(table).write.parquet(str(path))
+        self.con.to_parquet(table, path)
         return self.con.read_parquet(str(path), table_name=path.name)
 
     def fetched(self, table: Table) -> pa.Table:
         """The rows of a table, which fit into memory; they come by a file, not through the driver of Spark."""
         path = self._new_path()
-        self._frame(table).write.parquet(str(path))
+        self.con.to_parquet(table, path)
         found = pq.read_table(path)
         shutil.rmtree(path)
         return found
@@ -110,12 +110,9 @@ class Spark(DuckDB):
     def write(self, table: Table, path: Path) -> None:
         """Write one Parquet file, whole or not at all, its rows as the table orders them."""
         parts = self._new_path()
-        self._frame(table).write.parquet(str(parts))
+        self.con.to_parquet(table, parts)
         write_whole(path, lambda temporary: join_parts(sorted(parts.glob("*.parquet")), temporary))
         shutil.rmtree(parts)
-
-    def _frame(self, table: Table) -> Any:
-        return self.session.sql(self.con.compile(table))
 
     def _new_path(self) -> Path:
         return self.folder / ibis.util.gen_name("table")

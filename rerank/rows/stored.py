@@ -146,7 +146,12 @@ class HitLists:
 
     @classmethod
     def read(cls, path: str | Path) -> "HitLists":
-        """Those of a candidates table; raises as `read_rows` with features."""
+        """Those of a candidates table.
+
+        Raises:
+            ValueError: As `read_rows` with features.
+        """
+        columns_of(path)
         check_features(path)
         parts = hit_parts(path, ("row_id", "user", "relevance"))
         keys = pa.concat_tables(pa.Table.from_batches([part]) for part in parts)
@@ -154,7 +159,10 @@ class HitLists:
             refuse_no_hits(path, pq.read_metadata(path).num_rows)
         lengths = pc.list_value_length(keys["relevance"]).to_numpy()
         ends, values, begin = np.cumsum(lengths), np.empty((0, 0), dtype=np.float32), 0
-        for part in hit_parts(path, ("relevance", "features")):
+        for part in hit_parts(path, ("row_id", "relevance", "features")):
+            if not len(part):
+                continue
+            _check_lines(part, path)
             lines = part.column("features").flatten()
             block = lines.flatten().to_numpy(zero_copy_only=False).reshape(len(lines), -1)
             values = values if values.size else mapped(None, (int(ends[-1]), block.shape[1]), np.float32)
@@ -165,6 +173,16 @@ class HitLists:
         order = np.argsort(keys["row_id"].to_numpy(), kind="stable")
         features = Column(values, ends[order], lengths[order])
         return cls([users[row] for row in order], [relevance[row] for row in order], features)
+
+
+def _check_lines(part: pa.RecordBatch, path: str | Path) -> None:
+    """Refuse rows that have features of another number of candidates."""
+    found, wanted = (pc.list_value_length(part.column(name)).to_numpy() for name in ("features", "relevance"))
+    for row in np.flatnonzero(found != wanted)[:1].tolist():
+        raise ValueError(
+            f"{path}: row_id {part.column('row_id')[row]}: features has {found[row]} entries but there are "
+            f"{wanted[row]} candidates; run the candidates stage again"
+        )
 
 
 @dataclass(frozen=True)

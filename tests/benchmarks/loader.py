@@ -183,13 +183,14 @@ def measure(run: Path, num_steps: int, num_workers: int) -> dict[str, float]:
 def read(trainer: Any, num_workers: int) -> tuple[float, float]:
     """Tokens and seconds of a batch, of BATCHES after the first ones."""
     trainer.args.dataloader_num_workers = num_workers
-    begun, tokens = 0.0, 0
+    begun, tokens, number = 0.0, 0, 0
     for number, batch in enumerate(trainer.get_train_dataloader(), start=-WARM_BATCHES):
         if number == 0:
             begun = time.time()
         tokens += int(batch["attention_mask"].sum()) if number > 0 else 0
         if number == BATCHES:
             break
+    assert number == BATCHES, f"{number} batches after the first {WARM_BATCHES}; --rows is too small"
     return tokens / BATCHES, (time.time() - begun) / BATCHES
 
 

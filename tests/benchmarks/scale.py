@@ -10,9 +10,9 @@ rows to rank; the counts' seconds stand beside. Sizes are a hundredth and a tent
 and a tenth of the interactions with all items. The exponent of a stage between two sizes of equal proportions is
 log(seconds / seconds) / log(interactions / interactions), and the worst counts between the two largest. Peers at up to
 ten million interactions, as ratios of ours to theirs (below 1 is better): a commit before (--before), and the counts
-alone in Polars, streaming, where it is installed. --ids N adds semantic ids of N given embeddings. A busy machine, or
-one with too little disk, is refused; after MINUTES no further command is started and the one that runs is killed. Ends
-with one JSON line.
+alone in Polars, streaming, where it is installed (memory against that of the whole stage). --ids N adds semantic ids
+of N given embeddings. A busy machine, or one with too little disk, is refused; after MINUTES no further command is
+started and the one that runs is killed. Ends with one JSON line.
 """
 
 import argparse

@@ -23,6 +23,7 @@ On a quiet machine:
 import argparse
 import asyncio
 import json
+import math
 import statistics
 import sys
 import time
@@ -91,9 +92,9 @@ class Requests:
     async def scoring(self, client: httpx.AsyncClient, number: int) -> list[int] | None:
         """An order by scores of the documents one by one, which no model here was trained for: a measure of time."""
         lines = self.ready[number].asked.prompt.split("\n")
-        begun = tuple(f" {label}." for label in self.ready[number].asked.labels)
-        items = [line for line in lines if line.startswith(begun)]
-        query = "\n".join(line for line in lines if line not in items)
+        first = lines.index("Candidates:") + 1
+        items = lines[first : first + len(self.ready[number].asked.labels)]
+        query = "\n".join(lines[:first])
         body = {"model": "model", "query": query, "items": items, "label_token_ids": [0, 1]}
         answer = await client.post("/generative_scoring", json=body)
         answer.raise_for_status()
@@ -130,10 +131,13 @@ class Side:
             psutil.Process().cpu_affinity([own])
             alone = asyncio.run(self._one_by_one(url, rows))
             idle = dict(zip(rows, alone.orders, strict=False))
-            best, load = highest_rate(
-                lambda rate: asyncio.run(send(self.ask, url, rows, poisson(rate, len(rows), seed), WARM_UP)),
-                alone.p(50),
-            )
+            idle_seconds, near = alone.p(50), self.rates[-1] if self.rates else None
+
+            def probe(rate: float) -> Load:
+                times = poisson(rate, len(rows), seed)
+                return asyncio.run(send(self.ask, url, rows, times, WARM_UP, SLOWER * idle_seconds))
+
+            best, load = highest_rate(probe, idle_seconds, near)
         counted = rows[WARM_UP:]
         self.rates.append(best)
         self.ndcg.append(requests.ndcg(counted, load.orders))
@@ -151,9 +155,15 @@ class Side:
         return Load(np.array(seconds[IDLE:]), orders, 0.0)
 
 
-def highest_rate(probe: Callable[[float], Load], idle: float) -> tuple[float, Load]:
-    """The highest rate at which the 95th percentile stays below SLOWER times the idle median, and its requests."""
-    low, high, rate = 0.0, float("inf"), 0.5 / idle
+def highest_rate(probe: Callable[[float], Load], idle: float, near: float | None = None) -> tuple[float, Load]:
+    """The highest rate at which the 95th percentile stays below SLOWER times the idle median, and its requests.
+
+    Args:
+        probe: Sends requests at a rate.
+        idle: Seconds, the median of an idle server.
+        near: A rate that is about the one looked for, such as that of the round before.
+    """
+    low, high, rate, step = 0.0, math.inf, near or 0.5 / idle, PRECISION if near else 2.0
     best = None
     while high > low * PRECISION:
         load = probe(rate)
@@ -161,7 +171,13 @@ def highest_rate(probe: Callable[[float], Load], idle: float) -> tuple[float, Lo
             low, best = rate, load
         else:
             high = rate
-        rate = low * 2 if high == float("inf") else (low + high) / 2
+        if high == math.inf:
+            rate = low * step
+        elif low == 0:
+            rate = high / step
+        else:
+            rate = (low + high) / 2
+        step = step**2 if near else step  # of a rate that is not near after all
         if best is None and high * idle < 0.01:
             raise SystemExit("even one request now and then is slower than allowed; is the machine quiet?")
     assert best is not None

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import math
 import os
 import signal
 import socket
@@ -115,26 +116,41 @@ def is_up(url: str) -> bool:
         return False
 
 
-async def send(ask: Ask, url: str, rows: Sequence[int], times: np.ndarray, warm_up: int = 0) -> Load:
+class Overloaded(Exception):
+    """More requests are slow than may be."""
+
+
+async def send(
+    ask: Ask, url: str, rows: Sequence[int], times: np.ndarray, warm_up: int = 0, most: float = math.inf
+) -> Load:
     """Send a request for each row at its time, whatever has been answered; the first ones do not count.
 
     Args:
         times: (R,) seconds from the start.
+        most: Seconds that 95 % of the answers may take; where it is certain that more take longer, the others are not
+            waited for, and all count as endless.
     """
     seconds, orders = np.zeros(len(rows)), list[list[int] | None]([None] * len(rows))
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+    limits, too_slow = httpx.Limits(max_connections=None, max_keepalive_connections=None), 0
     async with httpx.AsyncClient(base_url=url, timeout=120, limits=limits) as client:
         began, busy = time.perf_counter(), time.process_time()
 
         async def one(place: int) -> None:
+            nonlocal too_slow
             sent = time.perf_counter()
             orders[place] = await ask(client, rows[place])
             seconds[place] = time.perf_counter() - sent
+            too_slow += place >= warm_up and seconds[place] > most
+            if too_slow > 0.05 * (len(rows) - warm_up) + 1:  # a percentile lies between two of them
+                raise Overloaded
 
-        async with asyncio.TaskGroup() as tasks:
-            for place, then in enumerate(times):
-                await asyncio.sleep(max(0.0, began + then - time.perf_counter()))
-                tasks.create_task(one(place))
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                for place, then in enumerate(times):
+                    await asyncio.sleep(max(0.0, began + then - time.perf_counter()))
+                    tasks.create_task(one(place))
+        except* Overloaded:
+            seconds[:] = math.inf
         share = (time.process_time() - busy) / (time.perf_counter() - began)
     return Load(seconds[warm_up:], orders[warm_up:], share)
 

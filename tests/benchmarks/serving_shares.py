@@ -11,8 +11,6 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from rerank.models import engine as vllm_engine
 from rerank.models import one_token
 from rerank.models.ranker import Batch, RankingModel, ask, grammars_of
@@ -32,10 +30,13 @@ def shared_by_users(encoder: RowEncoder, records: Sequence[dict[str, Any]]) -> l
     return [[one.tokens for one in encoder.prepare(rows) if isinstance(one, ReadyRow)] for rows in asked]
 
 
-def prefix_limit(prompts: Sequence[Sequence[int]]) -> float:
-    """Tokens of the prompts over those that remain where what all begin with is computed once."""
-    shared = sum(1 for _ in takewhile(lambda same: len(set(same)) == 1, zip(*prompts, strict=False)))
-    return sum(map(len, prompts)) / (shared + sum(len(one) - shared for one in prompts))
+def computed_once(prompts: Sequence[Sequence[int]]) -> int:
+    """Tokens of the prompts that remain where each beginning that some share is computed once."""
+    ordered, number = sorted(map(list, prompts)), 0
+    for before, prompt in zip([[], *ordered], ordered, strict=False):
+        pairs = zip(before, prompt, strict=False)
+        number += len(prompt) - sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+    return number
 
 
 def share(slow: Callable[[], Run], fast: Callable[[], Run], repeats: int) -> float:
@@ -99,13 +100,12 @@ def shares(
     else:
         if not model.one_token:
             found["one_token_share"] = share(lambda: written(False), ranked_by_one_token, repeats)
-    prompts, limit = [ids for of_slate in slates for ids in of_slate], float(np.mean([*map(prefix_limit, slates)]))
-    first = [vllm_engine.sampling_params(1)] * len(prompts)
+    prompts = [ids for of_slate in slates for ids in of_slate]
+    first, once = [vllm_engine.sampling_params(1)] * len(prompts), computed_once(prompts) + len(prompts)
 
     def shared() -> Run:
-        seconds, computed = run(prompts, first)
-        return seconds, round(computed / limit)
+        return run(prompts, first)[0], once
 
     found["prefix_share_of_limit"] = share(lambda: run(prompts, first, apart=True), shared, repeats)
     engine.llm_engine.engine_core.shutdown()
-    return found | {"prefix_limit": round(limit, 2)}
+    return found | {"prefix_limit": round((sum(map(len, prompts)) + len(prompts)) / once, 2)}
