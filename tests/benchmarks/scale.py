@@ -10,9 +10,10 @@ rows to rank; the counts' seconds stand beside. Sizes are a hundredth and a tent
 and a tenth of the interactions with all items. The exponent of a stage between two sizes of equal proportions is
 log(seconds / seconds) / log(interactions / interactions), and the worst counts between the two largest. Peers at up to
 ten million interactions, as ratios of ours to theirs (below 1 is better): a commit before (--before), and the counts
-alone in Polars, streaming, where it is installed (memory against that of the whole stage). --ids N adds semantic ids
-of N given embeddings. A busy machine, or one with too little disk, is refused; after MINUTES no further command is
-started and the one that runs is killed. Ends with one JSON line.
+alone in Polars, streaming, where it is installed (memory against that of the whole stage). For these sizes it also
+has what the cut of counts changes (`scale_cut`). --ids N adds semantic ids of N given embeddings. A busy machine, or
+one with too little disk, is refused; after MINUTES no further command is started and the one that runs is killed. Ends
+with one JSON line.
 """
 
 import argparse
@@ -32,6 +33,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from rerank.baselines.pairs import MANY_ITEMS
 from tests.benchmarks import scale_peers as peers
 from tests.benchmarks.busy import busy_share, refuse_busy
 from tests.benchmarks.scale_log import write_log
@@ -117,6 +119,8 @@ class Bench:
             record["peers"] = {"polars": self.polars(folder, folder / "run", record["stages"])}
             if before:
                 record["peers"][before] = self.before(folder, tree, record["stages"])
+            if cell[1] >= MANY_ITEMS:
+                record["cut"] = last_json(self, "tests.benchmarks.scale_cut", "--run", str(folder / "run"))
         shutil.rmtree(folder)
         return record
 
@@ -264,6 +268,7 @@ def run(cells: Sequence[Cell], before: str = "", num_ids: int = 0, out: Path | N
         out.write_text(json.dumps(result, indent=2))
     print(json.dumps(result))
     failed = [name for name in ("loader", "semantic_ids") if result.get(name, {}).get("failed")]
+    failed += [of["cut"]["failed"] for of in records if of.get("cut", {}).get("failed")]
     if failed or not all(is_whole(of["stages"]) for of in records):
         raise SystemExit(1)
 
