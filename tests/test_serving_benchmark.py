@@ -22,7 +22,7 @@ def test_the_highest_rate_is_found_to_five_percent(most):
 
     best, load = serving.highest_rate(probe, idle=0.09)
     assert most / serving.PRECISION <= best <= most and load.p(95) == 0.1 and len(probed) < 20
-    for near, most_probes in ((0.98 * most, 2), (1.02 * most, 3), (most / 3, 8), (3 * most, 8)):
+    for near, most_probes in ((0.98 * most, 2), (1.02 * most, 3), (most / 3, 12), (3 * most, 12)):
         probed.clear()
         best, _ = serving.highest_rate(probe, 0.09, near)
         assert most / serving.PRECISION <= best <= most and len(probed) <= most_probes, (near, probed)
