@@ -8,12 +8,12 @@ A synthetic log (`scale_log`) is written out of core, then each stage is run as 
 a process of its own, watched with all processes below it. Candidates are counts, lists and features of up to a million
 rows to rank; the counts' seconds stand beside. Sizes are a hundredth and a tenth of the interactions and items, both,
 and a tenth of the interactions with all items. The exponent of a stage between two sizes of equal proportions is
-log(seconds / seconds) / log(interactions / interactions), and the worst counts between the two largest. Peers at up to
-ten million interactions, as ratios of ours to theirs (below 1 is better): a commit before (--before), and the counts
-alone in Polars, streaming, where it is installed (memory against that of the whole stage). For these sizes it also
-has what the cut of counts changes (`scale_cut`). --ids N adds semantic ids of N given embeddings. A busy machine, or
-one with too little disk, is refused; after MINUTES no further command is started and the one that runs is killed. Ends
-with one JSON line.
+log(seconds / seconds) / log(interactions / interactions), that of the counts alone too; the worst is between the two
+largest. Peers at up to ten million interactions, as ratios of ours to theirs (below 1 is better): a commit before
+(--before), and the counts alone in Polars, streaming, where it is installed (memory against that of the whole stage).
+For these sizes it also has what the cut of counts changes (`scale_cut`). --ids N adds semantic ids of N given
+embeddings. A busy machine, or one with too little disk, is refused; after MINUTES no further command is started and
+the one that runs is killed. Ends with one JSON line.
 """
 
 import argparse
@@ -149,15 +149,20 @@ def exponents(records: Sequence[Record], key: str = "seconds") -> list[dict[str,
     whole = sorted((of for of in records if is_whole(of["stages"])), key=lambda of: of["interactions"])
     largest = whole[-1] if whole else {}
     ladder = [of for of in whole if of["interactions"] * largest["items"] == of["items"] * largest["interactions"]]
-    return [
-        {
-            stage: math.log(second["stages"][stage][key] / first["stages"][stage][key])
-            / math.log(second["interactions"] / first["interactions"])
-            for stage in STAGES
-            if first["stages"][stage][key] > 0 and second["stages"][stage][key] > 0
-        }
-        for first, second in pairwise(ladder)
-    ]
+    found = []
+    for first, second in pairwise(ladder):
+        less, more = (values(of["stages"], key) for of in (first, second))
+        growth = math.log(second["interactions"] / first["interactions"])
+        found.append(
+            {name: math.log(more[name] / less[name]) / growth for name in less if less[name] * more[name] > 0}
+        )
+    return found
+
+
+def values(stages: Mapping[str, Record], key: str) -> dict[str, float]:
+    """Of each stage, and the seconds of the counts alone, where they were taken."""
+    counts = stages["candidates"].get("counts_seconds", 0)
+    return {stage: stages[stage][key] for stage in STAGES} | ({"counts": counts} if key == "seconds" else {})
 
 
 def summary(records: Sequence[Record]) -> Record:
@@ -190,11 +195,14 @@ def project(interactions: int, result: Record) -> list[str]:
     lines = [f"Arithmetic, not a measurement: {interactions:,} interactions from {largest['interactions']:,} by the "
              "exponents between the two largest sizes."]  # fmt: skip
     for stage, of in largest["stages"].items():
-        hours = of["seconds"] * factor ** of_seconds[-1][stage] / 3600
+        counts = of.get("counts_seconds", 0)  # beside them are the rows to rank, which stay a million
+        growth = factor ** of_seconds[-1]["counts" if counts else stage]
+        hours = (of["seconds"] + (counts or of["seconds"]) * (growth - 1)) / 3600
         memory = of["peak_gb"] * factor ** of_memory[-1][stage]
         disk = (of["written_gb"] + of["spilled_gb"]) * factor
-        lines.append(f"{stage}: {hours:.1f} hours (exponent {of_seconds[-1][stage]:.2f}), {memory:.0f} GB of memory "
-                     f"(exponent {of_memory[-1][stage]:.2f}), {disk:.0f} GB written.")  # fmt: skip
+        power, of_memory_power = math.log(growth, factor), of_memory[-1][stage]
+        lines.append(f"{stage}: {hours:.1f} hours (exponent {power:.2f}), {memory:.0f} GB of memory "
+                     f"(exponent {of_memory_power:.2f}), {disk:.0f} GB written.")  # fmt: skip
     return lines
 
 
