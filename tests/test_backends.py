@@ -25,7 +25,7 @@ from rerank.launch.engines import check_backend
 from rerank.launch.values import BACKENDS
 from rerank.rows.sequences import SEQUENCES, STARTS
 
-MOST = 100_000
+MOST, RANKED = 100_000, 3000  # rows that may be fetched, and that lists are made for
 FETCHES = ("collect", "toPandas", "toArrow", "toLocalIterator", "_collect_as_arrow")  # of a DataFrame
 LEFT = {"spark-warehouse", "metastore_db", "derby.log"}  # what Spark leaves in the working folder, if it is let
 KEYS = {"items": "item", "users": "user", "interactions": ["user", "position"], "rows": "row_id"}
@@ -122,6 +122,9 @@ def compare(folder: Path, lists: dict | None = None, **options) -> dict:
     assert metrics[0] == metrics[1] and len(found) > 0
     for run, of_data in zip(runs, metrics, strict=True):
         finish(run / "data", of_data, options)
+        rows = pq.read_table(run / "data/rows.parquet")
+        places = np.linspace(0, len(rows) - 1, min(len(rows), RANKED)).astype(int)
+        pq.write_table(rows.take(pa.array(places)), run / "data/rows.parquet")
     compare_candidates(runs, **{"num_candidates": 5, "exclude_seen": False, **(lists or {})})
     assert not LEFT & {path.name for path in Path().iterdir()} - before
     return metrics[0]
