@@ -5,6 +5,7 @@ python -m tests.check_demo runs/ml100k [--short]
 --short is for a run of fewer steps than the recipe's, and leaves out what its model cannot reach.
 """
 
+import argparse
 import json
 import re
 import sys
@@ -40,14 +41,17 @@ def checks(run: Path, is_short: bool) -> Iterator[tuple[str, bool, object]]:
     yield "the report loads nothing from outside", found is None and "default-src 'none'" in page, found and found[0]
 
 
-def main(run: str, *words: str) -> int:
+def main() -> int:
     """Print the checks of a run."""
-    passed = True
-    for name, is_so, value in checks(Path(run), "--short" in words):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--short", action="store_true")
+    args, passed = parser.parse_args(), True
+    for name, is_so, value in checks(args.run, args.short):
         print(f"{'ok' if is_so else 'FAILED'}: {name} ({value})")
         passed = passed and is_so
     return 0 if passed else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    sys.exit(main())

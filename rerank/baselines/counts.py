@@ -206,12 +206,13 @@ class Counts:
 
     @cached_property
     def _cut(self) -> list[Cut]:
-        return [Cut.of(getattr(self, name), self.neighbours or 0) for name in MATRICES]
+        assert self.neighbours is not None
+        return [Cut.of(getattr(self, name), self.neighbours) for name in MATRICES]
 
     @cached_property
     def _most_popular(self) -> np.ndarray:
         """(items,) the most popular item first, ties by item."""
-        return np.lexsort((np.arange(self.num_items), -self.popularity))
+        return np.argsort(-self.popularity, kind="stable")
 
     def _score_matrix(
         self, histories: Sequence[np.ndarray], rows: np.ndarray, own: UserContributions | None, exclude_seen: bool

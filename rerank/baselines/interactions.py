@@ -22,7 +22,7 @@ from scipy.sparse import csr_array
 from rerank.baselines import pair_query
 from rerank.baselines.pairs import ALL_WEIGHTS, NEAR, cut, matrix_of
 from rerank.launch import engines
-from rerank.launch.engines import DuckDB, Spark
+from rerank.launch.engines import DuckDB
 
 MEMORY = 4 * 2**30  # bytes that the engine may take before it spills, at most a quarter of the machine's
 PAIRS_IN_PASS = 2**25  # that are brought into sparse matrices at once: 32 bytes each
@@ -137,26 +137,20 @@ class Interactions:
     def matrices(self, neighbours: int | None = None) -> list[csr_array]:
         """The (I, I) matrices of ALL_WEIGHTS: transitions, successors, near.
 
-        Spark sums the pairs and leaves out what is cut. DuckDB counts in passes over ranges of the first item, each of
-        about PAIRS_IN_PASS pairs.
+        They are counted in passes over ranges of the first item, each of about PAIRS_IN_PASS pairs; an engine that is
+        not in this process sums the pairs itself, all at once.
 
         Args:
             neighbours: Entries of each item that are kept, those of the largest values, ties by item; None for all.
         """
         sizes = self.popularity * 2 * NEAR
-        around, in_passes = pair_query.surroundings(self.table), not isinstance(self.engine, Spark)
-        if in_passes and sizes.sum() > PAIRS_IN_PASS:
-            around = around.order_by("item")  # so that a pass reads its part
+        ranges = passes(sizes) if self.engine.is_local else [(0, self.num_items)]
+        around = pair_query.surroundings(self.table)
+        around = around.order_by("item") if len(ranges) > 1 else around  # so that a pass reads its part
         around = self.engine.stored(around)
-        if in_passes:
-            parts = [self._of_range(around, first, last, sizes, neighbours) for first, last in passes(sizes)]
-            matrices = [stacked(blocks, self.num_items) for blocks in zip(*parts, strict=True)]
-        else:
-            shape = self.num_items, self.num_items
-            found = (self._summed(around, *weights, neighbours) for weights in ALL_WEIGHTS)
-            matrices = [cut(matrix_of(first, second, weight, shape), neighbours) for first, second, weight in found]
+        parts = [self._of_range(around, first, last, sizes, neighbours) for first, last in ranges]
         self.engine.keep_only(self.table)
-        return matrices
+        return [stacked(blocks, self.num_items) for blocks in zip(*parts, strict=True)]
 
     @cached_property
     def popularity(self) -> np.ndarray:
@@ -176,8 +170,8 @@ class Interactions:
     ) -> list[csr_array]:
         """The rows of the matrices from item `first` to before item `last`."""
         around = around.filter((around.item >= first) & (around.item < last))
-        if sizes[first:last].sum() > PAIRS_IN_PASS:  # one very popular item: the engine sums its pairs
-            found = [self._summed(around, *weights) for weights in ALL_WEIGHTS]
+        if not self.engine.is_local or sizes[first:last].sum() > PAIRS_IN_PASS:  # the latter of one very popular item
+            found = [self._summed(around, *weights, neighbours) for weights in ALL_WEIGHTS]
         else:
             lines = self.engine.fetched(around)
             columns = {name: lines[name].to_numpy() for name in lines.column_names}
@@ -186,8 +180,9 @@ class Interactions:
         return [cut(matrix_of(rows - first, items, weights, shape), neighbours) for rows, items, weights in found]
 
     def _summed(
-        self, around: Table, forward: tuple[int, ...], backward: tuple[int, ...], neighbours: int | None = None
+        self, around: Table, forward: tuple[int, ...], backward: tuple[int, ...], neighbours: int | None
     ) -> list[np.ndarray]:
+        """(first, second, weight) as the engine sums them, those that `cut` keeps."""
         pairs = pair_query.summed(pair_query.weighted_pairs(around, forward, backward))
         found = self.engine.fetched(pairs if neighbours is None else pair_query.largest(pairs, neighbours))
         return [found[name].to_numpy() for name in ("first", "second", "weight")]

@@ -38,10 +38,13 @@ class DuckDB:
     """DuckDB, which reads the files and computes the tables in one process, out of core.
 
     Attributes:
+        is_local: Whether rows that it holds are read into this process at no cost.
         reader: The database that reads.
         con: The one that computes.
         on_disk: Whether stored tables stand in the file of the database, not among its temporary ones.
     """
+
+    is_local = True
 
     def __init__(self, reader: ibis.BaseBackend, on_disk: bool = False) -> None:
         """On a database of `launch.database`."""
@@ -71,6 +74,8 @@ class DuckDB:
 
 class Spark(DuckDB):
     """Spark, which computes the tables; each is stored as Parquet in a folder that goes with the engine."""
+
+    is_local = False
 
     def __init__(self, reader: ibis.BaseBackend, session: Any, folder: Path) -> None:
         """On a session; `folder` is one that all its machines see."""
@@ -158,7 +163,7 @@ def check_backend(backend: str) -> None:
 
 
 @contextlib.contextmanager
-def engine(backend: str = "duckdb", on_disk: bool = False, **limits: int) -> Iterator[DuckDB]:
+def engine(backend: str, on_disk: bool = False, **limits: int) -> Iterator[DuckDB]:
     """The engine of a backend, whose files are in a temporary folder (TMPDIR) that goes with it.
 
     Args:

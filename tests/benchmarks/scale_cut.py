@@ -27,14 +27,13 @@ from tests.benchmarks.scale_log import write_log
 LENGTH, ROWS = 10, 10_000
 
 
-def make_run(folder: Path, interactions: int, items: int) -> Path:
-    """A run whose data stage is made of the synthetic log."""
-    write_log(folder, interactions, items)
-    made = run_dir.stage_dir(folder / "run", "data")
+def data_stage(run: Path, keys: Path) -> Path:
+    """A run whose data stage is made by the keys of a recipe file, in this process."""
+    made = run_dir.stage_dir(run, "data")
     made.mkdir(parents=True)
-    data.main(data.DataArguments(**recipe.load(folder / "recipe/1_data.yaml")), made)
+    data.main(data.DataArguments(**recipe.load(keys)), made)
     write_json(made / "stage.json", {"id": "data", "given": {}, "inputs": {}})
-    return folder / "run"
+    return run
 
 
 def changes(run: Path, neighbours: int) -> dict[str, float]:
@@ -71,7 +70,9 @@ def main() -> None:
     parser.add_argument("--run", type=Path, help="a run whose data stage is taken")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        run = args.run or make_run(Path(folder), args.interactions, args.items)
+        if args.run is None:
+            write_log(Path(folder), args.interactions, args.items)
+        run = args.run or data_stage(Path(folder) / "run", Path(folder) / "recipe/1_data.yaml")
         found = changes(run, args.neighbours)
     sys.stdout.write(json.dumps({name: round(value, 6) for name, value in found.items()}) + "\n")
 

@@ -24,6 +24,7 @@ import argparse
 import asyncio
 import json
 import math
+import os
 import statistics
 import sys
 import time
@@ -31,11 +32,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import httpx
 import numpy as np
 import psutil
 
+from rerank.launch import recipe
 from rerank.metrics import ndcg_at_k
 from rerank.models.ranker import RankingModel, read_answer
 from rerank.models.ranking_grammar import RankingGrammar
@@ -171,13 +174,9 @@ def highest_rate(probe: Callable[[float], Load], idle: float, near: float | None
             low, best = rate, load
         else:
             high = rate
-        if high == math.inf:
-            rate = low * step
-        elif low == 0:
-            rate = high / step
-        else:
-            rate = (low + high) / 2
-        step = step**2 if near else step  # of a rate that is not near after all
+        is_between = 0 < low and high < math.inf
+        rate = (low + high) / 2 if is_between else low * step if low else high / step
+        step = step**2 if near and not is_between else step  # of a rate that is not near after all
         if best is None and high * idle < 0.01:
             raise SystemExit("even one request now and then is slower than allowed; is the machine quiet?")
     assert best is not None
@@ -223,8 +222,10 @@ def main() -> None:
     args = parser.parse_args()
     refuse_busy(busy_share())
     requests = Requests.of_model(args.model, 1000)
-    overhead = constraint_overhead(args.model, requests, args.rounds)
-    saved = shares(args.model, requests.rows[: BATCHES[-1]], requests.records, args.rounds)
+    with patch.dict(os.environ):  # of engines in this process; the servers have their own
+        recipe.set_environment()
+        overhead = constraint_overhead(args.model, requests, args.rounds)
+        saved = shares(args.model, requests.rows[: BATCHES[-1]], requests.records, args.rounds)
     sides = [Side(name, getattr(requests, name)) for name in ("ours", "plain", "scoring")]
     for seed in range(args.rounds):
         for side in sides:

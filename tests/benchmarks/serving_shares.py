@@ -48,64 +48,78 @@ def share(slow: Callable[[], Run], fast: Callable[[], Run], repeats: int) -> flo
     return round(statistics.median(found[1:]), 4)
 
 
-def shares(
-    model_dir: Path, rows: Sequence[RankingRow], records: Sequence[dict[str, Any]], repeats: int
-) -> dict[str, float | None]:
-    """The figures of a model; None for one that it cannot have.
+class Asked:
+    """Rows of a model, asked in several ways by one engine."""
 
-    Args:
-        model_dir: Of the sft or dapo stage.
-        rows: That it ranks.
-        records: The same rows as `rerank rank` reads them.
-        repeats: Rounds.
-    """
-    from vllm import TokensPrompt
+    def __init__(self, model_dir: Path, rows: Sequence[RankingRow], records: Sequence[dict[str, Any]]) -> None:
+        """Start the engine.
 
-    model = RankingModel.load(model_dir)
-    encoder, tokenizer = RowEncoder(model, model.load_counts()), model.load_tokenizer()
-    slates = shared_by_users(encoder, records)
-    asked = {bypass: ask(model, Batch(rows, bypass_reasoning=bypass), tokenizer) for bypass in (False, True)}
-    tokens = {bypass: prompt_ids(tokenizer, [row.prompt for row in of]) for bypass, of in asked.items()}
-    longest = max(len(ids) for of in [*tokens.values(), *slates] for ids in of)
-    engine = vllm_engine.open_engine(
-        model_dir, longest + max(model.max_completion_tokens, one_token.ANSWER_TOKENS), constrained=True
-    )
+        Args:
+            model_dir: Of the sft or dapo stage.
+            rows: That it ranks.
+            records: The same rows as `rerank rank` reads them.
+        """
+        self.model = RankingModel.load(model_dir)
+        self.tokenizer = self.model.load_tokenizer()
+        slates = shared_by_users(RowEncoder(self.model, self.model.load_counts()), records)
+        self.of_slates = [ids for of_slate in slates for ids in of_slate]
+        self.rows = {
+            bypass: ask(self.model, Batch(rows, bypass_reasoning=bypass), self.tokenizer) for bypass in (False, True)
+        }
+        self.tokens = {
+            bypass: prompt_ids(self.tokenizer, [row.prompt for row in of]) for bypass, of in self.rows.items()
+        }
+        longest = max(map(len, [*self.tokens[False], *self.tokens[True], *self.of_slates]))
+        room = max(self.model.max_completion_tokens, one_token.ANSWER_TOKENS)
+        self.engine = vllm_engine.open_engine(model_dir, longest + room, constrained=True)
 
-    def run(prompts: Sequence[list[int]], params: Sequence[Any], apart: bool = False) -> Run:
+    def _run(self, prompts: Sequence[list[int]], params: Sequence[Any], apart: bool = True) -> Run:
+        """Answer prompts by an empty cache, which with `apart` no two of them share."""
+        from vllm import TokensPrompt
+
         salts = [{"cache_salt": str(number)} if apart else {} for number in range(len(prompts))]
         words = [TokensPrompt(prompt_token_ids=ids, **salt) for ids, salt in zip(prompts, salts, strict=True)]
-        engine.reset_prefix_cache()
+        self.engine.reset_prefix_cache()
         began = time.perf_counter()
-        outputs = engine.generate(words, list(params), use_tqdm=False)
+        outputs = self.engine.generate(words, list(params), use_tqdm=False)
         seconds = time.perf_counter() - began
         return seconds, sum(map(len, prompts)) + sum(len(one.outputs[0].token_ids) for one in outputs)
 
-    def written(bypass: bool) -> Run:
-        rules, limit = grammars_of(model, asked[bypass], tokenizer), model.max_completion_tokens
-        return run(tokens[bypass], [vllm_engine.sampling_params(limit, grammar) for grammar in rules], apart=True)
+    def written(self, bypass: bool) -> Run:
+        """Written rankings, with their reasoning or without."""
+        rules, limit = grammars_of(self.model, self.rows[bypass], self.tokenizer), self.model.max_completion_tokens
+        return self._run(self.tokens[bypass], [vllm_engine.sampling_params(limit, grammar) for grammar in rules])
 
-    def ranked_by_one_token() -> Run:
-        prompts = [one_token.prompt_tokens(tokenizer, ids) for ids in tokens[False]]
-        labels = one_token.tokens_of(asked[False], tokenizer)
-        params = [vllm_engine.sampling_params(1, logprob_token_ids=of_row) for of_row in labels]
-        return run(prompts, params, apart=True)
+    def labels(self) -> list[list[int]] | None:
+        """The tokens of the labels of each row; None where one is not a single token."""
+        try:
+            return one_token.tokens_of(self.rows[False], self.tokenizer)
+        except ValueError:
+            return None
 
+    def by_one_token(self, labels: Sequence[list[int]]) -> Run:
+        """Rankings of one token."""
+        prompts = [one_token.prompt_tokens(self.tokenizer, ids) for ids in self.tokens[False]]
+        return self._run(prompts, [vllm_engine.sampling_params(1, logprob_token_ids=of_row) for of_row in labels])
+
+    def of_users(self, shared: bool) -> Run:
+        """The prompts of lists that many users share, each computed apart or what is shared once."""
+        seconds, tokens = self._run(self.of_slates, [vllm_engine.sampling_params(1)] * len(self.of_slates), not shared)
+        return seconds, computed_once(self.of_slates) + len(self.of_slates) if shared else tokens
+
+
+def shares(
+    model_dir: Path, rows: Sequence[RankingRow], records: Sequence[dict[str, Any]], repeats: int
+) -> dict[str, float | None]:
+    """The figures of a model, None for one that it cannot have; arguments as of `Asked`, and the number of rounds."""
+    asked = Asked(model_dir, rows, records)
+    model, labels = asked.model, asked.labels()
     found: dict[str, float | None] = dict.fromkeys(("no_think_share", "one_token_share"))
     if model.has_trace and not model.prompter.bypass_reasoning:
-        found["no_think_share"] = share(lambda: written(False), lambda: written(True), repeats)
-    try:
-        one_token.tokens_of(asked[False], tokenizer)
-    except ValueError:
-        pass
-    else:
-        if not model.one_token:
-            found["one_token_share"] = share(lambda: written(False), ranked_by_one_token, repeats)
-    prompts = [ids for of_slate in slates for ids in of_slate]
-    first, once = [vllm_engine.sampling_params(1)] * len(prompts), computed_once(prompts) + len(prompts)
-
-    def shared() -> Run:
-        return run(prompts, first)[0], once
-
-    found["prefix_share_of_limit"] = share(lambda: run(prompts, first, apart=True), shared, repeats)
-    engine.llm_engine.engine_core.shutdown()
-    return found | {"prefix_limit": round((sum(map(len, prompts)) + len(prompts)) / once, 2)}
+        found["no_think_share"] = share(lambda: asked.written(False), lambda: asked.written(True), repeats)
+    if labels is not None and not model.one_token:
+        found["one_token_share"] = share(lambda: asked.written(False), lambda: asked.by_one_token(labels), repeats)
+    found["prefix_share_of_limit"] = share(lambda: asked.of_users(False), lambda: asked.of_users(True), repeats)
+    found["prefix_limit"] = round(asked.of_users(False)[1] / asked.of_users(True)[1], 2)
+    asked.engine.llm_engine.engine_core.shutdown()
+    return found
