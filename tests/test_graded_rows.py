@@ -33,6 +33,7 @@ from rerank.rollouts import rescore, text
 from rerank.rollouts.groups import RolloutGroups
 from rerank.rollouts.store import open_rollouts, read_rollouts, to_table
 from rerank.rows import PromptedRow, Prompter, RankingRow, check_top_k, read_rows, reward_columns, stored
+from rerank.rows.stored import HitLists
 from rerank.sft.rows import gold_order
 from rerank.traces import TracesArguments, attempts, evidence
 from rerank.traces.teachers import PromptWriter
@@ -358,14 +359,14 @@ def test_calibration_asks_how_often_one_of_the_best_seen_candidates_is_drawn():
     # 2 e^f / (2 e^f + 1) = 3/4, so that e^f = 3/2
     scores = [np.array([1.0, 1.0, 0.0, 50.0])] * 4
     grades = [(2.0, 2.0, 1.0, NOT_SEEN)] * 3 + [(0.0, 1.0, 2.0, NOT_SEEN)]
-    rows = [RankingRow(i, (), (0, 1, 2, 3), of) for i, of in enumerate(grades)]
-    assert evidence.calibrate(scores, rows) == pytest.approx(math.log(1.5), rel=1e-3)
+    assert evidence.calibrate(scores, grades) == pytest.approx(math.log(1.5), rel=1e-3)
 
 
 def test_the_evidence_teacher_scores_and_ranks_lists_of_any_length():
     lists = [(0.0, 1.0), (2.0, 0.0, NOT_SEEN, 1.0, 0.0, 2.0, 0.0), (*[0.0] * 23, 1.0), (*[0.0, 1.0, 2.0] * 100,)]
     rows = [evidence_row(number, lists[number % 4]) for number in range(40)]
-    scores = evidence.fit_scores(rows, ["click_rate", "shown", "candidate_price"], seed=0)
+    columns = zip(*((row.row_id, row.user, row.relevance, row.features) for row in rows), strict=True)
+    scores = evidence.fit_scores(HitLists(*columns), ["click_rate", "shown", "candidate_price"], seed=0)
     assert {row.row_id: len(scores[row.row_id]) for row in rows} == {row.row_id: len(row.candidates) for row in rows}
     prompter = Prompter(stream(1).prompter.catalogue, SETTINGS)
     rows = [row for row in rows if len(row.candidates) < 100]  # of as many items as the catalogue has

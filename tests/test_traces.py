@@ -21,6 +21,7 @@ from rerank.catalogue import Catalogue
 from rerank.launch.shards import Shard
 from rerank.prompts import FACTS, PromptSettings
 from rerank.rows import Prompter, RankingRow, read_rows
+from rerank.rows.stored import HitLists
 from rerank.traces import attempts, evidence, teachers
 
 GENRES = ["Drama", "Comedy, Drama", "Sci-Fi", "", "Crime, Drama", "War"]
@@ -154,8 +155,8 @@ def test_a_title_cannot_close_the_trace():
 def test_calibration_finds_the_odds():
     # Two candidates one apart, the upper one best in 3 of 4 rows: exp(f) / (1 + exp(f)) = 3/4, so f = ln 3.
     scores = [np.array([1.0, 0.0])] * 4
-    rows = [RankingRow(place, (), (0, 1), (0.0, 1.0) if place == 3 else (1.0, 0.0)) for place in range(4)]
-    assert evidence.calibrate(scores, rows) == pytest.approx(math.log(3), rel=1e-3)
+    relevance = [(0.0, 1.0) if place == 3 else (1.0, 0.0) for place in range(4)]
+    assert evidence.calibrate(scores, relevance) == pytest.approx(math.log(3), rel=1e-3)
 
 
 def test_grades_part_the_scores_of_all_rows_evenly_and_noise_moves_them(prompter):
@@ -184,7 +185,7 @@ def test_grades_that_grow_rarer_tell_the_best_apart(prompter):
 
 def test_out_of_fold_scores_of_the_stage_beat_chance(run_path):
     train = read_rows(run_path / "candidates/train.parquet", needs_features=True)
-    scores = evidence.fit_scores(train, FEATURES, seed=0)
+    scores = evidence.fit_scores(HitLists.read(run_path / "candidates/train.parquet"), FEATURES, seed=0)
     hits = [np.argmax(scores[row.row_id]) == row.target for row in train]
     assert np.mean(hits) > 1 / NUM_CANDIDATES
 

@@ -70,15 +70,34 @@ def hit_parts(path: str | Path, columns: Sequence[str]) -> Iterator[pa.RecordBat
         yield part.filter(pa.array(hits(part.column("relevance"))))
 
 
+def hit_keys(path: str | Path, names: Sequence[str]) -> pa.Table:
+    """Columns of the hits of a candidates table, by row_id.
+
+    Raises:
+        ValueError: When a column of a candidates table is missing or there is no hit.
+    """
+    columns_of(path)
+    parts = [part.select(names) for part in hit_parts(path, [*{*names, "relevance"}])]
+    if not sum(map(len, parts)):
+        refuse_no_hits(path, pq.read_metadata(path).num_rows)
+    return pa.concat_tables(pa.Table.from_batches([part]) for part in parts).sort_by("row_id")
+
+
 def read_some_rows(path: str | Path, max_rows: int, seed: int, needs_features: bool = False) -> list[RankingRow]:
     """`choose_rows` of `read_rows`, in memory that does not grow with the table; raises as they do."""
-    columns = columns_of(path)
+    row_ids = hit_keys(path, ["row_id"])["row_id"].to_pylist()
+    return rows_of(path, choose_rows(row_ids, max_rows, seed), needs_features)
+
+
+def rows_of(path: str | Path, row_ids: Sequence[int], needs_features: bool = False) -> list[RankingRow]:
+    """The hits of a candidates table with these row_ids, by row_id.
+
+    Raises:
+        ValueError: When a column is missing, or features that are needed.
+    """
+    columns, chosen = columns_of(path), pa.array(row_ids, pa.int64())
     if needs_features:
         check_features(path)
-    row_ids = [row_id for part in hit_parts(path, KEYS[:2]) for row_id in part.column("row_id").to_pylist()]
-    if not row_ids:
-        refuse_no_hits(path, pq.read_metadata(path).num_rows)
-    chosen = pa.array(choose_rows(sorted(row_ids), max_rows, seed))
     parts = (part.filter(pc.is_in(part.column("row_id"), chosen)) for part in hit_parts(path, columns))
     rows = (RankingRow.of(record) for part in parts for record in _records(part, path))
     return sorted(rows, key=lambda row: row.row_id)
@@ -135,14 +154,16 @@ class HitLists:
     """The hits of a candidates table as trees are fitted on them, by row_id.
 
     Attributes:
+        row_ids: (R,) ascending.
         users: (R,) of each row, None where it has none.
         relevance: R arrays of the grades of its candidates, nan for one that was not seen.
         features: (N, F) float32 of each row, in a memory-mapped file.
     """
 
+    row_ids: Sequence[int]
     users: list[int | None]
     relevance: list[np.ndarray]
-    features: Column
+    features: Sequence[np.ndarray]
 
     @classmethod
     def read(cls, path: str | Path) -> "HitLists":
@@ -170,9 +191,11 @@ class HitLists:
             begin += len(block)
         grades = pc.list_flatten(keys["relevance"]).to_numpy(zero_copy_only=False).astype(float)  # null becomes nan
         relevance, users = np.split(grades, ends[:-1]), keys["user"].to_pylist()
-        order = np.argsort(keys["row_id"].to_numpy(), kind="stable")
+        row_ids = keys["row_id"].to_numpy()
+        order = np.argsort(row_ids, kind="stable")
         features = Column(values, ends[order], lengths[order])
-        return cls([users[row] for row in order], [relevance[row] for row in order], features)
+        ordered = row_ids[order].tolist(), [users[row] for row in order], [relevance[row] for row in order]
+        return cls(*ordered, features)
 
 
 def _check_lines(part: pa.RecordBatch, path: str | Path) -> None:

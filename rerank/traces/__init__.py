@@ -32,15 +32,14 @@ from rerank.prompts import PromptSettings
 from rerank.prompts.fields import WITHOUT_IDS
 from rerank.rows import (
     Prompter,
-    RankingRow,
     check_edges,
     check_features,
     check_top_k,
     choose_rows,
     read_feature_names,
-    read_rows,
 )
 from rerank.rows.checks import check_fields, check_letters
+from rerank.rows.stored import HitLists, hit_keys, rows_of
 from rerank.rows.teacher_scores import write_scores
 from rerank.traces.attempts import AttemptStore, Teacher, collect, in_order, summarize
 from rerank.traces.evidence import EvidenceTeacher, fit_scores
@@ -134,67 +133,83 @@ def check(args: TracesArguments, settings: PromptSettings) -> None:
 def main(args: TracesArguments, settings: PromptSettings, out_dir: Path) -> dict[str, Any]:
     """Split the rows, let the teacher write, keep the completions whose ranking is good enough."""
     given = TrainingRows.load(args, settings)
-    rows, sft_rows, settings = given.rows, given.sft_rows, given.prompter.settings
-    used_for = ["sft" if row.user in given.sft_users else "dapo" for row in rows]
-    split = pa.table({"row_id": [row.row_id for row in rows], "used_for": used_for})
+    num_rows, num_sft = len(given.row_ids), len(given.sft_row_ids)
+    split = pa.table({"row_id": given.row_ids, "used_for": np.where(given.is_for_sft, "sft", "dapo")})
     pq.write_table(split, out_dir / "row_split.parquet")
     made = shards.merged(args.run_dir, "traces", AttemptStore.name)
     attempts = draw(args, given, ALL_ROWS, out_dir) if made is None else in_order(made)
     if made is not None and args.teacher == "evidence":
-        write_scores(out_dir, fit_scores(rows, given.prompter.names, args.seed))
+        given.write_scores(args.seed, out_dir)
     metrics = {
         "teacher": args.teacher,
         "teacher_model": args.teacher_model,
         "teacher_is_language_model": args.teacher != "evidence",
         "strategy": args.strategy,
-        "knowledge_priming": settings.knowledge_priming,
-        "hit_rows": len(rows),
-        "sft_rows": len(sft_rows),
-        "dapo_rows": len(rows) - len(sft_rows),
+        "knowledge_priming": given.prompter.settings.knowledge_priming,
+        "hit_rows": num_rows,
+        "sft_rows": num_sft,
+        "dapo_rows": num_rows - num_sft,
         **summarize(attempts),
     }
     _refuse_nothing_accepted(metrics, [out_dir] if made is None else [Path(args.run_dir) / "traces.shard-*", out_dir])
     _log(metrics)
-    _write(out_dir, attempts, settings)
+    _write(out_dir, attempts, given.prompter.settings)
     return metrics
 
 
 @dataclass(frozen=True)
 class TrainingRows:
-    """The hit training rows.
+    """The hit training rows, of which those that traces are written for are read alone.
 
     Attributes:
-        rows: All.
-        sft_users: Those whose rows the sft stage gets.
+        path: The candidates table.
+        row_ids: (R,) of all, ascending.
+        is_for_sft: (R,) whether the sft stage gets the row.
         prompter: Of the run.
+        needs_features: Whether teacher or prompt needs features.
     """
 
-    rows: list[RankingRow]
-    sft_users: set[int]
+    path: Path
+    row_ids: np.ndarray
+    is_for_sft: np.ndarray
     prompter: Prompter
+    needs_features: bool
 
     @classmethod
     def load(cls, args: TracesArguments, settings: PromptSettings) -> "TrainingRows":
         """Of a run's candidates."""
-        train = run_dir.stage_dir(args.run_dir, "candidates") / "train.parquet"
-        rows = read_rows(train, needs_features=_needs_features(args, settings))
-        settings = without_similarity(train.parent, settings)
-        sft_users = users_for_sft([row.user for row in rows], args.rows_for_sft, args.seed)
-        return cls(rows, sft_users, Prompter.of_run(args.run_dir, settings=settings))
+        path = run_dir.stage_dir(args.run_dir, "candidates") / "train.parquet"
+        keys, needs_features = hit_keys(path, ["row_id", "user"]), _needs_features(args, settings)
+        if needs_features:
+            check_features(path)
+        settings = without_similarity(path.parent, settings)
+        users = keys["user"].to_pylist()
+        chosen = users_for_sft(users, args.rows_for_sft, args.seed)
+        is_for_sft = np.array([user in chosen for user in users])
+        prompter = Prompter.of_run(args.run_dir, settings=settings)
+        return cls(path, keys["row_id"].to_numpy(), is_for_sft, prompter, needs_features)
 
     @property
-    def sft_rows(self) -> list[RankingRow]:
-        """Those of these users."""
-        return [row for row in self.rows if row.user in self.sft_users]
+    def sft_row_ids(self) -> list[int]:
+        """Those of the sft stage's rows."""
+        found: list[int] = self.row_ids[self.is_for_sft].tolist()
+        return found
+
+    def write_scores(self, seed: int, out_dir: Path) -> dict[int, np.ndarray]:
+        """Fit LambdaMART on all rows out of fold; write and return the scores of each row's candidates."""
+        scores = fit_scores(HitLists.read(self.path), self.prompter.names, seed)
+        write_scores(out_dir, scores)
+        return scores
 
 
 def draw(args: TracesArguments, given: TrainingRows, shard: Shard, out_dir: Path) -> pa.Table:
     """The attempts of a shard of the rows to write traces for, those that `out_dir` has already and new ones."""
-    chosen = shard.of(choose_rows(given.sft_rows, args.max_rows, args.seed))
+    row_ids = shard.of(choose_rows(given.sft_row_ids, args.max_rows, args.seed))
+    chosen = rows_of(given.path, row_ids, given.needs_features)
     if args.teacher == "vllm":
         check_prompts(args, PromptWriter(given.prompter, args.strategy == "targeted"), chosen)
     store, labels = AttemptStore(out_dir), [given.prompter.labels(row) for row in chosen]
-    open_teacher = partial(_open_teacher, args, given.prompter, given.rows, out_dir)
+    open_teacher = partial(_open_teacher, args, given, out_dir)
     collect(chosen, labels, open_teacher, store, args, given.prompter.settings.top_k)
     return store.read()
 
@@ -236,13 +251,12 @@ def _needs_features(args: TracesArguments, settings: PromptSettings) -> bool:
     return args.teacher == "evidence" or settings.evidence != "none"
 
 
-def _open_teacher(args: TracesArguments, prompter: Prompter, rows: Sequence[RankingRow], out_dir: Path) -> Teacher:
-    """The teacher of the recipe; `rows` are all hit training rows, on which LambdaMART is fitted."""
-    told = args.strategy == "targeted"
+def _open_teacher(args: TracesArguments, given: TrainingRows, out_dir: Path) -> Teacher:
+    """The teacher of the recipe."""
+    told, prompter = args.strategy == "targeted", given.prompter
     if args.teacher == "evidence":
         logger.info("the teacher `evidence` is no language model: LambdaMART ranks and templates word its facts")
-        scores = fit_scores(rows, prompter.names, args.seed)
-        write_scores(out_dir, scores)
+        scores = given.write_scores(args.seed, out_dir)
         return EvidenceTeacher(scores, prompter, args.temperature, args.seed, told, args.grade_ratio)
     teacher = OpenaiTeacher if args.teacher == "openai" else VllmTeacher
     return teacher(args, PromptWriter(prompter, told))

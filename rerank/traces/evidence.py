@@ -21,9 +21,9 @@ import numpy as np
 from rerank import prompts
 from rerank.catalogue import Catalogue
 from rerank.grading import GRADES, Facts, by_grade, word_short
-from rerank.metrics import judged_order
 from rerank.prompts import PromptSettings
 from rerank.rows import Prompter, RankingRow
+from rerank.rows.stored import HitLists
 from rerank.traces.attempts import Draft
 
 NUM_FOLDS = 5
@@ -72,11 +72,11 @@ def _name(item: int, prompter: Prompter, label: str = "") -> str:
     return label + (f" ({title})" if title else "")
 
 
-def fit_scores(rows: Sequence[RankingRow], names: Sequence[str], seed: int) -> dict[int, np.ndarray]:
+def fit_scores(lists: HitLists, names: Sequence[str], seed: int) -> dict[int, np.ndarray]:
     """Scores of each row's candidates by a LambdaMART fitted on other users' rows, by row_id, in calibrated units.
 
     Args:
-        rows: To score.
+        lists: To score.
         names: Of the columns of their features.
         seed: Of the folds and of the fits.
 
@@ -85,32 +85,36 @@ def fit_scores(rows: Sequence[RankingRow], names: Sequence[str], seed: int) -> d
     """
     from rerank import baselines
 
-    users = cast("list[int]", [row.user for row in rows])
+    users, num_rows = cast("list[int]", lists.users), len(lists.users)
     num_users = len(set(users))
     if num_users < LEAST_USERS:
         raise ValueError(
-            f"the {len(rows)} training rows are of {num_users} of the {LEAST_USERS} users at least that scores out of "
+            f"the {num_rows} training rows are of {num_users} of the {LEAST_USERS} users at least that scores out of "
             "fold need: one to score, one to fit, one to choose the number of trees; add data."
         )
-    train = [np.asarray(row.features) for row in rows], [row.relevance for row in rows]
-    num_folds, least = min(NUM_FOLDS, num_users), baselines.rows_per_leaf(len(rows))
+    train = lists.features, lists.relevance
+    num_folds, least = min(NUM_FOLDS, num_users), baselines.rows_per_leaf(num_rows)
     scores = baselines.out_of_fold_scores(train, users, num_folds, seed, names, min_rows_per_leaf=least)
-    scale = calibrate(scores, rows)
-    return {row.row_id: scale * row_scores for row, row_scores in zip(rows, scores, strict=True)}
+    scale = calibrate(scores, lists.relevance)
+    return {row_id: scale * row_scores for row_id, row_scores in zip(lists.row_ids, scores, strict=True)}
 
 
-def calibrate(scores: Sequence[np.ndarray], rows: Sequence[RankingRow]) -> float:
+def calibrate(scores: Sequence[np.ndarray], relevance: Sequence[Sequence[float] | np.ndarray]) -> float:
     """The factor in [0.01, 100] that makes softmax(factor * scores) likeliest to draw, of each row's judged
     candidates, one of the highest grade.
 
     The scale of LambdaMART's scores means nothing; with it, noise of temperature 1 draws a candidate first about as
     often as it is one of the best.
+
+    Args:
+        scores: (N,) of the candidates of each row.
+        relevance: (N,) grades of each row, nan for one that was not seen.
     """
     from scipy.optimize import minimize_scalar
     from scipy.special import logsumexp
 
-    seen = [judged_order(range(len(row.candidates)), row.relevance) for row in rows]
-    pairs = [(of[places], of[list(row.best)]) for of, places, row in zip(scores, seen, rows, strict=True)]
+    grades = [np.asarray(of_row, dtype=float) for of_row in relevance]
+    pairs = [(of[~np.isnan(row)], of[row == np.nanmax(row)]) for of, row in zip(scores, grades, strict=True)]
 
     def nll(log_factor: float) -> float:
         factor = np.exp(log_factor)

@@ -14,6 +14,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+import numpy as np
+
 from rerank import data
 from rerank.baselines import ItemFacts, feature_rows
 from rerank.baselines.interactions import engine
@@ -52,7 +54,7 @@ def changes(run: Path, neighbours: int) -> dict[str, float]:
             found[name] = lists, scores, feature_rows(counts, histories, *shown, None)
             del counts
     lists, values = ([of[place] for of in found.values()] for place in (0, 2))
-    is_other = values[0] != values[1]
+    is_other = (values[0] != values[1]) & ~(np.isnan(values[0]) & np.isnan(values[1]))  # absent in both is equal
     return {
         "rows": len(test),
         "places": float((lists[0] != lists[1]).mean()),
