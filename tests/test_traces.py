@@ -302,11 +302,12 @@ def test_the_stage_keeps_the_first_accepted_draft_of_each_row(run_path):
 
 def test_users_for_sft_are_drawn_until_their_rows_reach_the_share():
     users = [row // 3 for row in range(30)]
-    chosen = traces.users_for_sft(users, 0.5, seed=0)
-    assert len(chosen) == 5  # ten users of three rows: 15 of 30
-    assert traces.users_for_sft(users, 1.0, seed=0) == set(users)
-    assert len(traces.users_for_sft(users, 0.01, seed=0)) == 1
-    assert traces.users_for_sft(users, 0.5, seed=1) != chosen
+    chosen = traces.is_for_sft(users, 0.5, seed=0)
+    assert chosen.sum() == 15  # ten users of three rows: five of them
+    assert (chosen.reshape(10, 3) == chosen[::3, None]).all()  # whole users
+    assert traces.is_for_sft(users, 1.0, seed=0).all()
+    assert traces.is_for_sft(users, 0.01, seed=0).sum() == 3
+    assert (traces.is_for_sft(users, 0.5, seed=1) != chosen).any()
 
 
 def test_max_rows_limits_the_rows_that_are_written_for(run_path):

@@ -14,11 +14,15 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import ibis
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from rerank.baselines import Counts
 from rerank.baselines.counts import MILLISECONDS
 from rerank.baselines.features import FEEDBACK_FEATURES
+from rerank.baselines.interactions import Interactions, engine
 from rerank.catalogue import check_vocabulary
 from rerank.launch import run_dir
 from rerank.launch.files import delete_folder
@@ -201,21 +205,21 @@ def _count_anew(folder: Path, interactions_path: str | Path, columns: Mapping[st
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing, so there are no counts to renew; give a folder of a re-ranker")
     model, old = RankingModel.load(folder), Counts.load(path)
-    numbers = {item_id: item for item, item_id in enumerate(model.prompter.catalogue.item_ids)}
+    item_ids = pa.array(model.prompter.catalogue.item_ids, pa.string())
     reading = ItemSources.load(folder).reading if (folder / SOURCES_FILE).is_file() else {}
     table = read_interactions(interactions_path, reading, columns)
-    items = np.array([numbers.get(item_id, -1) for item_id in table["item_id"].to_pylist()])
-    user_ids, users = np.unique(table["user_id"].to_numpy(zero_copy_only=False), return_inverse=True)
-    least = reading.get("min_user_interactions") or 0
-    kept = (items >= 0) & _frequent(least, len(user_ids), users[items >= 0])[users]
+    items = pc.fill_null(pc.index_in(table["item_id"].cast(pa.string()), item_ids), -1).to_numpy()
+    users = table["user_id"].combine_chunks().dictionary_encode().indices.to_numpy()
+    num_users = int(users.max(initial=-1)) + 1
+    kept = (items >= 0) & _frequent(reading.get("min_user_interactions") or 0, num_users, users[items >= 0])[users]
     _check_known(items, kept, old, model, interactions_path)
-    users, known = users[kept], items[kept]
-    order = np.argsort(users, kind="stable")
-    parts = np.split(known[order], np.flatnonzero(np.diff(users[order])) + 1)
-    times = table["time"].to_numpy(zero_copy_only=False).astype(float)[kept]
+    times = table["time"].to_numpy().astype(float)[kept]
     until = float(np.nanmax(times)) if np.isfinite(times).any() else None
     _check_unit(until, old, folder, interactions_path)
-    return Counts.fit(dict(enumerate(parts)), old.num_items, old.facts, old.feedback, until, old.neighbours)
+    known = {"user": users[kept], "item": items[kept].astype(np.int64), "position": np.arange(kept.sum())}
+    with engine() as counting:
+        interactions = Interactions(counting, counting.stored(ibis.memtable(pa.table(known))), old.num_items)
+        return Counts.of(interactions, old.facts, old.feedback, until, old.neighbours)
 
 
 def _frequent(least: int, num_users: int, users: np.ndarray) -> np.ndarray:

@@ -133,7 +133,7 @@ def check(args: TracesArguments, settings: PromptSettings) -> None:
 def main(args: TracesArguments, settings: PromptSettings, out_dir: Path) -> dict[str, Any]:
     """Split the rows, let the teacher write, keep the completions whose ranking is good enough."""
     given = TrainingRows.load(args, settings)
-    num_rows, num_sft = len(given.row_ids), len(given.sft_row_ids)
+    num_rows, num_sft = len(given.row_ids), int(given.is_for_sft.sum())
     split = pa.table({"row_id": given.row_ids, "used_for": np.where(given.is_for_sft, "sft", "dapo")})
     pq.write_table(split, out_dir / "row_split.parquet")
     made = shards.merged(args.run_dir, "traces", AttemptStore.name)
@@ -183,17 +183,9 @@ class TrainingRows:
         if needs_features:
             check_features(path)
         settings = without_similarity(path.parent, settings)
-        users = keys["user"].to_pylist()
-        chosen = users_for_sft(users, args.rows_for_sft, args.seed)
-        is_for_sft = np.array([user in chosen for user in users])
+        of_sft = is_for_sft(keys["user"].to_pylist(), args.rows_for_sft, args.seed)
         prompter = Prompter.of_run(args.run_dir, settings=settings)
-        return cls(path, keys["row_id"].to_numpy(), is_for_sft, prompter, needs_features)
-
-    @property
-    def sft_row_ids(self) -> list[int]:
-        """Those of the sft stage's rows."""
-        found: list[int] = self.row_ids[self.is_for_sft].tolist()
-        return found
+        return cls(path, keys["row_id"].to_numpy(), of_sft, prompter, needs_features)
 
     def write_scores(self, seed: int, out_dir: Path) -> dict[int, np.ndarray]:
         """Fit LambdaMART on all rows out of fold; write and return the scores of each row's candidates."""
@@ -204,7 +196,7 @@ class TrainingRows:
 
 def draw(args: TracesArguments, given: TrainingRows, shard: Shard, out_dir: Path) -> pa.Table:
     """The attempts of a shard of the rows to write traces for, those that `out_dir` has already and new ones."""
-    row_ids = shard.of(choose_rows(given.sft_row_ids, args.max_rows, args.seed))
+    row_ids = shard.of(choose_rows(given.row_ids[given.is_for_sft].tolist(), args.max_rows, args.seed))
     chosen = rows_of(given.path, row_ids, given.needs_features)
     if args.teacher == "vllm":
         check_prompts(args, PromptWriter(given.prompter, args.strategy == "targeted"), chosen)
@@ -234,17 +226,19 @@ def without_similarity(candidates_dir: Path, settings: PromptSettings) -> Prompt
     return replace(settings, evidence_names=[name for name in settings.evidence_names if name not in absent])
 
 
-def users_for_sft(users: Sequence[int | None], share: float, seed: int) -> set[int]:
-    """Users whose rows the sft stage gets, in a seeded order until their rows make up `share` of all; at least one.
+def is_for_sft(users: Sequence[int | None], share: float, seed: int) -> np.ndarray:
+    """(R,) whether the sft stage gets a row: those of users in a seeded order until they make up a share of all rows,
+    at least of one user.
 
     Args:
         users: The user of each row.
         share: In (0, 1].
     """
-    names, counts = np.unique(np.asarray(users), return_counts=True)
-    order = np.random.default_rng(seed).permutation(len(names))
+    _, numbers, counts = np.unique(np.asarray(users), return_inverse=True, return_counts=True)
+    order = np.random.default_rng(seed).permutation(len(counts))
     rows_before = np.cumsum(counts[order]) - counts[order]
-    return {int(name) for name in names[order][rows_before < share * len(users)]}
+    found: np.ndarray = np.isin(numbers, order[rows_before < share * len(users)])
+    return found
 
 
 def _needs_features(args: TracesArguments, settings: PromptSettings) -> bool:
