@@ -13,7 +13,7 @@ from rerank.baselines import EMBEDDING_FEATURES, FEATURES, Counts, ItemFacts, fe
 from rerank.baselines.interactions import engine
 from rerank.candidates import CandidatesArguments, counting
 from rerank.candidates.counting import Events, counted_rows, item_facts
-from rerank.candidates.row_lists import RowLists
+from rerank.candidates.making import asked_parts, make, stored_lists
 from rerank.rows import TargetRows, read_rows
 
 SOURCES = ("requests", "lambdamart")
@@ -48,10 +48,12 @@ def features_with(run, events, rows):
     """Features of all rows by these events, and their names."""
     counts = events.counts(item_facts(run, ["year"]))
     names, features = feature_names(counts, list(rows.lists.columns)), [None] * len(rows)
-    for part in counted_rows(run, rows, counts, events, window=DAY, seed=0):
-        found = RowLists.of_log(rows.take(part.places)).with_features(names, rows, part).features
-        for place, of_row in zip(part.places.tolist(), found, strict=True):
-            features[place] = of_row
+    lists = stored_lists(None, rows, run)
+    for counted in counted_rows(run, rows, counts, events, window=DAY, seed=0):
+        for asked in asked_parts(lists, counted, makes_lists=False):
+            found = make(asked, counted.counts, names, 0, exclude_seen=True).features
+            for place, of_row in zip(asked.places.tolist(), found, strict=True):
+                features[place] = of_row
     return features, names
 
 

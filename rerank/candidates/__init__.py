@@ -207,13 +207,13 @@ def main(args: CandidatesArguments, out_dir: Path) -> dict[str, object]:
         names = feature_names(counts, [] if rows.lists is None else list(rows.lists.columns))
         lists = stored_lists(args, rows, out_dir)
 
-        def parts() -> Iterator[CountedRows]:
+        def counted() -> Iterator[CountedRows]:
             return counted_rows(args.run_dir, rows, counts, events, args.count_window, args.seed)
 
-        fill(args, lists, names, parts())
+        fill(args, counting, lists, names, counted())
         if args.source == "lambdamart":
             reorder(args.run_dir, rows, lists)
-            fill(args, lists, names, parts())
+            fill(args, counting, lists, names, counted())
         edges, constant = edges_of(names, lists, np.flatnonzero(rows.splits == "rerank"), args.num_buckets)
         counts.save(out_dir / "evidence.npz")
         write_json(out_dir / FEATURES_FILE, {"names": list(names), "edges": edges})

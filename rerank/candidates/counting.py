@@ -10,16 +10,17 @@ R rows.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rerank.baselines import Counts, ItemFacts, UserContributions
+from rerank.baselines import Counts, ItemFacts
 from rerank.baselines.interactions import Interactions
 from rerank.baselines.lambdamart import user_folds
+from rerank.baselines.pairs import Sequences
 from rerank.launch import run_dir
 from rerank.launch.engines import DuckDB
 from rerank.rows import TargetRows
@@ -100,12 +101,14 @@ class CountedRows:
     Attributes:
         places: (R,) of the rows.
         counts: For these rows.
-        own: What each row's user put into them, to be subtracted; None for nothing.
+        users: (R,) whose part in the counts is to be subtracted, -1 for nobody's; None for nothing.
+        sequences: Of users, which the counts rest on.
     """
 
     places: np.ndarray
     counts: Counts
-    own: UserContributions | None
+    users: np.ndarray | None = None
+    sequences: Sequences = field(default_factory=dict)
 
 
 def times_of(rows: TargetRows) -> np.ndarray:
@@ -162,7 +165,7 @@ def _numbers(items: pa.Table, name: str, path: Path) -> np.ndarray:
 def counted_rows(
     run: str | Path, rows: TargetRows, all_counts: Counts, events: Events, window: float, seed: int
 ) -> Iterator[CountedRows]:
-    """The rows in parts of at most PART, each with its counts.
+    """The rows, those that have the same counts together.
 
     Args:
         run: Folder of the run.
@@ -175,11 +178,9 @@ def counted_rows(
     if rows.lists is None:
         # only training rows were counted: -1, no user, subtracts nothing
         users = np.where(rows.splits == "rerank", rows.users, -1)
-        for places in in_parts(np.arange(len(rows))):
-            yield CountedRows(places, all_counts, all_counts.own(users[places], events.interactions.sequences))
+        yield CountedRows(np.arange(len(rows)), all_counts, users, events.interactions.sequences)
         return
-    for places in in_parts(np.flatnonzero(rows.splits != "rerank")):
-        yield CountedRows(places, all_counts, None)
+    yield CountedRows(np.flatnonzero(rows.splits != "rerank"), all_counts)
     training = np.flatnonzero(rows.splits == "rerank")
     if is_by_time(run):
         labels = np.floor(times_of(rows)[training] / window) * window  # of windows that later events do not move
@@ -190,8 +191,7 @@ def counted_rows(
             events, [rows.users[training[labels == fold]] for fold in np.unique(labels)], all_counts
         )
     for label, counts in zip(np.unique(labels).tolist(), counted, strict=True):
-        for places in in_parts(training[labels == label]):
-            yield CountedRows(places, counts, None)
+        yield CountedRows(training[labels == label], counts)
 
 
 def counts_without(events: Events, users: Sequence[np.ndarray], like: Counts) -> Iterator[Counts]:

@@ -6,18 +6,22 @@ R rows, N candidates of a row.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow.parquet as pq
 
-from rerank.baselines import fit_edges
-from rerank.candidates.counting import CountedRows
+from rerank.baselines import Counts, Ragged, UserContributions, fit_edges, list_features
+from rerank.baselines.pairs import Sequences
+from rerank.candidates.counting import CountedRows, in_parts
 from rerank.candidates.model_lists import model_lists
 from rerank.candidates.stored_lists import StoredLists
 from rerank.launch import run_dir
+from rerank.launch.engines import DuckDB
 from rerank.rows import TargetRows
 from rerank.rows.lists import read_lists
 
@@ -53,24 +57,99 @@ def stored_lists(args: CandidatesArguments, rows: TargetRows, folder: Path) -> S
     return lists
 
 
-def fill(args: CandidatesArguments, lists: StoredLists, names: Sequence[str], parts: Iterable[CountedRows]) -> None:
+@dataclass(frozen=True)
+class Asked:
+    """Rows whose lists or features are to be made, with all that is needed beside the counts.
+
+    Attributes:
+        places: (R,) of the rows.
+        histories: R arrays of items, oldest first.
+        users, sequences: As of `CountedRows`, the latter of these users alone.
+        candidates, scores: R arrays of N each; None for lists that are to be made.
+        columns: Numbers of the candidates that the log brings, by name.
+    """
+
+    places: np.ndarray
+    histories: Ragged
+    users: np.ndarray | None
+    sequences: Sequences
+    candidates: Ragged | None
+    scores: Ragged | None
+    columns: Mapping[str, Ragged]
+
+
+@dataclass(frozen=True)
+class Made:
+    """The features of the candidates of rows, (N, F) each, and their lists where these are made."""
+
+    places: np.ndarray
+    candidates: Ragged | None
+    scores: Ragged | None
+    features: Ragged
+
+
+def make(asked: Asked, counts: Counts, names: Sequence[str], num_candidates: int, exclude_seen: bool) -> Made:
+    """The features of these names, and lists where there are none, by counts that may speak about the rows.
+
+    A batch function: an engine calls it on a part of the rows at a time, here or in a process of its own.
+    """
+    own = None if asked.users is None else counts.own(asked.users, asked.sequences)
+    if asked.candidates is None or asked.scores is None:
+        items, scores = counts.top_rows(asked.histories, num_candidates, own, exclude_seen)
+        made = replace(asked, candidates=list(items), scores=list(scores))
+        return Made(asked.places, made.candidates, made.scores, _features(made, counts, names, own))
+    return Made(asked.places, None, None, _features(asked, counts, names, own))
+
+
+def _features(asked: Asked, counts: Counts, names: Sequence[str], own: UserContributions | None) -> Ragged:
+    assert asked.candidates is not None and asked.scores is not None
+    return list_features(names, counts, asked.histories, asked.candidates, asked.scores, own, asked.columns)
+
+
+def asked_parts(lists: StoredLists, counted: CountedRows, makes_lists: bool) -> Iterator[Asked]:
+    """Rows that have the same counts, at most PART at a time."""
+    begin = 0
+    for places in in_parts(counted.places):
+        users, known = None, {}
+        if counted.users is not None:
+            users = counted.users[begin : begin + len(places)]
+            named = np.unique(users).tolist()
+            known = {user: counted.sequences[user] for user in named if user in counted.sequences}
+        begin += len(places)
+        histories = [lists.rows.histories[place] for place in places.tolist()]
+        if makes_lists:
+            yield Asked(places, histories, users, known, None, None, {})
+        else:
+            part = lists.part(places)
+            yield Asked(places, histories, users, known, part.candidates, part.scores, part.columns)
+
+
+def fill(
+    args: CandidatesArguments,
+    engine: DuckDB,
+    lists: StoredLists,
+    names: Sequence[str],
+    counted: Iterable[CountedRows],
+) -> None:
     """Store the lists that counts make, where there are no others, and the features of all candidates.
 
     Args:
         args: Which lists to make.
+        engine: Which makes them.
         lists: Of all rows.
         names: Of the features.
-        parts: The rows with their counts.
+        counted: The rows with their counts.
     """
-    rows = lists.rows
-    makes_lists = rows.lists is None and not lists.has("candidates")
-    for part in parts:
-        if makes_lists:
-            histories = [rows.histories[place] for place in part.places.tolist()]
-            items, scores = part.counts.top_rows(histories, args.num_candidates, part.own, args.exclude_seen)
-            lists.put("candidates", part.places, list(items))
-            lists.put("scores", part.places, list(scores))
-        lists.put("features", part.places, lists.part(part.places).with_features(names, rows, part).features)
+    makes_lists = lists.rows.lists is None and not lists.has("candidates")
+    batch_function = partial(
+        make, names=list(names), num_candidates=args.num_candidates, exclude_seen=args.exclude_seen
+    )
+    for rows in counted:
+        for made in engine.mapped(batch_function, rows.counts, asked_parts(lists, rows, makes_lists)):
+            if made.candidates is not None and made.scores is not None:
+                lists.put("candidates", made.places, made.candidates)
+                lists.put("scores", made.places, made.scores)
+            lists.put("features", made.places, made.features)
 
 
 def edges_of(

@@ -9,8 +9,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import pyarrow as pa
 
-from rerank.baselines import Ragged, list_features
-from rerank.candidates.counting import CountedRows
+from rerank.baselines import Ragged
 from rerank.metrics import best_first
 from rerank.rows import RankingRow, TargetRows
 from rerank.rows.histories import DETAILS
@@ -24,7 +23,7 @@ class RowLists:
         candidates, scores: (R,) arrays of N items and of their first-stage scores.
         relevance: (R,) arrays of N grades, nan for a candidate that was not seen.
         ranks: (R,) arrays of N first-stage ranks, from 1.
-        features: (R,) arrays (N, F); empty until `with_features`.
+        features: (R,) arrays (N, F); empty until they are made.
         columns: Numbers of the candidates that the log brings, by name.
     """
 
@@ -47,18 +46,6 @@ class RowLists:
         assert rows.lists is not None
         own = rows.lists
         return cls(own.candidates, own.scores, own.relevance, _ranks(own.candidates), columns=own.columns)
-
-    def with_features(self, names: Sequence[str], rows: TargetRows, part: CountedRows) -> "RowLists":
-        """These lists, of the rows of a part, with the features of these names.
-
-        Args:
-            names: Of the features.
-            rows: All rows of the run.
-            part: The rows of these lists, with the counts that may speak about them.
-        """
-        histories = [rows.histories[place] for place in part.places.tolist()]
-        asked = histories, self.candidates, self.scores, part.own, self.columns
-        return replace(self, features=list_features(names, part.counts, *asked))
 
     def reordered(self, scores: Ragged) -> "RowLists":
         """The same candidates in the order of other scores, ties as they were, as the first stage of the lists."""

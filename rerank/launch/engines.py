@@ -1,4 +1,4 @@
-"""The engines that compute the tables of the stage data and the counts of interactions: DuckDB here, or Spark.
+"""The engines of the stages data and candidates, which compute tables, counts and lists: DuckDB here, or Spark.
 
 Users' files are read by DuckDB alone, in a stream and in their order: it numbers the rows by file and line
 (`source_row`) and turns cells into text, seconds and numbers, so that both engines begin with one table. From there on
@@ -6,13 +6,17 @@ an engine is Ibis expressions, stored tables and Parquet files.
 """
 
 import contextlib
+import functools
 import os
+import pickle
 import shutil
+import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, Self, TypeVar
 
 import ibis
 import ibis.expr.operations as ops
@@ -23,15 +27,31 @@ from ibis.expr.types import Table
 from rerank.launch.database import database
 from rerank.launch.files import write_whole
 
+P = TypeVar("P")
+R = TypeVar("R")
+S = TypeVar("S", bound="Shared")
+CELL = "cell"  # a column of pickled objects
 _STORED = "ibis_table_"  # begins the names of stored tables
 _SPARK_OPTIONS = {
     "spark.sql.session.timeZone": "UTC",
     "spark.sql.ansi.enabled": "true",  # what overflows or is no number ends the stage, and is no null
     "spark.sql.catalogImplementation": "in-memory",  # no metastore of Hive in the working folder
     "spark.sql.parquet.compression.codec": "snappy",
+    "spark.sql.execution.arrow.maxRecordsPerBatch": "1",  # a cell may hold a part of the rows
     "spark.ui.enabled": "false",
     "spark.ui.showConsoleProgress": "false",
 }
+
+
+class Shared(Protocol):
+    """An object that processes of an engine need: written once, and read by each."""
+
+    def save(self, path: Path) -> None:
+        """Write one file."""
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read a file of `save`."""
 
 
 class DuckDB:
@@ -70,6 +90,16 @@ class DuckDB:
     def write(self, table: Table, path: Path) -> None:
         """Write one Parquet file, whole or not at all, its rows as the table orders them."""
         write_whole(path, lambda temporary: self.con.to_parquet(table, temporary))
+
+    def mapped(self, function: Callable[[P, S], R], shared: S, parts: Iterable[P]) -> Iterator[R]:
+        """The results of a function, called on one part after the other.
+
+        Args:
+            function: From a part and what is shared; of a module, since other processes may call it.
+            shared: An object that all parts need.
+            parts: Read when they are worked on; what pickle takes.
+        """
+        return (function(part, shared) for part in parts)
 
 
 class Spark(DuckDB):
@@ -119,8 +149,45 @@ class Spark(DuckDB):
         write_whole(path, lambda temporary: join_parts(sorted(parts.glob("*.parquet")), temporary))
         shutil.rmtree(parts)
 
+    def mapped(self, function: Callable[[P, S], R], shared: S, parts: Iterable[P]) -> Iterator[R]:
+        """The results of a function, called on the parts by processes of Spark, in any order.
+
+        Parts and results are cells of Parquet files, one file a part; each process reads what is shared once.
+        """
+        given, found, path = self._new_path(), self._new_path(), self._new_path()
+        given.mkdir()
+        for number, part in enumerate(parts):
+            pq.write_table(pa.table({CELL: [pickle.dumps(part)]}), given / f"{number:06d}.parquet")
+        if number := len(list(given.iterdir())):
+            shared.save(path)
+            frame = self.session.read.parquet(str(given)).repartition(number)
+            frame.mapInArrow(partial(_map_cells, function, type(shared), path), f"{CELL} binary").write.parquet(
+                str(found)
+            )
+            for file in sorted(found.glob("*.parquet")):
+                for batch in pq.ParquetFile(file).iter_batches(batch_size=1):
+                    yield from map(pickle.loads, batch.column(CELL).to_pylist())
+            shutil.rmtree(found)
+            path.unlink()
+        shutil.rmtree(given)
+
     def _new_path(self) -> Path:
         return self.folder / ibis.util.gen_name("table")
+
+
+def _map_cells(
+    function: Callable[[Any, Any], object], kind: type[Shared], path: Path, batches: Iterable[pa.RecordBatch]
+) -> Iterator[pa.RecordBatch]:
+    """In a process of Spark: the results of the parts in cells."""
+    for batch in batches:
+        for cell in batch.column(0).to_pylist():
+            result = function(pickle.loads(cell), _loaded(kind, path))
+            yield pa.RecordBatch.from_pydict({CELL: [pickle.dumps(result)]})
+
+
+@functools.lru_cache(maxsize=1)
+def _loaded(kind: type[Shared], path: Path) -> Shared:
+    return kind.load(path)
 
 
 def _names(tables: Sequence[Table]) -> set[str]:
@@ -190,6 +257,7 @@ def _start_spark(folder: Path) -> Any:
     """A session; its master and memory are those of `spark-defaults.conf` or PYSPARK_SUBMIT_ARGS."""
     from pyspark.sql import SparkSession
 
+    os.environ.setdefault("PYSPARK_PYTHON", sys.executable)  # else the first python3 of the path
     builder = SparkSession.builder.appName("rerank")
     places = {"spark.sql.warehouse.dir": str(folder / "warehouse"), "spark.local.dir": str(folder / "local")}
     for name, value in (_SPARK_OPTIONS | places).items():
