@@ -137,6 +137,7 @@ def compare_candidates(runs: list[Path], **options) -> None:
         args = candidates.CandidatesArguments(run_dir=str(run), backend=backend, **options)
         candidates.check(args)
         with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(counting, "PART", 700)  # several parts a call
             if backend == "pyspark":
                 patch.setattr(making, "list_features", None)  # facts are made by processes of Spark
             candidates.main(args, run / "candidates")

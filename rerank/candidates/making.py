@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from rerank.baselines import Counts, Ragged, UserContributions, fit_edges, list_features
 from rerank.baselines.pairs import Sequences
+from rerank.candidates import counting
 from rerank.candidates.counting import CountedRows, in_parts
 from rerank.candidates.model_lists import model_lists
 from rerank.candidates.stored_lists import StoredLists
@@ -27,6 +28,8 @@ from rerank.rows.lists import read_lists
 
 if TYPE_CHECKING:
     from rerank.candidates import CandidatesArguments
+
+CANDIDATES = 2**20  # in a part at most: some 100 MB of features
 
 logger = logging.getLogger(__name__)
 
@@ -107,9 +110,9 @@ def _features(asked: Asked, counts: Counts, names: Sequence[str], own: UserContr
 
 
 def asked_parts(lists: StoredLists, counted: CountedRows, makes_lists: bool) -> Iterator[Asked]:
-    """Rows that have the same counts, at most PART at a time."""
-    begin = 0
-    for places in in_parts(counted.places):
+    """Rows that have the same counts, at most PART, and CANDIDATES of them, at a time."""
+    begin, longest = 0, int(lists.lengths[counted.places].max(initial=1))
+    for places in in_parts(counted.places, max(1, min(counting.PART, CANDIDATES // longest))):
         users, known = None, {}
         if counted.users is not None:
             users = counted.users[begin : begin + len(places)]

@@ -6,7 +6,6 @@ an engine is Ibis expressions, stored tables and Parquet files.
 """
 
 import contextlib
-import functools
 import os
 import pickle
 import shutil
@@ -38,6 +37,7 @@ _SPARK_OPTIONS = {
     "spark.sql.catalogImplementation": "in-memory",  # no metastore of Hive in the working folder
     "spark.sql.parquet.compression.codec": "snappy",
     "spark.sql.execution.arrow.maxRecordsPerBatch": "1",  # a cell may hold a part of the rows
+    "spark.sql.execution.arrow.pyspark.enabled": "false",  # else a small table has a partition a row
     "spark.ui.enabled": "false",
     "spark.ui.showConsoleProgress": "false",
 }
@@ -97,7 +97,7 @@ class DuckDB:
         Args:
             function: From a part and what is shared; of a module, since other processes may call it.
             shared: An object that all parts need.
-            parts: Read when they are worked on; what pickle takes.
+            parts: What pickle takes; read one by one.
         """
         return (function(part, shared) for part in parts)
 
@@ -152,24 +152,29 @@ class Spark(DuckDB):
     def mapped(self, function: Callable[[P, S], R], shared: S, parts: Iterable[P]) -> Iterator[R]:
         """The results of a function, called on the parts by processes of Spark, in any order.
 
-        Parts and results are cells of Parquet files, one file a part; each process reads what is shared once.
+        Parts and results are cells of Parquet files in the folder of the engine, all parts before the first result.
         """
         given, found, path = self._new_path(), self._new_path(), self._new_path()
         given.mkdir()
-        for number, part in enumerate(parts):
-            pq.write_table(pa.table({CELL: [pickle.dumps(part)]}), given / f"{number:06d}.parquet")
-        if number := len(list(given.iterdir())):
+        number = 0
+        try:
+            for part in parts:
+                pq.write_table(pa.table({CELL: [pickle.dumps(part)]}), given / f"{number:06d}.parquet")
+                number += 1
+            if not number:
+                return
             shared.save(path)
+            work = partial(_map_cells, function, type(shared), path)
             frame = self.session.read.parquet(str(given)).repartition(number)
-            frame.mapInArrow(partial(_map_cells, function, type(shared), path), f"{CELL} binary").write.parquet(
-                str(found)
-            )
+            frame.mapInArrow(work, f"{CELL} binary").write.parquet(str(found))
             for file in sorted(found.glob("*.parquet")):
-                for batch in pq.ParquetFile(file).iter_batches(batch_size=1):
-                    yield from map(pickle.loads, batch.column(CELL).to_pylist())
-            shutil.rmtree(found)
-            path.unlink()
-        shutil.rmtree(given)
+                with pq.ParquetFile(file) as results:
+                    for batch in results.iter_batches(batch_size=1):
+                        yield from map(pickle.loads, batch.column(CELL).to_pylist())
+        finally:
+            for folder in (given, found):
+                shutil.rmtree(folder, ignore_errors=True)
+            path.unlink(missing_ok=True)
 
     def _new_path(self) -> Path:
         return self.folder / ibis.util.gen_name("table")
@@ -185,9 +190,14 @@ def _map_cells(
             yield pa.RecordBatch.from_pydict({CELL: [pickle.dumps(result)]})
 
 
-@functools.lru_cache(maxsize=1)
-def _loaded(kind: type[Shared], path: Path) -> Shared:
-    return kind.load(path)
+_LAST: dict[Path, Any] = {}  # of this process
+
+
+def _loaded(kind: type[Shared], path: Path) -> Any:
+    if path not in _LAST:
+        _LAST.clear()  # before another is read
+        _LAST[path] = kind.load(path)
+    return _LAST[path]
 
 
 def _names(tables: Sequence[Table]) -> set[str]:

@@ -209,7 +209,7 @@ def _count_anew(folder: Path, interactions_path: str | Path, columns: Mapping[st
     reading = ItemSources.load(folder).reading if (folder / SOURCES_FILE).is_file() else {}
     table = read_interactions(interactions_path, reading, columns)
     items = pc.fill_null(pc.index_in(table["item_id"].cast(pa.string()), item_ids), -1).to_numpy()
-    users = table["user_id"].combine_chunks().dictionary_encode().indices.to_numpy()
+    users = table["user_id"].dictionary_encode().combine_chunks().indices.to_numpy()
     num_users = int(users.max(initial=-1)) + 1
     kept = (items >= 0) & _frequent(reading.get("min_user_interactions") or 0, num_users, users[items >= 0])[users]
     _check_known(items, kept, old, model, interactions_path)

@@ -20,7 +20,9 @@ FILE = "scores.parquet"
 
 def write_scores(folder: Path, scores: Mapping[int, Sequence[float] | np.ndarray]) -> None:
     """Write the scores of each row's candidates, by row_id, into the folder of the traces stage."""
-    table = pa.table({"row_id": list(scores), "scores": [list(map(float, of_row)) for of_row in scores.values()]})
+    ends = np.cumsum([0, *map(len, scores.values())])
+    flat = np.concatenate([np.asarray(of_row, dtype=float) for of_row in [*scores.values(), ()]])
+    table = pa.table({"row_id": list(scores), "scores": pa.ListArray.from_arrays(ends, flat)})
     write_whole(folder / FILE, partial(pq.write_table, table))
 
 
