@@ -151,6 +151,10 @@ def test_the_words_of_the_default_lists_are_the_shipped_facts_and_ten_numbers():
     words = fixed_words(MidtrainArguments(run_dir="run"))
     shipped = [f"{word}:{bucket}" for word, _ in facts.FACTS.values() for bucket in range(10)]
     assert words[: len(shipped)] == shipped and "10" in words and "11" not in words and "place:0" not in words
+    assert [word for word in fixed_words(MidtrainArguments(run_dir="run"), 50_000) if word not in words] == [
+        "fit:?",
+        "now:?",
+    ]
     assert trace_words(2) == ["bad", "poor", "weak", "fair", "good", "strong", "top", "best", "1", "2"]
 
 

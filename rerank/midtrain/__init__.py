@@ -160,13 +160,13 @@ def sequences(data_dir: Path) -> list[np.ndarray]:
 
 
 def fresh_model(
-    args: MidtrainArguments, settings: ModelConfig, documents: Sequence[Document], seed: int
+    args: MidtrainArguments, settings: ModelConfig, documents: Sequence[Document], seed: int, num_items: int = 0
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase, list[int]]":
     """The base model with rows for the id tokens, its tokenizer, and the ids of these tokens: the same each time."""
     if settings.model_name_or_path is not None:
         model, tokenizer = base_model.load_pretrained(settings.model_name_or_path, settings)
     else:
-        tokenizer = base_model.train_tokenizer(texts_of(documents), args.vocab_size, fixed_words(args))
+        tokenizer = base_model.train_tokenizer(texts_of(documents), args.vocab_size, fixed_words(args, num_items))
         warn_of_split_words(tokenizer, args)
         model = base_model.make_small_model(args, tokenizer, seed)
         model.set_attn_implementation(settings.attn_implementation or "sdpa")
@@ -232,7 +232,7 @@ def main(args: MidtrainArguments, training_args: SFTConfig, model_args: ModelCon
 
     catalogue, histories = Catalogue.load(args.run_dir), sequences(run_dir.stage_dir(args.run_dir, "data"))
     documents = mixed_documents(histories, catalogue, args, training_args.seed)
-    model, tokenizer, ids = fresh_model(args, model_args, documents, training_args.seed)
+    model, tokenizer, ids = fresh_model(args, model_args, documents, training_args.seed, len(catalogue))
     training_args.dataset_kwargs = {"skip_prepare_dataset": True}
     dataset, token_counts = encoded_dataset(documents, tokenizer, training_args)
     logger.info("%d documents, tokens under loss: %s", len(documents), token_counts)
@@ -242,7 +242,7 @@ def main(args: MidtrainArguments, training_args: SFTConfig, model_args: ModelCon
             train_new_rows(model, tokenizer, ids, dataset, args, training_args, rows_path)
             del model
             gc.collect()  # before the second copy, of a model that may be large
-            model, _, _ = fresh_model(args, model_args, documents, training_args.seed)
+            model, _, _ = fresh_model(args, model_args, documents, training_args.seed, len(catalogue))
         load_rows(model, ids, rows_path)
     peft_config, base_dir = adapters.lora_config(model_args, model), out_dir / "base"
     if peft_config is not None:

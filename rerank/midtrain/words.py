@@ -1,12 +1,14 @@
 """The words that the tokenizer of a small model has as one token each."""
 
 import logging
+import math
 from typing import TYPE_CHECKING
 
+from rerank.baselines.pairs import MANY_ITEMS
 from rerank.grading import GRADES, trace_words
 from rerank.midtrain.documents import PROMPT_WORDS
 from rerank.prompts import FACTS, word_labels
-from rerank.prompts.facts import code_words
+from rerank.prompts.facts import code_words, coded
 from rerank.prompts.fields import SEMANTIC_ID
 
 if TYPE_CHECKING:
@@ -14,14 +16,22 @@ if TYPE_CHECKING:
 
     from rerank.midtrain import MidtrainArguments
 
+UNWEIGHTED = ("fit_history", "fit_recent")  # facts of the linear model, which knows the most popular items alone
+
 logger = logging.getLogger(__name__)
 
 
-def fixed_words(args: "MidtrainArguments") -> list[str]:
-    """The words that a small tokenizer has as one token each: of facts, labels, traces and short prompts."""
+def fixed_words(args: "MidtrainArguments", num_items: int = 0) -> list[str]:
+    """The words that a small tokenizer has as one token each: of facts, labels, traces and short prompts.
+
+    Args:
+        args: Which facts and labels.
+        num_items: Of the catalogue; in a large one the facts of the linear model are not known of every item.
+    """
     names = [*FACTS, *(name for name in args.list_facts if name not in FACTS)]
     labels = word_labels("letter", args.longest_list) if args.list_labels == "letter" else []
-    return [*code_words(names, args.num_buckets), *trace_words(args.longest_list, labels), *PROMPT_WORDS]
+    unknown = [coded(name, math.nan) for name in UNWEIGHTED] if num_items >= MANY_ITEMS else []
+    return [*code_words(names, args.num_buckets), *unknown, *trace_words(args.longest_list, labels), *PROMPT_WORDS]
 
 
 def warn_of_split_words(tokenizer: "PreTrainedTokenizerBase", args: "MidtrainArguments") -> None:
