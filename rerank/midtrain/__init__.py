@@ -70,7 +70,7 @@ class MidtrainArguments(recipe.StageArguments, base_model.SmallModelArguments):
     list_layout: str = option("history_first", "Layout of lists, as `layout` of prompts later.")
     num_buckets: int = option(NUM_BUCKETS, "Buckets of a fact in lists, as the candidates stage has them.")
     longest_list: int = option(LONGEST_LIST, "Candidates of a list at most, as later lists have them.")
-    shortest_list: int = option(1, "Candidates of a list at least, once lists have grown to so many.")
+    shortest_list: int = option(1, "Candidates of a list in the second half at least, when lists have grown.")
     sort_share: float = option(SORT_SHARE, "Share of the lists that begin with the grades, only to be sorted.")
     max_items: int = option(50, "Items in one sequence document.")
     general_text: str = option("packages", "A text file, or `packages`: descriptions of installed packages.")

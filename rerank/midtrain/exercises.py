@@ -42,8 +42,9 @@ def list_documents(
     """Exercises for re-ranking on made-up lists: find a candidate's facts, grade them, sort by grade.
 
     Lists grow from at most two to at most `longest` candidates in the first half: read in this order, short ones
-    teach to read long ones. Lists show facts in random buckets, and the grade is that of their mean; `sort_share` of
-    them begin with the grades and are only to be sorted, at a fraction of the tokens.
+    teach to read long ones. In the second half they have `shortest` at least. They show facts in random buckets, and
+    the grade is that of their mean; `sort_share` of them begin with the grades and are only to be sorted, at a
+    fraction of the tokens.
 
     Args:
         num: Exercises.
@@ -54,18 +55,18 @@ def list_documents(
         longest: Candidates of a list at most.
         num_buckets: Of a fact.
         layout: Of the prompts, as `PromptSettings` has it.
-        shortest: Candidates of a list at least, once lists have grown to so many.
+        shortest: Candidates of a list in the second half at least.
         sort_share: Of the lists, those that begin with the grades.
     """
-    for most in longest_at(num, longest).tolist():
-        size = min(_most(longest, ranking, catalogue), int(rng.integers(min(shortest, most), most + 1)))
+    for least, most in zip(*bounds(num, shortest, longest), strict=True):
+        size = min(_most(longest, ranking, catalogue), int(rng.integers(least, most + 1)))
         yield list_document(size, facts, ranking, catalogue, rng, num_buckets, layout, sort_share)
 
 
-def longest_at(num: int, longest: int) -> np.ndarray:
-    """(num,) candidates that the list at each place has at most."""
-    most: np.ndarray = 2 + (np.minimum(1, 2 * np.arange(num) / max(num, 1)) * (longest - 2)).astype(int)
-    return most
+def bounds(num: int, shortest: int, longest: int) -> tuple[np.ndarray, np.ndarray]:
+    """(num,) candidates that the list at each place has at least and at most."""
+    grown = np.minimum(1, 2 * np.arange(num) / max(num, 1))
+    return np.where(grown < 1, 1, shortest), 2 + (grown * (longest - 2)).astype(int)
 
 
 def _most(longest: int, ranking: str, catalogue: Catalogue) -> int:
@@ -85,8 +86,8 @@ def lists_on_read(
     sort_share: float,
 ) -> Documents:
     """Exercises as those of `list_documents`, each from a seed of its own and made when it is read."""
-    most = longest_at(num, longest)
-    sizes = np.random.default_rng(seed).integers(np.minimum(shortest, most), most + 1)
+    least, most = bounds(num, shortest, longest)
+    sizes = np.random.default_rng(seed).integers(least, most + 1)
     sizes = np.minimum(sizes, _most(longest, ranking, catalogue))
 
     def make(place: int) -> Document:
