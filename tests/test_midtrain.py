@@ -102,6 +102,21 @@ def test_an_exercise_grades_by_the_mean_of_the_facts_shown_and_ranks_by_grade(la
     assert 40 < sum(bool(document.given) for document in made) < 120
 
 
+def test_exercises_are_as_long_and_as_often_to_be_sorted_alone_as_the_recipe_says():
+    given = 400, FACTS, "number", CATALOGUE, 12, 20, "history_first", 6, 0.75
+
+    def sizes(made):
+        return [len(re.findall(rf" \d+ (?:{'|'.join(GRADES)})\b", one.given + one.answer)) for one in made]
+
+    for made in (exercises.list_documents(*given[:4], np.random.default_rng(0), *given[4:]),
+                 exercises.lists_on_read(*given[:4], 0, *given[4:])):  # fmt: skip
+        made = list(made)
+        lengths = sizes(made)
+        assert max(lengths[:30]) <= 4, "lists grow from two"
+        assert min(lengths[200:]) == 6 and max(lengths) == 12
+        assert 0.68 < np.mean([bool(one.given) for one in made]) < 0.82
+
+
 def test_grades_of_exercises_are_about_equally_frequent():
     made = exercises.list_documents(2000, FACTS, "number", CATALOGUE, np.random.default_rng(0))
     text = " ".join(document.answer.partition(" best")[0] for document in made if not document.given)

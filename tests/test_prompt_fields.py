@@ -58,6 +58,18 @@ def test_any_column_of_items_stands_on_their_lines_with_its_name():
     assert prompter(**shown).message(ROW) == "Rank:\nHistory:\n<s_a_2>\nCandidates:\n<s_a_2>\n<s_a_3>"
 
 
+@pytest.mark.parametrize(
+    ("layout", "shown"),
+    [
+        ("history_first", "Rank:\nHistory:\nCandidates:\n 1. place:2\n 2. place:3"),
+        ("candidates_first", "Rank:\nCandidates:\n 1.\n 2.\nHistory:\nFacts:\n 1. place:2\n 2. place:3"),
+    ],
+)
+def test_without_fields_lines_hold_facts_alone(layout, shown):
+    asked = prompter(item_fields=[], evidence="codes", evidence_names=["place"], layout=layout)
+    assert asked.message(ROW) == shown
+
+
 def test_fields_of_user_and_request_stand_before_the_history_without_empty_ones():
     shown = {"user_fields": ["age", "city", "member"], "request_fields": ["query", "device", "hour"], "max_history": 1}
     assert prompter(**shown).message(ROW) == (

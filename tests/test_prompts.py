@@ -124,7 +124,10 @@ def test_settings_come_back_as_saved(tmp_path):
         ({"task": "long"}, "task is 'long' but must be one of"),
         ({"layout": "first"}, "layout is 'first' but must be one of history_first, candidates_first"),
         ({"item_fields": ["title"]}, "must hold semantic_id"),
-        ({"item_fields": [], "ranking": "number"}, "item_fields is empty, so that items have no text; name title"),
+        (
+            {"item_fields": [], "ranking": "number"},
+            "item_fields is empty and evidence is none, so that candidates have nothing but labels; name title",
+        ),
         ({"item_fields": "semantic_id"}, "must be a list"),
         ({"evidence_names": ["lift", "lift"]}, "names each of its entries once"),
         ({"evidence_names": ["unit price"]}, "evidence_names holds 'unit price', but a fact is one word of letters"),

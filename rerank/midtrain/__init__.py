@@ -32,7 +32,8 @@ from rerank.launch.files import delete_folder, write_json
 from rerank.launch.stages import Stage
 from rerank.launch.values import check_choice, check_range, option
 from rerank.midtrain.documents import OF_IDS, TASKS, Document
-from rerank.midtrain.encoding import encoded_dataset, stored_rows
+from rerank.midtrain.encoding import check_packing, encoded_dataset, stored_rows
+from rerank.midtrain.exercises import SORT_SHARE
 from rerank.midtrain.mixture import mixed_documents, texts_of
 from rerank.midtrain.new_rows import load_rows, save_rows, train_only_rows
 from rerank.midtrain.words import fixed_words, warn_of_split_words
@@ -69,6 +70,8 @@ class MidtrainArguments(recipe.StageArguments, base_model.SmallModelArguments):
     list_layout: str = option("history_first", "Layout of lists, as `layout` of prompts later.")
     num_buckets: int = option(NUM_BUCKETS, "Buckets of a fact in lists, as the candidates stage has them.")
     longest_list: int = option(LONGEST_LIST, "Candidates of a list at most, as later lists have them.")
+    shortest_list: int = option(1, "Candidates of a list in the second half at least, when lists have grown.")
+    sort_share: float = option(SORT_SHARE, "Share of the lists that begin with the grades, only to be sorted.")
     max_items: int = option(50, "Items in one sequence document.")
     general_text: str = option("packages", "A text file, or `packages`: descriptions of installed packages.")
     token_epochs: float = option(1.0, "Epochs of phase one.")
@@ -91,6 +94,8 @@ class MidtrainArguments(recipe.StageArguments, base_model.SmallModelArguments):
         least = {"longest_list": 2, "num_buckets": 2, "max_items": 2, "eval_recall_rows": 0, "patience": 0}
         for name, lowest in least.items():  # max_items: a history and its next item
             check_range(name, getattr(self, name), least=lowest)
+        check_range("shortest_list", self.shortest_list, least=1, most=self.longest_list)
+        check_range("sort_share", self.sort_share, least=0, most=1)
         if self.list_labels == "letter":
             check_range("longest_list with list_labels: letter", self.longest_list, most=MAX_LETTERS)
         check_range("dropout", self.dropout, least=0, below=1)
@@ -135,23 +140,6 @@ def check(args: MidtrainArguments, training_args: SFTConfig, model_args: ModelCo
         raise ValueError(f"eval_recall_rows is {args.eval_recall_rows} but eval_steps is not set; set it, such as 500")
     if args.general_text != "packages" and not Path(args.general_text).is_file():
         raise FileNotFoundError(f"general_text {args.general_text} is not there; give a text file, or `packages`")
-
-
-def check_packing(args: MidtrainArguments, training_args: SFTConfig, model_args: ModelConfig) -> None:
-    """Refuse packing that would cut documents, mix them in attention, or put lists out of their order."""
-    if not training_args.packing:
-        return
-    if args.mixture.get("lists", 0) > 0:
-        raise ValueError("packing puts documents out of order but lists must grow; leave lists or packing out")
-    if training_args.packing_strategy != "bfd":
-        raise ValueError(f"packing_strategy {training_args.packing_strategy} cuts documents; use bfd")
-    if training_args.max_length is None:
-        raise ValueError("packing needs max_length, the length of a packed row; set it, such as 1024")
-    attention = model_args.attn_implementation or "sdpa"
-    if attention not in ("sdpa", "eager") and "flash" not in attention:
-        raise ValueError(
-            f"attn_implementation {attention} may not keep packed documents apart; use sdpa, eager or a flash one"
-        )
 
 
 def sequences(data_dir: Path) -> list[np.ndarray]:

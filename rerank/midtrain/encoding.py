@@ -16,13 +16,32 @@ from rerank.rows.on_read import CHUNK, MadeOnRead, places_to_check, store
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
-    from trl import SFTConfig
+    from trl import ModelConfig, SFTConfig
+
+    from rerank.midtrain import MidtrainArguments
 
 logger = logging.getLogger(__name__)
 
 WINDOW = 16  # batches within which documents are put in order of length
 Row = dict[str, list[int]]
 SCHEMA = pa.schema([(name, pa.list_(pa.int64())) for name in ("input_ids", "labels", "task")])
+
+
+def check_packing(args: "MidtrainArguments", training_args: "SFTConfig", model_args: "ModelConfig") -> None:
+    """Refuse packing that would cut documents, mix them in attention, or put lists out of their order."""
+    if not training_args.packing:
+        return
+    if args.mixture.get("lists", 0) > 0:
+        raise ValueError("packing puts documents out of order but lists must grow; leave lists or packing out")
+    if training_args.packing_strategy != "bfd":
+        raise ValueError(f"packing_strategy {training_args.packing_strategy} cuts documents; use bfd")
+    if training_args.max_length is None:
+        raise ValueError("packing needs max_length, the length of a packed row; set it, such as 1024")
+    attention = model_args.attn_implementation or "sdpa"
+    if attention not in ("sdpa", "eager") and "flash" not in attention:
+        raise ValueError(
+            f"attn_implementation {attention} may not keep packed documents apart; use sdpa, eager or a flash one"
+        )
 
 
 def encode(document: Document, tokenizer: "PreTrainedTokenizerBase") -> dict[str, list[int]]:

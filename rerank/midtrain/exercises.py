@@ -12,7 +12,7 @@ from rerank.prompts.facts import NUM_BUCKETS, coded
 from rerank.prompts.fields import SEMANTIC_ID
 from rerank.prompts.message import LAYOUTS, arranged
 
-GRADED_SHARE = 0.4  # of the lists begin with the grades
+SORT_SHARE = 0.4  # of the lists, unless told otherwise
 NORMAL_EDGES = (-1.07, -0.57, -0.18, 0.18, 0.57, 1.07)  # cut a normal distribution into sevenths
 MOST_PERMUTED = 100_000  # items; of a larger catalogue a permutation takes longer than all else
 TOKENS_OF_LINE = 6  # of a candidate, about
@@ -36,12 +36,15 @@ def list_documents(
     longest: int = LONGEST_LIST,
     num_buckets: int = NUM_BUCKETS,
     layout: str = LAYOUTS[0],
+    shortest: int = 1,
+    sort_share: float = SORT_SHARE,
 ) -> Iterator[Document]:
     """Exercises for re-ranking on made-up lists: find a candidate's facts, grade them, sort by grade.
 
     Lists grow from at most two to at most `longest` candidates in the first half: read in this order, short ones
-    teach to read long ones. Most lists show facts in random buckets, and the grade is that of their mean; the others
-    begin with the grades and are only to be sorted.
+    teach to read long ones. In the second half they have `shortest` at least. They show facts in random buckets, and
+    the grade is that of their mean; `sort_share` of them begin with the grades and are only to be sorted, at a
+    fraction of the tokens.
 
     Args:
         num: Exercises.
@@ -52,16 +55,18 @@ def list_documents(
         longest: Candidates of a list at most.
         num_buckets: Of a fact.
         layout: Of the prompts, as `PromptSettings` has it.
+        shortest: Candidates of a list in the second half at least.
+        sort_share: Of the lists, those that begin with the grades.
     """
-    for most in longest_at(num, longest).tolist():
-        size = min(_most(longest, ranking, catalogue), int(rng.integers(1, most + 1)))
-        yield list_document(size, facts, ranking, catalogue, rng, num_buckets, layout)
+    for least, most in zip(*bounds(num, shortest, longest), strict=True):
+        size = min(_most(longest, ranking, catalogue), int(rng.integers(least, most + 1)))
+        yield list_document(size, facts, ranking, catalogue, rng, num_buckets, layout, sort_share)
 
 
-def longest_at(num: int, longest: int) -> np.ndarray:
-    """(num,) candidates that the list at each place has at most."""
-    most: np.ndarray = 2 + (np.minimum(1, 2 * np.arange(num) / max(num, 1)) * (longest - 2)).astype(int)
-    return most
+def bounds(num: int, shortest: int, longest: int) -> tuple[np.ndarray, np.ndarray]:
+    """(num,) candidates that the list at each place has at least and at most."""
+    grown = np.minimum(1, 2 * np.arange(num) / max(num, 1))
+    return np.where(grown < 1, 1, shortest), 2 + (grown * (longest - 2)).astype(int)
 
 
 def _most(longest: int, ranking: str, catalogue: Catalogue) -> int:
@@ -77,14 +82,17 @@ def lists_on_read(
     longest: int,
     num_buckets: int,
     layout: str,
+    shortest: int,
+    sort_share: float,
 ) -> Documents:
     """Exercises as those of `list_documents`, each from a seed of its own and made when it is read."""
-    sizes = np.random.default_rng(seed).integers(1, longest_at(num, longest) + 1)
+    least, most = bounds(num, shortest, longest)
+    sizes = np.random.default_rng(seed).integers(least, most + 1)
     sizes = np.minimum(sizes, _most(longest, ranking, catalogue))
 
     def make(place: int) -> Document:
         rng = np.random.default_rng([seed, place])
-        return list_document(int(sizes[place]), facts, ranking, catalogue, rng, num_buckets, layout)
+        return list_document(int(sizes[place]), facts, ranking, catalogue, rng, num_buckets, layout, sort_share)
 
     return Documents(sizes * TOKENS_OF_LINE, make)
 
@@ -97,10 +105,11 @@ def list_document(
     rng: np.random.Generator,
     num_buckets: int,
     layout: str,
+    sort_share: float,
 ) -> Document:
     """An exercise on a list of `size` candidates; the rest as `list_documents` takes it."""
     labels = list_labels(ranking, size, catalogue, rng)
-    if rng.random() < GRADED_SHARE:
+    if rng.random() < sort_share:
         grades = rng.integers(0, len(GRADES), size)
         order = by_grade(grades)
         trace = word_grades(labels, grades)

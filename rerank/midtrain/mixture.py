@@ -5,7 +5,7 @@ D documents.
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -55,11 +55,17 @@ def mixed_documents(
     num_others = sum(map(len, parts))
     places = rng.permutation(num_others + wanted["lists"])
     places[places >= num_others] = num_others + np.arange(wanted["lists"])  # in their own order
-    shape = args.longest_list, args.num_buckets, args.list_layout
+    shape: dict[str, Any] = {
+        "longest": args.longest_list,
+        "num_buckets": args.num_buckets,
+        "layout": args.list_layout,
+        "shortest": args.shortest_list,
+        "sort_share": args.sort_share,
+    }
     given = wanted["lists"], args.list_facts, args.list_labels, catalogue
     if len(places) > KEPT_DOCUMENTS:
-        return _placed([*parts, lists_on_read(*given, seed, *shape)], places)
-    lists = list(list_documents(*given, rng, *shape))
+        return _placed([*parts, lists_on_read(*given, seed, **shape)], places)
+    lists = list(list_documents(*given, rng, **shape))
     return list(_placed([*parts, Documents(np.zeros(len(lists)), lists.__getitem__)], places))
 
 

@@ -159,7 +159,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, words: Sequence[str] 
     )
     texts = list(texts)
     weight = 1 + len(texts) // 4  # frequent enough to be merged first
-    repeated = (f"{space}{word}" for word in words for space in ("", " ") for _ in range(weight))
+    repeated = (part for word in words for part in (f"{word}\n" * weight, f" {word}" * weight))
     bpe.train_from_iterator(itertools.chain(texts, repeated), trainer)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bpe,

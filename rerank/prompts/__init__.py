@@ -47,7 +47,7 @@ class PromptSettings:
     item_fields: list[str] = option(
         [SEMANTIC_ID, *UNNAMED],
         "Fields on an item line: semantic_id (needed where completions write it), title, category, and any column of "
-        "items that item_columns or text_columns of the data stage name.",
+        "items that item_columns or text_columns of the data stage name. Empty: facts alone, and no history.",
     )
     user_fields: list[str] = option([], "Columns of request_fields of the data stage on a line User.")
     request_fields: list[str] = option([], "Columns of request_fields of the data stage on a line Request.")
@@ -76,8 +76,11 @@ class PromptSettings:
         for name in self.history_fields:
             check_choice("a name in history_fields", name, tuple(HISTORY_FIELDS))
         check_facts("evidence_names", self.evidence_names)
-        if not self.item_fields:
-            raise ValueError("item_fields is empty, so that items have no text; name title, or another column.")
+        if not self.item_fields and self.evidence == "none":
+            raise ValueError(
+                "item_fields is empty and evidence is none, so that candidates have nothing but labels; name title, "
+                "or another column, or set evidence to codes."
+            )
         if not self.shows_ids and self.ranking == SEMANTIC_ID:
             raise ValueError(
                 f"item_fields is {self.item_fields} but must hold semantic_id; add it, or rank by number or letter."

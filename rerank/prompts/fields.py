@@ -76,11 +76,14 @@ class FieldTexts:
 
     def item_line(self, item: int, further: Sequence[str] = ()) -> str:
         """The semantic id, if it is shown, then the other fields that are not empty; an item without any by its id.
+        Nothing where the prompt shows no field.
 
         Args:
             item: Its number.
             further: Texts behind these.
         """
+        if not self.settings.item_fields:
+            return ""
         names = [name for name in self.settings.item_fields if name != SEMANTIC_ID]
         texts = [(name, self.item(item, name)) for name in names]
         shown = [text if name in UNNAMED else f"{clean(name)}: {text}" for name, text in texts if text]
@@ -90,7 +93,10 @@ class FieldTexts:
         return " " + " | ".join([*(shown or [clean(self.catalogue.item_ids[item])]), *further])
 
     def history_lines(self, row: "RankingRow") -> list[str]:
-        """The latest items, oldest first: one a line, or on one line where nothing but ids is shown."""
+        """The latest items, oldest first: one a line, or on one line where nothing but ids is shown; none of them
+        without fields."""
+        if not self.settings.item_fields:
+            return ["History:"]
         first = max(0, len(row.history) - self.settings.max_history)
         places = range(first, len(row.history))
         shown = [self.item_line(row.history[place], self._times_and_events(row, place)) for place in places]

@@ -143,7 +143,8 @@ def _read_documents(
         if takes_new and item_id not in encoder.items:
             assert sources is not None
             found = _fields(fields, encoder, sources, f"documents[{place}]")
-            if any(found.get(name) for name in encoder.model.prompter.settings.item_fields):
+            shown = encoder.model.prompter.settings.item_fields
+            if not shown or any(found.get(name) for name in shown):
                 new[item_id] = found
     return list(first), new
 
