@@ -64,6 +64,9 @@ class SftArguments(validation.ValidatedArguments):
         [{"name": "nll"}], "One token loss and auxiliary losses beside it, each {name: ..., kwargs: {...}}."
     )
     with_trace: bool = option(True, "rerank: train on traces; false: on rankings alone.")
+    as_accepted: bool = option(
+        False, "rerank: teach the ranking that an accepted trace leads to; false: the gold one, by relevance first."
+    )
     no_trace_control: bool = option(False, "rerank: also train a model without traces, for the same number of steps.")
     item_text: str = option("semantic_id", f"next_item: {' or '.join(ITEM_TEXTS)}.")
     targets: str = option("all", "next_item: all items of training sequences, or last: the split rerank's.")
@@ -201,7 +204,7 @@ def fit(
     prompter = Prompter.of_run(args.run_dir, tokenizer)
     losses = load_losses(args.losses, args.task)
     stored = Path(str(config.output_dir)) / "rows"
-    chosen, rows = examples(prompter, args.run_dir, with_trace, losses, stored)
+    chosen, rows = examples(prompter, args.run_dir, with_trace, losses, stored, args.as_accepted)
     context = base_model.context_length(start)
 
     def check_fit(made: Sequence[Row], places: Sequence[int]) -> None:

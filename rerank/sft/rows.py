@@ -25,10 +25,10 @@ Attempt = tuple[RankingRow, str | None, Sequence[int]]  # a row, its trace, and 
 
 
 def examples(
-    prompter: Prompter, run: str, with_trace: bool, losses: Losses, folder: Path
+    prompter: Prompter, run: str, with_trace: bool, losses: Losses, folder: Path, as_accepted: bool = False
 ) -> tuple[Sequence[RankingRow], Sequence[Row]]:
-    """The rows of the accepted attempts on the sft rows, and the attempts, encoded with the gold orders; both are made
-    when they are read.
+    """The rows of the accepted attempts on the sft rows, and the attempts, encoded with the orders that they teach;
+    both are made when they are read.
 
     A token loss that is computed at the first label alone needs no attempt: all sft rows are encoded, up to there.
 
@@ -38,6 +38,7 @@ def examples(
         with_trace: Whether traces are taught.
         losses: That read the rows.
         folder: Of the memory-mapped files that they are read from.
+        as_accepted: Whether an attempt teaches its own order, in place of the gold order.
     """
     lists, scores = TrainingLists.find(run, "sft"), read_scores(run)
     rows = lists.stored(folder / "rows.arrow", prompter.needs_features)
@@ -49,7 +50,7 @@ def examples(
 
     def encode(place: int) -> Row:
         row, trace, order = attempts[place]
-        order = gold_order(row, order)
+        order = list(order) if as_accepted else gold_order(row, order)
         example: Row = prompter.example(row, trace, order)
         if losses.first_label:
             example = with_first_label(prompter, row, order, example, scores)
