@@ -247,6 +247,16 @@ def test_rows_without_a_teachers_scores_are_refused_by_the_dry_run(made, tmp_pat
         kept.rename(scores)
 
 
+def test_an_attempt_teaches_the_gold_order_or_its_own(made, tokenizer, tmp_path):
+    run, losses = made[0], load_losses([{"name": "nll"}, {"name": "ranknet"}], "rerank")
+    prompter, orders = Prompter.of_run(run, tokenizer), []
+    for as_accepted in (False, True):
+        chosen, encoded = examples(prompter, str(run), True, losses, tmp_path, as_accepted)
+        orders.append([np.argsort(example["ranks"]).tolist() for example in encoded])
+    assert orders[0] == [gold_order(row, [0, 2, 1, 3]) for row in chosen]
+    assert orders[1] == [[0, 2, 1, 3]] * 5 != orders[0]
+
+
 @pytest.mark.parametrize("with_trace", [True, False])
 def test_ranknet_goes_beside_nll_behind_a_trace_or_without_one(made, tokenizer, with_trace, tmp_path):
     run, losses = made[0], load_losses([{"name": "nll"}, {"name": "ranknet"}], "rerank")
