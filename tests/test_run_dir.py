@@ -149,3 +149,12 @@ def test_a_folder_is_deleted_at_once_whatever_an_earlier_deletion_left(tmp_path)
     assert (tmp_path / "a/file").is_file()
     delete_folder(tmp_path / "a")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_number_that_yaml_reads_as_text_is_the_number():
+    given = {"run_dir": "runs/a", "learning_rate": "3e-4", "max_steps": 10}
+    assert run_dir.difference("sft", given, {**given, "learning_rate": 3.0e-4}) is None
+    assert run_dir.difference("sft", {**given, "learning_rate": 0.0003}, given) is None
+    told = run_dir.difference("sft", given, {**given, "learning_rate": 2.0e-4})
+    assert told == "learning_rate is 3e-4 there and 0.0002 here"
+    assert run_dir.difference("sft", given, {**given, "max_steps": "ten"}) == "max_steps is 10 there and ten here"

@@ -127,10 +127,18 @@ def difference(stage: str, made_with: Values, wanted: Values) -> str | None:
     for key in sorted((made_with.keys() | wanted.keys()) - PRESENTATION_KEYS):
         old, new = made_with.get(key, "its default"), wanted.get(key, "its default")
         is_left_out = key not in made_with or key not in wanted
-        if old != new and not (is_left_out and _is_default(stage, key, old, new)):
+        if not _is_same(old, new) and not (is_left_out and _is_default(stage, key, old, new)):
             cure = load_stage(stage).renamed_keys.get(key)
             return f"{key} is {old} there and {new} here" + (f" ({key} is gone: {cure})" if cure else "")
     return None
+
+
+def _is_same(old: object, new: object) -> bool:
+    """Whether two values are equal; `2e-5` is a text in YAML, and 2.0e-5 the same number."""
+    if isinstance(old, str) != isinstance(new, str):
+        with contextlib.suppress(ValueError, TypeError):
+            return float(old) == float(new)  # type: ignore[arg-type]
+    return old == new
 
 
 def _is_default(stage: str, key: str, *values: object) -> bool:
