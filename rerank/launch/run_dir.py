@@ -25,7 +25,7 @@ from rerank.launch import named_files
 from rerank.launch.files import delete_folder, delete_folders, write_json, write_text
 from rerank.launch.named_files import FileRecord, NamedFile
 from rerank.launch.stages import load_stage
-from rerank.launch.values import default_of
+from rerank.launch.values import default_of, is_same
 
 Values = Mapping[str, object]  # of a recipe's keys, or metrics
 
@@ -127,18 +127,10 @@ def difference(stage: str, made_with: Values, wanted: Values) -> str | None:
     for key in sorted((made_with.keys() | wanted.keys()) - PRESENTATION_KEYS):
         old, new = made_with.get(key, "its default"), wanted.get(key, "its default")
         is_left_out = key not in made_with or key not in wanted
-        if not _is_same(old, new) and not (is_left_out and _is_default(stage, key, old, new)):
+        if not is_same(old, new) and not (is_left_out and _is_default(stage, key, old, new)):
             cure = load_stage(stage).renamed_keys.get(key)
             return f"{key} is {old} there and {new} here" + (f" ({key} is gone: {cure})" if cure else "")
     return None
-
-
-def _is_same(old: object, new: object) -> bool:
-    """Whether two values are equal; `2e-5` is a text in YAML, and 2.0e-5 the same number."""
-    if isinstance(old, str) != isinstance(new, str):
-        with contextlib.suppress(ValueError, TypeError):
-            return float(old) == float(new)  # type: ignore[arg-type]
-    return old == new
 
 
 def _is_default(stage: str, key: str, *values: object) -> bool:

@@ -72,6 +72,14 @@ def _fits(value: object, hint: object) -> bool:
     return isinstance(value, wanted) and not (isinstance(value, bool) and hint in (int, float))
 
 
+def is_same(old: object, new: object) -> bool:
+    """Whether two values of a key are equal; `2e-5` is a text in YAML, and 2.0e-5 the same number."""
+    if isinstance(old, str) != isinstance(new, str):
+        with contextlib.suppress(ValueError, TypeError):
+            return float(old) == float(new)  # type: ignore[arg-type]
+    return old == new
+
+
 def typed_value(key: str, value: object, hint: object, source: str) -> object:
     """The value with the type of its option: `2e-5`, which YAML reads as text, becomes a number."""
     if _fits(value, hint):
