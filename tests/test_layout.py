@@ -193,3 +193,11 @@ def test_every_module_of_the_wheel_imports(wheel, tmp_path):
     environment = {**os.environ, **recipe.ENVIRONMENT}
     done = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_readme_says_nothing_twice_and_is_brief_on_your_own_data():
+    text = Path("README.md").read_text(encoding="utf-8")
+    headings = re.findall(r"^#+ .*", text, re.MULTILINE)
+    assert len(headings) > 10 and len(set(headings)) == len(headings)
+    own = text.partition("\n## Your own data\n")[2].partition("\n## ")[0]
+    assert 10 < len(own.strip().splitlines()) <= 45
