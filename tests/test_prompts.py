@@ -128,6 +128,10 @@ def test_settings_come_back_as_saved(tmp_path):
             {"item_fields": [], "ranking": "number"},
             "item_fields is empty and evidence is none, so that candidates have nothing but labels; name title",
         ),
+        (
+            {"item_fields": [], "ranking": "number", "evidence": "codes", "history_fields": ["time"]},
+            "but item_fields is empty, so that no history is shown; name title",
+        ),
         ({"item_fields": "semantic_id"}, "must be a list"),
         ({"evidence_names": ["lift", "lift"]}, "names each of its entries once"),
         ({"evidence_names": ["unit price"]}, "evidence_names holds 'unit price', but a fact is one word of letters"),

@@ -6,9 +6,10 @@ import sys
 from pathlib import Path
 
 import duckdb
+import numpy as np
 import pytest
 
-from tests.benchmarks import scale, scale_log, scale_peers, scale_watch
+from tests.benchmarks import scale, scale_cut, scale_log, scale_peers, scale_watch
 from tests.benchmarks.scale_log import num_users, write_log
 from tests.benchmarks.scale_watch import watch
 
@@ -124,3 +125,8 @@ def test_the_files_of_a_commit_are_taken_without_touching_the_checkout(tmp_path)
     tree = scale_peers.tree_of("HEAD", repository, tmp_path)
     assert tree is not None and (tree / "old.py").read_text() == "old" and (repository / "old.py").read_text() == "new"
     assert scale_peers.tree_of("aacb4c7", repository, tmp_path) is None
+
+
+def test_a_fact_that_is_absent_by_both_counts_is_not_changed_by_the_cut():
+    whole, cut = np.array([1.0, np.nan, np.nan, 2.0]), np.array([1.0, np.nan, 3.0, 2.5])
+    assert scale_cut.differs(whole, cut).tolist() == [False, False, True, True]

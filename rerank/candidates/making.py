@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow.parquet as pq
 
-from rerank.baselines import Counts, Ragged, UserContributions, fit_edges, list_features
+from rerank.baselines import Counts, Ragged, fit_edges, list_features
 from rerank.baselines.pairs import Sequences
 from rerank.candidates import counting
 from rerank.candidates.counting import CountedRows, in_parts
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 CANDIDATES = 2**20  # in a part at most: some 100 MB of features
 
 logger = logging.getLogger(__name__)
+
+Lists = tuple[Ragged, Ragged]  # candidates and their first-stage scores
 
 
 def read_item_ids(run: str | Path) -> list[str]:
@@ -68,7 +70,7 @@ class Asked:
         places: (R,) of the rows.
         histories: R arrays of items, oldest first.
         users, sequences: As of `CountedRows`, the latter of these users alone.
-        candidates, scores: R arrays of N each; None for lists that are to be made.
+        lists: Candidates and their scores, R arrays of N each; None for lists that are to be made.
         columns: Numbers of the candidates that the log brings, by name.
     """
 
@@ -76,8 +78,7 @@ class Asked:
     histories: Ragged
     users: np.ndarray | None
     sequences: Sequences
-    candidates: Ragged | None
-    scores: Ragged | None
+    lists: Lists | None
     columns: Mapping[str, Ragged]
 
 
@@ -86,8 +87,7 @@ class Made:
     """The features of the candidates of rows, (N, F) each, and their lists where these are made."""
 
     places: np.ndarray
-    candidates: Ragged | None
-    scores: Ragged | None
+    lists: Lists | None
     features: Ragged
 
 
@@ -97,34 +97,28 @@ def make(asked: Asked, counts: Counts, names: Sequence[str], num_candidates: int
     A batch function: an engine calls it on a part of the rows at a time, here or in a process of its own.
     """
     own = None if asked.users is None else counts.own(asked.users, asked.sequences)
-    if asked.candidates is None or asked.scores is None:
+    lists = asked.lists
+    if lists is None:
         items, scores = counts.top_rows(asked.histories, num_candidates, own, exclude_seen)
-        made = replace(asked, candidates=list(items), scores=list(scores))
-        return Made(asked.places, made.candidates, made.scores, _features(made, counts, names, own))
-    return Made(asked.places, None, None, _features(asked, counts, names, own))
-
-
-def _features(asked: Asked, counts: Counts, names: Sequence[str], own: UserContributions | None) -> Ragged:
-    assert asked.candidates is not None and asked.scores is not None
-    return list_features(names, counts, asked.histories, asked.candidates, asked.scores, own, asked.columns)
+        lists = list(items), list(scores)
+    features = list_features(names, counts, asked.histories, *lists, own, asked.columns)
+    return Made(asked.places, lists if asked.lists is None else None, features)
 
 
 def asked_parts(lists: StoredLists, counted: CountedRows, makes_lists: bool) -> Iterator[Asked]:
     """Rows that have the same counts, at most PART, and CANDIDATES of them, at a time."""
-    begin, longest = 0, int(lists.lengths[counted.places].max(initial=1))
-    for places in in_parts(counted.places, max(1, min(counting.PART, CANDIDATES // longest))):
-        users, known = None, {}
+    longest = int(lists.lengths[counted.places].max(initial=1))
+    for chosen in in_parts(np.arange(len(counted.places)), max(1, min(counting.PART, CANDIDATES // longest))):
+        places, users, known = counted.places[chosen], None, {}
         if counted.users is not None:
-            users = counted.users[begin : begin + len(places)]
-            named = np.unique(users).tolist()
-            known = {user: counted.sequences[user] for user in named if user in counted.sequences}
-        begin += len(places)
+            users = counted.users[chosen]
+            known = {user: counted.sequences[user] for user in set(users.tolist()) if user in counted.sequences}
         histories = [lists.rows.histories[place] for place in places.tolist()]
         if makes_lists:
-            yield Asked(places, histories, users, known, None, None, {})
+            yield Asked(places, histories, users, known, None, {})
         else:
             part = lists.part(places)
-            yield Asked(places, histories, users, known, part.candidates, part.scores, part.columns)
+            yield Asked(places, histories, users, known, (part.candidates, part.scores), part.columns)
 
 
 def fill(
@@ -149,9 +143,8 @@ def fill(
     )
     for rows in counted:
         for made in engine.mapped(batch_function, rows.counts, asked_parts(lists, rows, makes_lists)):
-            if made.candidates is not None and made.scores is not None:
-                lists.put("candidates", made.places, made.candidates)
-                lists.put("scores", made.places, made.scores)
+            for name, values in zip(("candidates", "scores"), made.lists or (), strict=False):
+                lists.put(name, made.places, values)
             lists.put("features", made.places, made.features)
 
 

@@ -81,6 +81,11 @@ class PromptSettings:
                 "item_fields is empty and evidence is none, so that candidates have nothing but labels; name title, "
                 "or another column, or set evidence to codes."
             )
+        if not self.item_fields and self.history_fields:
+            raise ValueError(
+                f"history_fields is {self.history_fields} but item_fields is empty, so that no history is shown; name "
+                "title, or another column, or leave history_fields out."
+            )
         if not self.shows_ids and self.ranking == SEMANTIC_ID:
             raise ValueError(
                 f"item_fields is {self.item_fields} but must hold semantic_id; add it, or rank by number or letter."

@@ -38,6 +38,11 @@ def data_stage(run: Path, keys: Path) -> Path:
     return run
 
 
+def differs(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Whether facts differ, elementwise; one that is absent (nan) in both does not."""
+    return (first != second) & ~(np.isnan(first) & np.isnan(second))
+
+
 def changes(run: Path, neighbours: int) -> dict[str, float]:
     """The shares of a run."""
     rows = TargetRows.load(run)
@@ -54,7 +59,7 @@ def changes(run: Path, neighbours: int) -> dict[str, float]:
             found[name] = lists, scores, feature_rows(counts, histories, *shown, None)
             del counts
     lists, values = ([of[place] for of in found.values()] for place in (0, 2))
-    is_other = (values[0] != values[1]) & ~(np.isnan(values[0]) & np.isnan(values[1]))  # absent in both is equal
+    is_other = differs(*values)
     return {
         "rows": len(test),
         "places": float((lists[0] != lists[1]).mean()),
