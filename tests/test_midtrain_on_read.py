@@ -55,7 +55,7 @@ def test_lists_that_are_read_grow_and_are_drawn_alike_each_time(reads):
     for document, size in zip(lists, sizes, strict=True):
         labels = [str(number + 1) for number in range(size)]
         assert parse_completion(document.given + document.answer, labels).order is not None
-    rough = exercises.lists_on_read(400, ["near"], "number", CATALOGUE, 0, 20, 7, "history_first").lengths
+    rough = exercises.lists_on_read(400, ["near"], "number", CATALOGUE, 0, 20, 7, "history_first", 1, 0.4).lengths
     assert np.corrcoef(rough, sizes)[0, 1] > 0.99
 
 
