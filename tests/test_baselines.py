@@ -19,6 +19,7 @@ from rerank.baselines import (
     regression,
 )
 from rerank.metrics import best_first, ndcg_at_k
+from rerank.rows.prompter import bucketed
 
 TOY = {0: np.array([0, 1, 2, 3, 4]), 1: np.array([1, 2, 0]), 2: np.array([3, 0])}
 
@@ -271,6 +272,17 @@ def test_counts_read_back_as_saved(random_counts, random_sequences, tmp_path):
 ])  # fmt: skip
 def test_edges_cut_positive_values_into_nine_equal_parts(values, edges):
     assert fit_edges(np.array(values)) == edges
+
+
+@pytest.mark.parametrize("name", ["first_stage_score", "candidate_margin"])
+def test_edges_tell_negative_values_apart_where_zero_means_nothing(name):
+    values = np.append(np.random.default_rng(0).normal(-3, 1, 5000), np.nan)
+    shares = np.bincount(bucketed(values[:-1], fit_edges(values, name=name)).astype(int), minlength=10) / 5000
+    assert shares == pytest.approx(0.1, abs=0.01)
+    assert np.all(np.diff(fit_edges(np.full(4, -2.0), name=name)) > 0) and fit_edges(np.full(4, -2.0), name=name)[0] == 0
+    positive = np.abs(values)
+    assert fit_edges(positive, name=name) == fit_edges(positive, name="popularity")
+    assert bucketed(np.array([-1.0]), fit_edges(values, name="fit_history")) == 0, "a shipped fact: nothing in common"
 
 
 @pytest.fixture

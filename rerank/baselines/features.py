@@ -200,25 +200,32 @@ def _jaccard(members: csr_array, recent: np.ndarray, candidates: np.ndarray) -> 
     return shared / np.maximum(union, 1)
 
 
-def fit_edges(values: np.ndarray, num_buckets: int = NUM_BUCKETS) -> list[float]:
+def fit_edges(values: np.ndarray, num_buckets: int = NUM_BUCKETS, name: str = "") -> list[float]:
     """Strictly ascending edges that cut a feature into buckets, one edge less than there are buckets.
 
     Bucket 0 is for what is not positive, the others, of about equal mass, are for the rest. A value that is common
     enough to fill several of them (a count of 1) gets one, and the others are shared anew among the larger values.
+    Of a column of the user's own and of first-stage scores, zero means nothing: where some are negative, bucket 0 is
+    for the lowest, as many as in any other.
 
     Args:
-        values: The feature's values on training rows.
+        values: The feature's values on training rows, nan where it is absent.
         num_buckets: At least 2.
+        name: Of the feature.
     """
-    positive = np.sort(values[values > 0])
+    lowest = 0.0
+    if (values < 0).any() and (name == "first_stage_score" or name not in FEATURES):
+        lowest = float(np.nanquantile(values, 1 / num_buckets, method="lower"))
+    above = np.sort(values[values > lowest])
     edges: list[float] = []
     for left in range(num_buckets - 1, 0, -1):
-        larger = positive[np.searchsorted(positive, edges[-1], side="right") :] if edges else positive
+        larger = above[np.searchsorted(above, edges[-1], side="right") :] if edges else above
         if not len(larger):
-            edges.append(2 * edges[-1] if edges else 1.0)  # for values beyond all that training has
+            last = edges[-1] if edges else lowest
+            edges.append(last + (abs(last) or 1.0))  # for values beyond all that training has
         elif not edges:
             edges.append(float(larger[0]))
         else:
-            rest = positive[np.searchsorted(positive, edges[-1]) :]
+            rest = above[np.searchsorted(above, edges[-1]) :]
             edges.append(float(max(rest[len(rest) // (left + 1)], larger[0])))
     return edges

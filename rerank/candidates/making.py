@@ -161,7 +161,7 @@ def edges_of(
     """
     edges, constant = {}, []
     for name, values in zip(names, lists.features_of(training), strict=True):
-        edges[name] = fit_edges(values, num_buckets)
+        edges[name] = fit_edges(values, num_buckets, name)
         constant += [name] if len(np.unique(values)) == 1 else []
     if constant and lists.rows.lists is not None:
         logger.info("the same for every candidate in training, so that they tell nothing: %s", ", ".join(constant))

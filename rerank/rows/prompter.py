@@ -157,7 +157,7 @@ class Prompter:
 
 
 def bucketed(values: np.ndarray, edges: Sequence[float]) -> np.ndarray:
-    """The number of edges at or below each value, 0 for what is not positive; nan stays nan."""
+    """The number of edges at or below each value (`rerank.baselines.fit_edges`); nan stays nan."""
     return np.where(np.isnan(values), np.nan, np.searchsorted(edges, values, side="right"))
 
 
