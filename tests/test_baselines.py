@@ -279,7 +279,9 @@ def test_edges_tell_negative_values_apart_where_zero_means_nothing(name):
     values = np.append(np.random.default_rng(0).normal(-3, 1, 5000), np.nan)
     shares = np.bincount(bucketed(values[:-1], fit_edges(values, name=name)).astype(int), minlength=10) / 5000
     assert shares == pytest.approx(0.1, abs=0.01)
-    assert np.all(np.diff(fit_edges(np.full(4, -2.0), name=name)) > 0) and fit_edges(np.full(4, -2.0), name=name)[0] == 0
+    assert (
+        np.all(np.diff(fit_edges(np.full(4, -2.0), name=name)) > 0) and fit_edges(np.full(4, -2.0), name=name)[0] == 0
+    )
     positive = np.abs(values)
     assert fit_edges(positive, name=name) == fit_edges(positive, name="popularity")
     assert bucketed(np.array([-1.0]), fit_edges(values, name="fit_history")) == 0, "a shipped fact: nothing in common"

@@ -1,8 +1,10 @@
 """The candidates stage a part of the rows at a time: the same tables whatever the size of a part."""
 
+import json
 import logging
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from request_run import draw_requests, write_requests
@@ -10,7 +12,8 @@ from toy_run import finish, toy_sequences, write_interactions, write_items, writ
 
 from rerank import candidates
 from rerank.baselines import Counts, feature_names, regression
-from rerank.candidates import CandidatesArguments, counting
+from rerank.candidates import CandidatesArguments, counting, making
+from rerank.rows import TargetRows
 
 SIZE = 3
 SEQUENCES = toy_sequences()
@@ -51,6 +54,30 @@ def test_tables_do_not_depend_on_the_size_of_a_part(run, tmp_path, monkeypatch, 
         assert parts[1][name].combine_chunks().equals(table.combine_chunks())
     groups = pq.read_metadata(tmp_path / "parts/train.parquet").num_row_groups
     assert groups >= 60 // 7 > pq.read_metadata(tmp_path / "whole/train.parquet").num_row_groups
+
+
+@pytest.mark.parametrize("first_stage", ["lists", "model_dir"])
+def test_trees_reorder_lists_of_a_file_or_a_model(run, tmp_path, monkeypatch, first_stage):
+    rows, ids = TargetRows.load(run), np.array(making.read_item_ids(run))
+    items = np.array([np.random.default_rng(row).permutation(12)[:4] for row in rows.row_ids])
+    pq.write_table(pa.table({"row_id": rows.row_ids, "candidates": ids[items].tolist()}), tmp_path / "lists.parquet")
+    monkeypatch.setattr(candidates, "check_model_dir", lambda *given: None)
+    monkeypatch.setattr(candidates, "refuse_seen_targets", lambda *given: None)
+    logps = np.tile(-np.arange(4.0), (len(rows), 1))
+    monkeypatch.setattr(making, "model_lists", lambda args, rows: [(np.arange(len(rows)), items, logps)])
+    given = {"lists": str(tmp_path / "lists.parquet"), "model_dir": "next/model"}
+    options = {"num_candidates": 4, first_stage: given[first_stage]}
+    _, tables, names = tables_of(run, tmp_path / "out", source="lambdamart", **options)
+    places = {row_id: place for place, row_id in enumerate(rows.row_ids.tolist())}
+    moved = 0
+    for row in (row for table in tables.values() for row in table.to_pylist()):
+        shown = items[places[row["row_id"]]].tolist()
+        assert sorted(row["candidates"]) == sorted(shown)
+        assert row["first_stage_scores"] == sorted(row["first_stage_scores"], reverse=True)
+        place = json.loads(names)["names"].index("place")
+        assert [facts[place] for facts in row["features"]] == [1, 2, 3, 4]
+        moved += row["candidates"] != shown
+    assert moved > len(rows) / 2
 
 
 def test_tables_of_requests_do_not_depend_on_the_size_of_a_part(tmp_path, monkeypatch):

@@ -279,7 +279,10 @@ def test_check_passes_before_the_data_stage_has_run(tmp_path):
         ({"num_candidates": 1}, "num_candidates is 1 but must be at least 2"),
         ({"source": "model", "num_beams": 5}, "num_beams is 5 but must be at least 10"),
         ({"batch_size": 0}, "batch_size is 0 but must be at least 1"),
-        ({"model_dir": "sft/model"}, "model_dir is sft/model but source is transitions; it goes with source model"),
+        (
+            {"model_dir": "sft/model"},
+            "model_dir is sft/model but source is transitions; it goes with source model or lambdamart",
+        ),
         ({"source": "model", "num_beams": 0}, "num_beams is 0 but a mid-trained model has no item head"),
     ],
 )

@@ -10,6 +10,7 @@ import pytest
 from served import BODY, IDS, NAME, Server, make_folder, order_of
 from toy_run import CATALOGUE
 
+from rerank.models import text_embeddings
 from rerank.models.ranker import RankingModel
 from rerank.prompts import prompt_ids
 from rerank.rank.encoder import encode_rows
@@ -17,7 +18,6 @@ from rerank.rank.items import with_new_items
 from rerank.rank.model_folder import add_items
 from rerank.rank.serve.service import Service
 from rerank.rank.serve.snapshot import Snapshot
-from rerank.semantic_ids import embeddings
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +143,7 @@ def test_new_documents_get_ids_where_the_model_reads_ids_and_has_its_encoder(fol
         encoded.extend(texts)
         return np.array([[1.0]] * len(texts))  # nearest prefix 0, but the first three are full
 
-    monkeypatch.setattr(embeddings, "_load_encoder", lambda path: SimpleNamespace(encode=encode))
+    monkeypatch.setattr(text_embeddings, "_load_encoder", lambda path: SimpleNamespace(encode=encode))
     server = Server(make_folder(folder.with_name("with_encoder"), encoder="minilm", **shown))
     prompt, answer = prompt_of(server, body)
     assert "<s_a_3><s_b_0> New" in prompt and encoded == ["New"] and sorted(order_of(answer)) == [0, 1, 2]

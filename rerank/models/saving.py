@@ -50,9 +50,7 @@ class ItemSources:
     @classmethod
     def of_run(cls, run: str | Path, num_items: int) -> "ItemSources":
         """Those of a run's data and semantic_ids stages."""
-        keys, encoder = run_dir.read_record(run, "data").given, None
-        if run_dir.is_finished(run, "semantic_ids"):
-            encoder = encoder_of(run)
+        keys, encoder = run_dir.read_record(run, "data").given, encoder_of(run)
         reading = {name: keys.get(name) for name in (*OF_ITEMS, *OF_INTERACTIONS, "on_bad_rows")}
         return cls(reading, encoder, num_items)
 
@@ -71,8 +69,11 @@ class ItemSources:
 
 
 def encoder_of(run: str | Path) -> FileRecord | None:
-    """The sentence encoder that made a run's semantic ids, with its content where it was a file; None without one."""
-    record = run_dir.read_record(run, "semantic_ids")
+    """The sentence encoder of a run's items, with its content where it was a file; None without one."""
+    stages = [stage for stage in ("semantic_ids", "candidates") if run_dir.is_finished(run, stage)]
+    if not stages:
+        return None
+    record = run_dir.read_record(run, stages[0])
     name = record.given.get("encoder")
     files = (file for file in record.files if file.key == "encoder")
     return None if name is None else next(files, FileRecord("encoder", str(name)))

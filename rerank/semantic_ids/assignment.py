@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from scipy.special import logsumexp
 
 from rerank.catalogue import semantic_id_text
-from rerank.semantic_ids.embeddings import check_embeddings
+from rerank.models.text_embeddings import check_embeddings
 from rerank.semantic_ids.tokenizer import Latents, Tokenizer, members, nearest_codes, number_prefixes, quantize
 
 FILE, ASSIGNED_CODES = "semantic_ids.parquet", "assigned_codes.npy"  # in the stage's folder

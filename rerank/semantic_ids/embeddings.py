@@ -3,11 +3,9 @@
 Letters of shapes: N items, D embedding columns, E co-engagement columns.
 """
 
-import functools
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -16,12 +14,17 @@ import pyarrow.parquet as pq
 from rerank.launch import run_dir, shards
 from rerank.launch.shards import Shard
 from rerank.models import names
+from rerank.models.text_embeddings import (
+    EMBEDDINGS,
+    blocks,
+    check_embeddings,
+    encode,
+    read_items,
+    save_normalised,
+    save_parts,
+)
 from rerank.semantic_ids.arguments import SemanticIdsArguments
 from rerank.semantic_ids.co_engagement import co_engagement_vectors
-from rerank.semantic_ids.tokenizer import blocks
-
-if TYPE_CHECKING:
-    from sentence_transformers import SentenceTransformer
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +43,7 @@ def embed(args: SemanticIdsArguments, out_dir: Path) -> tuple[np.ndarray, np.nda
         made = shards.merged(args.run_dir, "semantic_ids", "embeddings")
         found = _encode(args, texts) if made is None else _from_table(made)
     check_embeddings(found, item_ids, args.source)
-    of_text = save_normalised(found, out_dir / "embeddings.npy")
+    of_text = save_normalised(found, out_dir / EMBEDDINGS)
     del found  # pages that were read of a memory map count as memory until it is closed
     if not args.co_engagement_weight or args.extends is not None:  # which has those of the other run
         return of_text, of_text
@@ -69,34 +72,6 @@ def _from_table(table: pa.Table) -> np.ndarray:
     """The embeddings (N, D) of `_as_table`."""
     parts = table["embedding"].chunks
     return np.concatenate([part.flatten().to_numpy().reshape(len(part), -1) for part in parts])
-
-
-def read_items(run: str | Path) -> tuple[list[str], list[str]]:
-    """Original ids and texts of a run's catalogue, in item order."""
-    path = run_dir.stage_dir(run, "data") / "items.parquet"
-    table = pq.read_table(path, columns=["item", "item_id", "text"]).sort_by("item")
-    return table["item_id"].to_pylist(), table["text"].to_pylist()
-
-
-def find_encoder(encoder: str) -> str:
-    """The folder or hub name of a sentence encoder."""
-    return names.resolve(encoder, "encoder", files=("modules.json", "config.json"))
-
-
-def encode(texts: Sequence[str], encoder: str, batch_size: int) -> np.ndarray:
-    """Embeddings (N, D) of texts by a sentence encoder."""
-    num_empty = sum(not text.strip() for text in texts)
-    if num_empty:
-        logger.warning("%d of %d items have no text and share one embedding; give them a title", num_empty, len(texts))
-    model = _load_encoder(find_encoder(encoder))
-    return model.encode(list(texts), batch_size=batch_size, show_progress_bar=len(texts) > batch_size)
-
-
-@functools.lru_cache(maxsize=1)  # a server encodes the new items of every request
-def _load_encoder(path: str) -> "SentenceTransformer":
-    from sentence_transformers import SentenceTransformer
-
-    return SentenceTransformer(path)
 
 
 def find_embeddings(path: str) -> Path:
@@ -156,44 +131,14 @@ def _read_parquet(path: Path, item_ids: Sequence[str]) -> np.ndarray:
     return values[[row_of[item_id] for item_id in item_ids]]
 
 
-def check_embeddings(embeddings: np.ndarray, item_ids: Sequence[str], source: str) -> None:
-    """Refuse rows without a direction: NaN, infinity, or nothing but zeros."""
-    bad: list[int] = []
-    for block in blocks(len(embeddings)):
-        norms = np.linalg.norm(np.asarray(embeddings[block], dtype=np.float64), axis=1)
-        bad += (block.start + np.flatnonzero(~np.isfinite(norms) | (norms == 0))).tolist()
-    if bad:
-        named = ", ".join(f"row {row} (item_id {item_ids[row]})" for row in bad[:5])
-        raise ValueError(
-            f"{source}: {len(bad)} embeddings are NaN, infinite or all zeros: {named}"
-            f"{', ...' if len(bad) > 5 else ''}; mend or drop those items"
-        )
-
-
-def save_normalised(embeddings: np.ndarray, path: Path) -> np.ndarray:
-    """Write float32 embeddings of length one block by block; the result is memory-mapped."""
-    parts = (np.asarray(embeddings[block], dtype=np.float64) for block in blocks(len(embeddings)))
-    return _save_parts(embeddings.shape, (rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in parts), path)
-
-
 def save_with_co_engagement(embeddings: np.ndarray, vectors: np.ndarray, weight: float, path: Path) -> np.ndarray:
     """Write embeddings (N, D) with weighted co-engagement vectors (N, E) beside them; the result is memory-mapped."""
     pairs = ((embeddings[block], weight * vectors[block]) for block in blocks(len(embeddings)))
     shape = (len(embeddings), embeddings.shape[1] + vectors.shape[1])
-    return _save_parts(shape, (np.concatenate(pair, axis=1) for pair in pairs), path)
-
-
-def _save_parts(shape: tuple[int, ...], parts: Iterable[np.ndarray], path: Path) -> np.ndarray:
-    """Write parts to a float32 .npy file; through a file, since pages of a memory map would stay in memory."""
-    with path.open("wb") as file:
-        about = {"descr": "<f4", "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_1_0(file, about)
-        for rows in parts:
-            file.write(np.ascontiguousarray(rows, dtype="<f4").tobytes())
-    return np.load(path, mmap_mode="r")
+    return save_parts(shape, (np.concatenate(pair, axis=1) for pair in pairs), path)
 
 
 def load_id_embeddings(folder: Path) -> np.ndarray:
     """The embeddings that the ids of a semantic_ids folder were made from, memory-mapped."""
     path = folder / ID_EMBEDDINGS
-    return np.load(path if path.is_file() else folder / "embeddings.npy", mmap_mode="r")
+    return np.load(path if path.is_file() else folder / EMBEDDINGS, mmap_mode="r")

@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from rerank.semantic_ids.tokenizer import Tokenizer, blocks, members, number_prefixes, reconstruction_error
+from rerank.models.text_embeddings import blocks
+from rerank.semantic_ids.tokenizer import Tokenizer, members, number_prefixes, reconstruction_error
 
 
 def ids_metrics(

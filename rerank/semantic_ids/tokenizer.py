@@ -4,13 +4,12 @@ Letters of shapes: N items, D embedding columns, d latent columns, L levels, C c
 """
 
 import itertools
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-BLOCK = 16_384  # items worked on at once: memory does not grow with the catalogue
+from rerank.models.text_embeddings import blocks
 
 # attributes of a tokenizer that are one number
 PLAIN = ("scale", "balanced_levels", "random_levels", "seed", "co_engagement_columns")
@@ -99,11 +98,6 @@ def _apply(layers: list[Layer], values: np.ndarray) -> np.ndarray:
         if number + 1 < len(layers):
             values = np.maximum(values, 0)
     return values
-
-
-def blocks(num_items: int) -> Iterator[slice]:
-    """Slices that cover the items in order."""
-    return (slice(start, min(start + BLOCK, num_items)) for start in range(0, num_items, BLOCK))
 
 
 def nearest(vectors: np.ndarray, codebook: np.ndarray) -> np.ndarray:

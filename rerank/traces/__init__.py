@@ -221,7 +221,7 @@ def without_similarity(candidates_dir: Path, settings: PromptSettings) -> Prompt
     if settings.evidence == "none" or not absent:
         return settings
     logger.warning(
-        "prompts leave out %s: the texts have no embeddings, which the stage semantic_ids makes", ", ".join(absent)
+        "prompts leave out %s: the texts have no embeddings, for which candidates.encoder is", ", ".join(absent)
     )
     return replace(settings, evidence_names=[name for name in settings.evidence_names if name not in absent])
 
