@@ -10,13 +10,14 @@ from rerank.prompts import parse_completion
 _ID = r"<s_a_[0-9]+>(?:<s_(?!a_)[a-z]+_[0-9]+>)*|<s_[a-z]+_[0-9]+>"
 _FACT = r"(?<![\w-])[A-Za-z_][\w-]*:[0-9]+\b"
 _NUMBER = r"(?<![\w.])[0-9]+(?:\.[0-9]+)?(?!\w)"
-_CITED = re.compile(f"{_ID}|{_FACT}")
+_TOKEN = "<c_[0-9]+>"
+_CITED = re.compile(f"{_ID}|{_FACT}|{_TOKEN}")
 _CITED_AND_NUMBERS = re.compile(f"{_ID}|{_FACT}|{_NUMBER}")
 # A title: in double quotes, or in brackets right after an id, where it may hold brackets of its own.
 _TITLE = re.compile(r'"([^"]+)"|“([^”]+)”|(?<=>) \(((?:[^()]|\([^()]*\))+)\)')
 # Of a prompt's item line what stands behind the id, up to facts about the item: `title | category: it ...`, and codes;
 # of a line without an id what stands behind the label and a space.
-_FIELDS = re.compile(r"(?:>|^ (?:[0-9]+|[A-Z])\.|^) (\S[^<\n]*)", re.MULTILINE)
+_FIELDS = re.compile(r"(?:>|^ (?:[0-9]+|[A-Z]|<c_[0-9]+>)\.|^) (\S[^<\n]*)", re.MULTILINE)
 _FACTS = re.compile(rf":(?= |$)| (?={_FACT})")
 
 
@@ -25,10 +26,10 @@ def grounded(
 ) -> list[float]:
     """Share of the trace's citations that stand in the prompt; 0 where it cites nothing, and without a ranking.
 
-    Citations are semantic ids, titles (in double quotes, or in brackets after an id), facts as the prompt codes them
-    (`next:8`), and numbers where candidates are ranked by number (a letter is too often a word to be a citation). An
-    id must stand there whole, and so must a title (or another field), as a field of an item. It asks whether something
-    stands there, not whether what is said of it is true. Range: 0 to 1.
+    Citations are semantic ids, labels that are tokens, titles (in double quotes, or in brackets after an id), facts as
+    the prompt codes them (`next:8`), and numbers where candidates are ranked by number (a letter is too often a word
+    to be a citation). An id must stand there whole, and so must a title (or another field), as a field of an item. It
+    asks whether something stands there, not whether what is said of it is true. Range: 0 to 1.
 
     Source: GR2, arXiv:2602.07774, and its technical report ask a trace to cite ids; this check of it is the project's.
     """

@@ -458,7 +458,7 @@ def probe_rows(lists, top_k=0, ranking="number"):
     return found
 
 
-@pytest.mark.parametrize("ranking", ["number", "semantic_id", "letter"])
+@pytest.mark.parametrize("ranking", ["number", "semantic_id", "letter", "token"])
 @pytest.mark.parametrize("top_k", [0, 1, 2, 9])
 def test_every_policy_writes_what_it_says_for_lists_of_any_length(top_k, ranking):
     rows = probe_rows([(0.0, 1.0), (1.0, NOT_SEEN, 2.0, 0.0, 0.0), (0.0,) * 24 + (1.0, 2.0)], top_k, ranking)

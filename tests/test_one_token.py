@@ -90,8 +90,8 @@ def test_of_equal_labels_the_one_shown_first_comes_first(tokenizer):
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        ([*"123456789", "10"], "'10' is 2 tokens to .*; set ranking: letter in the traces recipe, or rank by generat"),
-        (["<s_a_0><s_b_0>", "<s_a_1><s_b_1>"], "'<s_a_0><s_b_0>' is 2 tokens to .*; set ranking: letter"),
+        ([*"123456789", "10"], "'10' is 2 tokens to .*; set ranking: letter or token in the traces recipe, or rank"),
+        (["<s_a_0><s_b_0>", "<s_a_1><s_b_1>"], "'<s_a_0><s_b_0>' is 2 tokens to .*; set ranking: letter or token"),
         (["A", "Q"], "one-token ranking needs a token for each label, but 'Q' is 2 tokens to the model; rank by gen"),
     ],
 )

@@ -188,13 +188,36 @@ def test_letters_are_written_and_read_as_numbers_are(answer, expected):
         assert completion("A fits", parsed.order, LETTERS) == "<think>A fits</think> C A B"
 
 
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [("<c_3><c_1><c_2>", [2, 0, 1]), (" <c_3> <c_1>\n<c_2>", [2, 0, 1]), ("<c_3><c_1>", "too_few")]
+    + [("<c_3><c_1><c_1>", "duplicate"), ("<c_3><c_1><c_2><c_1>", "too_many"), ("<c_4><c_1><c_2>", "foreign_item")]
+    + [("<c_3>,<c_1>,<c_2>", "junk"), ("<c_3><s_a_1><c_2>", "junk"), ("3 1 2", "junk")],
+)
+def test_labels_may_be_tokens_of_their_own(answer, expected):
+    labels = prompts.word_labels("token", 3)
+    parsed = parse_completion(f"<think><c_1> fits</think>{answer}", labels)
+    assert labels == ["<c_1>", "<c_2>", "<c_3>"] and (parsed.order or parsed.failure) == expected
+    if parsed.order:
+        assert completion("<c_1> fits", parsed.order, labels) == "<think><c_1> fits</think><c_3><c_1><c_2>"
+
+
+def test_tokens_name_candidates_without_an_end():
+    shown = prompter(ranking="token", item_fields=["title"], task="full")
+    lines = shown.message(ROW).split("\n")
+    assert (
+        lines[-2:] == [" <c_1>. Alien 3", " <c_2>. y"] and shown.labels(RankingRow(1, (), (0,) * 300))[-1] == "<c_300>"
+    )
+    assert "write the labels, separated by spaces, of all 2 candidates" in lines[0]
+
+
 def test_letters_name_candidates_and_end_at_z():
     shown = prompter(ranking="letter", item_fields=["title"], task="full")
     lines = shown.message(ROW).split("\n")
     assert lines[-2:] == [" A. Alien 3", " B. y"] and shown.labels(ROW) == ["A", "B"]
     assert "write the letters, separated by spaces, of all 2 candidates" in lines[0]
     assert prompts.word_labels("letter", 26)[-1] == "Z"
-    with pytest.raises(ValueError, match="27 candidates but 26 letters to name them; set ranking: number"):
+    with pytest.raises(ValueError, match="27 candidates but 26 letters to name them; set ranking: number or token"):
         shown.labels(RankingRow(1, (), tuple([0] * 27)))
 
 

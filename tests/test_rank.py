@@ -258,4 +258,4 @@ def test_a_list_may_have_any_length_that_letters_context_and_the_token_limit_all
     letters = replace(model, prompter=replace(model.prompter, settings=replace(SETTINGS, ranking="letter")))
     many = {"history": [], "candidates": letters.prompter.catalogue.item_ids[:27]}
     _, reason = encode([ROWS[0], many], letters)
-    assert reason.startswith("candidates has 27 items but the model names them by 26 letters")
+    assert reason.startswith("candidates has 27 items but the model has 26 labels; give at most 26")

@@ -139,13 +139,14 @@ def test_too_small_a_limit_and_tags_of_several_tokens_are_refused():
     assert needed[True] == needed[False] - 2  # the prompt has the tags
 
 
-@pytest.mark.parametrize("ranking", ["number", "letter", "semantic_id"])
+@pytest.mark.parametrize("ranking", ["number", "letter", "token", "semantic_id"])
 @pytest.mark.parametrize("prepends", [False, True])
 def test_what_a_model_is_trained_to_write_is_allowed(ranking, prepends):
     tokenizer = tiny_tokenizer()
     if prepends:  # a label is then written otherwise behind a tag than behind another label
         tokenizer = that_prepends(tokenizer)
-    base.extend_vocabulary(tokenizer, [*ID_TOKENS, prompts.THINK, prompts.THINK_END])
+    added = [*ID_TOKENS, prompts.THINK, prompts.THINK_END, *prompts.word_labels("token", 12)]
+    base.extend_vocabulary(tokenizer, added)
     labels = {"semantic_id": [a + b for a in ID_TOKENS[:2] for b in ID_TOKENS[2:]]}
     labels = labels.get(ranking) or prompts.word_labels(ranking, 12)
     for top_k in (0, 3):

@@ -32,7 +32,7 @@ def _check_letters(candidates: Any, settings: Any) -> None:
     if settings.ranking == "letter" and candidates.num_candidates > MAX_LETTERS:
         raise ValueError(
             f"num_candidates is {candidates.num_candidates} but ranking: letter of the traces recipe names at most "
-            f"{MAX_LETTERS}; lower it, or set traces.ranking=number"
+            f"{MAX_LETTERS}; lower it, or set traces.ranking=number or token"
         )
 
 
@@ -51,7 +51,7 @@ def _check_first_labels(stages: Mapping[str, Sequence[Any]]) -> None:
     if losses.first_label and "traces" in stages and stages["traces"][1].ranking == "semantic_id":
         raise ValueError(
             "losses of the sft recipe reads the first label as one token, but ranking: semantic_id of the traces "
-            "recipe has labels of several; set traces.ranking=letter or traces.ranking=number"
+            "recipe has labels of several; set traces.ranking=letter, number or token"
         )
 
 

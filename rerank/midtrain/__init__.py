@@ -45,6 +45,7 @@ from rerank.models.saving import save_trained
 from rerank.prompts import FACTS, LAYOUTS, MAX_LETTERS, THINK, THINK_END, word_labels
 from rerank.prompts.facts import NUM_BUCKETS, check_facts
 from rerank.prompts.fields import SEMANTIC_ID
+from rerank.prompts.message import LABEL_NAMES
 from rerank.rows import by_user, training_items
 from rerank.rows.checks import split_labels
 
@@ -66,7 +67,7 @@ class MidtrainArguments(recipe.StageArguments, base_model.SmallModelArguments):
     )
     num_documents: int = option(0, "Documents in an epoch; 0: every sequence once.")
     list_facts: list[str] = option(list(FACTS), "Facts on the lines of lists, as evidence_names later.")
-    list_labels: str = option("semantic_id", "Labels of lists: semantic_id, number or letter.")
+    list_labels: str = option("semantic_id", "Labels of lists: semantic_id, number, letter or token.")
     list_layout: str = option("history_first", "Layout of lists, as `layout` of prompts later.")
     num_buckets: int = option(NUM_BUCKETS, "Buckets of a fact in lists, as the candidates stage has them.")
     longest_list: int = option(LONGEST_LIST, "Candidates of a list at most, as later lists have them.")
@@ -84,7 +85,7 @@ class MidtrainArguments(recipe.StageArguments, base_model.SmallModelArguments):
     def __post_init__(self) -> None:
         recipe.StageArguments.__post_init__(self)
         base_model.SmallModelArguments.__post_init__(self)
-        check_choice("list_labels", self.list_labels, ("semantic_id", "number", "letter"))
+        check_choice("list_labels", self.list_labels, tuple(LABEL_NAMES))
         check_choice("list_layout", self.list_layout, LAYOUTS)
         if not self.list_facts:
             raise ValueError(
@@ -132,7 +133,7 @@ def check(args: MidtrainArguments, training_args: SFTConfig, model_args: ModelCo
     if model_args.model_name_or_path is not None:
         start = names.resolve(model_args.model_name_or_path, "model_name_or_path")
         check_pretrained(start, model_args)
-        if args.list_labels != SEMANTIC_ID and args.mixture.get("lists") and Path(start).is_dir():
+        if args.list_labels in ("number", "letter") and args.mixture.get("lists") and Path(start).is_dir():
             labels = word_labels(args.list_labels, args.longest_list)
             split_labels(base_model.load_tokenizer(start, model_args), labels)
     check_packing(args, training_args, model_args)
@@ -159,6 +160,8 @@ def fresh_model(
         model = base_model.make_small_model(args, tokenizer, seed)
         model.set_attn_implementation(settings.attn_implementation or "sdpa")
     tokens = [THINK, THINK_END]
+    if args.list_labels == "token" and args.mixture.get("lists"):
+        tokens += word_labels("token", args.longest_list)
     if run_dir.is_finished(args.run_dir, "semantic_ids"):
         shape = run_dir.read_metrics(args.run_dir, "semantic_ids")
         tokens = [*id_tokens(shape["levels"], shape["codebook_size"]), *tokens]
@@ -281,7 +284,7 @@ STAGE = Stage(
     inputs_if_made=("semantic_ids",),
     do_without={
         "semantic_ids": "leave sequence, persona, caption and eval_recall_rows out of the midtrain recipe (mixture: "
-        "{lists: 0.9, titles: 0.1}) and set list_labels to number or letter"
+        "{lists: 0.9, titles: 0.1}) and set list_labels to number, letter or token"
     },
     files=("model_name_or_path", "general_text"),
     trains=True,

@@ -19,7 +19,7 @@ TOKENS_OF_LINE = 6  # of a candidate, about
 
 
 def list_labels(ranking: str, size: int, catalogue: Catalogue, rng: np.random.Generator) -> list[str]:
-    """The labels of a made-up list: numbers or letters, or the ids of random items."""
+    """The labels of a made-up list: words or tokens, or the ids of random items."""
     if ranking == SEMANTIC_ID:
         num = len(catalogue)
         items = rng.permutation(num)[:size] if num <= MOST_PERMUTED else rng.choice(num, size, replace=False)
@@ -49,7 +49,7 @@ def list_documents(
     Args:
         num: Exercises.
         facts: Names of facts, as in `prompts.facts`.
-        ranking: `number` or `letter`; or `semantic_id`: lines then begin with ids of random items.
+        ranking: `number`, `letter` or `token`; or `semantic_id`: lines then begin with ids of random items.
         catalogue: Of these ids.
         rng: Draws it all.
         longest: Candidates of a list at most.

@@ -9,7 +9,6 @@ from rerank.grading import GRADES, trace_words
 from rerank.midtrain.documents import PROMPT_WORDS
 from rerank.prompts import FACTS, word_labels
 from rerank.prompts.facts import code_words, coded
-from rerank.prompts.fields import SEMANTIC_ID
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,7 +35,8 @@ def fixed_words(args: "MidtrainArguments", num_items: int = 0) -> list[str]:
 
 def warn_of_split_words(tokenizer: "PreTrainedTokenizerBase", args: "MidtrainArguments") -> None:
     """Say which words of the recipe's lists the vocabulary has no room for."""
-    labels = [] if args.list_labels == SEMANTIC_ID else word_labels(args.list_labels, args.longest_list)
+    is_word = args.list_labels in ("number", "letter")
+    labels = word_labels(args.list_labels, args.longest_list) if is_word else []
     words = [f" {word}" for word in (*code_words(args.list_facts, args.num_buckets), *GRADES, *labels)]
     split = [word for word, ids in zip(words, tokenizer(words).input_ids, strict=True) if len(ids) > 1]
     if split:

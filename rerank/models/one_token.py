@@ -46,7 +46,7 @@ def label_tokens(tokenizer: "PreTrainedTokenizerBase", labels: Sequence[str]) ->
         tokens = ids[len(opening) :] if ids[: len(opening)] == opening else ids
         if len(tokens) != 1 or bearers.setdefault(tokens[0], label) != label:
             same = f"{len(tokens)} tokens" if len(tokens) != 1 else f"the same token as {bearers[tokens[0]]!r}"
-            cure = "" if label.isalpha() else "set ranking: letter in the traces recipe, or "
+            cure = "" if label.isalpha() else "set ranking: letter or token in the traces recipe, or "
             raise ValueError(
                 f"one-token ranking needs a token for each label, but {label!r} is {same} to "
                 f"{tokenizer.name_or_path or 'the model'}; {cure}rank by generation (losses without soft_targets and "

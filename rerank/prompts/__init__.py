@@ -2,8 +2,8 @@
 
 A prompt is one user message: a task line, the user and the request (where they are shown), the history (oldest first)
 and the candidates in the order shown (`message` arranges them). A completion is `<think>` trace `</think>` and then
-the candidates' labels, best first: semantic ids, numbers or letters. `facts` words the facts on candidate lines,
-`fields` writes all other texts.
+the candidates' labels, best first: semantic ids, numbers, letters or tokens of their own. `facts` words the facts on
+candidate lines, `fields` writes all other texts.
 """
 
 import json
@@ -36,6 +36,7 @@ FAILURES = ("no_trace_end", "empty", "junk", "foreign_item", "duplicate", "too_f
 MAX_LETTERS = 26  # candidates that letters can name
 
 _ID_TOKEN = re.compile(r"<s_([a-z]+)_[0-9]+>")
+_TOKEN = re.compile(r"<c_[0-9]+>")
 _SEPARATORS = re.compile(r"[\s,]+")
 _WORDS = {"number": re.compile("[0-9]+"), "letter": re.compile("[A-Z]")}  # labels that are words between spaces
 
@@ -58,7 +59,10 @@ class PromptSettings:
         list(FACTS), "Which facts stand on a candidate line, in order: any of candidates/features.json."
     )
     max_history: int = option(10, "How many of the latest history items are shown.")
-    ranking: str = option("semantic_id", "Labels of a completion: semantic_id, number, or letter (26 candidates).")
+    ranking: str = option(
+        "semantic_id",
+        "Labels of a completion: semantic_id, number, letter (26 candidates), or token: added, one each.",
+    )
     knowledge_priming: bool = option(False, "Add a sentence of retail and consumption sequence knowledge to the task.")
     task: str = option("full", "Task text: full, or short for tiny models.")
     layout: str = option(
@@ -88,7 +92,8 @@ class PromptSettings:
             )
         if not self.shows_ids and self.ranking == SEMANTIC_ID:
             raise ValueError(
-                f"item_fields is {self.item_fields} but must hold semantic_id; add it, or rank by number or letter."
+                f"item_fields is {self.item_fields} but must hold semantic_id; add it, or rank by number, letter or "
+                "token."
             )
         if self.evidence != "none" and not self.evidence_names:
             raise ValueError(f"evidence_names is empty but evidence is {self.evidence}; name facts or use none.")
@@ -145,15 +150,17 @@ def candidate_labels(candidates: Sequence[int], catalogue: Catalogue, settings: 
 
 
 def word_labels(ranking: str, num: int) -> list[str]:
-    """`num` labels of one word each: from 1 on, or from A on.
+    """`num` labels of one word each: from 1, A or `<c_1>` on.
 
     Raises:
         ValueError: When there are more candidates than letters.
     """
     if ranking == "number":
         return [str(number) for number in range(1, num + 1)]
+    if ranking == "token":
+        return [f"<c_{number}>" for number in range(1, num + 1)]
     if num > MAX_LETTERS:
-        raise ValueError(f"{num} candidates but {MAX_LETTERS} letters to name them; set ranking: number")
+        raise ValueError(f"{num} candidates but {MAX_LETTERS} letters to name them; set ranking: number or token")
     return list(ascii_uppercase[:num])
 
 
@@ -170,7 +177,7 @@ def completion(trace: str | None, order: Sequence[int], labels: Sequence[str], t
 
 
 def spaced(label: str) -> str:
-    """A label as it stands in a running text: a number or letter after a space, an id as it is."""
+    """A label as it stands in a running text: a number or letter after a space, an id or token as it is."""
     return label if label.startswith("<") else f" {label}"
 
 
@@ -199,7 +206,8 @@ def _parse(text: str, labels: tuple[str, ...], top_k: int) -> Parsed:
     for place in reversed(range(len(labels))):
         places.setdefault(labels[place], []).append(place)
     pattern = next((words for words in _WORDS.values() if labels and words.fullmatch(labels[0])), None)
-    if not labels or (len(places) < len(labels) and pattern is not None):
+    is_id = pattern is None and bool(labels) and not _TOKEN.fullmatch(labels[0])
+    if not labels or (len(places) < len(labels) and not is_id):
         raise ValueError(
             f"candidates need distinct numbers, and at least one, but have {list(labels)}; check the row."
         )
@@ -211,7 +219,8 @@ def _parse(text: str, labels: tuple[str, ...], top_k: int) -> Parsed:
     trace = head.lstrip()[len(THINK) :]
     if not answer.strip():
         return Parsed(trace=trace, failure="empty")
-    written = _split_ids(answer, labels[0]) if pattern is None else _split_words(answer, pattern)
+    tags = _whole_id(labels[0]) if is_id else _TOKEN
+    written = _split_tags(answer, tags) if pattern is None else _split_words(answer, pattern)
     wanted = min(top_k or len(labels), len(labels))
     shown = {label: len(of) for label, of in places.items()}
     failure = "junk" if written is None else _failure(written, shown, wanted)
@@ -228,16 +237,16 @@ def _split_words(answer: str, pattern: re.Pattern[str]) -> list[str] | None:
 
 
 @lru_cache
-def _whole_id(levels: tuple[str, ...]) -> re.Pattern[str]:
-    return re.compile(r"\s*".join(f"<s_{level}_[0-9]+>" for level in levels))
-
-
-def _split_ids(answer: str, label: str) -> list[str] | None:
-    """The semantic ids written, each with the levels of `label`, None when anything else stands there."""
+def _whole_id(label: str) -> re.Pattern[str]:
+    """A semantic id with the levels of `label`."""
     levels = _ID_TOKEN.findall(label)  # letters name them
     if not levels:
         raise ValueError(f"candidate label {label!r} is neither a number nor a semantic id; check the row.")
-    whole = _whole_id(tuple(levels))
+    return re.compile(r"\s*".join(f"<s_{level}_[0-9]+>" for level in levels))
+
+
+def _split_tags(answer: str, whole: re.Pattern[str]) -> list[str] | None:
+    """The labels written, None when anything else stands there."""
     if whole.sub("", answer).strip():
         return None
     return ["".join(found.split()) for found in whole.findall(answer)]

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rerank.rows.row import RankingRow
 
 SEMANTIC_ID = "semantic_id"
-WITHOUT_IDS = "leave semantic_id out of item_fields and set ranking to number or letter in the traces recipe"
+WITHOUT_IDS = "leave semantic_id out of item_fields and set ranking to number, letter or token in the traces recipe"
 HISTORY_FIELDS = {"time": "history_times", "event": "history_events"}  # -> its column of a row
 TITLES = {"user_fields": "User", "request_fields": "Request"}  # option -> how its line begins
 UNNAMED = ("title", "category")  # fields that stand on an item line without their names

@@ -29,7 +29,7 @@ _ANSWER = (
     "of {named} candidates, best first, and nothing else."
 )
 _AGES = "Behind an item of the history stands how long before the request it was taken, such as 2d for two days."
-LABEL_NAMES = {"semantic_id": "ids", "number": "numbers", "letter": "letters"}
+LABEL_NAMES = {"semantic_id": "ids", "number": "numbers", "letter": "letters", "token": "labels"}
 
 
 def rerank_prompt(row: "RankingRow", labels: Sequence[str], facts: Sequence[str], texts: FieldTexts) -> str:
@@ -74,7 +74,7 @@ def arranged(
 
 
 def _is_id(label: str) -> bool:
-    return label.startswith("<")
+    return label.startswith("<s_")
 
 
 def task_line(num_candidates: int, settings: "PromptSettings") -> str:

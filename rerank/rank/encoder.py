@@ -22,6 +22,7 @@ from rerank.rank.files import Record, Unreadable
 from rerank.rank.items import NewItems, extended
 from rerank.rank.rows import Encoded, EncodedRow, SettledRow, encode_row, shown_columns
 from rerank.rows import PromptedRow, Prompter
+from rerank.rows.checks import most_labels
 from rerank.rows.histories import COLUMN
 
 if TYPE_CHECKING:
@@ -129,12 +130,17 @@ class RowEncoder:
                 continue
             try:
                 settings = self.model.prompter.settings
-                encoded.append(encode_row(record, number, self.items, shown, settings, self.unknown))
+                encoded.append(encode_row(record, number, self.items, shown, settings, self.unknown, self.most_labels))
             except ValueError as error:
                 encoded.append(str(error))
         rows = [one for one in encoded if isinstance(one, EncodedRow)]
         ready = iter(self._ready(self._with_features(rows)) if rows else [])
         return [next(ready) if isinstance(one, EncodedRow) else one for one in encoded]
+
+    @cached_property
+    def most_labels(self) -> int | None:
+        """Candidates that the model has labels for; None for no limit."""
+        return most_labels(self.model.prompter.settings.ranking, self.tokenizer)
 
     def _with_features(self, rows: Sequence[EncodedRow]) -> list[EncodedRow]:
         """The rows with facts about each candidate: from the counts, and from columns of the file."""

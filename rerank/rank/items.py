@@ -14,6 +14,7 @@ import pyarrow as pa
 from rerank.baselines import EMBEDDING_FEATURES, Counts
 from rerank.catalogue import Catalogue, semantic_id_codes, semantic_id_text
 from rerank.launch import named_files
+from rerank.models import text_embeddings
 from rerank.models.ranker import RankingModel
 from rerank.models.saving import BRAND, ID_TOKENIZER, ItemSources
 from rerank.prompts import PromptSettings
@@ -21,7 +22,6 @@ from rerank.prompts.fields import SEMANTIC_ID
 
 logger = logging.getLogger(__name__)
 
-BATCH_SIZE = 64  # texts encoded at once
 NUMBER = "item_"  # before the name of an item's number among features
 
 
@@ -152,24 +152,24 @@ def embed(
     table: pa.Table, sources: ItemSources, folder: Path, source: str | Path, embeddings_path: str | Path | None
 ) -> np.ndarray:
     """(K, D) embeddings of the items' texts, from their file or by the encoder that made those of the known items."""
-    from rerank.semantic_ids import embeddings as vectors
-
     item_ids = table["item_id"].to_pylist()
     if embeddings_path is not None:
-        found = vectors.read_embeddings(str(embeddings_path), item_ids)
-        vectors.check_embeddings(found, item_ids, str(embeddings_path))
+        from rerank.semantic_ids.embeddings import read_embeddings
+
+        found = read_embeddings(str(embeddings_path), item_ids)
+        text_embeddings.check_embeddings(found, item_ids, str(embeddings_path))
         return np.asarray(found)
     if sources.encoder is None:
         raise ValueError(
             f"the items of {folder} have given embeddings; give those of {source} by --embeddings FILE, a "
             ".parquet with item_id and embedding, or a .npy with a row per item"
         )
-    vectors.find_encoder(sources.encoder.name)
+    text_embeddings.find_encoder(sources.encoder.name)
     changed = named_files.changed([sources.encoder]) if sources.encoder.sha256 else None
     if changed:
         raise ValueError(f"the ids of {folder} were made with another content of {changed}; put that encoder back")
-    found = vectors.encode(table["text"].to_pylist(), sources.encoder.name, BATCH_SIZE)
-    vectors.check_embeddings(found, item_ids, f"encoder {sources.encoder.name}")
+    found = text_embeddings.encode(table["text"].to_pylist(), sources.encoder.name)
+    text_embeddings.check_embeddings(found, item_ids, f"encoder {sources.encoder.name}")
     return found
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from rerank.models.ranker import Answer, RankingModel
-from rerank.prompts import MAX_LETTERS, PromptSettings
+from rerank.prompts import PromptSettings
 from rerank.prompts.fields import HISTORY_FIELDS, shown_value
 from rerank.rank.files import COLUMNS, Record
 from rerank.rows import RankingRow
@@ -90,6 +90,7 @@ def encode_row(
     shown: Mapping[str, str],
     settings: PromptSettings,
     unknown: str,
+    most: int | None,
 ) -> EncodedRow | SettledRow:
     """A row of a file, without facts about its candidates.
 
@@ -100,6 +101,7 @@ def encode_row(
         shown: As of `shown_columns`.
         settings: Of the prompts.
         unknown: `last`, `drop` or `refuse`: what becomes of candidates that the model does not know.
+        most: Candidates that the model has labels for; None for no limit.
 
     Raises:
         ValueError: Saying why it cannot be ranked.
@@ -118,7 +120,7 @@ def encode_row(
     }
     taken = [place for place, item_id in enumerate(history) if item_id in items]
     known = [place for place, item_id in enumerate(ids) if item_id in items]
-    _check_candidates(ids, len(known), settings, unknown, [one for one in ids if one not in items])
+    _check_candidates(ids, len(known), most, unknown, [one for one in ids if one not in items])
     as_given, missed = record["candidates"], (len(history) - len(taken), len(ids) - len(known))
     others = [place for place, item_id in enumerate(ids) if item_id not in items] if unknown == "last" else []
     if len(known) < 2:
@@ -161,7 +163,7 @@ def _ids(value: object, name: str) -> list[str]:
 
 
 def _check_candidates(
-    ids: Sequence[str], num_known: int, settings: PromptSettings, unknown: str, strangers: Sequence[str]
+    ids: Sequence[str], num_known: int, most: int | None, unknown: str, strangers: Sequence[str]
 ) -> None:
     """Refuse candidates that cannot be ranked."""
     seen = set[str]()
@@ -177,10 +179,10 @@ def _check_candidates(
         number = "1 item" if num_known else "no item"
         cure = " that the model knows; give the others by --items" if strangers else "; there is nothing to rank"
         raise ValueError(f"candidates has {number}{cure}.")
-    if settings.ranking == "letter" and num_known > MAX_LETTERS:
+    if most is not None and num_known > most:
         raise ValueError(
-            f"candidates has {num_known} items but the model names them by {MAX_LETTERS} letters; give at most "
-            f"{MAX_LETTERS}, or train a model with ranking: number."
+            f"candidates has {num_known} items but the model has {most} labels; give at most {most}, or train a model "
+            "with ranking: number, or with ranking: token and longer lists."
         )
 
 

@@ -1,5 +1,6 @@
 """Whether prompts by given settings can be written: their fields are there, labels suffice, a model can read them."""
 
+import itertools
 import json
 import logging
 from collections.abc import Sequence
@@ -49,8 +50,24 @@ def check_letters(folder: str | Path, settings: PromptSettings) -> None:
         if len(long):
             raise ValueError(
                 f"{path}: row_id {long['row_id'][0]} has {len(long['candidates'][0])} candidates but ranking: letter "
-                f"names at most {MAX_LETTERS}; set ranking: number"
+                f"names at most {MAX_LETTERS}; set ranking: number or token"
             )
+
+
+def token_labels(run: str | Path, settings: PromptSettings) -> list[str]:
+    """The labels that are tokens of their own, as many as the longest list of a run has candidates; [] for others."""
+    if settings.ranking != "token":
+        return []
+    folder = run_dir.stage_dir(run, "candidates")
+    return word_labels("token", max(list_lengths(folder / f"{split}.parquet")[1] for split in SPLITS))
+
+
+def most_labels(ranking: str, tokenizer: "PreTrainedTokenizerBase") -> int | None:
+    """Candidates that a model has labels for; None for no limit."""
+    if ranking == "token":
+        known = tokenizer.get_vocab()
+        return next(number for number in itertools.count() if word_labels(ranking, number + 1)[-1] not in known)
+    return MAX_LETTERS if ranking == "letter" else None
 
 
 def list_lengths(path: str | Path) -> tuple[int, int]:
@@ -73,14 +90,15 @@ def split_labels(tokenizer: "PreTrainedTokenizerBase", labels: Sequence[str]) ->
         logger.warning(
             "%d of %d labels are more than one token to the model (%r is %d), and a ranking of all takes %d%s",
             len(split), len(labels), spaced(longest), split[longest], sum(tokens.values()),
-            "; with `ranking: letter` a label is often one token" if len(labels) <= MAX_LETTERS else "",
+            "; with `ranking: letter` a label is often one token" if len(labels) <= MAX_LETTERS
+            else "; with `ranking: token` a label is one",
         )  # fmt: skip
     return split
 
 
 def warn_of_split_labels(tokenizer: "PreTrainedTokenizerBase", folder: Path, settings: PromptSettings) -> None:
     """`split_labels` of the longest training list of a candidates stage's folder; semantic ids are several tokens."""
-    if settings.ranking != SEMANTIC_ID:
+    if settings.ranking in ("number", "letter"):
         _, longest = list_lengths(folder / "train.parquet")
         split_labels(tokenizer, word_labels(settings.ranking, longest))
 

@@ -22,6 +22,7 @@ import numpy as np
 
 from rerank.launch import run_dir
 from rerank.launch.stages import Stage
+from rerank.models.text_embeddings import find_encoder
 from rerank.semantic_ids import assignment, extension, quality
 from rerank.semantic_ids import embeddings as sources
 from rerank.semantic_ids.arguments import SemanticIdsArguments
@@ -37,7 +38,7 @@ logger = logging.getLogger(__name__)
 def check(args: SemanticIdsArguments) -> None:
     """Refuse an encoder or embeddings that are not there or do not fit the catalogue, and sizes that do not."""
     if args.encoder is not None:
-        sources.find_encoder(args.encoder)
+        find_encoder(args.encoder)
     if args.embeddings is not None:
         sources.find_embeddings(args.embeddings)
     if args.extends is not None:

@@ -14,6 +14,7 @@ from rerank.launch import named_files, run_dir
 from rerank.launch.files import fingerprint
 from rerank.models import names
 from rerank.models.saving import encoder_of
+from rerank.models.text_embeddings import find_encoder
 from rerank.semantic_ids import embeddings as sources
 from rerank.semantic_ids.arguments import SemanticIdsArguments
 from rerank.semantic_ids.assignment import assign, assign_codes, assigned_codes, check_room, load_semantic_ids
@@ -105,7 +106,7 @@ def _check_encoder(args: SemanticIdsArguments, old: OldIds) -> None:
     known = encoder_of(old.run)
     if args.encoder is None or known is None:  # vectors are compared once they are there
         return
-    found = Path(sources.find_encoder(args.encoder))
+    found = Path(find_encoder(args.encoder))
     is_same = args.encoder == known.name and not named_files.changed([known])
     if not is_same and known.sha256 and found.exists():
         place = named_files.NamedFile("encoder", args.encoder).find()

@@ -14,7 +14,7 @@ from rerank.models.checks import check_pretrained
 from rerank.models.one_token import check_labels
 from rerank.prompts import THINK, THINK_END, PromptSettings
 from rerank.rows import Prompter
-from rerank.rows.checks import SPLITS, warn_of_split_codes, warn_of_split_labels
+from rerank.rows.checks import SPLITS, token_labels, warn_of_split_codes, warn_of_split_labels
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -73,25 +73,40 @@ def check_sizes(args: "SftArguments", training_args: "SFTConfig", model_args: "M
 
 
 def load_start_tokenizer(args: "SftArguments", model_args: "ModelConfig") -> "PreTrainedTokenizerBase":
-    """The model's tokenizer with the tags of a trace, which it gets where it lacks them.
+    """The model's tokenizer with the tags of a trace and labels that are tokens, which it gets where it lacks them.
 
     Raises:
-        ValueError: When it does not know the semantic ids of the prompts, or an adapter would leave new tokens
-            untrained.
+        ValueError: When it does not know the semantic ids of the prompts, an adapter would leave new tokens
+            untrained, or a mid-trained model has other labels.
     """
     start = start_model(args, model_args)
     tokenizer = base_model.load_tokenizer(start, model_args)
     if run_dir.is_finished(args.run_dir, "semantic_ids") and needs_ids(args, model_args):
         check_vocabulary(tokenizer, Catalogue.load(args.run_dir).semantic_ids, start)
     known = tokenizer.get_vocab()
-    if new := [tag for tag in TAGS if tag not in known]:
+    if new := [token for token in _tokens(args) if token not in known]:
+        if model_args.model_name_or_path is None:
+            raise ValueError(
+                f"{start} does not know the label {new[-1]} of the longest list; set list_labels: token and "
+                f"longest_list: {new[-1][3:-1]} in the midtrain recipe, or traces.ranking=number"
+            )
         if model_args.use_peft and "embed_tokens" not in (model_args.lora_modules_to_save or []):
             raise ValueError(
-                f"{start} lacks the tokens {' and '.join(new)}, which an adapter would leave untrained; set "
+                f"{start} lacks the tokens {', '.join(new)}, which an adapter would leave untrained; set "
                 "lora_modules_to_save: [embed_tokens, lm_head], set use_peft: false, or add a midtrain stage"
             )
         base_model.extend_vocabulary(tokenizer, new)
     return tokenizer
+
+
+def _tokens(args: "SftArguments") -> list[str]:
+    """The tokens that the model must have: of a trace, and of labels, as far as lists and settings are known."""
+    if args.task != "rerank" or not all(
+        run_dir.is_finished(args.run_dir, stage) for stage in ("candidates", "traces")
+    ):
+        return list(TAGS)
+    settings = PromptSettings.load(run_dir.stage_dir(args.run_dir, "traces"))
+    return [*TAGS, *token_labels(args.run_dir, settings)]
 
 
 def needs_ids(args: "SftArguments", model_args: "ModelConfig") -> bool:
@@ -106,13 +121,13 @@ def needs_ids(args: "SftArguments", model_args: "ModelConfig") -> bool:
 def load_start(
     args: "SftArguments", model_args: "ModelConfig", seed: int, out_dir: Path
 ) -> "tuple[PreTrainedModel, str]":
-    """The model with rows for the tags, and the folder that an adapter is merged into at the end.
+    """The model with rows for tags and labels, and the folder that an adapter is merged into at the end.
 
     Args:
         args: Of the stage.
         model_args: TRL's.
         seed: Of new rows.
-        out_dir: For the model as it starts, where its folder lacks the tags and an adapter is trained.
+        out_dir: For the model as it starts, where its folder lacks them and an adapter is trained.
     """
     from accelerate import PartialState
 
@@ -120,7 +135,7 @@ def load_start(
     model, tokenizer = base_model.load_pretrained(start, model_args)
     if model_args.model_name_or_path is None:
         return model, start
-    base_model.add_tokens(model, tokenizer, TAGS, seed)
+    base_model.add_tokens(model, tokenizer, _tokens(args), seed)
     if not model_args.use_peft:
         return model, start
     base_dir = out_dir / "base"

@@ -11,7 +11,7 @@ from rerank.models.one_token import MOST_LABELS
 from rerank.models.ranker import RankingModel
 from rerank.models.saving import SOURCES_FILE, ItemSources
 from rerank.next_item.encoder import SETTINGS
-from rerank.prompts import MAX_LETTERS, word_labels
+from rerank.prompts import word_labels
 from rerank.prompts.fields import SEMANTIC_ID
 from rerank.rank.encoder import RowEncoder
 from rerank.rank.model_folder import find, old_folder
@@ -141,7 +141,7 @@ def most_documents(encoder: RowEncoder) -> int:
         ValueError: When it cannot rank two.
     """
     settings, catalogue = encoder.model.prompter.settings, encoder.model.prompter.catalogue
-    most = MAX_LETTERS if settings.ranking == "letter" else MOST_DOCUMENTS
+    most = encoder.most_labels or MOST_DOCUMENTS
     most = min(most, MOST_LABELS) if encoder.one_token else most
     distinct = list(dict.fromkeys(catalogue.semantic_ids)) if settings.ranking == SEMANTIC_ID else None
 
