@@ -26,6 +26,7 @@ from request_logs import (
 )
 
 from rerank import data
+from rerank.data.requests.rows import FEEDBACK
 
 FORMS = (
     "wide.jsonl wide.jsonl.gz wide.csv wide.parquet long.csv long.csv.gz long.jsonl long.parquet "
@@ -85,7 +86,7 @@ def test_rows_have_the_documented_columns_and_types(tmp_path):
         **{"row_id": pa.int64(), "request_id": pa.string(), "user": pa.int64(), "split": pa.string()},
         **{"position": pa.int64(), "time": pa.float64(), "history": pa.list_(pa.int64()), "history_times": numbers},
         **{"history_events": words, "target": pa.int64(), "candidates": pa.list_(pa.int64()), "relevance": numbers},
-        **{"scores": numbers, "fields": pa.string(), "candidate_price": numbers},
+        **{"feedback": pa.list_(FEEDBACK), "scores": numbers, "fields": pa.string(), "candidate_price": numbers},
     }
 
 
@@ -169,7 +170,7 @@ def test_metarank_takes_the_highest_grade_and_the_time_of_the_feedback(tmp_path)
     events = [
         ranking(first, ms),  # a number of milliseconds
         interaction(first, "b", ms + 5_000, "click"),
-        interaction(first, "b", ms + 150_000, "buy"),  # after the second request, to which it was not known
+        interaction(first, "b", ms + 150_000, "buy"),  # after the second request, which knows of the click alone
         interaction(first, "b", ms + 160_000, "buy"),
         interaction(first, "a", ms + 6_000, "view"),  # graded 0
         ranking(second, str(ms + 100_000)),
@@ -181,10 +182,21 @@ def test_metarank_takes_the_highest_grade_and_the_time_of_the_feedback(tmp_path)
     grades = {"view": 0, "click": 1, "buy": 2}
     found = run(tmp_path, write_lines(tmp_path / "e.jsonl", map(json.dumps, events)), grades=grades)
     assert [row["relevance"] for row in found["rows"]] == [[0, 2, 0], [0, 0, 1], [1, 0, 0], [0, 0, 0]]
-    assert [row["history"] for row in found["rows"]] == ["", "", "cb", "cba"]
+    assert [row["history"] for row in found["rows"]] == ["", "b", "cb", "cba"]
+    assert found["rows"][1]["history_events"] == ["click"]
     assert found["rows"][3]["history_events"] == ["click", "buy", "click"]
     assert found["rows"][3]["history_times"] == [START + 100, START + 150, START + 207]
     assert [row["time"] for row in found["rows"]] == [START, START + 100, START + 200, START + 300]
+    assert [(place, grade, time - START) for place, grade, time in map(dict.values, found["rows"][0]["feedback"])] == [
+        (1, 1, 5),
+        (1, 2, 150),
+    ]
+    # An item counts once a list, from its first feedback on.
+    assert [(item, time - START) for _, item, _, time, _ in found["interactions"]] == [
+        ("b", 5),
+        ("c", 100),
+        ("a", 207),
+    ]
 
 
 def test_metaranks_fields_are_scores_and_columns(tmp_path):

@@ -64,6 +64,8 @@ def join_interactions(
     is_left_out = found.times >= first_held_out[users]  # false without a time
     size, item_numbers = len(users), items.numbers(found.item_ids)
     kinds = np.full(size, None, dtype=object)
-    events = Events(users, item_numbers, found.times, np.full(size, -1), level_of[users], kinds).take(~is_left_out)
+    is_last = np.full(size, np.inf)
+    events = Events(users, item_numbers, found.times, np.full(size, -1), level_of[users], kinds, is_last)
+    events = events.take(~is_left_out)
     counts = {"interactions_read": found.num_read, "duplicates_removed": found.num_read - size}
     return events, user_ids, {**counts, "interactions_left_out": int(is_left_out.sum())}

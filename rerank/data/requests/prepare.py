@@ -25,7 +25,7 @@ class PreparedRequests:
         items, users: As they are written.
         log: The requests.
         levels: The split of each.
-        events: What users took, in order.
+        events: What users took, in order, each item once a list: when its first feedback came.
         joined: Histories joined from the events, None where the log has its own.
         counts: Of interactions read, removed and left out.
         left_out: Reason to the number of rows of interactions and items that are not in the tables.
@@ -96,18 +96,19 @@ def prepare_requests(con: ibis.BaseBackend, args: DataArguments) -> PreparedRequ
     log = number_log(arrays, items, candidate_fields, args.request_fields or [])
     levels = split_requests(log, args)
     _refuse_empty_splits(args, log, levels, raw.source.name)
-    taken, user_ids = positives(log, levels), log.user_ids
+    taken, user_ids = positives(log, levels, args.split == "by_time"), log.user_ids
+    firsts = taken.take(log.feedback.is_first)
     counts = {"interactions_read": 0, "duplicates_removed": 0, "interactions_left_out": 0}
     left_out = {f"items: {reason}": number for reason, number in left_out.items()} | (found.left_out if found else {})
     if found is not None:
         before, user_ids, counts = join_interactions(found, args.split, log, levels, items)
-        taken = before.then(taken)
-    events = in_order(log, taken)
-    joined = None if log.histories is not None else Histories(log, events, levels, args.history_gap)
+        taken, firsts = before.then(taken), before.then(firsts)
+    joined = None if log.histories is not None else Histories(log, in_order(log, taken), levels, args.history_gap)
     users = pa.table({"user": np.arange(len(user_ids)), "user_id": user_ids})
     paths = [raw.source.name, *([found.source.name] if found else []), *([items_path] if items_path else [])]
     tables = (_all_items(known, items), users)
     sources = [*dict.fromkeys(paths)]
+    events = in_order(log, firsts)
     return PreparedRequests(*tables, log, levels, events, joined, counts, left_out, len(known), sources)
 
 

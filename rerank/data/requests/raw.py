@@ -21,11 +21,13 @@ class RawLog:
         requests: One line a request: source_row, request_id, user_id (empty: none), time (seconds or null), raw_time,
             raw_split, and `field_NAME`, the JSON text of each column of the request.
         candidates: One line a candidate: request_row (source_row of its request), place (0-based, as shown),
-            source_row, item_id, relevance and score (number or null), event and feedback_time (of a positive, null
-            where unknown), `candidate_NAME`, and `raw_` text for each of the numbers.
+            source_row, item_id, relevance and score (number or null), `candidate_NAME`, and `raw_` text for each of
+            the numbers.
         histories: request_row, place (oldest first) and item_id of the items of each history; None where the log has
             none of its own.
         names: Our names to the source's columns, for messages.
+        feedback: What raised the grade of a candidate: request_row, place, grade, time (not before the request's, null
+            where unknown) and kind, the event type; None where nothing but the grades is known.
         repeats_ids: Whether an id stands in several lines of a request.
     """
 
@@ -34,6 +36,7 @@ class RawLog:
     candidates: Table
     histories: Table | None
     names: Names
+    feedback: Table | None = None
     repeats_ids: bool = False
 
 
