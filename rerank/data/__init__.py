@@ -113,7 +113,7 @@ class DataArguments(recipe.StageArguments):
         "per_user",
         "per_user: from the end of each sequence; by_time: the latest fractions of all interactions or requests; "
         "by_user: fractions of the users of requests; random: fractions of each user's interactions, whatever their "
-        "order; given: by the split column.",
+        "order; given: by the split column. What is held out at random or as given is in no training history.",
     )
     num_test: int = option(1, "per_user: test targets (requests) of a user.")
     num_valid: int = option(1, "per_user: validation targets of a user, before those.")

@@ -3,11 +3,11 @@
 R requests, E events: a user takes an item, through a request or in a table of interactions.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from rerank.data.requests.log import RequestLog
+from rerank.data.requests.log import Lists, RequestLog
 
 
 @dataclass(frozen=True)
@@ -97,3 +97,29 @@ class Histories:
             is_earlier &= ~(replaced_at < time - self.gap)
         may_be_seen = self.events.levels[start:end] <= self.levels[request]
         return start + np.flatnonzero(is_earlier & (requests != request) & may_be_seen)
+
+
+def without_held_out(log: RequestLog, levels: np.ndarray) -> tuple[RequestLog, int]:
+    """A log with histories of its own, without what these tell of requests of a later split; the items left out.
+
+    Such are items that its user is known to have taken, at that moment, through a request of a later split. Where one
+    of the two has no time, what stands earlier in the input is known.
+    """
+    assert log.histories is not None
+    taken = positives(log, levels, is_by_time=False).take(log.feedback.is_first)
+    taken = in_order(log, taken.take(taken.levels > 0))
+    starts = np.searchsorted(taken.users, np.arange(log.users.max() + 2))
+    kept = []
+    for request, user in enumerate(log.users.tolist()):
+        of_user = taken.take(np.arange(starts[user], starts[user + 1]))
+        is_earlier = np.where(
+            np.isnan(of_user.times + log.times[request]),
+            of_user.requests < request,
+            of_user.times <= log.times[request],
+        )
+        hidden = of_user.items[is_earlier & (of_user.levels > levels[request])]
+        kept.append(~np.isin(log.histories[request], hidden))
+    ends = np.cumsum([mask.sum() for mask in kept])
+    is_kept = np.concatenate(kept)
+    histories = Lists(np.concatenate(([0], ends)), log.histories.values[is_kept])
+    return replace(log, histories=histories), int((~is_kept).sum())

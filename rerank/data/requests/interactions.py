@@ -48,7 +48,8 @@ def join_interactions(
     """The interactions as events, the ids of all users, and counts.
 
     They are for training, except under split by_user, where they are of their user's split. Those at or after the
-    first held-out request (under by_time of all, else of the user) are left out: they could tell of it.
+    first held-out request (under by_time of all, else of the user) are left out: they could tell of it. Where that
+    has no time, those are left out whose item the user took through it.
     """
     numbers = pc.index_in(found.user_ids, value_set=log.user_ids)
     user_ids = pa.concat_arrays([log.user_ids, found.user_ids.filter(numbers.is_null()).unique()])
@@ -61,8 +62,13 @@ def join_interactions(
         first_held_out[:] = log.times[held_out].min()
     else:
         np.minimum.at(first_held_out, log.users[held_out], log.times[held_out])
-    is_left_out = found.times >= first_held_out[users]  # false without a time
     size, item_numbers = len(users), items.numbers(found.item_ids)
+    is_left_out = found.times >= first_held_out[users]  # false without a time
+    if split != "by_user":
+        owners, taken = log.owners[log.feedback.candidates], log.items[log.feedback.candidates]
+        is_hidden = ((levels > 0) & np.isnan(log.times))[owners]
+        hidden = log.users[owners[is_hidden]] * len(items.ids) + taken[is_hidden]
+        is_left_out |= np.isin(users * len(items.ids) + item_numbers, hidden)
     kinds = np.full(size, None, dtype=object)
     is_last = np.full(size, np.inf)
     events = Events(users, item_numbers, found.times, np.full(size, -1), level_of[users], kinds, is_last)

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 
 from rerank.data import DataArguments
 from rerank.data.requests import checks, read, rows, summary
-from rerank.data.requests.histories import Events, Histories, in_order, positives
+from rerank.data.requests.histories import Events, Histories, in_order, positives, without_held_out
 from rerank.data.requests.interactions import join_interactions, read_interactions
 from rerank.data.requests.log import Numbered, RawArrays, RequestLog, number_log, strings
 from rerank.data.requests.splits import LEVELS, split_requests
@@ -77,7 +77,8 @@ class PreparedRequests:
         shared = shared_summary(args, *counts, facts, sizes, self.sources)
         without = len(self.items) - self.num_with_metadata
         further = {**summary.of_requests(self.log, self.joined), "items_without_metadata": without}
-        left_out = {"interactions_left_out": self.counts["interactions_left_out"], "left_out": self.left_out}
+        names = ("interactions_left_out", "items_left_out_of_histories")
+        left_out = {**{name: self.counts[name] for name in names}, "left_out": self.left_out}
         return {**shared, "midtrain_has_seen_rerank_targets": True, **left_out, **further}
 
     def notes(self, metrics: dict[str, object]) -> list[str]:
@@ -98,12 +99,15 @@ def prepare_requests(con: ibis.BaseBackend, args: DataArguments) -> PreparedRequ
     _refuse_empty_splits(args, log, levels, raw.source.name)
     taken, user_ids = positives(log, levels, args.split == "by_time"), log.user_ids
     firsts = taken.take(log.feedback.is_first)
-    counts = {"interactions_read": 0, "duplicates_removed": 0, "interactions_left_out": 0}
+    counts, num_hidden = {"interactions_read": 0, "duplicates_removed": 0, "interactions_left_out": 0}, 0
+    if args.split == "given" and log.histories is not None:
+        log, num_hidden = without_held_out(log, levels)
     left_out = {f"items: {reason}": number for reason, number in left_out.items()} | (found.left_out if found else {})
     if found is not None:
         before, user_ids, counts = join_interactions(found, args.split, log, levels, items)
         taken, firsts = before.then(taken), before.then(firsts)
     joined = None if log.histories is not None else Histories(log, in_order(log, taken), levels, args.history_gap)
+    counts["items_left_out_of_histories"] = num_hidden
     users = pa.table({"user": np.arange(len(user_ids)), "user_id": user_ids})
     paths = [raw.source.name, *([found.source.name] if found else []), *([items_path] if items_path else [])]
     tables = (_all_items(known, items), users)
