@@ -32,6 +32,8 @@ WIDE = {  # message -> requests
     "line 4: relevance of candidate 'b' is 'yes', not a number; give a grade": changed(3, relevance=["yes", 0]),
     "line 4: relevance of candidate 'd' is 'inf', not a number": changed(3, relevance=[0, "inf"]),
     "line 4: relevance of candidate 'b' is -1.*, below 0; grades begin at 0": changed(3, relevance=[-1, 0]),
+    "line 4: relevance of candidate 'b' is 0.5; a grade is a whole number": changed(3, relevance=[0.5, 0]),
+    "line 4: relevance of candidate 'd' is 31.*; a grade is .* of at most 30": changed(3, relevance=[0, 31]),
     "line 1: request 'q1' has 1 candidates, and nothing to rank.*; remove": changed(
         0, candidates=["a"], relevance=[1]
     ),
@@ -70,7 +72,9 @@ OPTIONS = {  # message -> options
     "history_gap is -1 but must be at least 0": {"history_gap": -1},
     "requests_format is 'deep' but must be one of auto, wide, long, mind, metarank": {"requests_format": "deep"},
     "the grade of click is -1 but must be at least 0": {"grades": {"click": -1}},
-    "grades has 'high' for click; give a number": {"grades": {"click": "high"}},
+    "grades has 'high' for click; give a whole number from 0 to 30": {"grades": {"click": "high"}},
+    "grades has 0.5 for view; give a whole number": {"grades": {"view": 0.5}},
+    "the grade of buy is 31 but must be at least 0 and at most 30": {"grades": {"buy": 31}},
     "test_users is set but split is by_time; set split: by_user": {"test_users": "users.txt"},
     "users.txt line 2: no request is of the user 'x'; correct": {"split": "by_user", "test_users": "users.txt"},
     "empty.txt names no user; give one id a line": {"split": "by_user", "test_users": "empty.txt"},
