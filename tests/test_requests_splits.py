@@ -176,6 +176,9 @@ def test_interactions_without_times_are_before_requests_without_times_only(tmp_p
     assert found["rows"][0]["history"] == "xy" and found["rows"][2]["history"] == "xyb"
     with pytest.raises(ValueError, match="taken.csv line 2: the interaction has no time but the requests have"):
         run(tmp_path, LOG, **options)
+    rows = [("u", "x", 1000 * START)]
+    with pytest.raises(ValueError, match="taken.csv line 2: time is 1600000000000, which are milliseconds"):
+        run(tmp_path, LOG, **beside(tmp_path, rows))
 
 
 def test_interactions_without_times_do_not_tell_what_was_taken_in_a_held_out_request(tmp_path):

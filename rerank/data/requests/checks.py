@@ -8,8 +8,8 @@ from ibis import _
 from rerank.baselines.lambdamart import MOST_GRADE
 from rerank.data import DataArguments
 from rerank.data.filters import first_row
-from rerank.data.requests.raw import RawLog
-from rerank.data.sources.cells import is_missing
+from rerank.data.requests.raw import RawLog, refuse_unit
+from rerank.data.sources.cells import is_missing, number
 from rerank.data.tables import SPLITS, refuse_empty
 
 
@@ -17,9 +17,9 @@ def check_log(raw: RawLog, candidate_fields: Sequence[str]) -> None:
     """Refuse a request or a candidate that cannot be what it is meant to be.
 
     Raises:
-        ValueError: When a request has no id, another's id, an unreadable time or fewer than two candidates; when a
-            candidate stands twice in a request; when a grade, a score or a candidate column is no number, or a grade
-            is none of 0, 1 ... MOST_GRADE.
+        ValueError: When a request has no id, another's id, a time that cannot be read or is of another unit, or fewer
+            than two candidates; when a candidate stands twice in a request; when a grade, a score or a candidate
+            column is no number, or a grade is none of 0, 1 ... MOST_GRADE.
     """
     _check_requests(raw)
     _check_candidates(raw)
@@ -43,6 +43,8 @@ def _check_requests(raw: RawLog) -> None:
     if row := first_row(requests.filter(_.time.isnull() & (_.raw_time != "")), source):
         problem = f"{names['time']} is {row['raw_time']!r}, neither a number nor a date"
         raise ValueError(f"{row['place']}: {problem}; correct it, or leave it empty where it is unknown")
+    times = requests.select("source_row", time=number(requests.raw_time))
+    refuse_unit(times, source, names.get("time", "time"), raw.time_unit)
 
 
 def _check_candidates(raw: RawLog) -> None:

@@ -10,6 +10,7 @@ from ibis import _
 
 from rerank.data import DataArguments, tables
 from rerank.data.filters import count, first_row
+from rerank.data.requests import raw
 from rerank.data.requests.histories import Events
 from rerank.data.requests.log import Numbered, RequestLog, floats, strings
 from rerank.data.sources.opening import open_source
@@ -37,6 +38,8 @@ def read_interactions(con: ibis.BaseBackend, args: DataArguments, needs_times: b
     if needs_times and (row := first_row(read.filter(_.time.isnull()), source)):
         problem = "the interaction has no time but the requests have; nothing tells whether it is before one"
         raise ValueError(f"{row['place']}: {problem}; map columns: {{time: COLUMN}} or remove the row")
+    if needs_times:
+        raw.refuse_unit(read.select("source_row", "time"), source, names["time"], "seconds")
     unique = tables.drop_duplicates(DuckDB(con), read, names).order_by(["position", "source_row"]).to_pyarrow()
     ids = (strings(unique["user_id"]), strings(unique["item_id"]))
     return Interactions(source, *ids, floats(unique["time"]), count(read), left_out)

@@ -11,13 +11,14 @@ from ibis.expr.types import Column, Table
 
 from rerank.data import DataArguments
 from rerank.data.filters import count, first_row
-from rerank.data.requests.raw import RawLog
+from rerank.data.requests.raw import RawLog, refuse_unit
 from rerank.data.sources.cells import as_seconds, as_text, number, to_json
 from rerank.data.sources.json_lines import JsonLines
 from rerank.data.sources.source import Source
 from rerank.data.tables import materialise, refuse_empty
 
 NAMES = {"request": "id", "time": "timestamp", "item": "items", "relevance": "relevance", "score": "relevancy"}
+UNIT = "milliseconds"
 _KINDS = ("item", "user", "ranking", "interaction")
 _FIELDS = "STRUCT(name VARCHAR, value JSON)[]"
 _COLUMNS = {
@@ -85,7 +86,7 @@ def read_metarank(con: ibis.BaseBackend, source: JsonLines, args: DataArguments)
     graded = graded.mutate(relevance=_.relevance.fill_null(0.0))
     graded = graded.mutate(raw_relevance=_.relevance.cast("string"))
     candidates = con.create_table(ibis.util.gen_name("candidates"), graded, temp=True)
-    return RawLog(source, requests, candidates, None, NAMES, _rises(feedback))
+    return RawLog(source, requests, candidates, None, NAMES, UNIT, _rises(feedback))
 
 
 def _read_events(con: ibis.BaseBackend, source: JsonLines) -> Table:
@@ -187,3 +188,4 @@ def _refuse_interactions(source: Source, taken: Table, shown: Table, grades: dic
     if row := first_row(taken.filter(_.feedback_time.isnull() & (_.raw_time != "")), source):
         problem = f"timestamp is {row['raw_time']!r}, neither milliseconds nor a date"
         raise ValueError(f"{row['place']}: {problem}; correct the line")
+    refuse_unit(taken.select("source_row", time=number(taken.raw_time)), source, NAMES["time"], UNIT)

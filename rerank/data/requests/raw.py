@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import ibis
 from ibis.expr.types import Column, Table
 
+from rerank.baselines.times import MILLISECONDS, THIS_CENTURY, unit_of
 from rerank.data.filters import first_row
 from rerank.data.sources.cells import as_text, field_text
 from rerank.data.sources.columns import Names
@@ -26,6 +27,7 @@ class RawLog:
         histories: request_row, place (oldest first) and item_id of the items of each history; None where the log has
             none of its own.
         names: Our names to the source's columns, for messages.
+        time_unit: Of times that are numbers in the source.
         feedback: What raised the grade of a candidate: request_row, place, grade, time (not before the request's, null
             where unknown) and kind, the event type; None where nothing but the grades is known.
         repeats_ids: Whether an id stands in several lines of a request.
@@ -36,6 +38,7 @@ class RawLog:
     candidates: Table
     histories: Table | None
     names: Names
+    time_unit: str = "seconds"
     feedback: Table | None = None
     repeats_ids: bool = False
 
@@ -63,6 +66,19 @@ def refuse_objects(requests: Table, source: Source) -> None:
     for column in [column for column in requests.columns if column.startswith("field_")]:
         if row := first_row(requests.filter(requests[column].startswith("{")), source):
             raise objects(source, column.removeprefix("field_"), f"{row['place']}: ")
+
+
+def refuse_unit(times: Table, source: Source, column: str, unit: str) -> None:
+    """Refuse a time that is one of our days in another unit only; `times` have source_row and time, a number.
+
+    What is small in any unit may be of a clock of its own.
+    """
+    too_long = times.time >= MILLISECONDS * (1 if unit == "seconds" else 1000)
+    in_seconds = (times.time >= THIS_CENTURY) & (times.time < MILLISECONDS)
+    bad = too_long if unit == "seconds" else too_long | in_seconds
+    if row := first_row(times.filter(bad), source):
+        problem = f"{column} is {row['time']:.17g}, which are {unit_of(row['time'])} since 1970"
+        raise ValueError(f"{row['place']}: {problem}; write {unit}, or a date")
 
 
 def objects(source: Source, name: str, place: str = "") -> ValueError:
