@@ -226,13 +226,15 @@ def test_interactions_take_the_items_of_such_a_log(tmp_path, form):
     assert pq.read_table(tmp_path / "items.parquet")["text"].to_pylist()[1] == "Film b. category: sport"
 
 
-def test_metaranks_item_fields_become_columns_of_which_the_last_event_holds(tmp_path):
+def test_metaranks_item_fields_become_columns_of_which_the_last_event_holds(tmp_path, caplog):
     told = [item_event(item, title=f"Film {item}", genres=["war", "art"], votes=2.5e3) for item in "bacd"]
     told.append({**item_event("a", title="Film A"), "timestamp": 1_700_000_000_000})
     events = [*told, {"event": "user", "id": "1", "user": "u", "fields": []}, *metarank_events(LOG)]
     path = write_lines(tmp_path / "events.jsonl.gz", map(json.dumps, events))
     options = {"items": path, "item_columns": {"category": "genres", "popular": "votes"}}
-    found = run(tmp_path, path, **options)
+    with caplog.at_level(logging.INFO):
+        found = run(tmp_path, path, **options)
+    assert caplog.text.count(f"1 user events of {path} are not used: what is known of a user is a field of") == 1
     named = ["item_id", "title", "category", "text", "popular", "source_row"]
     assert [tuple(row[name] for name in named) for row in found["tables"]["items"].to_pylist()] == [
         ("b", "Film b", "war, art", "Film b. category: war, art", "2500.0", 0),

@@ -3,6 +3,7 @@
 Source: https://github.com/metarank/metarank/blob/master/doc/event-schema.md and timestamp-formats.md
 """
 
+import logging
 from dataclasses import dataclass, field
 
 import ibis
@@ -16,6 +17,8 @@ from rerank.data.sources.cells import as_seconds, as_text, number, to_json
 from rerank.data.sources.json_lines import JsonLines
 from rerank.data.sources.source import Source
 from rerank.data.tables import materialise, refuse_empty
+
+logger = logging.getLogger(__name__)
 
 NAMES = {"request": "id", "time": "timestamp", "item": "items", "relevance": "relevance", "score": "relevancy"}
 UNIT = "milliseconds"
@@ -64,6 +67,10 @@ def read_metarank(con: ibis.BaseBackend, source: JsonLines, args: DataArguments)
     rankings = events.filter(_.event == "ranking")
     if count(rankings) == 0:
         raise ValueError(f"{path} has no ranking event; set requests_format to the form that it has")
+    if num_user := count(events.filter(_.event == "user")):
+        logger.info(
+            "%d user events of %s are not used: what is known of a user is a field of a ranking", num_user, path
+        )
     values = {name: _field_of(rankings.fields, name) for name in args.request_fields or ()}
     if "session" in values:
         values["session"] = to_json(rankings.session)
