@@ -221,6 +221,18 @@ def test_interactions_with_a_split_column_keep_it(tmp_path):
     assert found["splits"]["u"] == ["train"] * 3 + ["rerank", "valid", "test"]
 
 
+def test_a_given_split_shows_no_held_out_item_in_a_training_history(tmp_path):
+    words = ["train", "train", "test", "train", "valid", "train"]
+    rows = [("u", item, time, split) for time, (item, split) in enumerate(zip("abxcyd", words, strict=True))]
+    found = run(tmp_path, rows, "user,item,time,split", split="given", num_rerank="all")
+    assert found["rows"] == [
+        ("u", "rerank", list("ab"), "c"),
+        ("u", "rerank", list("abc"), "d"),
+        ("u", "valid", list("abcd"), "y"),
+        ("u", "test", list("abcdy"), "x"),
+    ]
+
+
 def test_the_movielens_recipe_gives_the_published_row_counts(tmp_path):
     path = Path(__file__).parent.parent / "recipes" / "ml100k" / "1_data.yaml"
     (args,) = recipe.resolve("data", recipe.load(path), str(path))

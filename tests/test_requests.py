@@ -26,6 +26,7 @@ from request_logs import (
 )
 
 from rerank import data
+from rerank.data.requests.rows import FEEDBACK
 
 FORMS = (
     "wide.jsonl wide.jsonl.gz wide.csv wide.parquet long.csv long.csv.gz long.jsonl long.parquet "
@@ -85,7 +86,7 @@ def test_rows_have_the_documented_columns_and_types(tmp_path):
         **{"row_id": pa.int64(), "request_id": pa.string(), "user": pa.int64(), "split": pa.string()},
         **{"position": pa.int64(), "time": pa.float64(), "history": pa.list_(pa.int64()), "history_times": numbers},
         **{"history_events": words, "target": pa.int64(), "candidates": pa.list_(pa.int64()), "relevance": numbers},
-        **{"scores": numbers, "fields": pa.string(), "candidate_price": numbers},
+        **{"feedback": pa.list_(FEEDBACK), "scores": numbers, "fields": pa.string(), "candidate_price": numbers},
     }
 
 
@@ -169,7 +170,7 @@ def test_metarank_takes_the_highest_grade_and_the_time_of_the_feedback(tmp_path)
     events = [
         ranking(first, ms),  # a number of milliseconds
         interaction(first, "b", ms + 5_000, "click"),
-        interaction(first, "b", ms + 150_000, "buy"),  # after the second request, to which it was not known
+        interaction(first, "b", ms + 150_000, "buy"),  # after the second request, which knows of the click alone
         interaction(first, "b", ms + 160_000, "buy"),
         interaction(first, "a", ms + 6_000, "view"),  # graded 0
         ranking(second, str(ms + 100_000)),
@@ -181,10 +182,21 @@ def test_metarank_takes_the_highest_grade_and_the_time_of_the_feedback(tmp_path)
     grades = {"view": 0, "click": 1, "buy": 2}
     found = run(tmp_path, write_lines(tmp_path / "e.jsonl", map(json.dumps, events)), grades=grades)
     assert [row["relevance"] for row in found["rows"]] == [[0, 2, 0], [0, 0, 1], [1, 0, 0], [0, 0, 0]]
-    assert [row["history"] for row in found["rows"]] == ["", "", "cb", "cba"]
+    assert [row["history"] for row in found["rows"]] == ["", "b", "cb", "cba"]
+    assert found["rows"][1]["history_events"] == ["click"]
     assert found["rows"][3]["history_events"] == ["click", "buy", "click"]
     assert found["rows"][3]["history_times"] == [START + 100, START + 150, START + 207]
     assert [row["time"] for row in found["rows"]] == [START, START + 100, START + 200, START + 300]
+    assert [(place, grade, time - START) for place, grade, time in map(dict.values, found["rows"][0]["feedback"])] == [
+        (1, 1, 5),
+        (1, 2, 150),
+    ]
+    # An item counts once a list, from its first feedback on.
+    assert [(item, time - START) for _, item, _, time, _ in found["interactions"]] == [
+        ("b", 5),
+        ("c", 100),
+        ("a", 207),
+    ]
 
 
 def test_metaranks_fields_are_scores_and_columns(tmp_path):
@@ -214,13 +226,15 @@ def test_interactions_take_the_items_of_such_a_log(tmp_path, form):
     assert pq.read_table(tmp_path / "items.parquet")["text"].to_pylist()[1] == "Film b. category: sport"
 
 
-def test_metaranks_item_fields_become_columns_of_which_the_last_event_holds(tmp_path):
+def test_metaranks_item_fields_become_columns_of_which_the_last_event_holds(tmp_path, caplog):
     told = [item_event(item, title=f"Film {item}", genres=["war", "art"], votes=2.5e3) for item in "bacd"]
     told.append({**item_event("a", title="Film A"), "timestamp": 1_700_000_000_000})
     events = [*told, {"event": "user", "id": "1", "user": "u", "fields": []}, *metarank_events(LOG)]
     path = write_lines(tmp_path / "events.jsonl.gz", map(json.dumps, events))
     options = {"items": path, "item_columns": {"category": "genres", "popular": "votes"}}
-    found = run(tmp_path, path, **options)
+    with caplog.at_level(logging.INFO):
+        found = run(tmp_path, path, **options)
+    assert caplog.text.count(f"1 user events of {path} are not used: what is known of a user is a field of") == 1
     named = ["item_id", "title", "category", "text", "popular", "source_row"]
     assert [tuple(row[name] for name in named) for row in found["tables"]["items"].to_pylist()] == [
         ("b", "Film b", "war, art", "Film b. category: war, art", "2500.0", 0),

@@ -5,6 +5,7 @@ import json
 import pytest
 from request_logs import (
     LOG,
+    START,
     interaction,
     item_event,
     long_records,
@@ -32,6 +33,8 @@ WIDE = {  # message -> requests
     "line 4: relevance of candidate 'b' is 'yes', not a number; give a grade": changed(3, relevance=["yes", 0]),
     "line 4: relevance of candidate 'd' is 'inf', not a number": changed(3, relevance=[0, "inf"]),
     "line 4: relevance of candidate 'b' is -1.*, below 0; grades begin at 0": changed(3, relevance=[-1, 0]),
+    "line 4: relevance of candidate 'b' is 0.5; a grade is a whole number": changed(3, relevance=[0.5, 0]),
+    "line 4: relevance of candidate 'd' is 31.*; a grade is .* of at most 30": changed(3, relevance=[0, 31]),
     "line 1: request 'q1' has 1 candidates, and nothing to rank.*; remove": changed(
         0, candidates=["a"], relevance=[1]
     ),
@@ -40,6 +43,10 @@ WIDE = {  # message -> requests
     "line 2: request 'q1' repeats wide.jsonl line 1; give each": changed(1, request="q1"),
     "line 3: request is empty": changed(2, request=None),
     "line 3: time is 'noon', neither a number nor a date; correct it": changed(2, time="noon"),
+    "line 3: time is 1600000020000, which are milliseconds since 1970; write seconds": changed(
+        2, time=START * 1000 + 20_000
+    ),
+    "line 3: time is 1600000020000000, which are microseconds": changed(2, time=str(START * 10**6 + 20 * 10**6)),
     "line 3: request 'q3' has no time but split is by_time; fill it": changed(2, time=None),
     "no training request has a candidate with a grade above 0": [
         {**row, "relevance": [int(n > 4)] * len(row["candidates"])} for n, row in enumerate(LOG)
@@ -70,7 +77,9 @@ OPTIONS = {  # message -> options
     "history_gap is -1 but must be at least 0": {"history_gap": -1},
     "requests_format is 'deep' but must be one of auto, wide, long, mind, metarank": {"requests_format": "deep"},
     "the grade of click is -1 but must be at least 0": {"grades": {"click": -1}},
-    "grades has 'high' for click; give a number": {"grades": {"click": "high"}},
+    "grades has 'high' for click; give a whole number from 0 to 30": {"grades": {"click": "high"}},
+    "grades has 0.5 for view; give a whole number": {"grades": {"view": 0.5}},
+    "the grade of buy is 31 but must be at least 0 and at most 30": {"grades": {"buy": 31}},
     "test_users is set but split is by_time; set split: by_user": {"test_users": "users.txt"},
     "users.txt line 2: no request is of the user 'x'; correct": {"split": "by_user", "test_users": "users.txt"},
     "empty.txt names no user; give one id a line": {"split": "by_user", "test_users": "empty.txt"},
@@ -163,6 +172,7 @@ LONG = {  # message -> line (from 0, after the header), column, value
     "line 3: relevance of candidate 'b' is 'x', not a number": (1, "relevance", "x"),
     "line 3: score of candidate 'b' is '', not a number; give every": (1, "score", None),
     "line 3: position is 'top', not a number; correct": (1, "position", "top"),
+    "long.csv line 2: time is 1600000000000, which are milliseconds since": (None, "time", 1_600_000_000_000),
     "line 2: request 'one' has 1 candidates": (0, "request", "one"),
     "line 2: request is empty": (0, "request", None),
 }
@@ -172,7 +182,8 @@ LONG = {  # message -> line (from 0, after the header), column, value
 def test_a_bad_line_of_a_long_log_is_refused_in_one_line(here, message):
     line, column, value = LONG[message]
     records = [{**row, "score": 1.0, "hour": 3, "position": n} for n, row in enumerate(long_records(LOG))]
-    records[line][column] = value
+    for record in records if line is None else [records[line]]:
+        record[column] = value
     write_table(here / "long.csv", records)
     check_log(message, "long.csv", request_fields=["hour"])
 
@@ -181,6 +192,7 @@ MIND = {  # message -> a line of behaviors.tsv
     "behaviors.tsv line 1: impressions of candidate 'N7' is 'N7', not": "1\tu\t11/11/2019 9:05:58 AM\t\tN1-0 N7",
     "line 1: impressions of candidate 'N1' is -1.*, below 0": "1\tu\t11/11/2019 9:05:58 AM\t\tN1--1 N7-0",
     "line 1: time is '31/31/2019 9:05:58 AM', neither": "1\tu\t31/31/2019 9:05:58 AM\t\tN1-1 N7-0",
+    "line 1: time is 1573463158000, which are milliseconds since": "1\tu\t1573463158000\t\tN1-1 N7-0",
     "line 1: request '1' has 0 candidates": "1\tu\t11/11/2019 9:05:58 AM\t\t",
     "behaviors.tsv cannot be read: ": "1\tu\t11/11/2019 9:05:58 AM\tN1-1",
     "behaviors.tsv has no column 'query' for a request; it has impression, user": "1\tu\t\t\tN1-1 N7-0",
@@ -204,6 +216,13 @@ METARANK = {  # message -> events
     "line 18: ranking is '', which no ranking event has": [interaction({"request": None}, "a", "1600000001000")],
     "line 18: item 'z' is not among those of the ranking 'q1'; correct": [interaction(LOG[0], "z", "1600000001000")],
     "line 18: timestamp is 'noon', neither milliseconds nor a date": [interaction(LOG[0], "a", "noon")],
+    "line 18: timestamp is 1600000001, which are seconds since 1970; write milliseconds, or": [
+        interaction(LOG[0], "a", "1600000001")
+    ],
+    "line 18: timestamp is 1600000000, which are seconds since": [ranking({**LOG[0], "request": "q9"}, 1600000000)],
+    "line 18: timestamp is 1600000000000000, which are microseconds": [
+        ranking({**LOG[0], "request": "q9"}, "1600000000000000")
+    ],
     "line 18: request 'q1' repeats e.jsonl line 1; give": [FIRST],
     "line 18: timestamp is 'noon', neither a number nor a date": [ranking({**LOG[0], "request": "q9"}, "noon")],
     "line 18: id is empty": [ranking({**LOG[0], "request": None}, "1600000000000")],

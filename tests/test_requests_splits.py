@@ -89,6 +89,21 @@ def test_given_shows_no_held_out_positive_in_a_training_history(tmp_path):
     ]
 
 
+def test_given_leaves_held_out_positives_out_of_the_logs_own_histories(tmp_path, caplog):
+    # u's test request at 20 stands between training ones; of v's none is held out before another.
+    words = ["train", "train", "test", "train", "train", "valid", "test", "train"]
+    histories = ["d", "d", "d", "dc", "xdbx", "d", "dx", "cdx"]
+    log = [{**row, "split": word, "history": [*own]} for row, word, own in zip(LOG, words, histories, strict=True)]
+    log[2]["relevance"] = [1, 0]  # d
+    log[6]["relevance"] = [1, 0, 0]  # a, of v at 60
+    with caplog.at_level("INFO"):
+        found = run(tmp_path, log, split="given")
+    assert [row["history"] for row in found["rows"]] == ["d", "d", "d", "dc", "xbx", "d", "dx", "cx"]
+    assert "2 items are left out of histories" in caplog.text
+    untimed = [{name: value for name, value in row.items() if name != "time"} for row in log]
+    assert [row["history"] for row in run(tmp_path, untimed, split="given")["rows"]][4:] == ["xbx", "d", "dx", "cx"]
+
+
 def test_given_without_a_valid_part_holds_out_the_latest_training_requests(tmp_path):
     words = ["train"] * 5 + ["test", "train", "test"]
     log = [{**row, "split": word} for row, word in zip(LOG, words, strict=True)]
@@ -161,6 +176,28 @@ def test_interactions_without_times_are_before_requests_without_times_only(tmp_p
     assert found["rows"][0]["history"] == "xy" and found["rows"][2]["history"] == "xyb"
     with pytest.raises(ValueError, match="taken.csv line 2: the interaction has no time but the requests have"):
         run(tmp_path, LOG, **options)
+    rows = [("u", "x", 1000 * START)]
+    with pytest.raises(ValueError, match="taken.csv line 2: time is 1600000000000, which are milliseconds"):
+        run(tmp_path, LOG, **beside(tmp_path, rows))
+
+
+def test_interactions_without_times_do_not_tell_what_was_taken_in_a_held_out_request(tmp_path):
+    words = [
+        "train",
+        "train",
+        "train",
+        "train",
+        "test",
+        "valid",
+        "train",
+        "train",
+    ]  # u takes b and a in the test request
+    log = [{**row, "split": word} for row, word in zip(LOG, words, strict=True)]
+    log = [{name: value for name, value in row.items() if name != "time"} for row in log]
+    rows = [("u", "x"), ("u", "a"), ("v", "a"), ("w", "e"), ("w", "x"), ("u", "b")]
+    found = run(tmp_path, log, split="given", **beside(tmp_path, rows, "user,item"))
+    assert [row["history"] for row in found["rows"]] == ["x", "a", "xb", "acd", "xb", "x", "acdb", "xb"]
+    assert found["metrics"]["interactions_left_out"] == 3
 
 
 def test_metaranks_log_takes_a_table_of_interactions_too(tmp_path):

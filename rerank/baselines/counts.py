@@ -33,6 +33,7 @@ from rerank.baselines.pairs import (
     with_empty,
 )
 from rerank.baselines.regression import ItemRegression
+from rerank.baselines.times import in_seconds
 from rerank.launch.files import write_whole
 
 if TYPE_CHECKING:
@@ -45,12 +46,6 @@ MATRICES = ("transitions", "successors", "near")
 FACT_MATRICES = ("categories", "words")
 PARTS = ("data", "indices", "indptr")  # of a sparse matrix
 NUMBER = "number:"  # before the name of an item's number in the file
-MILLISECONDS = 1e11  # the least time that is one in milliseconds, of 1973; in seconds it is in the year 5138
-
-
-def in_seconds(times: np.ndarray | float) -> np.ndarray:
-    """Times in seconds, of any shape, from times in seconds or milliseconds."""
-    return np.where(np.asarray(times) >= MILLISECONDS, np.asarray(times) / 1000, times)
 
 
 @dataclass(frozen=True)

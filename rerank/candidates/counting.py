@@ -4,7 +4,7 @@ A held-out row may know all training events. A training row must not know its ow
 interactions its user's own counts are subtracted exactly. Where rows are requests the events of a fold of users are
 left out, its own user among them, or, with a split by time, everything from the beginning of its window on: an exact
 subtraction would print the label, since an item that the user chose would show one choice less than the same item in
-another user's list.
+another user's list. With a split by time no held-out row knows more than was known before the first of them.
 
 R rows.
 """
@@ -21,6 +21,7 @@ from rerank.baselines import Counts, ItemFacts
 from rerank.baselines.interactions import Interactions
 from rerank.baselines.lambdamart import user_folds
 from rerank.baselines.pairs import Sequences
+from rerank.candidates.shown_lists import ShownLists
 from rerank.launch import run_dir
 from rerank.launch.engines import DuckDB
 from rerank.rows import TargetRows
@@ -44,42 +45,30 @@ class Events:
 
     Attributes:
         interactions: In an engine.
-        requests: The training requests; None where there are none.
-        request_times: Of these, nan where unknown.
+        lists: Of the training requests; None where there are none.
     """
 
     interactions: Interactions
-    requests: TargetRows | None
-    request_times: np.ndarray
+    lists: ShownLists | None
 
     @classmethod
     def load(cls, engine: DuckDB, run: str | Path, rows: TargetRows) -> "Events":
-        """Those of a run, read by an engine; `rows` are all of its rows."""
+        """Those of a run, read by an engine; `rows` are all of its rows.
+
+        Of requests that are split by time, those that were known before the first held-out one.
+        """
         data_dir = run_dir.stage_dir(run, "data")
         num_items = pq.read_metadata(data_dir / "items.parquet").num_rows
         interactions = Interactions.of_file(engine, data_dir / "interactions.parquet", num_items, TRAINING)
-        requests = rows.take(np.flatnonzero(rows.splits == "rerank")) if rows.lists is not None else None
-        return cls(interactions, requests, times_of(requests) if requests is not None else np.empty(0))
+        if rows.lists is None:
+            return cls(interactions, None)
+        events = cls(interactions, ShownLists.of(rows.take(np.flatnonzero(rows.splits == "rerank"))))
+        return events.part(until=first_held_out(rows)) if is_by_time(run) else events
 
     def part(self, until: float | None = None, without_users: np.ndarray | None = None) -> "Events":
-        """Those before a moment, or without some users."""
-        kept = np.ones(len(self.request_times), dtype=bool)
-        if until is not None:
-            kept = self.request_times < until
-        if without_users is not None and self.requests is not None:
-            kept &= ~np.isin(self.requests.users, without_users)
-        requests = None if self.requests is None else self.requests.take(np.flatnonzero(kept))
-        return Events(self.interactions.part(until, without_users), requests, self.request_times[kept])
-
-    def feedback(self) -> np.ndarray | None:
-        """(2, items) lists whose user judged the item, and those in which it was relevant; None without lists."""
-        if self.requests is None or self.requests.lists is None:
-            return None
-        lists, num_items = self.requests.lists, self.interactions.num_items
-        items = np.concatenate([*lists.candidates, np.empty(0, dtype=np.int64)])
-        grades = np.concatenate([*lists.relevance, np.empty(0)])
-        chosen = (items[~np.isnan(grades)], items[grades > 0])
-        return np.stack([np.bincount(part, minlength=num_items) for part in chosen])
+        """Those that were known before a moment, or without some users."""
+        lists = None if self.lists is None else self.lists.part(until, without_users)
+        return Events(self.interactions.part(until, without_users), lists)
 
     def counts(
         self,
@@ -89,9 +78,11 @@ class Events:
         since: float | None = None,
     ) -> Counts:
         """Counts of all of them; arguments as of `Counts.of`."""
-        times = np.append(self.request_times, self.interactions.latest())
+        shown = np.empty(0) if self.lists is None else self.lists.times
+        times = np.append(shown, self.interactions.latest())
         until = float(np.nanmax(times)) if np.isfinite(times).any() else None
-        return Counts.of(self.interactions, facts, self.feedback(), until, neighbours, earlier, since)
+        feedback = None if self.lists is None else self.lists.feedback(self.interactions.num_items)
+        return Counts.of(self.interactions, facts, feedback, until, neighbours, earlier, since)
 
 
 @dataclass(frozen=True)
@@ -114,7 +105,12 @@ class CountedRows:
 def times_of(rows: TargetRows) -> np.ndarray:
     """(R,) times of requests, nan where unknown."""
     assert rows.lists is not None
-    return np.asarray(rows.lists.details["time"].to_numpy(zero_copy_only=False), dtype=float)
+    return rows.lists.times
+
+
+def first_held_out(rows: TargetRows) -> float:
+    """The time of the first request that is not for training."""
+    return float(times_of(rows)[rows.splits != "rerank"].min())
 
 
 def is_by_time(run: str | Path) -> bool:

@@ -3,20 +3,21 @@
 R rows, N candidates of a row.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from rerank.baselines import fit_lambdamart, out_of_fold_scores, rows_per_leaf
-from rerank.baselines.lambdamart import Chosen, Lists
-from rerank.candidates.counting import in_parts, is_by_time, times_of
+from rerank.baselines.lambdamart import Chosen
+from rerank.candidates.counting import first_held_out, in_parts, is_by_time
 from rerank.candidates.row_lists import is_hit
 from rerank.candidates.stored_lists import StoredLists
-from rerank.rows import TargetRows
+from rerank.rows import LoggedLists, TargetRows
+from rerank.rows.histories import grades_before
 
 SEED = 0
-LEAST_ROWS = 200  # training rows before a window, from which trees are fitted
+LEAST_ROWS = 200  # training rows that are known before a window, from which trees are fitted
 
 
 def reorder(run: str | Path, rows: TargetRows, lists: StoredLists) -> None:
@@ -24,60 +25,73 @@ def reorder(run: str | Path, rows: TargetRows, lists: StoredLists) -> None:
 
     Held-out rows are ranked by trees that were fitted on all training rows. Training rows are ranked by trees of
     other users' rows, or, with a split by time, of rows before them: those are fitted anew whenever the number of
-    earlier rows has doubled, and rows before the first LEAST_ROWS stay as they are.
+    earlier rows has doubled, and rows before the first LEAST_ROWS stay as they are. With a split by time no tree is
+    fitted on feedback that came after a row that it ranks.
     """
-    training, relevance = _hits(lists, np.flatnonzero(rows.splits == "rerank"))
-    held_out = np.setdiff1d(np.arange(len(rows)), training)  # training rows that teach nothing among them
-    features, users, least = lists.by_row("features"), rows.users[training].tolist(), rows_per_leaf(len(training))
-    known = Chosen(features, training.tolist()), relevance
+    features, training = lists.by_row("features"), np.flatnonzero(rows.splits == "rerank")
+    of_time = rows.take(training) if rows.lists is not None and is_by_time(run) else None
+    if of_time is not None and of_time.lists is not None:
+        hits, relevance = _hits(training, of_time.lists.grades_before(first_held_out(rows)))
+    else:
+        parts = (lists.part(part).relevance for part in in_parts(training))
+        hits, relevance = _hits(training, (of_row for part in parts for of_row in part))
+    users, least = rows.users[hits].tolist(), rows_per_leaf(len(hits))
+    known = Chosen(features, hits.tolist()), relevance
     fitted = fit_lambdamart(known, users, seed=SEED, min_rows_per_leaf=least)
-    found = (
-        scores_from_before(known, users, times_of(rows)[training])
-        if is_by_time(run)
-        else out_of_fold_scores(known, users, seed=SEED, min_rows_per_leaf=least)
+    ranked = hits if of_time is None else training
+    found: Sequence[np.ndarray | None] = (
+        out_of_fold_scores(known, users, seed=SEED, min_rows_per_leaf=least)
+        if of_time is None
+        else scores_from_before(Chosen(features, training.tolist()), of_time)
     )
-    for places in in_parts(held_out):
+    for places in in_parts(np.setdiff1d(np.arange(len(rows)), ranked)):
         lists.put("tree_scores", places, fitted.scores(Chosen(features, places.tolist())))
-    as_shown = [-np.arange(1.0, 1 + lists.lengths[place]) for place in training.tolist()]
+    as_shown = [-np.arange(1.0, 1 + lists.lengths[place]) for place in ranked.tolist()]
     scores = [own if of_row is None else of_row for own, of_row in zip(as_shown, found, strict=True)]
-    lists.put("tree_scores", training, scores)
+    lists.put("tree_scores", ranked, scores)
 
 
-def _hits(lists: StoredLists, training: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
-    """The places of training rows that are hits, and the grades of these."""
-    places: list[int] = []
-    relevance: list[np.ndarray] = []
-    for part in in_parts(training):
-        for place, grades in zip(part.tolist(), lists.part(part).relevance, strict=True):
-            if is_hit(grades):
-                places.append(place)
-                relevance.append(grades)
-    return np.array(places, dtype=np.int64), relevance
+def _hits(places: np.ndarray, relevance: Iterable[np.ndarray]) -> tuple[np.ndarray, list[np.ndarray]]:
+    """The places of rows that are hits, and the grades of these."""
+    found = [(place, grades) for place, grades in zip(places.tolist(), relevance, strict=True) if is_hit(grades)]
+    return np.array([place for place, _ in found], dtype=np.int64), [grades for _, grades in found]
 
 
-def scores_from_before(train: Lists, users: Sequence[int], times: np.ndarray) -> list[np.ndarray | None]:
-    """(R,) scores of each training row by trees of earlier rows alone; None where there are too few.
+def scores_from_before(features: Sequence[np.ndarray], rows: TargetRows) -> list[np.ndarray | None]:
+    """(R,) scores of each training row by trees of what was known before it; None where that is too little.
 
     Args:
-        train: The training rows.
-        users: Of each.
-        times: (R,) of each.
+        features: R arrays (N, F) of the rows.
+        rows: The training rows, requests with a time.
     """
-    features, relevance = train
-    order = np.argsort(times, kind="stable")
-    ordered = times[order]
+    assert rows.lists is not None
+    order = np.argsort(rows.lists.times, kind="stable")
+    users, lists = rows.users[order], rows.lists.take(order)
+    known_at = np.sort(_hit_times(lists))
+    known_at = known_at[known_at < np.inf]
     found: list[np.ndarray | None] = [None] * len(order)
     begin = LEAST_ROWS
-    while begin < len(order):
-        first = int(np.searchsorted(ordered, ordered[begin]))  # a moment is never divided
-        end = min(2 * begin, len(order))
-        last = int(np.searchsorted(ordered, ordered[end])) if end < len(order) else len(order)
-        earlier, later = order[:first].tolist(), order[first:last].tolist()
-        if earlier and later:
-            rows = Chosen(features, earlier), [relevance[row] for row in earlier]
-            least = rows_per_leaf(len(earlier))
-            fitted = fit_lambdamart(rows, [users[row] for row in earlier], seed=SEED, min_rows_per_leaf=least)
+    while begin < len(known_at):
+        until = known_at[2 * begin] if 2 * begin < len(known_at) else np.inf
+        first, last = np.searchsorted(lists.times, [known_at[begin], until])  # a moment is never divided
+        before = np.arange(first)
+        earlier, relevance = _hits(before, lists.take(before).grades_before(known_at[begin]))
+        later = order[first:last].tolist()
+        if len(earlier) and later:
+            known, least = (Chosen(features, order[earlier].tolist()), relevance), rows_per_leaf(len(earlier))
+            fitted = fit_lambdamart(known, users[earlier].tolist(), seed=SEED, min_rows_per_leaf=least)
             for row, scored in zip(later, fitted.scores(Chosen(features, later)), strict=True):
                 found[row] = scored
-        begin = end
+        begin *= 2
+    return found
+
+
+def _hit_times(lists: LoggedLists) -> np.ndarray:
+    """(R,) when each list became a hit, inf for one that never did."""
+    found = np.full(len(lists.feedback), np.inf)
+    for row, (relevance, feedback) in enumerate(zip(lists.relevance, lists.feedback, strict=True)):
+        for time in np.unique(feedback[:, 2]).tolist():
+            if is_hit(grades_before(np.nextafter(time, np.inf), relevance, feedback)):
+                found[row] = time
+                break
     return found

@@ -113,7 +113,7 @@ class DataArguments(recipe.StageArguments):
         "per_user",
         "per_user: from the end of each sequence; by_time: the latest fractions of all interactions or requests; "
         "by_user: fractions of the users of requests; random: fractions of each user's interactions, whatever their "
-        "order; given: by the split column.",
+        "order; given: by the split column. What is held out at random or as given is in no training history.",
     )
     num_test: int = option(1, "per_user: test targets (requests) of a user.")
     num_valid: int = option(1, "per_user: validation targets of a user, before those.")
@@ -162,9 +162,7 @@ class DataArguments(recipe.StageArguments):
         if self.test_users and self.split != "by_user":
             raise ValueError(f"test_users is set but split is {self.split}; set split: by_user")
         for kind, grade in (self.grades or {}).items():
-            if not isinstance(grade, int | float):
-                raise ValueError(f"grades has {grade!r} for {kind}; give a number of at least 0")
-            check_range(f"the grade of {kind}", grade, least=0)
+            check_grade(kind, grade)
 
     def asked(self, key: str) -> Asked:
         """The table that the recipe names under requests, interactions or items."""
@@ -231,6 +229,16 @@ class DataArguments(recipe.StageArguments):
                 raise ValueError(f"{name} is {getattr(self, name)} but requests is not set; name the log or remove it")
         if self.split == "by_user" and not self.requests:
             raise ValueError("split is by_user but requests is not set; interactions are split per_user or by_time")
+
+
+def check_grade(kind: str, grade: object) -> None:
+    """Refuse a grade of a type of interaction that no ranker of the evaluation knows a gain of."""
+    from rerank.baselines.lambdamart import MOST_GRADE
+
+    if isinstance(grade, int | float):
+        check_range(f"the grade of {kind}", grade, least=0, most=MOST_GRADE)
+    if not isinstance(grade, int | float) or grade != round(grade):
+        raise ValueError(f"grades has {grade!r} for {kind}; give a whole number from 0 to {MOST_GRADE}")
 
 
 def check(args: DataArguments) -> None:

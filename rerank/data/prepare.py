@@ -215,7 +215,7 @@ def _split(args: DataArguments, sequences: Table) -> Table:
         return splits.split_by_time(sequences, args.valid_fraction, args.test_fraction)
     if args.split == "random":
         return splits.split_at_random(sequences, args.valid_fraction, args.test_fraction, args.seed)
-    return splits.hold_out_latest(sequences, args.valid_fraction)
+    return splits.held_out_last(splits.hold_out_latest(sequences, args.valid_fraction))
 
 
 def _refuse_empty_splits(args: DataArguments, found: Prepared) -> None:

@@ -76,6 +76,12 @@ def hold_out_latest(table: Table, valid_fraction: float) -> Table:
     return table.mutate(split=ibis.ifelse((_.split == "train") & (_.time >= valid_from), "valid", _.split))
 
 
+def held_out_last(table: Table) -> Table:
+    """Positions that put what is held out after all training interactions of its user, else in the same order."""
+    table = table.mutate(part=_.split.cases(("test", 2), ("valid", 1), else_=0))
+    return number_positions(table, ["part", "position"])
+
+
 def _time_at(table: Table, share: float) -> float:
     """The time of the interaction before which the given share of all lies."""
     size = count(table)

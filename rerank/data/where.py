@@ -14,7 +14,7 @@ from ibis import _
 from ibis.expr.types import Column, Table
 from sqlglot import exp
 
-from rerank.baselines.counts import MILLISECONDS
+from rerank.baselines.times import MILLISECONDS
 from rerank.data.asked import ALLOWED
 from rerank.data.filters import Problem, count, screen
 from rerank.data.sources.cells import SPACED_OFFSET, as_seconds, as_text, number

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from rerank.baselines import Counts
-from rerank.baselines.counts import in_seconds
+from rerank.baselines.times import in_seconds
 from rerank.models.ranker import RankingModel, generate_answers
 from rerank.rank.encoder import encode_rows
 from rerank.rank.files import Record, open_output, read_rows_file

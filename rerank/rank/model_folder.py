@@ -20,9 +20,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from rerank.baselines import Counts
-from rerank.baselines.counts import MILLISECONDS
 from rerank.baselines.features import FEEDBACK_FEATURES
 from rerank.baselines.interactions import Interactions, engine
+from rerank.baselines.times import unit_of
 from rerank.catalogue import check_vocabulary
 from rerank.launch import run_dir
 from rerank.launch.files import delete_folder
@@ -240,10 +240,10 @@ def _frequent(least: int, num_users: int, users: np.ndarray) -> np.ndarray:
 
 
 def _check_unit(until: float | None, old: Counts, folder: Path, path: str | Path) -> None:
-    """Refuse times in milliseconds for counts in seconds, and the other way round."""
+    """Refuse times in another unit than those of the counts."""
     if until is None or old.until is None:
         return
-    new, before = ("milliseconds" if time >= MILLISECONDS else "seconds" for time in (until, old.until))
+    new, before = unit_of(until), unit_of(old.until)
     if new != before:
         raise ValueError(f"{path} has times in {new} but those of {folder} are in {before}; write them in {before}")
 

@@ -18,6 +18,7 @@ from rerank.rows.sequences import Histories, history_columns, read_histories
 
 TRAINING = ("train", "rerank")  # splits of which nothing is held out
 DETAILS = ("request_id", "time", "history_times", "history_events", "fields")  # of requests, handed on as they are
+FEEDBACK = ("place", "grade", "time")  # of one entry of the column feedback
 COLUMN = "candidate_"  # before the name of a candidate's number
 
 
@@ -67,6 +68,8 @@ class LoggedLists:
         candidates: R arrays of items in first-stage order.
         relevance: R arrays of grades, nan for a candidate that was not seen.
         scores: R arrays of first-stage scores; without any in the log, N + 1 minus the place.
+        feedback: R arrays (feedback, 3) of what raised the grade of a candidate, by place and time: place from 0,
+            grade, time, which is nan where unknown.
         columns: Numbers of the candidates, R arrays each, nan where unknown.
         details: (R rows) the columns of DETAILS.
     """
@@ -74,12 +77,16 @@ class LoggedLists:
     candidates: list[np.ndarray]
     relevance: list[np.ndarray]
     scores: list[np.ndarray]
+    feedback: list[np.ndarray]
     columns: dict[str, list[np.ndarray]]
     details: pa.Table
 
     @classmethod
     def of(cls, table: pa.Table) -> "LoggedLists":
-        """Those of a table with the columns of rows.parquet."""
+        """Those of a table with the columns of rows.parquet.
+
+        One that an earlier version wrote lacks `feedback`, which is then of the time of the request.
+        """
         candidates = _split_lists(table["candidates"])
         scores = _split_lists(table["scores"])
         scores = [
@@ -89,22 +96,55 @@ class LoggedLists:
         names = [name for name in table.column_names if name.startswith(COLUMN)]
         columns = {name: [values.astype(float) for values in _split_lists(table[name])] for name in names}
         relevance = [grades.astype(float) for grades in _split_lists(table["relevance"])]
-        return cls(candidates, relevance, scores, columns, table.select(DETAILS))
+        times = table["time"].to_numpy().astype(float)
+        is_told = "feedback" in table.column_names
+        feedback = _split_feedback(table["feedback"]) if is_told else [*map(_at_once, relevance, times)]
+        return cls(candidates, relevance, scores, feedback, columns, table.select(DETAILS))
+
+    @property
+    def times(self) -> np.ndarray:
+        """(R,) times of the requests, nan where unknown."""
+        return np.asarray(self.details["time"].to_numpy(zero_copy_only=False), dtype=float)
+
+    def grades_before(self, moment: float) -> list[np.ndarray]:
+        """R arrays of grades as they were known before a moment: 0 for a candidate whose feedback had not come."""
+        pairs = zip(self.relevance, self.feedback, strict=True)
+        return [grades_before(moment, relevance, feedback) for relevance, feedback in pairs]
 
     def take(self, chosen: Sequence[int] | np.ndarray) -> "LoggedLists":
         """The lists at these places."""
-        parts = (self.candidates, self.relevance, self.scores)
-        candidates, relevance, scores = ([values[row] for row in chosen] for values in parts)
+        parts = (self.candidates, self.relevance, self.scores, self.feedback)
+        candidates, relevance, scores, feedback = ([values[row] for row in chosen] for values in parts)
         columns = {name: [values[row] for row in chosen] for name, values in self.columns.items()}
-        return LoggedLists(
-            candidates, relevance, scores, columns, self.details.take(pa.array(np.asarray(chosen, dtype=np.int64)))
-        )
+        details = self.details.take(pa.array(np.asarray(chosen, dtype=np.int64)))
+        return LoggedLists(candidates, relevance, scores, feedback, columns, details)
+
+
+def grades_before(moment: float, relevance: np.ndarray, feedback: np.ndarray) -> np.ndarray:
+    """(N,) grades of a list as they were known before a moment, from all of them and the list's feedback."""
+    known, earlier = np.where(np.isnan(relevance), np.nan, 0.0), feedback[feedback[:, 2] < moment]
+    np.maximum.at(known, earlier[:, 0].astype(int), earlier[:, 1])
+    return known
 
 
 def _split_lists(column: pa.ChunkedArray) -> list[np.ndarray]:
     """A column of lists as an array a row, empty for null; null entries are nan."""
     ends = np.cumsum(pc.fill_null(pc.list_value_length(column), 0).to_numpy())
     return np.split(pc.list_flatten(column).to_numpy(), ends[:-1]) if len(ends) else []
+
+
+def _split_feedback(column: pa.ChunkedArray) -> list[np.ndarray]:
+    """The column `feedback` as an array (feedback, 3) a row."""
+    ends = np.cumsum(pc.fill_null(pc.list_value_length(column), 0).to_numpy())
+    flat = pc.list_flatten(column)
+    values = np.stack([pc.struct_field(flat, name).to_numpy().astype(float) for name in FEEDBACK], axis=-1)
+    return np.split(values, ends[:-1]) if len(ends) else []
+
+
+def _at_once(relevance: np.ndarray, time: float) -> np.ndarray:
+    """The feedback of a list whose grades above 0 were known at its request."""
+    places = np.flatnonzero(relevance > 0)
+    return np.stack([places, relevance[places], np.full(len(places), time)], axis=-1)
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,11 @@ from collections.abc import Sequence
 import ibis
 from ibis import _
 
+from rerank.baselines.lambdamart import MOST_GRADE
 from rerank.data import DataArguments
 from rerank.data.filters import first_row
-from rerank.data.requests.raw import RawLog
-from rerank.data.sources.cells import is_missing
+from rerank.data.requests.raw import RawLog, refuse_unit
+from rerank.data.sources.cells import is_missing, number
 from rerank.data.tables import SPLITS, refuse_empty
 
 
@@ -16,9 +17,9 @@ def check_log(raw: RawLog, candidate_fields: Sequence[str]) -> None:
     """Refuse a request or a candidate that cannot be what it is meant to be.
 
     Raises:
-        ValueError: When a request has no id, another's id, an unreadable time or fewer than two candidates; when a
-            candidate stands twice in a request; when a grade, a score or a candidate column is no number, or a grade
-            is below 0.
+        ValueError: When a request has no id, another's id, a time that cannot be read or is of another unit, or fewer
+            than two candidates; when a candidate stands twice in a request; when a grade, a score or a candidate
+            column is no number, or a grade is none of 0, 1 ... MOST_GRADE.
     """
     _check_requests(raw)
     _check_candidates(raw)
@@ -42,6 +43,8 @@ def _check_requests(raw: RawLog) -> None:
     if row := first_row(requests.filter(_.time.isnull() & (_.raw_time != "")), source):
         problem = f"{names['time']} is {row['raw_time']!r}, neither a number nor a date"
         raise ValueError(f"{row['place']}: {problem}; correct it, or leave it empty where it is unknown")
+    times = requests.select("source_row", time=number(requests.raw_time))
+    refuse_unit(times, source, names.get("time", "time"), raw.time_unit)
 
 
 def _check_candidates(raw: RawLog) -> None:
@@ -68,6 +71,11 @@ def _check_grades(raw: RawLog) -> None:
     if row := first_row(raw.candidates.filter(_.relevance < 0), raw.source):
         problem = f"{column} of candidate {row['item_id']!r} is {row['raw_relevance']}, below 0"
         raise ValueError(f"{row['place']}: {problem}; grades begin at 0, and null says that it was not seen")
+    no_grade = (_.relevance != _.relevance.round()) | (_.relevance > MOST_GRADE)
+    if row := first_row(raw.candidates.filter(no_grade), raw.source):
+        problem = f"{column} of candidate {row['item_id']!r} is {row['raw_relevance']}"
+        cure = f"a grade is a whole number of at most {MOST_GRADE}, with a gain of 2^grade - 1; map the values to such"
+        raise ValueError(f"{row['place']}: {problem}; {cure}")
 
 
 def _check_scores(raw: RawLog) -> None:

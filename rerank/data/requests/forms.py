@@ -166,12 +166,12 @@ def _log(
 ) -> RawLog:
     unknown = {"score": ibis.null("float64"), "raw_score": ibis.literal("")}
     unknown = {name: value for name, value in unknown.items() if name not in flat.columns}
-    flat = flat.mutate(**unknown, event=ibis.null("string"), feedback_time=ibis.null("float64"))
+    flat = flat.mutate(**unknown)
     candidates = con.create_table(ibis.util.gen_name("candidates"), flat, temp=True)
     histories = None
     if "history" in requests.columns:
         histories = con.create_table(ibis.util.gen_name("histories"), raw.history_table(requests), temp=True)
-    return RawLog(source, requests, candidates, histories, names, repeats_ids)
+    return RawLog(source, requests, candidates, histories, names, repeats_ids=repeats_ids)
 
 
 def _refuse_lengths(table: Table, source: Source, lists: Names) -> None:

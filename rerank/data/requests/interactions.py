@@ -10,6 +10,7 @@ from ibis import _
 
 from rerank.data import DataArguments, tables
 from rerank.data.filters import count, first_row
+from rerank.data.requests import raw
 from rerank.data.requests.histories import Events
 from rerank.data.requests.log import Numbered, RequestLog, floats, strings
 from rerank.data.sources.opening import open_source
@@ -37,6 +38,8 @@ def read_interactions(con: ibis.BaseBackend, args: DataArguments, needs_times: b
     if needs_times and (row := first_row(read.filter(_.time.isnull()), source)):
         problem = "the interaction has no time but the requests have; nothing tells whether it is before one"
         raise ValueError(f"{row['place']}: {problem}; map columns: {{time: COLUMN}} or remove the row")
+    if needs_times:
+        raw.refuse_unit(read.select("source_row", "time"), source, names["time"], "seconds")
     unique = tables.drop_duplicates(DuckDB(con), read, names).order_by(["position", "source_row"]).to_pyarrow()
     ids = (strings(unique["user_id"]), strings(unique["item_id"]))
     return Interactions(source, *ids, floats(unique["time"]), count(read), left_out)
@@ -48,7 +51,8 @@ def join_interactions(
     """The interactions as events, the ids of all users, and counts.
 
     They are for training, except under split by_user, where they are of their user's split. Those at or after the
-    first held-out request (under by_time of all, else of the user) are left out: they could tell of it.
+    first held-out request (under by_time of all, else of the user) are left out: they could tell of it. Where that
+    has no time, those are left out whose item the user took through it.
     """
     numbers = pc.index_in(found.user_ids, value_set=log.user_ids)
     user_ids = pa.concat_arrays([log.user_ids, found.user_ids.filter(numbers.is_null()).unique()])
@@ -61,9 +65,16 @@ def join_interactions(
         first_held_out[:] = log.times[held_out].min()
     else:
         np.minimum.at(first_held_out, log.users[held_out], log.times[held_out])
-    is_left_out = found.times >= first_held_out[users]  # false without a time
     size, item_numbers = len(users), items.numbers(found.item_ids)
+    is_left_out = found.times >= first_held_out[users]  # false without a time
+    if split != "by_user":
+        owners, taken = log.owners[log.feedback.candidates], log.items[log.feedback.candidates]
+        is_hidden = ((levels > 0) & np.isnan(log.times))[owners]
+        hidden = log.users[owners[is_hidden]] * len(items.ids) + taken[is_hidden]
+        is_left_out |= np.isin(users * len(items.ids) + item_numbers, hidden)
     kinds = np.full(size, None, dtype=object)
-    events = Events(users, item_numbers, found.times, np.full(size, -1), level_of[users], kinds).take(~is_left_out)
+    is_last = np.full(size, np.inf)
+    events = Events(users, item_numbers, found.times, np.full(size, -1), level_of[users], kinds, is_last)
+    events = events.take(~is_left_out)
     counts = {"interactions_read": found.num_read, "duplicates_removed": found.num_read - size}
     return events, user_ids, {**counts, "interactions_left_out": int(is_left_out.sum())}

@@ -47,6 +47,32 @@ class Numbered:
 
 
 @dataclass(frozen=True)
+class Feedback:
+    """What raised the grades of candidates, by candidate, then time: S times.
+
+    Attributes:
+        candidates: (S,), places among all C.
+        grades, times: (S,); a time is NaN where unknown.
+        kinds: (S,), event types, null where unknown.
+    """
+
+    candidates: np.ndarray
+    grades: np.ndarray
+    times: np.ndarray
+    kinds: pa.Array
+
+    @property
+    def is_first(self) -> np.ndarray:
+        """(S,), whether it is its candidate's first."""
+        return np.diff(self.candidates, prepend=-1) > 0
+
+    @property
+    def replaced_at(self) -> np.ndarray:
+        """(S,), the time from which a higher grade stands in its place; inf for the last of a candidate."""
+        return np.where(np.append(self.is_first[1:], True), np.inf, np.append(self.times[1:], np.inf))
+
+
+@dataclass(frozen=True)
 class RequestLog:
     """Requests in the order of the input, candidates in the order shown.
 
@@ -56,9 +82,9 @@ class RequestLog:
         user_ids: (number of users,), null for a request without a user.
         fields: R JSON objects.
         starts: (R + 1,), where the candidates of each request begin.
-        items, relevance, scores: (C,), NaN for not seen and for no score.
+        items, relevance, scores: (C,), NaN for not seen and for no score; a grade is the highest there ever was.
         columns: Name -> (C,) of each candidate column, NaN where unknown.
-        events, feedback_times: (C,), the event type and time of a positive; null and NaN where unknown.
+        feedback: Of all candidates with a grade above 0; at its request's time where the log tells no other.
         histories: Items of the log's own histories, oldest first, or None.
     """
 
@@ -74,8 +100,7 @@ class RequestLog:
     relevance: np.ndarray
     scores: np.ndarray
     columns: dict[str, np.ndarray]
-    events: pa.Array
-    feedback_times: np.ndarray
+    feedback: Feedback
     histories: Lists | None
 
     def __len__(self) -> int:
@@ -111,6 +136,7 @@ class RawArrays:
     requests: pa.Table
     candidates: pa.Table
     histories: pa.Table | None
+    feedback: pa.Table | None
 
     @classmethod
     def of(cls, raw: RawLog) -> "RawArrays":
@@ -120,7 +146,10 @@ class RawArrays:
         histories = None
         if raw.histories is not None:
             histories = raw.histories.order_by(["request_row", "place"]).to_pyarrow().combine_chunks()
-        return cls(requests, candidates, histories)
+        feedback = None
+        if raw.feedback is not None:
+            feedback = raw.feedback.order_by(["request_row", "place", "grade"]).to_pyarrow().combine_chunks()
+        return cls(requests, candidates, histories, feedback)
 
     @property
     def has_times(self) -> bool:
@@ -157,8 +186,7 @@ def number_log(raw: RawArrays, items: Numbered, candidate_fields: list[str], req
     if raw.histories is not None:
         of = np.searchsorted(source_rows, raw.histories["request_row"].to_numpy())
         histories = Lists.of(of, items.numbers(strings(raw.histories["item_id"])), len(users))
-    feedback = floats(candidates["feedback_time"])
-    feedback = np.where(np.isnan(feedback), times[owners], np.fmax(feedback, times[owners]))  # a skewed clock
+    relevance = floats(candidates["relevance"])
     return RequestLog(
         source_rows=source_rows,
         request_ids=strings(requests["request_id"]),
@@ -169,13 +197,24 @@ def number_log(raw: RawArrays, items: Numbered, candidate_fields: list[str], req
         fields=_fields(requests, request_fields),
         starts=starts,
         items=items.numbers(strings(candidates["item_id"])),
-        relevance=floats(candidates["relevance"]),
+        relevance=relevance,
         scores=floats(candidates["score"]),
         columns={name: floats(candidates[f"candidate_{name}"]) for name in candidate_fields},
-        events=strings(candidates["event"]),
-        feedback_times=feedback,
+        feedback=_feedback(raw.feedback, source_rows, starts, relevance, times[owners]),
         histories=histories,
     )
+
+
+def _feedback(
+    told: pa.Table | None, source_rows: np.ndarray, starts: np.ndarray, relevance: np.ndarray, times: np.ndarray
+) -> Feedback:
+    """The feedback that a log tells, else the grades above 0 at the times (C,) of the requests."""
+    if told is None:
+        chosen = np.flatnonzero(relevance > 0)
+        return Feedback(chosen, relevance[chosen], times[chosen], pa.nulls(len(chosen), pa.string()))
+    owners = np.searchsorted(source_rows, told["request_row"].to_numpy())
+    candidates = starts[owners] + told["place"].to_numpy()
+    return Feedback(candidates, floats(told["grade"]), floats(told["time"]), strings(told["kind"]))
 
 
 def _number_users(user_ids: pa.Array) -> tuple[np.ndarray, pa.Array]:

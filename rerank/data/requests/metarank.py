@@ -3,6 +3,7 @@
 Source: https://github.com/metarank/metarank/blob/master/doc/event-schema.md and timestamp-formats.md
 """
 
+import logging
 from dataclasses import dataclass, field
 
 import ibis
@@ -11,13 +12,16 @@ from ibis.expr.types import Column, Table
 
 from rerank.data import DataArguments
 from rerank.data.filters import count, first_row
-from rerank.data.requests.raw import RawLog
+from rerank.data.requests.raw import RawLog, refuse_unit
 from rerank.data.sources.cells import as_seconds, as_text, number, to_json
 from rerank.data.sources.json_lines import JsonLines
 from rerank.data.sources.source import Source
 from rerank.data.tables import materialise, refuse_empty
 
+logger = logging.getLogger(__name__)
+
 NAMES = {"request": "id", "time": "timestamp", "item": "items", "relevance": "relevance", "score": "relevancy"}
+UNIT = "milliseconds"
 _KINDS = ("item", "user", "ranking", "interaction")
 _FIELDS = "STRUCT(name VARCHAR, value JSON)[]"
 _COLUMNS = {
@@ -63,6 +67,10 @@ def read_metarank(con: ibis.BaseBackend, source: JsonLines, args: DataArguments)
     rankings = events.filter(_.event == "ranking")
     if count(rankings) == 0:
         raise ValueError(f"{path} has no ranking event; set requests_format to the form that it has")
+    if num_user := count(events.filter(_.event == "user")):
+        logger.info(
+            "%d user events of %s are not used: what is known of a user is a field of a ranking", num_user, path
+        )
     values = {name: _field_of(rankings.fields, name) for name in args.request_fields or ()}
     if "session" in values:
         values["session"] = to_json(rankings.session)
@@ -80,12 +88,12 @@ def read_metarank(con: ibis.BaseBackend, source: JsonLines, args: DataArguments)
     shown = _shown(con, rankings, args)
     _refuse_absent(shown, "raw_candidate_", "candidate_fields", "ranking's item", path)
     feedback = _feedback(con, source, events, requests, shown, args.grades or {"click": 1.0})
-    keys = ("request_row", "item_id")
-    graded = shown.left_join(feedback, keys).drop("request_row_right", "item_id_right")
+    best = feedback.group_by("request_row", "place").agg(relevance=_.grade.max())
+    graded = shown.left_join(best, ("request_row", "place")).drop("request_row_right", "place_right")
     graded = graded.mutate(relevance=_.relevance.fill_null(0.0))
     graded = graded.mutate(raw_relevance=_.relevance.cast("string"))
     candidates = con.create_table(ibis.util.gen_name("candidates"), graded, temp=True)
-    return RawLog(source, requests, candidates, None, NAMES)
+    return RawLog(source, requests, candidates, None, NAMES, UNIT, _rises(feedback))
 
 
 def _read_events(con: ibis.BaseBackend, source: JsonLines) -> Table:
@@ -138,7 +146,7 @@ def _refuse_absent(table: Table, prefix: str, key: str, of: str, path: str) -> N
 def _feedback(
     con: ibis.BaseBackend, source: Source, events: Table, requests: Table, shown: Table, grades: dict[str, float]
 ) -> Table:
-    """request_row, item_id, relevance, event and feedback_time of the first interaction of the highest grade."""
+    """The interactions: request_row, place, grade, time (not before the request's: a clock may be skewed), kind."""
     taken = events.filter(_.event == "interaction")
     raw_time = as_text(taken.timestamp)
     taken = taken.select(
@@ -150,15 +158,26 @@ def _feedback(
         feedback_time=as_moment(taken.timestamp),
         relevance=as_text(taken.type).cases(*grades.items(), else_=ibis.null("float64")).cast("float64"),
     )
-    rankings = requests.group_by("request_id").agg(request_row=_.source_row.min())
+    rankings = requests.group_by("request_id").agg(
+        request_row=_.source_row.min(), request_time=_.time.argmin(_.source_row)
+    )
     taken = taken.left_join(rankings, taken.ranking_id == rankings.request_id).drop("request_id")
     taken = con.create_table(ibis.util.gen_name("feedback"), taken, temp=True)
     _refuse_interactions(source, taken, shown, grades)
-    best = ibis.window(
-        group_by=["request_row", "item_id"], order_by=[ibis.desc("relevance"), "feedback_time", "source_row"]
+    taken = taken.join(shown.select("request_row", "item_id", "place"), ("request_row", "item_id"))
+    time = ibis.greatest(taken.feedback_time, taken.request_time)  # null where both are
+    return taken.select("source_row", "request_row", "place", "kind", grade=taken.relevance, time=time)
+
+
+def _rises(feedback: Table) -> Table:
+    """The interactions that raised the grade of a candidate above that of all before them, 0 at first."""
+    order = [ibis.asc("time", nulls_first=True), ibis.desc("grade"), "source_row"]
+    highest = feedback.mutate(
+        highest=_.grade.max().over(ibis.cumulative_window(group_by=["request_row", "place"], order_by=order))
     )
-    taken = taken.mutate(rank=ibis.row_number().over(best)).filter(_.rank == 0)
-    return taken.select("request_row", "item_id", "relevance", "feedback_time", event=_.kind)
+    window = ibis.window(group_by=["request_row", "place"], order_by=order)
+    with_before = highest.mutate(before=_.highest.lag().over(window).fill_null(0.0))
+    return with_before.filter(_.grade > _.before).drop("highest", "before")
 
 
 def _refuse_interactions(source: Source, taken: Table, shown: Table, grades: dict[str, float]) -> None:
@@ -176,3 +195,4 @@ def _refuse_interactions(source: Source, taken: Table, shown: Table, grades: dic
     if row := first_row(taken.filter(_.feedback_time.isnull() & (_.raw_time != "")), source):
         problem = f"timestamp is {row['raw_time']!r}, neither milliseconds nor a date"
         raise ValueError(f"{row['place']}: {problem}; correct the line")
+    refuse_unit(taken.select("source_row", time=number(taken.raw_time)), source, NAMES["time"], UNIT)

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 
 from rerank.data import DataArguments
 from rerank.data.requests import checks, read, rows, summary
-from rerank.data.requests.histories import Events, Histories, in_order, positives
+from rerank.data.requests.histories import Events, Histories, in_order, positives, without_held_out
 from rerank.data.requests.interactions import join_interactions, read_interactions
 from rerank.data.requests.log import Numbered, RawArrays, RequestLog, number_log, strings
 from rerank.data.requests.splits import LEVELS, split_requests
@@ -25,7 +25,7 @@ class PreparedRequests:
         items, users: As they are written.
         log: The requests.
         levels: The split of each.
-        events: What users took, in order.
+        events: What users took, in order, each item once a list: when its first feedback came.
         joined: Histories joined from the events, None where the log has its own.
         counts: Of interactions read, removed and left out.
         left_out: Reason to the number of rows of interactions and items that are not in the tables.
@@ -77,7 +77,8 @@ class PreparedRequests:
         shared = shared_summary(args, *counts, facts, sizes, self.sources)
         without = len(self.items) - self.num_with_metadata
         further = {**summary.of_requests(self.log, self.joined), "items_without_metadata": without}
-        left_out = {"interactions_left_out": self.counts["interactions_left_out"], "left_out": self.left_out}
+        names = ("interactions_left_out", "items_left_out_of_histories")
+        left_out = {**{name: self.counts[name] for name in names}, "left_out": self.left_out}
         return {**shared, "midtrain_has_seen_rerank_targets": True, **left_out, **further}
 
     def notes(self, metrics: dict[str, object]) -> list[str]:
@@ -96,18 +97,22 @@ def prepare_requests(con: ibis.BaseBackend, args: DataArguments) -> PreparedRequ
     log = number_log(arrays, items, candidate_fields, args.request_fields or [])
     levels = split_requests(log, args)
     _refuse_empty_splits(args, log, levels, raw.source.name)
-    taken, user_ids = positives(log, levels), log.user_ids
-    counts = {"interactions_read": 0, "duplicates_removed": 0, "interactions_left_out": 0}
+    taken, user_ids = positives(log, levels, args.split == "by_time"), log.user_ids
+    firsts = taken.take(log.feedback.is_first)
+    counts, num_hidden = {"interactions_read": 0, "duplicates_removed": 0, "interactions_left_out": 0}, 0
+    if args.split == "given" and log.histories is not None:
+        log, num_hidden = without_held_out(log, levels)
     left_out = {f"items: {reason}": number for reason, number in left_out.items()} | (found.left_out if found else {})
     if found is not None:
         before, user_ids, counts = join_interactions(found, args.split, log, levels, items)
-        taken = before.then(taken)
-    events = in_order(log, taken)
-    joined = None if log.histories is not None else Histories(log, events, levels, args.history_gap)
+        taken, firsts = before.then(taken), before.then(firsts)
+    joined = None if log.histories is not None else Histories(log, in_order(log, taken), levels, args.history_gap)
+    counts["items_left_out_of_histories"] = num_hidden
     users = pa.table({"user": np.arange(len(user_ids)), "user_id": user_ids})
     paths = [raw.source.name, *([found.source.name] if found else []), *([items_path] if items_path else [])]
     tables = (_all_items(known, items), users)
     sources = [*dict.fromkeys(paths)]
+    events = in_order(log, firsts)
     return PreparedRequests(*tables, log, levels, events, joined, counts, left_out, len(known), sources)
 
 

@@ -12,6 +12,7 @@ from rerank.data.requests.histories import Histories
 from rerank.data.requests.log import RequestLog
 from rerank.data.requests.splits import LEVELS
 
+FEEDBACK = pa.struct({"place": pa.int64(), "grade": pa.float64(), "time": pa.float64()})
 _ROWS_A_BLOCK = 16_384  # bounds the memory that histories take while they are written
 
 
@@ -31,6 +32,7 @@ def schema(candidate_fields: Sequence[str]) -> pa.Schema:
             "target": pa.int64(),
             "candidates": pa.list_(pa.int64()),
             "relevance": pa.list_(pa.float64()),
+            "feedback": pa.list_(FEEDBACK),  # what raised a grade, place from 0, by place and time
             "scores": pa.list_(pa.float64()),
             "fields": pa.string(),
             **{f"candidate_{name}": pa.list_(pa.float64()) for name in candidate_fields},
@@ -96,10 +98,20 @@ def _columns(log: RequestLog, splits: np.ndarray, block: Block) -> dict[str, pa.
         "history_events": _nulls_or_lists(history_starts, block.kinds, pa.string()),
         "target": pa.nulls(size, pa.int64()),
         "candidates": _lists(starts, pa.array(log.items[flat])),
+        "feedback": _feedback(log, log.starts[rows.start : rows.stop + 1]),
         "scores": _lists(starts, _with_nulls(log.scores[flat]), has_no_scores),
         "fields": pa.array(log.fields[rows], pa.string()),
         **{name: _lists(starts, _with_nulls(values[flat])) for name, values in lists.items()},
     }
+
+
+def _feedback(log: RequestLog, starts: np.ndarray) -> pa.ListArray:
+    """The feedback of the requests whose candidates begin at `starts`, the last of which is the end."""
+    bounds = np.searchsorted(log.feedback.candidates, starts)
+    told = slice(bounds[0], bounds[-1])
+    places = log.feedback.candidates[told] - np.repeat(starts[:-1], np.diff(bounds))
+    columns = pa.array(places), pa.array(log.feedback.grades[told]), _with_nulls(log.feedback.times[told])
+    return _lists(bounds - bounds[0], pa.StructArray.from_arrays(columns, fields=list(FEEDBACK)))
 
 
 def _lists(starts: np.ndarray, values: pa.Array, is_null: np.ndarray | None = None) -> pa.Array:

@@ -66,6 +66,8 @@ def notes(metrics: dict[str, Any]) -> list[str]:
         lines.append(f"{metrics['items_without_metadata']} of {metrics['items']} items have no metadata: no text")
     if metrics["interactions_left_out"]:
         lines.append(f"{metrics['interactions_left_out']} interactions are left out: not before the held-out requests")
+    if number := metrics["items_left_out_of_histories"]:
+        lines.append(f"{number} items are left out of histories: their user took them in a request of a later split")
     lines += [f"{number} rows left out: {reason}" for reason, number in metrics["left_out"].items()]
     rates = metrics["click_rate_by_place"]
     some = [rates[place] for place in sorted({0, 1, 2, 4, 9, len(rates) - 1}) if place < len(rates)]
