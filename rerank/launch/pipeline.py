@@ -170,7 +170,7 @@ def check_steps(
             is_launched = launches and not made and step.stage not in remake
             check_stage(step.stage, arguments, accelerate, is_launched)
             made.append(step.stage)
-        check_across(resolved)
+        check_across(resolved, {step.stage: step.path for step in steps})
     return resolved
 
 
