@@ -156,3 +156,22 @@ def test_interactions_have_no_lists_and_no_times_of_their_histories(mine):
     with pytest.raises(ValueError, match="5_traces.yaml: history_fields holds 'time', but the rows of the data stage"):
         check(mine, *words, "traces.history_fields=[time]")
     check(mine, *words)
+
+
+def test_what_the_lists_of_the_log_do_not_allow_is_refused_before_a_model_is_trained(mine, capfd, caplog):
+    change(mine, "4_candidates.yaml", item_numbers=None)
+    run = mine.parent / "run"
+    assert cli.main([word for word in words(mine, "traces.top_k=31") if word != "--dry-run"]) == 2
+    out, error = capfd.readouterr()
+    line = (
+        f"top_k is 31 but the longest list of {run}/data/rows.parquet has 30 candidates; lower it, or set it to 0, so"
+    )
+    assert f"rerank: {line}" in error.splitlines()[-1] and [path.name for path in run.iterdir()] == ["data"]
+    assert out.splitlines()[0] == "[1/7] data ..." and len(out.splitlines()) == 2
+    line = refusal(capfd, *words(mine, "traces.ranking=letter"))
+    assert "rows.parquet: row_id" in line and "has 30 candidates but ranking: letter names at most 26" in line
+    caplog.clear()
+    assert cli.main(words(mine)) == 0
+    assert f"longest_list is 24 but the longest list of {run}/data/rows.parquet has 30 candidates" in caplog.text
+    caplog.clear()
+    assert cli.main(words(mine, "midtrain.longest_list=30")) == 0 and "longest_list" not in caplog.text
