@@ -117,7 +117,7 @@ OTHERS = [
     ),
     (
         "evaluate.slices=[device]",
-        "8_evaluate.yaml: slices holds 'device' but MINE/1_data.yaml names the request fields none; name the columns",
+        "8_evaluate.yaml: slices holds 'device' but MINE/1_data.yaml names the columns title, category, text, brand;",
         "data.request_fields=[device]",
     ),
     (

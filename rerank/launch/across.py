@@ -82,14 +82,17 @@ def _check_columns(stages: Mapping[str, Sequence[Any]], paths: Mapping[str, Path
         settings = stages["traces"][1]
         with _in_recipe(paths["traces"]):
             check_item_fields(settings, items, str(where))
-            known = HISTORY_FIELDS.values() if data.requests else ()
-            check_row_fields(settings, list(known), dict.fromkeys(of_rows))
+            of_histories = HISTORY_FIELDS.values() if data.requests else ()
+            check_row_fields(settings, list(of_histories), dict.fromkeys(of_rows))
             if "candidates" in stages and settings.evidence != "none":
                 _check_facts(settings.evidence_names, data, stages["candidates"][0])
     if "evaluate" in stages:
         with _in_recipe(paths["evaluate"]):
-            cure = f"name the columns there in request_fields, or leave {{}} out of {paths['evaluate']}"
-            _refuse_unknown("slices", stages["evaluate"][0].slices, of_rows, f"{where} names the request fields", cure)
+            cure = (
+                f"name the columns there in request_fields or item_columns, or leave {{}} out of {paths['evaluate']}"
+            )
+            known = [*of_rows, *items]
+            _refuse_unknown("slices", stages["evaluate"][0].slices, known, f"{where} names the columns", cure)
 
 
 @contextmanager
