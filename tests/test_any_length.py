@@ -109,6 +109,9 @@ def test_every_stage_ranks_lists_of_all_lengths(run):
     rankings = read(run / "evaluate/rankings.parquet")
     assert lengths([row for row in rankings if row["ranker"] == "lambdamart"], "order") == dict.fromkeys(LENGTHS, 2)
     assert sum(row["ranker"] == "dapo" for row in rankings) == 8  # so little trained, it may write no ranking
+    shown = {row["row_id"]: len(row["candidates"]) for row in read(run / "candidates/test.parquet")}
+    for row in rankings:
+        assert row["order"] is None or sorted(row["order"]) == list(range(shown[row["row_id"]]))
     results = json.loads((run / "evaluate/results.json").read_text())
     assert {"no_op", "lambdamart", "sft", "dapo"} <= results["rows"].keys() and "midtrained" not in results["rows"]
     assert (
@@ -125,10 +128,10 @@ def test_commands_take_lists_of_all_lengths(run, tmp_path):
     rows = [{"history": items[:1], "candidates": items} for items in lists]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "new.parquet")
     run_command("rank", run / "sft/model", "--rows", tmp_path / "new.parquet", "--out", tmp_path / "ranked.parquet")
-    for row, ranked in zip(rows, read(tmp_path / "ranked.parquet"), strict=True):
-        assert (
-            ranked["failure"] if ranked["ranking"] is None else sorted(ranked["ranking"]) == sorted(row["candidates"])
-        )
+    ranked = read(tmp_path / "ranked.parquet")  # by constrained decoding, so that every row is
+    assert [row["failure"] for row in ranked] == [None] * 8 and lengths(ranked, "ranking") == dict.fromkeys(LENGTHS, 2)
+    for row, of_row in zip(rows, ranked, strict=True):
+        assert sorted(of_row["ranking"]) == sorted(row["candidates"])
     recipe = run.parent / "recipe"
     replayed = tmp_path / "replayed.parquet"
     run_command("replay", run, "--rewards", recipe / "7_dapo.yaml", "--out", replayed)

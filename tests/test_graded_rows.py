@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from request_run import draw_requests, write_requests
 from scripted_dapo import SETTINGS, sampler, stream
 from toy_run import CATALOGUE, rollout, write_rollouts
 
@@ -33,6 +34,7 @@ from rerank.rollouts import rescore, text
 from rerank.rollouts.groups import RolloutGroups
 from rerank.rollouts.store import open_rollouts, read_rollouts, to_table
 from rerank.rows import PromptedRow, Prompter, RankingRow, check_top_k, read_rows, reward_columns, stored
+from rerank.rows.checks import check_log
 from rerank.rows.stored import HitLists
 from rerank.sft.rows import gold_order
 from rerank.traces import TracesArguments, attempts, evidence
@@ -267,6 +269,16 @@ def test_a_top_k_above_every_list_is_refused(tmp_path):
     check_top_k(path, 4)
     with pytest.raises(ValueError, match="top_k is 5 but the longest list of .*train.parquet has 4 candidates"):
         check_top_k(path, 5)
+    check_top_k(path, 0)
+
+
+def test_of_the_lists_of_a_log_those_for_training_are_compared_with_top_k(tmp_path):
+    rows = draw_requests()
+    write_requests(tmp_path, [row for row in rows if row["split"] != "rerank" or len(row["candidates"]) < 12])
+    settings = {"item_fields": ["title"], "ranking": "number"}
+    check_log(tmp_path, PromptSettings(**settings, top_k=7))
+    with pytest.raises(ValueError, match="top_k is 8 but the longest list of .*data/rows.parquet has 7 candidates"):
+        check_log(tmp_path, PromptSettings(**settings, top_k=8))
 
 
 # --- traces and gold orders

@@ -340,11 +340,11 @@ def test_numbers_of_items_are_texts_as_short_as_they_are_written(tmp_path):
 def test_a_list_longer_than_the_alphabet_is_refused_by_its_row(run):
     rows = [{"row_id": size, "candidates": list(range(size))} for size in (2, 27)]
     write_candidates(run / "candidates", {}, train=rows[:1], valid=rows[:1], test=rows)
-    checks.check_letters(run / "candidates", PromptSettings(ranking="number", item_fields=["title"]))
+    checks.check_lists(run / "candidates", PromptSettings(ranking="number", item_fields=["title"]))
     with pytest.raises(
         ValueError, match="test.parquet: row_id 27 has 27 candidates but ranking: letter names at most"
     ):
-        checks.check_letters(run / "candidates", PromptSettings(ranking="letter", item_fields=["title"]))
+        checks.check_lists(run / "candidates", PromptSettings(ranking="letter", item_fields=["title"]))
 
 
 def test_a_prompt_beyond_the_context_is_named_with_its_longest_field():

@@ -11,7 +11,7 @@ from toy_run import finish
 from rerank import candidates
 from rerank.baselines import EMBEDDING_FEATURES, FEATURES, Counts, ItemFacts, feature_names, list_features
 from rerank.baselines.interactions import engine
-from rerank.candidates import CandidatesArguments, counting
+from rerank.candidates import CandidatesArguments, counting, reordering
 from rerank.candidates.counting import Events, counted_rows, item_facts
 from rerank.candidates.making import asked_parts, make, stored_lists
 from rerank.rows import TargetRows, read_rows
@@ -156,19 +156,70 @@ def test_no_number_of_a_users_training_rows_changes_when_the_users_events_are_de
     assert changed  # whose numbers know every training event
 
 
-def test_lambdamart_orders_the_lists_anew_and_keeps_what_belongs_to_a_candidate(run):
+def test_lambdamart_orders_the_lists_anew_and_keeps_what_belongs_to_a_candidate(run, caplog):
     before = {row["row_id"]: row for row in draw_requests()}
     _, tables = run_stage(run, source="lambdamart")
-    moved = 0
+    moved, is_by_time = 0, counting.is_by_time(run)
+    assert ("53 of 53 training lists stay in the order shown, and their scores are unkn" in caplog.text) == is_by_time
     for row in [row for rows in tables.values() for row in rows]:
         mine = before[row["row_id"]]
         grades = dict(zip(mine["candidates"], mine["relevance"], strict=True))
         assert row["relevance"] == [grades[item] for item in row["candidates"]]
         assert sorted(row["candidates"]) == sorted(mine["candidates"])
         assert row["first_stage_ranks"] == list(range(1, len(grades) + 1))
-        assert row["first_stage_scores"] == sorted(row["first_stage_scores"], reverse=True)
+        if is_by_time and mine["split"] == "rerank":  # fewer than LEAST_ROWS
+            assert row["first_stage_scores"] == [None] * len(grades) and row["candidates"] == mine["candidates"]
+        else:
+            assert row["first_stage_scores"] == sorted(row["first_stage_scores"], reverse=True)
         moved += row["candidates"] != mine["candidates"]
-    assert moved > len(before) / 3
+    assert moved > (6 if is_by_time else len(before) / 3)
+
+
+def by_time_run(run, rows):
+    """The training rows that lambdamart writes of these requests, by their ids."""
+    write_requests(run, rows, split="by_time")
+    finish(run / "semantic_ids")
+    _, tables = run_stage(run, source="lambdamart")
+    return {row["row_id"]: row for row in tables["train"]}
+
+
+def test_by_time_lambdamart_ranks_a_training_list_by_trees_of_earlier_lists_alone(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(reordering, "LEAST_ROWS", 12)
+    caplog.set_level("INFO", logger="rerank")
+    rows = draw_requests(num=90)
+    for row in rows[5:60:9]:  # no hits: nobody liked anything
+        row["relevance"] = [0.0 for _ in row["candidates"]]
+    found = by_time_run(tmp_path / "a", rows)
+    training = [row for row in rows if row["split"] == "rerank"]
+    hits = [row["time"] for row in training if any(row["relevance"])]
+    early = {row["row_id"] for row in training if row["time"] < hits[12]}
+    assert (
+        12 < len(early) < 20
+        and f"{len(early)} of {len(training)} training lists stay in the order shown" in caplog.text
+    )
+    moved = 0
+    for row in training:
+        mine = found[row["row_id"]]
+        if row["row_id"] in early:
+            assert mine["candidates"] == row["candidates"] and set(mine["first_stage_scores"]) == {None}
+            continue
+        assert mine["first_stage_scores"] == sorted(mine["first_stage_scores"], reverse=True)
+        moved += mine["candidates"] != row["candidates"]
+    assert moved > 15
+    names = json.loads((tmp_path / "a/out/features.json").read_text())["names"]
+    scores = np.array(found[0]["features"])[:, names.index("first_stage_score")]
+    assert np.isnan(scores).all() and 0 in early
+
+    start = hits[24]  # from here on the trees are those of the first 24 hits, whatever comes later
+    for row in training:
+        if row["time"] > start:
+            row["relevance"] = [0.0, 1.0, *[0.0] * (len(row["candidates"]) - 2)]
+    other = by_time_run(tmp_path / "b", rows)
+    until = [row["row_id"] for row in training if row["time"] <= start]
+    assert len(until) > 24
+    for row_id in until:
+        assert other[row_id]["first_stage_scores"] == found[row_id]["first_stage_scores"]
+        assert other[row_id]["candidates"] == found[row_id]["candidates"]
 
 
 def test_further_lists_of_requests_are_the_same_candidates_in_other_orders(run):

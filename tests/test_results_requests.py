@@ -188,9 +188,30 @@ def test_of_many_values_the_most_frequent_ten_have_a_slice_each(tmp_path):
     assert sum(int(lists.slices.members[name].sum()) for name in names) == 601
 
 
-def test_a_column_that_no_row_has_is_refused_with_those_there_are(tmp_path):
+def test_slices_by_columns_of_the_best_candidate(tmp_path):
+    """Item 0 is a drama, item 1 has no category; the best of a row is the best-placed of the highest grade."""
+    graded = [[1, 0]] * 30 + [[1, 2]] * 25 + [[0, 0]] * 20 + [[2, 2]] * 20  # of items 0 and 1
+    rows = [request(number, [0, 1], grades, number) for number, grades in enumerate(graded)]
+    run = write_run(tmp_path / "run", 3, [0], test=rows)
+    write_items(run / "data", 3, category=["drama", "", "x"], year=[1999, 2001, 2001])
+    lists = SplitLists.load(run, "test", ["category", "year"])
+    assert lists.slices.columns == {
+        "category": ["category=drama", "category=none"],
+        "year": ["year=1999", "year=2001", "year=none"],
+    }
+    sizes = {name: int(of.sum()) for name, of in lists.slices.members.items() if "=" in name}
+    assert sizes == {"category=drama": 50, "category=none": 45, "year=1999": 50, "year=2001": 25, "year=none": 20}
+    assert lists.slices.members["category=drama"].tolist() == [True] * 30 + [False] * 45 + [True] * 20
+    of_requests = [{**row, "fields": json.dumps({"category": "of the request"})} for row in rows]
+    write_table(run / "candidates/valid.parquet", of_requests)
+    assert SplitLists.load(run, "valid", ["category"]).slices.columns == {"category": ["category=of the request"]}
+
+
+def test_a_column_that_neither_rows_nor_items_have_is_refused_with_those_there_are(tmp_path):
     run = column_run(tmp_path / "run")
-    message = r"slices holds 'colour', but no row of .*test.parquet has this column; it has device, hour; name it in"
+    message = (
+        r"slices holds 'colour', but the rows of .*test.parquet have device, hour and the items title, category; na"
+    )
     with pytest.raises(ValueError, match=message):
         evaluate.check(EvaluateArguments(run_dir=str(run), slices=["device", "colour"], models=[]))
     with pytest.raises(ValueError, match=message):

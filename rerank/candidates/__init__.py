@@ -186,8 +186,14 @@ def check_shard(args: CandidatesArguments) -> None:
 
 
 def check_requests(args: CandidatesArguments) -> bool:
-    """Whether the rows are requests; refuses a source that does not go with the rows, and lists of another kind."""
+    """Whether the rows are requests; refuses what `check_kind` does."""
     is_log = has_lists(args.run_dir)
+    check_kind(args, is_log)
+    return is_log
+
+
+def check_kind(args: CandidatesArguments, is_log: bool) -> None:
+    """Refuse a source that does not go with the rows, requests or not, and lists of another kind."""
     if is_log != (args.source == "requests") and not (is_log and args.source == "lambdamart"):
         rows = "are requests, which bring their lists" if is_log else "are no requests"
         cure = "requests or lambdamart" if is_log else "transitions, or name requests in the data recipe"
@@ -202,7 +208,6 @@ def check_requests(args: CandidatesArguments) -> bool:
             "pool_size, cut_histories and first_stages draw lists from a first stage, but the rows are requests, "
             "which bring their lists; set shuffle_candidates alone"
         )
-    return is_log
 
 
 def check_model_dir(args: CandidatesArguments, folder: Path) -> None:

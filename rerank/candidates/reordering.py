@@ -1,8 +1,9 @@
 """`source: lambdamart`: lists re-ordered by boosted trees that have not seen the row, as a first stage of production.
 
-R rows, N candidates of a row.
+R rows, H of them hits (which trees learn from), N candidates of a row.
 """
 
+import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -19,14 +20,17 @@ from rerank.rows.histories import grades_before
 SEED = 0
 LEAST_ROWS = 200  # training rows that are known before a window, from which trees are fitted
 
+logger = logging.getLogger(__name__)
+
 
 def reorder(run: str | Path, rows: TargetRows, lists: StoredLists) -> None:
     """Give the lists another order.
 
     Held-out rows are ranked by trees that were fitted on all training rows. Training rows are ranked by trees of
-    other users' rows, or, with a split by time, of rows before them: those are fitted anew whenever the number of
-    earlier rows has doubled, and rows before the first LEAST_ROWS stay as they are. With a split by time no tree is
-    fitted on feedback that came after a row that it ranks.
+    other users' rows (those that are no hits, and teach nothing, by trees of all), or, with a split by time, of rows
+    before them: those are fitted anew whenever the number of earlier hits has doubled, and rows before the first
+    LEAST_ROWS stay as they are, with scores nan. With a split by time no tree is fitted on feedback that came after a
+    row that it ranks.
     """
     features, training = lists.by_row("features"), np.flatnonzero(rows.splits == "rerank")
     of_time = rows.take(training) if rows.lists is not None and is_by_time(run) else None
@@ -46,9 +50,21 @@ def reorder(run: str | Path, rows: TargetRows, lists: StoredLists) -> None:
     )
     for places in in_parts(np.setdiff1d(np.arange(len(rows)), ranked)):
         lists.put("tree_scores", places, fitted.scores(Chosen(features, places.tolist())))
-    as_shown = [-np.arange(1.0, 1 + lists.lengths[place]) for place in ranked.tolist()]
-    scores = [own if of_row is None else of_row for own, of_row in zip(as_shown, found, strict=True)]
+    if of_time is not None:
+        _say_what_stays(sum(of_row is None for of_row in found), len(found))
+    unknown = [np.full(lists.lengths[place], np.nan) for place in ranked.tolist()]
+    scores = [none if of_row is None else of_row for none, of_row in zip(unknown, found, strict=True)]
     lists.put("tree_scores", ranked, scores)
+
+
+def _say_what_stays(num_as_shown: int, num_rows: int) -> None:
+    if num_as_shown:
+        logger.log(
+            logging.WARNING if num_as_shown == num_rows else logging.INFO,
+            "source lambdamart: %d of %d training lists stay in the order shown, and their scores are unknown: with "
+            "split: by_time trees are fitted on earlier lists, from %d on that hold relevant and other items",
+            num_as_shown, num_rows, LEAST_ROWS,
+        )  # fmt: skip
 
 
 def _hits(places: np.ndarray, relevance: Iterable[np.ndarray]) -> tuple[np.ndarray, list[np.ndarray]]:

@@ -93,8 +93,8 @@ class EvaluateArguments(recipe.StageArguments):
     )
     slices: list[str] = option(
         list,
-        "Task rerank: columns of requests and users, of the data stage's request_fields, by whose values rows are "
-        f"sliced: each of {LEAST_ROWS} rows at least, {MOST_VALUES} of a column at most, and the others.",
+        "Task rerank: request_fields of the data stage, or columns of items (of a row's best candidate), by whose "
+        f"values rows are sliced: each of {LEAST_ROWS} rows at least, {MOST_VALUES} of a column at most, the others.",
     )
     num_bootstrap: int = option(2000, "Bootstrap samples of an interval.")
     orders: int = option(
@@ -162,7 +162,7 @@ def check(args: EvaluateArguments) -> None:
             refuse_ranker(run_dir.stage_dir(args.run_dir, "sft") / "model")
         return
     if run_dir.is_finished(args.run_dir, "candidates"):
-        check_columns(run_dir.stage_dir(args.run_dir, "candidates") / f"{args.split}.parquet", args.slices)
+        check_columns(args.run_dir, args.split, args.slices)
     for ranker in rankers_of(args):
         if ranker.kind == "generates" and run_dir.is_finished(args.run_dir, ranker.stage):
             model = RankingModel.load(ranker.model_dir(args.run_dir))

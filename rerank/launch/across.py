@@ -1,15 +1,20 @@
 """Stages of a pipeline that do not go together are refused before either is launched."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 
-def check_across(stages: Mapping[str, Sequence[Any]]) -> None:
+def check_across(stages: Mapping[str, Sequence[Any]], paths: Mapping[str, Path]) -> None:
     """Refuse stages that do not go together.
 
     Args:
         stages: Those to be launched -> their arguments, in order.
+        paths: Of their recipes.
     """
+    if "data" in stages:
+        _check_columns(stages, paths)
     if "candidates" in stages and "traces" in stages:
         _check_letters(stages["candidates"][0], stages["traces"][1])
     if "candidates" in stages and stages["candidates"][0].encoder is not None and "semantic_ids" in stages:
@@ -63,3 +68,73 @@ def _check_group_forward(stages: Mapping[str, Sequence[Any]]) -> None:
     config = memory.configs(stages)["dapo"] if args.group_forward is True else None
     if config is not None:
         group_attention.check_config(config, model_args.attn_implementation)
+
+
+def _check_columns(stages: Mapping[str, Sequence[Any]], paths: Mapping[str, Path]) -> None:
+    """Refuse columns that the data recipe does not name, facts that no column gives, and lists of another kind."""
+    from rerank.candidates import check_kind
+    from rerank.prompts.fields import HISTORY_FIELDS, check_item_fields, check_row_fields
+
+    data, where = stages["data"][0], paths["data"]
+    items, of_rows = _item_columns(data), data.request_fields or []
+    if "candidates" in stages:
+        args = stages["candidates"][0]
+        with _in_recipe(paths["candidates"]):
+            check_kind(args, bool(data.requests))
+            cure = f"name the columns of numbers there in item_columns, or leave {{}} out of {paths['candidates']}"
+            _refuse_unknown("item_numbers", args.item_numbers, items, f"{where} names the item columns", cure)
+    if "traces" in stages:
+        settings = stages["traces"][1]
+        with _in_recipe(paths["traces"]):
+            check_item_fields(settings, items, str(where))
+            of_histories = HISTORY_FIELDS.values() if data.requests else ()
+            check_row_fields(settings, list(of_histories), dict.fromkeys(of_rows))
+            if "candidates" in stages and settings.evidence != "none":
+                _check_facts(settings.evidence_names, data, stages["candidates"][0])
+    if "evaluate" in stages:
+        with _in_recipe(paths["evaluate"]):
+            cure = (
+                f"name the columns there in request_fields or item_columns, or leave {{}} out of {paths['evaluate']}"
+            )
+            known = [*of_rows, *items]
+            _refuse_unknown("slices", stages["evaluate"][0].slices, known, f"{where} names the columns", cure)
+
+
+@contextmanager
+def _in_recipe(path: Path) -> Iterator[None]:
+    """The name of the recipe before what is refused."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _item_columns(data: Any) -> list[str]:
+    """The item columns that a data recipe names, and those that the stage takes by name or makes."""
+    given = {"title": "", "category": "", "text": "", **(data.item_columns or {})}
+    by_name = ["brand"] if data.items and "brand" not in given else []
+    named = [name for name, column in given.items() if column is not None and name != "item"]
+    return list(dict.fromkeys([*named, *by_name, *(data.text_columns or [])]))
+
+
+def _check_facts(names: Sequence[str], data: Any, candidates: Any) -> None:
+    """Refuse facts that the candidates stage will not have."""
+    from rerank.baselines.features import FEATURES, FEEDBACK_FEATURES
+    from rerank.candidates.counting import ITEM_NUMBER
+    from rerank.rows.histories import COLUMN
+
+    known = [*FEATURES, *(FEEDBACK_FEATURES if data.requests else ())]
+    known += [f"{ITEM_NUMBER}{name}" for name in candidates.item_numbers]
+    known += [f"{COLUMN}{name}" for name in data.candidate_fields or []]
+    cure = (
+        "name columns of items in item_numbers of the candidates stage, those of candidates in candidate_fields of "
+        "the data stage, or leave {} out"
+    )
+    _refuse_unknown("evidence_names", names, known, "the facts are", cure)
+
+
+def _refuse_unknown(key: str, names: Sequence[str], known: Sequence[str], there: str, cure: str) -> None:
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        it, listed = "it" if len(unknown) == 1 else "them", ", ".join(map(repr, unknown))
+        raise ValueError(f"{key} holds {listed} but {there} {', '.join(known) or 'none'}; {cure.replace('{}', it)}")

@@ -170,7 +170,7 @@ def check_steps(
             is_launched = launches and not made and step.stage not in remake
             check_stage(step.stage, arguments, accelerate, is_launched)
             made.append(step.stage)
-        check_across(resolved)
+        check_across(resolved, {step.stage: step.path for step in steps})
     return resolved
 
 
@@ -238,6 +238,10 @@ def run(steps: Sequence[Step], accelerate: str, say: Callable[[str], None], rema
             say(f"{name}: finished already")
         elif code := _launch_step(step, name, accelerate, say, "the same command" + " without --force" * bool(remake)):
             return code
+        else:
+            for later in steps[number + 1 :]:  # refused now, not after those between; the next one checks itself
+                if later.stage in waiting:
+                    check_stage(later.stage, waiting[later.stage], accelerate)
         if step.shard is None:
             _write_missing_report(step)
     return 0

@@ -36,7 +36,7 @@ from rerank.midtrain.encoding import check_packing, encoded_dataset, stored_rows
 from rerank.midtrain.exercises import SORT_SHARE
 from rerank.midtrain.mixture import mixed_documents, texts_of
 from rerank.midtrain.new_rows import load_rows, save_rows, train_only_rows
-from rerank.midtrain.words import fixed_words, warn_of_split_words
+from rerank.midtrain.words import fixed_words, warn_of_longer_lists, warn_of_split_words
 from rerank.models import adapters, names
 from rerank.models import base as base_model
 from rerank.models.checks import check_pretrained
@@ -137,6 +137,8 @@ def check(args: MidtrainArguments, training_args: SFTConfig, model_args: ModelCo
             labels = word_labels(args.list_labels, args.longest_list)
             split_labels(base_model.load_tokenizer(start, model_args), labels)
     check_packing(args, training_args, model_args)
+    if args.mixture.get("lists") and run_dir.is_finished(args.run_dir, "data"):
+        warn_of_longer_lists(args)
     if args.eval_recall_rows and not training_args.eval_steps:
         raise ValueError(f"eval_recall_rows is {args.eval_recall_rows} but eval_steps is not set; set it, such as 500")
     if args.general_text != "packages" and not Path(args.general_text).is_file():

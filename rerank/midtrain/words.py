@@ -6,9 +6,12 @@ from typing import TYPE_CHECKING
 
 from rerank.baselines.pairs import MANY_ITEMS
 from rerank.grading import GRADES, trace_words
+from rerank.launch import run_dir
 from rerank.midtrain.documents import PROMPT_WORDS
 from rerank.prompts import FACTS, word_labels
 from rerank.prompts.facts import code_words, coded
+from rerank.rows import has_lists
+from rerank.rows.checks import list_lengths
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -43,4 +46,18 @@ def warn_of_split_words(tokenizer: "PreTrainedTokenizerBase", args: "MidtrainArg
         logger.warning(
             "vocab_size %d leaves %d of %d words of lists in several tokens, such as %r; raise it",
             args.vocab_size, len(split), len(words), split[0],
+        )  # fmt: skip
+
+
+def warn_of_longer_lists(args: "MidtrainArguments") -> None:
+    """Say that a log has longer lists than the exercises; of another first stage the lists are not known yet."""
+    if not has_lists(args.run_dir):
+        return
+    path = run_dir.stage_dir(args.run_dir, "data") / "rows.parquet"
+    _, longest = list_lengths(path)
+    if longest > args.longest_list:
+        logger.warning(
+            "longest_list is %d but the longest list of %s has %d candidates: mid-training shows none as long, and to "
+            "a small model numbers above %d are several tokens; set longest_list: %d, with a max_length for it",
+            args.longest_list, path, longest, args.longest_list, longest,
         )  # fmt: skip

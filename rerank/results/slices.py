@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import numpy as np
 import pyarrow.parquet as pq
 
+from rerank.catalogue import Catalogue
 from rerank.launch import run_dir
 from rerank.metrics import judged
 from rerank.results.intervals import Column, Sampling
@@ -140,21 +141,39 @@ def best_places(row: RankingRow) -> list[int]:
     return [place for place, grade in enumerate(row.relevance) if grade == best > 0]
 
 
-def check_columns(path: Path, columns: Sequence[str]) -> None:
-    """Refuse columns to slice by that no row of a candidates table has.
+def check_columns(run: str | Path, split: str, columns: Sequence[str]) -> None:
+    """Refuse columns to slice by that neither the rows of a split nor the items have.
 
     Raises:
         ValueError: Naming those there are.
     """
+    if not columns:
+        return
+    path = run_dir.stage_dir(run, "candidates") / f"{split}.parquet"
     has_fields = "fields" in pq.read_schema(path).names
     texts = pq.read_table(path, columns=["fields"])["fields"].unique().to_pylist() if has_fields else []
     known = sorted({name for text in texts if text for name in json.loads(text)})
+    of_items = Catalogue.load(run).columns
     for column in columns:
-        if column not in known:
+        if column not in (*known, *of_items):
             raise ValueError(
-                f"slices holds {column!r}, but no row of {path} has this column; it has {', '.join(known) or 'none'}; "
-                "name it in request_fields of the data stage, or leave it out"
+                f"slices holds {column!r}, but the rows of {path} have {', '.join(known) or 'none'} and the items "
+                f"{', '.join(of_items)}; name it in request_fields or item_columns of the data stage, or leave it out"
             )
+
+
+def _with_items(
+    run: str | Path, rows: Sequence[RankingRow], items: Sequence[int | None], columns: Sequence[str]
+) -> list[dict[str, Any]]:
+    """The fields of each row, and those of these columns that its item has and no row."""
+    if not columns:
+        return [dict(row.fields) for row in rows]
+    catalogue = Catalogue.load(run)
+    texts = {name: catalogue.texts(name) for name in columns if name in catalogue.columns}
+    of_items = [
+        {} if item is None else {name: of_name[item] or None for name, of_name in texts.items()} for item in items
+    ]
+    return [found | dict(row.fields) for found, row in zip(of_items, rows, strict=True)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,25 +196,28 @@ class SplitLists:
 
     @classmethod
     def load(cls, run: str | Path, split: str, columns: Sequence[str] = ()) -> "SplitLists":
-        """The lists of a run's candidates stage, with slices by these columns of the rows' `fields`.
+        """The lists of a run's candidates stage, with slices by these columns of the rows' `fields` or of items: those
+        of a row's target, or of the candidate that stands for it.
 
         Raises:
-            ValueError: When no row has one of the columns.
+            ValueError: When neither rows nor items have one of the columns.
         """
-        path = run_dir.stage_dir(run, "candidates") / f"{split}.parquet"
-        check_columns(path, columns)
-        records = read_records(path, OPTIONAL)
+        check_columns(run, split, columns)
+        records = read_records(run_dir.stage_dir(run, "candidates") / f"{split}.parquet", OPTIONAL)
         rows, targets = [RankingRow.of(record) for record in records], [record["target"] for record in records]
+        best = [min(best_places(row), key=row.ranks.__getitem__, default=None) for row in rows]
         lengths, interactions = np.array([len(row.history) for row in rows]), training_interactions(run)
+        items = targets
         if None in targets:
             slices = Slices.of_requests(interactions, rows, lengths)
+            items = [None if place is None else row.candidates[place] for place, row in zip(best, rows, strict=True)]
         else:
             slices = Slices.of(interactions, np.array(targets), lengths)
         return cls(
             row_ids=np.array([row.row_id for row in rows]),
-            ranks=np.array([min((row.ranks[place] for place in best_places(row)), default=0) for row in rows]),
+            ranks=np.array([0 if of is None else row.ranks[of] for of, row in zip(best, rows, strict=True)]),
             length=max(max(row.ranks) for row in rows),
-            slices=slices.with_columns([row.fields for row in rows], columns),
+            slices=slices.with_columns(_with_items(run, rows, items, columns), columns),
             target=BEST_GRADED if None in targets else "",
         )
 

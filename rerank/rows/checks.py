@@ -15,7 +15,9 @@ from rerank.launch import run_dir
 from rerank.prompts import MAX_LETTERS, PromptSettings, prompt_ids, spaced, word_labels
 from rerank.prompts.facts import code_words
 from rerank.prompts.fields import SEMANTIC_ID, check_item_fields, check_row_fields
+from rerank.rows.histories import has_lists
 from rerank.rows.prompter import PromptedRow, Prompter, read_feature_names
+from rerank.rows.reading import check_top_k
 from rerank.rows.row import RankingRow
 
 if TYPE_CHECKING:
@@ -39,11 +41,23 @@ def check_fields(run: str | Path, settings: PromptSettings) -> None:
         check_row_fields(settings, columns, json.loads(known))
 
 
-def check_letters(folder: str | Path, settings: PromptSettings) -> None:
-    """Refuse lists of a candidates stage's folder that are longer than the letters that are to name candidates."""
-    if settings.ranking != "letter":
-        return
-    for path in [Path(folder) / f"{split}.parquet" for split in SPLITS]:
+def check_log(run: str | Path, settings: PromptSettings) -> None:
+    """Refuse the lists of a log as `check_lists` does those of a candidates stage, which keeps their lengths."""
+    if (settings.top_k or settings.ranking == "letter") and has_lists(run):
+        path = run_dir.stage_dir(run, "data") / "rows.parquet"
+        check_letters([path], settings)
+        check_top_k(path, settings.top_k, [("split", "=", "rerank")])
+
+
+def check_lists(folder: str | Path, settings: PromptSettings) -> None:
+    """Refuse lists of a candidates stage's folder that letters cannot name, and a `top_k` above those for training."""
+    check_letters([Path(folder) / f"{split}.parquet" for split in SPLITS], settings)
+    check_top_k(Path(folder) / "train.parquet", settings.top_k)
+
+
+def check_letters(paths: Sequence[Path], settings: PromptSettings) -> None:
+    """Refuse lists in these tables that are longer than the letters that are to name candidates."""
+    for path in paths if settings.ranking == "letter" else ():
         table = pq.read_table(path, columns=["row_id", "candidates"])
         lengths = pc.list_value_length(table["candidates"])
         long = table.filter(pc.greater(lengths, MAX_LETTERS))

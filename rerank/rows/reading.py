@@ -108,13 +108,21 @@ def check_features(path: str | Path) -> None:
             )
 
 
-def check_top_k(path: str | Path, top_k: int) -> None:
-    """Refuse a `top_k` above every list of a candidates table.
+def check_top_k(path: str | Path, top_k: int, filters: list[tuple[str, str, str]] | None = None) -> None:
+    """Refuse a `top_k` above every list of a table.
+
+    Args:
+        path: Of the table.
+        top_k: Of the prompt.
+        filters: Of the rows that count, as `pyarrow.parquet.read_table` has them.
 
     Raises:
         ValueError: Naming the file and its longest list.
     """
-    longest = pc.max(pc.list_value_length(pq.read_table(path, columns=["candidates"])["candidates"])).as_py() or 0
+    if not top_k:
+        return
+    lists = pq.read_table(path, columns=["candidates"], filters=filters)["candidates"]
+    longest = pc.max(pc.list_value_length(lists)).as_py() or 0
     if top_k > longest:
         raise ValueError(
             f"top_k is {top_k} but the longest list of {path} has {longest} candidates; lower it, or set it to 0, "

@@ -34,11 +34,10 @@ from rerank.rows import (
     Prompter,
     check_edges,
     check_features,
-    check_top_k,
     choose_rows,
     read_feature_names,
 )
-from rerank.rows.checks import check_fields, check_letters
+from rerank.rows.checks import check_fields, check_lists, check_log
 from rerank.rows.stored import HitLists, hit_keys, rows_of
 from rerank.rows.teacher_scores import write_scores
 from rerank.traces.attempts import AttemptStore, Teacher, collect, in_order, summarize
@@ -119,6 +118,7 @@ def check(args: TracesArguments, settings: PromptSettings) -> None:
         find_model(str(args.teacher_model))
     if run_dir.is_finished(args.run_dir, "data"):
         check_fields(args.run_dir, settings)
+        check_log(args.run_dir, settings)
     if run_dir.is_finished(args.run_dir, "candidates"):
         if args.teacher == "openai":  # until the stage can start, its server need not run
             check_server(args.base_url, str(args.teacher_model))
@@ -126,8 +126,7 @@ def check(args: TracesArguments, settings: PromptSettings) -> None:
         if _needs_features(args, settings):
             check_features(folder / "train.parquet")
         check_edges(folder, without_similarity(folder, settings))
-        check_letters(folder, settings)
-        check_top_k(folder / "train.parquet", settings.top_k)
+        check_lists(folder, settings)
 
 
 def main(args: TracesArguments, settings: PromptSettings, out_dir: Path) -> dict[str, Any]:
