@@ -1,13 +1,19 @@
 """`tests.benchmarks.serving` and `tests.soak` in small: the search for a rate, arrivals, and the growth of memory."""
 
 import asyncio
+import json
+from types import SimpleNamespace
 
+import httpx
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import soak
 from benchmarks import serving, serving_load, serving_shares
 from served import make_folder
 
+from rerank.launch.files import write_json
 from rerank.models.ranker import RankingModel
 from rerank.rows import RankingRow
 
@@ -75,3 +81,85 @@ def test_a_share_is_of_the_tokens_that_are_computed():
     assert serving_shares.computed_once(prompts) == 3 + 1 + 1 + 2 + 2 + 1
     slow, fast = iter([(9.0, 100), (4.0, 100), (6.0, 100)]), iter([(9.0, 50), (2.5, 50), (2.5, 50)])
     assert serving_shares.share(lambda: next(slow), lambda: next(fast), repeats=2) == 1.0  # (0.8 + 1.2) / 2
+
+
+# --- the servers
+
+
+def make_requests(folder, generation=None, number=8, **settings):
+    """Requests of a run with these settings of prompts and of generation."""
+    one_token = bool(generation and generation.get("one_token"))
+    make_folder(folder, one_token=one_token, **settings)
+    write_json(folder / "generation.json", {"max_completion_tokens": 64, "trace": True, **(generation or {})})
+    table = folder.parents[1] / "candidates/test.parquet"
+    table.parent.mkdir(parents=True)
+    rows = [
+        {
+            "row_id": row,
+            "user": row,
+            "history": [0, row],
+            "candidates": [2, 3, 4, 5],
+            "relevance": [0.0, 0.0, 1.0, 0.0],
+        }
+        for row in range(number)
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), table)
+    return serving.Requests.of_model(folder, 100)
+
+
+def answer_of(requests, ask, reply, seen=None):
+    """The ranking of the first row by a server that gives this reply."""
+
+    def handle(request):
+        if seen is not None:
+            seen.append((request.url.path, json.loads(request.content)))
+        return httpx.Response(200, json=reply)
+
+    async def call():
+        async with httpx.AsyncClient(transport=httpx.MockTransport(handle), base_url="http://server") as client:
+            return await getattr(requests, ask)(client, 0)
+
+    return asyncio.run(call())
+
+
+@pytest.mark.parametrize(("bypass", "before"), [(False, "<think>why</think>"), (True, "")])
+def test_an_answer_of_a_plain_server_is_read_behind_what_the_prompt_begins(tmp_path, bypass, before):
+    requests, seen = make_requests(tmp_path / "run/dapo/model", {"bypass_reasoning": bypass}), []
+
+    def of(text):
+        return {"choices": [{"text": text, "finish_reason": "stop"}], "usage": {"completion_tokens": 5}}
+
+    assert answer_of(requests, "plain", of(f"{before} 2 1 4 3"), seen) == [1, 0, 3, 2]
+    assert seen[0][0] == "/v1/completions" and seen[0][1]["prompt"] == requests.ready[0].tokens
+    assert seen[0][1]["max_tokens"] == 64 and seen[0][1]["temperature"] == 0
+    assert answer_of(requests, "plain", of("no ranking")) == [0, 1, 2, 3]
+
+
+class Engine:
+    """A fake of the engine in this process: free answers that are told, and seconds by a clock of its own."""
+
+    def __init__(self, monkeypatch, text, ratio=1.5):
+        self.text, self.ratio, self.now, self.sizes, self.stopped = text, ratio, 0.0, [], []
+        self.llm_engine = SimpleNamespace(engine_core=SimpleNamespace(shutdown=lambda: self.stopped.append(1)))
+        monkeypatch.setattr("rerank.models.engine.open_engine", lambda *args, **options: self)
+        monkeypatch.setattr("rerank.models.engine.generate", self.generate)
+        monkeypatch.setattr(serving, "time", SimpleNamespace(perf_counter=lambda: self.now))
+
+    def generate(self, engine, prompts, limit, grammars):
+        self.now += len(prompts) * (self.ratio if grammars else 1.0)
+        self.sizes.append(len(prompts))
+        return [[SimpleNamespace(text=self.text)] for _ in prompts]
+
+
+def test_the_overhead_of_rules_is_of_requests_whose_free_answer_is_a_ranking(tmp_path, monkeypatch):
+    requests = make_requests(tmp_path / "run/dapo/model", {"bypass_reasoning": True})
+    engine = Engine(monkeypatch, " 2 1 4 3")
+    assert serving.constraint_overhead(tmp_path, requests, 2) == {"1": 1.5, "16": 1.5, "256": 1.5}
+    assert engine.sizes == [8, *[1] * 6, *[16] * 6, *[256] * 6] and engine.stopped
+    engine = Engine(monkeypatch, "no ranking")
+    assert serving.constraint_overhead(tmp_path, requests, 2) is None and engine.sizes == [8] and engine.stopped
+
+
+def test_a_model_of_one_token_has_no_overhead_of_rules(tmp_path):
+    requests = make_requests(tmp_path / "run/sft/model", {"one_token": True}, ranking="letter")
+    assert requests.one_token and serving.constraint_overhead(tmp_path, requests, 2) is None

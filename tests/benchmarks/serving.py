@@ -12,6 +12,7 @@ taken, by `/v1/completions`; its client parses the answers, and takes the input 
 - `no_think_share`, `one_token_share`, `prefix_share_of_limit`: how many times faster answers without reasoning, those
   of one token, and prompts of lists that 32 users share are, over how many times fewer tokens they take
   (`serving_shares`).
+- What a model cannot have is null: one that ranks by one token has no plain server beside it, and no overhead.
 - `rates` has those of vLLM's `/generative_scoring` too: a score for each document, of a probability after it.
 - `client_share`: of its core that the client was busy, at most; the server has the other cores.
 
@@ -61,6 +62,7 @@ class Requests:
     bodies: list[dict[str, Any]]
     records: list[dict[str, Any]]
     ready: list[ReadyRow]
+    one_token: bool = False  # whether the model ranks by one token, which a plain server cannot
 
     @classmethod
     def of_model(cls, model_dir: Path, most: int) -> "Requests":
@@ -72,7 +74,7 @@ class Requests:
         ready = encoder.prepare(records)
         kept = [place for place, one in enumerate(ready) if isinstance(one, ReadyRow)]
         found = [one for one in ready if isinstance(one, ReadyRow)]
-        return cls(*([of[place] for place in kept] for of in (rows, bodies, records)), found)
+        return cls(*([of[place] for place in kept] for of in (rows, bodies, records)), found, encoder.one_token)
 
     async def ours(self, client: httpx.AsyncClient, number: int) -> list[int] | None:
         """A ranking by `rerank serve`."""
@@ -88,9 +90,7 @@ class Requests:
         answer = await client.post("/v1/completions", json={"prompt": ready.tokens, **options})
         answer.raise_for_status()
         (choice,) = answer.json()["choices"]
-        text, tokens = choice["text"], answer.json()["usage"]["completion_tokens"]
-        parsed = read_answer(text, tokens, choice["finish_reason"] == "length", ready.asked.labels, ready.asked.top_k)
-        return parsed.order or list(range(len(ready.asked.labels)))
+        return parsed_order(ready, choice["text"]) or list(range(len(ready.asked.labels)))
 
     async def scoring(self, client: httpx.AsyncClient, number: int) -> list[int] | None:
         """An order by scores of the documents one by one, which no model here was trained for: a measure of time."""
@@ -112,6 +112,11 @@ class Requests:
             if order is not None and self.rows[number].relevance
         ]
         return float(np.mean([value for value in graded if value is not None]))
+
+
+def parsed_order(ready: ReadyRow, text: str) -> list[int] | None:
+    """The ranking that a free answer states; None where it states none."""
+    return read_answer(ready.asked.begun + text, 0, False, ready.asked.labels, ready.asked.top_k).order
 
 
 @dataclass
@@ -183,8 +188,11 @@ def highest_rate(probe: Callable[[float], Load], idle: float, near: float | None
     return low, best
 
 
-def constraint_overhead(model_dir: Path, requests: Requests, repeats: int) -> dict[str, float]:
-    """Seconds of decoding with the rules over those without, by batch size."""
+def constraint_overhead(model_dir: Path, requests: Requests, repeats: int) -> dict[str, float] | None:
+    """Seconds of decoding with the rules over those without, by batch size; None where no free answer is a ranking, or
+    none is written."""
+    if requests.one_token:
+        return None
     from rerank.models import engine as vllm_engine
 
     limit = requests.ready[0].asked.max_completion_tokens
@@ -199,10 +207,9 @@ def constraint_overhead(model_dir: Path, requests: Requests, repeats: int) -> di
         return time.perf_counter() - began, [completion.text for (completion,) in found]
 
     texts = answers(requests.ready, False)[1]
-    labelled = zip(requests.ready, texts, strict=True)
-    valid = [one for one, text in labelled if read_answer(text, 0, False, one.asked.labels, one.asked.top_k).order]
+    valid = [one for one, text in zip(requests.ready, texts, strict=True) if parsed_order(one, text)]
     found = {}
-    for size in BATCHES:
+    for size in BATCHES if valid else ():
         batch = [valid[place % len(valid)] for place in range(size)]
         ratios = []
         for _ in range(repeats + 1):
@@ -210,7 +217,7 @@ def constraint_overhead(model_dir: Path, requests: Requests, repeats: int) -> di
             ratios.append(constrained / free)
         found[str(size)] = round(statistics.median(ratios[1:]), 4)
     engine.llm_engine.engine_core.shutdown()
-    return found
+    return found or None
 
 
 def main() -> None:
@@ -226,17 +233,18 @@ def main() -> None:
         recipe.set_environment()
         overhead = constraint_overhead(args.model, requests, args.rounds)
         saved = shares(args.model, requests.rows[: BATCHES[-1]], requests.records, args.rounds)
-    sides = [Side(name, getattr(requests, name)) for name in ("ours", "plain", "scoring")]
+    names = [name for name in ("ours", "plain", "scoring") if name != "plain" or not requests.one_token]
+    sides = [Side(name, getattr(requests, name)) for name in names]
     for seed in range(args.rounds):
         for side in sides:
             refuse_busy(busy_share())
             side.measure(args.model, requests, args.requests, seed)
-    ours, plain, _ = sides
-    ratios = [one / other for one, other in zip(ours.rates, plain.rates, strict=True)]
+    rates = {side.name: side.rates for side in sides}
+    ratios = [one / other for one, other in zip(rates["ours"], rates.get("plain", ()), strict=False)]
     found = {
-        "throughput_vs_plain": round(statistics.median(ratios), 4),
-        "rates": {side.name: [round(rate, 2) for rate in side.rates] for side in sides},
-        "ndcg@5": {side.name: round(statistics.mean(side.ndcg), 4) for side in (ours, plain)},
+        "throughput_vs_plain": round(statistics.median(ratios), 4) if ratios else None,
+        "rates": {name: [round(rate, 2) for rate in of_side] for name, of_side in rates.items()},
+        "ndcg@5": {side.name: round(statistics.mean(side.ndcg), 4) for side in sides if side.name != "scoring"},
         "changed_share": {side.name: max(side.changed) for side in sides},
         "client_share": round(max(side.client_share for side in sides), 2),
         "constraint_overhead": overhead,
