@@ -1,7 +1,10 @@
 """`tests.benchmarks.serving` and `tests.soak` in small: the search for a rate, arrivals, and the growth of memory."""
 
 import asyncio
+import contextlib
 import json
+import threading
+from http.server import ThreadingHTTPServer
 from types import SimpleNamespace
 
 import httpx
@@ -9,13 +12,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import soak
-from benchmarks import serving, serving_load, serving_shares
+from json_server import JsonHandler
 from served import make_folder
 
 from rerank.launch.files import write_json
 from rerank.models.ranker import RankingModel
 from rerank.rows import RankingRow
+from tests import soak
+from tests.benchmarks import busy, serving, serving_load, serving_parts, serving_shares, serving_sides
 
 
 @pytest.mark.parametrize("most", [3.0, 40.0, 171.0])
@@ -26,14 +30,14 @@ def test_the_highest_rate_is_found_to_five_percent(most):
         probed.append(rate)
         return serving_load.Load(np.full(100, 0.1 if rate <= most else 0.5), [], 0.0)
 
-    best, load = serving.highest_rate(probe, idle=0.09)
-    assert most / serving.PRECISION <= best <= most and load.p(95) == 0.1 and len(probed) < 20
+    best, load = serving_sides.highest_rate(probe, idle=0.09)
+    assert most / serving_sides.PRECISION <= best <= most and load.p(95) == 0.1 and len(probed) < 20
     for near, most_probes in ((0.98 * most, 2), (1.02 * most, 3), (most / 3, 12), (3 * most, 12)):
         probed.clear()
-        best, _ = serving.highest_rate(probe, 0.09, near)
-        assert most / serving.PRECISION <= best <= most and len(probed) <= most_probes, (near, probed)
-    with pytest.raises(SystemExit, match="is the machine quiet?"):
-        serving.highest_rate(lambda rate: serving_load.Load(np.ones(9), [], 0.0), idle=0.09)
+        best, _ = serving_sides.highest_rate(probe, 0.09, near)
+        assert most / serving_sides.PRECISION <= best <= most and len(probed) <= most_probes, (near, probed)
+    with pytest.raises(serving_load.NotMeasured, match="is the machine quiet?"):
+        serving_sides.highest_rate(lambda rate: serving_load.Load(np.ones(9), [], 0.0), idle=0.09)
 
 
 @pytest.mark.parametrize("slow", [1, 5])
@@ -104,7 +108,7 @@ def make_requests(folder, generation=None, number=8, **settings):
         for row in range(number)
     ]
     pq.write_table(pa.Table.from_pylist(rows), table)
-    return serving.Requests.of_model(folder, 100)
+    return serving_sides.Requests.of_model(folder, 100)
 
 
 def answer_of(requests, ask, reply, seen=None):
@@ -163,3 +167,130 @@ def test_the_overhead_of_rules_is_of_requests_whose_free_answer_is_a_ranking(tmp
 def test_a_model_of_one_token_has_no_overhead_of_rules(tmp_path):
     requests = make_requests(tmp_path / "run/sft/model", {"one_token": True}, ranking="letter")
     assert requests.one_token and serving.constraint_overhead(tmp_path, requests, 2) is None
+
+
+class Handler(JsonHandler):
+    """A fake of both servers: rankings in the order shown; every `fails`-th request of a kind has none."""
+
+    seen, fails = [], 0
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.seen.append((self.path, body))
+        if self.path == "/reset_prefix_cache":
+            self.answer(200, {"success": len(self.seen) % 2 == 0})
+        elif self.fails and len(self.seen) % self.fails == 0:
+            self.answer(500, {})
+        else:
+            self.answer(200, {"results": [{"index": place} for place in range(4)]})
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """Servers that would be started: a fake in their place, for few requests at one rate; gives their options."""
+    options = []
+    Handler.seen, Handler.fails = [], 0
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+
+    @contextlib.contextmanager
+    def serving(*given, **named):
+        options.append((given, named))
+        yield f"http://127.0.0.1:{server.server_address[1]}", None
+
+    process = SimpleNamespace(cpu_affinity=lambda cores: None)
+    monkeypatch.setattr(serving_sides, "psutil", SimpleNamespace(cpu_count=lambda: 2, Process=lambda: process))
+    monkeypatch.setattr(serving_load, "serving", serving)
+    monkeypatch.setattr(serving_sides, "WARM_UP", 2)
+    monkeypatch.setattr(serving_sides, "IDLE", 3)
+    monkeypatch.setattr(serving_sides, "SLOWER", 1e6)
+    monkeypatch.setattr(serving_sides, "highest_rate", lambda probe, idle, near: (near or 7.0, probe(1000.0)))
+    yield options
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_side_counts_requests_without_an_answer(tmp_path, started):
+    requests = make_requests(tmp_path / "run/dapo/model")
+    side = serving_sides.Side("ours", requests.ours)
+    found = side.measure(tmp_path, requests, 6, 0)
+    # the relevant candidate is the third: 1 / log2(4) over 1 / log2(2)
+    assert found["rate"] == 7 and found["ndcg@5"] == 0.5 and found["changed_share"] == found["failed"] == 0
+    assert started[0] == ((tmp_path,), {"plain": False})
+    Handler.fails = 3
+    found = side.measure(tmp_path, requests, 6, 1, near=9.0)
+    assert found["rate"] == 9 and found["failed"] >= 2 and found["ndcg@5"] == 0.5
+    Handler.fails = 1
+    with pytest.raises(serving_load.NotMeasured, match="3 of 3 requests one by one have no answer"):
+        side.measure(tmp_path, requests, 6, 0)
+
+
+def test_a_request_that_fails_is_slower_than_any():
+    async def ask(client, row):
+        if row % 20 == 0:
+            raise httpx.ReadError("gone")
+        return [0]
+
+    load = asyncio.run(serving_load.send(ask, "http://127.0.0.1", range(220), np.zeros(220), 20))
+    assert load.failed == 10 and load.orders.count(None) == 10 and load.p(50) < 1 and load.p(97) == serving_load.FAILED
+
+
+def test_a_machine_that_gets_quiet_is_waited_for(monkeypatch):
+    shares, slept = iter([0.9, 0.5, 0.05]), []
+    monkeypatch.setattr(busy, "busy_share", lambda: next(shares))
+    monkeypatch.setattr(busy.time, "sleep", slept.append)
+    busy.wait_until_quiet()
+    assert len(slept) == 2
+    monkeypatch.setattr(busy, "busy_share", lambda: 0.9)
+    monkeypatch.setattr(busy, "WAITING_SECONDS", 0.0)
+    with pytest.raises(SystemExit, match="the machine is busy"):
+        busy.wait_until_quiet()
+
+
+def run_benchmark(monkeypatch, capsys, folder, out, *words):
+    """The exit code of the command and its figures."""
+    line = ["serving", "--model", str(folder), "--requests", "6", "--rounds", "2", "--out", str(out), *words]
+    monkeypatch.setattr("sys.argv", line)
+    code = serving.main()
+    return code, json.loads(capsys.readouterr().out)
+
+
+def test_a_run_that_was_cut_off_is_continued_by_the_same_line(tmp_path, started, monkeypatch, capsys):
+    folder, out = tmp_path / "run/dapo/model", tmp_path / "serving.jsonl"
+    make_requests(folder)
+    monkeypatch.setattr(serving_parts, "wait_until_quiet", lambda: None)
+    monkeypatch.setattr(serving, "constraint_overhead", lambda *given: {"1": 1.01})
+    monkeypatch.setattr(serving, "shares", lambda *given: {"no_think_share": 0.8, "one_token_share": None})
+
+    def measure(self, model_dir, requests, number, seed, near=None):
+        measured.append((self.name, seed, near))
+        if len(measured) == cut_at:
+            raise KeyboardInterrupt
+        if self.name == "scoring":
+            raise serving_load.NotMeasured("the server did not start")
+        rate = {"ours": 10.0, "plain": 8.0}[self.name] + seed
+        return {"rate": rate, "ndcg@5": 0.5, "changed_share": 0.0, "client_share": 0.1, "failed": 1}
+
+    monkeypatch.setattr(serving_sides.Side, "measure", measure)
+    measured, cut_at = [], 4
+    with pytest.raises(KeyboardInterrupt):
+        run_benchmark(monkeypatch, capsys, folder, out)
+    assert [json.loads(line)["part"] for line in out.read_text().splitlines()] == [
+        "overhead", "shares", "round 0 ours", "round 0 plain",
+    ]  # fmt: skip
+    out.write_text(out.read_text() + '{"part": "round 1 ou')
+    monkeypatch.setattr(serving, "constraint_overhead", None)
+    measured, cut_at = [], 0
+    code, found = run_benchmark(monkeypatch, capsys, folder, out)
+    assert measured == [("scoring", 0, None), ("ours", 1, 10.0), ("plain", 1, 8.0), ("scoring", 1, None)]
+    assert code == 1 and set(found["missing"]) == {"round 0 scoring", "round 1 scoring"}
+    assert found["throughput_vs_plain"] == round((10 / 8 + 11 / 9) / 2, 4) and found["failed"]["ours"] == 2
+    assert found["rates"] == {"ours": [10, 11], "plain": [8, 9], "scoring": []} and found["no_think_share"] == 0.8
+    measured = []
+    run_benchmark(monkeypatch, capsys, folder, out)
+    assert measured == [("scoring", 0, None), ("scoring", 1, None)]
+    (folder / "generation.json").write_text((folder / "generation.json").read_text() + " ")  # another model
+    monkeypatch.setattr(serving, "constraint_overhead", lambda *given: None)
+    measured = []
+    run_benchmark(monkeypatch, capsys, folder, out)
+    assert len(measured) == 6

@@ -24,9 +24,14 @@ from rerank.models.ranker import RankingModel
 from rerank.rank import serve
 from rerank.rows import RankingRow, read_records
 
-SECONDS_TO_START = 600
+SECONDS_TO_START, SECONDS_TO_STOP = 600, 120
+FAILED = 1e9  # seconds of a request that has no answer, in a percentile
 
 Ask = Callable[[httpx.AsyncClient, int], Awaitable[list[int] | None]]  # the ranking of a row; None for no answer
+
+
+class NotMeasured(Exception):
+    """A figure that there is none of, and why."""
 
 
 @dataclass(frozen=True)
@@ -34,18 +39,20 @@ class Load:
     """Requests that were sent.
 
     Attributes:
-        seconds: Of each answer.
+        seconds: Of each answer, infinite where there was none.
         orders: Rankings, None where there was none.
         client_share: Of its core that the client was busy.
+        failed: Requests without an answer.
     """
 
     seconds: np.ndarray
     orders: list[list[int] | None]
     client_share: float
+    failed: int = 0
 
     def p(self, percent: float) -> float:
         """A percentile of the seconds."""
-        return float(np.percentile(self.seconds, percent))
+        return float(np.percentile(np.minimum(self.seconds, FAILED), percent))
 
 
 def read_rows(model_dir: Path, most: int) -> list[RankingRow]:
@@ -100,12 +107,21 @@ def serving(model_dir: Path, plain: bool = False) -> Iterator[tuple[str, subproc
             while not is_up(url):
                 if process.poll() is not None or time.monotonic() - began > SECONDS_TO_START:
                     log.seek(0)
-                    raise SystemExit(f"the server did not start: {log.read().decode(errors='replace')[-3000:]}")
+                    raise NotMeasured(f"the server did not start: {log.read().decode(errors='replace')[-3000:]}")
                 time.sleep(0.5)
             yield url, process
         finally:
-            process.send_signal(signal.SIGTERM)
-            process.wait(120)
+            stop(process)
+
+
+def stop(process: subprocess.Popen) -> None:
+    """End a server."""
+    process.send_signal(signal.SIGTERM)
+    try:
+        process.wait(SECONDS_TO_STOP)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def is_up(url: str) -> bool:
@@ -137,9 +153,7 @@ async def send(
 
         async def one(place: int) -> None:
             nonlocal too_slow
-            sent = time.perf_counter()
-            orders[place] = await ask(client, rows[place])
-            seconds[place] = time.perf_counter() - sent
+            orders[place], seconds[place] = await timed(ask, client, rows[place])
             too_slow += place >= warm_up and seconds[place] > most
             if too_slow > 0.05 * (len(rows) - warm_up) + 1:  # a percentile lies between two of them
                 raise Overloaded
@@ -152,7 +166,17 @@ async def send(
         except* Overloaded:
             seconds[:] = math.inf
         share = (time.process_time() - busy) / (time.perf_counter() - began)
-    return Load(seconds[warm_up:], orders[warm_up:], share)
+    failed = int(np.isinf(seconds[warm_up:]).sum())
+    return Load(seconds[warm_up:], orders[warm_up:], share, failed)
+
+
+async def timed(ask: Ask, client: httpx.AsyncClient, row: int) -> tuple[list[int] | None, float]:
+    """A ranking and its seconds; none, and infinite ones, for a request that has no answer."""
+    sent = time.perf_counter()
+    try:
+        return await ask(client, row), time.perf_counter() - sent
+    except httpx.HTTPError:
+        return None, math.inf
 
 
 def poisson(rate: float, number: int, seed: int) -> np.ndarray:
