@@ -31,6 +31,7 @@ def test_the_highest_rate_is_found_to_five_percent(most):
         return serving_load.Load(np.full(100, 0.1 if rate <= most else 0.5), [], 0.0)
 
     best, load = serving_sides.highest_rate(probe, idle=0.09)
+    assert probed[0] == 2 / 0.09
     assert most / serving_sides.PRECISION <= best <= most and load.p(95) == 0.1 and len(probed) < 20
     for near, most_probes in ((0.98 * most, 2), (1.02 * most, 3), (most / 3, 12), (3 * most, 12)):
         probed.clear()
@@ -176,9 +177,10 @@ class Handler(JsonHandler):
 
     def do_POST(self):
         body = self.rfile.read(int(self.headers["Content-Length"]))
+        before = [path for path, _ in self.seen]
         self.seen.append((self.path, body))
         if self.path == "/reset_prefix_cache":
-            self.answer(200, {"success": len(self.seen) % 2 == 0})
+            self.answer(200, {"success": self.path in before})
         elif self.fails and len(self.seen) % self.fails == 0:
             self.answer(500, {})
         else:
@@ -194,8 +196,8 @@ def started(monkeypatch):
     threading.Thread(target=server.serve_forever, daemon=True).start()
 
     @contextlib.contextmanager
-    def serving(*given, **named):
-        options.append((given, named))
+    def serving(*given):
+        options.append(given)
         yield f"http://127.0.0.1:{server.server_address[1]}", None
 
     process = SimpleNamespace(cpu_affinity=lambda cores: None)
@@ -216,7 +218,9 @@ def test_a_side_counts_requests_without_an_answer(tmp_path, started):
     found = side.measure(tmp_path, requests, 6, 0)
     # the relevant candidate is the third: 1 / log2(4) over 1 / log2(2)
     assert found["rate"] == 7 and found["ndcg@5"] == 0.5 and found["changed_share"] == found["failed"] == 0
-    assert started[0] == ((tmp_path,), {"plain": False})
+    assert started[0] == (tmp_path, False, {"VLLM_SERVER_DEV_MODE": "1"})
+    paths = [path for path, _ in Handler.seen]  # 2 * IDLE one by one; the cache is emptied, at the second call
+    assert paths == ["/v1/rerank"] * 6 + ["/reset_prefix_cache"] * 2 + ["/v1/rerank"] * 8
     Handler.fails = 3
     found = side.measure(tmp_path, requests, 6, 1, near=9.0)
     assert found["rate"] == 9 and found["failed"] >= 2 and found["ndcg@5"] == 0.5

@@ -3,7 +3,8 @@
 Requests of a model's test rows arrive at Poisson times of a fixed seed, at least 500 a rate after 50 of warm-up; the
 figure of a server is the highest rate, found to 5 % by bisection, at which the 95th percentile of its seconds stays
 below twice the median of an idle server. The plain server gets the same prompts as tokens, written before its time is
-taken, by `/v1/completions`; its client parses the answers, and takes the input order where one is no ranking.
+taken, by `/v1/completions`; its client parses the answers, and takes the input order where one is no ranking. Before
+each rate the prefix cache of the server is emptied: only what its requests share is in it.
 
 - `throughput_vs_plain`: the one rate over the other, the median of five rounds that alternate; `ndcg@5` stands beside.
 - `changed_share`: rankings at temperature 0 that differ under load from those of the idle server.

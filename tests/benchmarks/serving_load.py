@@ -25,6 +25,8 @@ from rerank.rank import serve
 from rerank.rows import RankingRow, read_records
 
 SECONDS_TO_START, SECONDS_TO_STOP = 600, 120
+KEYS = ("RERANK_API_KEY", "VLLM_API_KEY")  # which no request here sends
+WITH_RESET = {"VLLM_SERVER_DEV_MODE": "1"}  # variables of a server whose prefix cache can be emptied
 FAILED = 1e9  # seconds of a request that has no answer, in a percentile
 
 Ask = Callable[[httpx.AsyncClient, int], Awaitable[list[int] | None]]  # the ranking of a row; None for no answer
@@ -94,13 +96,23 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def serving(model_dir: Path, plain: bool = False) -> Iterator[tuple[str, subprocess.Popen]]:
-    """The address of a server, and its process."""
+def serving(
+    model_dir: Path, plain: bool = False, variables: Mapping[str, str] | None = None
+) -> Iterator[tuple[str, subprocess.Popen]]:
+    """The address of a server, and its process.
+
+    Args:
+        model_dir: That is served.
+        plain: Whether by vLLM alone.
+        variables: Of its environment, beside those that there are.
+    """
     added, words = server_words(model_dir, plain, os.environ)
     url = f"http://127.0.0.1:{words[words.index('--port') + 1]}"
     with tempfile.TemporaryFile() as log:
         line = [sys.executable, "-m", serve.MODULE, *words]
-        environment = {**os.environ, **added, "RERANK_SERVE": json.dumps({"max_queue": 4096})}
+        environment = {**os.environ, **added, "RERANK_SERVE": json.dumps({"max_queue": 4096}), **(variables or {})}
+        for name in KEYS:
+            environment.pop(name, None)
         process = subprocess.Popen(line, stdout=log, stderr=log, env=environment)
         try:
             began = time.monotonic()
@@ -130,6 +142,18 @@ def is_up(url: str) -> bool:
         return httpx.get(f"{url}/health").status_code == 200
     except httpx.TransportError:
         return False
+
+
+def reset_prefix_cache(url: str) -> None:
+    """Empty a server's prefix cache, which it does once all requests that were given up have left the engine."""
+    until = time.monotonic() + SECONDS_TO_STOP
+    try:
+        while not httpx.post(f"{url}/reset_prefix_cache", timeout=60).raise_for_status().json()["success"]:
+            if time.monotonic() > until:
+                raise NotMeasured("the prefix cache cannot be emptied")
+            time.sleep(0.1)
+    except httpx.HTTPError as error:
+        raise NotMeasured(f"the prefix cache cannot be emptied ({error})") from None
 
 
 class Overloaded(Exception):

@@ -116,7 +116,8 @@ class Side:
         rows = [place % len(requests.rows) for place in range(WARM_UP + number)]
         *others, own = range(psutil.cpu_count() or 1)
         psutil.Process().cpu_affinity(others or [own])  # which the server inherits
-        with serving_load.serving(model_dir, plain=self.name != "ours") as (url, _):
+        server = serving_load.serving(model_dir, self.name != "ours", serving_load.WITH_RESET)
+        with server as (url, _):
             psutil.Process().cpu_affinity([own])
             alone = asyncio.run(self._one_by_one(url, rows))
             idle_seconds = alone.p(50)
@@ -124,6 +125,7 @@ class Side:
                 raise NotMeasured(f"{alone.failed} of {IDLE} requests one by one have no answer")
 
             def probe(rate: float) -> Load:
+                serving_load.reset_prefix_cache(url)
                 times = poisson(rate, len(rows), seed)
                 return asyncio.run(send(self.ask, url, rows, times, WARM_UP, SLOWER * idle_seconds))
 
@@ -154,7 +156,7 @@ def highest_rate(probe: Callable[[float], Load], idle: float, near: float | None
         idle: Seconds, the median of an idle server.
         near: A rate that is about the one looked for, such as that of the round before.
     """
-    low, high, rate, step = 0.0, math.inf, near or 0.5 / idle, PRECISION if near else 2.0
+    low, high, rate, step = 0.0, math.inf, near or 2 / idle, PRECISION if near else 2.0
     best = None
     while high > low * PRECISION:
         load = probe(rate)
