@@ -298,3 +298,61 @@ def test_a_run_that_was_cut_off_is_continued_by_the_same_line(tmp_path, started,
     measured = []
     run_benchmark(monkeypatch, capsys, folder, out)
     assert len(measured) == 6
+
+
+def test_the_cache_holds_all_prompts_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(serving_load, "engine_dtype", lambda: "auto")
+    monkeypatch.setattr(serving_load.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(serving_load.psutil, "virtual_memory", lambda: SimpleNamespace(available=8 * 2**30))
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
+    monkeypatch.setattr(serving_load.os, "environ", dict(serving_load.os.environ))
+    shape = {"num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 576}
+    write_json(tmp_path / "config.json", {"model_type": "llama", **shape})  # SmolLM2-135M
+    # keys and values of 2 bytes, 30 layers, 3 heads of 64: 23,040 bytes a token; 700 are 22 blocks, and one more
+    assert serving_load.cache_bytes(tmp_path, 700) == 23_040 * 23 * 32
+    serving_load.set_cache(tmp_path, 256, 700)
+    assert serving_load.os.environ["VLLM_CPU_KVCACHE_SPACE"] == "5"  # 4.04 GiB
+    serving_load.set_cache(tmp_path, 256, 7000)
+    assert serving_load.os.environ["VLLM_CPU_KVCACHE_SPACE"] == "5"
+    del serving_load.os.environ["VLLM_CPU_KVCACHE_SPACE"]
+    with pytest.raises(SystemExit, match="take 39 GiB of keys and values of .* but 8.0 GiB of memory are free"):
+        serving_load.set_cache(tmp_path, 256, 7000)
+
+
+class ShareEngine:
+    """A fake of the engine of the shares: a second for each token that it computes, and none for what it has."""
+
+    def __init__(self, monkeypatch):
+        self.now, self.resets, self.stopped = 0.0, 0, []
+        self.llm_engine = SimpleNamespace(engine_core=SimpleNamespace(shutdown=lambda: self.stopped.append(1)))
+        monkeypatch.setattr("rerank.models.engine.open_engine", lambda *args, **options: self)
+        monkeypatch.setattr(serving_shares, "time", SimpleNamespace(perf_counter=lambda: self.now))
+
+    def reset_prefix_cache(self):
+        self.resets += 1
+
+    def generate(self, words, params, use_tqdm):
+        salted = [(word.get("cache_salt"), word["prompt_token_ids"]) for word in words]
+        by_salt = {salt: [ids for one, ids in salted if one == salt] for salt, _ in salted}
+        written = [3 if one.max_tokens > 1 else 1 for one in params]
+        self.now += sum(map(serving_shares.computed_once, by_salt.values())) + sum(written)
+        return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=[0] * number)]) for number in written]
+
+
+@pytest.mark.parametrize(
+    ("generation", "settings", "known"),
+    [
+        ({}, {}, {"no_think_share"}),
+        ({}, {"layout": "candidates_first"}, {"no_think_share", "prefix_share_of_limit", "prefix_limit"}),
+        ({"bypass_reasoning": True}, {}, set()),
+        ({"one_token": True}, {"ranking": "letter"}, set()),
+        ({"trace": False}, {"ranking": "letter"}, set()),
+    ],
+)
+def test_shares_are_of_models_that_can_have_them(tmp_path, monkeypatch, generation, settings, known):
+    requests, engine = make_requests(tmp_path / "run/dapo/model", generation, **settings), ShareEngine(monkeypatch)
+    found = serving_shares.shares(tmp_path / "run/dapo/model", requests.rows, requests.records, 1)
+    assert set(found) == set(serving_shares.FIGURES) and engine.resets and engine.stopped
+    assert {name for name, value in found.items() if value is not None} == known
+    assert all(value == 1 for name, value in found.items() if name in known and name != "prefix_limit")
+    assert "prefix_limit" not in known or 1 < found["prefix_limit"] < 32

@@ -13,7 +13,8 @@ each rate the prefix cache of the server is emptied: only what its requests shar
 - `no_think_share`, `one_token_share`, `prefix_share_of_limit`: how many times faster answers without reasoning, those
   of one token, and prompts of lists that 32 users share are, over how many times fewer tokens they take
   (`serving_shares`).
-- What a model cannot have is null: one that ranks by one token has no plain server beside it, and no overhead.
+- What a model cannot have is null: one that ranks by one token has no plain server beside it, and no overhead; only
+  prompts of `layout: candidates_first` share their lists.
 - `rates` has those of vLLM's `/generative_scoring` too: a score for each document, of a probability after it.
 - `client_share`: of its core that the client was busy, at most; the server has the other cores.
 
@@ -40,6 +41,7 @@ from rerank.launch import recipe
 from rerank.models.ranking_grammar import RankingGrammar
 from rerank.rank.encoder import ReadyRow
 from rerank.rank.serve.snapshot import fingerprint
+from tests.benchmarks import serving_load
 from tests.benchmarks.serving_parts import Parts
 from tests.benchmarks.serving_shares import shares
 from tests.benchmarks.serving_sides import Requests, Side, parsed_order
@@ -117,6 +119,8 @@ def main() -> int:
     args = parser.parse_args()
     requests, parts, model = Requests.of_model(args.model, 1000), Parts(args.out), identity(args.model)
     repeated = {**model, "repeats": args.rounds}
+    longest = max(len(one.tokens) + one.asked.max_completion_tokens for one in requests.ready)
+    serving_load.set_cache(args.model, BATCHES[-1], longest)
     with patch.dict(os.environ):  # of engines in this process; the servers have their own
         recipe.set_environment()
         parts.measure("overhead", repeated, lambda: constraint_overhead(args.model, requests, args.rounds))

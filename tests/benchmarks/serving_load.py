@@ -19,13 +19,17 @@ from typing import Any
 import httpx
 import numpy as np
 import psutil
+import torch
+from transformers import AutoConfig
 
+from rerank.models.engine import engine_dtype
 from rerank.models.ranker import RankingModel
 from rerank.rank import serve
 from rerank.rows import RankingRow, read_records
 
 SECONDS_TO_START, SECONDS_TO_STOP = 600, 120
 KEYS = ("RERANK_API_KEY", "VLLM_API_KEY")  # which no request here sends
+CACHE, BLOCK, MOST_OF_MEMORY = "VLLM_CPU_KVCACHE_SPACE", 32, 0.7  # its variable in GiB, tokens of a block, share
 WITH_RESET = {"VLLM_SERVER_DEV_MODE": "1"}  # variables of a server whose prefix cache can be emptied
 FAILED = 1e9  # seconds of a request that has no answer, in a percentile
 
@@ -61,6 +65,36 @@ def read_rows(model_dir: Path, most: int) -> list[RankingRow]:
     """The first test rows of a model's run."""
     records = read_records(model_dir.resolve().parents[1] / "candidates/test.parquet")
     return [RankingRow.of(record) for record in records[:most]]
+
+
+def set_cache(model_dir: Path, num_prompts: int, tokens: int) -> None:
+    """Let engines on a CPU hold the keys and values of so many prompts at once; of a GPU they take what there is.
+
+    Args:
+        model_dir: Of the model.
+        num_prompts: At once.
+        tokens: Of the longest of them and its answer.
+    """
+    needed = cache_bytes(model_dir, tokens) * num_prompts
+    if torch.cuda.is_available() or CACHE in os.environ:
+        return
+    size, room = math.ceil(needed / 2**30), psutil.virtual_memory().available / 2**30
+    if size > MOST_OF_MEMORY * room:
+        raise SystemExit(
+            f"{num_prompts} prompts of {tokens} tokens take {size} GiB of keys and values of {model_dir}, but "
+            f"{room:.1f} GiB of memory are free; measure it on a larger machine, or set {CACHE} to fewer"
+        )
+    os.environ[CACHE] = str(size)
+
+
+def cache_bytes(model_dir: Path, tokens: int) -> int:
+    """Bytes of the keys and values of a prompt of that length, in whole blocks."""
+    config = AutoConfig.from_pretrained(model_dir).get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    number = 4 if engine_dtype() == "float32" else 2
+    blocks = -(-tokens // BLOCK) + 1
+    return 2 * number * config.num_hidden_layers * heads * width * blocks * BLOCK
 
 
 def body_of(row: RankingRow, model: RankingModel) -> dict[str, Any]:
