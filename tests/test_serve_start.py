@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 import socket
+import subprocess
 import tomllib
 from pathlib import Path
 from types import SimpleNamespace
@@ -78,11 +79,40 @@ def test_what_is_given_goes_before_what_is_set(folder, environment, entry_points
     given = ["--max_model_len=512", "--no-enforce-eager", "--dtype", "float32", "--shutdown-timeout", "5"]
     words, variables = line_of(capsys, folder, *given, "--max-queue", 7)
     assert "VLLM_PLUGINS=lora,rerank " in variables and "VLLM_CPU_KVCACHE_SPACE" not in variables
-    assert '"max_queue": 7' in variables and 'RERANK_API_KEY="$RERANK_API_KEY"' in variables
+    assert '"max_queue": 7' in variables and 'RERANK_API_KEY="${RERANK_API_KEY:?' in variables
     assert "secret" not in variables + " ".join(words)
     for name in ("--max-model-len", "--enforce-eager"):
         assert name not in words
     assert words.count("--dtype") == words.count("--shutdown-timeout") == 1
+
+
+@pytest.mark.parametrize("source", ["option", "RERANK_API_KEY", "VLLM_API_KEY"])
+def test_the_printed_line_starts_no_open_server(folder, tmp_path, environment, entry_points, capsys, source):
+    if source != "option":
+        environment[source] = "secret"
+    words = ["--api-key", "secret"] if source == "option" else []
+    assert cli.main(["serve", str(folder), *words, "--dry-run"]) == 0
+    line = capsys.readouterr().out
+    command = tmp_path / "vllm"
+    command.write_text('#!/bin/sh\necho "key $RERANK_API_KEY"')
+    command.chmod(0o755)
+
+    def run(**variables):
+        variables |= {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+        return subprocess.run(["sh", "-c", line], env=variables, capture_output=True, text=True)
+
+    assert "secret" not in line and run(RERANK_API_KEY="other").stdout == "key other\n"
+    refused = run()
+    assert refused.returncode and not refused.stdout and "is the key of the server; set it" in refused.stderr
+
+
+def test_the_key_of_vllm_guards_all_routes_or_none_is_served(folder, environment, monkeypatch, entry_points, capsys):
+    assert ServeSettings.of_environment({"VLLM_API_KEY": "secret"}).api_key == "secret"
+    assert ServeSettings.of_environment({"VLLM_API_KEY": "one", "RERANK_API_KEY": "two"}).api_key == "two"
+    assert "--api-key cannot be given" in error_of(capsys, folder, "--api_key", "secret")
+    args = SimpleNamespace(model=str(folder), served_model_name=None, api_key=["secret"])
+    with pytest.raises(ValueError, match="leaves /rerank open; give the key by the variable RERANK_API_KEY"):
+        asyncio.run(plugin.RerankPlugin().init_state(Client(), FastAPI().state, args))
 
 
 def test_the_server_takes_the_place_of_the_command(folder, environment, entry_points, monkeypatch, capsys):
@@ -222,7 +252,9 @@ def test_the_plugin_serves_the_folder_and_waits_for_requests_before_the_engine_s
     made.attach_router(app)
 
     async def start():
-        await made.init_state(client, app.state, SimpleNamespace(model=str(folder), served_model_name=None))
+        await made.init_state(
+            client, app.state, SimpleNamespace(model=str(folder), served_model_name=None, api_key=None)
+        )
         service = app.state.rerank
         assert service.names == [str(folder)] and service.settings.max_queue == 3
         assert service.snapshot.encoder.context == 300

@@ -30,7 +30,7 @@ OTHER_PLUGINS = (
 )
 OF_SERVER = ("VLLM_NO_USAGE_STATS", "DO_NOT_TRACK", "VLLM_CPU_KVCACHE_SPACE", "VLLM_CPU_OMP_THREADS_BIND",
              "TOKENIZERS_PARALLELISM")  # fmt: skip
-OURS = ("--logits-processors", "--api-server-count", "--headless", "--middleware", "--uds")  # options not to be given
+OURS = ("--logits-processors", "--api-server-count", "--headless", "--middleware", "--uds", "--api-key")  # not taken
 DEFAULTS = {"--max-model-len": "auto", "--shutdown-timeout": "30", "--uvicorn-log-level": "warning"}
 FLAGS = ("--disable-uvicorn-access-log", "--disable-fastapi-docs")
 MODULE = "vllm.entrypoints.cli.main"  # of the command `vllm`
@@ -130,8 +130,9 @@ def plugins(allowed: str | None) -> str:
 
 
 def shown(added: Mapping[str, str], words: Sequence[str]) -> str:
-    """The line in a shell; a key stays in its variable."""
-    variables = [f'{name}="${name}"' if name == KEY else f"{name}={shlex.quote(text)}" for name, text in added.items()]
+    """The line in a shell; a key stays in its variable, without which the shell refuses the line."""
+    of_shell = f'{KEY}="${{{KEY}:?is the key of the server; set it}}"'
+    variables = [of_shell if name == KEY else f"{name}={shlex.quote(text)}" for name, text in added.items()]
     return " ".join([*variables, "vllm", shlex.join(words)])
 
 

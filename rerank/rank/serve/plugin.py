@@ -19,7 +19,7 @@ from rerank.models.ranking_grammar import RankingGrammar
 from rerank.rank.serve.protocol import Refusal
 from rerank.rank.serve.routes import attach
 from rerank.rank.serve.service import Service, Written
-from rerank.rank.serve.settings import ServeSettings
+from rerank.rank.serve.settings import KEY, ServeSettings
 from rerank.rank.serve.snapshot import Snapshot
 
 if TYPE_CHECKING:
@@ -102,8 +102,14 @@ class RerankPlugin:
         attach(app, self.settings)
 
     async def init_state(self, engine_client: "EngineClient | None", state: State, args: Namespace) -> None:
-        """Read the model folder, and let SIGHUP read it again and SIGTERM wait for the requests in flight."""
+        """Read the model folder, and let SIGHUP read it again and SIGTERM wait for the requests in flight.
+
+        Raises:
+            ValueError: For a folder that cannot be served, and a key that would leave routes open.
+        """
         assert engine_client is not None, "required_tasks asks for an engine"
+        if args.api_key and self.settings.api_key is None:
+            raise ValueError(f"--api-key of vLLM leaves /rerank open; give the key by the variable {KEY}")
         context = engine_client.model_config.max_model_len
         snapshot = Snapshot.load(args.model, self.settings.unknown, self.settings.one_token, context)
         names = args.served_model_name or [args.model]
