@@ -155,6 +155,12 @@ def test_what_cannot_be_served_is_refused_in_one_line(
     assert "cannot be served: a ranking of 2 of 2" in error_of(
         capsys, changed(folder, tmp_path, "generation.json", short)
     )
+    facts = make_folder(tmp_path / "half", evidence="words", evidence_names=["popularity"])
+    (facts / "evidence.npz").write_bytes((facts / "evidence.npz").read_bytes()[:999])
+    assert "evidence.npz is not whole (File is not a zip file); copy it again" in error_of(capsys, facts)
+    half = changed(folder, tmp_path, "items.json", None)
+    (half / "items.json").write_text("{")
+    assert "is not whole (Expecting property name" in error_of(capsys, half)
     assert "is a model of next items" in error_of(capsys, changed(folder, tmp_path, "next_item.json", {}))
     assert "--logits-processors cannot be given" in error_of(capsys, folder, "--logits-processors", "x")
     with socket.socket() as taken:
@@ -271,6 +277,31 @@ def test_the_plugin_serves_the_folder_and_waits_for_requests_before_the_engine_s
         assert client.stopped == [20, 20]
 
     asyncio.run(start())
+
+
+def test_a_reload_that_fails_is_said_in_the_log(folder, tmp_path, caplog, monkeypatch):
+    place = make_folder(tmp_path / "model", evidence="words", evidence_names=["popularity"])
+    server, path = Server(place), place / "evidence.npz"
+    whole = path.read_bytes()
+
+    async def reload():
+        plugin.start_reload(server.service)
+        while plugin._tasks:
+            await asyncio.sleep(0.01)
+
+    for content in (b"", whole[: len(whole) // 2]):
+        path.write_bytes(content)
+        caplog.clear()
+        asyncio.run(reload())
+        (record,) = caplog.records
+        assert "reload: nothing is changed: " in record.getMessage() and record.exc_info is None
+        assert "evidence.npz is not whole" in record.getMessage()
+        assert "evidence.npz is not whole" in server.ask({}, path="/v1/reload").json()["message"]
+    caplog.clear()
+    monkeypatch.setattr(type(server.service.snapshot), "renewed", lambda self: 1 / 0)
+    asyncio.run(reload())
+    (record,) = caplog.records
+    assert record.getMessage() == "reload: unexpected error" and record.exc_info[0] is ZeroDivisionError
 
 
 def test_a_line_of_the_log_holds_no_control_character():

@@ -114,8 +114,7 @@ class RerankPlugin:
         snapshot = Snapshot.load(args.model, self.settings.unknown, self.settings.one_token, context)
         names = args.served_model_name or [args.model]
         state.rerank = service = Service(names, snapshot, VllmEngine(engine_client), self.settings)
-        loop = asyncio.get_running_loop()
-        loop.add_signal_handler(signal.SIGHUP, lambda: _tasks.add(asyncio.ensure_future(_reload(service))))
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, start_reload, service)
         drain_before_shutdown(engine_client, service)
         logger.info(
             "serving %s as %s: labels %s, %d items, at most %d documents", snapshot.folder, names[0],
@@ -126,11 +125,20 @@ class RerankPlugin:
 _tasks: set[asyncio.Task[None]] = set()  # or a task could be collected before it ends
 
 
+def start_reload(service: Service) -> None:
+    """Take up the folder anew, and say in the log where that fails."""
+    task = asyncio.ensure_future(_reload(service))
+    _tasks.add(task)
+    task.add_done_callback(_tasks.discard)
+
+
 async def _reload(service: Service) -> None:
     try:
         await service.reload()
     except Refusal as refusal:
         logger.error("reload: %s", refusal.message)
+    except Exception:
+        logger.exception("reload: unexpected error")
 
 
 def drain_before_shutdown(client: "EngineClient", service: Service) -> None:

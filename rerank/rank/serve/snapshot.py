@@ -4,6 +4,7 @@ import logging
 import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from json import JSONDecodeError
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,8 @@ class Snapshot:
                     f"{model_dir} is of another version of rerank ({error}); serve it with that version, or train it "
                     "anew"
                 ) from None
+            except JSONDecodeError as error:
+                raise ValueError(f"a file of {model_dir} is not whole ({error}); copy it again") from None
             except FileNotFoundError:
                 old = old_folder(Path(model_dir).resolve())
                 if began is not None and began == _inode(model_dir) or not old.is_dir():
