@@ -191,13 +191,20 @@ def test_a_gpu_that_is_too_small_is_refused(folder, monkeypatch):
     size = (folder / "model.safetensors").stat().st_size
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    for memory in (size, size / 10):
-        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=memory))  # noqa: B023
-        if memory == size:
-            serve.check_memory(folder)
-        else:
-            with pytest.raises(ValueError, match="take 0.0 GB but 2 GPUs leave 0.0 GB; serve it on larger ones"):
-                serve.check_memory(folder)
+    memory = [0.3 * size, 0.35 * size]  # of which 90 % are taken: neither holds half of it (bfloat16), both do
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=memory[device])
+    )
+    small = "take 0.0 GB but 1 of 2 GPUs leave 0.0 GB; serve it on larger ones, or on several with --tensor"
+    for options in ([], ["--tensor-parallel-size", "1"], ["--max-num-seqs", "2"]):
+        with pytest.raises(ValueError, match=small):
+            serve.check_memory(folder, options)
+    for options in (["--tensor-parallel-size", "2"], ["--tensor_parallel_size=2"], ["-pp", "2"], ["-tp=2"]):
+        serve.check_memory(folder, options)
+    with pytest.raises(ValueError, match="among 4 GPUs but there are 2; share it among fewer"):
+        serve.check_memory(folder, ["-tp", "2", "-pp", "2"])
+    memory[0] = 2 * size
+    serve.check_memory(folder, [])
 
 
 # --- the plugin

@@ -352,7 +352,7 @@ class ShareEngine:
 def test_shares_are_of_models_that_can_have_them(tmp_path, monkeypatch, generation, settings, known):
     requests, engine = make_requests(tmp_path / "run/dapo/model", generation, **settings), ShareEngine(monkeypatch)
     found = serving_shares.shares(tmp_path / "run/dapo/model", requests.rows, requests.records, 1)
-    assert set(found) == set(serving_shares.FIGURES) and engine.resets and engine.stopped
+    assert set(found) == set(serving_shares.FIGURES) and engine.stopped and bool(engine.resets) == bool(known)
     assert {name for name, value in found.items() if value is not None} == known
     assert all(value == 1 for name, value in found.items() if name in known and name != "prefix_limit")
     assert "prefix_limit" not in known or 1 < found["prefix_limit"] < 32

@@ -135,7 +135,7 @@ def _serve(args: argparse.Namespace) -> None:
     key = args.api_key or environment.get(serve.KEY) or of_vllm
     settings = serve.ServeSettings(args.unknown, args.one_token, args.max_queue, args.max_body, key)
     added, words = serve.launch_line(args.model_dir, args.host, args.port, args.rest, environment)
-    serve.check(args.model_dir, settings)
+    serve.check(args.model_dir, settings, args.rest)
     added |= settings.as_environment()
     if args.dry_run:
         print(serve.shown(added, words))
