@@ -137,6 +137,17 @@ def test_a_new_document_may_lack_some_of_the_fields_that_are_shown(folder):
     assert "2. film" in prompt
 
 
+@pytest.mark.parametrize("empty", [{"title": None}, {"title": ""}, {"name": None}, {"title": None, "name": ""}])
+def test_a_document_is_its_text_where_its_other_fields_are_empty(server, empty):
+    document = {"id": "n1", "text": "New film", **empty}
+    prompt, answer = prompt_of(server, {**BODY, "documents": ["m2", document], "return_documents": True})
+    assert "2. New film" in prompt and "warnings" not in answer.json()["meta"]
+    found = {result["index"]: result["document"] for result in answer.json()["results"]}
+    assert found[1] == document
+    found = server.ask({**BODY, "documents": ["m2", {"id": "m3", "text": None}], "return_documents": True}).json()
+    assert {"id": "m3", "text": "m3"} in [result["document"] for result in found["results"]]
+
+
 def test_new_documents_have_facts_without_counts(folder):
     shown = {"evidence": "words", "evidence_names": ["popularity"]}
     prompt, _ = prompt_of(

@@ -17,7 +17,7 @@ from served import make_folder
 
 from rerank.launch.files import write_json
 from rerank.models.ranker import RankingModel
-from rerank.rows import RankingRow
+from rerank.rows import FEATURES_FILE, RankingRow
 from tests import soak
 from tests.benchmarks import busy, serving, serving_load, serving_parts, serving_shares, serving_sides
 
@@ -81,6 +81,18 @@ def test_a_row_is_asked_by_original_ids(tmp_path):
     }
 
 
+def test_a_row_is_asked_with_the_numbers_of_its_candidates_that_are_shown(tmp_path):
+    shown = {"evidence": "words", "evidence_names": ["first_stage_score", "candidate_price"]}
+    names = ["first_stage_score", "candidate_unshown", "candidate_price"]
+    features = np.array([[1, 5, 2.5], [0, 6, np.nan], [0, 7, 3], [0, 8, 4]], dtype=np.float32)
+    facts = {"names": names, "edges": {name: [0.0] for name in names}}
+    requests = make_requests(tmp_path / "run/dapo/model", features=features.tolist(), facts=facts, **shown)
+    assert requests.bodies[0]["context"] == {"price": [2.5, None, 3.0, 4.0]}
+    assert "candidate_price 2.50" in requests.ready[0].asked.prompt
+    with pytest.raises(SystemExit, match="no test row of .* can be asked: column 'price' is missing"):
+        make_requests(tmp_path / "without/dapo/model", facts=facts, **shown)
+
+
 def test_a_share_is_of_the_tokens_that_are_computed():
     prompts = [[1, 2, 3, 9], [1, 5, 6], [1, 2, 3, 8], [1, 2, 3, 7, 7], [2]]
     assert serving_shares.computed_once(prompts) == 3 + 1 + 1 + 2 + 2 + 1
@@ -91,23 +103,17 @@ def test_a_share_is_of_the_tokens_that_are_computed():
 # --- the servers
 
 
-def make_requests(folder, generation=None, number=8, **settings):
+def make_requests(folder, generation=None, number=8, features=None, facts=None, **settings):
     """Requests of a run with these settings of prompts and of generation."""
     one_token = bool(generation and generation.get("one_token"))
     make_folder(folder, one_token=one_token, **settings)
     write_json(folder / "generation.json", {"max_completion_tokens": 64, "trace": True, **(generation or {})})
+    if facts:
+        write_json(folder / FEATURES_FILE, facts)
     table = folder.parents[1] / "candidates/test.parquet"
     table.parent.mkdir(parents=True)
-    rows = [
-        {
-            "row_id": row,
-            "user": row,
-            "history": [0, row],
-            "candidates": [2, 3, 4, 5],
-            "relevance": [0.0, 0.0, 1.0, 0.0],
-        }
-        for row in range(number)
-    ]
+    lists = {"candidates": [2, 3, 4, 5], "relevance": [0.0, 0.0, 1.0, 0.0], "features": features}
+    rows = [{"row_id": row, "user": row, "history": [0, row], **lists} for row in range(number)]
     pq.write_table(pa.Table.from_pylist(rows), table)
     return serving_sides.Requests.of_model(folder, 100)
 

@@ -25,7 +25,9 @@ from transformers import AutoConfig
 from rerank.models.engine import engine_dtype
 from rerank.models.ranker import RankingModel
 from rerank.rank import serve
+from rerank.rank.rows import shown_columns
 from rerank.rows import RankingRow, read_records
+from rerank.rows.histories import COLUMN
 
 SECONDS_TO_START, SECONDS_TO_STOP = 600, 120
 KEYS = ("RERANK_API_KEY", "VLLM_API_KEY")  # which no request here sends
@@ -102,6 +104,7 @@ def body_of(row: RankingRow, model: RankingModel) -> dict[str, Any]:
     ids = model.prompter.catalogue.item_ids
     context: dict[str, Any] = {**row.fields, "time": row.time}
     context |= {"history_times": list(row.history_times), "history_events": list(row.history_events)}
+    context |= candidate_columns(row, model)
     query = context.pop("query", "")
     return {
         "query": query,
@@ -110,6 +113,16 @@ def body_of(row: RankingRow, model: RankingModel) -> dict[str, Any]:
         "scores": [1 / rank for rank in row.ranks],
         "context": {name: value for name, value in context.items() if value not in (None, [])},
     }
+
+
+def candidate_columns(row: RankingRow, model: RankingModel) -> dict[str, list[float | None]]:
+    """Numbers of each candidate that prompts show, by the column that rows bring them in; None where unknown."""
+    found, names = dict[str, list[float | None]](), list(model.prompter.names)
+    for name, option in shown_columns(model).items():
+        if option == f"evidence_names: {COLUMN}{name}" and row.features is not None:
+            values = row.features[:, names.index(f"{COLUMN}{name}")].tolist()
+            found[name] = [None if math.isnan(value) else value for value in values]
+    return found
 
 
 def server_words(model_dir: Path, plain: bool, environment: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:

@@ -41,6 +41,8 @@ class Requests:
         ready = encoder.prepare(records)
         kept = [place for place, one in enumerate(ready) if isinstance(one, ReadyRow)]
         found = [one for one in ready if isinstance(one, ReadyRow)]
+        if not found:
+            raise SystemExit(f"no test row of {model_dir} can be asked: {ready[0] if ready else 'there is none'}")
         return cls(*([of[place] for place in kept] for of in (rows, bodies, records)), found, encoder.one_token)
 
     async def ours(self, client: httpx.AsyncClient, number: int) -> list[int] | None:

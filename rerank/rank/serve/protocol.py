@@ -159,5 +159,6 @@ def response(
 def _document(document: Any) -> dict[str, Any]:
     """A document as clients read it: an object with a text."""
     if isinstance(document, dict):
-        return {"text": str(document.get("title") or document.get("id") or ""), **document}
+        text = document.get("text")
+        return {**document, "text": text if text is not None else str(document.get("title") or document["id"])}
     return {"text": document}
