@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from json_server import JsonHandler
-from served import make_folder
+from served import Server, make_folder
 
 from rerank.launch.files import write_json
 from rerank.models.ranker import RankingModel
@@ -362,3 +362,71 @@ def test_shares_are_of_models_that_can_have_them(tmp_path, monkeypatch, generati
     assert {name for name, value in found.items() if value is not None} == known
     assert all(value == 1 for name, value in found.items() if name in known and name != "prefix_limit")
     assert "prefix_limit" not in known or 1 < found["prefix_limit"] < 32
+
+
+# --- the soak
+
+
+def soak_of(handle, folder=None):
+    """A soak of one request, whose server is this function."""
+    client = httpx.AsyncClient(transport=httpx.MockTransport(handle), base_url="http://server")
+    return soak.Soak(client, [json.dumps({"query": "m0", "documents": ["m2", "m3"]}).encode()], folder)
+
+
+def test_a_request_without_an_answer_is_counted(tmp_path):
+    def gone(request):
+        raise httpx.ReadError("gone", request=request)
+
+    def broken(request):
+        return httpx.Response(500, text="Internal Server Error")
+
+    for handle in (gone, broken):
+        of_one = soak_of(handle)
+        plan = (of_one.ask, of_one.poison, of_one.break_one, of_one.leave, of_one.reload)
+        for work in plan:
+            asyncio.run(work(0))
+        assert (of_one.failed, of_one.answered, of_one.refused) == (4, 0, 0)
+
+
+def test_poison_is_ranked_and_broken_bodies_are_refused(tmp_path):
+    server, seen = Server(make_folder(tmp_path / "model")), []
+
+    async def handle(request):
+        seen.append(request.content)
+        headers = {"content-length": str(len(request.content))}
+        async with server.client(headers=headers) as client:
+            return await client.post(request.url.path, content=request.content)
+
+    of_all = soak_of(handle)
+    for number in range(len(soak.BROKEN)):
+        asyncio.run(of_all.break_one(number))
+    assert (of_all.failed, of_all.refused) == (0, len(soak.BROKEN)) and max(map(len, seen)) == 10_000_000
+    for number in range(len(soak.POISON)):
+        asyncio.run(of_all.poison(number))
+    assert (of_all.failed, of_all.answered) == (0, len(soak.POISON))
+    texts = [server.engine.tokenizer.decode(asked[0]) for asked in server.engine.asked]
+    assert len(texts) == len(soak.POISON) and not [text for text in texts if "</think>" in text or "<s_a_0>" in text]
+
+
+def test_the_folder_changes_before_each_reload(tmp_path):
+    run, served = tmp_path / "run", tmp_path / "served/model"
+    folder = make_folder(run / "dapo/model", evidence="words", evidence_names=["popularity"])
+    make_folder(served, evidence="words", evidence_names=["popularity"])
+    server = Server(served)
+    (run / "data").mkdir()
+    interactions = {"user": [0, 0, 1], "item": [2, 3, 3], "time": [1.7e9, 1.7e9 + 1, 1.7e9], "position": [0, 1, 0]}
+    pq.write_table(pa.table(interactions), run / "data/interactions.parquet")
+
+    async def handle(request):
+        async with server.client() as client:
+            return await client.post(request.url.path, content=request.content)
+
+    reloaded = soak_of(handle, soak.Folder(folder, served, RankingModel.load(folder)))
+    for _ in range(2):
+        asyncio.run(reloaded.reload(0))
+    assert reloaded.renewed == ["add-items", "refresh"] and reloaded.failed == 0
+    summary = server.service.snapshot.summary
+    assert summary["items"] == 13 and summary["counts_until"] == "2023-11-14"
+    (run / "data/interactions.parquet").unlink()
+    asyncio.run(reloaded.reload(0))
+    assert reloaded.renewed[2] == "add-items" and reloaded.failed == 0
