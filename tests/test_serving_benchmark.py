@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import threading
+from dataclasses import replace
 from http.server import ThreadingHTTPServer
 from types import SimpleNamespace
 
@@ -144,6 +145,26 @@ def test_an_answer_of_a_plain_server_is_read_behind_what_the_prompt_begins(tmp_p
     assert seen[0][0] == "/v1/completions" and seen[0][1]["prompt"] == requests.ready[0].tokens
     assert seen[0][1]["max_tokens"] == 64 and seen[0][1]["temperature"] == 0
     assert answer_of(requests, "plain", of("no ranking")) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("layout", ["history_first", "candidates_first"])
+def test_scores_are_asked_of_each_document_behind_the_rest_of_the_prompt(tmp_path, layout):
+    requests, seen = make_requests(tmp_path / "run/dapo/model", layout=layout), []
+    reply = {"data": [{"score": score} for score in (0.1, 0.4, 0.4, 0.2)]}
+    assert answer_of(requests, "scoring", reply, seen) == [1, 2, 3, 0]  # of equals the one shown first
+    ((path, body),) = seen
+    assert path == "/generative_scoring" and [item.split("<")[0] for item in body["items"]] == [
+        " 1. Title 2", " 2. Title 3", " 3. Title 4", " 4. Title 5",
+    ]  # fmt: skip
+    assert "History:" in body["query"] and "Title 2" not in body["query"]
+
+
+def test_ndcg_is_of_graded_rows_that_have_a_ranking(tmp_path):
+    requests = make_requests(tmp_path / "run/dapo/model", number=4)
+    requests.rows[3] = replace(requests.rows[3], relevance=())
+    # the relevant candidate is the third: first 1, third (1 / log2(4)) / (1 / log2(2)) = 0.5
+    assert requests.ndcg([0, 1, 2, 3], [[2, 0, 1, 3], [0, 1, 2, 3], None, [0, 1, 2, 3]]) == 0.75
+    assert requests.ndcg([3], [[0, 1, 2, 3]]) is None
 
 
 class Engine:

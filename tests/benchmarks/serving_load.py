@@ -70,7 +70,7 @@ def read_rows(model_dir: Path, most: int) -> list[RankingRow]:
 
 
 def set_cache(model_dir: Path, num_prompts: int, tokens: int) -> None:
-    """Let engines on a CPU hold the keys and values of so many prompts at once; of a GPU they take what there is.
+    """Let engines on a CPU hold the keys and values of some prompts at once; of a GPU they take what there is.
 
     Args:
         model_dir: Of the model.

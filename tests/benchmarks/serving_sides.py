@@ -65,8 +65,8 @@ class Requests:
         """An order by scores of the documents one by one, which no model here was trained for: a measure of time."""
         lines = self.ready[number].asked.prompt.split("\n")
         first = lines.index("Candidates:") + 1
-        items = lines[first : first + len(self.ready[number].asked.labels)]
-        query = "\n".join(lines[:first])
+        last = first + len(self.ready[number].asked.labels)
+        items, query = lines[first:last], "\n".join([*lines[:first], *lines[last:]])
         body = {"model": "model", "query": query, "items": items, "label_token_ids": [0, 1]}
         answer = await client.post("/generative_scoring", json=body)
         answer.raise_for_status()
