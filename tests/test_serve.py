@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -15,7 +16,7 @@ from rerank.models.ranker import RankingModel
 from rerank.prompts import prompt_ids
 from rerank.rank.encoder import encode_rows
 from rerank.rank.items import with_new_items
-from rerank.rank.model_folder import add_items
+from rerank.rank.model_folder import add_items, refresh
 from rerank.rank.serve.service import Service
 from rerank.rank.serve.snapshot import Snapshot
 
@@ -125,6 +126,26 @@ def test_documents_that_the_model_does_not_know_are_ranked_by_their_texts(server
     (row,) = encode_rows([record], model, counts, "last")
     assert replace(model.prompter, tokenizer=server.engine.tokenizer).prompt(row.row) == prompt
     assert order_of(server.ask(BODY)) and len(server.service.snapshot.encoder.items) == len(CATALOGUE)
+
+
+def test_a_new_document_may_lack_some_of_the_fields_that_are_shown(folder):
+    server = Server(make_folder(folder.with_name("of_two_fields"), item_fields=["title", "category"]))
+    prompt, answer = prompt_of(server, {**BODY, "documents": ["m2", "New film"]})
+    assert "1. Title 2 | drama\n" in prompt and "2. New film<" in prompt and sorted(order_of(answer)) == [0, 1]
+    assert "warnings" not in answer.json()["meta"]
+    prompt, _ = prompt_of(server, {**BODY, "documents": ["m2", {"id": "n1", "category": "film"}]})
+    assert "2. film" in prompt
+
+
+@pytest.mark.parametrize("empty", [{"title": None}, {"title": ""}, {"name": None}, {"title": None, "name": ""}])
+def test_a_document_is_its_text_where_its_other_fields_are_empty(server, empty):
+    document = {"id": "n1", "text": "New film", **empty}
+    prompt, answer = prompt_of(server, {**BODY, "documents": ["m2", document], "return_documents": True})
+    assert "2. New film" in prompt and "warnings" not in answer.json()["meta"]
+    found = {result["index"]: result["document"] for result in answer.json()["results"]}
+    assert found[1] == document
+    found = server.ask({**BODY, "documents": ["m2", {"id": "m3", "text": None}], "return_documents": True}).json()
+    assert {"id": "m3", "text": "m3"} in [result["document"] for result in found["results"]]
 
 
 def test_new_documents_have_facts_without_counts(folder):
@@ -239,6 +260,40 @@ def test_a_reload_takes_up_new_items_while_requests_are_in_flight(folder, tmp_pa
     (tmp_path / "model").rename(tmp_path / "elsewhere")
     assert "nothing is changed" in server.ask({}, path="/v1/reload").json()["message"]
     assert order_of(server.ask(body))
+
+
+def test_a_reload_follows_a_link_to_its_new_target(folder, tmp_path):
+    place, link = make_folder(tmp_path / "first"), tmp_path / "current"
+    link.symlink_to(place)
+    server = Server(link)
+    (tmp_path / "items.jsonl").write_text(json.dumps({"item_id": "n1", "name": "Brand new"}))
+    add_items(place, tmp_path / "items.jsonl", None, tmp_path / "second")
+    os.utime(tmp_path / "first/catalogue.parquet", (0, 0))
+
+    async def models():
+        async with server.client() as client:
+            return (await client.get("/v1/models")).json()["data"][0]
+
+    before = asyncio.run(models())
+    link.unlink()
+    link.symlink_to(tmp_path / "second")
+    assert asyncio.run(models()) == before and before["catalogue_date"] > "2026" and before["root"] == str(place)
+    assert server.ask({}, path="/v1/reload").json()["items"] == 13
+    assert asyncio.run(models())["root"] == str(tmp_path / "second")
+
+
+def test_a_reload_takes_up_counts_that_were_refreshed(folder, tmp_path):
+    shown = {"evidence": "words", "evidence_names": ["popularity"]}
+    server = Server(make_folder(tmp_path / "model", **shown))
+    before, _ = prompt_of(server, BODY)
+    path = tmp_path / "interactions.csv"
+    path.write_text("user,item,time\nu1,m2,1700000000\n" + "u2,m3,1700000001\n")
+    refresh(tmp_path / "model", path, None, None)
+    assert prompt_of(server, BODY)[0] == before
+    found = server.ask({}, path="/v1/reload").json()
+    assert found["counts_until"] == "2023-11-14" and found["items"] == found["items_before"] == 12
+    after, _ = prompt_of(server, BODY)
+    assert "Title 2: chosen 1 times" in after and "Title 4: chosen 0 times" in after and "chosen 1 times" not in before
 
 
 def test_a_folder_that_is_swapped_while_it_is_read_is_read_again(folder, tmp_path, monkeypatch):

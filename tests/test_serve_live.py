@@ -122,6 +122,7 @@ def test_the_key_guards_every_route_of_vllm_too(live):
     assert 'http_requests_total{handler="/v1/rerank"' in metrics
     (model,) = httpx.get(f"{live.url}/v1/models", headers=HEADERS).json()["data"]
     assert model["id"] == "mine" and model["max_model_len"] == 1024
+    assert model["labels"] == "number" and model["items"] == 12 and model["max_documents"] > 20
 
 
 def test_a_client_that_leaves_is_noticed(live):

@@ -43,7 +43,9 @@ def changed(**changes):
         (b"\xff\xfe{", 400, "the body is not JSON: "),
         (b"[1]", 400, "the body is list, no object; send query and documents"),
         (b"[" * 100_000, 400, "the body is nested too deeply"),
-        (b'{"documents": [' + b"1" * 5000 + b"]}", 400, "the body is not JSON: Exceeds the limit (4300 digits)"),
+        (b'{"documents": [' + b"1" * 5000 + b"]}", 400, "the body is not JSON: 11111111111111"),
+        (b'{"documents": [{"id": "m2", "p": 1e999}, "m3"], "return_documents": true}', 400, "1e999 is larger than"),
+        (b'{"documents": ["m2", "m3"], "scores": [' + b"9" * 400 + b", 0]}", 400, "is larger than any number"),
         (b'{"query": "\\ud800", "documents": ["m2", "m3"]}', 400, "the body is not JSON: 'utf-8' codec can't encode"),
         (b'{"scores": [NaN], "documents": ["m2", "m3"]}', 400, "NaN is no number of JSON, give null"),
         (changed(documents=...), 400, "documents: Field required; correct it"),
@@ -79,8 +81,21 @@ def test_scores_of_another_length_or_kind_are_refused(folder):
     assert order_of(server.ask({**BODY, "scores": [1, 2.5, None, 0]}))
     for scores, message in (([1], "scores has 1 entries but there are 4 items"), ([{}] * 4, "must hold numbers")):
         assert message in refused(server.ask({**BODY, "scores": scores}), 422)
-    infinite = json.dumps({**BODY, "scores": [0, 0, 0, 7]}).replace("7", "1e999").encode()
-    assert "scores holds inf but must hold numbers." in refused(server.ask(infinite), 422)
+    for huge in ("1e999", "-1e999", "9" * 400):
+        infinite = json.dumps({**BODY, "scores": [0, 0, 0, 7]}).replace("7", huge).encode()
+        assert "is larger than any number that is read" in refused(server.ask(infinite), 400)
+    assert order_of(server.ask({**BODY, "scores": [1e308, -1e308, 10**308, 0]}))
+
+
+def test_times_that_are_too_far_apart_are_refused(folder):
+    server = Server(make_folder(folder.with_name("times"), history_fields=["time"]))
+    for time, then, message in ((1e308, -1e308, "history_times holds -1e+308, too far"), (1, "9" * 400, "must hold")):
+        context = {"time": time, "history_times": [then, 0]}
+        assert message in refused(server.ask(changed(context=context)), 422)
+    query = {**changed(history=["m0"]), "query": '{"context": {"time": 1, "history_times": [' + "9" * 400 + "]}}"}
+    assert "history_times holds 999" in refused(server.ask(query), 422)
+    for edge in (1e308, "0001-01-01T00:00:00+14:00", "9999-12-31T23:59:59-14:00"):
+        assert order_of(server.ask(changed(context={"time": edge, "history_times": [0, 0]})))
 
 
 def test_a_body_above_the_limit_is_not_read(folder):

@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 import socket
+import subprocess
 import tomllib
 from pathlib import Path
 from types import SimpleNamespace
@@ -78,11 +79,40 @@ def test_what_is_given_goes_before_what_is_set(folder, environment, entry_points
     given = ["--max_model_len=512", "--no-enforce-eager", "--dtype", "float32", "--shutdown-timeout", "5"]
     words, variables = line_of(capsys, folder, *given, "--max-queue", 7)
     assert "VLLM_PLUGINS=lora,rerank " in variables and "VLLM_CPU_KVCACHE_SPACE" not in variables
-    assert '"max_queue": 7' in variables and 'RERANK_API_KEY="$RERANK_API_KEY"' in variables
+    assert '"max_queue": 7' in variables and 'RERANK_API_KEY="${RERANK_API_KEY:?' in variables
     assert "secret" not in variables + " ".join(words)
     for name in ("--max-model-len", "--enforce-eager"):
         assert name not in words
     assert words.count("--dtype") == words.count("--shutdown-timeout") == 1
+
+
+@pytest.mark.parametrize("source", ["option", "RERANK_API_KEY", "VLLM_API_KEY"])
+def test_the_printed_line_starts_no_open_server(folder, tmp_path, environment, entry_points, capsys, source):
+    if source != "option":
+        environment[source] = "secret"
+    words = ["--api-key", "secret"] if source == "option" else []
+    assert cli.main(["serve", str(folder), *words, "--dry-run"]) == 0
+    line = capsys.readouterr().out
+    command = tmp_path / "vllm"
+    command.write_text('#!/bin/sh\necho "key $RERANK_API_KEY"')
+    command.chmod(0o755)
+
+    def run(**variables):
+        variables |= {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+        return subprocess.run(["sh", "-c", line], env=variables, capture_output=True, text=True)
+
+    assert "secret" not in line and run(RERANK_API_KEY="other").stdout == "key other\n"
+    refused = run()
+    assert refused.returncode and not refused.stdout and "is the key of the server; set it" in refused.stderr
+
+
+def test_the_key_of_vllm_guards_all_routes_or_none_is_served(folder, environment, monkeypatch, entry_points, capsys):
+    assert ServeSettings.of_environment({"VLLM_API_KEY": "secret"}).api_key == "secret"
+    assert ServeSettings.of_environment({"VLLM_API_KEY": "one", "RERANK_API_KEY": "two"}).api_key == "two"
+    assert "--api-key cannot be given" in error_of(capsys, folder, "--api_key", "secret")
+    args = SimpleNamespace(model=str(folder), served_model_name=None, api_key=["secret"])
+    with pytest.raises(ValueError, match="leaves /rerank open; give the key by the variable RERANK_API_KEY"):
+        asyncio.run(plugin.RerankPlugin().init_state(Client(), FastAPI().state, args))
 
 
 def test_the_server_takes_the_place_of_the_command(folder, environment, entry_points, monkeypatch, capsys):
@@ -125,6 +155,12 @@ def test_what_cannot_be_served_is_refused_in_one_line(
     assert "cannot be served: a ranking of 2 of 2" in error_of(
         capsys, changed(folder, tmp_path, "generation.json", short)
     )
+    facts = make_folder(tmp_path / "half", evidence="words", evidence_names=["popularity"])
+    (facts / "evidence.npz").write_bytes((facts / "evidence.npz").read_bytes()[:999])
+    assert "evidence.npz is not whole (File is not a zip file); copy it again" in error_of(capsys, facts)
+    half = changed(folder, tmp_path, "items.json", None)
+    (half / "items.json").write_text("{")
+    assert "is not whole (Expecting property name" in error_of(capsys, half)
     assert "is a model of next items" in error_of(capsys, changed(folder, tmp_path, "next_item.json", {}))
     assert "--logits-processors cannot be given" in error_of(capsys, folder, "--logits-processors", "x")
     with socket.socket() as taken:
@@ -155,13 +191,20 @@ def test_a_gpu_that_is_too_small_is_refused(folder, monkeypatch):
     size = (folder / "model.safetensors").stat().st_size
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    for memory in (size, size / 10):
-        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=memory))  # noqa: B023
-        if memory == size:
-            serve.check_memory(folder)
-        else:
-            with pytest.raises(ValueError, match="take 0.0 GB but 2 GPUs leave 0.0 GB; serve it on larger ones"):
-                serve.check_memory(folder)
+    memory = [0.3 * size, 0.35 * size]  # of which 90 % are taken: neither holds half of it (bfloat16), both do
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=memory[device])
+    )
+    small = "take 0.0 GB but 1 of 2 GPUs leave 0.0 GB; serve it on larger ones, or on several with --tensor"
+    for options in ([], ["--tensor-parallel-size", "1"], ["--max-num-seqs", "2"]):
+        with pytest.raises(ValueError, match=small):
+            serve.check_memory(folder, options)
+    for options in (["--tensor-parallel-size", "2"], ["--tensor_parallel_size=2"], ["-pp", "2"], ["-tp=2"]):
+        serve.check_memory(folder, options)
+    with pytest.raises(ValueError, match="among 4 GPUs but there are 2; share it among fewer"):
+        serve.check_memory(folder, ["-tp", "2", "-pp", "2"])
+    memory[0] = 2 * size
+    serve.check_memory(folder, [])
 
 
 # --- the plugin
@@ -222,7 +265,9 @@ def test_the_plugin_serves_the_folder_and_waits_for_requests_before_the_engine_s
     made.attach_router(app)
 
     async def start():
-        await made.init_state(client, app.state, SimpleNamespace(model=str(folder), served_model_name=None))
+        await made.init_state(
+            client, app.state, SimpleNamespace(model=str(folder), served_model_name=None, api_key=None)
+        )
         service = app.state.rerank
         assert service.names == [str(folder)] and service.settings.max_queue == 3
         assert service.snapshot.encoder.context == 300
@@ -239,6 +284,31 @@ def test_the_plugin_serves_the_folder_and_waits_for_requests_before_the_engine_s
         assert client.stopped == [20, 20]
 
     asyncio.run(start())
+
+
+def test_a_reload_that_fails_is_said_in_the_log(folder, tmp_path, caplog, monkeypatch):
+    place = make_folder(tmp_path / "model", evidence="words", evidence_names=["popularity"])
+    server, path = Server(place), place / "evidence.npz"
+    whole = path.read_bytes()
+
+    async def reload():
+        plugin.start_reload(server.service)
+        while plugin._tasks:
+            await asyncio.sleep(0.01)
+
+    for content in (b"", whole[: len(whole) // 2]):
+        path.write_bytes(content)
+        caplog.clear()
+        asyncio.run(reload())
+        (record,) = caplog.records
+        assert "reload: nothing is changed: " in record.getMessage() and record.exc_info is None
+        assert "evidence.npz is not whole" in record.getMessage()
+        assert "evidence.npz is not whole" in server.ask({}, path="/v1/reload").json()["message"]
+    caplog.clear()
+    monkeypatch.setattr(type(server.service.snapshot), "renewed", lambda self: 1 / 0)
+    asyncio.run(reload())
+    (record,) = caplog.records
+    assert record.getMessage() == "reload: unexpected error" and record.exc_info[0] is ZeroDivisionError
 
 
 def test_a_line_of_the_log_holds_no_control_character():

@@ -127,14 +127,15 @@ def _serve(args: argparse.Namespace) -> None:
 
     from rerank.launch import recipe
     from rerank.rank import serve
+    from rerank.rank.serve.settings import VLLM_KEY
 
     environment = dict(os.environ)
     recipe.set_environment()  # for the checks alone: those of training are none of a server's
-    of_vllm = environment.pop("VLLM_API_KEY", None)  # which would leave routes open
+    of_vllm = environment.pop(VLLM_KEY, None)  # which would leave routes open
     key = args.api_key or environment.get(serve.KEY) or of_vllm
     settings = serve.ServeSettings(args.unknown, args.one_token, args.max_queue, args.max_body, key)
     added, words = serve.launch_line(args.model_dir, args.host, args.port, args.rest, environment)
-    serve.check(args.model_dir, settings)
+    serve.check(args.model_dir, settings, args.rest)
     added |= settings.as_environment()
     if args.dry_run:
         print(serve.shown(added, words))

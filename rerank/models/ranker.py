@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
+from zipfile import BadZipFile
 
 from rerank.catalogue import Catalogue, check_vocabulary
 from rerank.models.base import context_length
@@ -79,7 +80,10 @@ class RankingModel:
             raise FileNotFoundError(
                 f"{path} is missing, but the model's prompts show evidence; copy the whole folder."
             )
-        return Counts.load(path)
+        try:
+            return Counts.load(path)
+        except (BadZipFile, EOFError) as error:
+            raise ValueError(f"{path} is not whole ({error}); copy it again") from None
 
 
 @dataclass(frozen=True)

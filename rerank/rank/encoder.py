@@ -94,7 +94,7 @@ class RowEncoder:
         """The same with new items; `source` says in messages where they come from.
 
         Raises:
-            ValueError: When they lack what prompts show, or have semantic ids that the model does not know.
+            ValueError: When their numbers are none, or they have semantic ids that the model does not know.
         """
         model, counts = extended(self.model, self.counts, new, source)
         numbers = {item_id: len(self.items) + place for place, item_id in enumerate(new.catalogue.item_ids)}

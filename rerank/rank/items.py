@@ -52,6 +52,7 @@ def with_new_items(
     settings, known = model.prompter.settings, model.prompter.catalogue
     needs = settings.shows_ids or shows_similarity(settings)
     new = read_new_items(model.folder, known, items_path, embeddings_path, settings.shows_ids, needs)
+    check_fields(settings, known, new.catalogue, items_path)
     return extended(model, counts, new, items_path)
 
 
@@ -63,7 +64,6 @@ def extended(
     Args:
         source: Where the items come from, for messages.
     """
-    check_fields(model.prompter.settings, model.prompter.catalogue, new.catalogue, source)
     catalogue = model.prompter.catalogue.extended(new.catalogue)
     bigger = replace(model, prompter=replace(model.prompter, catalogue=catalogue))
     if counts is None:

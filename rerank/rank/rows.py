@@ -194,6 +194,9 @@ def _past(record: Record, length: int, shown: Sequence[str]) -> dict[str, Any]:
         found["time"] = None if time is None else _seconds(time, "time")
         times = _listed(record, "history_times", length)
         found["history_times"] = [None if then is None else _seconds(then, "history_times") for then in times]
+        for then in found["history_times"]:
+            if found["time"] is not None and then is not None and math.isinf(found["time"] - then):
+                raise ValueError(f"history_times holds {then!r}, too far from the time {found['time']!r}.")
     if "event" in shown:
         found["history_events"] = _listed(record, "history_events", length)
         for event in found["history_events"]:
@@ -237,7 +240,7 @@ def _date(text: str, name: str) -> datetime.datetime:
 def _number(value: object, name: str) -> float:
     try:
         number = float(value)  # type: ignore[arg-type]  # anything else is refused
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.inf
     if math.isinf(number):
         raise ValueError(f"{name} holds {value!r} but must hold numbers.")

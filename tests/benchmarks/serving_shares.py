@@ -18,6 +18,7 @@ from rerank.prompts import prompt_ids
 from rerank.rank.encoder import ReadyRow, RowEncoder
 from rerank.rows import RankingRow
 
+FIGURES = ("no_think_share", "one_token_share", "prefix_share_of_limit", "prefix_limit")
 SLATES, USERS = 4, 32  # lists, and users that each is ranked for
 
 Run = tuple[float, int]  # seconds, and tokens that were computed
@@ -114,12 +115,13 @@ def shares(
     """The figures of a model, None for one that it cannot have; arguments as of `Asked`, and the number of rounds."""
     asked = Asked(model_dir, rows, records)
     model, labels = asked.model, asked.labels()
-    found: dict[str, float | None] = dict.fromkeys(("no_think_share", "one_token_share"))
+    found: dict[str, float | None] = dict.fromkeys(FIGURES)
     if model.has_trace and not model.prompter.bypass_reasoning:
         found["no_think_share"] = share(lambda: asked.written(False), lambda: asked.written(True), repeats)
     if labels is not None and not model.one_token:
         found["one_token_share"] = share(lambda: asked.written(False), lambda: asked.by_one_token(labels), repeats)
-    found["prefix_share_of_limit"] = share(lambda: asked.of_users(False), lambda: asked.of_users(True), repeats)
-    found["prefix_limit"] = round(asked.of_users(False)[1] / asked.of_users(True)[1], 2)
+    if model.prompter.settings.layout == "candidates_first":
+        found["prefix_share_of_limit"] = share(lambda: asked.of_users(False), lambda: asked.of_users(True), repeats)
+        found["prefix_limit"] = round(asked.of_users(False)[1] / asked.of_users(True)[1], 2)
     asked.engine.llm_engine.engine_core.shutdown()
     return found

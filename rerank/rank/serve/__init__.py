@@ -30,15 +30,21 @@ OTHER_PLUGINS = (
 )
 OF_SERVER = ("VLLM_NO_USAGE_STATS", "DO_NOT_TRACK", "VLLM_CPU_KVCACHE_SPACE", "VLLM_CPU_OMP_THREADS_BIND",
              "TOKENIZERS_PARALLELISM")  # fmt: skip
-OURS = ("--logits-processors", "--api-server-count", "--headless", "--middleware", "--uds")  # options not to be given
+OURS = ("--logits-processors", "--api-server-count", "--headless", "--middleware", "--uds", "--api-key")  # not taken
 DEFAULTS = {"--max-model-len": "auto", "--shutdown-timeout": "30", "--uvicorn-log-level": "warning"}
 FLAGS = ("--disable-uvicorn-access-log", "--disable-fastapi-docs")
 MODULE = "vllm.entrypoints.cli.main"  # of the command `vllm`
+SHARING = ("--tensor-parallel-size", "-tp", "--pipeline-parallel-size", "-pp")
 GPU_SHARE = 0.9  # of a GPU's memory that vLLM takes
 
 
-def check(model_dir: str | Path, settings: ServeSettings) -> None:
+def check(model_dir: str | Path, settings: ServeSettings, options: Sequence[str] = ()) -> None:
     """Refuse what could not be served, before vLLM starts.
+
+    Args:
+        model_dir: Of the model.
+        settings: Of the server.
+        options: Of vLLM's own.
 
     Raises:
         FileNotFoundError, ValueError: In one line: vLLM or its entry point is missing, the folder is not a re-ranker's
@@ -49,11 +55,11 @@ def check(model_dir: str | Path, settings: ServeSettings) -> None:
     if not entry_points(group=ENDPOINTS, name=PLUGIN):
         raise ValueError("the installed rerank has no entry point for vLLM; install it again with pip")
     snapshot = Snapshot.load(model_dir, settings.unknown, settings.one_token)
-    check_memory(snapshot.folder)
+    check_memory(snapshot.folder, options)
 
 
-def check_memory(folder: Path) -> None:
-    """Refuse weights that the GPUs of this machine cannot hold; a machine without GPUs holds what it can."""
+def check_memory(folder: Path, options: Sequence[str] = ()) -> None:
+    """Refuse weights that the GPUs which share them cannot hold; a machine without GPUs holds what it can."""
     import torch
 
     if not torch.cuda.is_available():
@@ -62,13 +68,26 @@ def check_memory(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     if (config.get("dtype") or config.get("torch_dtype")) == "float32":
         size //= 2  # vLLM loads it as bfloat16
-    devices = range(torch.cuda.device_count())
-    room = GPU_SHARE * sum(torch.cuda.get_device_properties(device).total_memory for device in devices)
+    number, there = num_gpus(options), torch.cuda.device_count()
+    if number > there:
+        raise ValueError(
+            f"the options share the model among {number} GPUs but there are {there}; share it among fewer"
+        )
+    room = GPU_SHARE * sum(torch.cuda.get_device_properties(device).total_memory for device in range(number))
     if size > room:
         raise ValueError(
-            f"the weights of {folder} take {size / 1e9:.1f} GB but {len(devices)} GPUs leave {room / 1e9:.1f} GB; "
-            "serve it on larger ones, or on several with --tensor-parallel-size"
+            f"the weights of {folder} take {size / 1e9:.1f} GB but {number} of {there} GPUs leave "
+            f"{room / 1e9:.1f} GB; serve it on larger ones, or on several with --tensor-parallel-size"
         )
+
+
+def num_gpus(options: Sequence[str]) -> int:
+    """GPUs among which vLLM's options share a model; what is no number is vLLM's to refuse."""
+    words, number = [part for word in options for part in word.split("=", 1)], 1
+    for name, value in zip(words, words[1:], strict=False):
+        if name.replace("_", "-") in SHARING and value.isdecimal():
+            number *= int(value)
+    return max(1, number)
 
 
 def check_port(host: str, port: int) -> None:
@@ -130,8 +149,9 @@ def plugins(allowed: str | None) -> str:
 
 
 def shown(added: Mapping[str, str], words: Sequence[str]) -> str:
-    """The line in a shell; a key stays in its variable."""
-    variables = [f'{name}="${name}"' if name == KEY else f"{name}={shlex.quote(text)}" for name, text in added.items()]
+    """The line in a shell; a key stays in its variable, without which the shell refuses the line."""
+    of_shell = f'{KEY}="${{{KEY}:?is the key of the server; set it}}"'
+    variables = [of_shell if name == KEY else f"{name}={shlex.quote(text)}" for name, text in added.items()]
     return " ".join([*variables, "vllm", shlex.join(words)])
 
 

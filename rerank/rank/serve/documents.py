@@ -156,7 +156,8 @@ def _read_document(document: Any, name: str) -> tuple[str, Mapping[str, Any]]:
     if not isinstance(document, dict):
         raise Refusal(422, f"{name} is {type(document).__name__}, neither a text nor an object; correct it")
     item_id, text = document.get("id"), document.get("text")
-    fields = {"title": text, **document} if isinstance(text, str) else document
+    fields = {name: value for name, value in document.items() if value not in (None, "")}
+    fields = {"title": text, **fields} if isinstance(text, str) else fields
     item_id = text if item_id is None else item_id
     if not isinstance(item_id, str | int | float) or isinstance(item_id, bool):
         raise Refusal(422, f"{name} has neither an id nor a text; add one")

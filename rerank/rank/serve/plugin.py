@@ -19,7 +19,7 @@ from rerank.models.ranking_grammar import RankingGrammar
 from rerank.rank.serve.protocol import Refusal
 from rerank.rank.serve.routes import attach
 from rerank.rank.serve.service import Service, Written
-from rerank.rank.serve.settings import ServeSettings
+from rerank.rank.serve.settings import KEY, ServeSettings
 from rerank.rank.serve.snapshot import Snapshot
 
 if TYPE_CHECKING:
@@ -102,14 +102,19 @@ class RerankPlugin:
         attach(app, self.settings)
 
     async def init_state(self, engine_client: "EngineClient | None", state: State, args: Namespace) -> None:
-        """Read the model folder, and let SIGHUP read it again and SIGTERM wait for the requests in flight."""
+        """Read the model folder, and let SIGHUP read it again and SIGTERM wait for the requests in flight.
+
+        Raises:
+            ValueError: For a folder that cannot be served, and a key that would leave routes open.
+        """
         assert engine_client is not None, "required_tasks asks for an engine"
+        if args.api_key and self.settings.api_key is None:
+            raise ValueError(f"--api-key of vLLM leaves /rerank open; give the key by the variable {KEY}")
         context = engine_client.model_config.max_model_len
         snapshot = Snapshot.load(args.model, self.settings.unknown, self.settings.one_token, context)
         names = args.served_model_name or [args.model]
         state.rerank = service = Service(names, snapshot, VllmEngine(engine_client), self.settings)
-        loop = asyncio.get_running_loop()
-        loop.add_signal_handler(signal.SIGHUP, lambda: _tasks.add(asyncio.ensure_future(_reload(service))))
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, start_reload, service)
         drain_before_shutdown(engine_client, service)
         logger.info(
             "serving %s as %s: labels %s, %d items, at most %d documents", snapshot.folder, names[0],
@@ -120,11 +125,20 @@ class RerankPlugin:
 _tasks: set[asyncio.Task[None]] = set()  # or a task could be collected before it ends
 
 
+def start_reload(service: Service) -> None:
+    """Take up the folder anew, and say in the log where that fails."""
+    task = asyncio.ensure_future(_reload(service))
+    _tasks.add(task)
+    task.add_done_callback(_tasks.discard)
+
+
 async def _reload(service: Service) -> None:
     try:
         await service.reload()
     except Refusal as refusal:
         logger.error("reload: %s", refusal.message)
+    except Exception:
+        logger.exception("reload: unexpected error")
 
 
 def drain_before_shutdown(client: "EngineClient", service: Service) -> None:

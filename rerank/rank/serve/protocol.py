@@ -4,6 +4,7 @@ N documents of a request.
 """
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -11,6 +12,7 @@ from typing import Any, NoReturn
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 API_VERSION = {"version": "2"}
+MOST_DIGITS = 300  # of a number that is a float without a look
 
 
 class Refusal(Exception):
@@ -78,7 +80,7 @@ def read_request(body: bytes) -> RerankRequest:
         Refusal: For a body that is no JSON, or not of this form.
     """
     try:
-        value = json.loads(body, parse_constant=_refuse_constant)
+        value = json.loads(body, parse_constant=_refuse_constant, parse_float=_finite, parse_int=_integer)
         if b"\\ud" in body.lower():  # half of a surrogate pair, which JSON can escape and no tokenizer can read
             json.dumps(value, ensure_ascii=False).encode()
     except RecursionError:
@@ -96,6 +98,21 @@ def read_request(body: bytes) -> RerankRequest:
 
 def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no number of JSON, give null where a number is unknown")
+
+
+def _finite(text: str) -> float:
+    """A number; one that is no float is refused, as no answer could repeat it."""
+    number = float(text)
+    if math.isinf(number):
+        raise ValueError(f"{text[:40]} is larger than any number that is read")
+    return number
+
+
+def _integer(text: str) -> int:
+    """A number without a fraction that is a float too."""
+    if len(text) > MOST_DIGITS:
+        _finite(text)
+    return int(text)
 
 
 @dataclass(frozen=True)
@@ -142,5 +159,6 @@ def response(
 def _document(document: Any) -> dict[str, Any]:
     """A document as clients read it: an object with a text."""
     if isinstance(document, dict):
-        return {"text": str(document.get("title") or document.get("id") or ""), **document}
+        text = document.get("text")
+        return {**document, "text": text if text is not None else str(document.get("title") or document["id"])}
     return {"text": document}

@@ -153,7 +153,8 @@ class Service:
             except (ValueError, OSError) as error:
                 raise Refusal(409, f"nothing is changed: {error}") from None
             found = self.snapshot.summary
-            logger.info("reloaded %s: %d items, counts until %s", before.folder, found["items"], found["counts_until"])
+            folder = self.snapshot.folder
+            logger.info("reloaded %s: %d items, counts until %s", folder, found["items"], found["counts_until"])
             return {**found, "items_before": before.summary["items"]}
 
     def drain(self, seconds: float) -> None:

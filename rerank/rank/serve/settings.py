@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 VARIABLE, KEY = "RERANK_SERVE", "RERANK_API_KEY"
+VLLM_KEY = "VLLM_API_KEY"  # which in vLLM guards /v1 and /v2 alone
 
 
 @dataclass(frozen=True)
@@ -33,5 +34,6 @@ class ServeSettings:
 
     @classmethod
     def of_environment(cls, environment: Mapping[str, str]) -> "ServeSettings":
-        """The settings of a server that `rerank serve` started."""
-        return cls(**json.loads(environment.get(VARIABLE, "{}")), api_key=environment.get(KEY) or None)
+        """The settings of a server that `rerank serve` started, or whoever ran the line that it prints."""
+        key = environment.get(KEY) or environment.get(VLLM_KEY) or None
+        return cls(**json.loads(environment.get(VARIABLE, "{}")), api_key=key)

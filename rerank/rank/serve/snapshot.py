@@ -4,6 +4,7 @@ import logging
 import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from json import JSONDecodeError
 from pathlib import Path
 from typing import Any
 
@@ -31,19 +32,23 @@ class Snapshot:
     """A model folder, read.
 
     Attributes:
+        path: As it was named, which may be a link that is given another target.
         folder: Where it is.
         encoder: Makes requests ready for the model.
         sources: How it came to know its items; None where it cannot take new ones.
         most_documents: Of a request.
         loaded_at: Seconds since 1970.
+        changed_at: When the catalogue was written, likewise.
         fingerprint: Of the weights, the tokenizer and the settings, which a reload must find as they were.
     """
 
+    path: Path
     folder: Path
     encoder: RowEncoder
     sources: ItemSources | None
     most_documents: int
     loaded_at: int
+    changed_at: float
     fingerprint: Fingerprint
 
     @classmethod
@@ -61,14 +66,17 @@ class Snapshot:
         for _ in range(TRIES):
             began = _inode(model_dir)
             try:
-                found = cls._read(find(model_dir), unknown, one_token, context)
+                found = cls._read(Path(model_dir).absolute(), unknown, one_token, context)
             except (TypeError, KeyError) as error:
                 raise ValueError(
                     f"{model_dir} is of another version of rerank ({error}); serve it with that version, or train it "
                     "anew"
                 ) from None
+            except JSONDecodeError as error:
+                raise ValueError(f"a file of {model_dir} is not whole ({error}); copy it again") from None
             except FileNotFoundError:
-                if began is not None and began == _inode(model_dir) or not old_folder(Path(model_dir)).is_dir():
+                old = old_folder(Path(model_dir).resolve())
+                if began is not None and began == _inode(model_dir) or not old.is_dir():
                     raise
                 time.sleep(PAUSE)  # between the two renames of an update
                 continue
@@ -77,13 +85,15 @@ class Snapshot:
         raise ValueError(f"{model_dir} is being replaced again and again; try again when nothing updates it")
 
     @classmethod
-    def _read(cls, folder: Path, unknown: str, one_token: bool, context: int | None) -> "Snapshot":
+    def _read(cls, path: Path, unknown: str, one_token: bool, context: int | None) -> "Snapshot":
+        folder = find(path)
         check_folder(folder)
         model = RankingModel.load(folder)
         encoder = RowEncoder(model, model.load_counts(), unknown, one_token, context)
         encoder.tokenizer  # noqa: B018  # read now, not with the first request
         sources = ItemSources.load(folder) if (folder / SOURCES_FILE).is_file() else None
-        return cls(folder, encoder, sources, most_documents(encoder), int(time.time()), fingerprint(folder))
+        most, changed_at = most_documents(encoder), (folder / "catalogue.parquet").stat().st_mtime
+        return cls(path, folder, encoder, sources, most, int(time.time()), changed_at, fingerprint(folder))
 
     def renewed(self) -> "Snapshot":
         """The folder as it is now.
@@ -92,11 +102,11 @@ class Snapshot:
             ValueError: When it has other weights, tokenizer or prompt settings than the engine serves.
         """
         encoder = self.encoder
-        found = Snapshot.load(self.folder, encoder.unknown, encoder.one_token, encoder.context)
+        found = Snapshot.load(self.path, encoder.unknown, encoder.one_token, encoder.context)
         changed = [name for name in self.fingerprint if found.fingerprint.get(name) != self.fingerprint[name]]
         if changed:
             raise ValueError(
-                f"{self.folder} has another {changed[0]} than the one that is served; start the server anew for it"
+                f"{found.folder} has another {changed[0]} than the one that is served; start the server anew for it"
             )
         return found
 
@@ -104,13 +114,12 @@ class Snapshot:
     def summary(self) -> dict[str, Any]:
         """The model's labels, its catalogue and its limits."""
         model, counts = self.encoder.model, self.encoder.counts
-        changed = (self.folder / "catalogue.parquet").stat().st_mtime if self.folder.exists() else self.loaded_at
         return {
             "labels": model.prompter.settings.ranking,
             "max_documents": self.most_documents,
             "max_model_len": self.encoder.context,
             "items": len(model.prompter.catalogue),
-            "catalogue_date": f"{datetime.fromtimestamp(changed, UTC):%Y-%m-%d}",
+            "catalogue_date": f"{datetime.fromtimestamp(self.changed_at, UTC):%Y-%m-%d}",
             "counts_until": None if counts is None or counts.until is None else counts.latest,
         }
 
