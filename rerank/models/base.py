@@ -2,7 +2,6 @@
 
 import contextlib
 import itertools
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,13 +122,6 @@ def load_tokenizer(name: str, settings: "ModelConfig | None" = None) -> "PreTrai
     if isinstance(template, str) and "strftime_now" in template and not template.startswith(FIXED_DATE):
         tokenizer.chat_template = FIXED_DATE + template
     return tokenizer
-
-
-def context_length(name: str | Path) -> int | None:
-    """Tokens of prompt and completion that the model of a folder was made for; None where its folder does not say."""
-    path = Path(name) / "config.json"
-    config = json.loads(path.read_text()) if path.is_file() else {}
-    return config.get("text_config", config).get("max_position_embeddings")
 
 
 def refuse_quantized(settings: "ModelConfig") -> None:

@@ -1,13 +1,12 @@
 """Whether a pretrained model can be trained, read from the files of its folder before its weights load."""
 
-import copy
-import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rerank.models import adapters, names
 from rerank.models import base as base_model
+from rerank.models.configs import read_config
 from rerank.prompts.chat import check_template
 
 if TYPE_CHECKING:
@@ -32,41 +31,14 @@ def check_pretrained(name: str, settings: "ModelConfig") -> None:
     folder = Path(names.resolve(name, "model_name_or_path"))
     if not folder.is_dir():
         return
-    packed = base_model.gguf_of(folder)
-    config = read_config(folder, packed)
+    packed, config = base_model.gguf_of(folder), read_config(folder)
     if packed is not None:
         _check_blocks(packed)
     else:
         _check_rows(folder, config)
     _check_attention(folder, config, settings.attn_implementation)
-    adapters.check_tables(settings, config)
+    adapters.check_modules(settings, config)
     check_template(base_model.load_tokenizer(str(folder), settings))
-
-
-def read_config(folder: Path, packed: Path | None) -> "PreTrainedConfig":
-    """The configuration of a model folder, of its GGUF file `packed` if there is one.
-
-    Raises:
-        ValueError: In one line, when transformers cannot read it or does not know the architecture.
-    """
-    file = packed or folder / "config.json"
-    return copy.deepcopy(_read_config(file, file.stat().st_mtime_ns))
-
-
-@functools.lru_cache
-def _read_config(file: Path, written: int) -> "PreTrainedConfig":
-    """`read_config` of a file as it was written then: seconds for GGUF, which holds a vocabulary too."""
-    from transformers import AutoConfig
-
-    options = {} if file.name == "config.json" else {"gguf_file": file.name}
-    try:
-        return AutoConfig.from_pretrained(file.parent, **options)
-    except ImportError:  # of what reads such a file, with how to install it
-        raise
-    except Exception as error:  # whatever a damaged or unknown file leads to
-        reason = " ".join(str(error).split()) or type(error).__name__
-        cure = "give the folder of another model, in a format that transformers loads"
-        raise ValueError(f"{file} cannot be read as a model: {reason}; {cure}") from None
 
 
 def _check_blocks(packed: Path) -> None:

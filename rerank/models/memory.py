@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rerank.launch import recipe, run_dir
 from rerank.models import base as base_model
 from rerank.models import names
+from rerank.models.configs import find_config, read_config
 
 if TYPE_CHECKING:
     import torch
@@ -232,15 +233,15 @@ def start_config(
     stage: str, args: Any, model_args: "ModelConfig", before_it: Mapping[str, "PreTrainedConfig | None"]
 ) -> "PreTrainedConfig | None":
     """Of the model that a stage trains: the recipe's, that of the stage before, or the one that is made."""
-    from rerank.models.checks import read_config
-
-    named, before = getattr(args, "start_model", None) or model_args.model_name_or_path, STARTS[stage]
+    start, named, before = getattr(args, "start_model", None), model_args.model_name_or_path, STARTS[stage]
+    if start is not None:
+        folder = Path(names.locate(start, "start_model"))
+        return read_config(folder) if (folder / "config.json").is_file() else None
     if named is not None:
-        folder = Path(names.resolve(named, "model_name_or_path"))
-        return read_config(folder, base_model.gguf_of(folder)) if folder.is_dir() else None
+        return find_config(named, model_args.model_revision)
     if before is None:
         return base_model.small_config(args, args.vocab_size)
     if before in before_it:
         return before_it[before]
     made = run_dir.stage_dir(args.run_dir, before) / "model"
-    return read_config(made, None) if (made / "config.json").is_file() else None
+    return read_config(made) if (made / "config.json").is_file() else None

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rerank import prompts
-from rerank.models.base import context_length, load_tokenizer
+from rerank.models.base import load_tokenizer
+from rerank.models.configs import context_length, load_config
 from rerank.prompts.facts import UNKNOWN, fact_words
 from rerank.rows import PromptedRow, Prompter, RankingRow
 from rerank.rows.checks import check_context, prompt_lengths
@@ -66,7 +67,7 @@ def explain_codes(prompter: Prompter) -> str:
 def check_prompts(args: "TracesArguments", write_prompt: PromptWriter, rows: Sequence[RankingRow]) -> None:
     """Refuse prompts that the offline engine could not read, before it starts."""
     model = find_model(str(args.teacher_model))
-    tokenizer, context = load_tokenizer(model), args.teacher_max_length or context_length(model)
+    tokenizer, context = load_tokenizer(model), args.teacher_max_length or context_length(load_config(model))
     limit = "teacher_max_length" if args.teacher_max_length else f"the context of {model}"
     asked = [PromptedRow(row, prompts.render(tokenizer, write_prompt(row), open_tag=True), [], 1) for row in rows]
     prompter = replace(write_prompt.prompter, tokenizer=tokenizer)
