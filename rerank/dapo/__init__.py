@@ -35,7 +35,7 @@ from rerank.dapo.start import check_start, generation_of, is_to_be_made, refuse_
 from rerank.launch import run_dir, stopping, validation
 from rerank.launch.files import write_json
 from rerank.launch.stages import Stage
-from rerank.launch.values import check_choice, check_range, option
+from rerank.launch.values import NUMBER_FORMATS, check_choice, check_range, option
 from rerank.models import adapters, engine, server
 from rerank.models import base as base_model
 from rerank.models.configs import context_length, read_config
@@ -95,6 +95,7 @@ class DapoArguments(validation.ValidatedArguments):
         check_choice("rows", self.rows, ("dapo", "all"))
         check_range("max_sampling_rounds", self.max_sampling_rounds, least=1)
         check_range("max_logp_gap", self.max_logp_gap, above=0)
+        check_choice("rollout_dtype", self.rollout_dtype, NUMBER_FORMATS)
         check_choice("group_forward", str(self.group_forward).lower(), ("auto", "true", "false"))
         self.group_forward = {"true": True, "false": False}.get(str(self.group_forward).lower(), "auto")
         self.rewards = scoring.read_rewards(self.rewards, "the recipe")

@@ -6,20 +6,39 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rerank.launch.stages import load_stage
+from rerank.launch.values import NUMBER_FORMATS, check_choice
 
 if TYPE_CHECKING:
     import torch
     from transformers import TrainingArguments
-    from trl import GRPOConfig
+    from trl import GRPOConfig, ModelConfig
 
 USUAL_WEIGHT = 0.02  # the spread of a matrix that transformers makes, and about that of a trained one
 
 # Options of sampling with which an engine draws from another distribution than the one that is trained.
-SAMPLING = {"top_p": (1.0,), "top_k": (0, -1, None), "min_p": (None, 0.0), "repetition_penalty": (1.0,)}
+SAMPLING = {
+    "top_p": (1.0,),
+    "top_k": (0, -1, None),
+    "min_p": (None, 0.0),
+    "repetition_penalty": (1.0,),
+    "vllm_structured_outputs_regex": (None,),
+}
+FLASH = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}  # -> its package
+
+
+def check_options(options: object) -> None:
+    """Refuse the first option of the trainer or of the model that cannot be followed, with the cure."""
+    from transformers import TrainingArguments
+    from trl import ModelConfig
+
+    if isinstance(options, TrainingArguments):
+        check_trainer_options(options)
+    elif isinstance(options, ModelConfig):
+        check_model_options(options)
 
 
 def check_trainer_options(options: "TrainingArguments") -> None:
-    """Refuse the first option that cannot be followed, with the cure."""
+    """`check_options` of a trainer."""
     from transformers import IntervalStrategy
     from trl import GRPOConfig, SFTConfig
 
@@ -38,7 +57,20 @@ def check_trainer_options(options: "TrainingArguments") -> None:
     if isinstance(options, GRPOConfig | SFTConfig) and options.model_init_kwargs:
         raise ValueError("model_init_kwargs is not read; write attn_implementation and dtype as keys of their own")
     if isinstance(options, GRPOConfig):
+        check_choice("vllm_mode", options.vllm_mode, ("colocate", "server"))
         _check_sampling(options)
+
+
+def check_model_options(options: "ModelConfig") -> None:
+    """Refuse a number format that there is not, and attention that is not installed."""
+    if options.dtype is not None:
+        check_choice("dtype", options.dtype, NUMBER_FORMATS)
+    package = FLASH.get(options.attn_implementation or "")
+    if package and not any(importlib.util.find_spec(name) for name in (package, "kernels")):  # which brings it too
+        raise ValueError(
+            f"attn_implementation is {options.attn_implementation} but {package} is not installed; install it, or set "
+            "attn_implementation: sdpa"
+        )
 
 
 def _check_sampling(options: "GRPOConfig") -> None:

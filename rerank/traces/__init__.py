@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 from rerank.launch import recipe, run_dir, shards
 from rerank.launch.shards import ALL_ROWS, Shard
 from rerank.launch.stages import Stage
-from rerank.launch.values import check_choice, check_range, option
+from rerank.launch.values import NUMBER_FORMATS, check_choice, check_range, option
 from rerank.prompts import PromptSettings
 from rerank.prompts.fields import WITHOUT_IDS
 from rerank.rows import (
@@ -95,6 +95,7 @@ class TracesArguments(recipe.StageArguments):
         check_choice("teacher", self.teacher, TEACHERS)
         check_choice("strategy", self.strategy, STRATEGIES)
         check_choice("accept", self.accept, ACCEPT)
+        check_choice("teacher_dtype", self.teacher_dtype, NUMBER_FORMATS)
         for key in self.leave_out:
             check_choice("leave_out", key, KEYS)
         for name in ("max_attempts", "traces_per_row", "max_completion_tokens", "max_concurrency", "batch_size"):
