@@ -97,14 +97,22 @@ def load_tokenizer(name: str, settings: "ModelConfig | None" = None) -> "PreTrai
     Where it has no token for padding, that is its end of sequence, as in TRL; batches mask it by length.
 
     Raises:
-        ValueError: When it ends every text by itself, or has no token that ends one.
+        ValueError: When it cannot be read, ends every text by itself, or has no token that ends one.
     """
     from transformers import AutoTokenizer
 
     name = names.resolve(name, "model")
     file = gguf_of(Path(name))
     options = {"gguf_file": file.name} if file else {"revision": settings.model_revision if settings else "main"}
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, **options)
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, **options)
+    except ImportError:  # of what reads it, with how to install it
+        raise
+    except Exception as error:  # whatever a damaged or missing file leads to
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(
+            f"the tokenizer of {name} cannot be read: {reason}; copy the model's tokenizer files again"
+        ) from None
     written, end = tokenizer("").input_ids, tokenizer.eos_token_id
     begins_so = end == tokenizer.bos_token_id and len(written) == 1
     if end is not None and written[-1:] == [end] and not begins_so:
