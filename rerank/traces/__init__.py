@@ -50,7 +50,7 @@ from rerank.traces.teachers import (
     VllmTeacher,
     check_prompts,
     check_server,
-    find_model,
+    check_teacher,
 )
 
 logger = logging.getLogger(__name__)
@@ -117,7 +117,7 @@ class TracesArguments(recipe.StageArguments):
 def check(args: TracesArguments, settings: PromptSettings) -> None:
     """Refuse a teacher that is not there and candidates without the evidence that is asked for."""
     if args.teacher == "vllm":
-        find_model(str(args.teacher_model))
+        check_teacher(args)
     if run_dir.is_finished(args.run_dir, "data"):
         check_fields(args.run_dir, settings)
     if run_dir.is_finished(args.run_dir, "candidates"):
