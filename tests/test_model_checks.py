@@ -158,6 +158,14 @@ def test_a_chat_template_that_writes_no_prompt_is_named(folder, template, reason
     refused(folder, message)
 
 
+def test_a_tag_that_is_a_special_token_is_refused(tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<think>"]})
+    tiny_model(tokenizer).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    refused(tmp_path, "<think> is a special token of the tokenizer of .*, where it must be an ordinary token; change")
+
+
 def test_attention_that_is_capped_is_computed_so(tmp_path):
     folder = quirks.save_pretrained("gemma2", tmp_path / "gemma2")
     refused(

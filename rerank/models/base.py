@@ -234,6 +234,21 @@ def extend_vocabulary(tokenizer: "PreTrainedTokenizerBase", tokens: Iterable[str
     tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in tokens])
 
 
+def check_ordinary(tokenizer: "PreTrainedTokenizerBase", tokens: Iterable[str]) -> None:
+    """Refuse tokens that are special, which would vanish from completions, or that the tokenizer splits."""
+    special = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special.update(tokenizer.all_special_ids)
+    for token in tokens:
+        token_id = tokenizer.convert_tokens_to_ids(token)
+        is_special = token_id in special
+        if is_special or tokenizer(token, add_special_tokens=False).input_ids != [token_id]:
+            where = f"the tokenizer of {tokenizer.name_or_path}" if tokenizer.name_or_path else "this tokenizer"
+            raise ValueError(
+                f"{token} is {'a special token of' if is_special else 'split by'} {where}, where it must be an "
+                "ordinary token; change that in its tokenizer.json and tokenizer_config.json, or take another model"
+            )
+
+
 def add_tokens(
     model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", tokens: Sequence[str], seed: int
 ) -> list[int]:
@@ -250,10 +265,7 @@ def add_tokens(
     known = sorted(token_id for token_id in tokenizer.get_vocab().values() if token_id < num_rows)
     extend_vocabulary(tokenizer, tokens)
     ids: list[int] = tokenizer.convert_tokens_to_ids(list(tokens))  # type: ignore[assignment]  # of a list, a list
-    special = set(tokenizer.all_special_ids)
-    for token, token_id in zip(tokens, ids, strict=True):
-        if token_id in special or tokenizer(token, add_special_tokens=False).input_ids != [token_id]:
-            raise ValueError(f"id token {token} is special or split in this tokenizer; use a base model without it")
+    check_ordinary(tokenizer, tokens)
     if max(ids, default=0) >= num_rows:
         model.resize_token_embeddings(max(len(tokenizer), *(token_id + 1 for token_id in ids)), mean_resizing=False)
     generator = torch.Generator().manual_seed(seed)

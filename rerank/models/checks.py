@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from rerank.models import adapters, names
 from rerank.models import base as base_model
 from rerank.models.configs import read_config
-from rerank.prompts.chat import PLAIN_TEMPLATE, check_template, render
+from rerank.prompts.chat import PLAIN_TEMPLATE, THINK, THINK_END, check_template, render
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -48,7 +48,9 @@ def check_pretrained(name: str, settings: "ModelConfig") -> None:
     _check_attention(folder, config, settings.attn_implementation)
     adapters.check_modules(settings, config)
     if packed is not None or is_whole or has_vocabulary(folder):
-        check_tokenizer(folder, settings)
+        tokenizer = check_tokenizer(folder, settings)
+        base_model.extend_vocabulary(tokenizer, [THINK, THINK_END])
+        base_model.check_ordinary(tokenizer, [THINK, THINK_END])
 
 
 def _refuse_pointers(folder: Path) -> None:
