@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from huggingface_hub import constants
 from tiny_model import sft_config, tiny_model, tiny_tokenizer
 from transformers import LlamaConfig
 from trl import ModelConfig, get_peft_config
@@ -70,6 +71,19 @@ def test_shards_are_divided_among_the_devices(model, tmp_path):
     eighth = num_weights / 8
     assert parts == [(4 * num_weights, 4 * eighth, 8 * eighth), *[(4 * eighth, 4 * eighth, 8 * eighth)] * 2]
     assert {need.activations for need in sharded} == {alone.activations}
+
+
+def test_of_a_model_on_the_hub_it_is_said_what_is_not_known(tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    keys = {"run_dir": "runs/none", "num_documents": 10, "model_name_or_path": "org/model"}
+    stages = {
+        "midtrain": recipe.resolve("midtrain", keys, ""),
+        "sft": recipe.resolve("sft", {"run_dir": "runs/none"}, ""),
+    }
+    assert memory.estimates(stages, CPU) == [
+        "midtrain starts from org/model, of which this machine has not all: memory, chat template and tokenizer are "
+        "not known until it has; `hf download org/model` brings it"
+    ]
 
 
 def test_a_batch_that_does_not_fit_is_named_with_the_cure():

@@ -2,19 +2,21 @@
 
 import json
 import re
+import shutil
 
 import gguf
 import numpy as np
 import pytest
 import quirks
 import torch
+from huggingface_hub import constants
 from peft import LoraConfig, get_peft_model
 from tiny_model import save_tiny_model, tiny_model, tiny_tokenizer
 from transformers import AutoTokenizer
 from trl import ModelConfig
 
 from rerank.models import base as base_model
-from rerank.models.checks import check_pretrained
+from rerank.models.checks import check_pretrained, unknown_of
 from rerank.prompts import render
 
 
@@ -164,6 +166,24 @@ def test_a_tag_that_is_a_special_token_is_refused(tmp_path):
     tiny_model(tokenizer).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     refused(tmp_path, "<think> is a special token of the tokenizer of .*, where it must be an ordinary token; change")
+
+
+def test_of_a_name_on_the_hub_what_the_cache_holds_is_checked(tmp_path, monkeypatch, folder):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    snapshot = tmp_path / "models--org--model/snapshots/abc"
+    shutil.copytree(folder, snapshot)
+    (tmp_path / "models--org--model/refs").mkdir()
+    (tmp_path / "models--org--model/refs/main").write_text("abc")
+    (snapshot / "chat_template.jinja").unlink()
+    (snapshot / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="the tokenizer of .*abc has no chat template"):
+        check_pretrained("org/model", ModelConfig())
+    assert unknown_of("org/model", ModelConfig()) == ""
+    for path in snapshot.glob("tokenizer*"):
+        path.unlink()
+    check_pretrained("org/model", ModelConfig())
+    assert unknown_of("org/model", ModelConfig()) == "chat template and tokenizer"
+    assert unknown_of("org/other", ModelConfig()) == "memory, chat template and tokenizer"
 
 
 def test_attention_that_is_capped_is_computed_so(tmp_path):

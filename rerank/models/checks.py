@@ -114,6 +114,15 @@ def check_tokenizer(folder: Path, settings: "ModelConfig | None" = None) -> "Pre
     return tokenizer
 
 
+def unknown_of(name: str, settings: "ModelConfig") -> str:
+    """In words, what of a model on the hub is not known before it is loaded; empty for one on this machine."""
+    folder = names.local(name, "model_name_or_path", settings.model_revision)
+    if folder is None:
+        return "memory, chat template and tokenizer"
+    is_own = Path(names.resolve(name, "model_name_or_path")).is_dir()
+    return "" if is_own or has_vocabulary(folder) else "chat template and tokenizer"
+
+
 def _check_blocks(packed: Path) -> None:
     """Refuse a GGUF file with tensors that cannot be turned into plain weights."""
     import gguf

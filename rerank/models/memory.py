@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rerank.launch import recipe, run_dir
 from rerank.models import base as base_model
 from rerank.models import names
+from rerank.models.checks import unknown_of
 from rerank.models.configs import find_config, read_config
 
 if TYPE_CHECKING:
@@ -180,7 +181,7 @@ def there(accelerate: Mapping[str, Any]) -> float | None:
 def estimates(stages: Mapping[str, Sequence[Any]], accelerate: str | Path) -> list[str]:
     """A line for each stage that trains a model: what it takes on each device, and whether that is more than there is.
 
-    A model that has to be asked for on the hub is left out, as are the stages that start from it.
+    Of a model that is on the hub alone the line says what is not known; the stages that start from it are left out.
 
     Args:
         stages: Those to be launched -> their arguments, in order.
@@ -191,6 +192,12 @@ def estimates(stages: Mapping[str, Sequence[Any]], accelerate: str | Path) -> li
     for stage, config in configs(stages).items():
         _, options, model_args = arguments = stages[stage]
         length = (options.vllm_max_model_length if stage == "dapo" else options.max_length) or length
+        named = None if getattr(stages[stage][0], "start_model", None) else model_args.model_name_or_path
+        if named is not None and (unknown := unknown_of(named, model_args)):
+            lines.append(
+                f"{stage} starts from {named}, of which this machine has not all: {unknown} are not known until it "
+                f"has; `hf download {named}` brings it"
+            )
         if config is None or not length:
             continue
         has_engine = stage == "dapo" and options.use_vllm and options.vllm_mode == "colocate"
