@@ -102,12 +102,14 @@ def check_stage(stage: str, arguments: Sequence[Any], accelerate: str | None, is
     """
     import torch
 
+    from rerank.launch import recipe
+
     load_stage(stage).check_before(arguments, is_launched)
     dtype = _trained_dtype(stage, arguments)
     if dtype is None or dtype.itemsize >= 4:
         return
     rate, least = arguments[1].learning_rate, USUAL_WEIGHT * torch.finfo(dtype).eps / 2
-    if rate < least and not _keeps_masters(arguments[1], accelerate):
+    if rate < least and not keeps_masters(arguments[1], recipe.load(accelerate) if accelerate else {}):
         raise ValueError(
             f"{stage}: weights are {str(dtype).removeprefix('torch.')} and learning_rate is {rate}, but such a weight "
             f"of {USUAL_WEIGHT} loses steps below {least:.1g}; set dtype: float32 with bf16: true, or launch with "
@@ -132,11 +134,13 @@ def _trained_dtype(stage: str, arguments: Sequence[Any]) -> "torch.dtype | None"
     return None if config is None else memory.weights_dtype(config, model_args)
 
 
-def _keeps_masters(options: "TrainingArguments", accelerate: str | None) -> bool:
-    """Whether a launch trains float32 copies of 16-bit weights: DeepSpeed does, FSDP under mixed precision."""
-    from rerank.launch import recipe
+def keeps_masters(options: "TrainingArguments", where: Mapping[str, Any]) -> bool:
+    """Whether a launch trains float32 copies of 16-bit weights: DeepSpeed does, FSDP under mixed precision.
 
-    where: Mapping[str, Any] = recipe.load(accelerate) if accelerate else {}
+    Args:
+        options: Of the trainer.
+        where: The accelerate file, where known.
+    """
     kind, precision = where.get("distributed_type"), where.get("mixed_precision", "no")
     launched = {name: os.environ.get(f"ACCELERATE_{name}", "") for name in ("USE_DEEPSPEED", "USE_FSDP")}
     if options.deepspeed or kind == "DEEPSPEED" or launched["USE_DEEPSPEED"] == "true":

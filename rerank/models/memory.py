@@ -5,12 +5,14 @@ tensors without memory. Some architectures cannot do that (routed experts, rotat
 reason is said. The head's logits, which come in chunks, and what an allocator wastes are left out.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rerank.launch import recipe, run_dir
+from rerank.launch.trainer_options import keeps_masters
 from rerank.models import base as base_model
 from rerank.models import names
 from rerank.models.checks import unknown_of
@@ -19,7 +21,7 @@ from rerank.models.configs import find_config, read_config
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
-    from trl import ModelConfig
+    from trl import GRPOConfig, ModelConfig
 
 GB = 1e9
 STARTS = {"midtrain": None, "sft": "midtrain", "dapo": "sft"}  # stage -> that whose model it starts from
@@ -62,7 +64,7 @@ def training_need(
         model_args: TRL's: number format of the weights, adapter.
         length: Tokens of a row.
         accelerate: The accelerate file, which says what is sharded over how many devices.
-        with_engine: Whether a second copy of the weights serves rollouts; its cache is not counted.
+        with_engine: Whether an engine beside training serves rollouts.
     """
     dtype = weights_dtype(config, model_args)
     num_weights, num_trained = count_weights(config, model_args)
@@ -73,10 +75,26 @@ def training_need(
         "gradients": float(dtype.itemsize * num_trained),
         "optimizer": float(2 * dtype.itemsize * num_trained),  # Adam's moments are of the weights' type
     }
+    if dtype.itemsize < 4 and keeps_masters(options, accelerate):
+        sizes["optimizer"] = 12.0 * num_trained  # a float32 copy, and moments of its type
     stage, num_devices = _sharding(accelerate)
     for name in SHARDED.get(stage, ()):
         sizes[name] /= num_devices
-    return Need(**sizes, activations=float(kept), engine=float(2 * num_weights if with_engine else 0))
+    engine = engine_need(num_weights, options, accelerate, kept) if with_engine else 0.0
+    return Need(**sizes, activations=float(kept), engine=engine)
+
+
+def engine_need(num_weights: int, options: "GRPOConfig", accelerate: Mapping[str, Any], kept: float) -> float:
+    """Bytes of a colocated engine on a device: weights in 16 bits and the cache; on a GPU its share of that.
+
+    One that sleeps while there are activations takes what goes beyond these, which are `kept`.
+    """
+    found = 2.0 * num_weights / options.vllm_tensor_parallel_size
+    if accelerate.get("use_cpu"):
+        found += float(os.environ.get("VLLM_CPU_KVCACHE_SPACE") or 0) * 2**30
+    else:
+        found = max(found, options.vllm_gpu_memory_utilization * (there(accelerate) or 0.0))
+    return max(0.0, found - kept) if options.vllm_enable_sleep_mode else found
 
 
 def weights_dtype(config: "PreTrainedConfig", model_args: "ModelConfig") -> "torch.dtype":
