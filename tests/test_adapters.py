@@ -1,5 +1,7 @@
 """LoRA beside trained embeddings: one weight for tied tables, and no dropout in reinforcement learning."""
 
+import re
+
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
@@ -62,3 +64,25 @@ def test_an_adapter_on_one_of_two_tied_tables_is_refused(tmp_path):
     with pytest.raises(ValueError, match="lora_target_modules holds lm_head"):
         adapters.check_adapter(settings, folder)  # before it is loaded
     adapters.check_adapter(ModelConfig(lora_target_modules=["lm_head"]), folder)  # without use_peft
+
+
+def test_a_module_that_the_model_lacks_is_refused_before_it_is_loaded(tmp_path):
+    folder = tmp_path / "model"
+    tiny_model(tiny_tokenizer()).config.save_pretrained(folder)
+    known = "; it has down_proj, gate_proj, k_proj, lm_head, o_proj, q_proj, up_proj, v_proj, and all-linear"
+    for names in (["q_prj"], ["q_proj", "q_prj"]):
+        message = re.escape("lora_target_modules holds q_prj, but the model has no such module (did you mean q_proj?)")
+        with pytest.raises(ValueError, match=message + known):
+            adapters.check_adapter(ModelConfig(use_peft=True, lora_target_modules=names), folder)
+    for names in (["q_proj"], ["self_attn.q_proj", "down_proj"], ["all-linear"], [r".*\.[qv]_proj"], None):
+        adapters.check_adapter(ModelConfig(use_peft=True, lora_target_modules=names), folder)
+    with pytest.raises(ValueError, match="lora_target_modules holds lm_head, which this model ties to the other"):
+        adapters.check_adapter(ModelConfig(use_peft=True, lora_target_modules=["lm_head"]), folder)
+
+
+def test_a_single_module_is_adapted_by_its_name():
+    model = tiny_model(tiny_tokenizer())
+    settings = ModelConfig(use_peft=True, lora_r=2, lora_target_modules=["q_proj"])
+    trained = get_peft_model(model, adapters.lora_config(settings, model))
+    names = {name.split(".lora_")[0] for name, p in trained.named_parameters() if p.requires_grad}
+    assert len(names) == model.config.num_hidden_layers and all(name.endswith("self_attn.q_proj") for name in names)

@@ -197,6 +197,18 @@ def test_semantic_ids_of_another_catalogue_are_refused_before_a_model_is_loaded(
         evaluate.check(args)
 
 
+def test_answers_too_short_for_the_longest_list_are_refused_before_anything_is_ranked(run):
+    args = evaluate.EvaluateArguments(run_dir=str(run), constrained=True)
+    evaluate.check(args)
+    path = run / "sft/model/generation.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "max_completion_tokens": 5}))
+    evaluate.check(replace(args, constrained=False))
+    with pytest.raises(
+        ValueError, match=r"row \d+: a ranking of \d+ of \d+ candidates takes up to \d+ tokens but a c"
+    ):
+        evaluate.check(args)
+
+
 def test_an_id_token_that_is_special_is_refused(run):
     model = RankingModel.load(run / "sft/model")
     tokenizer = model.load_tokenizer()

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from huggingface_hub import constants
 from tiny_model import sft_config, tiny_model, tiny_tokenizer
 from transformers import LlamaConfig
 from trl import ModelConfig, get_peft_config
 
+from rerank import dapo
 from rerank.launch import recipe
 from rerank.models import memory
 
@@ -70,6 +72,42 @@ def test_shards_are_divided_among_the_devices(model, tmp_path):
     eighth = num_weights / 8
     assert parts == [(4 * num_weights, 4 * eighth, 8 * eighth), *[(4 * eighth, 4 * eighth, 8 * eighth)] * 2]
     assert {need.activations for need in sharded} == {alone.activations}
+
+
+@pytest.mark.parametrize(("name", "size"), [("cpu", 4), ("zero2", 12), ("fsdp2", 12)])
+def test_of_16_bit_weights_a_float32_copy_is_counted_where_one_is_trained(model, tmp_path, name, size):
+    where = {**recipe.load(f"recipes/accelerate/{name}.yaml"), "num_processes": 1}
+    need = memory.training_need(model.config, sft_config(tmp_path), ModelConfig(dtype="bfloat16"), 64, where)
+    assert need.optimizer == size * sum(weight.numel() for weight in model.parameters())
+
+
+def test_the_cache_of_an_engine_is_counted(model, tmp_path, monkeypatch):
+    def engine(where, **options):
+        config = dapo.DapoConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", **options)
+        return memory.training_need(model.config, config, ModelConfig(), 64, where, with_engine=True).engine
+
+    weights = 2 * sum(weight.numel() for weight in model.parameters())
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "3")
+    assert engine(recipe.load(CPU)) == weights + 3 * 2**30
+    monkeypatch.setattr(memory, "there", lambda where: 80e9)
+    gpu = recipe.load("recipes/accelerate/one_gpu.yaml")
+    assert engine(gpu, vllm_gpu_memory_utilization=0.5) == 40e9
+    assert 39e9 < engine(gpu, vllm_gpu_memory_utilization=0.5, vllm_enable_sleep_mode=True) < 40e9
+    monkeypatch.setattr(memory, "there", lambda where: None)
+    assert engine(gpu) == weights
+
+
+def test_of_a_model_on_the_hub_it_is_said_what_is_not_known(tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    keys = {"run_dir": "runs/none", "num_documents": 10, "model_name_or_path": "org/model"}
+    stages = {
+        "midtrain": recipe.resolve("midtrain", keys, ""),
+        "sft": recipe.resolve("sft", {"run_dir": "runs/none"}, ""),
+    }
+    assert memory.estimates(stages, CPU) == [
+        "midtrain starts from org/model, of which this machine has not all: memory, chat template and tokenizer are "
+        "not known until it has; `hf download org/model` brings it"
+    ]
 
 
 def test_a_batch_that_does_not_fit_is_named_with_the_cure():

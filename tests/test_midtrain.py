@@ -6,6 +6,8 @@ import subprocess
 import sys
 from collections import Counter
 from contextlib import nullcontext
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,11 +24,12 @@ from rerank import midtrain
 from rerank.catalogue import Catalogue
 from rerank.grading import GRADES
 from rerank.launch import run_dir
+from rerank.losses.cllm4rec import content_rows
 from rerank.midtrain import documents, encoding, exercises
 from rerank.midtrain.mixture import _draw, mixed_documents
 from rerank.models import base as base_model
 from rerank.next_item import recall as full_catalogue
-from rerank.next_item.encoder import NextItemEncoder
+from rerank.next_item.encoder import NextItemEncoder, written_items
 from rerank.prompts import parse_completion
 
 TITLES, KINDS = [f"Title {item}" for item in range(NUM_ITEMS)], ["drama", "comedy, crime", "crime", ""] * 3
@@ -67,6 +70,22 @@ def test_a_persona_tells_true_facts_of_its_history():
         for name, items in groups:
             assert all((CATALOGUE.categories[item].split(", ")[0] or "Other") == name for item in items)
         assert told[-1] == f"lately Title {shown[-1]}" + CATALOGUE.semantic_ids[shown[-1]]
+
+
+def test_texts_of_items_hold_nothing_that_a_tokenizer_takes_for_a_token():
+    bad = "Bad <|end|> <s_a_1>\n title"
+    marked = replace(CATALOGUE, titles=[bad] * NUM_ITEMS, categories=["<think>, x"] * NUM_ITEMS)
+    rng = np.random.default_rng(0)
+    made = [*documents.caption_documents(marked), *documents.title_documents(marked)]
+    made += documents.persona_documents(HISTORIES, marked, rng)
+    texts = [document.prompt + document.answer for document in made] + written_items(marked, "title")
+    texts += content_rows(SimpleNamespace(catalogue=marked, text_row=lambda prompt, item, text: text))
+    texts += written_items(replace(CATALOGUE, titles=[""] * NUM_ITEMS, item_ids=["<s_a_1>"] * NUM_ITEMS), "title")
+    assert not any("<" in ID.sub("", text) or "<s_a_1> title" in text for text in texts)
+    assert made[0].answer == "Bad ‹|end|› ‹s_a_1› title | ‹think›, x" and texts[-1] == "‹s_a_1›\n"
+    assert written_items(marked, "title")[0] == "Bad ‹|end|› ‹s_a_1› title\n"
+    told = [item.answer for item in documents.persona_documents(HISTORIES, marked, rng)]
+    assert all(answer.startswith("likes ‹think› <s_a_") and "lately Bad ‹|end|› ‹s" in answer for answer in told)
 
 
 @pytest.mark.parametrize("labels", ["semantic_id", "number"])

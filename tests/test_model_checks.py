@@ -2,19 +2,21 @@
 
 import json
 import re
+import shutil
 
 import gguf
 import numpy as np
 import pytest
 import quirks
 import torch
+from huggingface_hub import constants
 from peft import LoraConfig, get_peft_model
 from tiny_model import save_tiny_model, tiny_model, tiny_tokenizer
 from transformers import AutoTokenizer
 from trl import ModelConfig
 
 from rerank.models import base as base_model
-from rerank.models.checks import check_pretrained
+from rerank.models.checks import check_pretrained, unknown_of
 from rerank.prompts import render
 
 
@@ -110,6 +112,78 @@ def test_an_architecture_that_is_not_known_is_refused(folder):
     change_config(folder, model_type="no_such")
     message = refused(folder, "model/config.json cannot be read as a model: .*no_such")
     assert len(re.findall("no_such", message)) < 4
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])
+def test_a_file_that_git_left_out_is_named(folder, name):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    (folder / name).write_text(pointer)
+    refused(folder, f"model/{name} is a pointer of Git LFS, not the file itself; run `git lfs pull` in that folder")
+
+
+def test_weights_that_are_not_there_are_named(folder):
+    (folder / "model.safetensors").rename(folder / "whole.safetensors")
+    refused(folder, "model has no weights, neither model.safetensors nor model.safetensors.index.json with its shards")
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "whole.safetensors", "b": "model-00002-of-00002.safetensors"}}))
+    refused(
+        folder, "model/model-00002-of-00002.safetensors is missing, which model.safetensors.index.json names; copy"
+    )
+    index.write_text("[]")
+    refused(folder, "model.safetensors.index.json is no index of weights; download it again")
+    index.write_text(json.dumps({"weight_map": {"a": "whole.safetensors"}}))
+    check_pretrained(str(folder), ModelConfig())
+    (folder / "whole.safetensors").write_bytes((folder / "whole.safetensors").read_bytes()[:500])
+    refused(folder, "model/whole.safetensors cannot be read: .*; download it again")
+
+
+def test_a_tokenizer_that_is_not_there_or_cannot_be_read_is_named(folder):
+    (folder / "tokenizer.json").write_text("{}")
+    refused(folder, "the tokenizer of .*model cannot be read: .*; copy the model's tokenizer files again")
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+    assert (folder / "chat_template.jinja").is_file()
+    refused(folder, "model has no tokenizer.json and no other vocabulary; copy the model's tokenizer files into it")
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{% for message in messages %}", "Unexpected end of template"),
+        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+        ("{{ messages[0].content + none }}", "can only concatenate str"),
+    ],
+)
+def test_a_chat_template_that_writes_no_prompt_is_named(folder, template, reason):
+    (folder / "chat_template.jinja").write_text(template)
+    message = rf"the chat template of .*model cannot write a user message: .*{reason}.*; correct chat_template.ji"
+    refused(folder, message)
+
+
+def test_a_tag_that_is_a_special_token_is_refused(tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<think>"]})
+    tiny_model(tokenizer).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    refused(tmp_path, "<think> is a special token of the tokenizer of .*, where it must be an ordinary token; change")
+
+
+def test_of_a_name_on_the_hub_what_the_cache_holds_is_checked(tmp_path, monkeypatch, folder):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    snapshot = tmp_path / "models--org--model/snapshots/abc"
+    shutil.copytree(folder, snapshot)
+    (tmp_path / "models--org--model/refs").mkdir()
+    (tmp_path / "models--org--model/refs/main").write_text("abc")
+    (snapshot / "chat_template.jinja").unlink()
+    (snapshot / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="the tokenizer of .*abc has no chat template"):
+        check_pretrained("org/model", ModelConfig())
+    assert unknown_of("org/model", ModelConfig()) == ""
+    for path in snapshot.glob("tokenizer*"):
+        path.unlink()
+    check_pretrained("org/model", ModelConfig())
+    assert unknown_of("org/model", ModelConfig()) == "chat template and tokenizer"
+    assert unknown_of("org/other", ModelConfig()) == "memory, chat template and tokenizer"
 
 
 def test_attention_that_is_capped_is_computed_so(tmp_path):

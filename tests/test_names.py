@@ -1,6 +1,7 @@
 """Names of models and files: folders, hub names and what installed packages bring."""
 
 import pytest
+from huggingface_hub import constants
 
 from rerank.models import names
 
@@ -41,6 +42,18 @@ def test_a_model_is_a_folder_a_hub_name_or_the_one_inside_a_package(package, mon
     assert names.resolve(str(package), "model") == str(package)
     for name in ("Qwen/Qwen3-8B", "gpt2"):
         assert names.resolve(name, "model") == name
+
+
+def test_a_hub_name_is_found_in_the_cache_of_hugging_face(tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    assert names.local("org/model", "model") is None
+    repository = tmp_path / "models--org--model"
+    for path, text in (("refs/main", "abc"), ("refs/other", "def"), ("snapshots/abc/config.json", "{}")):
+        (repository / path).parent.mkdir(parents=True, exist_ok=True)
+        (repository / path).write_text(text)
+    assert names.local("org/model", "model") == repository / "snapshots/abc"
+    assert names.local("org/model", "model", "other") is None
+    assert names.local(str(tmp_path), "model", files=("models--*",)) == tmp_path
 
 
 def test_a_model_that_is_not_there_is_refused(package, monkeypatch):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from toy_run import RECIPES, finish, write_recipes
 
-from rerank.launch import pipeline, recipe, run_dir, signals
+from rerank.launch import gpus, pipeline, recipe, run_dir, signals
 from rerank.launch.gpus import gpu_words
 from rerank.launch.stages import STAGES
 
@@ -137,15 +137,18 @@ def test_the_dry_run_prints_a_launch_line_a_stage(tmp_path, folder):
     ]
 
 
-def test_the_dry_run_prints_the_line_of_the_server_that_rollouts_come_from(tmp_path):
+def test_the_dry_run_prints_the_line_of_the_server_that_rollouts_come_from(tmp_path, monkeypatch):
     keys = {"vllm_mode": "server", "vllm_server_port": 8123, "vllm_max_model_length": 2048}
     steps = pipeline.read_steps(write_recipes(tmp_path / "toy", {"7_dapo": keys}), "run", [])
     server, launch = pipeline.describe(steps, CPU)
     words = shlex.split(server)
     assert words[:4] == ["VLLM_SERVER_DEV_MODE=1", "vllm", "serve", "run/sft/model"]
     assert words[4:10] == ["--host", "localhost", "--port", "8123", "--max-model-len", "2048"] and words[-1] == "&"
-    [server, _] = pipeline.describe(steps, "recipes/accelerate/zero3.yaml")
-    assert server.startswith("CUDA_VISIBLE_DEVICES=8 VLLM_SERVER_DEV_MODE=1 vllm serve ")  # eight train, on 0 to 7
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(gpus, "_num_gpus", lambda: 0)
+    for where in ("zero3", "multi_node"):  # eight of a machine train, on 0 to 7
+        [server, _] = pipeline.describe(steps, f"recipes/accelerate/{where}.yaml")
+        assert server.startswith("CUDA_VISIBLE_DEVICES=8 VLLM_SERVER_DEV_MODE=1 vllm serve ")
     (tmp_path / "two.yaml").write_text("num_processes: 2\ngpu_ids: '0,2'\n")
     assert pipeline.describe(steps, str(tmp_path / "two.yaml"))[0].startswith("CUDA_VISIBLE_DEVICES=1 ")
     assert json.loads(words[words.index("--weight-transfer-config") + 1]) == {"backend": "nccl"}
@@ -160,6 +163,39 @@ def test_the_gpu_of_the_environment_goes_before_that_of_the_accelerate_file(monk
     assert gpu_words(one) == []
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
     assert gpu_words(one) == ["--gpu_ids", "3"] and gpu_words(many) == []
+
+
+@pytest.mark.parametrize(
+    ("visible", "where", "free"),
+    [
+        ("3,5", {"gpu_ids": "0", "num_processes": 1}, "5"),
+        ("2,3,4", {"num_processes": 2}, "4"),
+        ("0,1", {"num_processes": 2}, "2"),
+        ("", {"gpu_ids": "0,2", "num_processes": 2}, "1"),
+        ("", {"num_processes": 4, "num_machines": 2}, "2"),
+        ("GPU-a,GPU-b", {"num_processes": 1}, "GPU-b"),
+    ],
+)
+def test_the_server_gets_a_gpu_that_the_launch_leaves_free(monkeypatch, visible, where, free):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr(gpus, "_num_gpus", lambda: 8)
+    assert gpus.free_gpu(where) == free
+
+
+def test_a_machine_whose_gpus_all_train_is_said_to_have_none_for_the_server(tmp_path, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    steps = pipeline.read_steps(write_recipes(tmp_path / "toy", {"7_dapo": {"vllm_mode": "server"}}), "run", [])
+    for num_gpus, said in ((8, True), (9, False), (0, False)):
+        monkeypatch.setattr(gpus, "_num_gpus", lambda num_gpus=num_gpus: num_gpus)
+        first = pipeline.describe(steps, "recipes/accelerate/multi_node.yaml")[0]
+        assert first.startswith("# this machine has no GPU 8, which training leaves to the server: lower") == said
+
+
+def test_the_printed_line_trains_on_the_gpu_that_the_run_would(tmp_path, folder, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    step = pipeline.read_steps(folder, str(tmp_path / "run"), [])[0]
+    [line] = pipeline.describe([step], "recipes/accelerate/one_gpu.yaml")
+    assert line.startswith("accelerate launch --gpu_ids 3 --config_file recipes/accelerate/one_gpu.yaml -m rerank.dat")
 
 
 def test_a_failing_stage_ends_the_run_with_its_exit_code(tmp_path, folder):

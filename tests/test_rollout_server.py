@@ -114,6 +114,22 @@ def test_a_server_that_never_answers_is_named(tokenizer, free_port):
         rollout_server.check_vocabulary(config(url, timeout=0.3), tokenizer, SEMANTIC_IDS)
 
 
+def test_a_server_that_takes_requests_and_never_answers_does_not_hang_the_start():
+    request = requests.Session.request
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        message = rf"the vLLM server at {url} does not answer within 0.2 seconds; start it again with the line that"
+        with pytest.raises(ValueError, match=message), rollout_server.answers_within(0.2, url):
+            VLLMClient(base_url=url)
+        client = VLLMClient.__new__(VLLMClient)
+        client.session, client.base_url = requests.Session(), url
+        retries = requests.adapters.Retry(total=5, read=5, backoff_factor=9, allowed_methods=["POST", "GET"])
+        client.session.mount("http://", requests.adapters.HTTPAdapter(max_retries=retries))  # as TRL has it
+        with pytest.raises(ValueError, match=message), rollout_server.answers_within(0.2, url):
+            client.init_communicator(device="cpu")
+    assert requests.Session.request is request
+
+
 def test_a_server_that_does_not_know_the_question_is_not_asked_again(serve, tokenizer):
     url, seen = serve(tokenizer, first_codes=[404] * 9)
     with pytest.raises(ValueError, match=r"no vLLM server answers at .* \(HTTPError\)"):

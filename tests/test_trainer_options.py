@@ -28,6 +28,11 @@ DAPO = {**SFT, "rewards": [{"name": "rank_promotion"}]}
         ("dapo", {"min_p": 0.1}, "min_p is 0.1, .* from another distribution"),
         ("dapo", {"repetition_penalty": 1.2}, "repetition_penalty is 1.2, .* from another distribution"),
         ("dapo", {"generation_kwargs": {"frequency_penalty": 1}}, "generation_kwargs .* from another distribution"),
+        ("dapo", {"vllm_structured_outputs_regex": "x"}, "vllm_structured_outputs_regex is x, .* another distribut"),
+        ("sft", {"dtype": "bf16"}, "dtype is 'bf16' but must be one of auto, float32, bfloat16, float16"),
+        ("dapo", {"dtype": "bf16"}, "dtype is 'bf16' but must be one of auto, float32, bfloat16, float16"),
+        ("dapo", {"vllm_mode": "colocated"}, "vllm_mode is 'colocated' but must be one of colocate, server"),
+        ("dapo", {"rollout_dtype": "bf16"}, "rollout_dtype is 'bf16' but must be one of auto, float32, bfloat16, flo"),
         ("dapo", {"temperature": 0.0}, "temperature is 0.0, .* set it above 0"),
     ],
 )
@@ -41,6 +46,16 @@ def test_an_option_that_cannot_be_followed_is_refused(stage, options, message):
 def test_a_kernel_that_is_not_installed_is_refused():
     with pytest.raises(ValueError, match="use_liger_kernel is true but liger_kernel is not installed; install it, or"):
         recipe.resolve("sft", {**SFT, "use_liger_kernel": True}, "r.yaml")
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_attention_that_is_not_installed_is_refused(version, monkeypatch):
+    keys = {**SFT, "attn_implementation": f"flash_attention_{version}"}
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=rf"is flash_attention_{version} but flash_attn.* is not installed; install"):
+        recipe.resolve("sft", keys, "r.yaml")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if name.startswith("flash_attn") else None)
+    recipe.resolve("sft", keys, "r.yaml")
 
 
 def test_the_defaults_are_what_is_followed():

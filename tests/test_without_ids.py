@@ -233,7 +233,7 @@ def test_facts_of_similarity_are_left_out_where_texts_have_no_embeddings(run, ca
 
 def test_a_prompt_beyond_the_teachers_context_is_named_before_its_engine_starts(run, tmp_path):
     base = save_tiny_model(tmp_path / "base", id_tokens=False)
-    teacher = {"teacher": "vllm", "teacher_model": str(base), "max_rows": 3}
+    teacher = {"teacher": "vllm", "teacher_model": str(base), "max_rows": 3, "max_completion_tokens": 8}
     settings = PromptSettings(ranking="number", item_fields=["title", "category"], task="short")
     (tmp_path / "out").mkdir()
     message = r"^3 of 3 prompts \(row_id .*: {} is {} and .* of 4 candidates, item_fields: title takes \d+\); {}"
@@ -245,6 +245,34 @@ def test_a_prompt_beyond_the_teachers_context_is_named_before_its_engine_starts(
     (base / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 50}))
     with pytest.raises(ValueError, match=message.format(rf"the context of {base}", 50, "take a longer one, or raise")):
         traces.main(args, settings, tmp_path / "out")
+    longer = replace(args, teacher_max_length=220, max_completion_tokens=200)
+    (base / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="have more than 20 tokens, .*teacher_max_length is 220 and a complet"):
+        traces.main(longer, settings, tmp_path / "out")  # the prompt alone would fit
+
+
+def test_a_teacher_that_cannot_be_prompted_or_has_no_room_is_refused_by_the_dry_run(run, tmp_path):
+    base = save_tiny_model(tmp_path / "base", id_tokens=False)
+
+    def check(**options):
+        traces.check(
+            traces.TracesArguments(run_dir=str(run), teacher="vllm", teacher_model=str(base), **options), SETTINGS
+        )
+
+    check(max_completion_tokens=100)
+    for options, message in (
+        ({}, rf"max_completion_tokens is 1024 but the context of {base} is 256, which leaves no room for a prompt; l"),
+        ({"teacher_max_length": 300}, rf"teacher_max_length is 300 but the context of {base} is 256; lower teacher_m"),
+        (
+            {"teacher_max_length": 99},
+            "max_completion_tokens is 100 but teacher_max_length is 99, which leaves no room",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check(**{"max_completion_tokens": 100 if options else 1024, **options})
+    (base / "chat_template.jinja").unlink()
+    with pytest.raises(ValueError, match="the tokenizer of .*base has no chat template; save one as chat_templ"):
+        check(max_completion_tokens=100)
 
 
 def test_the_probe_ranks_by_number_before_the_traces_stage(run):

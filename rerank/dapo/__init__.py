@@ -28,23 +28,17 @@ from trl import GRPOConfig, ModelConfig
 
 from rerank import scoring
 from rerank.catalogue import Catalogue
-from rerank.dapo.checks import check_batches, check_prompts, check_rewards, warn_of_repeats
+from rerank.dapo.checks import check_batches, check_prompts, check_rewards, check_token_limits, warn_of_repeats
 from rerank.dapo.gains import gain_at_equal_ranks, gain_over_training
 from rerank.dapo.prompt_stream import PromptStream
-from rerank.dapo.start import (
-    check_start,
-    generation_of,
-    is_to_be_made,
-    refuse_one_token,
-    start_dir,
-    token_limit,
-)
+from rerank.dapo.start import check_start, generation_of, is_to_be_made, refuse_one_token, start_dir, token_limit
 from rerank.launch import run_dir, stopping, validation
 from rerank.launch.files import write_json
 from rerank.launch.stages import Stage
-from rerank.launch.values import check_choice, check_range, option
+from rerank.launch.values import NUMBER_FORMATS, check_choice, check_range, option
 from rerank.models import adapters, engine, server
 from rerank.models import base as base_model
+from rerank.models.configs import context_length, read_config
 from rerank.models.ranker import complete_greedily
 from rerank.models.saving import check_model, save_ranker, save_trained
 from rerank.prompts import THINK, THINK_END, PromptSettings
@@ -61,7 +55,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 RENAMED_KEYS = {"shuffle_candidates": "give it to the candidates stage, with lists_per_row"}
-PAPERS_LIMIT = 20480  # tokens of a completion (arXiv:2503.14476), where no limit is known yet
 
 
 @dataclass
@@ -102,6 +95,7 @@ class DapoArguments(validation.ValidatedArguments):
         check_choice("rows", self.rows, ("dapo", "all"))
         check_range("max_sampling_rounds", self.max_sampling_rounds, least=1)
         check_range("max_logp_gap", self.max_logp_gap, above=0)
+        check_choice("rollout_dtype", self.rollout_dtype, NUMBER_FORMATS)
         check_choice("group_forward", str(self.group_forward).lower(), ("auto", "true", "false"))
         self.group_forward = {"true": True, "false": False}.get(str(self.group_forward).lower(), "auto")
         self.rewards = scoring.read_rewards(self.rewards, "the recipe")
@@ -142,10 +136,12 @@ def check(args: DapoArguments, training_args: DapoConfig, model_args: ModelConfi
         check_start(folder, args.run_dir)
     elif is_made and not folder.is_dir():
         raise FileNotFoundError(f"{folder} is missing; set no_trace_control: true in the sft recipe")
-    if is_made or not args.start_model:
-        adapters.check_adapter(model_args, folder)
+    config = read_config(folder) if (folder / "config.json").is_file() else None
+    if config is not None:
+        adapters.check_modules(model_args, config)
     known_limit = token_limit(training_args, folder) if is_made else training_args.max_completion_length
-    check_rewards(args.load_rewards(), known_limit or PAPERS_LIMIT)
+    check_rewards(args.load_rewards(), known_limit)
+    check_token_limits(training_args, str(folder), config, known_limit)
     if run_dir.is_finished(args.run_dir, "candidates"):
         validation.validation_rows(args.run_dir, args.eval_rows)
     if is_made:
@@ -185,7 +181,7 @@ def prepare(
     asked, places = [prompter.ask(row, limit) for row in held_out], places_to_check(len(rows))
     every = [*(prompts.ask(rows[place]) for place in places), *asked]
     assert prompter.tokenizer is not None  # as of every prompter that a model is trained with
-    lengths, context = prompt_lengths(prompter.tokenizer, every), base_model.context_length(base_dir)
+    lengths, context = prompt_lengths(prompter.tokenizer, every), context_length(read_config(base_dir))
     if config.vllm_max_model_length is None:
         unseen = 0 if len(places) == len(rows) else max(lengths) // 4  # room for prompts longer than the sample's
         needed = max(lengths) + limit

@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING
 
 from rerank import scoring
 from rerank.models import group_attention
+from rerank.models.configs import check_context
 from rerank.prompts import completion
 from rerank.rows import PromptedRow, Prompter, RankingRow, reward_columns
-from rerank.rows.checks import check_context, prompt_lengths
+from rerank.rows import checks as row_checks
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
     from trl import GRPOConfig
 
     from rerank.dapo import DapoArguments, DapoConfig
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MASKED_ROWS_COUNT_NOTHING = ("dapo", "cispo", "vespo")  # losses of TRL that divide by the tokens of the whole step
+PAPERS_LIMIT = 20480  # tokens of a completion (arXiv:2503.14476), where no limit is known yet
 MOST_DRAWS = 2  # of a training row: beyond it rewards rise on these rows and fall on others
 
 
@@ -74,8 +76,29 @@ def choose_group_forward(
     return True, None
 
 
-def check_rewards(rewards: Sequence[scoring.Reward], max_completion_tokens: int) -> None:
+def check_token_limits(config: "GRPOConfig", whose: str, model: "PreTrainedConfig | None", limit: int | None) -> None:
+    """Refuse limits that leave no room for a prompt, or that are beyond the model's context.
+
+    Args:
+        config: Of the trainer.
+        whose: The model, for messages.
+        model: Its configuration, where it is known.
+        limit: Tokens of a completion, where they are known.
+    """
+    most = config.vllm_max_model_length
+    if most is not None and limit is not None and most <= limit:
+        raise ValueError(
+            f"vllm_max_model_length is {most} but max_completion_length is {limit}, which leaves no room for a "
+            "prompt; raise the first or lower the second"
+        )
+    if model is not None:
+        check_context(model, whose, "vllm_max_model_length", most)
+        check_context(model, whose, "max_completion_length, with a prompt's first token,", limit and limit + 1)
+
+
+def check_rewards(rewards: Sequence[scoring.Reward], max_completion_tokens: int | None) -> None:
     """Call each reward on a gold and a junk completion, so that one which breaks does so before a model is loaded."""
+    max_completion_tokens = max_completion_tokens or PAPERS_LIMIT
     row = RankingRow(row_id=0, user=0, history=(2, 3), candidates=(0, 1), relevance=(0.0, 1.0))
     asked = PromptedRow(row, "", ["<s_a_0><s_b_0>", "<s_a_0><s_b_1>"], max_completion_tokens)
     texts = [completion("why", [1, 0], asked.labels), "no ranking"]
@@ -91,9 +114,9 @@ def check_prompts(
 ) -> None:
     """`rerank.rows.checks.check_context` of each limit, by name; `lengths` are the prompts' where they are known."""
     assert prompter.tokenizer is not None
-    lengths = prompt_lengths(prompter.tokenizer, asked) if lengths is None else lengths
+    lengths = row_checks.prompt_lengths(prompter.tokenizer, asked) if lengths is None else lengths
     for name, most in limits.items():
-        check_context(prompter, asked, lengths, name, most, max_completion_tokens)
+        row_checks.check_context(prompter, asked, lengths, name, most, max_completion_tokens)
 
 
 def warn_of_repeats(config: "DapoConfig", num_rows: int) -> None:

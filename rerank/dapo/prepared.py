@@ -1,6 +1,7 @@
 """TRL's GRPOTrainer on completions that are prepared for it, each sampled with a seed of its own."""
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -93,7 +94,9 @@ class PreparedTrainer(GRPOTrainer):
         **kwargs: object,
     ) -> None:
         self.group_forward, self.group_obstacle = choose_group_forward(group_forward, config, model)
-        super().__init__(model, rewards, config, *args, **kwargs)
+        asks_server, url = config.use_vllm and config.vllm_mode == "server", server.base_url(vars(config))
+        with server.answers_within(config.vllm_server_timeout, url) if asks_server else nullcontext():
+            super().__init__(model, rewards, config, *args, **kwargs)
         self.sampling_seed, self.prepared = seed, Prepared(SamplerState())
         self.rest_engine: Callable[[], None] = lambda: None
         if self._asks_server():

@@ -22,14 +22,13 @@ import pyarrow.parquet as pq
 
 from rerank.catalogue import Catalogue
 from rerank.evaluate import next_item
-from rerank.evaluate.ranking import Questions, Ranked, answers_table, can_rank, rank, rankers_of
+from rerank.evaluate.ranking import Questions, Ranked, answers_table, can_rank, check_lists, rank, rankers_of
 from rerank.launch import recipe, run_dir, shards
 from rerank.launch.files import write_json, write_text, write_whole
 from rerank.launch.shards import Shard
 from rerank.launch.stages import Stage
 from rerank.launch.values import check_choice, check_range, option
 from rerank.metrics import METRICS, compared
-from rerank.models.one_token import check_labels
 from rerank.models.ranker import Answer, RankingModel
 from rerank.next_item.encoder import SETTINGS
 from rerank.results import bar, orders, overview
@@ -167,9 +166,8 @@ def check(args: EvaluateArguments) -> None:
         if ranker.kind == "generates" and run_dir.is_finished(args.run_dir, ranker.stage):
             model = RankingModel.load(ranker.model_dir(args.run_dir))
             tokenizer = model.load_tokenizer()
-            if (args.one_token or model.one_token) and run_dir.is_finished(args.run_dir, "candidates"):
-                table = run_dir.stage_dir(args.run_dir, "candidates") / f"{args.split}.parquet"
-                check_labels(tokenizer, model.prompter, table)
+            if run_dir.is_finished(args.run_dir, "candidates"):
+                check_lists(args, model, tokenizer)
             if args.shuffle_texts and not shows_texts(model.prompter.settings):
                 raise ValueError(
                     f"shuffle_texts is true, but prompts of {model.folder} show no title, category or text fact, "

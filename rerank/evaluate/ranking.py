@@ -12,15 +12,19 @@ import pyarrow as pa
 from rerank.catalogue import Catalogue
 from rerank.launch import run_dir, shards
 from rerank.launch.shards import ALL_ROWS, Shard
-from rerank.models.ranker import Answer, Batch, RankingModel, generate_batches
+from rerank.models.one_token import check_labels
+from rerank.models.ranker import Answer, Batch, RankingModel, generate_batches, grammars_of
 from rerank.next_item.model import NextItemModel, likelihood_orders
 from rerank.results.orders import Order, ShuffledRows
 from rerank.results.rankers import FittedOrders, Ranker, bypassed, constrained, control, of_task, one_token
 from rerank.results.rankings import Ranking
 from rerank.results.shuffled_texts import ShuffledTexts
-from rerank.rows import RankingRow, read_feature_names
+from rerank.rows import PromptedRow, RankingRow, read_feature_names
+from rerank.rows.checks import longest_list
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from rerank.evaluate import EvaluateArguments
 
 logger = logging.getLogger(__name__)
@@ -102,6 +106,21 @@ def can_rank(ranker: Ranker, args: "EvaluateArguments", catalogue: Catalogue) ->
         return True
     logger.info("no %s row: this run has no model that knows semantic ids", ranker.name)
     return False
+
+
+def check_lists(args: "EvaluateArguments", model: RankingModel, tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Refuse a model that cannot rank lists by one token, or write the longest as a ranking, where that is asked for.
+
+    Raises:
+        ValueError: Naming the row or the label.
+    """
+    path, prompter = run_dir.stage_dir(args.run_dir, "candidates") / f"{args.split}.parquet", model.prompter
+    if args.one_token or model.one_token:
+        check_labels(tokenizer, prompter, path)
+    if args.constrained and not model.one_token:
+        row, top_k = longest_list(path), prompter.settings.top_k
+        asked = PromptedRow(row, "", prompter.labels(row), model.max_completion_tokens, top_k, prompter.begun)
+        grammars_of(model, [asked], tokenizer)
 
 
 def rank(ranker: Ranker, args: "EvaluateArguments", asked: Questions) -> Ranked:

@@ -22,8 +22,8 @@ def check_across(stages: Mapping[str, Sequence[Any]], paths: Mapping[str, Path])
             f"encoder of the candidates recipe is {stages['candidates'][0].encoder}, but the stage semantic_ids makes "
             "embeddings of the texts; leave it out"
         )
-    if "dapo" in stages:
-        _check_group_forward(stages)
+    if {"sft", "dapo"} & set(stages):
+        _check_models(stages)
     if "sft" in stages and stages["sft"][0].task == "rerank":
         _check_first_labels(stages)
 
@@ -60,14 +60,20 @@ def _check_first_labels(stages: Mapping[str, Sequence[Any]]) -> None:
         )
 
 
-def _check_group_forward(stages: Mapping[str, Sequence[Any]]) -> None:
-    """Refuse a model whose groups dapo could not compute as one row."""
-    from rerank.models import group_attention, memory
+def _check_models(stages: Mapping[str, Sequence[Any]]) -> None:
+    """Refuse adapters, token limits and group_forward that are not for the model which an earlier stage makes."""
+    from rerank.dapo.checks import check_token_limits
+    from rerank.models import adapters, group_attention, memory
 
-    args, _, model_args = stages["dapo"]
-    config = memory.configs(stages)["dapo"] if args.group_forward is True else None
-    if config is not None:
-        group_attention.check_config(config, model_args.attn_implementation)
+    for stage, config in memory.configs(stages).items():
+        args, options, model_args = stages[stage]
+        if config is None:
+            continue
+        adapters.check_modules(model_args, config)
+        if stage == "dapo":
+            check_token_limits(options, "the model that it starts from", config, options.max_completion_length)
+            if args.group_forward is True:
+                group_attention.check_config(config, model_args.attn_implementation)
 
 
 def _check_columns(stages: Mapping[str, Sequence[Any]], paths: Mapping[str, Path]) -> None:

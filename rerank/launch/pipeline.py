@@ -15,7 +15,7 @@ from rerank.launch import recipe, shards
 from rerank.launch import run_dir as runs
 from rerank.launch.across import check_across
 from rerank.launch.files import write_whole
-from rerank.launch.gpus import free_gpu, gpu_words
+from rerank.launch.gpus import free_gpu, gpu_words, has_gpu
 from rerank.launch.named_files import ACCELERATE_VARIABLE
 from rerank.launch.shards import Shard
 from rerank.launch.signals import die_with_parent, wait
@@ -285,15 +285,18 @@ def _write_missing_report(step: Step) -> None:
 
 def describe(steps: Sequence[Step], accelerate: str, remake: Sequence[str] = ()) -> list[str]:
     """The lines of `--dry-run`: a launch line per step, and that of the server where rollouts come from one."""
-    lines = []
+    lines, where = [], recipe.load(accelerate) if Path(accelerate).is_file() else {}
     for step in steps:
         if step.stage == "dapo" and step.keys.get("vllm_mode") == "server":
             from rerank.models import server
 
             model, url = runs.stage_dir(step.run_dir, "sft") / "model", server.base_url(step.keys)
-            where = recipe.load(accelerate)
             device = free_gpu(where) if server.is_local(url) and not where.get("use_cpu") else None
+            if device is not None and not has_gpu(device):
+                lines.append(f"# this machine has no GPU {device}, which training leaves to the server: lower "
+                             f"num_processes in {accelerate}, or set vllm_server_base_url")  # fmt: skip
             lines.append(server.launch_line(model, url, step.keys.get("vllm_max_model_length"), device) + " &")
         done = step.stage not in remake and runs.is_finished(step.run_dir, step.folder_name)
-        lines.append("# finished: " * done + shlex.join(["accelerate", "launch", *launch_words(step, accelerate)]))
+        words = ["accelerate", "launch", *gpu_words(where), *launch_words(step, accelerate)]
+        lines.append("# finished: " * done + shlex.join(words))
     return lines

@@ -22,7 +22,7 @@ from rerank.launch import run_dir as runs
 from rerank.launch.shards import Shard
 from rerank.launch.signals import die_with_parent
 from rerank.launch.stages import STAGES, Stage, load_stage
-from rerank.launch.trainer_options import check_stage, check_trainer_options
+from rerank.launch.trainer_options import check_options, check_stage
 from rerank.launch.values import default_of, type_hints, typed_value
 
 logger = logging.getLogger(__name__)
@@ -155,7 +155,7 @@ def resolve(stage: str, keys: Keys, source: str) -> tuple[Any, ...]:
             if isinstance(options, TrainingArguments):
                 assert isinstance(options.report_to, list)  # once transformers has read it
                 trackers.check_trackers(options.report_to)
-                check_trainer_options(options)
+            check_options(options)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{source}: {one_line(error)}") from error
     if typed.get("bf16") and is_slow_in_bfloat16():

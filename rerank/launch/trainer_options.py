@@ -6,20 +6,39 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rerank.launch.stages import load_stage
+from rerank.launch.values import NUMBER_FORMATS, check_choice
 
 if TYPE_CHECKING:
     import torch
     from transformers import TrainingArguments
-    from trl import GRPOConfig
+    from trl import GRPOConfig, ModelConfig
 
 USUAL_WEIGHT = 0.02  # the spread of a matrix that transformers makes, and about that of a trained one
 
 # Options of sampling with which an engine draws from another distribution than the one that is trained.
-SAMPLING = {"top_p": (1.0,), "top_k": (0, -1, None), "min_p": (None, 0.0), "repetition_penalty": (1.0,)}
+SAMPLING = {
+    "top_p": (1.0,),
+    "top_k": (0, -1, None),
+    "min_p": (None, 0.0),
+    "repetition_penalty": (1.0,),
+    "vllm_structured_outputs_regex": (None,),
+}
+FLASH = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}  # -> its package
+
+
+def check_options(options: object) -> None:
+    """Refuse the first option of the trainer or of the model that cannot be followed, with the cure."""
+    from transformers import TrainingArguments
+    from trl import ModelConfig
+
+    if isinstance(options, TrainingArguments):
+        check_trainer_options(options)
+    elif isinstance(options, ModelConfig):
+        check_model_options(options)
 
 
 def check_trainer_options(options: "TrainingArguments") -> None:
-    """Refuse the first option that cannot be followed, with the cure."""
+    """`check_options` of a trainer."""
     from transformers import IntervalStrategy
     from trl import GRPOConfig, SFTConfig
 
@@ -38,7 +57,20 @@ def check_trainer_options(options: "TrainingArguments") -> None:
     if isinstance(options, GRPOConfig | SFTConfig) and options.model_init_kwargs:
         raise ValueError("model_init_kwargs is not read; write attn_implementation and dtype as keys of their own")
     if isinstance(options, GRPOConfig):
+        check_choice("vllm_mode", options.vllm_mode, ("colocate", "server"))
         _check_sampling(options)
+
+
+def check_model_options(options: "ModelConfig") -> None:
+    """Refuse a number format that there is not, and attention that is not installed."""
+    if options.dtype is not None:
+        check_choice("dtype", options.dtype, NUMBER_FORMATS)
+    package = FLASH.get(options.attn_implementation or "")
+    if package and not any(importlib.util.find_spec(name) for name in (package, "kernels")):  # which brings it too
+        raise ValueError(
+            f"attn_implementation is {options.attn_implementation} but {package} is not installed; install it, or set "
+            "attn_implementation: sdpa"
+        )
 
 
 def _check_sampling(options: "GRPOConfig") -> None:
@@ -70,12 +102,14 @@ def check_stage(stage: str, arguments: Sequence[Any], accelerate: str | None, is
     """
     import torch
 
+    from rerank.launch import recipe
+
     load_stage(stage).check_before(arguments, is_launched)
     dtype = _trained_dtype(stage, arguments)
     if dtype is None or dtype.itemsize >= 4:
         return
     rate, least = arguments[1].learning_rate, USUAL_WEIGHT * torch.finfo(dtype).eps / 2
-    if rate < least and not _keeps_masters(arguments[1], accelerate):
+    if rate < least and not keeps_masters(arguments[1], recipe.load(accelerate) if accelerate else {}):
         raise ValueError(
             f"{stage}: weights are {str(dtype).removeprefix('torch.')} and learning_rate is {rate}, but such a weight "
             f"of {USUAL_WEIGHT} loses steps below {least:.1g}; set dtype: float32 with bf16: true, or launch with "
@@ -100,11 +134,13 @@ def _trained_dtype(stage: str, arguments: Sequence[Any]) -> "torch.dtype | None"
     return None if config is None else memory.weights_dtype(config, model_args)
 
 
-def _keeps_masters(options: "TrainingArguments", accelerate: str | None) -> bool:
-    """Whether a launch trains float32 copies of 16-bit weights: DeepSpeed does, FSDP under mixed precision."""
-    from rerank.launch import recipe
+def keeps_masters(options: "TrainingArguments", where: Mapping[str, Any]) -> bool:
+    """Whether a launch trains float32 copies of 16-bit weights: DeepSpeed does, FSDP under mixed precision.
 
-    where: Mapping[str, Any] = recipe.load(accelerate) if accelerate else {}
+    Args:
+        options: Of the trainer.
+        where: The accelerate file, where known.
+    """
     kind, precision = where.get("distributed_type"), where.get("mixed_precision", "no")
     launched = {name: os.environ.get(f"ACCELERATE_{name}", "") for name in ("USE_DEEPSPEED", "USE_FSDP")}
     if options.deepspeed or kind == "DEEPSPEED" or launched["USE_DEEPSPEED"] == "true":

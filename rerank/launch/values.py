@@ -9,6 +9,7 @@ import typing
 from collections.abc import Sequence
 
 Bound = float | None
+NUMBER_FORMATS = ("auto", "float32", "bfloat16", "float16")
 BACKENDS = ("duckdb", "pyspark")  # of `launch.engines`, named here so that options are read without Ibis
 
 # Plain type of an option -> types of its values in YAML; a boolean is no number.

@@ -12,6 +12,7 @@ from rerank.launch.values import check_range
 from rerank.losses import AuxiliaryLoss, Batch, LossInfo, LossInputs, Row
 from rerank.next_item.encoder import NEXT_ITEMS
 from rerank.next_item.item_head import ItemHead, refuse_many_items, scale_of
+from rerank.prompts.fields import described
 from rerank.rows import by_user
 from rerank.rows.on_read import MadeOnRead
 
@@ -203,7 +204,7 @@ class cllm4rec(AuxiliaryLoss):
 def content_rows(encoder: "NextItemEncoder") -> Sequence[Row]:
     """A row for each item with a title or a category, made when it is read: the item, then that text."""
     catalogue = encoder.catalogue
-    texts = [" | ".join(filter(None, two)) for two in zip(catalogue.titles, catalogue.categories, strict=True)]
+    texts = [described(catalogue, item) for item in range(len(catalogue))]
     told = [item for item, text in enumerate(texts) if text]
     if not told:
         raise ValueError("loss cllm4rec: no item has a title or a category to learn from; set regularisation to 0")

@@ -37,9 +37,10 @@ from rerank.midtrain.exercises import SORT_SHARE
 from rerank.midtrain.mixture import mixed_documents, texts_of
 from rerank.midtrain.new_rows import load_rows, save_rows, train_only_rows
 from rerank.midtrain.words import fixed_words, warn_of_longer_lists, warn_of_split_words
-from rerank.models import adapters, names
+from rerank.models import adapters, memory, names
 from rerank.models import base as base_model
 from rerank.models.checks import check_pretrained
+from rerank.models.configs import check_context, context_length
 from rerank.models.dropout import residual_dropout
 from rerank.models.saving import save_trained
 from rerank.prompts import FACTS, LAYOUTS, MAX_LETTERS, THINK, THINK_END, word_labels
@@ -139,6 +140,10 @@ def check(args: MidtrainArguments, training_args: SFTConfig, model_args: ModelCo
     check_packing(args, training_args, model_args)
     if args.mixture.get("lists") and run_dir.is_finished(args.run_dir, "data"):
         warn_of_longer_lists(args)
+    config = memory.start_config("midtrain", args, model_args, {})
+    if config is not None:
+        whose = model_args.model_name_or_path or "the small model"
+        check_context(config, whose, "max_length", training_args.max_length)
     if args.eval_recall_rows and not training_args.eval_steps:
         raise ValueError(f"eval_recall_rows is {args.eval_recall_rows} but eval_steps is not set; set it, such as 500")
     if args.general_text != "packages" and not Path(args.general_text).is_file():
@@ -227,6 +232,8 @@ def main(args: MidtrainArguments, training_args: SFTConfig, model_args: ModelCon
     documents = mixed_documents(histories, catalogue, args, training_args.seed)
     model, tokenizer, ids = fresh_model(args, model_args, documents, training_args.seed, len(catalogue))
     training_args.dataset_kwargs = {"skip_prepare_dataset": True}
+    check_context(model.config, "the model", "max_length", training_args.max_length)
+    training_args.max_length = training_args.max_length or context_length(model.config)
     dataset, token_counts = encoded_dataset(documents, tokenizer, training_args)
     logger.info("%d documents, tokens under loss: %s", len(documents), token_counts)
 

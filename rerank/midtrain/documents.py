@@ -12,7 +12,7 @@ import numpy as np
 
 from rerank.catalogue import Catalogue
 from rerank.next_item.encoder import NEXT_ITEMS
-from rerank.prompts.fields import clean
+from rerank.prompts.fields import clean, described
 from rerank.rows.histories import window_places
 from rerank.rows.on_read import MadeOnRead
 
@@ -76,30 +76,21 @@ def _worded(texts: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
 
 def caption_documents(catalogue: Catalogue) -> Documents:
     """Item id to words and words to item id."""
-
-    def words(item: int) -> str:
-        return " | ".join(text for text in (catalogue.titles[item], catalogue.categories[item]) if text)
-
-    told, lengths = _worded(map(words, range(len(catalogue))))
+    told, lengths = _worded(described(catalogue, item) for item in range(len(catalogue)))
 
     def make(place: int) -> Document:
         item = told[place // 2]
         if place % 2:
-            return Document("caption", "Which item: " + words(item), catalogue.semantic_ids[item])
-        return Document("caption", "Describe:" + catalogue.semantic_ids[item], words(item))
+            return Document("caption", "Which item: " + described(catalogue, item), catalogue.semantic_ids[item])
+        return Document("caption", "Describe:" + catalogue.semantic_ids[item], described(catalogue, item))
 
     return Documents(np.repeat(lengths, 2) + _id_tokens(catalogue), make)
 
 
 def title_documents(catalogue: Catalogue) -> Documents:
     """Title and category of each item, whose words prompts show."""
-
-    def words(item: int) -> str:
-        texts = map(clean, (catalogue.titles[item], catalogue.categories[item]))
-        return " | ".join(text for text in texts if text)
-
-    told, lengths = _worded(map(words, range(len(catalogue))))
-    return Documents(lengths, lambda place: Document("titles", "", words(told[place]), ends=False))
+    told, lengths = _worded(described(catalogue, item) for item in range(len(catalogue)))
+    return Documents(lengths, lambda place: Document("titles", "", described(catalogue, told[place]), ends=False))
 
 
 def persona_documents(histories: Sequence[np.ndarray], catalogue: Catalogue, rng: np.random.Generator) -> Documents:
@@ -111,10 +102,10 @@ def persona_documents(histories: Sequence[np.ndarray], catalogue: Catalogue, rng
         items = histories[place][starts[place] : starts[place] + 8]
         groups: dict[str, list[int]] = {}
         for item in items:
-            groups.setdefault(catalogue.categories[item].split(", ")[0] or "Other", []).append(item)
+            groups.setdefault(clean(catalogue.categories[item].split(", ")[0]) or "Other", []).append(item)
         largest_first = sorted(groups.items(), key=lambda group: -len(group[1]))
         told = "; ".join(f"{name} {_ids(catalogue, group)}" for name, group in largest_first)
-        latest = catalogue.titles[items[-1]] + catalogue.semantic_ids[items[-1]]
+        latest = clean(catalogue.titles[items[-1]]) + catalogue.semantic_ids[items[-1]]
         return Document("persona", "User:" + _ids(catalogue, items), f"likes {told}; lately {latest}")
 
     return Documents(2 * shown * _id_tokens(catalogue), make)

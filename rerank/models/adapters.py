@@ -1,7 +1,11 @@
 """LoRA adapters as the recipe's keys of TRL describe them."""
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from rerank.models.configs import read_config
+from rerank.plugins import did_you_mean
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -29,6 +33,8 @@ def lora_config(settings: "ModelConfig", model: "PreTrainedModel", dropout: bool
     check_tables(settings, model.config)
     if model.config.get_text_config().tie_word_embeddings and TABLES & set(settings.lora_modules_to_save or ()):
         config.ensure_weight_tying = True
+    if isinstance(config.target_modules, str) and config.target_modules.isidentifier():
+        config.target_modules = {config.target_modules}  # TRL takes it out of a list of one: an expression to PEFT
     if not dropout:
         config.lora_dropout = 0.0
     return config
@@ -36,7 +42,7 @@ def lora_config(settings: "ModelConfig", model: "PreTrainedModel", dropout: bool
 
 def check_tables(settings: "ModelConfig", config: "PreTrainedConfig") -> None:
     """Refuse an adapter on one of two tables of tokens that are tied: tokens would be read and written differently."""
-    named = TABLES.intersection(settings.lora_target_modules or ()) if settings.use_peft else ()
+    named = TABLES.intersection(target_modules(settings)) if settings.use_peft else ()
     if named and config.get_text_config().tie_word_embeddings:
         raise ValueError(
             f"lora_target_modules holds {min(named)}, which this model ties to the other table of tokens, so that "
@@ -44,9 +50,37 @@ def check_tables(settings: "ModelConfig", config: "PreTrainedConfig") -> None:
         )
 
 
-def check_adapter(settings: "ModelConfig", folder: str | Path) -> None:
-    """`check_tables` of the model in a folder, before it is loaded; a name on the hub is not asked."""
-    if settings.use_peft and (Path(folder) / "config.json").is_file():
-        from transformers import AutoConfig
+def target_modules(settings: "ModelConfig") -> list[str]:
+    """`lora_target_modules`, of which TRL takes a single one out of its list."""
+    given = settings.lora_target_modules or []
+    return [given] if isinstance(given, str) else list(given)
 
-        check_tables(settings, AutoConfig.from_pretrained(folder))
+
+def check_modules(settings: "ModelConfig", config: "PreTrainedConfig") -> None:
+    """`check_tables`, and refuse a name in `lora_target_modules` that no module of the model has."""
+    check_tables(settings, config)
+    named = [name for name in target_modules(settings) if name != "all-linear"]
+    if not (settings.use_peft and named):
+        return
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    modules = [name for name, _ in model.named_modules()]
+    is_expression = isinstance(settings.lora_target_modules, str) and not named[0].isidentifier()
+    for name in named:
+        pattern = name if is_expression else rf"(.*\.)?{re.escape(name)}"
+        if not any(re.fullmatch(pattern, module) for module in modules):
+            linear = [module for module, part in model.named_modules() if isinstance(part, torch.nn.Linear)]
+            known = sorted({module.rpartition(".")[2] for module in linear})
+            raise ValueError(
+                f"lora_target_modules holds {name}, but the model has no such module{did_you_mean(name, known)}; it "
+                f"has {', '.join(known)}, and all-linear names all but the head"
+            )
+
+
+def check_adapter(settings: "ModelConfig", folder: str | Path) -> None:
+    """`check_modules` of the model in a folder, before it is loaded; a name on the hub is not asked."""
+    if settings.use_peft and (Path(folder) / "config.json").is_file():
+        check_modules(settings, read_config(Path(folder)))

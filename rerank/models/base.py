@@ -2,7 +2,6 @@
 
 import contextlib
 import itertools
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,14 +97,22 @@ def load_tokenizer(name: str, settings: "ModelConfig | None" = None) -> "PreTrai
     Where it has no token for padding, that is its end of sequence, as in TRL; batches mask it by length.
 
     Raises:
-        ValueError: When it ends every text by itself, or has no token that ends one.
+        ValueError: When it cannot be read, ends every text by itself, or has no token that ends one.
     """
     from transformers import AutoTokenizer
 
     name = names.resolve(name, "model")
     file = gguf_of(Path(name))
     options = {"gguf_file": file.name} if file else {"revision": settings.model_revision if settings else "main"}
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, **options)
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, **options)
+    except ImportError:  # of what reads it, with how to install it
+        raise
+    except Exception as error:  # whatever a damaged or missing file leads to
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(
+            f"the tokenizer of {name} cannot be read: {reason}; copy the model's tokenizer files again"
+        ) from None
     written, end = tokenizer("").input_ids, tokenizer.eos_token_id
     begins_so = end == tokenizer.bos_token_id and len(written) == 1
     if end is not None and written[-1:] == [end] and not begins_so:
@@ -123,13 +130,6 @@ def load_tokenizer(name: str, settings: "ModelConfig | None" = None) -> "PreTrai
     if isinstance(template, str) and "strftime_now" in template and not template.startswith(FIXED_DATE):
         tokenizer.chat_template = FIXED_DATE + template
     return tokenizer
-
-
-def context_length(name: str | Path) -> int | None:
-    """Tokens of prompt and completion that the model of a folder was made for; None where its folder does not say."""
-    path = Path(name) / "config.json"
-    config = json.loads(path.read_text()) if path.is_file() else {}
-    return config.get("text_config", config).get("max_position_embeddings")
 
 
 def refuse_quantized(settings: "ModelConfig") -> None:
@@ -234,6 +234,21 @@ def extend_vocabulary(tokenizer: "PreTrainedTokenizerBase", tokens: Iterable[str
     tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in tokens])
 
 
+def check_ordinary(tokenizer: "PreTrainedTokenizerBase", tokens: Iterable[str]) -> None:
+    """Refuse tokens that are special, which would vanish from completions, or that the tokenizer splits."""
+    special = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special.update(tokenizer.all_special_ids)
+    for token in tokens:
+        token_id = tokenizer.convert_tokens_to_ids(token)
+        is_special = token_id in special
+        if is_special or tokenizer(token, add_special_tokens=False).input_ids != [token_id]:
+            where = f"the tokenizer of {tokenizer.name_or_path}" if tokenizer.name_or_path else "this tokenizer"
+            raise ValueError(
+                f"{token} is {'a special token of' if is_special else 'split by'} {where}, where it must be an "
+                "ordinary token; change that in its tokenizer.json and tokenizer_config.json, or take another model"
+            )
+
+
 def add_tokens(
     model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", tokens: Sequence[str], seed: int
 ) -> list[int]:
@@ -250,10 +265,7 @@ def add_tokens(
     known = sorted(token_id for token_id in tokenizer.get_vocab().values() if token_id < num_rows)
     extend_vocabulary(tokenizer, tokens)
     ids: list[int] = tokenizer.convert_tokens_to_ids(list(tokens))  # type: ignore[assignment]  # of a list, a list
-    special = set(tokenizer.all_special_ids)
-    for token, token_id in zip(tokens, ids, strict=True):
-        if token_id in special or tokenizer(token, add_special_tokens=False).input_ids != [token_id]:
-            raise ValueError(f"id token {token} is special or split in this tokenizer; use a base model without it")
+    check_ordinary(tokenizer, tokens)
     if max(ids, default=0) >= num_rows:
         model.resize_token_embeddings(max(len(tokenizer), *(token_id + 1 for token_id in ids)), mean_resizing=False)
     generator = torch.Generator().manual_seed(seed)

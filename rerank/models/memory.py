@@ -5,19 +5,23 @@ tensors without memory. Some architectures cannot do that (routed experts, rotat
 reason is said. The head's logits, which come in chunks, and what an allocator wastes are left out.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rerank.launch import recipe, run_dir
+from rerank.launch.trainer_options import keeps_masters
 from rerank.models import base as base_model
 from rerank.models import names
+from rerank.models.checks import unknown_of
+from rerank.models.configs import find_config, read_config
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
-    from trl import ModelConfig
+    from trl import GRPOConfig, ModelConfig
 
 GB = 1e9
 STARTS = {"midtrain": None, "sft": "midtrain", "dapo": "sft"}  # stage -> that whose model it starts from
@@ -60,7 +64,7 @@ def training_need(
         model_args: TRL's: number format of the weights, adapter.
         length: Tokens of a row.
         accelerate: The accelerate file, which says what is sharded over how many devices.
-        with_engine: Whether a second copy of the weights serves rollouts; its cache is not counted.
+        with_engine: Whether an engine beside training serves rollouts.
     """
     dtype = weights_dtype(config, model_args)
     num_weights, num_trained = count_weights(config, model_args)
@@ -71,10 +75,26 @@ def training_need(
         "gradients": float(dtype.itemsize * num_trained),
         "optimizer": float(2 * dtype.itemsize * num_trained),  # Adam's moments are of the weights' type
     }
+    if dtype.itemsize < 4 and keeps_masters(options, accelerate):
+        sizes["optimizer"] = 12.0 * num_trained  # a float32 copy, and moments of its type
     stage, num_devices = _sharding(accelerate)
     for name in SHARDED.get(stage, ()):
         sizes[name] /= num_devices
-    return Need(**sizes, activations=float(kept), engine=float(2 * num_weights if with_engine else 0))
+    engine = engine_need(num_weights, options, accelerate, kept) if with_engine else 0.0
+    return Need(**sizes, activations=float(kept), engine=engine)
+
+
+def engine_need(num_weights: int, options: "GRPOConfig", accelerate: Mapping[str, Any], kept: float) -> float:
+    """Bytes of a colocated engine on a device: weights in 16 bits and the cache; on a GPU its share of that.
+
+    One that sleeps while there are activations takes what goes beyond these, which are `kept`.
+    """
+    found = 2.0 * num_weights / options.vllm_tensor_parallel_size
+    if accelerate.get("use_cpu"):
+        found += float(os.environ.get("VLLM_CPU_KVCACHE_SPACE") or 0) * 2**30
+    else:
+        found = max(found, options.vllm_gpu_memory_utilization * (there(accelerate) or 0.0))
+    return max(0.0, found - kept) if options.vllm_enable_sleep_mode else found
 
 
 def weights_dtype(config: "PreTrainedConfig", model_args: "ModelConfig") -> "torch.dtype":
@@ -179,7 +199,7 @@ def there(accelerate: Mapping[str, Any]) -> float | None:
 def estimates(stages: Mapping[str, Sequence[Any]], accelerate: str | Path) -> list[str]:
     """A line for each stage that trains a model: what it takes on each device, and whether that is more than there is.
 
-    A model that has to be asked for on the hub is left out, as are the stages that start from it.
+    Of a model that is on the hub alone the line says what is not known; the stages that start from it are left out.
 
     Args:
         stages: Those to be launched -> their arguments, in order.
@@ -190,6 +210,12 @@ def estimates(stages: Mapping[str, Sequence[Any]], accelerate: str | Path) -> li
     for stage, config in configs(stages).items():
         _, options, model_args = arguments = stages[stage]
         length = (options.vllm_max_model_length if stage == "dapo" else options.max_length) or length
+        named = None if getattr(stages[stage][0], "start_model", None) else model_args.model_name_or_path
+        if named is not None and (unknown := unknown_of(named, model_args)):
+            lines.append(
+                f"{stage} starts from {named}, of which this machine has not all: {unknown} are not known until it "
+                f"has; `hf download {named}` brings it"
+            )
         if config is None or not length:
             continue
         has_engine = stage == "dapo" and options.use_vllm and options.vllm_mode == "colocate"
@@ -232,15 +258,15 @@ def start_config(
     stage: str, args: Any, model_args: "ModelConfig", before_it: Mapping[str, "PreTrainedConfig | None"]
 ) -> "PreTrainedConfig | None":
     """Of the model that a stage trains: the recipe's, that of the stage before, or the one that is made."""
-    from rerank.models.checks import read_config
-
-    named, before = getattr(args, "start_model", None) or model_args.model_name_or_path, STARTS[stage]
+    start, named, before = getattr(args, "start_model", None), model_args.model_name_or_path, STARTS[stage]
+    if start is not None:
+        folder = Path(names.locate(start, "start_model"))
+        return read_config(folder) if (folder / "config.json").is_file() else None
     if named is not None:
-        folder = Path(names.resolve(named, "model_name_or_path"))
-        return read_config(folder, base_model.gguf_of(folder)) if folder.is_dir() else None
+        return find_config(named, model_args.model_revision)
     if before is None:
         return base_model.small_config(args, args.vocab_size)
     if before in before_it:
         return before_it[before]
     made = run_dir.stage_dir(args.run_dir, before) / "model"
-    return read_config(made, None) if (made / "config.json").is_file() else None
+    return read_config(made) if (made / "config.json").is_file() else None

@@ -66,3 +66,21 @@ def resolve(name: str, what: str, files: Sequence[str] = ("config.json", "*.gguf
     if HUB_NAME.fullmatch(path) and (folder.parent == Path(".") or not folder.parent.is_dir()):
         return path
     raise FileNotFoundError(f"{what} {name} is not there; give a model's folder, its hub name, or {PACKAGE}NAME")
+
+
+def local(
+    name: str, what: str, revision: str = "main", files: Sequence[str] = ("config.json", "*.gguf")
+) -> Path | None:
+    """The folder of a model on this machine: its own, or of a hub name that in the cache of Hugging Face; else None.
+
+    Args:
+        name, what, files: As `resolve` takes them.
+        revision: Of a hub name.
+    """
+    found = resolve(name, what, files)
+    if Path(found).is_dir():
+        return Path(found)
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    config = try_to_load_from_cache(found, "config.json", constants.HF_HUB_CACHE, revision)
+    return Path(config).parent if isinstance(config, str) else None

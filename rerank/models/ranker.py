@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from zipfile import BadZipFile
 
 from rerank.catalogue import Catalogue, check_vocabulary
-from rerank.models.base import context_length
+from rerank.models.configs import context_length, read_config
 from rerank.models.ranking_grammar import RankingGrammar
 from rerank.prompts import THINK_END, completion, completion_text, parse_completion, prompt_ids
 from rerank.rows import PromptedRow, Prompter, RankingRow
@@ -252,7 +252,7 @@ def last_tag_alone(text: str) -> str:
 def _check_positions(model: RankingModel, asked: Sequence[PromptedRow], tokenizer: "PreTrainedTokenizerBase") -> int:
     """Tokens of the longest prompt and its completion; refuses prompts that do not fit into the model's context."""
     lengths, limit = prompt_lengths(tokenizer, asked), model.max_completion_tokens
-    name, context = f"the context of {model.folder}", context_length(model.folder)
+    name, context = f"the context of {model.folder}", context_length(read_config(model.folder))
     check_context(replace(model.prompter, tokenizer=tokenizer), asked, lengths, name, context, limit)
     return max(lengths) + limit
 

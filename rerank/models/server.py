@@ -1,12 +1,13 @@
 """Rollouts from a vLLM server: its launch line, the check of its vocabulary, and retries while it is away."""
 
+import contextlib
 import itertools
 import json
 import logging
 import re
 import shlex
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from urllib.parse import urlsplit
 import numpy as np
 import requests
 import tenacity
+from requests.adapters import HTTPAdapter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,7 +35,7 @@ LONGEST_ANSWER = 1800.0  # seconds without a byte; TRL's client would wait for e
 NO_ANSWER: dict[str, list[object]] = {"prompt_ids": [], "completion_ids": [], "logprobs": []}
 
 
-def launch_line(model_dir: str | Path, url: str, max_length: int | None = None, device: int | None = None) -> str:
+def launch_line(model_dir: str | Path, url: str, max_length: int | None = None, device: str | None = None) -> str:
     """The shell line that serves a policy the way TRL's server mode needs it (weights arrive over NCCL).
 
     The server listens on the host of its address alone: its development endpoints are for nobody else.
@@ -105,6 +107,38 @@ def retry(call: Callable[P, T], seconds: float) -> Callable[P, T]:
     )(call)
 
 
+@contextlib.contextmanager
+def answers_within(seconds: float, url: str) -> Iterator[None]:
+    """Within it no request waits longer for a byte: TRL meets a server with requests that would wait for ever.
+
+    Raises:
+        ValueError: When the server does not answer.
+    """
+    request = requests.Session.request
+
+    def limited(session: requests.Session, *args: Any, **kwargs: Any) -> requests.Response:
+        _ask_once(session)
+        return request(session, *args, **{"timeout": seconds, **kwargs})
+
+    requests.Session.request = limited  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    except (requests.ConnectionError, requests.Timeout, ConnectionError):
+        raise ValueError(
+            f"the vLLM server at {url} does not answer within {seconds:g} seconds; start it again with the line that "
+            "`rerank run --dry-run` prints, or raise vllm_server_timeout"
+        ) from None
+    finally:
+        requests.Session.request = request  # type: ignore[method-assign]
+
+
+def _ask_once(session: requests.Session) -> None:
+    """Let a session not ask again where an answer did not come in time: it would wait six times."""
+    for adapter in session.adapters.values():
+        if isinstance(adapter, HTTPAdapter):
+            adapter.max_retries = adapter.max_retries.new(read=0)
+
+
 def add_retries(client: "VLLMClient", seconds: float) -> None:
     """Let TRL's client ask again while the server is away, and in the end answer nothing.
 
@@ -114,8 +148,7 @@ def add_retries(client: "VLLMClient", seconds: float) -> None:
     """
     session = client.session
     session.request = partial(session.request, timeout=LONGEST_ANSWER)
-    for adapter in session.adapters.values():
-        adapter.max_retries = adapter.max_retries.new(read=0)  # or it would wait that long six times
+    _ask_once(session)
     generate, update, reset = retry(client.generate, seconds), client.update_named_params, client.reset_prefix_cache
     is_gone = False
 

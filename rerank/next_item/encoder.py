@@ -16,7 +16,7 @@ from rerank.catalogue import Catalogue
 from rerank.launch import run_dir
 from rerank.launch.files import write_json
 from rerank.next_item.prefix_index import PrefixIndex
-from rerank.prompts import prompt_ids, render
+from rerank.prompts import clean, prompt_ids, render
 from rerank.rows import TargetRows, training_items
 from rerank.rows.histories import window_places
 from rerank.rows.on_read import MadeOnRead
@@ -37,7 +37,7 @@ def written_items(catalogue: Catalogue, item_text: str) -> list[str]:
     if item_text == "semantic_id":
         return catalogue.semantic_ids
     pairs = zip(catalogue.titles, catalogue.item_ids, strict=True)
-    return [f"{' '.join(title.split()) or item_id}\n" for title, item_id in pairs]
+    return [f"{clean(title) or clean(item_id)}\n" for title, item_id in pairs]
 
 
 @dataclass(frozen=True)

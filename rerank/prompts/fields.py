@@ -28,6 +28,12 @@ def clean(text: str) -> str:
     return " ".join(text.split()).replace("<", "‹").replace(">", "›")
 
 
+def described(catalogue: Catalogue, item: int) -> str:
+    """Title and category of an item, cleaned; empty where it has neither."""
+    texts = map(clean, (catalogue.titles[item], catalogue.categories[item]))
+    return " | ".join(text for text in texts if text)
+
+
 def cut(text: str, num_tokens: int, tokenizer: "PreTrainedTokenizerBase | None") -> str:
     """The beginning of a text, `num_tokens` tokens long at most, or words without a tokenizer; all of it for 0."""
     if num_tokens == 0:

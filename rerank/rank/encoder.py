@@ -13,7 +13,7 @@ import numpy as np
 
 from rerank.baselines import Counts, list_features
 from rerank.catalogue import check_vocabulary
-from rerank.models.base import context_length
+from rerank.models.configs import context_length, read_config
 from rerank.models.one_token import prompt_tokens, tokens_of
 from rerank.models.ranker import RankingModel, grammars_of
 from rerank.models.ranking_grammar import RankingGrammar
@@ -76,7 +76,7 @@ class RowEncoder:
 
     def __post_init__(self) -> None:
         self.one_token = self.one_token or self.model.one_token
-        self.context = self.context or context_length(self.model.folder)
+        self.context = self.context or context_length(read_config(self.model.folder))
         if not self.items:
             self.items = {item_id: item for item, item_id in enumerate(self.model.prompter.catalogue.item_ids)}
 

@@ -90,6 +90,14 @@ def list_lengths(path: str | Path) -> tuple[int, int]:
     return lengths["min"], lengths["max"]
 
 
+def longest_list(path: str | Path) -> RankingRow:
+    """The row of the longest list of a candidates table, without its history."""
+    table = pq.read_table(path, columns=["row_id", "candidates"])
+    longest = int(pc.list_value_length(table["candidates"]).to_numpy().argmax())
+    (row,) = table.slice(longest, 1).to_pylist()
+    return RankingRow(row["row_id"], (), tuple(row["candidates"]))
+
+
 def split_labels(tokenizer: "PreTrainedTokenizerBase", labels: Sequence[str]) -> dict[str, int]:
     """The labels that are more than one token to a model, with their tokens, said in a warning.
 

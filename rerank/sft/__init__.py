@@ -31,7 +31,7 @@ from rerank.launch.values import check_choice, check_range, option
 from rerank.losses import FOLDER as LOSSES
 from rerank.losses import Losses, Row, load_losses
 from rerank.models import adapters, one_token
-from rerank.models import base as base_model
+from rerank.models.configs import context_length, load_config
 from rerank.models.dropout import residual_dropout
 from rerank.models.ranker import complete_greedily
 from rerank.models.saving import save_item_sources, save_ranker, save_trained, write_card
@@ -41,7 +41,7 @@ from rerank.rows import PromptedRow, Prompter, RankingRow
 from rerank.rows.checks import check_context, longest_field, prompt_lengths, shorter
 from rerank.rows.on_read import MadeOnRead, joined
 from rerank.rows.teacher_scores import read_scores
-from rerank.sft.rows import check_and_keep, check_lengths, examples
+from rerank.sft.rows import check_and_keep, check_of, examples
 from rerank.sft.start import check_sizes, check_start, load_start, load_start_tokenizer, start_model
 
 if TYPE_CHECKING:
@@ -191,7 +191,7 @@ def train_and_save(
     return {"steps": trainer.state.global_step, "train_loss": losses[-1] if losses else None, **chosen}
 
 
-def _longest(prompter: Prompter, rows: Sequence[RankingRow], places: Sequence[int], limit: str, longest: int) -> str:
+def _longest(prompter: Prompter, rows: Sequence[RankingRow], limit: str, places: Sequence[int], longest: int) -> str:
     """The cure for a row beyond a limit, the longest of those at some places."""
     return f"{shorter(limit)} ({longest_field(prompter, rows[places[longest]])})"
 
@@ -205,14 +205,9 @@ def fit(
     losses = load_losses(args.losses, args.task)
     stored = Path(str(config.output_dir)) / "rows"
     chosen, rows = examples(prompter, args.run_dir, with_trace, losses, stored, args.as_accepted)
-    context = base_model.context_length(start)
-
-    def check_fit(made: Sequence[Row], places: Sequence[int]) -> None:
-        for name, most in (("max_length", config.max_length), (f"the context of {start},", context)):
-            longest = partial(_longest, prompter, chosen, places, name)
-            check_lengths(made, most, name, longest)
-
-    encoded, made = check_and_keep(rows, check_fit)
+    context = context_length(load_config(start, model_args.model_revision))
+    limits = {"max_length": config.max_length, f"the context of {start},": context}
+    encoded, made = check_and_keep(rows, check_of(limits, partial(_longest, prompter, chosen)))
     lengths = num_labels(made)
     limit = max(lengths) + max(lengths) // 4  # room for traces somewhat longer than any seen
     if losses.one_token:
@@ -252,9 +247,11 @@ def fit_next_item(args: SftArguments, config: SFTConfig, model_args: ModelConfig
         for task, added in loss.rows(encoder).items():
             rows[task] = joined([rows[task], added]) if task in rows else added
     numbers = {task: len(of_task) for task, of_task in rows.items()}
-    tokens = {}
+    tokens, context = {}, f"the context of {start_model(args, model_args)},"
+    limits = {"max_length": config.max_length, context: context_length(model.config)}
+    cures = {"max_length": "raise it", context: "lower max_items, or take a model of a longer one"}
     for task, of_task in rows.items():
-        rows[task], made = check_and_keep(of_task, lambda some, _: check_lengths(some, config.max_length))
+        rows[task], made = check_and_keep(of_task, check_of(limits, lambda name, *_: cures[name]))
         tokens[task] = round(sum(num_labels(made)) * len(of_task) / max(len(made), 1))  # a sample stands for all
     logger.info("rows: %s, tokens under loss: %s", numbers, tokens)
     trainer = make_trainer(config, model_args, model, tokenizer, rows, losses, encoder=encoder)

@@ -6,6 +6,7 @@ N candidates of a row.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -169,6 +170,21 @@ def check_lengths(
 
 
 Check = Callable[[Sequence[Row], Sequence[int]], None]
+
+
+def check_of(limits: Mapping[str, int | None], cure: Callable[[str, Sequence[int], int], str]) -> Check:
+    """The check that refuses rows beyond any of some limits.
+
+    Args:
+        limits: Tokens of a row at most, by the name of the limit.
+        cure: From the limit, the places of rows, and which of these is that of the longest, to what the message says.
+    """
+
+    def check(rows: Sequence[Row], places: Sequence[int]) -> None:
+        for name, most in limits.items():
+            check_lengths(rows, most, name, partial(cure, name, places))
+
+    return check
 
 
 def check_and_keep(rows: Sequence[Row], check: Check) -> tuple[Sequence[Row], list[Row]]:

@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 from rerank.launch import recipe, run_dir, shards
 from rerank.launch.shards import ALL_ROWS, Shard
 from rerank.launch.stages import Stage
-from rerank.launch.values import check_choice, check_range, option
+from rerank.launch.values import NUMBER_FORMATS, check_choice, check_range, option
 from rerank.prompts import PromptSettings
 from rerank.prompts.fields import WITHOUT_IDS
 from rerank.rows import (
@@ -49,7 +49,7 @@ from rerank.traces.teachers import (
     VllmTeacher,
     check_prompts,
     check_server,
-    find_model,
+    check_teacher,
 )
 
 logger = logging.getLogger(__name__)
@@ -94,6 +94,7 @@ class TracesArguments(recipe.StageArguments):
         check_choice("teacher", self.teacher, TEACHERS)
         check_choice("strategy", self.strategy, STRATEGIES)
         check_choice("accept", self.accept, ACCEPT)
+        check_choice("teacher_dtype", self.teacher_dtype, NUMBER_FORMATS)
         for key in self.leave_out:
             check_choice("leave_out", key, KEYS)
         for name in ("max_attempts", "traces_per_row", "max_completion_tokens", "max_concurrency", "batch_size"):
@@ -115,7 +116,7 @@ class TracesArguments(recipe.StageArguments):
 def check(args: TracesArguments, settings: PromptSettings) -> None:
     """Refuse a teacher that is not there and candidates without the evidence that is asked for."""
     if args.teacher == "vllm":
-        find_model(str(args.teacher_model))
+        check_teacher(args)
     if run_dir.is_finished(args.run_dir, "data"):
         check_fields(args.run_dir, settings)
         check_log(args.run_dir, settings)

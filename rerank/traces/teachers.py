@@ -5,12 +5,16 @@ import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from rerank import prompts
-from rerank.models.base import context_length, load_tokenizer
+from rerank.models import configs, names
+from rerank.models.base import load_tokenizer
+from rerank.models.checks import check_tokenizer, has_vocabulary
+from rerank.models.configs import context_length, load_config, read_config
 from rerank.prompts.facts import UNKNOWN, fact_words
 from rerank.rows import PromptedRow, Prompter, RankingRow
 from rerank.rows.checks import check_context, prompt_lengths
@@ -63,14 +67,36 @@ def explain_codes(prompter: Prompter) -> str:
     return f"Words such as {example} are facts in {steps} steps from 0, the least, to {most}{unknown}: {meanings}."
 
 
+def check_teacher(args: "TracesArguments") -> None:
+    """Refuse an offline teacher that is not there, cannot be prompted, or has no room for a completion.
+
+    A name on the hub is not asked; what Hugging Face's cache holds of it is read.
+    """
+    model, most = find_model(str(args.teacher_model)), args.max_completion_tokens
+    limits = {"teacher_max_length": args.teacher_max_length}
+    folder = names.local(model, "teacher_model", files=("config.json",))
+    if folder is not None:
+        if has_vocabulary(folder) or Path(model).is_dir():
+            check_tokenizer(folder)
+        limits[f"the context of {model}"] = context_length(config := read_config(folder))
+        configs.check_context(config, model, "teacher_max_length", args.teacher_max_length)
+    for name, limit in limits.items():
+        if limit is not None and limit <= most:
+            raise ValueError(
+                f"max_completion_tokens is {most} but {name} is {limit}, which leaves no room for a prompt; lower "
+                "max_completion_tokens"
+            )
+
+
 def check_prompts(args: "TracesArguments", write_prompt: PromptWriter, rows: Sequence[RankingRow]) -> None:
     """Refuse prompts that the offline engine could not read, before it starts."""
     model = find_model(str(args.teacher_model))
-    tokenizer, context = load_tokenizer(model), args.teacher_max_length or context_length(model)
+    tokenizer, context = load_tokenizer(model), args.teacher_max_length or context_length(load_config(model))
     limit = "teacher_max_length" if args.teacher_max_length else f"the context of {model}"
-    asked = [PromptedRow(row, prompts.render(tokenizer, write_prompt(row), open_tag=True), [], 1) for row in rows]
+    most = args.max_completion_tokens
+    asked = [PromptedRow(row, prompts.render(tokenizer, write_prompt(row), open_tag=True), [], most) for row in rows]
     prompter = replace(write_prompt.prompter, tokenizer=tokenizer)
-    check_context(prompter, asked, prompt_lengths(tokenizer, asked), limit, context, 1)
+    check_context(prompter, asked, prompt_lengths(tokenizer, asked), limit, context, most)
 
 
 def draft_seed(seed: int, row_id: int, attempt: int) -> int:
@@ -193,6 +219,4 @@ def with_opening_tag(text: str) -> str:
 
 def find_model(model: str) -> str:
     """The hub name or folder of a vLLM teacher; a folder without config.json is refused."""
-    from rerank.models import names
-
     return names.resolve(model, "teacher_model", ("config.json",))
