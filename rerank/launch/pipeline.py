@@ -29,8 +29,7 @@ RECIPE_NAME = re.compile(r"(\d+)_(\w+)\.ya?ml")
 
 @dataclass(frozen=True)
 class Step:
-    """One stage of a pipeline: its recipe file, that file's keys merged with the overrides, the overrides, and the
-    shard to make, None for the whole stage."""
+    """One stage of a pipeline: its recipe file, its keys merged with the overrides, these, and the shard to make."""
 
     stage: str
     path: Path
@@ -263,8 +262,8 @@ def _launch_step(step: Step, name: str, accelerate: str, say: Callable[[str], No
         is_refused = folder.is_dir() and not (folder / "begun.json").is_file()
         if code == 1 and load_stage(step.stage).quick_check and is_refused:  # it has refused its input, and said why
             return 2
-        say(f"{name} {'was stopped' if code == 130 else f'failed with exit code {code}'}; "
-            f"{again} continues from here")  # fmt: skip
+        happened = "was stopped" if code == 130 else f"failed with exit code {code}"
+        say(f"{name} {happened}; {again} continues from here")
         return code
     if not runs.is_finished(step.run_dir, step.folder_name):
         say(f"{name} ended without a result; {again} tries it again")
@@ -275,12 +274,11 @@ def _launch_step(step: Step, name: str, accelerate: str, say: Callable[[str], No
 
 def _write_missing_report(step: Step) -> None:
     """Write the page of an evaluated run; the tasks that rank the whole catalogue have none."""
-    folder = runs.stage_dir(step.run_dir, step.stage)
-    path = folder / "report.html"
+    path = runs.stage_dir(step.run_dir, step.stage) / "report.html"
     if step.stage == "evaluate" and step.keys.get("task", "rerank") == "rerank" and not path.is_file():
         from rerank import report
 
-        write_whole(path, lambda temporary: report.write_report(step.run_dir, folder, temporary))
+        write_whole(path, lambda temporary: report.write_report(step.run_dir, path.parent, temporary))
 
 
 def describe(steps: Sequence[Step], accelerate: str, remake: Sequence[str] = ()) -> list[str]:
