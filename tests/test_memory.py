@@ -10,6 +10,7 @@ from trl import ModelConfig, get_peft_config
 from rerank import dapo
 from rerank.launch import recipe
 from rerank.models import memory
+from rerank.traces import TracesArguments
 
 CPU = "recipes/accelerate/cpu.yaml"
 LORA = dict(use_peft=True, lora_r=4, lora_target_modules=["all-linear"])
@@ -104,9 +105,11 @@ def test_of_a_model_on_the_hub_it_is_said_what_is_not_known(tmp_path, monkeypatc
         "midtrain": recipe.resolve("midtrain", keys, ""),
         "sft": recipe.resolve("sft", {"run_dir": "runs/none"}, ""),
     }
+    stages["traces"] = (TracesArguments(run_dir="runs/none", teacher="vllm", teacher_model="org/teacher"),)
+    said = "of which this machine has not all: memory, chat template and tokenizer are not known until it has; "
     assert memory.estimates(stages, CPU) == [
-        "midtrain starts from org/model, of which this machine has not all: memory, chat template and tokenizer are "
-        "not known until it has; `hf download org/model` brings it"
+        f"traces asks org/teacher, {said}`hf download org/teacher` brings it",
+        f"midtrain starts from org/model, {said}`hf download org/model` brings it",
     ]
 
 

@@ -178,12 +178,12 @@ def test_of_a_name_on_the_hub_what_the_cache_holds_is_checked(tmp_path, monkeypa
     (snapshot / "model.safetensors").unlink()
     with pytest.raises(ValueError, match="the tokenizer of .*abc has no chat template"):
         check_pretrained("org/model", ModelConfig())
-    assert unknown_of("org/model", ModelConfig()) == ""
+    assert unknown_of("org/model") == ""
     for path in snapshot.glob("tokenizer*"):
         path.unlink()
     check_pretrained("org/model", ModelConfig())
-    assert unknown_of("org/model", ModelConfig()) == "chat template and tokenizer"
-    assert unknown_of("org/other", ModelConfig()) == "memory, chat template and tokenizer"
+    assert unknown_of("org/model") == "chat template and tokenizer"
+    assert unknown_of("org/other") == "memory, chat template and tokenizer"
 
 
 def test_attention_that_is_capped_is_computed_so(tmp_path):

@@ -43,7 +43,7 @@ def check_pretrained(name: str, settings: "ModelConfig") -> None:
         _check_blocks(packed)
     else:
         if is_whole:
-            _check_files(folder)
+            check_files(folder)
         _check_rows(folder, config)
     _check_attention(folder, config, settings.attn_implementation)
     adapters.check_modules(settings, config)
@@ -63,7 +63,7 @@ def _refuse_pointers(folder: Path) -> None:
             )
 
 
-def _check_files(folder: Path) -> None:
+def check_files(folder: Path) -> None:
     """Refuse a folder without weights, or with some of their files."""
     if not any((folder / name).is_file() for name in WEIGHTS):
         raise ValueError(
@@ -114,9 +114,9 @@ def check_tokenizer(folder: Path, settings: "ModelConfig | None" = None) -> "Pre
     return tokenizer
 
 
-def unknown_of(name: str, settings: "ModelConfig") -> str:
+def unknown_of(name: str, revision: str = "main") -> str:
     """In words, what of a model on the hub is not known before it is loaded; empty for one on this machine."""
-    folder = names.local(name, "model_name_or_path", settings.model_revision)
+    folder = names.local(name, "model_name_or_path", revision)
     if folder is None:
         return "memory, chat template and tokenizer"
     is_own = Path(names.resolve(name, "model_name_or_path")).is_dir()

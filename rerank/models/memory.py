@@ -206,16 +206,10 @@ def estimates(stages: Mapping[str, Sequence[Any]], accelerate: str | Path) -> li
         accelerate: The accelerate file.
     """
     where = recipe.load(accelerate)
-    room, length, lines = there(where), 0, []
+    room, length, lines = there(where), 0, not_here(stages)
     for stage, config in configs(stages).items():
         _, options, model_args = arguments = stages[stage]
         length = (options.vllm_max_model_length if stage == "dapo" else options.max_length) or length
-        named = None if getattr(stages[stage][0], "start_model", None) else model_args.model_name_or_path
-        if named is not None and (unknown := unknown_of(named, model_args)):
-            lines.append(
-                f"{stage} starts from {named}, of which this machine has not all: {unknown} are not known until it "
-                f"has; `hf download {named}` brings it"
-            )
         if config is None or not length:
             continue
         has_engine = stage == "dapo" and options.use_vllm and options.vllm_mode == "colocate"
@@ -228,6 +222,23 @@ def estimates(stages: Mapping[str, Sequence[Any]], accelerate: str | Path) -> li
         there_is = "" if room is None else f" of {room / GB:.1f} GB"
         lines.append(f"{stage} takes about {need} on each device{there_is}{too_much}")
     return lines
+
+
+def not_here(stages: Mapping[str, Sequence[Any]]) -> list[str]:
+    """A line for each model on the hub that stages name, which says what is not known of it."""
+    named: dict[str, tuple[str, str]] = {}
+    if "traces" in stages and stages["traces"][0].teacher == "vllm":
+        named["traces asks"] = str(stages["traces"][0].teacher_model), "main"
+    for stage in [name for name in stages if name in STARTS]:
+        args, _, model_args = stages[stage]
+        if model_args.model_name_or_path is not None and not getattr(args, "start_model", None):
+            named[f"{stage} starts from"] = model_args.model_name_or_path, model_args.model_revision
+    return [
+        f"{what} {name}, of which this machine has not all: {unknown} are not known until it has; "
+        f"`hf download {name}` brings it"
+        for what, (name, revision) in named.items()
+        if (unknown := unknown_of(name, revision))
+    ]
 
 
 def configs(stages: Mapping[str, Sequence[Any]]) -> dict[str, "PreTrainedConfig | None"]:

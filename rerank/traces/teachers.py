@@ -13,7 +13,7 @@ import numpy as np
 from rerank import prompts
 from rerank.models import configs, names
 from rerank.models.base import load_tokenizer
-from rerank.models.checks import check_tokenizer, has_vocabulary
+from rerank.models.checks import check_files, check_tokenizer, has_vocabulary
 from rerank.models.configs import context_length, load_config, read_config
 from rerank.prompts.facts import UNKNOWN, fact_words
 from rerank.rows import PromptedRow, Prompter, RankingRow
@@ -78,6 +78,8 @@ def check_teacher(args: "TracesArguments") -> None:
     if folder is not None:
         if has_vocabulary(folder) or Path(model).is_dir():
             check_tokenizer(folder)
+        if Path(model).is_dir():
+            check_files(folder)
         limits[f"the context of {model}"] = context_length(config := read_config(folder))
         configs.check_context(config, model, "teacher_max_length", args.teacher_max_length)
     for name, limit in limits.items():
