@@ -100,7 +100,7 @@ def test_rollouts_beyond_the_context_are_refused(tmp_path, limits, message):
         stages["sft"] = (sft.SftArguments(run_dir=str(tmp_path / "run")), sft_config(tmp_path), ModelConfig())
         ordered = {name: stages[name] for name in ("midtrain", "sft", "dapo")}
         with pytest.raises(ValueError, match=message):  # of a model that is still to be made
-            across.check_across(ordered)
+            across.check_across(ordered, {})
         assert memory.configs(ordered)["dapo"].max_position_embeddings == 256
 
 

@@ -95,7 +95,7 @@ def test_item_columns_that_the_recipe_names_are_kept_so_that_a_shared_brand_is_a
     assert third == {"item_id": "c", "brand": "A", "size": "2"}
     (tmp_path / "run/data").mkdir(parents=True)
     shutil.copy(tmp_path / "items.parquet", tmp_path / "run/data")
-    facts = item_facts(tmp_path / "run", ["size"])
+    facts = item_facts(tmp_path / "run", ["size"], None)
     assert facts.numbers["item_size"].tolist() == list(range(8)) and not facts.has_embeddings
     with pytest.raises(ValueError, match="brand of item 'a' is 'A', no number"):
         check_numbers(tmp_path / "run", ["brand"])

@@ -10,6 +10,7 @@ import pytest
 import torch
 from toy_run import finish
 
+from rerank.candidates import CandidatesArguments
 from rerank.launch import recipe, run_dir
 from rerank.launch.values import check_choice, check_range
 
@@ -116,7 +117,7 @@ def test_an_input_is_there_or_made_before(tmp_path):
     finish(tmp_path / "data")
     recipe.check_inputs("semantic_ids", args)
     for source, extra in (("model", ["midtrain"]), ("transitions", [])):  # lists of a model need it, others do not
-        args = [SimpleNamespace(run_dir=str(tmp_path), source=source, model_dir=None)]
+        args = [CandidatesArguments(run_dir=str(tmp_path), source=source)]
         inputs = recipe.check_inputs("candidates", args, made=["semantic_ids", "midtrain"])
         assert inputs == ["data", "semantic_ids", *extra]
 

@@ -46,7 +46,7 @@ def run_stage(run, **options):
 
 def features_with(run, events, rows):
     """Features of all rows by these events, and their names."""
-    counts = events.counts(item_facts(run, ["year"]))
+    counts = events.counts(item_facts(run, ["year"], None))
     names, features = feature_names(counts, list(rows.lists.columns)), [None] * len(rows)
     lists = stored_lists(None, rows, run)
     for counted in counted_rows(run, rows, counts, events, window=DAY, seed=0):

@@ -13,6 +13,7 @@ from rerank import sft
 from rerank.catalogue import Catalogue
 from rerank.launch import run_dir
 from rerank.losses import load_losses
+from rerank.models import base as base_model
 from rerank.models.saving import check_model
 from rerank.rows import Prompter, training_rows
 from rerank.sft.forward import LEAST_SAVED, length_groups, states_by_length
@@ -132,7 +133,7 @@ def test_a_model_of_another_catalogue_is_refused(tmp_path):
 
 
 def test_an_example_is_a_prompt_without_loss_and_a_completion_that_ends(toy_run):
-    _, tokenizer = sft.base_model.load_pretrained(str(toy_run.run / "midtrain/model"))
+    _, tokenizer = base_model.load_pretrained(str(toy_run.run / "midtrain/model"))
     prompter = Prompter.of_run(toy_run.run, tokenizer)
     row = training_rows(toy_run.run, "sft")[0]
     for trace in ("because", None):

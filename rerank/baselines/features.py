@@ -206,7 +206,7 @@ def fit_edges(values: np.ndarray, num_buckets: int = NUM_BUCKETS, name: str = ""
     Bucket 0 is for what is not positive, the others, of about equal mass, are for the rest. A value that is common
     enough to fill several of them (a count of 1) gets one, and the others are shared anew among the larger values.
     Of a column of the user's own and of first-stage scores, zero means nothing: where some are negative, bucket 0 is
-    for the lowest, as many as in any other.
+    for the lowest, of about the mass of any other.
 
     Args:
         values: The feature's values on training rows, nan where it is absent.

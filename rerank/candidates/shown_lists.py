@@ -46,7 +46,7 @@ class ShownLists:
         return cls(rows.users, lists.times, owners[judged], items[judged], chosen_at[judged])
 
     def part(self, until: float | None = None, without_users: np.ndarray | None = None) -> "ShownLists":
-        """What was known before a moment, or without some users."""
+        """Those that were known before a moment, or without some users."""
         kept, chosen_at = np.ones(len(self.times), dtype=bool), self.chosen_at
         if until is not None:
             kept, chosen_at = self.times < until, np.where(self.chosen_at >= until, np.inf, self.chosen_at)

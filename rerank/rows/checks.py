@@ -69,7 +69,7 @@ def check_letters(paths: Sequence[Path], settings: PromptSettings) -> None:
 
 
 def token_labels(run: str | Path, settings: PromptSettings) -> list[str]:
-    """The labels that are tokens of their own, as many as the longest list of a run has candidates; [] for others."""
+    """The labels of the longest list of a run where they are tokens of their own; [] for other labels."""
     if settings.ranking != "token":
         return []
     folder = run_dir.stage_dir(run, "candidates")

@@ -119,7 +119,8 @@ def check(args: TracesArguments, settings: PromptSettings) -> None:
         check_teacher(args)
     if run_dir.is_finished(args.run_dir, "data"):
         check_fields(args.run_dir, settings)
-        check_log(args.run_dir, settings)
+        if not run_dir.is_finished(args.run_dir, "candidates"):
+            check_log(args.run_dir, settings)
     if run_dir.is_finished(args.run_dir, "candidates"):
         if args.teacher == "openai":  # until the stage can start, its server need not run
             check_server(args.base_url, str(args.teacher_model))

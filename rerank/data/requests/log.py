@@ -48,7 +48,7 @@ class Numbered:
 
 @dataclass(frozen=True)
 class Feedback:
-    """What raised the grades of candidates, by candidate, then time: S times.
+    """Events that raised the grades of candidates, by candidate, then time: S of them.
 
     Attributes:
         candidates: (S,), places among all C.
