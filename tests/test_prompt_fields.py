@@ -208,7 +208,7 @@ def test_tokens_name_candidates_without_an_end():
     assert (
         lines[-2:] == [" <c_1>. Alien 3", " <c_2>. y"] and shown.labels(RankingRow(1, (), (0,) * 300))[-1] == "<c_300>"
     )
-    assert "write the labels, separated by spaces, of all 2 candidates" in lines[0]
+    assert "write the labels of all 2 candidates" in lines[0]
 
 
 def test_letters_name_candidates_and_end_at_z():

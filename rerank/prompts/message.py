@@ -90,6 +90,6 @@ def task_line(num_candidates: int, settings: "PromptSettings") -> str:
     names = {"label": LABEL_NAMES[settings.ranking], "names": LABEL_NAMES[settings.ranking]}
     if settings.shows_ids:
         names["names"] = LABEL_NAMES[SEMANTIC_ID]
-    if settings.ranking != SEMANTIC_ID:
+    if settings.ranking in ("number", "letter"):
         names["label"] += ", separated by spaces,"
     return " ".join(sentences).format(n=num_candidates, named=named, **names)
