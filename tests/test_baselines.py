@@ -399,6 +399,20 @@ def test_out_of_fold_scores_do_not_depend_on_the_users_own_rows(ranked_rows):
     assert np.mean([s.argmax() == r.argmax() for s, r in zip(scores, relevance, strict=True)]) > 0.5
 
 
+def test_rows_that_teach_nothing_are_scored_out_of_fold_too(ranked_rows):
+    features, relevance = ranked_rows
+    users, options = users_of(features), {"num_folds": 4, "seed": 2, "min_rows_per_leaf": 5, "max_rounds": 20}
+    plain = out_of_fold_scores(ranked_rows, users, **options)
+    own = [features[row] for row in np.flatnonzero(users == 3)]  # shown again, with nothing liked; then to a stranger
+    more = [*features, *own, *own], [*relevance, *[np.empty(0)] * 2 * len(own)]
+    scores = out_of_fold_scores(more, [*users, *[3] * len(own), *[10**6] * len(own)], **options)
+    assert all(np.array_equal(a, b) for a, b in zip(plain, scores[: len(plain)], strict=True))
+    mine = [plain[row] for row in np.flatnonzero(users == 3)]
+    again, strangers = scores[len(plain) : len(plain) + len(own)], scores[len(plain) + len(own) :]
+    assert all(np.array_equal(a, b) for a, b in zip(mine, again, strict=True))
+    assert all(len(of_row) == len(row) for of_row, row in zip(strangers, own, strict=True))
+
+
 def test_lambdamart_leaves_out_rows_without_a_relevant_candidate(ranked_rows):
     features, relevance = ranked_rows
     options = {"min_rows_per_leaf": 5, "max_rounds": 10}

@@ -190,6 +190,28 @@ def test_out_of_fold_scores_of_the_stage_beat_chance(run_path):
     assert np.mean(hits) > 1 / NUM_CANDIDATES
 
 
+def test_trees_of_shown_facts_know_nothing_else(run_path, prompter):
+    shown, lists = ["direct_last", "popularity"], HitLists.read(run_path / "candidates/train.parquet")
+    told, others = prompter(**(SHORT | {"evidence_names": shown})), np.isin(FEATURES, shown, invert=True)
+    features = [np.array(of_row) for of_row in lists.features]
+    changed = [np.where(others, -of_row, of_row) + 0.2 for of_row in features]  # .2 changes no bucket
+    scores, again = (
+        evidence.fit_scores(HitLists(lists.row_ids, lists.users, lists.relevance, values), FEATURES, 0, told)
+        for values in (features, changed)
+    )
+    assert all(np.array_equal(scores[row_id], again[row_id]) for row_id in lists.row_ids)
+    assert len(np.unique(np.concatenate(list(scores.values())))) > 2
+
+
+def test_shown_facts_need_the_evidence_teacher_and_facts(run_path):
+    for settings, options in (
+        (SHORT | {"evidence": "none"}, {}),
+        (SHORT, {"teacher": "openai", "teacher_model": "m"}),
+    ):
+        with pytest.raises(ValueError, match="shown_facts is true but teacher is (evidence|openai) and evidence"):
+            checked(run_path, settings, shown_facts=True, **options)
+
+
 # ---- judging and reporting
 
 LABELS = A, B, C = ["<s_a_0><s_b_0>", "<s_a_0><s_b_1>", "<s_a_0><s_b_2>"]

@@ -210,17 +210,19 @@ def out_of_fold_scores(
     """Scores of each training row by a LambdaMART fitted, and its number of trees chosen, on other users' rows.
 
     Args:
-        train: The rows to score.
-        users: The row's user. All rows of a user are in one fold; there is at least one user for each fold.
+        train: The rows to score, those without a relevant candidate too.
+        users: The row's user. All rows of a user are in one fold; each fold has a user with a relevant candidate.
         num_folds: Parts into which the users are cut.
         seed: Of the cuts and of the fits.
         names: Of the F features, where the trees are to know them.
         **options: Handed to `fit_lambdamart`.
     """
     features, relevance = train
-    if (num_users := len(set(users))) < num_folds:
+    teach = [user for user, of_row in zip(users, relevance, strict=True) if np.nanmax(of_row, initial=0) > 0]
+    if (num_users := len(set(teach))) < num_folds:
         raise ValueError(f"{num_users} users have training rows, fewer than num_folds {num_folds}; use fewer folds.")
-    folds = user_folds(users, num_folds, seed)
+    fold_of = dict(zip(teach, user_folds(teach, num_folds, seed).tolist(), strict=True))
+    folds = np.array([fold_of.get(user, 0) for user in users])  # who teaches nothing is left out anyway
     scores: list[np.ndarray] = [np.empty(0)] * len(users)
     for fold in range(num_folds):
         others, held = np.flatnonzero(folds != fold).tolist(), np.flatnonzero(folds == fold).tolist()

@@ -18,6 +18,7 @@ from rerank.rows import LoggedLists, TargetRows
 from rerank.rows.histories import grades_before
 
 SEED = 0
+NOTHING = np.empty(0)  # grades of a row that teaches nothing
 LEAST_ROWS = 200  # training rows that are known before a window, from which trees are fitted
 
 logger = logging.getLogger(__name__)
@@ -27,10 +28,9 @@ def reorder(run: str | Path, rows: TargetRows, lists: StoredLists) -> None:
     """Give the lists another order.
 
     Held-out rows are ranked by trees that were fitted on all training rows. Training rows are ranked by trees of
-    other users' rows (those that are no hits, and teach nothing, by trees of all), or, with a split by time, of rows
-    before them: those are fitted anew whenever the number of earlier hits has doubled, and rows before the first
-    LEAST_ROWS stay as they are, with scores nan. With a split by time no tree is fitted on feedback that came after a
-    row that it ranks.
+    other users' rows, or, with a split by time, of rows before them: those are fitted anew whenever the number of
+    earlier hits has doubled, and rows before the first LEAST_ROWS stay as they are, with scores nan. With a split by
+    time no tree is fitted on feedback that came after a row that it ranks.
     """
     features, training = lists.by_row("features"), np.flatnonzero(rows.splits == "rerank")
     of_time = rows.take(training) if rows.lists is not None and is_by_time(run) else None
@@ -42,19 +42,21 @@ def reorder(run: str | Path, rows: TargetRows, lists: StoredLists) -> None:
     users, least = rows.users[hits].tolist(), rows_per_leaf(len(hits))
     known = Chosen(features, hits.tolist()), relevance
     fitted = fit_lambdamart(known, users, seed=SEED, min_rows_per_leaf=least)
-    ranked = hits if of_time is None else training
-    found: Sequence[np.ndarray | None] = (
-        out_of_fold_scores(known, users, seed=SEED, min_rows_per_leaf=least)
-        if of_time is None
-        else scores_from_before(Chosen(features, training.tolist()), of_time)
-    )
-    for places in in_parts(np.setdiff1d(np.arange(len(rows)), ranked)):
+    for places in in_parts(np.flatnonzero(rows.splits != "rerank")):
         lists.put("tree_scores", places, fitted.scores(Chosen(features, places.tolist())))
-    if of_time is not None:
+    all_of_training = Chosen(features, training.tolist())
+    found: Sequence[np.ndarray | None]
+    if of_time is None:
+        grades = dict(zip(hits.tolist(), relevance, strict=True))
+        taught = [grades.get(place, NOTHING) for place in training.tolist()]
+        of_users = rows.users[training].tolist()
+        found = out_of_fold_scores((all_of_training, taught), of_users, seed=SEED, min_rows_per_leaf=least)
+    else:
+        found = scores_from_before(all_of_training, of_time)
         _say_what_stays(sum(of_row is None for of_row in found), len(found))
-    unknown = [np.full(lists.lengths[place], np.nan) for place in ranked.tolist()]
+    unknown = [np.full(lists.lengths[place], np.nan) for place in training.tolist()]
     scores = [none if of_row is None else of_row for none, of_row in zip(unknown, found, strict=True)]
-    lists.put("tree_scores", ranked, scores)
+    lists.put("tree_scores", training, scores)
 
 
 def _say_what_stays(num_as_shown: int, num_rows: int) -> None:

@@ -112,17 +112,29 @@ class Prompter:
             size = len(row.candidates)
             return Facts([[] for _ in range(size)], np.zeros((size, 0)), [""] * size)
         names, is_coded = self.settings.evidence_names, self.settings.evidence == "codes"
-        for name in names:
-            if row.features is None or name not in self.names or (is_coded and name not in self.edges):
-                raise ValueError(f"evidence {name!r} has no feature or edges; run the candidates stage again.")
-        values = np.asarray(row.features, dtype=float)[:, [list(self.names).index(name) for name in names]]
-        if is_coded:
-            columns = zip(names, values.T, strict=True)
-            values = np.stack([bucketed(of_name, self.edges[name]) for name, of_name in columns], axis=1)
+        values = self.shown_values(row.features)
         word = coded if is_coded else worded
         texts = [[word(name, value) for name, value in zip(names, line, strict=True)] for line in values.tolist()]
         lines = [" " + " ".join(line) if is_coded else ": " + "; ".join(line) for line in texts]
         return Facts(texts, with_means(values), lines)
+
+    def shown_values(self, features: np.ndarray | Sequence[Sequence[float]] | None) -> np.ndarray:
+        """(N, facts) of (N, F) features, as candidate lines tell them; nan for a fact that is not known.
+
+        With `evidence: codes` these are the numbers of buckets, else values.
+
+        Raises:
+            ValueError: When a fact has no feature or no edges.
+        """
+        names, is_coded = self.settings.evidence_names, self.settings.evidence == "codes"
+        for name in names:
+            if features is None or name not in self.names or (is_coded and name not in self.edges):
+                raise ValueError(f"evidence {name!r} has no feature or edges; run the candidates stage again.")
+        values = np.asarray(features, dtype=float)[:, [list(self.names).index(name) for name in names]]
+        if not is_coded:
+            return values
+        columns = zip(names, values.T, strict=True)
+        return np.stack([bucketed(of_name, self.edges[name]) for name, of_name in columns], axis=1)
 
     def message(self, row: RankingRow) -> str:
         """The user message."""

@@ -30,13 +30,7 @@ from rerank.launch.stages import Stage
 from rerank.launch.values import NUMBER_FORMATS, check_choice, check_range, option
 from rerank.prompts import PromptSettings
 from rerank.prompts.fields import WITHOUT_IDS
-from rerank.rows import (
-    Prompter,
-    check_edges,
-    check_features,
-    choose_rows,
-    read_feature_names,
-)
+from rerank.rows import Prompter, check_edges, check_features, choose_rows, read_feature_names
 from rerank.rows.checks import check_fields, check_lists, check_log
 from rerank.rows.stored import HitLists, hit_keys, rows_of
 from rerank.rows.teacher_scores import write_scores
@@ -72,6 +66,7 @@ class TracesArguments(recipe.StageArguments):
     max_attempts: int = option(8, "Draws a row at most, for rejection.")
     temperature: float = option(1.0, "Of sampling; for evidence the scale of its noise.")
     grade_ratio: float = option(1.0, "evidence: size of a grade over that below it; under 1, finer at the top.")
+    shown_facts: bool = option(False, "evidence: rank by what the prompt shows alone, so that grades can be learned.")
     max_completion_tokens: int = option(1024, "Longest completion of a language model.")
     teacher_max_length: int | None = option(None, "vllm: tokens of prompt and completion.")
     teacher_dtype: str = option("auto", "vllm: number type, such as bfloat16 or float32.")
@@ -117,6 +112,9 @@ def check(args: TracesArguments, settings: PromptSettings) -> None:
     """Refuse a teacher that is not there and candidates without the evidence that is asked for."""
     if args.teacher == "vllm":
         check_teacher(args)
+    if args.shown_facts and (args.teacher != "evidence" or settings.evidence == "none"):
+        of = f"teacher is {args.teacher} and evidence {settings.evidence}"
+        raise ValueError(f"shown_facts is true but {of}; it goes with teacher evidence and facts in the prompt")
     if run_dir.is_finished(args.run_dir, "data"):
         check_fields(args.run_dir, settings)
         if not run_dir.is_finished(args.run_dir, "candidates"):
@@ -140,7 +138,7 @@ def main(args: TracesArguments, settings: PromptSettings, out_dir: Path) -> dict
     made = shards.merged(args.run_dir, "traces", AttemptStore.name)
     attempts = draw(args, given, ALL_ROWS, out_dir) if made is None else in_order(made)
     if made is not None and args.teacher == "evidence":
-        given.write_scores(args.seed, out_dir)
+        given.write_scores(args, out_dir)
     metrics = {
         "teacher": args.teacher,
         "teacher_model": args.teacher_model,
@@ -188,9 +186,10 @@ class TrainingRows:
         prompter = Prompter.of_run(args.run_dir, settings=settings)
         return cls(path, keys["row_id"].to_numpy(), of_sft, prompter, needs_features)
 
-    def write_scores(self, seed: int, out_dir: Path) -> dict[int, np.ndarray]:
+    def write_scores(self, args: TracesArguments, out_dir: Path) -> dict[int, np.ndarray]:
         """Fit LambdaMART on all rows out of fold; write and return the scores of each row's candidates."""
-        scores = fit_scores(HitLists.read(self.path), self.prompter.names, seed)
+        shown = self.prompter if args.shown_facts else None
+        scores = fit_scores(HitLists.read(self.path), self.prompter.names, args.seed, shown)
         write_scores(out_dir, scores)
         return scores
 
@@ -251,7 +250,7 @@ def _open_teacher(args: TracesArguments, given: TrainingRows, out_dir: Path) -> 
     told, prompter = args.strategy == "targeted", given.prompter
     if args.teacher == "evidence":
         logger.info("the teacher `evidence` is no language model: LambdaMART ranks and templates word its facts")
-        scores = given.write_scores(args.seed, out_dir)
+        scores = given.write_scores(args, out_dir)
         return EvidenceTeacher(scores, prompter, args.temperature, args.seed, told, args.grade_ratio)
     teacher = OpenaiTeacher if args.teacher == "openai" else VllmTeacher
     return teacher(args, PromptWriter(prompter, told))

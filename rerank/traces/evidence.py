@@ -14,7 +14,8 @@ match. Every fact cited stands in the prompt or can be counted there.
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import cast
+from dataclasses import dataclass
+from typing import Any, cast
 
 import numpy as np
 
@@ -72,13 +73,35 @@ def _name(item: int, prompter: Prompter, label: str = "") -> str:
     return label + (f" ({title})" if title else "")
 
 
-def fit_scores(lists: HitLists, names: Sequence[str], seed: int) -> dict[int, np.ndarray]:
+@dataclass(frozen=True)
+class ShownValues(Sequence[np.ndarray]):
+    """What prompts tell of the candidates of each row, R arrays (N, facts), made when they are asked for.
+
+    Attributes:
+        features: R arrays (N, F).
+        prompter: Of the run.
+    """
+
+    features: Sequence[np.ndarray]
+    prompter: Prompter
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.prompter.shown_values(self.features[index])
+
+
+def fit_scores(
+    lists: HitLists, names: Sequence[str], seed: int, shown: Prompter | None = None
+) -> dict[int, np.ndarray]:
     """Scores of each row's candidates by a LambdaMART fitted on other users' rows, by row_id, in calibrated units.
 
     Args:
         lists: To score.
         names: Of the columns of their features.
         seed: Of the folds and of the fits.
+        shown: Of the run, where the trees are to know what its prompts show and nothing else.
 
     Raises:
         ValueError: When the rows are of fewer than three users.
@@ -92,7 +115,9 @@ def fit_scores(lists: HitLists, names: Sequence[str], seed: int) -> dict[int, np
             f"the {num_rows} training rows are of {num_users} of the {LEAST_USERS} users at least that scores out of "
             "fold need: one to score, one to fit, one to choose the number of trees; add data."
         )
-    train = lists.features, lists.relevance
+    features = lists.features if shown is None else ShownValues(lists.features, shown)
+    names = names if shown is None else shown.settings.evidence_names
+    train = features, lists.relevance
     num_folds, least = min(NUM_FOLDS, num_users), baselines.rows_per_leaf(num_rows)
     scores = baselines.out_of_fold_scores(train, users, num_folds, seed, names, min_rows_per_leaf=least)
     scale = calibrate(scores, lists.relevance)
