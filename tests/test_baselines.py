@@ -390,9 +390,9 @@ def test_out_of_fold_scores_do_not_depend_on_the_users_own_rows(ranked_rows):
     features, relevance = ranked_rows
     users = users_of(features)
     options = {"num_folds": 4, "seed": 2, "min_rows_per_leaf": 5, "max_rounds": 20}
-    scores = out_of_fold_scores(ranked_rows, users, **options)
+    scores, _ = out_of_fold_scores(ranked_rows, users, **options)
     changed = [labels[::-1] if user == 3 else labels for labels, user in zip(relevance, users, strict=True)]
-    other = out_of_fold_scores((features, changed), users, **options)
+    other, _ = out_of_fold_scores((features, changed), users, **options)
     same = [np.array_equal(a, b) for a, b in zip(scores, other, strict=True)]
     assert all(same[row] for row in np.flatnonzero(users == 3))
     assert not all(same)  # rows of other folds were fitted on the change
@@ -402,11 +402,12 @@ def test_out_of_fold_scores_do_not_depend_on_the_users_own_rows(ranked_rows):
 def test_rows_that_teach_nothing_are_scored_out_of_fold_too(ranked_rows):
     features, relevance = ranked_rows
     users, options = users_of(features), {"num_folds": 4, "seed": 2, "min_rows_per_leaf": 5, "max_rounds": 20}
-    plain = out_of_fold_scores(ranked_rows, users, **options)
+    plain, folds = out_of_fold_scores(ranked_rows, users, **options)
     own = [features[row] for row in np.flatnonzero(users == 3)]  # shown again, with nothing liked; then to a stranger
     more = [*features, *own, *own], [*relevance, *[np.empty(0)] * 2 * len(own)]
-    scores = out_of_fold_scores(more, [*users, *[3] * len(own), *[10**6] * len(own)], **options)
+    scores, of_all = out_of_fold_scores(more, [*users, *[3] * len(own), *[10**6] * len(own)], **options)
     assert all(np.array_equal(a, b) for a, b in zip(plain, scores[: len(plain)], strict=True))
+    assert np.array_equal(of_all[: len(folds)], folds) and len(set(folds)) == 4
     mine = [plain[row] for row in np.flatnonzero(users == 3)]
     again, strangers = scores[len(plain) : len(plain) + len(own)], scores[len(plain) + len(own) :]
     assert all(np.array_equal(a, b) for a, b in zip(mine, again, strict=True))

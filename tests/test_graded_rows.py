@@ -374,6 +374,17 @@ def test_calibration_asks_how_often_one_of_the_best_seen_candidates_is_drawn():
     assert evidence.calibrate(scores, grades) == pytest.approx(math.log(1.5), rel=1e-3)
 
 
+def test_scores_of_all_folds_share_a_unit_and_a_zero():
+    rng = np.random.default_rng(0)
+    scores = [rng.normal(size=6) for _ in range(50)]
+    grades = [(np.arange(6) == (of_row + rng.gumbel(size=6)).argmax()).astype(float) for of_row in scores]
+    later = [5 * of_row + 3 for of_row in scores]  # as of trees that stopped later
+    found = np.stack(evidence.calibrated([*scores, *later], [*grades, *grades], np.repeat([1, 0], 50)))
+    assert found[:50] == pytest.approx(found[50:], rel=1e-3, abs=1e-3)
+    assert found.mean() == pytest.approx(0, abs=1e-9) and found.std() > 0.5
+    assert all(np.array_equal(np.argsort(a), np.argsort(b)) for a, b in zip(scores, found[50:], strict=True))
+
+
 def test_the_evidence_teacher_scores_and_ranks_lists_of_any_length():
     lists = [(0.0, 1.0), (2.0, 0.0, NOT_SEEN, 1.0, 0.0, 2.0, 0.0), (*[0.0] * 23, 1.0), (*[0.0, 1.0, 2.0] * 100,)]
     rows = [evidence_row(number, lists[number % 4]) for number in range(40)]

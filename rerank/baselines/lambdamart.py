@@ -206,8 +206,9 @@ def out_of_fold_scores(
     seed: int = 0,
     names: Sequence[str] = (),
     **options: Any,
-) -> list[np.ndarray]:
-    """Scores of each training row by a LambdaMART fitted, and its number of trees chosen, on other users' rows.
+) -> tuple[list[np.ndarray], np.ndarray]:
+    """Scores of each training row by a LambdaMART fitted, and its number of trees chosen, on other users' rows; and
+    the fold of each row, (R,). Scores of two folds have neither scale nor zero in common.
 
     Args:
         train: The rows to score, those without a relevant candidate too.
@@ -232,4 +233,4 @@ def out_of_fold_scores(
         fitted = fit_lambdamart(rest, [users[row] for row in others], seed=seed, names=names, **few)
         for row, row_scores in zip(held, fitted.scores(Chosen(features, held)), strict=True):
             scores[row] = row_scores
-    return scores
+    return scores, folds

@@ -50,7 +50,7 @@ def reorder(run: str | Path, rows: TargetRows, lists: StoredLists) -> None:
         grades = dict(zip(hits.tolist(), relevance, strict=True))
         taught = [grades.get(place, NOTHING) for place in training.tolist()]
         of_users = rows.users[training].tolist()
-        found = out_of_fold_scores((all_of_training, taught), of_users, seed=SEED, min_rows_per_leaf=least)
+        found, _ = out_of_fold_scores((all_of_training, taught), of_users, seed=SEED, min_rows_per_leaf=least)
     else:
         found = scores_from_before(all_of_training, of_time)
         _say_what_stays(sum(of_row is None for of_row in found), len(found))

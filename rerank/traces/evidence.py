@@ -119,9 +119,22 @@ def fit_scores(
     names = names if shown is None else shown.settings.evidence_names
     train = features, lists.relevance
     num_folds, least = min(NUM_FOLDS, num_users), baselines.rows_per_leaf(num_rows)
-    scores = baselines.out_of_fold_scores(train, users, num_folds, seed, names, min_rows_per_leaf=least)
-    scale = calibrate(scores, lists.relevance)
-    return {row_id: scale * row_scores for row_id, row_scores in zip(lists.row_ids, scores, strict=True)}
+    scores, folds = baselines.out_of_fold_scores(train, users, num_folds, seed, names, min_rows_per_leaf=least)
+    return dict(zip(lists.row_ids, calibrated(scores, lists.relevance, folds), strict=True))
+
+
+def calibrated(
+    scores: Sequence[np.ndarray], relevance: Sequence[Sequence[float] | np.ndarray], folds: np.ndarray
+) -> list[np.ndarray]:
+    """Scores in units that all folds share: each fold's times its `calibrate`, less their mean over its candidates."""
+    found = list(scores)
+    for fold in np.unique(folds):
+        rows = np.flatnonzero(folds == fold).tolist()
+        factor = calibrate([scores[row] for row in rows], [relevance[row] for row in rows])
+        mean = np.concatenate([scores[row] for row in rows]).mean()
+        for row in rows:
+            found[row] = factor * (scores[row] - mean)
+    return found
 
 
 def calibrate(scores: Sequence[np.ndarray], relevance: Sequence[Sequence[float] | np.ndarray]) -> float:
