@@ -75,7 +75,7 @@ def _name(item: int, prompter: Prompter, label: str = "") -> str:
 
 @dataclass(frozen=True)
 class ShownValues(Sequence[np.ndarray]):
-    """What prompts tell of the candidates of each row, R arrays (N, facts), made when they are asked for.
+    """The facts that prompts tell of the candidates of each row, R arrays (N, facts), made when they are asked for.
 
     Attributes:
         features: R arrays (N, F).
