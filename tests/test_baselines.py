@@ -432,5 +432,6 @@ def test_rows_that_nothing_can_be_fitted_on_are_refused(ranked_rows):
         fit_lambdamart((features, [row / 2 for row in relevance]), users_of(features))
     with pytest.raises(ValueError, match="all 200 training rows are of one user, so that none can be left out"):
         fit_lambdamart(ranked_rows, [7] * 200)
-    with pytest.raises(ValueError, match="2 users have training rows, fewer than num_folds 5"):
+    few = "2 users have training rows with a relevant candidate, fewer than num_folds 5"
+    with pytest.raises(ValueError, match=few):
         out_of_fold_scores((features[:4], relevance[:4]), [1, 1, 2, 2])

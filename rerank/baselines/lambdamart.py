@@ -221,7 +221,8 @@ def out_of_fold_scores(
     features, relevance = train
     teach = [user for user, of_row in zip(users, relevance, strict=True) if np.nanmax(of_row, initial=0) > 0]
     if (num_users := len(set(teach))) < num_folds:
-        raise ValueError(f"{num_users} users have training rows, fewer than num_folds {num_folds}; use fewer folds.")
+        problem = f"{num_users} users have training rows with a relevant candidate, fewer than num_folds {num_folds}"
+        raise ValueError(f"{problem}; use fewer folds.")
     fold_of = dict(zip(teach, user_folds(teach, num_folds, seed).tolist(), strict=True))
     folds = np.array([fold_of.get(user, 0) for user in users])  # who teaches nothing is left out anyway
     scores: list[np.ndarray] = [np.empty(0)] * len(users)

@@ -14,8 +14,7 @@ match. Every fact cited stands in the prompt or can be counted there.
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 
@@ -73,25 +72,6 @@ def _name(item: int, prompter: Prompter, label: str = "") -> str:
     return label + (f" ({title})" if title else "")
 
 
-@dataclass(frozen=True)
-class ShownValues(Sequence[np.ndarray]):
-    """The facts that prompts tell of the candidates of each row, R arrays (N, facts), made when they are asked for.
-
-    Attributes:
-        features: R arrays (N, F).
-        prompter: Of the run.
-    """
-
-    features: Sequence[np.ndarray]
-    prompter: Prompter
-
-    def __len__(self) -> int:
-        return len(self.features)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self.prompter.shown_values(self.features[index])
-
-
 def fit_scores(
     lists: HitLists, names: Sequence[str], seed: int, shown: Prompter | None = None
 ) -> dict[int, np.ndarray]:
@@ -115,7 +95,9 @@ def fit_scores(
             f"the {num_rows} training rows are of {num_users} of the {LEAST_USERS} users at least that scores out of "
             "fold need: one to score, one to fit, one to choose the number of trees; add data."
         )
-    features = lists.features if shown is None else ShownValues(lists.features, shown)
+    features = lists.features
+    if shown is not None:
+        features = [shown.shown_values(of_row).astype(np.float32) for of_row in lists.features]
     names = names if shown is None else shown.settings.evidence_names
     train = features, lists.relevance
     num_folds, least = min(NUM_FOLDS, num_users), baselines.rows_per_leaf(num_rows)
