@@ -8,6 +8,7 @@ import json
 
 import pytest
 import torch
+from pyarrow import parquet
 from safetensors.torch import load_file
 from tiny_model import save_tiny_model
 from toy_recipe import copy_stages, launch
@@ -27,9 +28,10 @@ def logged(run, stage, name):
     return [entry[name] for entry in history if name in entry][:STEPS]
 
 
-def assert_same_logs(stage, one, two, *names, by=1e-4):
+def assert_same_logs(stage, one, two, *names, by=1e-4, steps=STEPS):
     for name in names:
-        assert logged(two, stage, name) == pytest.approx(logged(one, stage, name), abs=by), name
+        expected = pytest.approx(logged(one, stage, name)[:steps], abs=by)
+        assert logged(two, stage, name)[:steps] == expected, name
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +60,10 @@ def test_both_phases_of_midtrain_in_two_processes_train_as_in_one(toy_run, midtr
 def test_sft_in_two_processes_has_the_losses_of_one(toy_run, tmp_path, accelerate):
     run = copy_stages(toy_run.run, tmp_path / "run", "traces")
     launch(accelerate, "rerank.sft", "sft", run, f"--max_steps={STEPS}", HALF_BATCH)
-    assert_same_logs("sft", toy_run.run, run, "loss", "grad_norm")
+    # accelerate fills a short last batch with rows of the first, so that the processes have equally many
+    whole_batches = parquet.read_metadata(run / "traces/accepted.parquet").num_rows // 8
+    assert whole_batches >= 2
+    assert_same_logs("sft", toy_run.run, run, "loss", "grad_norm", steps=whole_batches)
     # 3 nats for a token of a model that knows nothing: log(500) = 6.2 at the most
     assert min(logged(run, "sft", "loss")) > 0.1
 
