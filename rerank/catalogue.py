@@ -5,9 +5,11 @@ import string
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -99,6 +101,11 @@ class Catalogue:
     def has_ids(self) -> bool:
         """Whether items have semantic ids."""
         return any(self.semantic_ids)
+
+    @cached_property
+    def codes(self) -> np.ndarray:
+        """(N, L) codes of the semantic ids."""
+        return np.array([semantic_id_codes(text) for text in self.semantic_ids])
 
     @property
     def columns(self) -> list[str]:

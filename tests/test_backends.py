@@ -186,6 +186,7 @@ def test_the_toy(tmp_path):
     assert metrics["items"] == 24
 
 
+@pytest.mark.matrix  # `make spark` runs it
 def test_movielens_split_by_time_and_pruned(tmp_path):
     given = recipe.load("recipes/ml100k/1_data.yaml")
     changes = {"split": "by_time", "min_user_interactions": 30, "min_item_interactions": 5, "dedupe": "last"}

@@ -71,6 +71,18 @@ def test_the_table_holds_means_spread_and_paired_intervals(runs, tmp_path):
     assert ("b", "no_op") not in table and ("–", "random") in table
 
 
+def test_the_table_has_the_difference_to_the_trees_where_they_were_evaluated(tmp_path):
+    recipe, out = str(write_recipes(tmp_path / "a")), tmp_path / "out"
+    for seed in range(2):
+        finish_run(Path(recipe), out / f"a-seed{seed}", out / "a-seed0", {"lambdamart": GIVEN, "sft": RIGHT})
+    assert start(compare.read_variants([recipe], None), out, 2) == 0
+    text = (out / "RESULTS.md").read_text()
+    assert "| N@5 − no-op | N@5 − lambdamart | N@5 − sft | N@5 − a | R@1 − no-op |" in text
+    gain, none = "+0.3691 [+0.3691, +0.3691]", "+0.0000 [+0.0000, +0.0000]"
+    assert cells(text, 1)["–", "lambdamart"][1:3] == [none, "–"]
+    assert cells(text, 1)["a", "sft"][1:5] == [gain, gain, "–", "–"]
+
+
 def test_the_tables_of_lists_and_slices_are_those_of_the_rows(runs, tmp_path):
     run_compare(runs, tmp_path / "RESULTS-toy.md")
     text = (tmp_path / "RESULTS-toy.md").read_text()
@@ -292,6 +304,8 @@ def test_the_bar_beside_the_results_holds_every_difference_over_users_and_seeds(
         names = (one.get("variant"), one["ranker"]), (one.get("minus_variant"), one["minus"])
         found[(*names, one["metric"])] = one
     pairs = [(later, earlier) for place, later in enumerate(lines) for earlier in lines[:place]]
+    text = (tmp_path / "RESULTS-toy.bar.json").read_text().splitlines()
+    assert len([line for line in text if '"difference": ' in line]) == len(bar["differences"]), "a line each"
     assert list(found) == [(*pair, metric) for metric in METRICS for pair in pairs]
     one = found[("b", "sft"), ("a", "sft"), "N@5"]  # as the table has it: right with both seeds, right with one
     assert one["value"] == 1 and one["minus_value"] == pytest.approx(0.8155, abs=1e-4) and one["n"] == 4

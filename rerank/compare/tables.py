@@ -15,6 +15,7 @@ from rerank.results.tables import NO_VALUE, Results, interval, markdown_table, n
 
 COMPARED_NEXT = ("R@10", "N@10")
 CATALOGUE_MODELS = [ranker.name for ranker in of_task("next_item") if ranker.stage == "sft"]
+TREES = "lambdamart"
 SEARCH = "sft"  # ranks the catalogue by beam search
 
 Line = tuple[Sequence[evaluations.Evaluation], str]  # seeds and the ranker
@@ -73,8 +74,8 @@ def spread(line: Line, metric: str, chosen: np.ndarray | slice = slice(None)) ->
 def list_lines(runs_of: RunsOf) -> list[str]:
     """Each ranker's values, baselines once, then the differences; a row's value is its mean over seeds.
 
-    A model that a variant shares with the first one stands there only. Differences are to the no-op, to sft (of dapo:
-    the model it started from), and to the same ranker of the first variant.
+    A model that a variant shares with the first one stands there only. Differences are to the no-op, to lambdamart, to
+    sft (of dapo: the model it started from), and to the same ranker of the first variant.
     """
     read, metrics = evaluations.load_lists(runs_of), evaluations.list_metrics(runs_of)
     shown, main = shown_metrics(metrics), compared(metrics)[0]
@@ -86,9 +87,11 @@ def list_lines(runs_of: RunsOf) -> list[str]:
         own = [name for name in own if seeds is of_first or not _shared(seeds, of_first, name)]
         rankers += [(variant, seeds, name) for name in own]
     sampling, values, differences = Sampling(of_first[0].users), [], []
+    always = [name for name in ("no_op", TREES) if name in of_first[0].values]
     for variant, seeds, ranker in rankers:
         cells = [number(mean(seeds, ranker, metric)) for metric in shown]
-        references: list[Line | None] = [(of_first, "no_op"), None, None]
+        references: list[Line | None] = [(of_first, name) if name != ranker else None for name in always]
+        references += [None, None]
         if variant == NO_VALUE:
             values.append([variant, ranker, str(count_seeds(seeds, ranker, main)), *cells, NO_VALUE, NO_VALUE])
         else:
@@ -96,14 +99,15 @@ def list_lines(runs_of: RunsOf) -> list[str]:
             values.append([variant, ranker, str(len(seeds)), *cells, failed, spread((seeds, ranker), main)])
             start = seeds[0].start if ranker == "dapo" else "sft"
             if ranker != start and (start in seeds[0].values or _shared(seeds, of_first, start)):
-                references[1] = (seeds if start in seeds[0].values else of_first, start)
+                references[-2] = (seeds if start in seeds[0].values else of_first, start)
             if seeds is not of_first and ranker in of_first[0].values:
-                references[2] = (of_first, ranker)
+                references[-1] = (of_first, ranker)
         pairs = itertools.product(compared(metrics), references)
         cells = [minus((seeds, ranker), other, metric, sampling) for metric, other in pairs]
         differences.append([variant, ranker, values[-1][2], *cells])
     heads = ["variant", "ranker", "seeds", *shown, evaluations.FAILED, f"spread of {main}"]
-    minus_heads = [f"{metric} − {other}" for metric in compared(metrics) for other in ("no-op", "sft", first)]
+    others = [*(name.replace("no_op", "no-op") for name in always), "sft", first]
+    minus_heads = [f"{metric} − {other}" for metric in compared(metrics) for other in others]
     table = markdown_table(["variant", "ranker", "seeds", *minus_heads], differences[1:], 2)  # the no-op stands first
     run = next(iter(runs_of.values()))[0]
     return [*markdown_table(heads, values, 2), "", *table, *slices.list_lines(run, rankers)]

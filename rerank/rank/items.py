@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from rerank.baselines import EMBEDDING_FEATURES, Counts
-from rerank.catalogue import Catalogue, semantic_id_codes, semantic_id_text
+from rerank.catalogue import Catalogue, semantic_id_text
 from rerank.launch import named_files
 from rerank.models import text_embeddings
 from rerank.models.ranker import RankingModel
@@ -178,7 +178,7 @@ def new_ids(folder: Path, known: Catalogue, num_trained: int, embeddings: np.nda
     from rerank.semantic_ids import Tokenizer, assign
     from rerank.semantic_ids.extension import unseen_words
 
-    taken = np.array([semantic_id_codes(text) for text in known.semantic_ids])
+    taken = known.codes
     codes = assign(Tokenizer.load(folder / ID_TOKENIZER), embeddings, taken)
     logger.warning("%s", unseen_words(codes, taken[:num_trained]))
     return [semantic_id_text(of_item) for of_item in codes.tolist()]

@@ -3,6 +3,7 @@
 R rows, S seeds.
 """
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from rerank.launch.files import write_json
+from rerank.launch.files import write_text
 from rerank.results.intervals import Sampling, holds
 
 FILE = "bar.json"
@@ -58,7 +59,10 @@ def write(
     num_users = len(np.unique(np.asarray(sampling.users)))
     about = {"split": split, "n": len(sampling.users), "users": num_users, "seeds": num_seeds}
     differences = every_difference(values, metrics, sampling)
-    write_json(path, {**about, "intervals": holds(num_seeds), "metrics": list(metrics), "differences": differences})
+    about |= {"intervals": holds(num_seeds), "metrics": list(metrics)}
+    lines = ",\n    ".join(json.dumps(one, ensure_ascii=False) for one in differences)  # a line each
+    text = json.dumps({**about, "differences": []}, indent=2, ensure_ascii=False)
+    write_text(path, text.replace('"differences": []', f'"differences": [\n    {lines}\n  ]') + "\n")
 
 
 def _named(line: Line, of_ranker: str, of_variant: str) -> dict[str, str]:
