@@ -203,14 +203,6 @@ def test_trees_of_shown_facts_know_nothing_else(run_path, prompter):
     assert len(np.unique(np.concatenate(list(scores.values())))) > 2
 
 
-def test_trees_of_shown_facts_know_the_place_in_the_list(run_path, prompter):
-    lists = HitLists.read(run_path / "candidates/train.parquet")
-    third = [[float(place == 2) for place in range(len(of_row))] for of_row in lists.features]
-    facts, told = [np.zeros_like(of_row) for of_row in lists.features], prompter(**SHORT)
-    scores = evidence.fit_scores(HitLists(lists.row_ids, lists.users, third, facts), FEATURES, 0, told)
-    assert all(np.argmax(of_row) == 2 for of_row in scores.values())
-
-
 def test_shown_facts_need_the_evidence_teacher_and_facts(run_path):
     for settings, options in (
         (SHORT | {"evidence": "none"}, {}),

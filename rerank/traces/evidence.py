@@ -27,7 +27,6 @@ from rerank.rows.stored import HitLists
 from rerank.traces.attempts import Draft
 
 NUM_FOLDS = 5
-SHOWN_PLACE = "shown_place"  # among the features of trees
 LEAST_USERS = 3
 
 
@@ -82,8 +81,7 @@ def fit_scores(
         lists: To score.
         names: Of the columns of their features.
         seed: Of the folds and of the fits.
-        shown: Of the run, where the trees are to know what its prompts show and nothing else: facts, and by the order
-            of the lines each candidate's place.
+        shown: Of the run, where the trees are to know what its prompts show and nothing else.
 
     Raises:
         ValueError: When the rows are of fewer than three users.
@@ -99,17 +97,12 @@ def fit_scores(
         )
     features = lists.features
     if shown is not None:
-        names = [*shown.settings.evidence_names, SHOWN_PLACE]
-        features = [_shown(of_row, shown) for of_row in lists.features]
+        features = [shown.shown_values(of_row).astype(np.float32) for of_row in lists.features]
+    names = names if shown is None else shown.settings.evidence_names
     train = features, lists.relevance
     num_folds, least = min(NUM_FOLDS, num_users), baselines.rows_per_leaf(num_rows)
     scores, folds = baselines.out_of_fold_scores(train, users, num_folds, seed, names, min_rows_per_leaf=least)
     return dict(zip(lists.row_ids, calibrated(scores, lists.relevance, folds), strict=True))
-
-
-def _shown(features: np.ndarray | Sequence[Sequence[float]], prompter: Prompter) -> np.ndarray:
-    """(N, facts + 1) of a row's candidates in the order shown: their facts as the prompt tells them, and places."""
-    return np.column_stack([prompter.shown_values(features), np.arange(len(features))]).astype(np.float32)
 
 
 def calibrated(
