@@ -203,6 +203,23 @@ def test_trees_of_shown_facts_know_nothing_else(run_path, prompter):
     assert len(np.unique(np.concatenate(list(scores.values())))) > 2
 
 
+def test_the_worth_of_scores_and_of_their_grades_is_that_of_the_orders_they_imply(run_path):
+    metrics, out = run_stage(run_path, SHORT, max_attempts=2)
+    rows = [row for row in read_rows(run_path / "candidates/train.parquet", needs_features=True) if row.is_hit]
+    scores = {one["row_id"]: one["scores"] for one in pq.read_table(out / "scores.parquet").to_pylist()}
+    every = sorted(value for of_row in scores.values() for value in of_row)
+    edges = [np.quantile(every, part / 7) for part in range(1, 7)]
+    gains = {"shown": [], "scores": [], "grades": []}
+    for row in rows:
+        of_row = scores[row.row_id]
+        grades = [sum(edge < value for edge in edges) for value in of_row]
+        for name, values in (("shown", [0] * len(of_row)), ("scores", of_row), ("grades", grades)):
+            order = sorted(range(len(of_row)), key=lambda place: -values[place])  # noqa: B023
+            gains[name].append(1 / math.log2(order.index(row.target) + 2) if order.index(row.target) < 10 else 0)
+    assert metrics["teacher_ndcg"] == {name: pytest.approx(np.mean(of)) for name, of in gains.items()}
+    assert len({round(value, 6) for value in metrics["teacher_ndcg"].values()}) == 3
+
+
 def test_shown_facts_need_the_evidence_teacher_and_facts(run_path):
     for settings, options in (
         (SHORT | {"evidence": "none"}, {}),

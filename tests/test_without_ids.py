@@ -222,7 +222,7 @@ def test_facts_of_similarity_are_left_out_where_texts_have_no_embeddings(run, ca
     asked = PromptSettings(ranking="number", item_fields=["title"], evidence="codes")
     kept = traces.without_similarity(run / "candidates", asked)
     assert kept.evidence_names == [name for name in asked.evidence_names if name not in COSINES]
-    assert "prompts leave out cosine_last, cosine_max: the texts have no embeddings" in caplog.text
+    assert "leave out cosine_last, cosine_max: texts have no embeddings without candidates.encoder" in caplog.text
     traces.check(traces.TracesArguments(run_dir=str(run), teacher="evidence"), asked)
     args = traces.TracesArguments(run_dir=str(run), teacher="evidence")
     out_dir = run / "again"

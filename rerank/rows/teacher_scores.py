@@ -54,7 +54,12 @@ class TeacherScores(Mapping[int, list[float]]):
 
 def read_scores(run: str | Path) -> TeacherScores:
     """The scores that `write_scores` wrote in a run; none where its teacher has none."""
-    path = run_dir.stage_dir(run, "traces") / FILE
+    return scores_in(run_dir.stage_dir(run, "traces"))
+
+
+def scores_in(folder: Path) -> TeacherScores:
+    """The scores that `write_scores` wrote in a folder, if any."""
+    path = folder / FILE
     if not path.is_file():
         return TeacherScores(np.zeros(0, dtype=np.int64), pa.array([], pa.list_(pa.float64())))
     table = pq.read_table(path).sort_by("row_id").combine_chunks()

@@ -35,7 +35,7 @@ from rerank.rows.checks import check_fields, check_lists, check_log
 from rerank.rows.stored import HitLists, hit_keys, rows_of
 from rerank.rows.teacher_scores import write_scores
 from rerank.traces.attempts import AttemptStore, Teacher, collect, in_order, summarize
-from rerank.traces.evidence import EvidenceTeacher, fit_scores
+from rerank.traces.evidence import EvidenceTeacher, fit_scores, teacher_ndcg
 from rerank.traces.teachers import (
     KEYS,
     OpenaiTeacher,
@@ -149,6 +149,7 @@ def main(args: TracesArguments, settings: PromptSettings, out_dir: Path) -> dict
         "sft_rows": num_sft,
         "dapo_rows": num_rows - num_sft,
         **summarize(attempts),
+        **teacher_ndcg(args, given.path, out_dir),
     }
     _refuse_nothing_accepted(metrics, [out_dir] if made is None else [Path(args.run_dir) / "traces.shard-*", out_dir])
     _log(metrics)
@@ -220,9 +221,7 @@ def without_similarity(candidates_dir: Path, settings: PromptSettings) -> Prompt
     absent = [name for name in settings.evidence_names if name in EMBEDDING_FEATURES and name not in names]
     if settings.evidence == "none" or not absent:
         return settings
-    logger.warning(
-        "prompts leave out %s: the texts have no embeddings, for which candidates.encoder is", ", ".join(absent)
-    )
+    logger.warning("prompts leave out %s: texts have no embeddings without candidates.encoder", ", ".join(absent))
     return replace(settings, evidence_names=[name for name in settings.evidence_names if name not in absent])
 
 

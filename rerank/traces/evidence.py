@@ -11,22 +11,33 @@ Else it follows GR2's three steps in sentences: the broad pattern of the history
 match. Every fact cited stands in the prompt or can be counted there.
 """
 
+import logging
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import cast
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
 from rerank import prompts
 from rerank.catalogue import Catalogue
 from rerank.grading import GRADES, Facts, by_grade, word_short
+from rerank.metrics import ndcg_at_k
 from rerank.prompts import PromptSettings
 from rerank.rows import Prompter, RankingRow
+from rerank.rows.on_read import seeded_sample
 from rerank.rows.stored import HitLists
+from rerank.rows.teacher_scores import scores_in
 from rerank.traces.attempts import Draft
 
+if TYPE_CHECKING:
+    from rerank.traces import TracesArguments
+
+logger = logging.getLogger(__name__)
+
 NUM_FOLDS = 5
+MEASURED = 20_000  # rows
 LEAST_USERS = 3
 
 
@@ -149,6 +160,43 @@ def grade_places(ratio: float) -> np.ndarray:
     return below[:-1] / below[-1]
 
 
+def grade_edges(scores: Mapping[int, Sequence[float] | np.ndarray], ratio: float) -> np.ndarray:
+    """(grades - 1,) the scores that part the grades."""
+    every = np.concatenate([np.asarray(of_row, dtype=float) for of_row in scores.values()])
+    edges: np.ndarray = np.quantile(every, grade_places(ratio))
+    return edges
+
+
+def teacher_ndcg(args: "TracesArguments", path: Path, folder: Path) -> dict[str, dict[str, float]]:
+    """Mean NDCG@10 of the teacher's scores, each of trees that know no row of its user, and of the grades they become.
+
+    Between the two lies what the grades lose, whichever model learns from them; trees of all facts (`shown_facts:
+    false`) tell what those of the prompt lose. Of a seeded sample of the hit training rows, MEASURED at most.
+
+    Args:
+        args: Of the stage.
+        path: Of the training lists.
+        folder: With the scores.
+
+    Returns:
+        `teacher_ndcg`: `shown` (the input order), `scores` and `grades`; nothing of another teacher.
+    """
+    if args.teacher != "evidence":
+        return {}
+    lists, scores = HitLists.read(path), scores_in(folder)
+    edges, values = grade_edges(scores, args.grade_ratio), []
+    for place in seeded_sample(len(lists.row_ids), min(MEASURED, len(lists.row_ids))):
+        of_row = np.asarray(scores[lists.row_ids[place]])
+        orders = range(len(of_row)), by_grade(of_row), by_grade(np.searchsorted(edges, of_row))
+        values.append([ndcg_at_k(lists.relevance[place][list(order)], 10) or 0.0 for order in orders])
+    found = dict(zip(("shown", "scores", "grades"), np.mean(values, axis=0).tolist(), strict=True))
+    logger.info(
+        "NDCG@10 of the training lists as shown %.4f, by the trees, each user's by those of others, %.4f, by their "
+        "grades %.4f", *found.values(),
+    )  # fmt: skip
+    return {"teacher_ndcg": found}
+
+
 class EvidenceTeacher:
     """Adds Gumbel noise to the scores, grades and ranks by them, and words its reasons.
 
@@ -167,7 +215,7 @@ class EvidenceTeacher:
     ) -> None:
         self.scores, self.prompter = scores, prompter
         self.temperature, self.seed, self.told = temperature, seed, told
-        self.grade_edges = np.quantile(np.concatenate(list(scores.values())), grade_places(grade_ratio))
+        self.grade_edges = grade_edges(scores, grade_ratio)
 
     def __call__(self, rows: Sequence[RankingRow], attempt: int) -> list[Draft]:
         return [self._draft(row, attempt) for row in rows]
