@@ -27,7 +27,7 @@ from rerank.metrics import ndcg_at_k
 from rerank.prompts import PromptSettings
 from rerank.rows import Prompter, RankingRow
 from rerank.rows.on_read import seeded_sample
-from rerank.rows.stored import HitLists
+from rerank.rows.stored import HitLists, hit_keys
 from rerank.rows.teacher_scores import scores_in
 from rerank.traces.attempts import Draft
 
@@ -183,12 +183,12 @@ def teacher_ndcg(args: "TracesArguments", path: Path, folder: Path) -> dict[str,
     """
     if args.teacher != "evidence":
         return {}
-    lists, scores = HitLists.read(path), scores_in(folder)
+    hits, scores = hit_keys(path, ["row_id", "relevance"]), scores_in(folder)
     edges, values = grade_edges(scores, args.grade_ratio), []
-    for place in seeded_sample(len(lists.row_ids), min(MEASURED, len(lists.row_ids))):
-        of_row = np.asarray(scores[lists.row_ids[place]])
+    for hit in hits.take(seeded_sample(len(hits), min(MEASURED, len(hits)))).to_pylist():
+        of_row, relevance = np.asarray(scores[hit["row_id"]]), np.asarray(hit["relevance"], dtype=float)
         orders = range(len(of_row)), by_grade(of_row), by_grade(np.searchsorted(edges, of_row))
-        values.append([ndcg_at_k(lists.relevance[place][list(order)], 10) or 0.0 for order in orders])
+        values.append([ndcg_at_k(relevance[list(order)], 10) or 0.0 for order in orders])
     found = dict(zip(("shown", "scores", "grades"), np.mean(values, axis=0).tolist(), strict=True))
     logger.info(
         "NDCG@10 of the training lists as shown %.4f, by the trees, each user's by those of others, %.4f, by their "
