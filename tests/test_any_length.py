@@ -31,12 +31,12 @@ CHANGES = {
     },
     "candidates": {"source": "requests", "num_candidates": None},
     "traces": {"ranking": "number", "evidence_names": ["popularity", "place"], "top_k": TOP_K, "accept": "ndcg"},
-    "sft": {"max_steps": 2, "max_length": 8192},
+    "sft": {"max_steps": 2, "max_length": 8192, "no_trace_control": False},
     "dapo": {
         "rewards": [{"name": "ndcg", "kwargs": {"k": TOP_K}}, {"name": "REWARD:digits", "weight": 0.5}],
         "outcome": "digits",
-        "max_steps": 5,
-        "max_sampling_rounds": 3,
+        "max_steps": 3,
+        "per_device_train_batch_size": 16,  # four prompts of four completions: a prompt of each length is among twelve
         "bypass_reasoning": True,
     },
     "evaluate": {"one_token": True, "bypassed": True},
@@ -79,7 +79,7 @@ def run(tmp_path_factory):
         keys = {name: value for name, value in keys.items() if value is not None}
         (steps / path.name).write_text(yaml.safe_dump(keys).replace("REWARD", str(folder / "rewards.py")))
     line = [sys.executable, "-m", "rerank.cli", "run", str(steps), "--out", str(folder / "run")]
-    done = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=600)
+    done = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     return folder / "run"
 

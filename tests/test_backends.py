@@ -186,7 +186,7 @@ def test_the_toy(tmp_path):
     assert metrics["items"] == 24
 
 
-@pytest.mark.matrix  # `make spark` runs it
+@pytest.mark.matrix  # `make spark` runs it, and what has the mark below
 def test_movielens_split_by_time_and_pruned(tmp_path):
     given = recipe.load("recipes/ml100k/1_data.yaml")
     changes = {"split": "by_time", "min_user_interactions": 30, "min_item_interactions": 5, "dedupe": "last"}
@@ -195,7 +195,7 @@ def test_movielens_split_by_time_and_pruned(tmp_path):
     assert metrics["interactions_read"] == 100_000 and metrics["share_of_time_ties"] > 0.5
 
 
-@pytest.mark.parametrize("split", ["by_user", "by_time"])
+@pytest.mark.parametrize("split", [pytest.param("by_user", marks=pytest.mark.matrix), "by_time"])
 def test_requests_whose_rows_have_counts_of_other_users_or_of_before(tmp_path, monkeypatch, split):
     monkeypatch.setattr(counting, "NUM_FOLDS", 2)
     runs = [tmp_path / backend for backend in BACKENDS]
@@ -204,7 +204,7 @@ def test_requests_whose_rows_have_counts_of_other_users_or_of_before(tmp_path, m
     compare_candidates(runs, source="requests", count_window=8 * DAY, neighbours=None if split == "by_time" else 4)
 
 
-@pytest.mark.parametrize("split", ["given", "random"])
+@pytest.mark.parametrize("split", ["given", pytest.param("random", marks=pytest.mark.matrix)])
 def test_objects_a_line_without_a_time_in_some(tmp_path, split):
     path = tmp_path / "log.json"
     duckdb.execute(GIVEN.format(path=path))

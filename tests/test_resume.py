@@ -18,7 +18,7 @@ from rerank.rollouts import store as rollouts
 PATIENCE = 300  # seconds for a launch, which takes 15 on a quiet machine
 BATCH = 8
 # stage: the one before it, its steps, steps between checkpoints
-STAGES = {"midtrain": ("semantic_ids", 300, 20), "dapo": ("sft", 14, 2)}
+STAGES = {"midtrain": ("semantic_ids", 160, 20), "dapo": ("sft", 14, 2)}
 
 
 class Launched:
