@@ -61,6 +61,14 @@ def test_a_tokenizer_without_an_end_is_refused_and_one_without_padding_pads_by_i
     refused(folder, "the tokenizer of .*model has no eos_token, so no answer would end; name one in its tokenizer_con")
 
 
+def test_a_template_beside_a_gguf_file_is_taken(tmp_path):
+    packed = write_gguf(tmp_path / "packed", "llama", gguf.GGMLQuantizationType.Q8_0, ["<end>", "d", "r", "dr", "rd"])
+    message = refused(packed, "the tokenizer of .*packed has no chat template; save one as chat_template.jinja")
+    (packed / "chat_template.jinja").write_text(message.partition("such as ")[2])
+    check_pretrained(str(packed), ModelConfig())
+    assert render(base_model.load_tokenizer(str(packed)), "dr") == "dr\n\n"
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_tables_of_other_rows_than_the_configuration_says_are_refused(tmp_path, tied):
     folder = save_tiny_model(tmp_path / "model", tied)
@@ -86,11 +94,19 @@ def test_the_folder_of_an_adapter_is_refused(tmp_path):
     )
 
 
-def write_gguf(folder, architecture, kind):
+def write_gguf(folder, architecture, kind, tokens=()):
     folder.mkdir()
     writer = gguf.GGUFWriter(folder / "m.gguf", architecture)
     writer.add_block_count(1)
-    writer.add_tensor("token_embd.weight", np.zeros((4, 292), dtype=np.uint8), raw_dtype=kind)
+    if tokens:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_token_list(tokens)
+        writer.add_token_types([gguf.TokenType.NORMAL] * len(tokens))
+        writer.add_token_merges(["d r", "r d"])
+        writer.add_bos_token_id(0)
+        writer.add_eos_token_id(0)
+    row = np.zeros(gguf.GGML_QUANT_SIZES[kind][1], dtype=np.uint8)
+    writer.add_tensor("token_embd.weight", np.stack([row] * 4), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from rerank.launch.values import option
 from rerank.models import names
+from rerank.prompts.chat import TEMPLATE_FILE
 
 if TYPE_CHECKING:
     import torch
@@ -126,6 +127,9 @@ def load_tokenizer(name: str, settings: "ModelConfig | None" = None) -> "PreTrai
         )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    own = Path(name) / TEMPLATE_FILE
+    if file and own.is_file():  # beside a GGUF file transformers does not look for it
+        tokenizer.chat_template = own.read_text()
     template = tokenizer.chat_template
     if isinstance(template, str) and "strftime_now" in template and not template.startswith(FIXED_DATE):
         tokenizer.chat_template = FIXED_DATE + template

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from rerank.models import adapters, names
 from rerank.models import base as base_model
 from rerank.models.configs import read_config
-from rerank.prompts.chat import PLAIN_TEMPLATE, THINK, THINK_END, check_template, render
+from rerank.prompts.chat import PLAIN_TEMPLATE, TEMPLATE_FILE, THINK, THINK_END, check_template, render
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -105,11 +105,10 @@ def check_tokenizer(folder: Path, settings: "ModelConfig | None" = None) -> "Pre
     try:
         render(tokenizer, "x")
     except Exception as error:  # whatever a template's own code leads to
-        file = folder / "chat_template.jinja"
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(
-            f"the chat template of {folder} cannot write a user message: {reason}; correct {file.name} there, or save "
-            f"another, such as {PLAIN_TEMPLATE}"
+            f"the chat template of {folder} cannot write a user message: {reason}; correct {TEMPLATE_FILE} there, or "
+            f"save another, such as {PLAIN_TEMPLATE}"
         ) from None
     return tokenizer
 

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
 
 THINK, THINK_END = "<think>", "</think>"
 EMPTY_TRACE = THINK + THINK_END
+TEMPLATE_FILE = "chat_template.jinja"
 # A chat template without tokens of its own, for a tokenizer that has none.
 PLAIN_TEMPLATE = "{% for message in messages %}{{ message.content + '\\n\\n' }}{% endfor %}"
 
@@ -36,7 +37,7 @@ def check_template(tokenizer: "PreTrainedTokenizerBase") -> None:
     """Refuse a tokenizer that cannot render a prompt, such as a base model's."""
     if tokenizer.chat_template is None:
         raise ValueError(
-            f"the tokenizer of {tokenizer.name_or_path} has no chat template; save one as chat_template.jinja in that "
+            f"the tokenizer of {tokenizer.name_or_path} has no chat template; save one as {TEMPLATE_FILE} in that "
             f"folder, such as {PLAIN_TEMPLATE}"
         )
 
