@@ -27,7 +27,7 @@ test: lint
 
 matrix: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "matrix or not matrix" tests/test_matrix.py tests/test_zero3_lora.py \
-		tests/test_ranking_processor.py tests/test_distributed*.py
+		tests/test_ranking_processor.py tests/test_gemma.py tests/test_distributed*.py
 
 spark: setup
 	@command -v java >/dev/null || { echo "missing; install with: apt-get install -y openjdk-17-jre-headless" >&2; exit 2; }

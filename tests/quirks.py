@@ -16,7 +16,7 @@ from toy_run import ID_TOKENS as TOY_IDS
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from rerank.models import base as base_model
-from rerank.prompts import THINK, THINK_END
+from rerank.prompts import THINK, THINK_END, word_labels
 
 SHAPE = {
     "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -26,6 +26,7 @@ SHAPE = {
 DATE = "{%- if strftime_now is defined %}{%- set date = strftime_now('%d %b %Y') %}{%- endif %}Day {{ date }}."
 OPENED = "{% if add_generation_prompt %}<think>\n{% endif %}"
 OTHER_SAMPLING = {"do_sample": True, "temperature": 0.3, "top_k": 2, "top_p": 0.5, "repetition_penalty": 1.5}
+LABELS = word_labels("token", 4)
 WINDOWS = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 16}
 
 
@@ -140,7 +141,7 @@ def save_pretrained(name: str, folder: Path) -> Path:
 
 
 def load_extended(folder: str | Path):
-    """The model and tokenizer of a folder as stages load them, with the toy's ids and the tags added."""
+    """The model and tokenizer of a folder as stages load them, with the toy's ids, labels and the tags added."""
     model, tokenizer = base_model.load_pretrained(str(folder))
-    base_model.add_tokens(model, tokenizer, sorted({*TINY_IDS, *TOY_IDS, THINK, THINK_END}), seed=0)
+    base_model.add_tokens(model, tokenizer, sorted({*TINY_IDS, *TOY_IDS, *LABELS, THINK, THINK_END}), seed=0)
     return model, tokenizer
