@@ -69,6 +69,18 @@ def test_a_template_beside_a_gguf_file_is_taken(tmp_path):
     assert render(base_model.load_tokenizer(str(packed)), "dr") == "dr\n\n"
 
 
+def test_gemma_in_a_gguf_file_splits_texts_by_its_merges_and_writes_its_first_token(tmp_path):
+    tokens = ["<bos>", "<eos>", "<unk>", "▁", "d", "r", "▁d", "▁dr"]
+    scores = [-1000.0] * 3 + [-5.0, -4.0, -2.0, -1.0, -10.0]  # as unigrams "▁d" and "r" weigh less than "▁dr"
+    packed = write_gguf(tmp_path / "packed", "gemma3", gguf.GGMLQuantizationType.Q8_0, tokens, scores)
+    read = AutoTokenizer.from_pretrained(packed, gguf_file="m.gguf")
+    assert read.tokenize(" dr") == ["▁d", "r"] and read("").input_ids == []
+    tokenizer = base_model.load_tokenizer(str(packed))
+    assert tokenizer(" dr").tokens() == ["<bos>", "▁dr"]
+    tokenizer.save_pretrained(tmp_path / "saved")
+    assert AutoTokenizer.from_pretrained(tmp_path / "saved")(" dr").tokens() == ["<bos>", "▁dr"]
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_tables_of_other_rows_than_the_configuration_says_are_refused(tmp_path, tied):
     folder = save_tiny_model(tmp_path / "model", tied)
@@ -94,17 +106,21 @@ def test_the_folder_of_an_adapter_is_refused(tmp_path):
     )
 
 
-def write_gguf(folder, architecture, kind, tokens=()):
+def write_gguf(folder, architecture, kind, tokens=(), scores=()):
     folder.mkdir()
     writer = gguf.GGUFWriter(folder / "m.gguf", architecture)
     writer.add_block_count(1)
     if tokens:
-        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_model("llama" if scores else "gpt2")
         writer.add_token_list(tokens)
         writer.add_token_types([gguf.TokenType.NORMAL] * len(tokens))
-        writer.add_token_merges(["d r", "r d"])
+        if scores:
+            writer.add_token_scores(scores)
+        else:
+            writer.add_token_merges(["d r", "r d"])
+        writer.add_add_bos_token(bool(scores))
         writer.add_bos_token_id(0)
-        writer.add_eos_token_id(0)
+        writer.add_eos_token_id(int(bool(scores)))
     row = np.zeros(gguf.GGML_QUANT_SIZES[kind][1], dtype=np.uint8)
     writer.add_tensor("token_embd.weight", np.stack([row] * 4), raw_dtype=kind)
     writer.write_header_to_file()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from rerank.launch.values import option
 from rerank.models import names
-from rerank.prompts.chat import TEMPLATE_FILE
+from rerank.models.gguf_tokenizer import corrected
 
 if TYPE_CHECKING:
     import torch
@@ -107,6 +107,7 @@ def load_tokenizer(name: str, settings: "ModelConfig | None" = None) -> "PreTrai
     options = {"gguf_file": file.name} if file else {"revision": settings.model_revision if settings else "main"}
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, **options)
+        tokenizer = corrected(tokenizer, file) if file else tokenizer
     except ImportError:  # of what reads it, with how to install it
         raise
     except Exception as error:  # whatever a damaged or missing file leads to
@@ -127,9 +128,6 @@ def load_tokenizer(name: str, settings: "ModelConfig | None" = None) -> "PreTrai
         )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    own = Path(name) / TEMPLATE_FILE
-    if file and own.is_file():  # beside a GGUF file transformers does not look for it
-        tokenizer.chat_template = own.read_text()
     template = tokenizer.chat_template
     if isinstance(template, str) and "strftime_now" in template and not template.startswith(FIXED_DATE):
         tokenizer.chat_template = FIXED_DATE + template

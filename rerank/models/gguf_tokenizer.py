@@ -1,0 +1,43 @@
+"""A tokenizer as its GGUF file describes it, where transformers 5.23 reads less (integrations/ggml.py)."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rerank.prompts.chat import TEMPLATE_FILE
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def corrected(tokenizer: "PreTrainedTokenizerBase", path: Path) -> "PreTrainedTokenizerBase":
+    """The tokenizer with its merges, the first token that it writes before every text, and a template beside the file.
+
+    SentencePiece's byte-pair encoding (Gemma) transformers reads as unigrams: they split " history" in three where the
+    model knows one token, and saved and loaded again they are byte-pair encoding without merges.
+
+    Args:
+        tokenizer: As transformers reads it.
+        path: The GGUF file.
+    """
+    import gguf
+    from transformers.convert_slow_tokenizer import generate_merges
+
+    fields = gguf.GGUFReader(path).fields
+    kind, writes_bos = (
+        fields[name].contents() if name in fields else None
+        for name in ("tokenizer.ggml.model", "tokenizer.ggml.add_bos_token")
+    )
+    read = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    if kind == "llama" and read["type"] == "Unigram":
+        scores = dict(read["vocab"])
+        vocab = {token: place for place, token in enumerate(scores)}
+        options = {"name_or_path": tokenizer.name_or_path, "chat_template": tokenizer.chat_template}
+        merges = generate_merges(vocab, scores)
+        tokenizer = type(tokenizer)(vocab=vocab, merges=merges, **tokenizer.special_tokens_map, **options)
+    if writes_bos:
+        tokenizer.add_bos_token = True
+    template = path.parent / TEMPLATE_FILE
+    if template.is_file():
+        tokenizer.chat_template = template.read_text()
+    return tokenizer
