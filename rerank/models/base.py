@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rerank.launch.values import option
-from rerank.models import names
-from rerank.models.gguf_tokenizer import corrected
+from rerank.models import gguf_tokenizer, names
 
 if TYPE_CHECKING:
     import torch
@@ -104,10 +103,11 @@ def load_tokenizer(name: str, settings: "ModelConfig | None" = None) -> "PreTrai
 
     name = names.resolve(name, "model")
     file = gguf_of(Path(name))
-    options = {"gguf_file": file.name} if file else {"revision": settings.model_revision if settings else "main"}
+    revision = settings.model_revision if settings else "main"
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, **options)
-        tokenizer = corrected(tokenizer, file) if file else tokenizer
+        tokenizer: PreTrainedTokenizerBase = (
+            gguf_tokenizer.load(file) if file else AutoTokenizer.from_pretrained(name, revision=revision)
+        )
     except ImportError:  # of what reads it, with how to install it
         raise
     except Exception as error:  # whatever a damaged or missing file leads to
