@@ -126,6 +126,12 @@ def test_finished_stages_are_not_checked_again_but_must_be_of_this_recipe_and_th
         pipeline.check_steps(steps)
 
 
+def test_a_misspelt_key_of_a_late_stage_is_named_before_the_files_of_an_early_one_are_read(tmp_path, folder):
+    words = ["evaluate.num_bootstraps=9"]  # and toy.csv is not there
+    with pytest.raises(ValueError, match=r"8_evaluate.yaml: unknown key 'num_bootstraps'; did you mean num_bootstrap"):
+        pipeline.check_steps(pipeline.read_steps(folder, str(tmp_path / "run"), words))
+
+
 def test_the_dry_run_prints_a_launch_line_a_stage(tmp_path, folder):
     run = tmp_path / "a run"
     steps = pipeline.read_steps(folder, str(run), [])

@@ -155,9 +155,9 @@ def check_steps(
         for step in steps:
             if step not in waiting:
                 _check_finished(step, remade, accelerate)
-        resolved = {}
-        for step in waiting:
-            arguments = resolved[step.stage] = recipe.resolve(step.stage, step.keys, str(step.path))
+        # a misspelt key of a late stage is named before anything is read for an early one
+        resolved = {step.stage: recipe.resolve(step.stage, step.keys, str(step.path)) for step in waiting}
+        for step, arguments in zip(waiting, resolved.values(), strict=True):
             recipe.check_inputs(step.stage, arguments, made, accelerate)
             runs.refuse_held(step.run_dir, step.folder_name)
             for one in shards.begun(step.run_dir, step.stage) if step.stage in remake else ():
