@@ -41,7 +41,7 @@ def test_dapo_samples_and_trains_alike_in_one_process_and_in_two(toy_run, tmp_pa
     assert_same_rollouts(toy_run.run, run)
 
 
-@pytest.mark.matrix
+@pytest.mark.matrix  # alone
 def test_two_runs_of_dapo_with_lora_are_the_same(toy_run, tmp_path):
     runs = [copy_stages(toy_run.run, tmp_path / name, "sft") for name in ("one", "two")]
     for run in runs:

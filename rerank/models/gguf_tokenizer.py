@@ -26,7 +26,7 @@ def load(path: Path) -> "PreTrainedTokenizerBase":
     return tokenizer
 
 
-@lru_cache(maxsize=2)  # a large vocabulary takes half a minute, and a dry run asks several times
+@lru_cache(maxsize=2)  # a large vocabulary takes half a minute; a stage asks when it checks and when it loads
 def _read(path: Path, changed_at: int) -> "PreTrainedTokenizerBase":
     """The same without the template.
 
@@ -38,7 +38,7 @@ def _read(path: Path, changed_at: int) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer
     from transformers.convert_slow_tokenizer import generate_merges
 
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
     fields = gguf.GGUFReader(path).fields
     kind, writes_bos = (
         fields[name].contents() if name in fields else None
